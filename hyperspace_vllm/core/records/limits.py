@@ -1,0 +1,51 @@
+"""Every bound in one place, each with its sum; the asserts relate them to each other."""
+
+KiB = 1024
+MiB = 1024 * KiB
+GiB = 1024 * MiB
+
+# --- erasure code (DESIGN §5) -------------------------------------------------------------------
+DATA_CHUNKS = 32
+TOTAL_CHUNKS = 64
+CHUNK_ALIGN_BYTES = 256  # chunk sizes are odd multiples: power-of-two strides halve the coding speed
+
+# --- rows and objects ---------------------------------------------------------------------------
+SEGMENT_TOKENS_MIN = 256
+ROW_BYTES_MAX = 128 * MiB  # 256 tokens x <= 512 KiB a token, all layers of one part of one rank
+CHUNK_BYTES_MAX = ROW_BYTES_MAX // DATA_CHUNKS + CHUNK_ALIGN_BYTES * 2  # + rounding to an odd multiple
+OBJECT_ROWS_MAX = 32  # 32 rows x 2 field elements = the 64 elements of one EIP-7594 cell
+DIGEST_BYTES = 32
+DIGEST_TABLE_BYTES_MAX = OBJECT_ROWS_MAX * TOTAL_CHUNKS * DIGEST_BYTES  # 64 KiB, 128 KiB as field elements
+MANIFEST_BYTES_MAX = 512 + OBJECT_ROWS_MAX * (32 + 8 + 1 + 32)
+
+# --- what one request may ask for ---------------------------------------------------------------
+PROMPT_SEGMENTS_MAX = 4096  # 1 Mi tokens in segments of 256
+PARTS_MAX = 16  # distinct attention reaches of a model
+RANKS_MAX = 64
+LOOKUP_ROWS_MAX = 8192  # rows one prefix lookup may name: 4096 segments x 2 parts
+RESPONSE_BYTES_MAX = 8 * MiB
+
+# --- sockets ------------------------------------------------------------------------------------
+LOCAL_MESSAGE_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB
+PEER_CONTROL_BYTES_MAX = 1 * MiB  # 8192 row ids x 32 B = 256 KiB, manifest + digests = 70 KiB
+PEER_MESSAGE_BYTES_MAX = CHUNK_BYTES_MAX + 4 * KiB
+PEER_REQUESTS_MAX = 64  # requests one peer may have open here; more are answered `busy`
+PEER_BYTES_IN_FLIGHT_MAX = 64 * MiB  # chunk bytes one peer may have queued here
+CLIENTS_MAX = 256
+LOOKUPS_PER_CLIENT_MAX = 1024
+
+# --- time ---------------------------------------------------------------------------------------
+HEARTBEAT_MS = 1_000
+LEASE_MS = 5_000
+EMBEDDED_LINGER_MS = 10_000
+CLOCK_SKEW_MS = 60_000
+FETCH_STALL_MS = 250  # without a newly verified byte, hedging included
+FETCH_PREFILL_SHARE = 0.5  # a fetch never takes longer than this share of the prefill it saves
+UNHINTED_PREFILL_SHARE = 0.05  # looking for providers nobody announced
+RESPONSE_TTL_MS = 24 * 3600 * 1000
+
+assert CHUNK_BYTES_MAX < PEER_MESSAGE_BYTES_MAX
+assert LOOKUP_ROWS_MAX * DIGEST_BYTES < PEER_CONTROL_BYTES_MAX
+assert DIGEST_TABLE_BYTES_MAX + MANIFEST_BYTES_MAX < PEER_CONTROL_BYTES_MAX
+assert LEASE_MS >= 3 * HEARTBEAT_MS
+assert RESPONSE_BYTES_MAX < LOCAL_MESSAGE_BYTES_MAX

@@ -1,0 +1,266 @@
+"""Messages between a client in an engine process and the node of its host, over the ipc:// socket.
+
+msgpack, decoded by msgspec straight into these types: a wrong type, a missing field or a size beyond its bound is a
+`ProtocolViolation`. Times on this socket are durations (`*_ms`), never clock readings: the two processes share a
+machine, not a clock of the same epoch.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from .errors import ProtocolViolation
+from .layout import Layout
+from .limits import (
+    LOCAL_MESSAGE_BYTES_MAX,
+    LOOKUP_ROWS_MAX,
+    PROMPT_SEGMENTS_MAX,
+    RESPONSE_BYTES_MAX,
+    ROW_BYTES_MAX,
+)
+
+LOCAL_PROTOCOL = 1
+
+Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Name = Annotated[str, Meta(max_length=256)]
+U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Scope = Literal["private", "network", "public"]
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
+    pass
+
+
+class Slab(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A lease on `length` bytes at `offset` of the arena file.
+
+    A reader copies, then checks that the u64 at header slot `slot` still equals `generation` (see arena.py).
+    """
+
+    slot: U32
+    offset: U63
+    length: Annotated[int, Meta(ge=1, le=ROW_BYTES_MAX)]
+    generation: U63
+
+
+# --- client to node -----------------------------------------------------------------------------
+
+
+class Hello(_Message, tag="hello", frozen=True):
+    """First message of a session; `session` is 16 random bytes, new in every process and after a lost lease."""
+
+    protocol: U32
+    role: Literal["api", "scheduler", "worker", "cli"]
+    session: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    name: Name
+
+
+class Heartbeat(_Message, tag="heartbeat", frozen=True):
+    """Keeps the session's lease: every HEARTBEAT_MS, expires after LEASE_MS."""
+
+
+class Goodbye(_Message, tag="goodbye", frozen=True):
+    """Ends the session at once; everything it leased is free, staged rows that weren't named are dropped."""
+
+
+class RegisterLayout(_Message, tag="layout", frozen=True):
+    """From schedulers and workers, once a session, before anything that depends on it."""
+
+    layout: Layout
+
+
+class WantStaging(_Message, tag="want_staging", frozen=True):
+    """A worker asks for `count` staging slabs of `row_bytes`; answered by StagingGranted with as many as fit."""
+
+    row_bytes: Annotated[int, Meta(ge=1, le=ROW_BYTES_MAX)]
+    count: Annotated[int, Meta(ge=1, le=1024)]
+
+
+class RowStaged(_Message, tag="row_staged", frozen=True):
+    """A worker filled a granted slab with one row; it becomes the node's."""
+
+    request_id: Name
+    segment: U32
+    part: U32
+    rank: U32
+    slab: Slab
+
+
+class StagingUnused(_Message, tag="staging_unused", frozen=True):
+    """A worker returns a granted slab unwritten."""
+
+    slab: Slab
+
+
+class SegmentNamed(_Message, tag="segment_named", frozen=True):
+    """The scheduler names a staged segment, once its last token is known. `scope` limits who may fetch it."""
+
+    request_id: Name
+    segment: U32
+    segment_key: Bytes32
+    scope: Scope
+
+
+class RequestEnded(_Message, tag="request_ended", frozen=True):
+    """The scheduler will name no more segments of the request and reads no more of its loaded rows."""
+
+    request_id: Name
+
+
+class LookupPrefix(_Message, tag="lookup_prefix", frozen=True):
+    """Find, fetch, verify and lease the rows of the longest usable prefix.
+
+    `segment_keys[i]` is the key of segment i, from 0, as many as whole segments fit into prompt - 1 tokens;
+    `start_token` tokens are in the engine already; `prefill_ms` estimates computing the rest (0: unknown).
+    The answer (PrefixAnswer) comes within `deadline_ms`; the client stops waiting by its own clock too.
+    """
+
+    lookup: U32
+    request_id: Name
+    segment_keys: Annotated[tuple[Bytes32, ...], Meta(min_length=1, max_length=PROMPT_SEGMENTS_MAX)]
+    start_token: U32
+    prefill_ms: U32
+    deadline_ms: U32
+    scope: Scope
+
+
+class ReleaseLookup(_Message, tag="release_lookup", frozen=True):
+    """Cancels a lookup that is under way, or ends the lease on the rows of its answer."""
+
+    lookup: U32
+
+
+class StoreResponse(_Message, tag="store_response", frozen=True):
+    """Store a finished response; the node signs its CacheProof. Nothing is answered."""
+
+    request_key: Bytes32
+    scope: Scope
+    model_digest: Bytes32
+    engine_version: Name
+    ttl_ms: U63
+    body: Annotated[bytes, Meta(max_length=RESPONSE_BYTES_MAX)]
+
+
+class TouchResponses(_Message, tag="touch_responses", frozen=True):
+    """Hits since the last such message, for LRU and popularity."""
+
+    request_keys: Annotated[tuple[Bytes32, ...], Meta(max_length=4096)]
+
+
+class GetStatus(_Message, tag="get_status", frozen=True):
+    """Ask for what `hyperspace status` shows."""
+
+
+ClientMessage = (
+    Hello
+    | Heartbeat
+    | Goodbye
+    | RegisterLayout
+    | WantStaging
+    | RowStaged
+    | StagingUnused
+    | SegmentNamed
+    | RequestEnded
+    | LookupPrefix
+    | ReleaseLookup
+    | StoreResponse
+    | TouchResponses
+    | GetStatus
+)
+
+# --- node to client -----------------------------------------------------------------------------
+
+
+class Welcome(_Message, tag="welcome", frozen=True):
+    """Answers Hello. `epoch` is random per node process: a new one means that everything leased is gone."""
+
+    protocol: U32
+    epoch: U63
+    peer_id: Name
+    network_id: Bytes32
+    arena_path: Annotated[str, Meta(max_length=4096)]
+    arena_bytes: U63
+
+
+class HeartbeatAck(_Message, tag="heartbeat_ack", frozen=True):
+    """The lease holds."""
+
+    epoch: U63
+
+
+class LeaseLost(_Message, tag="lease_lost", frozen=True):
+    """The session is unknown or expired: forget every slab and say Hello with a new session."""
+
+
+class StagingGranted(_Message, tag="staging_granted", frozen=True):
+    """Slabs that this session, and nobody else, may write until it stages or returns them."""
+
+    row_bytes: U63
+    slabs: Annotated[tuple[Slab, ...], Meta(max_length=1024)]
+
+
+class LoadedRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One verified row, readable until the lookup is released."""
+
+    segment: U32
+    part: U32
+    rank: U32
+    slab: Slab
+
+
+class PrefixAnswer(_Message, tag="prefix_answer", frozen=True):
+    """`end_segment` segments of the prompt are usable (0: none, `reason` says why); all `rows` are verified.
+
+    `source` names where the slowest row came from; `verified_by` the checks that it passed.
+    """
+
+    lookup: U32
+    end_segment: U32
+    rows: Annotated[tuple[LoadedRow, ...], Meta(max_length=LOOKUP_ROWS_MAX)]
+    source: Literal["none", "memory", "disk", "network"]
+    verified_by: Name
+    reason: Name
+
+
+class Status(_Message, tag="status", frozen=True):
+    """The node's status as a JSON document."""
+
+    json: Annotated[bytes, Meta(max_length=RESPONSE_BYTES_MAX)]
+
+
+class Rejected(_Message, tag="rejected", frozen=True):
+    """The last message broke the protocol; `detail` names the field."""
+
+    detail: Name
+
+
+NodeMessage = Welcome | HeartbeatAck | LeaseLost | StagingGranted | PrefixAnswer | Status | Rejected
+
+_encoder = msgspec.msgpack.Encoder()
+_client_decoder = msgspec.msgpack.Decoder(ClientMessage)
+_node_decoder = msgspec.msgpack.Decoder(NodeMessage)
+
+
+def encode(message: ClientMessage | NodeMessage) -> bytes:
+    """One frame on the local socket."""
+    return _encoder.encode(message)
+
+
+def decode_client_message(frame: bytes | memoryview) -> ClientMessage:
+    """What a client sent; `ProtocolViolation` names the field that is wrong."""
+    if len(frame) > LOCAL_MESSAGE_BYTES_MAX:
+        raise ProtocolViolation(f"local message: {len(frame)} bytes, at most {LOCAL_MESSAGE_BYTES_MAX}")
+    try:
+        return _client_decoder.decode(frame)
+    except msgspec.MsgspecError as error:
+        raise ProtocolViolation(f"local message: {error}") from error
+
+
+def decode_node_message(frame: bytes | memoryview) -> NodeMessage:
+    """What the node sent; `ProtocolViolation` names the field that is wrong."""
+    try:
+        return _node_decoder.decode(frame)
+    except msgspec.MsgspecError as error:
+        raise ProtocolViolation(f"node message: {error}") from error
