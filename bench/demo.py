@@ -1,0 +1,232 @@
+"""`make demo`: two real vLLM servers, each with its own node, answer questions about long documents.
+
+Every request says who served it. Exits 1 when a layer that should have served did not, or a text differs.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .documents import document, prompt
+from .servers import MODELS, ROOT, Completion, Server, free_port, introduce
+
+FULL, L1, L2 = "full inference", "L1 local", "L2 network"
+QUESTIONS = {
+    "LICENSE": (
+        "May I sell a modified version of this software?",
+        "What must I keep when I redistribute it?",
+    ),
+    "docs/design.md": ("What happens when the cache fails?", "Which three layers does the cache have?"),
+}
+ANSWER_TOKENS = 24
+
+
+@dataclass
+class Row:
+    """One line of the table and of build/demo.json; `layer` is what was seen, `expected` what should have been."""
+
+    name: str
+    server: str
+    layer: str
+    ttft_ms: float
+    total_ms: float
+    prompt_tokens: int
+    cached_tokens: int
+    verified: str
+    expected: str
+    text: str
+
+
+class Demo:
+    """Runs the requests in order and keeps what was seen."""
+
+    def __init__(self, console: Console, a: Server, b: Server, chat: bool, words: int) -> None:
+        self.console, self.a, self.b, self.chat, self.words = console, a, b, chat, words
+        self.rows: list[Row] = []
+        self.problems: list[str] = []
+
+    def run(self) -> None:
+        """All requests on every document, the table redrawn after each."""
+        with Live(self.table(), console=self.console, refresh_per_second=4) as live:
+            for name, (first, second) in QUESTIONS.items():
+                text = document(name, self.words)
+                ask_first, ask_second = (prompt(text, q, chat=self.chat) for q in (first, second))
+                self._ask(f"{name}: first question", self.a, ask_first, FULL, live)
+                self._ask(f"{name}: same question", self.a, ask_first, L1, live)
+                self._wait_published()
+                warm = self._ask(f"{name}: second question", self.b, ask_second, L2, live)
+                self._compare(name, ask_second, warm)
+
+    def _ask(self, name: str, server: Server, text: str, expected: str, live: Live) -> Completion:
+        loaded_before = network_tokens(server)
+        answer = server.complete(text, max_tokens=ANSWER_TOKENS, logprobs=2)
+        layer, verified = served_by(server, answer, loaded_before)
+        self.rows.append(
+            Row(
+                name, server.name, layer, round(answer.ttft_ms, 1), round(answer.total_ms, 1), answer.prompt_tokens,
+                answer.cached_tokens if layer == L2 else answer.prompt_tokens if layer == L1 else 0, verified,
+                expected, answer.text,
+            )
+        )  # fmt: skip
+        if layer != expected:
+            self.problems.append(f"{name} on {server.name}: expected {expected}, was {layer}")
+        live.update(self.table())
+        return answer
+
+    def _wait_published(self, timeout_s: float = 60) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if node_idle(self.a):
+                return
+            time.sleep(0.2)
+        self.problems.append("A's node was still coding the prefix after 60 s")
+
+    def _compare(self, name: str, text: str, warm: Completion) -> None:
+        # A salt no one else uses makes every cache miss: B computes the whole prompt by itself.
+        cold = self.b.complete(
+            text, max_tokens=ANSWER_TOKENS, logprobs=2, cache_salt=f"reference {time.time_ns()}",
+            headers={"Cache-Control": "no-store"},
+        )  # fmt: skip
+        if cold.text == warm.text:
+            return
+        at = next(i for i, (x, y) in enumerate(zip(cold.tokens, warm.tokens, strict=False)) if x != y)
+        best, second = sorted(cold.logprobs[at].values(), reverse=True)[:2]
+        self.problems.append(
+            f"{name}: B's text differs from B's own with caching off at token {at} "
+            f"({warm.tokens[at]!r} for {cold.tokens[at]!r}; logit gap {best - second:.4f})"
+        )
+
+    def table(self) -> Table:
+        """The live table."""
+        table = Table(title="compute once, cache everywhere, serve verified", title_justify="left")
+        for column in ("request", "on", "served by"):
+            table.add_column(column)
+        for column in ("TTFT ms", "total ms", "prompt", "from cache"):
+            table.add_column(column, justify="right")
+        table.add_column("verified by")
+        for row in self.rows:
+            colour = (
+                {FULL: "yellow", L1: "green", L2: "cyan"}[row.layer] if row.layer == row.expected else "red"
+            )
+            table.add_row(
+                row.name, row.server, f"[{colour}]{row.layer}[/]", f"{row.ttft_ms:,.1f}", f"{row.total_ms:,.1f}",
+                str(row.prompt_tokens), str(row.cached_tokens), row.verified,
+            )  # fmt: skip
+        return table
+
+
+def network_tokens(server: Server) -> float:
+    """Prompt tokens that the engine has loaded from the network so far (vLLM's counter)."""
+    return server.metric("hyperspace_l2_tokens_total", 'source="network"')
+
+
+def served_by(server: Server, answer: Completion, loaded_before: float) -> tuple[str, str]:
+    """(layer, how it was verified), from the answer's headers and the server's own counters."""
+    if "hit" in answer.headers.get("cache-status", "").split("; "):
+        return L1, "Ed25519 CacheProof"
+    if network_tokens(server) > loaded_before and answer.cached_tokens:
+        last = server.node_status()["last_lookup"]
+        assert isinstance(last, dict)
+        return L2, str(last["verified_by"])
+    return FULL, ""
+
+
+def node_idle(server: Server) -> bool:
+    """Whether the server's node has coded and stored everything it was given."""
+    publish = server.node_status()["publish"]
+    assert isinstance(publish, dict)
+    return publish["objects"] > 0 and publish["waiting_rows"] == 0
+
+
+def start(console: Console, servers: list[Server]) -> None:
+    """Wait for all servers, with a spinner each."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        waits = [(progress.add_task(f"vllm serve on {s.name}", total=None), s.wait_ready()) for s in servers]
+        for task, wait in waits:
+            for _ in wait:
+                progress.refresh()
+            progress.remove_task(task)
+
+
+def environment(model: Path) -> dict[str, object]:
+    """Where the figures were measured."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "model": model.name,
+        "vllm": version("vllm"),
+        "hyperspace": version("hyperspace-vllm"),
+        "commit": commit.stdout.strip(),
+        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+    }
+
+
+def summary(console: Console, rows: list[Row]) -> None:
+    """Cold against cached, in one line each."""
+    mean: Callable[[str], float] = lambda layer: (
+        sum((r.ttft_ms for r in rows if r.layer == layer), 0.0) / max(1, sum(r.layer == layer for r in rows))
+    )
+    for layer in (L1, L2):
+        if mean(layer):
+            console.print(f"{layer}: first token {mean(FULL) / mean(layer):,.0f} times as soon as {FULL}")
+
+
+def main() -> int:
+    """Run the demo; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=("gemma", "tiny"), default="gemma")
+    parser.add_argument("--json", action="store_true", help="print build/demo.json instead of the table")
+    options = parser.parse_args()
+    console = Console(stderr=options.json)
+    model, build = MODELS[options.model], ROOT / "build"
+    work = build / "demo"
+    shutil.rmtree(work, ignore_errors=True)
+    directories = [work / "a", work / "b"]
+    for directory in directories:
+        directory.mkdir(parents=True, mode=0o700)
+    environments = introduce(directories, [free_port(), free_port()])
+    settings = {"HYPERSPACE_ARENA_BYTES": str(512 << 20), "HYPERSPACE_DISK_BYTES": str(2 << 30)}
+    servers = [
+        Server(name, model, directory, environment={**settings, **extra})
+        for name, directory, extra in zip("AB", directories, environments, strict=True)
+    ]
+    # The tiny model's tokens are bytes, so fewer words make as long a prompt.
+    words = 1250 if options.model == "gemma" else 400
+    try:
+        start(console, servers)
+        demo = Demo(console, *servers, chat=options.model == "gemma", words=words)
+        demo.run()
+    finally:
+        for server in servers:
+            server.stop()
+    report = {
+        "requests": [{k: v for k, v in asdict(row).items() if k != "expected"} for row in demo.rows],
+        "environment": environment(model),
+        "problems": demo.problems,
+    }
+    (build / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
+    summary(console, demo.rows)
+    for problem in demo.problems:
+        console.print(f"[red]{problem}[/]")
+    console.print(f"logs and stores: {work.relative_to(ROOT)}; figures: build/demo.json")
+    if options.json:
+        print(json.dumps(report, indent=2))
+    return 1 if demo.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

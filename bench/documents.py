@@ -1,0 +1,25 @@
+"""The long prompts of the demo and the benches: real documents, cut to a number of words, with questions."""
+
+from .servers import ROOT
+
+
+def document(name: str, words: int) -> str:
+    """The first `words` words of a text file of this repository, its line structure kept."""
+    text = (ROOT / name).read_text()
+    kept, left = [], words
+    for line in text.splitlines():
+        kept.append(" ".join(line.split()[:left]))
+        left -= len(line.split())
+        if left <= 0:
+            break
+    return "\n".join(kept)
+
+
+def prompt(text: str, question: str, *, chat: bool) -> str:
+    """A document and a question about it; the shared prefix is everything up to the question.
+
+    `chat` uses Gemma's turn markers. The tokenizer adds <bos>.
+    """
+    if chat:
+        return f"<start_of_turn>user\n{text}\n\n{question}<end_of_turn>\n<start_of_turn>model\n"
+    return f"{text}\n\nQuestion: {question}\nAnswer:"
