@@ -118,9 +118,7 @@ class Demo:
             table.add_column(column, justify="right")
         table.add_column("verified by")
         for row in self.rows:
-            colour = (
-                {FULL: "yellow", L1: "green", L2: "cyan"}[row.layer] if row.layer == row.expected else "red"
-            )
+            colour = {FULL: "yellow", L1: "green", L2: "cyan"}[row.layer] if row.layer == row.expected else "red"
             table.add_row(
                 row.name, row.server, f"[{colour}]{row.layer}[/]", f"{row.ttft_ms:,.1f}", f"{row.total_ms:,.1f}",
                 str(row.prompt_tokens), str(row.cached_tokens), row.verified,

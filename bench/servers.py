@@ -114,9 +114,7 @@ class Server:
         start = time.monotonic()
         while (waited := time.monotonic() - start) < timeout_s:
             if self.process.poll() is not None:
-                raise RuntimeError(
-                    f"server {self.name} ended with {self.process.returncode}:\n{self.log_tail()}"
-                )
+                raise RuntimeError(f"server {self.name} ended with {self.process.returncode}:\n{self.log_tail()}")
             with suppress(OSError), urllib.request.urlopen(self.url + "/health", timeout=2):
                 return
             yield waited
@@ -149,9 +147,7 @@ class Server:
         }  # fmt: skip
         return self._stream("/v1/completions", body, headers or {}, timeout_s)
 
-    def _stream(
-        self, path: str, body: dict[str, object], headers: dict[str, str], timeout_s: float
-    ) -> Completion:
+    def _stream(self, path: str, body: dict[str, object], headers: dict[str, str], timeout_s: float) -> Completion:
         request = urllib.request.Request(
             self.url + path,
             json.dumps(body).encode(),
