@@ -1,0 +1,162 @@
+// The only file that sees Python: validates every argument, then releases the GIL and calls the kernels.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "hyperspace/reed_solomon.h"
+
+namespace nb = nanobind;
+namespace rs = hyperspace::reed_solomon;
+
+namespace {
+
+constexpr int kData = rs::kDataChunks, kTotal = rs::kTotalChunks;
+
+[[noreturn]] void refuse(PyObject* type, const std::string& message) {
+    PyErr_SetString(type, message.c_str());
+    throw nb::python_error();
+}
+
+enum class Access { kRead, kWrite };
+
+// A view of any contiguous object with the buffer protocol, held (and so unresizable) until it goes.
+class Buffer {
+  public:
+    Buffer() = default;
+    Buffer(nb::handle object, const std::string& name, size_t wanted_bytes, Access access) {
+        if (!PyObject_CheckBuffer(object.ptr())) {
+            refuse(PyExc_TypeError,
+                   name +
+                       " must be a buffer (bytes, bytearray, memoryview, mmap or NumPy array), "
+                       "not " +
+                       Py_TYPE(object.ptr())->tp_name);
+        }
+        const int flags = access == Access::kWrite ? PyBUF_WRITABLE : PyBUF_SIMPLE;
+        if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) {
+            PyErr_Clear();
+            // Asked in any shape it must be read-only or full of holes; say which.
+            Py_buffer any;
+            if (PyObject_GetBuffer(object.ptr(), &any, PyBUF_FULL_RO) != 0) throw nb::python_error();
+            const bool read_only = any.readonly && access == Access::kWrite;
+            PyBuffer_Release(&any);
+            refuse(PyExc_ValueError, name + (read_only ? " is read-only" : " is not contiguous"));
+        }
+        if (static_cast<size_t>(view_.len) != wanted_bytes) {
+            const std::string has = std::to_string(view_.len);
+            PyBuffer_Release(&view_);
+            refuse(PyExc_ValueError,
+                   name + " has " + has + " bytes, expected " + std::to_string(wanted_bytes));
+        }
+    }
+    Buffer(Buffer&& other) noexcept : view_(other.view_) { other.view_ = {}; }
+    Buffer& operator=(Buffer&& other) noexcept {
+        std::swap(view_, other.view_);
+        return *this;
+    }
+    ~Buffer() { PyBuffer_Release(&view_); }  // does nothing to an empty view
+
+    uint8_t* bytes() const { return static_cast<uint8_t*>(view_.buf); }
+    bool overlaps(const Buffer& other) const {
+        return bytes() < other.bytes() + other.view_.len && other.bytes() < bytes() + view_.len;
+    }
+
+  private:
+    Py_buffer view_ = {};
+};
+
+size_t checked_chunk_bytes(Py_ssize_t chunk_bytes) {
+    if (chunk_bytes < 1 || chunk_bytes > PY_SSIZE_T_MAX / kTotal) {
+        refuse(PyExc_ValueError, "chunk_bytes is " + std::to_string(chunk_bytes) + ", expected at least 1");
+    }
+    return static_cast<size_t>(chunk_bytes);
+}
+
+using Isa = std::optional<std::string>;
+
+const rs::Kernels& checked_kernels(const Isa& isa) {
+    if (!isa) return rs::best_kernels();
+    const rs::Kernels* kernels = rs::find_kernels(isa->c_str());
+    if (!kernels) refuse(PyExc_ValueError, "isa '" + *isa + "' is not available on this machine");
+    return *kernels;
+}
+
+void encode_rows(nb::handle data, nb::handle parity, Py_ssize_t chunk, const std::vector<int>& rows,
+                 const Isa& isa) {
+    const rs::Kernels& kernels = checked_kernels(isa);
+    const size_t chunk_bytes = checked_chunk_bytes(chunk);
+    std::array<int, kData> place;
+    place.fill(-1);
+    for (size_t k = 0; k < rows.size(); ++k) {
+        const std::string name = "rows[" + std::to_string(k) + "] is " + std::to_string(rows[k]);
+        if (rows[k] < 0 || rows[k] >= kData) refuse(PyExc_ValueError, name + ", expected 0 to 31");
+        if (place[rows[k]] >= 0) refuse(PyExc_ValueError, name + ", as an earlier one was");
+        place[rows[k]] = static_cast<int>(k);
+    }
+    const Buffer from(data, "data", kData * chunk_bytes, Access::kRead);
+    const Buffer to(parity, "parity", rows.size() * chunk_bytes, Access::kWrite);
+    if (from.overlaps(to)) refuse(PyExc_ValueError, "data and parity overlap");
+
+    const uint8_t* in[kData];
+    uint8_t* out[kData];
+    for (int j = 0; j < kData; ++j) {
+        in[j] = from.bytes() + j * chunk_bytes;
+        out[j] = place[j] < 0 ? nullptr : to.bytes() + place[j] * chunk_bytes;
+    }
+    nb::gil_scoped_release release;
+    rs::encode(kernels, in, out, chunk_bytes);
+}
+
+void encode(nb::handle data, nb::handle parity, Py_ssize_t chunk_bytes, const Isa& isa) {
+    std::vector<int> all(kData);
+    for (int j = 0; j < kData; ++j) all[j] = j;
+    encode_rows(data, parity, chunk_bytes, all, isa);
+}
+
+void decode(nb::sequence chunks, Py_ssize_t chunk, nb::handle out, const Isa& isa) {
+    const rs::Kernels& kernels = checked_kernels(isa);
+    const size_t chunk_bytes = checked_chunk_bytes(chunk);
+    if (nb::len(chunks) != kTotal) {
+        refuse(PyExc_ValueError, "chunks has " + std::to_string(nb::len(chunks)) + " entries, expected 64");
+    }
+    const Buffer to(out, "out", kData * chunk_bytes, Access::kWrite);
+    std::array<Buffer, kTotal> held;
+    const uint8_t* in[kTotal] = {};
+    uint8_t* rows[kData];
+    int present = 0;
+    for (int j = 0; j < kData; ++j) rows[j] = to.bytes() + j * chunk_bytes;
+    for (int i = 0; i < kTotal; ++i) {
+        const nb::object chunk_object = chunks[i];
+        if (chunk_object.is_none()) continue;
+        const std::string name = "chunks[" + std::to_string(i) + "]";
+        held[i] = Buffer(chunk_object, name, chunk_bytes, Access::kRead);
+        in[i] = held[i].bytes();
+        const bool in_place = i < kData && in[i] == rows[i];
+        if (held[i].overlaps(to) && !in_place)
+            refuse(PyExc_ValueError, name + " overlaps out, not at its own place");
+        ++present;
+    }
+    if (present < kData) {
+        refuse(PyExc_ValueError, "chunks has " + std::to_string(present) + " present, decoding needs 32");
+    }
+    nb::gil_scoped_release release;
+    rs::decode(kernels, in, rows, chunk_bytes);
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    rs::best_kernels();  // tests the kernels now, not inside the first request
+    using namespace nb::literals;
+    module.def("encode", encode, "data"_a.none(), "parity"_a.none(), "chunk_bytes"_a, "isa"_a = nb::none());
+    module.def("encode_rows", encode_rows, "data"_a.none(), "parity"_a.none(), "chunk_bytes"_a, "rows"_a,
+               "isa"_a = nb::none());
+    module.def("decode", decode, "chunks"_a, "chunk_bytes"_a, "out"_a.none(), "isa"_a = nb::none());
+    module.def("isa", [] { return rs::name_of(rs::best_kernels()); });
+    module.attr("CHUNK_ALIGN_BYTES") = rs::kAlignBytes;
+}

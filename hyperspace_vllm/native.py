@@ -1,0 +1,60 @@
+"""The erasure code, in native code: any 32 of 64 chunks rebuild a row.
+
+Systematic Reed–Solomon over GF(2⁸), pinned in ``docs/protocol.md``. Every buffer is any contiguous object
+with the buffer protocol (bytes, bytearray, memoryview, mmap, NumPy array); outputs must be writable. Calls
+release the GIL. ``isa`` forces an instruction set by name, for tests; ``None`` takes the fastest that works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+try:
+    from hyperspace_vllm._native import CHUNK_ALIGN_BYTES as _CHUNK_ALIGN_BYTES
+    from hyperspace_vllm._native import decode as _decode
+    from hyperspace_vllm._native import encode as _encode
+    from hyperspace_vllm._native import encode_rows as _encode_rows
+    from hyperspace_vllm._native import isa as _isa
+except ImportError as error:
+    raise ImportError(
+        "Hyperspace's native code is not built for this Python: run `pip install .` in its source tree"
+    ) from error
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+DATA_CHUNKS = 32
+TOTAL_CHUNKS = 64
+CHUNK_ALIGN_BYTES: int = _CHUNK_ALIGN_BYTES
+"""Chunks of a multiple of this many bytes (an odd one, ideally) are coded without a staged tail."""
+
+
+def encode(data: Buffer, parity: Buffer, chunk_bytes: int, *, isa: str | None = None) -> None:
+    """Fill ``parity`` with the 32 parity chunks of ``data``; both hold 32 * ``chunk_bytes`` bytes.
+
+    Raises ValueError for a size, overlap or read-only buffer, TypeError for what is no buffer.
+    """
+    _encode(data, parity, chunk_bytes, isa)
+
+
+def encode_rows(data: Buffer, parity: Buffer, chunk_bytes: int, rows: Sequence[int], *, isa: str | None = None) -> None:
+    """Fill ``parity`` with the parity chunks that ``rows`` names (0 to 31, each once), in its order.
+
+    Raises what ``encode`` raises.
+    """
+    _encode_rows(data, parity, chunk_bytes, rows, isa)
+
+
+def decode(chunks: Sequence[Buffer | None], chunk_bytes: int, out: Buffer, *, isa: str | None = None) -> None:
+    """Fill ``out`` (32 * ``chunk_bytes`` bytes) with the data, from any 32 of 64 ``chunks``; ``None`` is lost.
+
+    Data chunk j may already lie at its place in ``out``: it isn't copied then. Raises ValueError when fewer
+    than 32 are present and what ``encode`` raises.
+    """
+    _decode(chunks, chunk_bytes, out, isa)
+
+
+def isa() -> str:
+    """Name the instruction set in use: ``"avx2"``, or ``"portable"`` (also if AVX2 failed its self-test)."""
+    return _isa()
