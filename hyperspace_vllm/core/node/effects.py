@@ -60,9 +60,10 @@ class FetchManifest:
 class FetchRow:
     """Get `columns` (bit mask) of one row from one peer, verify each by digest, and open the row into the arena.
 
-    Several may run for one row (hedging): they share the row's chunks. ChunksVerified as they come; when any 32 have
-    verified, the driver reconstructs and answers RowReady (or RowFailed) and ends the others by itself. A FetchRow
-    that ends otherwise is answered by HolderStalled.
+    Several may run for one row (hedging): under one manifest they share the row's chunks, under different manifests
+    they race. ChunksVerified as they come; when any 32 of one manifest have verified, the driver reconstructs and
+    answers RowReady (or RowFailed) and ends the row's others by itself, unanswered. A FetchRow that ends without all
+    its columns is answered by HolderStalled.
     """
 
     lookup: int
@@ -86,7 +87,8 @@ class EndLookup:
 class AnswerPrefix:
     """Tell the client: segments [.., end_segment) are usable through these leased rows (0: none, with a reason).
 
-    `rows` lists (segment, part, rank, row_key); leases of other rows of this lookup are ended by the driver.
+    `rows` lists (segment, part, rank, row_key), all of them ready. The driver cancels what still runs for the lookup
+    and ends the leases of its other rows.
     """
 
     lookup: int

@@ -96,7 +96,12 @@ class ManifestRefused:
 
 @dataclass(frozen=True, slots=True)
 class ChunksVerified:
-    """Progress of FetchRow, at most a few per row: `columns` (bit mask) have arrived and verified so far."""
+    """Progress of FetchRow: `columns` (bit mask) of the row have verified so far from this peer.
+
+    One when a FetchRow has all that it asked for but the row still lacks some; otherwise at most one a row in every
+    FETCH_STALL_MS / 4 in which it gained columns, so that a large row on a slow link doesn't look stalled while a
+    quick one costs its RowReady alone.
+    """
 
     lookup: int
     row_key: RowKey
@@ -106,7 +111,10 @@ class ChunksVerified:
 
 @dataclass(frozen=True, slots=True)
 class HolderStalled:
-    """A FetchRow from `peer` ended without all its columns: dead, late, garbage, or it lacks them."""
+    """A FetchRow from `peer` ended without all its columns: dead, late, garbage, or it lacks them.
+
+    What verified before counts on: a ChunksVerified with it precedes this where columns came since the last one.
+    """
 
     lookup: int
     row_key: RowKey
