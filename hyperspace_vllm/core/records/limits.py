@@ -11,6 +11,7 @@ CHUNK_ALIGN_BYTES = 256  # chunk sizes are odd multiples: power-of-two strides h
 
 # --- rows and objects ---------------------------------------------------------------------------
 SEGMENT_TOKENS_MIN = 256
+SEGMENT_TOKENS_MAX = 4096  # longer ones are seldom whole; 16 x the least
 ROW_BYTES_MAX = 128 * MiB  # 256 tokens x <= 512 KiB a token, all layers of one part of one rank
 CHUNK_BYTES_MAX = ROW_BYTES_MAX // DATA_CHUNKS + CHUNK_ALIGN_BYTES * 2  # + rounding to an odd multiple
 OBJECT_ROWS_MAX = 32  # 32 rows x 2 field elements = the 64 elements of one EIP-7594 cell

@@ -1,0 +1,93 @@
+"""Is a fetch worth it, how long may looking take, when to ask somebody else: formulas only, no state but rates.
+
+The rule behind all of them: looking up never costs more than it can save (DESIGN §6). A prefill estimate of 0 means
+unknown: then only the stall limit and the lookup's deadline bound a fetch, until the engine has measured a prefill.
+"""
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from ..records.ids import PeerId
+from ..records.limits import FETCH_PREFILL_SHARE, FETCH_STALL_MS, UNHINTED_PREFILL_SHARE
+
+# Assumed of a peer nobody measured: 1 Gbit/s less overhead. Too high costs half a prefill once; too low never measures.
+RATE_BYTES_PER_MS_DEFAULT = 100_000
+RATE_PEERS_MAX = 1024
+RATE_FORGET_MS = 60_000  # then a peer once slow gets another chance
+RATE_SAMPLE_BYTES_MIN = 256 * 1024  # smaller transfers measure latency, not rate
+RATE_WEIGHT = 0.5  # of the newest sample
+SEARCH_MS_MIN = 5  # a question and its answer through two busy nodes on a LAN
+SEARCH_MS_MAX = 1_000
+HEDGE_MS_MIN = 60
+HEDGE_MS_MAX = FETCH_STALL_MS // 2  # leaves a second holder as long as the first had
+
+assert SEARCH_MS_MIN < HEDGE_MS_MIN <= HEDGE_MS_MAX
+
+
+def transfer_ms(size: int, rate_bytes_per_ms: float, rtt_ms: int) -> int:
+    """Estimated time to get `size` bytes."""
+    return rtt_ms + math.ceil(size / rate_bytes_per_ms)
+
+
+def saved_ms(prefill_ms: int, tokens: int, prefill_tokens: int) -> int:
+    """The share of `prefill_ms`, the estimate for `prefill_tokens`, that `tokens` of them take."""
+    return prefill_ms * tokens // prefill_tokens if prefill_tokens else 0
+
+
+def fetch_budget_ms(saves_ms: int) -> int:
+    """How long a fetch that saves `saves_ms` of prefill may take at most."""
+    return int(FETCH_PREFILL_SHARE * saves_ms)
+
+
+def worth_fetching(estimate_ms: int, saves_ms: int) -> bool:
+    """Whether an estimated transfer fits the budget of what it saves (0: unknown, so yes)."""
+    return saves_ms == 0 or estimate_ms <= fetch_budget_ms(saves_ms)
+
+
+def search_budget_ms(prefill_ms: int) -> int:
+    """How long to look for providers that nobody announced; 0: don't.
+
+    5 % of the prefill. Where that is less than a round trip takes, asking could only delay the request, so it isn't
+    raised to a floor: a prefill below 100 ms is computed at once.
+    """
+    if prefill_ms == 0:
+        return FETCH_STALL_MS
+    budget = int(UNHINTED_PREFILL_SHARE * prefill_ms)
+    return min(budget, SEARCH_MS_MAX) if budget >= SEARCH_MS_MIN else 0
+
+
+def hedge_delay_ms(expected_ms: int) -> int:
+    """How long a row may go without a newly verified column; `expected_ms` estimates its whole transfer."""
+    return min(max(expected_ms, HEDGE_MS_MIN), HEDGE_MS_MAX)
+
+
+@dataclass(slots=True)
+class _Rate:
+    bytes_per_ms: float
+    measured_at_ms: int
+
+
+class RateEstimator:
+    """What each peer delivered lately, in bytes per ms, fed by lookups that finished; remembers 1,024 peers."""
+
+    def __init__(self) -> None:
+        self._rates: OrderedDict[PeerId, _Rate] = OrderedDict()
+
+    def rate(self, peer: PeerId, now_ms: int) -> float:
+        """Bytes per ms to expect of `peer`."""
+        known = self._rates.get(peer)
+        if known is None or now_ms - known.measured_at_ms > RATE_FORGET_MS:
+            return RATE_BYTES_PER_MS_DEFAULT
+        return known.bytes_per_ms
+
+    def measured(self, peer: PeerId, asked: int, verified: int, elapsed_ms: int, now_ms: int) -> None:
+        """`verified` of `asked` bytes came within `elapsed_ms`."""
+        if asked < RATE_SAMPLE_BYTES_MIN:
+            return
+        sample = max(verified / max(elapsed_ms, 1), 1.0)
+        rate = RATE_WEIGHT * sample + (1 - RATE_WEIGHT) * self.rate(peer, now_ms)
+        self._rates[peer] = _Rate(rate, now_ms)
+        self._rates.move_to_end(peer)
+        if len(self._rates) > RATE_PEERS_MAX:
+            self._rates.popitem(last=False)
