@@ -1,0 +1,279 @@
+"""Every setting, its default, its meaning and where it may come from. The only reader of the environment.
+
+Later sources win: the TOML file (HYPERSPACE_CONFIG, else <data_dir>/hyperspace.toml if it is there), HYPERSPACE_<NAME>
+variables, then vLLM's kv_connector_extra_config. A name that we don't know is an error, never ignored: a misspelt
+`peers` would otherwise be a node that silently caches for nobody.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from .core.records.errors import ProtocolViolation
+from .core.records.ids import public_key_of
+from .core.records.limits import GiB, KiB, MiB
+
+T = TypeVar("T")
+ENVIRONMENT_PREFIX = "HYPERSPACE_"
+_UNITS = {"": 1, "kib": KiB, "mib": MiB, "gib": GiB, "tib": 1024 * GiB}
+_SOCKET_PATH_MAX = 107  # sockaddr_un.sun_path holds 108 bytes, the last one zero
+_FILE_VARIABLE = "HYPERSPACE_CONFIG"
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or wrong; the message names it, where it came from and what would be right."""
+
+
+def default_data_dir(environ: Mapping[str, str]) -> Path:
+    """$XDG_DATA_HOME/hyperspace, else ~/.local/share/hyperspace."""
+    base = environ.get("XDG_DATA_HOME", "")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "hyperspace"
+
+
+def _setting(default: T, doc: str, at_most: int = 1 << 62) -> T:
+    declared: T = field(default=default, metadata={"doc": doc, "at_most": at_most})
+    return declared
+
+
+@dataclass(frozen=True)
+class Config:
+    """The effective settings of one process; `SETTINGS` documents each."""
+
+    data_dir: Path = field(
+        default_factory=lambda: default_data_dir(os.environ),
+        metadata={"doc": "Key, stores, socket and lock of one node; mode 0700. One node per directory."},
+    )
+    listen: str = _setting("127.0.0.1:0", "host:port that other nodes fetch from (port 0: any free one).")
+    peers: tuple[str, ...] = _setting(
+        (), "Nodes to fetch from and to trust, each `<peer id>@host:port`; in variables separated by commas."
+    )
+    network: str = _setting("default", "Name of the network; nodes of different networks share nothing.")
+    arena_bytes: int = _setting(GiB, "Shared memory for KV rows; at most half of what is free in /dev/shm is taken.")
+    disk_bytes: int = _setting(20 * GiB, "Quota of the chunk store on disk.")
+    response_bytes: int = _setting(GiB, "Quota of the response store on disk.")
+    response_ttl_s: int = _setting(86400, "Seconds a stored response may be served.", 10 * 365 * 86400)
+    response_cache: bool = _setting(True, "Answer repeated requests from stored responses (L1).")
+    kv_cache: bool = _setting(True, "Load and store KV of prompt prefixes (L2).")
+    fetch: Literal["auto", "always", "never"] = _setting(
+        "auto", "Fetch KV from peers: `auto` when it beats prefilling, `always` and `never` for tests."
+    )
+    lookup_deadline_ms: int = _setting(10_000, "Longest wait of a request for its prefix, ms.", 600_000)
+    tenants: Literal["private", "shared"] = _setting(
+        "private", "With several API keys: does each key have a cache of its own, or do all share one?"
+    )
+    nice: int = _setting(10, "Niceness (0-19) of a node that vLLM started.", 19)
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "What the node logs.")
+    metrics_listen: str = _setting(
+        "", "host:port of the node's own Prometheus endpoint; empty: none; a bare port: on loopback."
+    )
+
+    def __post_init__(self) -> None:
+        for setting in SETTINGS:
+            setting.check(getattr(self, setting.name), "Config(...)")
+
+    @property
+    def socket_path(self) -> Path:
+        """The node's ipc:// socket."""
+        return self.data_dir / "node.sock"
+
+    def as_environ(self) -> dict[str, str]:
+        """HYPERSPACE_* variables that make another process load exactly this configuration."""
+        return {s.variable: s.text_of(getattr(self, s.name)) for s in SETTINGS}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the settings table."""
+
+    name: str
+    kind: object  # Path, str, int, bool, tuple[str, ...] or Literal[...]
+    default: object
+    doc: str
+    at_most: int
+
+    @property
+    def variable(self) -> str:
+        """Name of its environment variable."""
+        return ENVIRONMENT_PREFIX + self.name.upper()
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words it may be; () when it is no choice of words."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    def text_of(self, value: object) -> str:
+        """`value` as its environment variable holds it."""
+        if isinstance(value, tuple):
+            return ",".join(value)
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    def parse(self, value: object, origin: str) -> object:
+        """`value`, as a TOML file, a variable or JSON hold it, as the setting's own type; or `ConfigError`."""
+        if self.kind is Path and isinstance(value, str | Path) and str(value):
+            return Path(value).expanduser().absolute()
+        if self.kind is bool and isinstance(value, str):
+            words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+            return words.get(value.strip().lower(), value)
+        if self.kind is int and isinstance(value, str):
+            return self._number(value, origin)
+        if get_origin(self.kind) is tuple and isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        if get_origin(self.kind) is tuple and isinstance(value, list):
+            return tuple(value)
+        return value
+
+    def _number(self, text: str, origin: str) -> int:
+        units = "|".join(_UNITS) if self.name.endswith("_bytes") else ""
+        match = re.fullmatch(rf"\s*(\d{{1,18}})\s*({units})\s*", text, re.IGNORECASE)
+        if not match:
+            expected = "such as 1073741824 or 1GiB" if units else "a whole number"
+            raise ConfigError(f"{self.name} = {text!r} (from {origin}): expected {expected}")
+        return int(match[1]) * _UNITS[match[2].lower()]
+
+    def check(self, value: object, origin: str) -> None:
+        """Raise `ConfigError` unless `value` has the right type and lies within its bounds."""
+        for expected in self._complaints(value):
+            raise ConfigError(f"{self.name} = {value!r} (from {origin}): expected {expected}")
+
+    def _complaints(self, value: object) -> Iterator[str]:
+        if self.choices:
+            if value not in self.choices:
+                yield "one of " + ", ".join(self.choices)
+        elif self.kind is int:
+            if type(value) is not int or not 0 <= value <= self.at_most:
+                yield f"a whole number from 0 to {self.at_most}"
+        elif self.kind is bool:
+            if type(value) is not bool:
+                yield "true or false"
+        elif get_origin(self.kind) is tuple:
+            if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
+                yield "a list of strings"
+            elif self.name == "peers":
+                yield from (complaint for peer in value for complaint in _peer_complaints(peer))
+        elif self.kind is Path:
+            longest = _SOCKET_PATH_MAX - len("/node.sock")
+            if not isinstance(value, Path) or len(os.fsencode(value)) > longest:
+                yield f"a path of at most {longest} bytes (a Unix socket lies in it)"
+        elif not isinstance(value, str):
+            yield "a string"
+        elif self.name.endswith("listen") and not (value == "" and self.default == ""):
+            bare_port = self.default == "" and value.isdigit()
+            if not _is_host_port(f"127.0.0.1:{value}" if bare_port else value):
+                yield "host:port"
+
+
+def _is_host_port(text: str) -> bool:
+    host, colon, port = text.rpartition(":")
+    return bool(colon and host) and port.isascii() and port.isdigit() and int(port) < 65536
+
+
+def _peer_complaints(peer: str) -> Iterator[str]:
+    name, at, endpoint = peer.partition("@")
+    if not at or not _is_host_port(endpoint):
+        yield f"<peer id>@host:port, not {peer!r}"
+        return
+    try:
+        public_key_of(name)
+    except ProtocolViolation as error:
+        yield f"<peer id>@host:port: {error}"
+
+
+def _declared_settings() -> tuple[Setting, ...]:
+    kinds = get_type_hints(Config)
+    return tuple(
+        Setting(
+            f.name,
+            kinds[f.name],
+            None if f.name == "data_dir" else f.default,
+            f.metadata["doc"],
+            f.metadata.get("at_most", 1 << 62),
+        )
+        for f in fields(Config)
+    )
+
+
+SETTINGS: tuple[Setting, ...] = _declared_settings()
+_BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    origin: str
+    values: Mapping[str, object]
+
+
+def load_config(environ: Mapping[str, str] = os.environ, extra: Mapping[str, object] | None = None) -> Config:
+    """The effective configuration; `extra` is vLLM's kv_connector_extra_config (or its "hyperspace" entry)."""
+    return load_config_with_origins(environ, extra)[0]
+
+
+def load_config_with_origins(
+    environ: Mapping[str, str] = os.environ,
+    extra: Mapping[str, object] | None = None,
+    extra_origin: str = "kv_connector_extra_config",
+) -> tuple[Config, dict[str, str]]:
+    """The effective configuration, and for every setting where its value came from."""
+    outer = [_environment_layer(environ), _extra_layer(extra or {}, extra_origin)]
+    data_dir = default_data_dir(environ)
+    for layer in outer:
+        if "data_dir" in layer.values:
+            chosen = _checked(_BY_NAME["data_dir"], layer)
+            assert isinstance(chosen, Path)
+            data_dir = chosen
+    values: dict[str, object] = {"data_dir": data_dir}
+    origins = dict.fromkeys(_BY_NAME, "default")
+    for layer in [*_file_layers(environ, data_dir), *outer]:
+        for name in layer.values:
+            if name not in _BY_NAME:
+                raise ConfigError(f"{name} (from {layer.origin}): no such setting{_did_you_mean(name)}")
+            values[name] = _checked(_BY_NAME[name], layer)
+            origins[name] = layer.origin
+    return Config(**values), origins  # type: ignore[arg-type]  # every value was checked against its type
+
+
+def _checked(setting: Setting, layer: _Layer) -> object:
+    value = setting.parse(layer.values[setting.name], layer.origin)
+    setting.check(value, layer.origin)
+    return value
+
+
+def _environment_layer(environ: Mapping[str, str]) -> _Layer:
+    found = {
+        variable.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for variable, value in environ.items()
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable != _FILE_VARIABLE
+    }
+    return _Layer("the environment", found)
+
+
+def _extra_layer(extra: Mapping[str, object], origin: str) -> _Layer:
+    nested = extra.get("hyperspace", extra)
+    if not isinstance(nested, Mapping):
+        raise ConfigError(f"hyperspace = {nested!r} (from {origin}): expected an object of settings")
+    return _Layer(origin, nested)
+
+
+def _file_layers(environ: Mapping[str, str], data_dir: Path) -> Iterator[_Layer]:
+    named = environ.get(_FILE_VARIABLE, "")
+    path = Path(named).expanduser() if named else data_dir / "hyperspace.toml"
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        if named:
+            raise ConfigError(f"{_FILE_VARIABLE} = {named!r}: no such file") from None
+        return
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not named and "data_dir" in values:
+        raise ConfigError(f"data_dir (from {path}): a file inside the data directory can't move it")
+    yield _Layer(str(path), values)
+
+
+def _did_you_mean(name: str) -> str:
+    near = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_BY_NAME)}"

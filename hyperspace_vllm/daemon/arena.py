@@ -1,0 +1,180 @@
+"""The shared memory in which KV rows travel between engine processes and the node.
+
+    file = header: u64 generation of every page (little-endian) | pages of 64 KiB
+
+A slab is a run of whole pages; its slot is the number of its first page. Freeing a slab advances the generation of its
+slot *before* the pages can be handed out again, so a reader that compares generations after its copy learns whether
+the bytes were its own. (On x86 and on arm64 the aligned u64 is one store; between it and the first byte of a new
+owner lie a lock and a message to another process, which order them.) Generations start at a random number, so that a
+slab of an earlier node never looks current in this one's arena.
+
+A file, not `multiprocessing.shared_memory`: on Python 3.11 that one is unlinked by its first client's resource tracker.
+"""
+
+import mmap
+import os
+import re
+import secrets
+import stat
+from bisect import bisect_left
+from pathlib import Path
+
+from ..core.records.limits import KiB, MiB
+from ..core.records.local import Slab
+
+PAGE_BYTES = 64 * KiB
+# Less than this in /dev/shm (Docker gives 64 MiB) holds too few rows to be worth it: a file does better.
+SHARED_MEMORY_BYTES_MIN = 256 * MiB
+_GENERATION_BYTES = 8
+_NAME = re.compile(r"hyperspace-[0-9a-f]{32}\.arena")
+
+
+class ArenaFull(OSError):
+    """Neither shared memory nor the data directory has room for an arena."""
+
+
+class Arena:
+    """Allocates slabs in one mapped file. Not thread-safe: everything happens on the node's loop."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Map a new file of `size` bytes at `path`; `OSError` if the space isn't there."""
+        self.path = path
+        pages = size // PAGE_BYTES
+        header_pages = -(-pages * _GENERATION_BYTES // PAGE_BYTES)
+        assert pages > header_pages, "an arena needs at least two pages"
+        self.size = pages * PAGE_BYTES
+        self.quarantined_bytes = 0
+        self._data_start = header_pages * PAGE_BYTES
+        self._pages = pages - header_pages
+        self._mapping = _map_new_file(path, self.size)
+        self._bytes = memoryview(self._mapping)
+        self._generations = self._bytes[: self._pages * _GENERATION_BYTES].cast("Q")
+        first_generation = secrets.randbits(48)
+        for slot in range(self._pages):
+            self._generations[slot] = first_generation
+        self._free: list[tuple[int, int]] = [(0, self._pages)]  # (first page, pages), ascending, never touching
+        self._live: dict[int, Slab] = {}
+
+    @classmethod
+    def create(cls, data_dir: Path, size: int, shared_memory: Path = Path("/dev/shm")) -> "Arena":
+        """An arena in shared memory, or in the data directory if there is too little; at most half of what's free.
+
+        <data_dir>/arena.path remembers the file, so that the next node of the directory removes what a killed one
+        left. The caller holds the directory's lock.
+        """
+        note = data_dir / "arena.path"
+        _remove_leftover(note, data_dir, shared_memory)
+        places = [
+            (shared_memory / f"hyperspace-{secrets.token_hex(16)}.arena", min(size, SHARED_MEMORY_BYTES_MIN)),
+            (data_dir / "arena", 4 * PAGE_BYTES),
+        ]
+        for path, least in places:
+            granted = min(size, _free_bytes(path.parent) // 2)
+            if granted < least:
+                continue
+            note.write_text(str(path))  # before the file exists: killed in between, nothing is left behind
+            try:
+                return cls(path, granted)
+            except OSError:
+                continue  # another process took the space since we looked
+        raise ArenaFull(f"no room for {size} bytes in {shared_memory} nor in {data_dir}")
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes in no slab and not quarantined."""
+        return sum(pages for _, pages in self._free) * PAGE_BYTES
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes that slabs may take, all together."""
+        return self._pages * PAGE_BYTES
+
+    def allocate(self, length: int) -> Slab | None:
+        """A slab of `length` bytes from the first gap that holds it; None when none does."""
+        wanted = _pages_of(length)
+        for index, (first, pages) in enumerate(self._free):
+            if pages < wanted:
+                continue
+            if pages == wanted:
+                del self._free[index]
+            else:
+                self._free[index] = (first + wanted, pages - wanted)
+            slab = Slab(first, self._data_start + first * PAGE_BYTES, length, self._generations[first])
+            self._live[first] = slab
+            return slab
+        return None
+
+    def free(self, slab: Slab) -> None:
+        """Give the slab's pages back; whoever still reads it will see another generation."""
+        self._end(slab)
+        first, pages = slab.slot, _pages_of(slab.length)
+        index = bisect_left(self._free, (first, 0))
+        if index < len(self._free) and self._free[index][0] == first + pages:
+            pages += self._free.pop(index)[1]
+        if index and sum(self._free[index - 1]) == first:
+            first, before = self._free[index - 1]
+            self._free[index - 1] = (first, before + pages)
+        else:
+            self._free.insert(index, (first, pages))
+
+    def quarantine(self, slab: Slab) -> None:
+        """End the slab, but never hand its pages out again: a process that lost its lease may yet write there."""
+        self._end(slab)
+        self.quarantined_bytes += _pages_of(slab.length) * PAGE_BYTES
+
+    def view(self, slab: Slab) -> memoryview:
+        """The slab's bytes, writable."""
+        assert self._live.get(slab.slot) == slab, "the slab is not live"
+        return self._bytes[slab.offset : slab.offset + slab.length]
+
+    def close(self) -> None:
+        """Remove the file; processes that mapped it keep their pages until they unmap it."""
+        self.path.unlink(missing_ok=True)
+
+    def _end(self, slab: Slab) -> None:
+        live = self._live.pop(slab.slot, None)
+        assert live == slab, f"{slab} is not live"
+        self._generations[slab.slot] = slab.generation + 1
+
+
+def pages_bytes(length: int) -> int:
+    """What a slab of `length` bytes takes from the arena."""
+    return _pages_of(length) * PAGE_BYTES
+
+
+def _pages_of(length: int) -> int:
+    assert length > 0
+    return -(-length // PAGE_BYTES)
+
+
+def _free_bytes(directory: Path) -> int:
+    try:
+        status = os.statvfs(directory)
+    except OSError:
+        return 0
+    return status.f_bavail * status.f_frsize
+
+
+def _map_new_file(path: Path, size: int) -> mmap.mmap:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        # Reserved now: a page that is missing when it is first touched is a SIGBUS, not an error.
+        os.posix_fallocate(descriptor, 0, size)
+        return mmap.mmap(descriptor, size)
+    except OSError:
+        path.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftover(note: Path, data_dir: Path, shared_memory: Path) -> None:
+    (data_dir / "arena").unlink(missing_ok=True)
+    try:
+        leftover = Path(note.read_text())
+        status = leftover.lstat()
+    except (OSError, ValueError):
+        return  # no note, an unreadable one, or nothing left
+    ours = leftover.parent == shared_memory and _NAME.fullmatch(leftover.name)
+    if ours and stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+        leftover.unlink(missing_ok=True)

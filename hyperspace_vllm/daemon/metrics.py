@@ -1,0 +1,64 @@
+"""The node's Prometheus metrics; docs/operations.md says what each means."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """Counters, gauges and histograms of one node, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.lookups_total = Counter(
+            "hyperspace_lookups_total",
+            "Lookups by layer (l1, l2), result (hit, miss) and reason.",
+            ("layer", "result", "reason"),
+            registry=self.registry,
+        )
+        self.lookup_seconds = Histogram(
+            "hyperspace_lookup_seconds",
+            "Time from a lookup to its answer.",
+            ("layer",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.bytes_total = Counter(
+            "hyperspace_bytes_total",
+            "Payload bytes by direction: stored, fetched, served, copied.",
+            ("direction",),
+            registry=self.registry,
+        )
+        self.failures_total = Counter(
+            "hyperspace_failures_total",
+            "Failures by layer and reason; each ended as a miss.",
+            ("layer", "reason"),
+            registry=self.registry,
+        )
+        self.rows = Gauge("hyperspace_rows", "KV rows held by tier: memory, disk.", ("tier",), registry=self.registry)
+        self.store_bytes = Gauge(
+            "hyperspace_store_bytes",
+            "Bytes held by tier: memory, disk, response.",
+            ("tier",),
+            registry=self.registry,
+        )
+        self.staged_dropped_total = Counter(
+            "hyperspace_staged_dropped_total",
+            "Rows that an engine staged and the node did not keep, by reason.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self.peers = Gauge("hyperspace_peers", "Configured peers.", registry=self.registry)
+        self.clients = Gauge("hyperspace_clients", "Processes that hold a lease.", registry=self.registry)
+        self.quarantined_bytes = Gauge(
+            "hyperspace_quarantined_bytes",
+            "Arena bytes that a vanished process may still write to; never reused by this node.",
+            registry=self.registry,
+        )
+
+    def listen(self, address: str) -> str:
+        """Serve /metrics at `address` (host:port, or a port on loopback) from its own thread; the bound address."""
+        host, _, port = address.rpartition(":")
+        host = host or "127.0.0.1"
+        server, _thread = start_http_server(int(port), host.strip("[]"), self.registry)
+        return f"{host}:{server.server_address[1]}"
