@@ -26,6 +26,14 @@ RANKS_MAX = 64
 LOOKUP_ROWS_MAX = 8192  # rows one prefix lookup may name: 4096 segments x 2 parts
 RESPONSE_BYTES_MAX = 8 * MiB
 
+# --- the response cache -------------------------------------------------------------------------
+REQUEST_BYTES_MAX = 4 * MiB  # a longer request body passes by the response cache unread
+FLIGHTS_MAX = 1024  # computations that others may join; the next ones run alone
+FLIGHT_BYTES_MAX = 8 * MiB  # frames a computation keeps for those who join late or read slowly
+FLIGHTS_BYTES_MAX = 256 * MiB  # all of them together: 1024 answers of 256 KiB
+FLIGHT_WINDOW_BYTES = 64 * KiB  # how far a computation may run ahead of its fastest reader
+STORE_QUEUE_BYTES_MAX = 64 * MiB  # responses waiting for the one writer
+
 # --- sockets ------------------------------------------------------------------------------------
 LOCAL_MESSAGE_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB
 PEER_CONTROL_BYTES_MAX = 1 * MiB  # 8192 row ids x 32 B = 256 KiB, manifest + digests = 70 KiB
@@ -50,3 +58,5 @@ assert LOOKUP_ROWS_MAX * DIGEST_BYTES < PEER_CONTROL_BYTES_MAX
 assert DIGEST_TABLE_BYTES_MAX + MANIFEST_BYTES_MAX < PEER_CONTROL_BYTES_MAX
 assert LEASE_MS >= 3 * HEARTBEAT_MS
 assert RESPONSE_BYTES_MAX < LOCAL_MESSAGE_BYTES_MAX
+assert FLIGHT_WINDOW_BYTES < FLIGHT_BYTES_MAX < FLIGHTS_BYTES_MAX
+assert RESPONSE_BYTES_MAX <= STORE_QUEUE_BYTES_MAX

@@ -1,0 +1,62 @@
+"""Who may see an answer: the tenant behind an API key, and the scope that the middleware hands to the connector.
+
+The scope travels from the API server to the scheduler inside the request (`kv_transfer_params.hyperspace`), the one
+channel that vLLM forwards, and which clients can write to as well. So it is signed with a secret of this process tree.
+"""
+
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Literal, cast
+
+Scope = Literal["private", "network", "public"]
+
+_SCOPES = ("private", "network", "public")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestScope:
+    """How far what a request leaves behind may travel, and for whom ('' when the server has one tenant)."""
+
+    scope: Scope
+    tenant: str
+
+
+DEFAULT_SCOPE = RequestScope("network", "")
+
+
+def tenant_of(fleet_secret: bytes, api_keys: tuple[str, ...], authorization: str | None) -> str | None:
+    """The tenant of a request: '' with fewer than two API keys, else 32 hex digits; None for a key not in the list.
+
+    The HMAC under a secret of the fleet gives a key the same tenant on every server, and nobody else a way to guess it.
+    """
+    if len(set(api_keys)) < 2:
+        return ""
+    scheme, _, token = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer" or token not in api_keys:
+        return None
+    return hmac.digest(fleet_secret, b"hyperspace/tenant/1" + token.encode(), sha256)[:16].hex()
+
+
+def sign_scope(secret: bytes, scope: Scope, tenant: str, cache_salt: str | None) -> dict[str, str]:
+    """What goes into kv_transfer_params.hyperspace; the MAC binds it to the request's cache_salt."""
+    return {"scope": scope, "tenant": tenant, "mac": _mac(secret, scope, tenant, cache_salt)}
+
+
+def verify_scope(secret: bytes, signed: object, cache_salt: str | None) -> RequestScope | None:
+    """The scope in kv_transfer_params.hyperspace, or None for anything that `sign_scope` did not make."""
+    if not isinstance(signed, Mapping):
+        return None
+    scope, tenant, mac = signed.get("scope"), signed.get("tenant"), signed.get("mac")
+    if scope not in _SCOPES or not isinstance(tenant, str) or not isinstance(mac, str) or not mac.isascii():
+        return None
+    if not hmac.compare_digest(mac, _mac(secret, scope, tenant, cache_salt)):
+        return None
+    return RequestScope(cast(Scope, scope), tenant)
+
+
+def _mac(secret: bytes, scope: str, tenant: str, cache_salt: str | None) -> str:
+    salt = b"\x00" if cache_salt is None else b"\x01" + cache_salt.encode("utf-8", "surrogatepass")
+    fields = [sha256(field).digest() for field in (scope.encode(), tenant.encode(), salt)]
+    return hmac.digest(secret, b"hyperspace/scope/1" + b"".join(fields), sha256).hex()
