@@ -6,6 +6,7 @@ them again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import random
@@ -159,7 +160,7 @@ def test_the_basis_in_the_vectors_is_cantors():
     assert pinned["polynomial"] == POLYNOMIAL
     assert tuple(bytes.fromhex(pinned["basis"])) == BASIS
     field = galois_field()
-    for previous, element in zip(BASIS, BASIS[1:], strict=False):
+    for previous, element in itertools.pairwise(BASIS):
         assert int(field(element) ** 2 + field(element)) == previous
 
 

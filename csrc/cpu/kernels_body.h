@@ -59,7 +59,8 @@ struct Body {
     // reading and writing a row once: layers 0-1 in, 2-4 and back 4-2, 1-0 out.
 
     template <int From, int To, bool Stream>
-    static void transform_blocks(const uint8_t* const in[32], uint8_t* const out[32], size_t bytes) {
+    __attribute__((flatten)) static void transform_blocks(const uint8_t* const in[32], uint8_t* const out[32],
+                                                          size_t bytes) {
         Scratch scratch;
         for (size_t at = 0; at < bytes; at += kBlock) {
             const size_t ahead = at + kBlock < bytes ? at + kBlock : at;
@@ -140,7 +141,7 @@ struct Body {
 
     template <int Coset, int RowInHalf>
     HYPERSPACE_INLINE static void interpolate_scaled(const uint8_t* const in[64], const uint8_t locator[64],
-                                                     Scratch& scratch, size_t at) {
+                                                     Scratch& scratch, size_t at, size_t ahead) {
         typename V::Factor scale[4];
         unroll<4>([&](auto i) { scale[i] = V::factor(locator[Coset + RowInHalf + i]); });
         for (int column = 0; column < kBlock; column += V::kBytes) {
@@ -148,6 +149,7 @@ struct Body {
             unroll<4>([&](auto i) {
                 const uint8_t* chunk = in[Coset + RowInHalf + i];
                 r[i] = chunk ? V::multiply(V::load(chunk + at + column), scale[i]) : Register{};
+                if (chunk) V::prefetch(chunk + ahead + column);
             });
             interpolate<V, Coset, 0, RowInHalf>(r);
             store_rows<1>(scratch, RowInHalf, column, r);
@@ -173,7 +175,7 @@ struct Body {
         store_rows<4>(high, Row, column, r);
     }
 
-    template <int Row>
+    template <int Row, bool Stream>
     HYPERSPACE_INLINE static void evaluate_unscaled(const Scratch& scratch,
                                                     const typename V::Factor unscale[32],
                                                     uint8_t* const out[32], size_t at) {
@@ -182,13 +184,16 @@ struct Body {
             load_rows<1>(r, scratch, Row, column);
             evaluate<V, 0, 0, Row>(r);
             unroll<4>([&](auto i) {
-                if (out[Row + i]) V::store(out[Row + i] + at + column, V::multiply(r[i], unscale[Row + i]));
+                if (out[Row + i])
+                    put<Stream>(out[Row + i] + at + column, V::multiply(r[i], unscale[Row + i]));
             });
         }
     }
 
-    static void recover(const uint8_t* const in[64], const uint8_t locator[64], uint8_t* const out[32],
-                        size_t bytes) {
+    template <bool Stream>
+    __attribute__((flatten)) static void recover_blocks(const uint8_t* const in[64],
+                                                        const uint8_t locator[64], uint8_t* const out[32],
+                                                        size_t bytes) {
         typename V::Factor unscale[32];
         for (int row = 0; row < kDataChunks; ++row) {
             const int log = gf256::kLogarithms.log[locator[row]];
@@ -196,9 +201,10 @@ struct Body {
         }
         Scratch low, high;
         for (size_t at = 0; at < bytes; at += kBlock) {
+            const size_t ahead = at + kBlock < bytes ? at + kBlock : at;
             unroll<8>([&](auto group) {
-                interpolate_scaled<0, 4 * group>(in, locator, low, at);
-                interpolate_scaled<32, 4 * group>(in, locator, high, at);
+                interpolate_scaled<0, 4 * group>(in, locator, low, at, ahead);
+                interpolate_scaled<32, 4 * group>(in, locator, high, at, ahead);
             });
             for (int row = 0; row < 4; ++row) {
                 for (int column = 0; column < kBlock; column += V::kBytes) {
@@ -213,8 +219,14 @@ struct Body {
                     derive_and_evaluate<row>(low, high, column);
                 }
             });
-            unroll<8>([&](auto group) { evaluate_unscaled<4 * group>(high, unscale, out, at); });
+            unroll<8>([&](auto group) { evaluate_unscaled<4 * group, Stream>(high, unscale, out, at); });
         }
+        if constexpr (Stream) V::fence();
+    }
+
+    static void recover(const uint8_t* const in[64], const uint8_t locator[64], uint8_t* const out[32],
+                        size_t bytes) {
+        (should_stream(out, bytes) ? recover_blocks<true> : recover_blocks<false>)(in, locator, out, bytes);
     }
 
     static constexpr Kernels kernels(const char* name) {
