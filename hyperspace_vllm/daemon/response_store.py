@@ -1,0 +1,272 @@
+"""The one writer of the response database: TTL, byte quota, least-recently-used eviction, CacheProofs.
+
+A thread of its own takes messages from a bounded queue, everything that has queued up in one transaction. Nothing is
+synced to disk before an answer counts as stored: after a kill -9 the WAL holds all commits, after a power cut at worst
+the last ones are gone, and a lost entry is only a miss. A database that is damaged is moved aside, and a fresh one
+takes its place; readers notice by the file's identity.
+"""
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+from nacl.signing import SigningKey
+
+from ..core.records.ids import NetworkId, RequestKey
+from ..core.records.limits import RESPONSE_TTL_MS, STORE_QUEUE_BYTES_MAX, MiB
+from ..core.records.local import StoreResponse
+from ..core.response.cache_proof import make_proof
+from ..response_db import SCHEMA, SCHEMA_VERSION
+
+_ENTRY_OVERHEAD_BYTES = 1024  # proof, key, index entries and the tail of a page
+_TOUCHES_MAX = 65_536
+_EXPIRE_EVERY_MS = 60_000
+
+
+class Signer(Protocol):
+    """What the store needs of the node's identity."""
+
+    @property
+    def signing_key(self) -> SigningKey:
+        """The node's Ed25519 key."""
+
+
+class _Damaged(sqlite3.DatabaseError):
+    """The file opens, but is not a sound database of our schema."""
+
+
+def wall_clock_ms() -> int:
+    """Milliseconds since 1970: the clock of expiry and proofs, comparable between processes."""
+    return time.time_ns() // 1_000_000
+
+
+class ResponseStore:
+    """Takes responses from any thread, never blocking it; `store` and `touch` are dropped when the queue is full."""
+
+    def __init__(
+        self,
+        path: Path,
+        quota_bytes: int,
+        ttl_ms: int,
+        identity: Signer,
+        network: NetworkId,
+        clock: Callable[[], int] = wall_clock_ms,
+    ) -> None:
+        self._path = path
+        self._quota_bytes = quota_bytes
+        self._ttl_ms = min(ttl_ms, RESPONSE_TTL_MS)
+        self._identity = identity
+        self._network = network
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._queue: deque[StoreResponse] = deque()
+        self._queue_bytes = 0
+        self._touched: Counter[bytes] = Counter()
+        self._closing = False
+        self._busy = True
+        self._damaged = False
+        self._next_expiry_ms = 0
+        self._totals = {"entries": 0, "bytes": 0}
+        self._counts = dict.fromkeys(("stored", "dropped", "evicted", "expired", "hits", "failed", "moved_aside"), 0)
+        self._thread = threading.Thread(target=self._run, name="hyperspace-responses", daemon=True)
+        self._thread.start()
+
+    def store(self, message: StoreResponse) -> bool:
+        """Queue a response; False if it was dropped because the writer is behind or it exceeds the quota."""
+        size = len(message.body) + _ENTRY_OVERHEAD_BYTES
+        with self._changed:
+            if self._closing or size > self._quota_bytes or self._queue_bytes + size > STORE_QUEUE_BYTES_MAX:
+                self._counts["dropped"] += 1
+                return False
+            self._queue.append(message)
+            self._queue_bytes += size
+            self._changed.notify_all()
+        return True
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """Note that these RequestKeys were hit."""
+        with self._changed:
+            for key in keys:
+                if len(self._touched) < _TOUCHES_MAX or key in self._touched:
+                    self._touched[key] += 1
+            self._changed.notify_all()
+
+    def stats(self) -> dict[str, int]:
+        """Entries, their bytes, the quota, and what happened since the start."""
+        with self._changed:
+            return {
+                **self._totals,
+                "quota_bytes": self._quota_bytes,
+                "queued_bytes": self._queue_bytes,
+                **self._counts,
+            }
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything queued so far is committed (or failed); False after `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: not (self._queue or self._touched or self._busy) or not self._thread.is_alive(),
+                timeout_s,
+            )
+
+    def close(self) -> None:
+        """Commit what is queued and end the thread, within 5 s."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        database: sqlite3.Connection | None = None
+        while True:
+            with self._changed:
+                if database is not None:
+                    self._busy = False
+                    self._changed.notify_all()
+                    self._changed.wait_for(
+                        lambda: self._queue or self._touched or self._closing, _EXPIRE_EVERY_MS / 1000
+                    )
+                if self._closing and not self._queue and not self._touched:
+                    break
+                self._busy = True
+                batch, self._queue = list(self._queue), deque()
+                touched, self._touched = self._touched, Counter()
+                self._queue_bytes = 0
+            database = self._commit(database, batch, touched)
+        if database is not None:
+            with contextlib.suppress(sqlite3.Error):
+                database.close()
+
+    def _commit(
+        self, database: sqlite3.Connection | None, batch: list[StoreResponse], touched: Counter[bytes]
+    ) -> sqlite3.Connection | None:
+        """One transaction; what could not be written is counted and forgotten."""
+        try:
+            database = database or self._open()
+            with database:
+                database.execute("BEGIN IMMEDIATE")
+                evicted = self._write(database, batch, touched)
+                totals = _totals(database)
+        except (sqlite3.Error, OSError) as error:
+            self._count(failed=len(batch) or 1)
+            if database is not None and _is_damage(error):
+                database.close()
+                database, self._damaged = None, True
+            if database is None:  # e.g. a read-only or full disk: wait before the next attempt
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing, 1.0)
+            return database
+        with self._changed:
+            self._totals = totals
+        self._count(stored=len(batch), hits=touched.total(), **evicted)
+        return database
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            if not self._damaged:
+                return self._open_sound()
+        except sqlite3.DatabaseError as error:
+            if not _is_damage(error):
+                raise
+        self._move_aside()
+        return self._open_sound()
+
+    def _open_sound(self) -> sqlite3.Connection:
+        """A connection to a database of our schema that passed its integrity check."""
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))
+        database = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")
+            database.execute(f"PRAGMA journal_size_limit = {16 * MiB}")
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if verdict != "ok" or (tables and version != SCHEMA_VERSION):
+                raise _Damaged(verdict)
+            if not tables:
+                database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+        except sqlite3.Error:
+            database.close()
+            raise
+        return database
+
+    def _move_aside(self) -> None:
+        """Keep the last damaged database for whoever wants to look at it; its WAL is of no use without it."""
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self._path, self._path.with_suffix(".damaged"))
+        for suffix in ("-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self._path}{suffix}")
+        self._damaged = False
+        self._count(moved_aside=1)
+
+    def _write(
+        self, database: sqlite3.Connection, batch: list[StoreResponse], touched: Counter[bytes]
+    ) -> dict[str, int]:
+        now_ms = self._clock()
+        for message in batch:
+            self._insert(database, message, now_ms)
+        database.executemany(
+            "UPDATE entries SET hits = hits + ?, last_used_ms = ? WHERE request_key = ?",
+            [(hits, now_ms, key) for key, hits in touched.items()],
+        )
+        expired = 0
+        if now_ms >= self._next_expiry_ms:
+            self._next_expiry_ms = now_ms + _EXPIRE_EVERY_MS
+            expired = database.execute("DELETE FROM entries WHERE expires_at_ms <= ?", (now_ms,)).rowcount
+        return {"expired": expired, "evicted": self._evict(database)}
+
+    def _insert(self, database: sqlite3.Connection, message: StoreResponse, now_ms: int) -> None:
+        proof = make_proof(
+            self._identity.signing_key,
+            self._network,
+            RequestKey(message.request_key),
+            message.body,
+            message.model_digest,
+            message.engine_version,
+            now_ms,
+        )
+        database.execute("DELETE FROM entries WHERE request_key = ?", (message.request_key,))
+        expires_at_ms = now_ms + min(self._ttl_ms, message.ttl_ms)
+        size = len(message.body) + _ENTRY_OVERHEAD_BYTES
+        cursor = database.execute(
+            "INSERT INTO entries (request_key, proof, computed_at_ms, expires_at_ms, size, last_used_ms, hits, scope)"
+            " VALUES (?, ?, ?, ?, ?, ?, 0, ?)",
+            (message.request_key, proof.encode(), now_ms, expires_at_ms, size, now_ms, message.scope),
+        )
+        database.execute("INSERT INTO bodies (id, body) VALUES (?, ?)", (cursor.lastrowid, message.body))
+
+    def _evict(self, database: sqlite3.Connection) -> int:
+        """Delete the least recently used entries until the rest fit the quota."""
+        excess = _totals(database)["bytes"] - self._quota_bytes
+        doomed: list[tuple[int]] = []
+        for entry, size in database.execute("SELECT id, size FROM entries ORDER BY last_used_ms, id"):
+            if excess <= 0:
+                break
+            doomed.append((entry,))
+            excess -= size
+        database.executemany("DELETE FROM entries WHERE id = ?", doomed)
+        return len(doomed)
+
+    def _count(self, **increments: int) -> None:
+        with self._changed:
+            for name, increment in increments.items():
+                self._counts[name] += increment
+
+
+def _totals(database: sqlite3.Connection) -> dict[str, int]:
+    entries, size = database.execute("SELECT entries, bytes FROM totals").fetchone()
+    return {"entries": entries, "bytes": size}
+
+
+def _is_damage(error: Exception) -> bool:
+    damage = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return isinstance(error, _Damaged) or getattr(error, "sqlite_errorcode", None) in damage

@@ -1,0 +1,123 @@
+"""The response database: its schema, and the read path that API servers use in place.
+
+One process writes (daemon/response_store.py); any number of others read the same file under SQLite's WAL, so a hit
+needs no message to the node. A reader never reports an error: a missing, locked, damaged or replaced database is a
+miss. Every body is checked against the digest in its CacheProof, for SQLite itself has no checksums.
+
+Bodies have a table of their own, so that touching an entry does not rewrite its body.
+"""
+
+import contextlib
+import os
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+from .core.records.errors import ProtocolViolation
+from .core.records.ids import RequestKey, sha256
+from .core.response.cache_proof import decode_proof
+
+SCHEMA_VERSION = 1
+
+SCHEMA = f"""
+CREATE TABLE entries (
+    id INTEGER PRIMARY KEY,
+    request_key BLOB NOT NULL UNIQUE,
+    proof BLOB NOT NULL,
+    computed_at_ms INTEGER NOT NULL,
+    expires_at_ms INTEGER NOT NULL,
+    size INTEGER NOT NULL,
+    last_used_ms INTEGER NOT NULL,
+    hits INTEGER NOT NULL,
+    scope TEXT NOT NULL
+);
+CREATE INDEX entries_by_use ON entries (last_used_ms);
+CREATE INDEX entries_by_expiry ON entries (expires_at_ms);
+CREATE TABLE bodies (id INTEGER PRIMARY KEY, body BLOB NOT NULL);
+CREATE TABLE totals (entries INTEGER NOT NULL, bytes INTEGER NOT NULL);
+INSERT INTO totals VALUES (0, 0);
+CREATE TRIGGER entry_added AFTER INSERT ON entries
+BEGIN UPDATE totals SET entries = entries + 1, bytes = bytes + new.size; END;
+CREATE TRIGGER entry_removed AFTER DELETE ON entries
+BEGIN
+    UPDATE totals SET entries = entries - 1, bytes = bytes - old.size;
+    DELETE FROM bodies WHERE id = old.id;
+END;
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+_SELECT = """
+SELECT body, proof, computed_at_ms, expires_at_ms FROM entries JOIN bodies USING (id)
+WHERE request_key = ? AND expires_at_ms > ?
+"""
+
+
+def database_path(data_dir: Path) -> Path:
+    """Where the node of a data directory keeps its responses."""
+    return data_dir / "responses.sqlite"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """One entry, its body intact; `proof` is an encoded CacheProof."""
+
+    body: bytes
+    proof: bytes
+    computed_at_ms: int
+    expires_at_ms: int
+
+
+class ResponseReader:
+    """Reads the database in place. Belongs to one thread at a time; opens, and opens again, by itself."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+
+    def get(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
+        """The entry of `key` that has not expired, or None."""
+        try:
+            connection = self._current()
+            row = connection.execute(_SELECT, (key, now_ms)).fetchone() if connection else None
+        except (sqlite3.Error, OSError):
+            self.close()
+            return None
+        return _intact(row) if row else None
+
+    def close(self) -> None:
+        """Let go of the file; `get` opens it again."""
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.close()
+        self._connection = self._file = None
+
+    def _current(self) -> sqlite3.Connection | None:
+        """A connection to the file that is at the path now, which the writer may have replaced."""
+        try:
+            status = os.stat(self._path)
+        except FileNotFoundError:
+            self.close()
+            return None
+        file = status.st_dev, status.st_ino
+        if file != self._file:
+            self.close()
+            # Locks are not waited for: readers meet one only while the writer recovers or replaces the file.
+            self._connection = sqlite3.connect(
+                f"{self._path.absolute().as_uri()}?mode=ro",
+                uri=True,
+                timeout=0,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            self._file = file
+        return self._connection
+
+
+def _intact(row: tuple[bytes, bytes, int, int]) -> StoredResponse | None:
+    entry = StoredResponse(*row)
+    try:
+        proof = decode_proof(entry.proof)
+    except (ProtocolViolation, TypeError):  # TypeError: a damaged page may hold another type
+        return None
+    return entry if isinstance(entry.body, bytes) and proof.response_hash == sha256(entry.body) else None
