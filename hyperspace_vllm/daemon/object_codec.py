@@ -1,0 +1,145 @@
+"""Rows to sealed, coded, digested chunks and back: the slow, pure work on an object's bytes.
+
+Runs in threads: ChaCha20, the erasure code and BLAKE3 all release the GIL. An object is stored row-major: chunk c of
+row r at (r * 64 + c) * chunk_bytes. A row's last data chunks are zero beyond its sealed length: padding is *not*
+sealed, so that every node pads the same way without knowing the key.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import blake3
+from nacl.signing import SigningKey
+
+from .. import native
+from ..core.records.errors import ProtocolViolation, Refused
+from ..core.records.ids import ManifestDigest, NetworkId, RowId
+from ..core.records.limits import DATA_CHUNKS, DIGEST_BYTES, TOTAL_CHUNKS
+from ..core.records.manifest import Manifest, RowEntry, decode_manifest
+from ..core.records.sealing import NONCE_BYTES, xor_stream
+
+ROW_DIGESTS_BYTES = TOTAL_CHUNKS * DIGEST_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRecord:
+    """What makes an object's chunks checkable: its manifest (decoded and as signed), digest table and KZG proof."""
+
+    digest: ManifestDigest
+    raw: bytes
+    manifest: Manifest
+    digests: bytes
+    proof: bytes
+
+    def row_digests(self, row: int) -> bytes:
+        """The 64 digests (2 KiB) of one row's chunks."""
+        return self.digests[row * ROW_DIGESTS_BYTES : (row + 1) * ROW_DIGESTS_BYTES]
+
+    @property
+    def object_bytes(self) -> int:
+        """Size of all rows with all their chunks."""
+        return len(self.manifest.rows) * TOTAL_CHUNKS * self.manifest.chunk_bytes
+
+
+def read_record(raw: bytes, digests: bytes, proof: bytes) -> ObjectRecord:
+    """A record as received or stored; `ProtocolViolation` if its parts don't fit together. Nothing is believed yet."""
+    manifest = decode_manifest(raw)
+    if len(digests) != len(manifest.rows) * ROW_DIGESTS_BYTES or len(proof) != 48:
+        raise ProtocolViolation(f"digest table: {len(digests)} bytes for {len(manifest.rows)} rows of 64 digests")
+    return ObjectRecord(manifest.digest, raw, manifest, digests, proof)
+
+
+def sign_record(
+    key: SigningKey,
+    network: NetworkId,
+    fingerprint: bytes,
+    chunk_bytes: int,
+    nonce: bytes,
+    rows: tuple[tuple[RowId, int], ...],
+    digests: bytes,
+    commitment: bytes,
+    proof: bytes,
+    now_ms: int,
+) -> ObjectRecord:
+    """The record of an object that this node computed; `rows` are (row id, true length), `now_ms` wall-clock."""
+    entries = tuple(RowEntry(row_id, length) for row_id, length in rows)
+    producer = key.verify_key.encode()
+    manifest = Manifest(network, fingerprint, chunk_bytes, nonce, commitment, producer, now_ms, entries).sign(key)
+    return ObjectRecord(manifest.digest, manifest.encode(), manifest, digests, proof)
+
+
+def new_nonce() -> bytes:
+    """A random ChaCha20 nonce, one per object: rows differ in their keys."""
+    return secrets.token_bytes(NONCE_BYTES)
+
+
+def chunk_digest(chunk: bytes | memoryview) -> bytes:
+    """BLAKE3, 32 bytes."""
+    return blake3.blake3(chunk).digest()
+
+
+def encode_object(
+    rows: Sequence[memoryview], seal_keys: Sequence[bytes], nonce: bytes, chunk_bytes: int, out: memoryview
+) -> bytes:
+    """Seal and code `rows` into `out` (rows * 64 * chunk_bytes *zero* bytes); returns the digest table."""
+    digests = []
+    for index, (row, key) in enumerate(zip(rows, seal_keys, strict=True)):
+        chunks = split_chunks(out, index, chunk_bytes)
+        start, middle = index * TOTAL_CHUNKS * chunk_bytes, DATA_CHUNKS * chunk_bytes
+        data, parity = out[start : start + middle], out[start + middle : start + 2 * middle]
+        xor_stream(key, nonce, row, data[: len(row)])
+        native.encode(data, parity, chunk_bytes)
+        digests += [chunk_digest(chunk) for chunk in chunks]
+    return b"".join(digests)
+
+
+def split_chunks(object_bytes: memoryview, row: int, chunk_bytes: int) -> list[memoryview]:
+    """The 64 chunks of one row inside an object."""
+    first = row * TOTAL_CHUNKS * chunk_bytes
+    return [object_bytes[first + c * chunk_bytes : first + (c + 1) * chunk_bytes] for c in range(TOTAL_CHUNKS)]
+
+
+def good_chunks(chunks: Sequence[tuple[int, memoryview]], digests: bytes) -> dict[int, memoryview]:
+    """Those of the (column, bytes) whose BLAKE3 stands in `digests`, the row's 64 digests."""
+    return {column: chunk for column, chunk in chunks if chunk_digest(chunk) == _digest(digests, column)}
+
+
+def open_row(
+    chunks: Mapping[int, memoryview],
+    digests: bytes,
+    chunk_bytes: int,
+    key: bytes,
+    nonce: bytes,
+    target: memoryview,
+) -> None:
+    """Decrypt a row into `target` (its true length) from 32 or more *verified* chunks, by column.
+
+    Nothing is copied on the way when the data chunks are all there. `Refused("condemned")`: the chunks are what the
+    producer committed to, but they are no codeword.
+    """
+    wanted = range(-(-len(target) // chunk_bytes))
+    data = dict(chunks)
+    missing = [column for column in wanted if column not in chunks]
+    if missing:
+        data |= _recover(chunks, missing, digests, chunk_bytes)
+    for column in wanted:
+        start = column * chunk_bytes
+        place = target[start : start + chunk_bytes]
+        xor_stream(key, nonce, data[column][: len(place)], place, start)
+
+
+def _recover(
+    chunks: Mapping[int, memoryview], missing: Sequence[int], digests: bytes, chunk_bytes: int
+) -> dict[int, memoryview]:
+    whole = memoryview(bytearray(DATA_CHUNKS * chunk_bytes))
+    native.decode([chunks.get(column) for column in range(TOTAL_CHUNKS)], chunk_bytes, whole)
+    recovered = [(c, whole[c * chunk_bytes : (c + 1) * chunk_bytes]) for c in missing]
+    good = good_chunks(recovered, digests)
+    if len(good) != len(missing):
+        raise Refused("condemned", f"recovered chunks {sorted(set(missing) - set(good))}")
+    return good
+
+
+def _digest(digests: bytes, column: int) -> bytes:
+    return digests[column * DIGEST_BYTES : (column + 1) * DIGEST_BYTES]

@@ -1,0 +1,90 @@
+"""The compute pool with its real worker process: deadlines, bounds, and a worker that dies."""
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from hyperspace_vllm.core.records.errors import Refused
+from hyperspace_vllm.core.records.manifest import digest_blob
+from hyperspace_vllm.daemon import compute_pool
+from hyperspace_vllm.daemon.compute_pool import ComputePool
+
+pytestmark = pytest.mark.io
+BLOB = digest_blob(secrets.token_bytes(2 * 64 * 32), 2)
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[ComputePool]:
+    pool = ComputePool()
+    yield pool
+    await pool.close()
+
+
+async def commit(pool: ComputePool, deadline_s: float = 60.0) -> tuple[bytes, bytes]:
+    async with asyncio.timeout(deadline_s):
+        while True:
+            try:
+                return await pool.commit(BLOB)
+            except Refused:
+                await asyncio.sleep(0.05)
+
+
+async def test_a_proof_verifies_and_only_for_its_blob(pool: ComputePool) -> None:
+    commitment, proof = await pool.commit(BLOB)
+    assert await pool.verify(BLOB, commitment, proof)
+    changed = bytearray(BLOB)
+    changed[31] ^= 1
+    assert not await pool.verify(bytes(changed), commitment, proof)
+    assert not await pool.verify(BLOB, proof, commitment)
+    assert not await pool.verify(BLOB, bytes(48), bytes(48))
+    assert not await pool.verify(b"\xff" * len(BLOB), commitment, proof)
+
+
+async def test_a_dead_worker_fails_its_job_and_is_replaced(pool: ComputePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute_pool, "KZG_RESTART_S", 0.0)
+    commitment, proof = await pool.commit(BLOB)
+    job = asyncio.create_task(pool.commit(BLOB))
+    await asyncio.sleep(0)  # the job is queued
+    pool.kill_worker()
+    with pytest.raises(Refused, match="kzg_worker"):
+        await job
+    assert await commit(pool) == (commitment, proof)
+
+
+async def test_a_caller_that_gives_up_costs_nobody_else_anything(pool: ComputePool) -> None:
+    with pytest.raises(Refused, match="kzg_worker"):  # the worker is still loading its setup
+        await pool.verify(BLOB, bytes(48), bytes(48), timeout_s=0.01)
+    commitment, proof = await pool.commit(BLOB)
+    impatient = asyncio.create_task(pool.commit(BLOB))
+    await asyncio.sleep(0.01)
+    impatient.cancel()
+    assert await pool.verify(BLOB, commitment, proof)
+
+
+async def test_the_worker_queue_is_bounded(pool: ComputePool) -> None:
+    waiting = [asyncio.create_task(pool.commit(BLOB)) for _ in range(compute_pool.KZG_JOBS_MAX + 2)]
+    await asyncio.sleep(0)
+    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=5)
+    assert {str(task.exception()) for task in done} == {"kzg_busy"}
+    for task in waiting:
+        task.cancel()
+
+
+async def test_a_cancelled_thread_job_has_ended_before_its_caller_goes_on(pool: ComputePool) -> None:
+    started, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        time.sleep(0.2)
+        ended.set()
+
+    task = asyncio.create_task(pool.run(work))
+    await asyncio.to_thread(started.wait)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert ended.is_set()
