@@ -1,0 +1,163 @@
+"""The `hyperspace` command: run a node, show it, name it, and say what is configured."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .client import NodeClient
+from .config import SETTINGS, Config, ConfigError, load_config_with_origins
+from .core.records.local import GetStatus, Status
+
+_CONNECT_S = 1.0
+_ANSWER_S = 5.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit status."""
+    options = _parser().parse_args(arguments)
+    given = {"data_dir": options.data_dir} if getattr(options, "data_dir", None) else {}
+    try:
+        config, origins = load_config_with_origins(os.environ, given, "the command line")
+        status: int = options.run(config, options, origins)
+    except (ConfigError, PermissionError) as error:
+        print(f"hyperspace: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hyperspace", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("--data-dir", type=Path, metavar="D", help="the node's data directory")
+        added.set_defaults(run=run)
+        return added
+
+    node = command("node", _node, "Run a node in the foreground.")
+    node.add_argument("--embedded", action="store_true", help="as vLLM starts it: gone when nobody needs it")
+    command("id", _id, "Print this node's peer id, creating its key on first use.")
+    status = command("status", _status, "Show the running node, its peers, store and hit rates.")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    command("config", _config, "Print the effective settings and where each came from.")
+    return parser
+
+
+def _node(config: Config, options: argparse.Namespace, origins: dict[str, str]) -> int:
+    from .daemon.main import run_node  # the node's libraries are an extra
+
+    return run_node(config, options.embedded)
+
+
+def _id(config: Config, options: argparse.Namespace, origins: dict[str, str]) -> int:
+    from .daemon.identity import Identity, IdentityError
+
+    try:
+        print(Identity.load(config.data_dir).peer_id)
+    except IdentityError as error:
+        print(f"hyperspace: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _config(config: Config, options: argparse.Namespace, origins: dict[str, str]) -> int:
+    for setting in SETTINGS:
+        value = setting.text_of(getattr(config, setting.name))
+        print(f"{setting.name} = {value or '(none)'}  # {origins[setting.name]}")
+    return 0
+
+
+def _status(config: Config, options: argparse.Namespace, origins: dict[str, str]) -> int:
+    answer = _ask_status(config)
+    if answer is None:
+        print(
+            f"hyperspace: no node answers in {config.data_dir}. `vllm serve MODEL --kv-connector hyperspace` starts "
+            f"one, and so does `hyperspace node --data-dir {config.data_dir}`; {config.data_dir / 'node.log'} says "
+            "why an embedded one stopped.",
+            file=sys.stderr,
+        )
+        return 1
+    if options.json:
+        print(answer.decode())
+    else:
+        _print_status(json.loads(answer))
+    return 0
+
+
+def _ask_status(config: Config) -> bytes | None:
+    client = NodeClient(config, "cli", f"status-{os.getpid()}")
+    try:
+        if not client.wait_connected(_CONNECT_S) or not client.send(GetStatus()):
+            return None
+        deadline = time.monotonic() + _ANSWER_S
+        while time.monotonic() < deadline:
+            for message in client.receive():
+                if isinstance(message, Status):
+                    return message.json
+            time.sleep(0.005)
+        return None
+    finally:
+        client.close()
+
+
+def _print_status(status: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, title=f"hyperspace node {status['peer_id']}")
+    arena = status["arena"]
+    used = arena["capacity_bytes"] - arena["free_bytes"]
+    table.add_row("network", status["network"])
+    table.add_row("endpoint", status["endpoint"] or "none")
+    table.add_row("data directory", status["data_dir"])
+    table.add_row("running", f"pid {status['pid']}, {status['uptime_s']:.0f} s, version {status['version']}")
+    table.add_row("engine processes", str(status["engine_leases"]))
+    table.add_row("peers", "\n".join(status["peers"]) or "none configured")
+    table.add_row("arena", f"{_size(used)} of {_size(arena['capacity_bytes'])}, {arena['rows']} rows")
+    for name, value in (status["responses"] or {}).items():
+        table.add_row(f"responses: {name}", f"{value}")
+    for layer, (hits, total) in _hit_rates(status["metrics"]).items():
+        table.add_row(f"{layer} hits", f"{hits:.0f} of {total:.0f} ({hits / total:.0%})")
+    for sample in status["metrics"]:
+        if sample["value"] and sample["name"] in _SHOWN:
+            labels = " ".join(sample["labels"].values())
+            table.add_row(f"{_SHOWN[sample['name']]} {labels}", f"{sample['value']:,.0f}")
+    Console().print(table)
+
+
+_SHOWN = {
+    "hyperspace_bytes_total": "bytes",
+    "hyperspace_store_bytes": "bytes in",
+    "hyperspace_failures_total": "failures:",
+    "hyperspace_staged_dropped_total": "rows dropped:",
+    "hyperspace_quarantined_bytes": "bytes quarantined",
+}
+
+
+def _hit_rates(metrics: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Hits and lookups by layer."""
+    rates: dict[str, tuple[float, float]] = {}
+    for sample in metrics:
+        if sample["name"] == "hyperspace_lookups_total":
+            hits, total = rates.get(sample["labels"]["layer"], (0.0, 0.0))
+            hit = sample["value"] if sample["labels"]["result"] == "hit" else 0.0
+            rates[sample["labels"]["layer"]] = (hits + hit, total + sample["value"])
+    return {layer: rate for layer, rate in rates.items() if rate[1]}
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+"""An engine process's end of the local socket and of the arena.
+
+Nothing here raises or waits because a node is absent, slow or dead: sending returns False, receiving an empty list,
+and the caller computes instead. What a caller leased lasts as long as `epoch`: when it changes, every slab and every
+lookup from before is gone.
+"""
+
+import logging
+import mmap
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from typing import IO, Literal
+
+import zmq
+
+from .config import Config
+from .core.records.errors import ProtocolViolation
+from .core.records.ids import NetworkId
+from .core.records.limits import HEARTBEAT_MS, LEASE_MS, LOCAL_MESSAGE_BYTES_MAX
+from .core.records.local import (
+    LOCAL_PROTOCOL,
+    ClientMessage,
+    Goodbye,
+    Heartbeat,
+    HeartbeatAck,
+    Hello,
+    LeaseLost,
+    NodeMessage,
+    Rejected,
+    Slab,
+    Welcome,
+    decode_node_message,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+_QUEUED_MESSAGES_MAX = 1024  # to the node, and from it until the caller receives them
+_HELLO_AGAIN_S = 1.0
+_LOOK_S = 0.05  # between looks for a node while there is none, at first …
+_LOOK_LATER_S = 0.5  # … and once it has been missing for a while
+_SOON_S = 10.0
+_BEAT_S = HEARTBEAT_MS / 1000
+_LEASE_S = LEASE_MS / 1000
+
+
+class NodeClient:
+    """One process's session with the node of `config.data_dir`. Thread-safe; a forked child gets its own session."""
+
+    def __init__(self, config: Config, role: Literal["api", "scheduler", "worker", "cli"], name: str) -> None:
+        self._config = config
+        self._role: Literal["api", "scheduler", "worker", "cli"] = role
+        self._name = name[:256]
+        self._lock = threading.Lock()
+        self._link: _Link | None = None
+        self._epoch = 0
+        self._closed = False
+        this = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _forget_link(this))
+
+    @property
+    def connected(self) -> bool:
+        """Does the lease hold, as far as this process knows?"""
+        with self._lock:
+            return self._current().welcome is not None
+
+    @property
+    def epoch(self) -> int:
+        """0 before the first session; changes with every new one."""
+        with self._lock:
+            return self._current().epoch
+
+    @property
+    def peer_id(self) -> str:
+        """The node's peer id; '' before the first session."""
+        with self._lock:
+            seen = self._current().last_welcome
+            return seen.peer_id if seen else ""
+
+    @property
+    def network_id(self) -> NetworkId:
+        """The node's network; 32 zero bytes before the first session."""
+        with self._lock:
+            seen = self._current().last_welcome
+            return NetworkId(seen.network_id if seen else bytes(32))
+
+    def send(self, message: ClientMessage) -> bool:
+        """Queue a message for the node; False when there is none, its queue is full or the message is too large."""
+        frame = encode(message)
+        with self._lock:
+            link = self._current()
+            return link.welcome is not None and len(frame) <= LOCAL_MESSAGE_BYTES_MAX and link.send(frame)
+
+    def receive(self) -> list[NodeMessage]:
+        """What the node has sent since the last call, without the messages that keep the session."""
+        with self._lock:
+            link = self._current()
+            link.drain()
+            messages = list(link.inbox)
+            link.inbox.clear()
+            return messages
+
+    def view(self, slab: Slab) -> memoryview:
+        """The slab's bytes in the arena, writable; `LookupError` once it is no longer current."""
+        with self._lock:
+            link = self._current()
+            # A slab of a lost session must not become a window on what lies there now.
+            if link.arena is None or not link.is_current(slab):
+                raise LookupError(f"slab {slab.slot}/{slab.generation}: its lease is over")
+            return link.arena[slab.offset : slab.offset + slab.length]
+
+    def is_current(self, slab: Slab) -> bool:
+        """Is the slab still what it was when it was leased? Ask *after* copying from it."""
+        with self._lock:
+            return self._current().is_current(slab)
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait for a session; False when there is none by then."""
+        deadline = time.monotonic() + timeout_s
+        while not self.connected:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def close(self) -> None:
+        """Say goodbye and let everything go; the client stays unconnected."""
+        with self._lock:
+            self._closed = True
+            if self._link is not None:
+                self._link.close()
+
+    def _current(self) -> "_Link":
+        if self._link is None:
+            self._link = _Link(self._config, self._role, self._name, self._epoch)
+            if self._closed:
+                self._link.close()
+            else:
+                beat = threading.Thread(
+                    target=_beat, args=(weakref.ref(self),), name="hyperspace-heartbeat", daemon=True
+                )
+                beat.start()
+        self._epoch = self._link.epoch
+        return self._link
+
+
+def start_node(config: Config) -> None:
+    """Start an embedded node for the data directory, in a session of its own; returns at once.
+
+    The process exits by itself if another one holds the directory's lock, when its last client has been gone for
+    EMBEDDED_LINGER_MS, and when everybody who inherited this process's end of its pipe dies before any client came.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hyperspace_vllm.cli", "node", "--embedded"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C on the server must not take the node of other servers with it
+        env={k: v for k, v in os.environ.items() if not k.startswith("HYPERSPACE_")} | config.as_environ(),
+    )
+    threading.Thread(target=_reap, args=(process,), name="hyperspace-node", daemon=True).start()
+
+
+def _reap(process: "subprocess.Popen[bytes]") -> None:
+    process.wait()
+    pipe: IO[bytes] | None = process.stdin
+    if pipe is not None:
+        pipe.close()
+
+
+def _forget_link(client: "weakref.ref[NodeClient]") -> None:
+    # In a forked child: the parent's heartbeat thread is not here, its lock may be held for ever, and its socket is
+    # the parent's (pyzmq doesn't close what another process opened).
+    if (forked := client()) is not None:
+        forked._lock = threading.Lock()
+        forked._link = None
+
+
+def _beat(client: "weakref.ref[NodeClient]") -> None:
+    pause_s = 0.0
+    while True:
+        time.sleep(pause_s)
+        if (ours := client()) is None or ours._closed:
+            return
+        with ours._lock:
+            if ours._closed:
+                return
+            pause_s = ours._current().tick(time.monotonic())
+        del ours  # sleep without keeping the client alive
+
+
+class _Link:
+    """Socket, session and mapped arena of one process. The caller holds the client's lock."""
+
+    def __init__(
+        self,
+        config: Config,
+        role: Literal["api", "scheduler", "worker", "cli"],
+        name: str,
+        epoch: int,
+    ) -> None:
+        self.epoch = epoch
+        self.welcome: Welcome | None = None  # None: no lease
+        self.last_welcome: Welcome | None = None
+        self.inbox: deque[NodeMessage] = deque(maxlen=_QUEUED_MESSAGES_MAX)
+        self.arena: memoryview | None = None
+        self.generations: memoryview | None = None
+        self._role = role
+        self._name = name
+        self._hello_at = self._heartbeat_at = float("-inf")
+        self._heard_at = self._alone_since = time.monotonic()
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.IMMEDIATE, 1),  # without a node nothing is queued
+            (zmq.SNDHWM, _QUEUED_MESSAGES_MAX),
+            (zmq.RCVHWM, _QUEUED_MESSAGES_MAX),
+            (zmq.MAXMSGSIZE, LOCAL_MESSAGE_BYTES_MAX),
+            (zmq.RECONNECT_IVL, 50),
+            (zmq.RECONNECT_IVL_MAX, 500),
+        ):
+            self._socket.setsockopt(option, value)
+        self._socket.connect(f"ipc://{config.socket_path}")
+
+    def send(self, frame: bytes) -> bool:
+        """Queue a frame; False when there is no node or its queue is full."""
+        try:
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.ZMQError:  # EAGAIN: full or nobody there; ENOTSOCK: closed meanwhile
+            return False
+        return True
+
+    def drain(self) -> None:
+        """Take in what has arrived."""
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.ZMQError:
+                return
+            try:
+                self._take(decode_node_message(frame))
+            except ProtocolViolation as error:
+                logger.warning("hyperspace node: %s", error)
+
+    def is_current(self, slab: Slab) -> bool:
+        """Does the slab lie in the arena that is mapped now, with its generation unchanged?"""
+        return (
+            self.generations is not None
+            and slab.slot < len(self.generations)
+            and self.generations[slab.slot] == slab.generation
+        )
+
+    def tick(self, now: float) -> float:
+        """Keep or regain the lease; seconds until the next tick."""
+        self.drain()
+        if self.welcome is not None and now - self._heard_at > _LEASE_S:
+            self._lose(now)
+        if self.welcome is not None:
+            if now - self._heartbeat_at >= _BEAT_S:
+                self._heartbeat_at = now
+                self.send(encode(Heartbeat()))
+            return _BEAT_S / 2
+        if now - self._hello_at >= _HELLO_AGAIN_S:
+            hello = Hello(LOCAL_PROTOCOL, self._role, secrets.token_bytes(16), self._name)
+            if self.send(encode(hello)):
+                self._hello_at = now
+        return _LOOK_S if now - self._alone_since < _SOON_S else _LOOK_LATER_S
+
+    def close(self) -> None:
+        """End the session and the connection."""
+        if self.welcome is not None and self.send(encode(Goodbye())):
+            self._socket.setsockopt(zmq.LINGER, 200)
+        self._lose(time.monotonic())
+        self.arena = self.generations = None
+        self._socket.close()
+        self._context.destroy()
+
+    def _lose(self, now: float) -> None:
+        self.welcome = None
+        self.inbox.clear()
+        self._hello_at = float("-inf")
+        self._alone_since = now
+
+    def _take(self, message: NodeMessage) -> None:
+        now = self._heard_at = time.monotonic()
+        match message:
+            case Welcome():
+                self._begin(message, now)
+            case LeaseLost():
+                # Without a lease it answers what the last session sent before our Hello.
+                if self.welcome is not None:
+                    self._lose(now)
+            case HeartbeatAck():
+                pass
+            case Rejected(detail):
+                logger.warning("hyperspace node rejected a message: %s", detail)
+                if self.welcome is not None:
+                    self.inbox.append(message)
+            case _:
+                self.inbox.append(message)
+
+    def _begin(self, welcome: Welcome, now: float) -> None:
+        if welcome.protocol != LOCAL_PROTOCOL:
+            logger.warning("hyperspace node speaks protocol %d, this is %d", welcome.protocol, LOCAL_PROTOCOL)
+            return
+        known = self.last_welcome
+        if self.arena is None or known is None or known.arena_path != welcome.arena_path:
+            try:
+                self.arena = _map_arena(welcome)
+            except (OSError, ValueError) as error:  # e.g. a container that doesn't share the node's /dev/shm
+                logger.warning("hyperspace node's shared memory can't be mapped: %s", error)
+                return
+            self.generations = self.arena[: len(self.arena) // 8 * 8].cast("Q")
+        self.welcome = self.last_welcome = welcome
+        self.epoch += 1
+        self.inbox.clear()
+        self._heartbeat_at = now
+
+
+def _map_arena(welcome: Welcome) -> memoryview:
+    descriptor = os.open(welcome.arena_path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return memoryview(mmap.mmap(descriptor, welcome.arena_bytes))  # ValueError: the file is shorter
+    finally:
+        os.close(descriptor)

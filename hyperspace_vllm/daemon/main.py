@@ -1,0 +1,279 @@
+"""Builds a node from its parts, runs it and takes it down. One node per data directory, by a lock."""
+
+import asyncio
+import fcntl
+import json
+import logging
+import logging.handlers
+import os
+import random
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import Config
+from ..core.node.events import Event
+from ..core.records.ids import PeerId, network_id
+from ..core.records.limits import EMBEDDED_LINGER_MS, MiB
+from .arena import Arena
+from .identity import Identity, IdentityError
+from .local_server import LocalServer
+from .metrics import Metrics
+from .row_cache import RowCache
+
+if TYPE_CHECKING:
+    from .driver import Driver
+    from .response_store import ResponseStore
+
+logger = logging.getLogger(__name__)
+
+_NOBODY_CAME_S = 120.0
+_LOOK_S = 0.25
+_LOG_BYTES_MAX = 4 * MiB  # and one older file of that size
+
+
+def run_node(config: Config, embedded: bool) -> int:
+    """Run the node of `config.data_dir` until it is told to stop; the process's exit status.
+
+    Embedded: quiet when another node is there, and gone when nobody needs it.
+    """
+    os.umask(0o077)
+    _claim_directory(config.data_dir)
+    _log_to(config, embedded)
+    lock = _lock(config.data_dir / "node.lock")
+    if lock is None:
+        if embedded:
+            logger.info("pid %d: another node serves %s already", os.getpid(), config.data_dir)
+            return 0
+        print(
+            f"hyperspace: a node serves {config.data_dir} already (`hyperspace status` shows it). "
+            "Stop it, or give this one a directory of its own with --data-dir.",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        if embedded:
+            os.nice(config.nice)
+        asyncio.run(_Node(config).run(embedded))
+    except (OSError, IdentityError) as error:
+        logger.critical("node failed: %s", error)
+        if not embedded:
+            print(f"hyperspace: {error}", file=sys.stderr)
+        return 1
+    finally:
+        os.close(lock)
+    return 0
+
+
+class _Node:
+    """The parts of one node, from start to end."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._network = network_id(config.network)
+        self._started_at = time.monotonic()
+        self._endpoint = ""
+        self._metrics_endpoint = ""
+
+    async def run(self, embedded: bool) -> None:
+        """Serve until a signal, or (embedded) until nobody needs it."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        async with AsyncExitStack() as parts:
+            server = await self._build(parts)
+            serving = asyncio.create_task(server.run())
+            enough = asyncio.create_task(_until_unwanted(server) if embedded else stop.wait())
+            stopping = asyncio.create_task(stop.wait())
+            self._write_card(parts)
+            logger.info("node %s serves %s", self._identity.peer_id, self._config.data_dir)
+            try:
+                done, _ = await asyncio.wait((serving, enough, stopping), return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    await task  # a server that failed ends the node with its error
+            finally:
+                for task in (serving, enough, stopping):
+                    task.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await task
+        logger.info("node %s has stopped", self._identity.peer_id)
+
+    async def _build(self, parts: AsyncExitStack) -> LocalServer:
+        config = self._config
+        self._identity = Identity.load(config.data_dir)
+        self._metrics = Metrics()
+        arena = Arena.create(config.data_dir, config.arena_bytes)
+        parts.callback(arena.close)
+        self._cache = RowCache(arena)
+        self._responses = self._open_responses(parts) if config.response_cache else None
+        driver = await self._open_data_plane(parts) if config.kv_cache else None
+        submit: Callable[[Event], None] = driver.submit if driver else lambda event: None
+        self._server = LocalServer(
+            config, self._identity, self._cache, submit, self._responses, self._status, self._metrics
+        )
+        if driver:
+            driver.server = self._server
+        self._measure()
+        if config.metrics_listen:
+            self._metrics_endpoint = self._metrics.listen(config.metrics_listen)
+        return self._server
+
+    def _open_responses(self, parts: AsyncExitStack) -> "ResponseStore":
+        from .response_store import ResponseStore
+
+        config = self._config
+        store = ResponseStore(
+            config.data_dir / "responses.db",
+            config.response_bytes,
+            config.response_ttl_s * 1000,
+            self._identity,
+            self._network,
+        )
+        parts.callback(store.close)
+        return store
+
+    async def _open_data_plane(self, parts: AsyncExitStack) -> "Driver":
+        from ..core.node.node import Node
+        from .chunk_store import ChunkStore
+        from .chunk_transport import ChunkTransport
+        from .compute_pool import ComputePool
+        from .driver import Driver
+
+        config = self._config
+        peers = tuple(PeerId(peer.partition("@")[0]) for peer in config.peers)
+        node = Node(self._network, peers, config.fetch, random.Random())
+        store = ChunkStore(config.data_dir / "chunks", config.disk_bytes)
+        compute = ComputePool(self._network)
+        transport = ChunkTransport(config, self._identity, store, self._metrics)
+        driver = Driver(node, self._cache, store, transport, compute, self._metrics, self._identity, self._network)
+        parts.push_async_callback(driver.close)
+        self._endpoint = transport.endpoint
+        return driver
+
+    def _measure(self) -> None:
+        self._metrics.peers.set(len(self._config.peers))
+        self._metrics.rows.labels("memory").set_function(lambda: len(self._cache))
+        self._metrics.store_bytes.labels("memory").set_function(lambda: self._cache.row_bytes)
+
+    def _write_card(self, parts: AsyncExitStack) -> None:
+        card = self._config.data_dir / "node.json"
+        draft = card.with_suffix(".json.new")
+        draft.write_text(
+            json.dumps(
+                {
+                    "pid": os.getpid(),
+                    "peer_id": self._identity.peer_id,
+                    "endpoint": self._endpoint,
+                    "metrics": self._metrics_endpoint,
+                }
+            )
+        )
+        draft.replace(card)
+        parts.callback(card.unlink, missing_ok=True)
+
+    def _status(self) -> bytes:
+        """What `hyperspace status --json` prints."""
+        arena = self._cache.arena
+        return json.dumps(
+            {
+                "version": _version(),
+                "pid": os.getpid(),
+                "peer_id": self._identity.peer_id,
+                "network": self._config.network,
+                "data_dir": str(self._config.data_dir),
+                "endpoint": self._endpoint,
+                "metrics_endpoint": self._metrics_endpoint,
+                "uptime_s": round(time.monotonic() - self._started_at, 1),
+                "engine_leases": self._server.engine_leases,
+                "peers": list(self._config.peers),
+                "arena": {
+                    "path": str(arena.path),
+                    "capacity_bytes": arena.capacity_bytes,
+                    "free_bytes": arena.free_bytes,
+                    "quarantined_bytes": arena.quarantined_bytes,
+                    "rows": len(self._cache),
+                },
+                "responses": self._responses.stats() if self._responses else None,
+                "metrics": [
+                    {"name": sample.name, "labels": sample.labels, "value": sample.value}
+                    for family in self._metrics.registry.collect()
+                    for sample in family.samples
+                    if not sample.name.endswith(("_bucket", "_created"))
+                ],
+            }
+        ).encode()
+
+
+async def _until_unwanted(server: LocalServer) -> None:
+    """Return when an embedded node's last client has been gone for a while, or nobody ever came."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _NOBODY_CAME_S
+    orphaned = _watch_parent()
+    came = False
+    while loop.time() < deadline and (came or not orphaned.is_set()):
+        await asyncio.sleep(_LOOK_S)
+        if server.engine_leases:
+            came = True
+            deadline = loop.time() + EMBEDDED_LINGER_MS / 1000
+    logger.info("nobody needs this node any more")
+
+
+def _watch_parent() -> asyncio.Event:
+    """Set when the pipe on standard input closes, i.e. everybody who could have come through start_node is dead."""
+    closed = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        if not os.read(0, 4096):
+            loop.remove_reader(0)
+            closed.set()
+
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        loop.add_reader(0, read)
+    return closed
+
+
+def _claim_directory(data_dir: Path) -> None:
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if data_dir.stat().st_uid != os.geteuid():
+        raise PermissionError(f"{data_dir} belongs to another user")
+    data_dir.chmod(0o700)
+
+
+def _lock(path: Path) -> int | None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _log_to(config: Config, embedded: bool) -> None:
+    handler: logging.Handler = logging.StreamHandler()
+    if embedded:
+        handler = logging.handlers.RotatingFileHandler(
+            config.data_dir / "node.log", maxBytes=_LOG_BYTES_MAX, backupCount=1
+        )
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[handler],
+        force=True,
+    )
+    sys.excepthook = lambda kind, error, trace: logger.critical("node crashed", exc_info=(kind, error, trace))
+
+
+def _version() -> str:
+    try:
+        return version("hyperspace-vllm")
+    except PackageNotFoundError:  # run from a checkout
+        return "checkout"

@@ -1,0 +1,85 @@
+"""The slabs that workers fill with rows on their way into the node.
+
+Granted to one session, then staged (the node's, waiting for its name), then kept as a row or dropped. All of them
+together never take more than half of the arena, so that rows that can be served keep the other half.
+"""
+
+from itertools import count
+
+from ..core.records.errors import ProtocolViolation
+from ..core.records.local import Slab
+from .arena import pages_bytes
+from .metrics import Metrics
+from .row_cache import RowCache
+
+
+class Staging:
+    """Who may write which slab. Not thread-safe: everything happens on the node's loop."""
+
+    def __init__(self, cache: RowCache, metrics: Metrics) -> None:
+        self._cache = cache
+        self._metrics = metrics
+        self._bytes = 0
+        self._bytes_max = cache.arena.capacity_bytes // 2
+        self._granted: dict[bytes, dict[int, Slab]] = {}  # session -> slot -> slab
+        self._staged: dict[int, Slab] = {}
+        self._numbers = count(1)
+
+    def grant(self, session: bytes, length: int, wanted: int) -> tuple[Slab, ...]:
+        """Up to `wanted` slabs of `length` bytes that only this session may write."""
+        granted = self._granted.setdefault(session, {})
+        slabs: list[Slab] = []
+        while len(slabs) < wanted and self._bytes + pages_bytes(length) <= self._bytes_max:
+            slab = self._cache.allocate(length)
+            if slab is None:
+                break
+            self._bytes += pages_bytes(length)
+            granted[slab.slot] = slab
+            slabs.append(slab)
+        return tuple(slabs)
+
+    def give_back(self, session: bytes, slab: Slab) -> None:
+        """The session never wrote the slab; `ProtocolViolation` if it isn't the session's."""
+        self._take_granted(session, slab)
+        self._free(slab)
+
+    def accept(self, session: bytes, slab: Slab) -> int:
+        """The slab becomes the node's; its number. `ProtocolViolation` if it isn't the session's."""
+        self._take_granted(session, slab)
+        staged = next(self._numbers)
+        self._staged[staged] = slab
+        return staged
+
+    def take(self, staged: int) -> Slab | None:
+        """The staged slab, now the caller's to keep or free; None if it was taken or dropped before."""
+        slab = self._staged.pop(staged, None)
+        if slab is not None:
+            self._bytes -= pages_bytes(slab.length)
+        return slab
+
+    def drop(self, staged: int, reason: str) -> None:
+        """Free a staged slab; `reason` is the metric's label."""
+        slab = self._staged.pop(staged, None)
+        if slab is not None:
+            self._free(slab)
+            self._metrics.staged_dropped_total.labels(reason).inc()
+
+    def end(self, session: bytes, vanished: bool) -> None:
+        """End the session's grants; a session that `vanished` may write yet, so its slabs are never reused."""
+        for slab in self._granted.pop(session, {}).values():
+            if vanished:
+                self._bytes -= pages_bytes(slab.length)
+                self._cache.arena.quarantine(slab)
+            else:
+                self._free(slab)
+        self._metrics.quarantined_bytes.set(self._cache.arena.quarantined_bytes)
+
+    def _take_granted(self, session: bytes, slab: Slab) -> None:
+        granted = self._granted.get(session, {})
+        if granted.get(slab.slot) != slab:
+            raise ProtocolViolation(f"slab {slab.slot}/{slab.generation}: not granted to this session")
+        del granted[slab.slot]
+
+    def _free(self, slab: Slab) -> None:
+        self._bytes -= pages_bytes(slab.length)
+        self._cache.free(slab)
