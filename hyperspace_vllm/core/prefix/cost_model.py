@@ -31,8 +31,8 @@ def transfer_ms(size: int, rate_bytes_per_ms: float, rtt_ms: int) -> int:
 
 
 def saved_ms(prefill_ms: int, tokens: int, prefill_tokens: int) -> int:
-    """The share of `prefill_ms`, the estimate for `prefill_tokens`, that `tokens` of them take."""
-    return prefill_ms * tokens // prefill_tokens if prefill_tokens else 0
+    """The share of `prefill_ms`, the estimate for `prefill_tokens`, that `tokens` of them take; 0 if unknown."""
+    return math.ceil(prefill_ms * tokens / prefill_tokens)
 
 
 def fetch_budget_ms(saves_ms: int) -> int:

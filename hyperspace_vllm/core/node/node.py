@@ -1,0 +1,146 @@
+"""The core of a node: hands every event to the machine that it concerns and merges their deadlines."""
+
+import random
+from collections import OrderedDict
+from typing import assert_never
+
+from ..prefix.cost_model import RateEstimator
+from ..prefix.fetch import FetchMode, PrefixLookup
+from ..prefix.publish import Publisher
+from ..records.ids import NetworkId, PeerId
+from ..records.limits import CLIENTS_MAX, LOOKUPS_PER_CLIENT_MAX
+from .effects import AnswerPrefix, ChargePeer, Effect, EndLookup
+from .events import (
+    ChunksVerified,
+    ClientGone,
+    Event,
+    HolderStalled,
+    ManifestRefused,
+    ManifestVerified,
+    ObjectEncoded,
+    ObjectFailed,
+    PrefixReleased,
+    PrefixWanted,
+    ProviderAnswered,
+    ProviderFailed,
+    RequestOver,
+    RowArrived,
+    RowFailed,
+    RowReady,
+    RowsFound,
+    SegmentKeyKnown,
+    Tick,
+)
+
+LOOKUPS_MAX = 1024  # undecided at once, of all clients; more are answered `busy`
+ANSWERED_MAX = CLIENTS_MAX * LOOKUPS_PER_CLIENT_MAX
+CHARGED_PEERS_MAX = 1024
+CHARGED_MS = 60_000
+STALLED_MS = 5_000  # slow is no crime, but one stall in a while is enough
+
+LookupEvent = (
+    RowsFound
+    | ProviderAnswered
+    | ProviderFailed
+    | ManifestVerified
+    | ManifestRefused
+    | ChunksVerified
+    | HolderStalled
+    | RowReady
+    | RowFailed
+)
+
+
+class Node:
+    """Everything that a node decides. `peers` are the trusted ones; it draws no randomness but from `rng`."""
+
+    def __init__(self, network: NetworkId, peers: tuple[PeerId, ...], fetch: FetchMode, rng: random.Random) -> None:
+        self.network = network
+        self.peers = peers
+        self.fetch: FetchMode = fetch
+        self.rng = rng
+        self.publisher = Publisher()
+        self._rates = RateEstimator()
+        self._lookups: dict[int, PrefixLookup] = {}
+        self._answered: set[int] = set()
+        self._avoid_until_ms: OrderedDict[PeerId, int] = OrderedDict()
+
+    def handle(self, event: Event, now_ms: int) -> list[Effect]:
+        """What to do about `event`."""
+        match event:
+            case PrefixWanted():
+                effects = self._wanted(event, now_ms)
+            case PrefixReleased():
+                effects = self._released(event)
+            case (
+                RowsFound()
+                | ProviderAnswered()
+                | ProviderFailed()
+                | ManifestVerified()
+                | ManifestRefused()
+                | ChunksVerified()
+                | HolderStalled()
+                | RowReady()
+                | RowFailed()
+            ):
+                effects = self._of_lookup(event, now_ms)
+            case RowArrived() | SegmentKeyKnown() | RequestOver() | ClientGone() | ObjectEncoded() | ObjectFailed():
+                effects = self.publisher.handle(event, now_ms)
+            case Tick():
+                effects = self._tick(event, now_ms)
+            case _:
+                assert_never(event)
+        for effect in effects:
+            if isinstance(effect, ChargePeer):
+                self._avoid(effect.peer, now_ms + (STALLED_MS if effect.reason == "stalled" else CHARGED_MS))
+        return effects
+
+    def next_deadline_ms(self) -> int | None:
+        """When to call `handle(Tick())`, if nothing else happens before; None: never."""
+        times = [lookup.next_deadline_ms() for lookup in self._lookups.values()]
+        times.append(self.publisher.next_deadline_ms())
+        return min((time for time in times if time is not None), default=None)
+
+    def _wanted(self, event: PrefixWanted, now_ms: int) -> list[Effect]:
+        assert event.lookup not in self._lookups
+        if len(self._lookups) >= LOOKUPS_MAX or len(self._answered) >= ANSWERED_MAX:
+            return [AnswerPrefix(event.lookup, 0, (), "none", "busy")]
+        peers = [peer for peer in self.peers if self._avoid_until_ms.get(peer, now_ms) <= now_ms]
+        self.rng.shuffle(peers)  # equally good holders share the load
+        lookup = PrefixLookup(event, self.network, tuple(peers), self.fetch, self._rates, now_ms)
+        self._lookups[event.lookup] = lookup
+        return self._settle(lookup, lookup.start(now_ms))
+
+    def _released(self, event: PrefixReleased) -> list[Effect]:
+        known = self._lookups.pop(event.lookup, None) is not None or event.lookup in self._answered
+        self._answered.discard(event.lookup)
+        return [EndLookup(event.lookup)] if known else []
+
+    def _of_lookup(self, event: LookupEvent, now_ms: int) -> list[Effect]:
+        lookup = self._lookups.get(event.lookup)
+        if lookup is None:
+            return []
+        if isinstance(event, RowsFound):
+            self.publisher.forget(lookup.absent(event))
+        return self._settle(lookup, lookup.handle(event, now_ms))
+
+    def _tick(self, event: Tick, now_ms: int) -> list[Effect]:
+        effects = self.publisher.handle(event, now_ms)
+        for lookup in list(self._lookups.values()):
+            due_ms = lookup.next_deadline_ms()
+            if due_ms is not None and due_ms <= now_ms:
+                effects += self._settle(lookup, lookup.handle(event, now_ms))
+        return effects
+
+    def _settle(self, lookup: PrefixLookup, effects: list[Effect]) -> list[Effect]:
+        """An answered lookup only waits for its release: its machine can go."""
+        if lookup.answered:
+            del self._lookups[lookup.lookup]
+            self._answered.add(lookup.lookup)
+        return effects
+
+    def _avoid(self, peer: PeerId, until_ms: int) -> None:
+        self._avoid_until_ms[peer] = max(until_ms, self._avoid_until_ms.get(peer, 0))
+        self._avoid_until_ms.move_to_end(peer)
+        if len(self._avoid_until_ms) > CHARGED_PEERS_MAX:
+            self._avoid_until_ms.popitem(last=False)

@@ -1,0 +1,410 @@
+"""One prefix lookup, from PrefixWanted to its one AnswerPrefix and, once released, EndLookup.
+
+    local ── RowsFound ──▶ searching ── enough offers, or the search budget is over ──▶ getting ──▶ answered
+      └────── everything is here, or nobody may be asked ────────────────────────────────▲
+
+*Getting* aims at an end segment and gets every row that it needs, from the arena, the disk and peers. Rows that turn
+out not to be had lower the aim; a stall, a spent budget or a full arena lower it to what needs no peer (*retreat*).
+"""
+
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+from typing import Literal
+
+from ..node.effects import AnswerPrefix, ChargePeer, Effect, FindProviders, FindRows, LoadRow
+from ..node.events import (
+    ChunksVerified,
+    HolderStalled,
+    ManifestRefused,
+    ManifestVerified,
+    PrefixWanted,
+    ProviderAnswered,
+    ProviderFailed,
+    RowFailed,
+    RowReady,
+    RowsFound,
+    Tick,
+)
+from ..records.ids import NetworkId, PeerId, RowId, RowKey
+from ..records.limits import FETCH_STALL_MS, MiB
+from .cost_model import (
+    SEARCH_MS_MAX,
+    RateEstimator,
+    fetch_budget_ms,
+    saved_ms,
+    search_budget_ms,
+    worth_fetching,
+)
+from .plan import Row, needed, rows_of, usable_end
+from .transfers import Transfers
+
+FetchMode = Literal["auto", "always", "never"]
+LookupEvent = (
+    RowsFound
+    | ProviderAnswered
+    | ProviderFailed
+    | ManifestVerified
+    | ManifestRefused
+    | ChunksVerified
+    | HolderStalled
+    | RowReady
+    | RowFailed
+    | Tick
+)
+
+# What may be under way at once: 16 MiB keep 1 Gbit/s busy over 100 ms, and two rows always overlap.
+MOVING_BYTES_MAX = 16 * MiB
+MOVING_ROWS_MAX = 16
+MOVING_ROWS_MIN = 2
+LOAD_GRACE_MS = 50  # for rows of this node's own, when a fetch was given up and they would still be of use
+ANSWER_MARGIN_MS = 50  # answer before the client gives up: its clock runs too
+
+
+class PrefixLookup:
+    """The machine of one lookup. `start`, then `handle` until `answered`; it never touches the clock."""
+
+    def __init__(
+        self,
+        wanted: PrefixWanted,
+        network: NetworkId,
+        peers: tuple[PeerId, ...],
+        mode: FetchMode,
+        rates: RateEstimator,
+        now_ms: int,
+    ) -> None:
+        self.lookup = wanted.lookup
+        self.layout = wanted.layout
+        self.answered = False
+        self._wanted = wanted
+        self._mode = mode
+        self._peers = peers if wanted.may_ask_peers and mode != "never" else ()
+        self._rows = rows_of(network, wanted.layout, wanted.segment_keys, wanted.start_token)
+        self._by_id = {row.id: row for row in self._rows.values()}
+        self._by_place: dict[tuple[int, int], list[Row]] = {}
+        for row in self._rows.values():
+            self._by_place.setdefault((row.segment, row.part), []).append(row)
+        self._end_max = max((row.segment + 1 for row in self._rows.values()), default=0)
+        self._phase: Literal["local", "searching", "getting"] = "local"
+        self._started_ms = now_ms
+        margin_ms = min(ANSWER_MARGIN_MS, wanted.deadline_ms // 10)
+        self._deadline_ms = now_ms + wanted.deadline_ms - margin_ms
+        self._phase_ends_ms: int | None = None  # the search's or the fetch's budget, or a retreat's grace
+        self._silent: set[PeerId] = set(self._peers)
+        self._local_end = 0
+        self._end = 0
+        self._missing: set[Row] = set()
+        self._queue: deque[Row] = deque()
+        self._loading: set[Row] = set()
+        self._cause = ""  # what went wrong
+        self._not_fetched = ""  # why no peer's rows were wanted; no fault of anybody's
+        self._fetching = False
+        self._effects: list[Effect] = []
+        self._transfers = Transfers(wanted.lookup, wanted.layout, self._peers, rates, self._effects.append)
+        self._transfers.timeout_at_ms = self._deadline_ms
+
+    def start(self, now_ms: int) -> list[Effect]:
+        """The first effects."""
+        if self._rows:
+            self._effects.append(FindRows(self.lookup, tuple(self._rows)))
+        else:
+            self._answer(0, "nothing_beyond", now_ms)
+        return self._take_effects()
+
+    def handle(self, event: LookupEvent, now_ms: int) -> list[Effect]:
+        """What follows from `event`; nothing once answered."""
+        if self.answered:
+            return []
+        if now_ms >= self._deadline_ms:
+            self._note(event, now_ms)
+            if not self.answered:
+                self._answer_ready("deadline", now_ms)
+            return self._take_effects()
+        self._note(event, now_ms)
+        self._advance(now_ms)
+        return self._take_effects()
+
+    def next_deadline_ms(self) -> int | None:
+        """When to call with Tick, if nothing else happens before."""
+        if self.answered:
+            return None
+        times = [self._deadline_ms]
+        if self._phase_ends_ms is not None:
+            times.append(self._phase_ends_ms)
+        if self._fetching and self._transfers.busy:
+            times.append(self._transfers.progress_ms + FETCH_STALL_MS)
+            hedge_at_ms = self._transfers.next_deadline_ms()
+            if hedge_at_ms is not None:
+                times.append(hedge_at_ms)
+        return min(times)
+
+    def absent(self, event: RowsFound) -> set[RowKey]:
+        """The rows that the lookup asked for and this node doesn't have."""
+        return self._rows.keys() - event.in_memory - event.on_disk
+
+    # --- what happened --------------------------------------------------------------------------
+
+    def _note(self, event: LookupEvent, now_ms: int) -> None:
+        match event:
+            case RowsFound():
+                if self._phase == "local":
+                    self._rows_found(event, now_ms)
+            case ProviderAnswered():
+                self._silent.discard(event.peer)
+                if self._phase == "searching" or self._fetching:
+                    self._transfers.add_offers(event, self._absent())
+            case ProviderFailed():
+                self._silent.discard(event.peer)
+                self._transfers.judge(event.peer, event.reason)
+            case Tick():
+                pass
+            case _:
+                if self._phase == "getting":
+                    self._note_transfer(event, now_ms)
+
+    def _note_transfer(
+        self,
+        event: ManifestVerified | ManifestRefused | ChunksVerified | HolderStalled | RowReady | RowFailed,
+        now_ms: int,
+    ) -> None:
+        transfers = self._transfers
+        match event:
+            case ManifestVerified():
+                transfers.manifest_verified(event, now_ms)
+            case ManifestRefused():
+                transfers.manifest_refused(event, now_ms)
+            case RowReady():
+                self._row_ready(self._rows.get(event.row_key), now_ms)
+            case _:
+                row = self._rows.get(event.row_key)
+                if row is None or row.state != "moving":
+                    return
+                match event:
+                    case ChunksVerified():
+                        transfers.chunks_verified(event, row, now_ms)
+                    case HolderStalled():
+                        transfers.holder_stalled(event, row, now_ms)
+                    case RowFailed():
+                        self._row_failed(row, event.reason, now_ms)
+
+    def _rows_found(self, event: RowsFound, now_ms: int) -> None:
+        for key in event.on_disk | event.in_memory:
+            if key in self._rows:
+                self._rows[key].tier = "memory" if key in event.in_memory else "disk"
+        self._local_end = self._usable(lambda row: row.tier != "none")
+        if self._local_end < self._end_max:
+            self._search(now_ms)
+        else:
+            self._get_local("", now_ms)
+
+    def _row_ready(self, row: Row | None, now_ms: int) -> None:
+        if row is None or row.state in ("ready", "idle"):
+            return  # known already, or never asked for
+        row.state = "ready"
+        self._loading.discard(row)
+        self._missing.discard(row)
+        if self._fetching:
+            self._transfers.finish(row, now_ms)
+
+    def _row_failed(self, row: Row, reason: str, now_ms: int) -> None:
+        if row.tier != "network":
+            self._loading.discard(row)
+            self._lose([row], reason, now_ms)
+        elif reason == "condemned":
+            self._transfers.condemned(row, now_ms)
+        else:
+            row.state = "lost"
+            self._retreat(reason, now_ms)
+
+    # --- searching ------------------------------------------------------------------------------
+
+    def _search(self, now_ms: int) -> None:
+        """Ask all peers for the rows that aren't here, unless that can't pay."""
+        if not self._peers:
+            reason = "no_peers" if self._wanted.may_ask_peers and self._mode != "never" else "local_only"
+            self._get_local(reason, now_ms)
+            return
+        budget_ms = SEARCH_MS_MAX
+        if self._mode == "auto":
+            budget_ms = search_budget_ms(self._saves_ms(self._local_end, self._end_max))
+        if budget_ms == 0:
+            self._get_local("too_short", now_ms)
+            return
+        self._phase = "searching"
+        self._phase_ends_ms = min(now_ms + budget_ms, self._deadline_ms)
+        wanted = tuple(self._absent())
+        self._effects.append(FindProviders(self.lookup, wanted, self._peers, self._phase_ends_ms - now_ms))
+
+    def _absent(self) -> dict[RowId, Row]:
+        """The rows that this node lacks and some longer prefix than its own needs, by id."""
+        start = self._wanted.start_token
+        firsts = [self.layout.first_segment(part, start, self._local_end + 1) for part in range(len(self.layout.parts))]
+        return {
+            i: row
+            for i, row in self._by_id.items()
+            if row.tier in ("none", "network") and row.segment >= firsts[row.part]
+        }
+
+    def _choose(self, now_ms: int) -> None:
+        """The search is over: aim at the longest prefix that the offers complete, if fetching it pays."""
+        for row in self._rows.values():
+            if row.tier == "none" and self._transfers.fetchable(row):
+                row.tier = "network"
+        end = self._usable(lambda row: row.tier != "none")
+        if end <= self._local_end:
+            self._get_local("not_found" if not self._silent else "search_timeout", now_ms)
+            return
+        remote = [row for row in self._needed(end) if row.tier == "network"]
+        saves_ms = self._saves_ms(self._local_end, end)
+        spent_ms = now_ms - self._started_ms
+        if self._mode == "auto" and not worth_fetching(
+            spent_ms + self._transfers.estimate_ms(remote, now_ms), saves_ms
+        ):
+            self._get_local("not_worth", now_ms)
+            return
+        self._phase = "getting"
+        self._fetching = True
+        self._phase_ends_ms = None
+        if self._mode == "auto" and saves_ms:
+            self._phase_ends_ms = self._started_ms + fetch_budget_ms(saves_ms)
+        self._transfers.timeout_at_ms = min(self._deadline_ms, self._phase_ends_ms or self._deadline_ms)
+        self._aim(end, now_ms)
+
+    # --- getting --------------------------------------------------------------------------------
+
+    def _get_local(self, not_fetched: str, now_ms: int) -> None:
+        """Settle for what is in this node."""
+        self._not_fetched = not_fetched
+        self._phase = "getting"
+        self._phase_ends_ms = None
+        saves_ms = self._saves_ms(0, self._local_end)
+        if self._mode == "auto" and saves_ms:
+            self._phase_ends_ms = self._started_ms + max(fetch_budget_ms(saves_ms), LOAD_GRACE_MS)
+        self._aim(self._local_end, now_ms)
+
+    def _aim(self, end: int, now_ms: int) -> None:
+        self._end = end
+        if end == 0:
+            self._answer(0, self._cause or self._not_fetched or "miss", now_ms)
+            return
+        rows = self._needed(end)
+        self._missing = {row for row in rows if row.state != "ready"}
+        self._queue = deque(row for row in rows if row.state == "idle")
+
+    def _lose(self, rows: list[Row], cause: str, now_ms: int) -> None:
+        """Rows can't be had: aim at what can be reached without them."""
+        for row in rows:
+            row.state = "lost"
+        self._cause = cause
+        self._aim(self._usable(lambda row: row.tier != "none" and row.state != "lost"), now_ms)
+
+    def _retreat(self, cause: str, now_ms: int) -> None:
+        """Give up fetching; use what is ready and what this node can still load within a moment."""
+        for peer in self._transfers.stop(now_ms):
+            if cause == "stalled":
+                self._effects.append(ChargePeer(peer, cause))
+        self._fetching = False
+        self._phase_ends_ms = min(now_ms + LOAD_GRACE_MS, self._deadline_ms)
+        remote = [r for r in self._rows.values() if r.tier in ("none", "network") and r.state != "ready"]
+        self._lose(remote, cause, now_ms)
+
+    def _advance(self, now_ms: int) -> None:
+        """Let time and the rows at hand decide what to do next."""
+        if self._phase == "searching":
+            over = self._phase_ends_ms is not None and now_ms >= self._phase_ends_ms
+            if over or not self._silent or self._found_everything():
+                self._choose(now_ms)
+        if self._phase == "getting" and not self.answered:
+            self._check_limits(now_ms)
+            self._get_more(now_ms)
+
+    def _check_limits(self, now_ms: int) -> None:
+        if not self._missing:
+            return
+        if self._phase_ends_ms is not None and now_ms >= self._phase_ends_ms:
+            if self._fetching:
+                self._retreat("too_slow", now_ms)
+            else:
+                self._answer_ready(self._cause or "too_slow", now_ms)
+        elif self._fetching and self._transfers.busy:
+            if now_ms - self._transfers.progress_ms >= FETCH_STALL_MS:
+                self._retreat("stalled", now_ms)
+            else:
+                self._transfers.hedge(now_ms)
+
+    def _get_more(self, now_ms: int) -> None:
+        while not self.answered:  # ends: every turn but the last loses a row
+            self._fill_window(now_ms)
+            lost = [row for row in self._transfers.lost if row.state != "lost"]
+            self._transfers.lost.clear()
+            if not lost:
+                break
+            self._lose(lost, "failed", now_ms)
+        if not self.answered and not self._missing:
+            self._answer(self._end, self._cause or "hit", now_ms)
+
+    def _fill_window(self, now_ms: int) -> None:
+        """Start the next rows; look a little further ahead, so that manifests come before their rows' turn."""
+        ahead = max(MOVING_ROWS_MAX, 2 * len(self.layout.parts) * self.layout.ranks)
+        for row in list(islice(self._queue, ahead)):
+            room = self._has_room(row)
+            if row.tier != "network":
+                if room:
+                    self._queue.remove(row)
+                    row.state = "moving"
+                    self._loading.add(row)
+                    self._effects.append(LoadRow(self.lookup, row.key))
+            elif self._transfers.begin(row, room, now_ms):
+                self._queue.remove(row)
+                row.state = "moving"
+
+    def _has_room(self, row: Row) -> bool:
+        count = len(self._loading) + self._transfers.moving_rows
+        size = sum(r.length for r in self._loading) + self._transfers.moving_bytes
+        if count < MOVING_ROWS_MIN:
+            return True
+        return count < MOVING_ROWS_MAX and size + row.length <= MOVING_BYTES_MAX
+
+    # --- answering ------------------------------------------------------------------------------
+
+    def _answer_ready(self, cause: str, now_ms: int) -> None:
+        self._answer(self._usable(lambda row: row.state == "ready"), cause, now_ms)
+
+    def _answer(self, end: int, reason: str, now_ms: int) -> None:
+        assert not self.answered
+        self._transfers.stop(now_ms)
+        rows = self._needed(end) if end else []
+        tiers = {row.tier for row in rows}
+        source: Literal["none", "memory", "disk", "network"] = "none"
+        for tier in ("memory", "disk", "network"):
+            if tier in tiers:
+                source = tier
+        places = tuple((row.segment, row.part, row.rank, row.key) for row in rows)
+        self._effects.append(AnswerPrefix(self.lookup, end, places, source, reason))
+        self.answered = True
+
+    # --- leaves ---------------------------------------------------------------------------------
+
+    def _needed(self, end: int) -> list[Row]:
+        places = needed(self.layout, self._wanted.start_token, end)
+        return [row for place in places for row in self._by_place[place]]
+
+    def _usable(self, has: Callable[[Row], bool]) -> int:
+        def present(segment: int, part: int) -> bool:
+            return all(has(row) for row in self._by_place[segment, part])
+
+        return usable_end(self.layout, self._wanted.start_token, self._end_max, present)
+
+    def _found_everything(self) -> bool:
+        return self._usable(lambda row: row.tier != "none" or self._transfers.fetchable(row)) == self._end_max
+
+    def _saves_ms(self, from_end: int, to_end: int) -> int:
+        """Prefill that segments [from_end, to_end) save; 0: unknown."""
+        tokens_each, start = self.layout.segment_tokens, self._wanted.start_token
+        saved = max(to_end * tokens_each - max(start, from_end * tokens_each), 0)
+        return saved_ms(self._wanted.prefill_ms, saved, len(self._wanted.segment_keys) * tokens_each - start)
+
+    def _take_effects(self) -> list[Effect]:
+        effects = list(self._effects)
+        self._effects.clear()
+        return effects

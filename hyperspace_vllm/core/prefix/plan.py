@@ -1,0 +1,84 @@
+"""Which rows a prefix needs, how far the rows at hand reach, and which columns to ask of whom. No state."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ..records.ids import NetworkId, PeerId, RowId, RowKey, SegmentKey, row_id, row_key
+from ..records.layout import Layout
+from ..records.limits import LOOKUP_ROWS_MAX, TOTAL_CHUNKS
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One row that a lookup may need. `tier` says where it is, `state` how far it got."""
+
+    segment: int
+    part: int
+    rank: int
+    key: RowKey
+    id: RowId
+    length: int
+    tier: str = "none"  # none | memory | disk | network
+    state: str = "idle"  # idle | moving | ready | lost
+    asked_at_ms: int = field(default=0)
+
+
+def rows_of(
+    network: NetworkId, layout: Layout, segment_keys: Sequence[SegmentKey], start_token: int
+) -> dict[RowKey, Row]:
+    """Every row from `start_token` on, by segment; whole segments, at most LOOKUP_ROWS_MAX rows."""
+    first = start_token // layout.segment_tokens
+    segments_max = LOOKUP_ROWS_MAX // (len(layout.parts) * layout.ranks)
+    rows: dict[RowKey, Row] = {}
+    for segment in range(first, min(len(segment_keys), first + segments_max)):
+        for number, part in enumerate(layout.parts):
+            for rank in range(layout.ranks):
+                key = row_key(segment_keys[segment], number, rank)
+                rows[key] = Row(segment, number, rank, key, row_id(network, key), part.row_bytes)
+    return rows
+
+
+def usable_end(layout: Layout, start_token: int, end_max: int, present: Callable[[int, int], bool]) -> int:
+    """The most segments, up to `end_max`, after which the engine can continue; 0: none beyond `start_token`.
+
+    `present(segment, part)` says whether all ranks' rows are there. Full attention needs every segment from
+    `start_token` on, a sliding window only its tail, so that a longer prefix may be usable where a shorter isn't.
+    """
+    first = start_token // layout.segment_tokens
+    run_start = [first] * len(layout.parts)  # per part, where the run of present rows that ends at `end` starts
+    best = 0
+    for end in range(first + 1, end_max + 1):
+        for part, spec in enumerate(layout.parts):
+            if not present(end - 1, part):
+                if not spec.window_tokens:
+                    return best
+                run_start[part] = end
+        if all(start <= layout.first_segment(p, start_token, end) for p, start in enumerate(run_start)):
+            best = end
+    return best
+
+
+def needed(layout: Layout, start_token: int, end: int) -> Iterator[tuple[int, int]]:
+    """(segment, part) of every row needed to continue after `end` segments, by segment."""
+    firsts = [layout.first_segment(part, start_token, end) for part in range(len(layout.parts))]
+    for segment in range(min(firsts, default=end), end):
+        for part, first in enumerate(firsts):
+            if segment >= first:
+                yield segment, part
+
+
+def assign_columns(count: int, exclude: int, holders: Sequence[tuple[PeerId, int]]) -> dict[PeerId, int]:
+    """Masks of the `count` lowest columns outside `exclude` that `holders` have, each from the first that has it.
+
+    Low columns are data: with 0..31 there is nothing to decode. Fewer than `count` where there are no more.
+    """
+    assigned: dict[PeerId, int] = {}
+    for column in range(TOTAL_CHUNKS):
+        bit = 1 << column
+        if count == 0 or exclude & bit:
+            continue
+        holder = next((peer for peer, columns in holders if columns & bit), None)
+        if holder is not None:
+            assigned[holder] = assigned.get(holder, 0) | bit
+            count -= 1
+    return assigned

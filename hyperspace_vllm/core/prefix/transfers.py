@@ -1,0 +1,491 @@
+"""The rows of one lookup that come from peers: whom to ask for what, whom to ask next, whom never again.
+
+A peer's offer says (row, manifest, columns). Offers of one row under one manifest are a *source*: their columns add up.
+Different manifests seal differently, so that other sources are alternatives, tried when a source is slow or spent.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ..node.effects import ChargePeer, Effect, FetchManifest, FetchRow
+from ..node.events import ChunksVerified, HolderStalled, ManifestRefused, ManifestVerified, ProviderAnswered
+from ..records.ids import ManifestDigest, PeerId, RowId
+from ..records.layout import Layout
+from ..records.limits import DATA_CHUNKS, FETCH_STALL_MS
+from .cost_model import HEDGE_MS_MIN, RateEstimator, hedge_delay_ms, transfer_ms
+from .plan import Row, assign_columns
+
+GUILTY_REASONS = frozenset({"protocol", "bad_digest", "malformed", "forged", "bad_signature", "bad_proof"})
+GONE_REASONS = frozenset({"timeout", "unreachable"})  # no proof of bad faith, but not asked again by this lookup
+MANIFESTS_IN_FLIGHT_MAX = 4  # each costs 70 KiB and a KZG verification before anything is believed
+
+_DATA = (1 << DATA_CHUNKS) - 1
+
+
+@dataclass(slots=True)
+class _Manifest:
+    holders: dict[PeerId, None] = field(default_factory=dict)  # an ordered set: who offered a row of it
+    asking: set[PeerId] = field(default_factory=set)
+    tried: set[PeerId] = field(default_factory=set)
+    asked_at_ms: int = 0
+    contents: ManifestVerified | None = None
+    slow: bool = False  # asked of everybody who offers it, and late
+    dead: bool = False
+
+
+@dataclass(slots=True)
+class _Source:
+    manifest: ManifestDigest
+    row: int
+    holders: dict[PeerId, int] = field(default_factory=dict)  # columns that each may still be asked for
+    asked: dict[PeerId, int] = field(default_factory=dict)  # columns under way
+    verified: int = 0
+    wanted: bool = False
+    dead: bool = False
+
+    def under_way(self) -> int:
+        """Columns that have verified or may still come."""
+        columns = self.verified
+        for asked in self.asked.values():
+            columns |= asked
+        return columns
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """A row under way. `hedge_at_ms` None: everybody who may have it has been asked."""
+
+    row: Row
+    hedge_at_ms: int | None
+
+
+@dataclass(slots=True)
+class _Delivery:
+    """What one peer was asked for and delivered, in bytes and ms."""
+
+    asked: int = 0
+    verified: int = 0
+    first_ms: int = 0
+    last_ms: int = 0
+
+
+class Transfers:
+    """All fetching of one lookup. Effects go to `emit`; rows that nobody can complete gather in `lost`."""
+
+    def __init__(
+        self,
+        lookup: int,
+        layout: Layout,
+        peers: tuple[PeerId, ...],
+        rates: RateEstimator,
+        emit: Callable[[Effect], None],
+    ) -> None:
+        self.lookup = lookup
+        self.layout = layout
+        self.peers = peers
+        self.rates = rates
+        self.emit = emit
+        self.lost: list[Row] = []
+        self.progress_ms = 0  # when a byte or a manifest last verified
+        self.timeout_at_ms = 0
+        self._rtt_ms: dict[PeerId, int] = {}
+        self._banned: set[PeerId] = set()
+        self._sources: dict[RowId, list[_Source]] = {}
+        self._manifests: dict[ManifestDigest, _Manifest] = {}
+        self._moving: dict[RowId, _Transfer] = {}
+        self._asked_at_ms: dict[PeerId, int] = {}
+        self._deliveries: dict[PeerId, _Delivery] = {}
+        self._unsettled = False  # a source may have lost what it was waiting for
+
+    # --- offers ---------------------------------------------------------------------------------
+
+    def add_offers(self, event: ProviderAnswered, rows: dict[RowId, Row]) -> None:
+        """Note what a peer offers of `rows`, once a peer; offers of anything else are ignored."""
+        if event.peer not in self.peers or event.peer in self._rtt_ms:
+            return
+        self._rtt_ms[event.peer] = event.rtt_ms
+        offered: set[RowId] = set()
+        for offer in event.offers:
+            if offer.row_id not in rows or offer.row_id in offered or not offer.columns:
+                continue
+            offered.add(offer.row_id)
+            self._manifests.setdefault(offer.manifest, _Manifest()).holders[event.peer] = None
+            sources = self._sources.setdefault(offer.row_id, [])
+            for source in sources:
+                if (source.manifest, source.row) == (offer.manifest, offer.row):
+                    break
+            else:
+                source = _Source(offer.manifest, offer.row)
+                sources.append(source)
+            source.holders[event.peer] = offer.columns
+
+    def fetchable(self, row: Row) -> bool:
+        """Whether the holders known of some manifest have 32 columns of the row between them."""
+        return any(self._alive(source) for source in self._sources.get(row.id, ()))
+
+    def estimate_ms(self, rows: Iterable[Row], now_ms: int) -> int:
+        """Time until `rows` are here when each comes from whoever would deliver it first."""
+        queued: dict[PeerId, int] = {}
+        for row in rows:
+            holders = {peer for source in self._sources[row.id] for peer in source.holders}
+            best = min(holders, key=lambda peer: self._cost_ms(peer, queued.get(peer, 0) + row.length, now_ms))
+            queued[best] = queued.get(best, 0) + row.length
+        waits = (self._cost_ms(peer, size, now_ms) + self._rtt_ms[peer] for peer, size in queued.items())
+        return max(waits, default=0)
+
+    # --- rows -----------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer from a peer is outstanding."""
+        return bool(self._moving) or any(m.asking for m in self._manifests.values())
+
+    @property
+    def moving_rows(self) -> int:
+        """Rows under way, to bound them."""
+        return len(self._moving)
+
+    @property
+    def moving_bytes(self) -> int:
+        """Bytes of the rows under way, to bound them."""
+        return sum(transfer.row.length for transfer in self._moving.values())
+
+    def begin(self, row: Row, room: bool, now_ms: int) -> bool:
+        """Ask for the row if there is `room`, before that for its manifest. False: not asked yet, or lost."""
+        self._want_best(row, room, now_ms)
+        self._settle(now_ms)
+        return row.id in self._moving
+
+    def finish(self, row: Row, now_ms: int) -> None:
+        """The row is ready: nobody needs to be asked any more."""
+        if self._moving.pop(row.id, None) is None:
+            return
+        self.progress_ms = now_ms
+        for source in self._sources[row.id]:
+            missing = DATA_CHUNKS - source.verified.bit_count()
+            for peer, columns in source.asked.items():
+                # The last columns come without an event of their own; who was asked for them delivered them.
+                if 0 < missing <= (columns & ~source.verified).bit_count():
+                    self._delivered(peer, missing * row.length // DATA_CHUNKS, now_ms)
+                    break
+
+    def stop(self, now_ms: int) -> list[PeerId]:
+        """End all fetching and feed the rates; returns who was asked FETCH_STALL_MS ago or more and still owes."""
+        late = {peer for t in self._moving.values() for s in self._sources[t.row.id] for peer in s.asked}
+        late |= {peer for m in self._manifests.values() for peer in m.asking}
+        for peer, delivery in self._deliveries.items():
+            end_ms = now_ms if peer in late else delivery.last_ms
+            elapsed_ms = end_ms - delivery.first_ms - self._rtt_ms[peer]
+            self.rates.measured(peer, delivery.asked, delivery.verified, elapsed_ms, now_ms)
+        self._moving.clear()
+        self._sources.clear()
+        self._manifests.clear()
+        self._deliveries.clear()
+        return [p for p in self.peers if p in late and self._asked_at_ms[p] <= now_ms - FETCH_STALL_MS]
+
+    # --- what peers and the driver report -------------------------------------------------------
+
+    def manifest_verified(self, event: ManifestVerified, now_ms: int) -> None:
+        """The manifest can be used for the rows that it has; who offered others under it is charged then."""
+        manifest = self._manifests.get(event.manifest)
+        if manifest is None or manifest.contents is not None:
+            return
+        manifest.contents = event
+        manifest.asking.clear()
+        self.progress_ms = now_ms
+        self._unsettled = True
+        self._settle(now_ms)
+
+    def manifest_refused(self, event: ManifestRefused, now_ms: int) -> None:
+        """Ask the next peer that offers the same manifest, or give the manifest up."""
+        manifest = self._manifests.get(event.manifest)
+        if manifest is None or event.peer not in manifest.asking:
+            return
+        manifest.asking.discard(event.peer)
+        self.judge(event.peer, event.reason)
+        if manifest.contents is None and not manifest.asking:
+            self._ask_manifest(event.manifest, now_ms)
+        self._unsettled = True
+        self._settle(now_ms)
+
+    def chunks_verified(self, event: ChunksVerified, row: Row, now_ms: int) -> None:
+        """Columns of a row came and verified."""
+        transfer = self._moving.get(row.id)
+        source = self._source_of(row, event.peer)
+        if transfer is None or source is None:
+            return
+        new = event.columns & ~source.verified
+        if not new:
+            return
+        source.verified |= new
+        if event.peer in source.asked:
+            source.asked[event.peer] &= ~new
+        self._delivered(event.peer, new.bit_count() * row.length // DATA_CHUNKS, now_ms)
+        self.progress_ms = now_ms
+        transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
+
+    def holder_stalled(self, event: HolderStalled, row: Row, now_ms: int) -> None:
+        """A peer won't deliver what it was asked for: ask for other columns, others, or under another manifest."""
+        source = self._source_of(row, event.peer)
+        if source is None:
+            return
+        source.holders[event.peer] &= ~source.asked.pop(event.peer, 0)
+        if event.reason == "busy":
+            source.holders[event.peer] = 0
+        self.judge(event.peer, event.reason)
+        self._unsettled = True
+        self._settle(now_ms)
+
+    def condemned(self, row: Row, now_ms: int) -> None:
+        """The row's chunks are no codeword: whatever its manifest covers is worthless."""
+        if row.id not in self._moving:
+            return
+        used = max(self._wanted(row), key=lambda source: source.verified.bit_count())
+        self._manifests[used.manifest].dead = True
+        self._unsettled = True
+        self._settle(now_ms)
+
+    def judge(self, peer: PeerId, reason: str) -> None:
+        """A peer failed for `reason`: charge it if that proves bad faith, and don't ask it again if it is gone."""
+        if reason in GUILTY_REASONS:
+            self._charge(peer, reason)
+        elif reason in GONE_REASONS:
+            self._ban(peer)
+
+    # --- time -----------------------------------------------------------------------------------
+
+    def hedge(self, now_ms: int) -> None:
+        """Ask further for every row and manifest that has been waiting too long."""
+        for digest, manifest in self._manifests.items():
+            if manifest.asking and not manifest.slow and now_ms >= manifest.asked_at_ms + HEDGE_MS_MIN:
+                self._ask_manifest(digest, now_ms)
+        for transfer in list(self._moving.values()):
+            if transfer.hedge_at_ms is not None and now_ms >= transfer.hedge_at_ms:
+                self._hedge_row(transfer, now_ms)
+        self._settle(now_ms)
+
+    def next_deadline_ms(self) -> int | None:
+        """When `hedge` has something to do."""
+        times = [t.hedge_at_ms for t in self._moving.values() if t.hedge_at_ms is not None]
+        for manifest in self._manifests.values():
+            if manifest.asking and not manifest.slow:
+                times.append(manifest.asked_at_ms + HEDGE_MS_MIN)
+        return min(times, default=None)
+
+    # --- leaves ---------------------------------------------------------------------------------
+
+    def _want_best(self, row: Row, room: bool, now_ms: int) -> None:
+        """Make sure that the row has a source which can complete it, and that it is asked; else it is lost."""
+        if not any(self._alive(s) and not self._manifests[s.manifest].slow for s in self._wanted(row)):
+            source = self._best_source(row, now_ms)
+            if source is not None:
+                source.wanted = True
+            elif not any(self._alive(s) for s in self._wanted(row)):
+                self._moving.pop(row.id, None)
+                self.lost.append(row)
+                return
+        self._ask_wanted(row, room, now_ms)
+
+    def _ask_wanted(self, row: Row, room: bool, now_ms: int) -> None:
+        for source in self._wanted(row):
+            contents = self._manifests[source.manifest].contents
+            if contents is None:
+                self._ask_manifest_once(source.manifest, now_ms)
+            elif self._alive(source) and self._matches(source, row, contents):
+                if row.id not in self._moving:
+                    if not room:
+                        return
+                    self._move(source, row, now_ms)
+                self._top_up(source, row, now_ms)
+        if not any(self._alive(source) for source in self._wanted(row)):
+            self._want_best(row, room, now_ms)  # ends: every turn has used up a source
+
+    def _move(self, source: _Source, row: Row, now_ms: int) -> None:
+        """The row starts under this source; others that were wanted only because it was late are not any more."""
+        if not self._moving:
+            self.progress_ms = now_ms
+        self._moving[row.id] = _Transfer(row, now_ms + self._hedge_delay_ms(row, now_ms))
+        for other in self._wanted(row):
+            other.wanted = other is source
+
+    def _top_up(self, source: _Source, row: Row, now_ms: int) -> None:
+        """Have 32 columns verified or under way."""
+        exclude = source.under_way()
+        count = DATA_CHUNKS - exclude.bit_count()
+        if count <= 0:
+            return
+        for peer, columns in assign_columns(count, exclude, self._holders(source, row, now_ms)).items():
+            self._fetch(source, row, peer, columns, now_ms)
+
+    def _fetch(self, source: _Source, row: Row, peer: PeerId, columns: int, now_ms: int) -> None:
+        source.asked[peer] = source.asked.get(peer, 0) | columns
+        self._asked_at_ms.setdefault(peer, now_ms)
+        delivery = self._deliveries.setdefault(peer, _Delivery(first_ms=now_ms, last_ms=now_ms))
+        delivery.asked += columns.bit_count() * row.length // DATA_CHUNKS
+        timeout_ms = max(self.timeout_at_ms - now_ms, 1)
+        self.emit(FetchRow(self.lookup, peer, source.manifest, source.row, row.key, row.length, columns, timeout_ms))
+
+    def _hedge_row(self, transfer: _Transfer, now_ms: int) -> None:
+        row = transfer.row
+        if any(source.verified.bit_count() >= DATA_CHUNKS for source in self._wanted(row)):
+            transfer.hedge_at_ms = None  # the driver is reconstructing it
+            return
+        stuck = now_ms - self.progress_ms >= HEDGE_MS_MIN
+        if self._ask_other_holder(row, now_ms) or self._ask_other_source(row, now_ms):
+            transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
+        elif not stuck:
+            # The only holder is busy with other rows of ours: more columns of this one would only slow it down.
+            transfer.hedge_at_ms = self.progress_ms + HEDGE_MS_MIN
+        elif self._ask_further_columns(row, now_ms):
+            transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
+        else:
+            transfer.hedge_at_ms = None
+
+    def _ask_other_holder(self, row: Row, now_ms: int) -> bool:
+        for source in self._wanted(row):
+            others = [h for h in self._holders(source, row, now_ms) if h[0] not in source.asked]
+            if self._ask_missing(source, row, others, now_ms):
+                return True
+        return False
+
+    def _ask_other_source(self, row: Row, now_ms: int) -> bool:
+        source = self._best_source(row, now_ms)
+        if source is None:
+            return False
+        source.wanted = True
+        self._ask_wanted(row, True, now_ms)
+        return True
+
+    def _ask_further_columns(self, row: Row, now_ms: int) -> bool:
+        return any(
+            self._ask_missing(source, row, self._holders(source, row, now_ms), now_ms) for source in self._wanted(row)
+        )
+
+    def _ask_missing(self, source: _Source, row: Row, holders: list[tuple[PeerId, int]], now_ms: int) -> bool:
+        """Ask `holders` for as many further columns as the row lacks, as if what is under way never came."""
+        if self._manifests[source.manifest].contents is None or not self._alive(source):
+            return False
+        count = DATA_CHUNKS - source.verified.bit_count()
+        assigned = assign_columns(count, source.under_way(), holders)
+        for peer, columns in assigned.items():
+            self._fetch(source, row, peer, columns, now_ms)
+        return bool(assigned)
+
+    def _ask_manifest_once(self, digest: ManifestDigest, now_ms: int) -> None:
+        manifest = self._manifests[digest]
+        in_flight = sum(1 for m in self._manifests.values() if m.asking)
+        if not manifest.asking and not manifest.dead and in_flight < MANIFESTS_IN_FLIGHT_MAX:
+            self._ask_manifest(digest, now_ms)
+
+    def _ask_manifest(self, digest: ManifestDigest, now_ms: int) -> None:
+        """Ask the next peer that offers it; when there is none, it is late, or dead."""
+        manifest = self._manifests[digest]
+        peer = next((p for p in manifest.holders if p not in manifest.tried and p not in self._banned), None)
+        if peer is None:
+            manifest.slow = bool(manifest.asking)
+            manifest.dead = not manifest.asking
+            return
+        if not self.busy:
+            self.progress_ms = now_ms
+        self._asked_at_ms.setdefault(peer, now_ms)
+        manifest.tried.add(peer)
+        manifest.asking.add(peer)
+        manifest.asked_at_ms = now_ms
+        timeout_ms = min(max(self.timeout_at_ms - now_ms, 1), FETCH_STALL_MS)
+        self.emit(FetchManifest(self.lookup, peer, digest, timeout_ms))
+
+    def _matches(self, source: _Source, row: Row, contents: ManifestVerified) -> bool:
+        """Whether the manifest has this very row where the offers said; if not, they lied."""
+        if source.verified or source.asked:
+            return True
+        honest = (
+            contents.fingerprint == self.layout.fingerprint
+            and source.row < len(contents.row_ids)
+            and contents.row_ids[source.row] == row.id
+            and contents.row_lengths[source.row] == row.length
+        )
+        if not honest:
+            source.dead = True
+            for peer in source.holders:
+                self._charge(peer, "false_offer")
+        return honest
+
+    def _charge(self, peer: PeerId, reason: str) -> None:
+        if peer not in self._banned:
+            self.emit(ChargePeer(peer, reason))
+            self._ban(peer)
+
+    def _ban(self, peer: PeerId) -> None:
+        """Use the peer no more in this lookup; what it still sends and verifies counts all the same."""
+        self._banned.add(peer)
+        self._unsettled = True
+        for manifest in self._manifests.values():
+            manifest.asking.discard(peer)
+        for row_id in self._moving:
+            for source in self._sources[row_id]:
+                source.asked.pop(peer, None)
+
+    def _settle(self, now_ms: int) -> None:
+        """After a gain or loss: every row under way has its columns asked of somebody, or is lost."""
+        while self._unsettled:  # ends: each turn that unsettles again has banned a peer
+            self._unsettled = False
+            for transfer in list(self._moving.values()):
+                self._want_best(transfer.row, True, now_ms)
+
+    def _wanted(self, row: Row) -> list[_Source]:
+        return [source for source in self._sources[row.id] if source.wanted]
+
+    def _source_of(self, row: Row, peer: PeerId) -> _Source | None:
+        return next((s for s in self._sources.get(row.id, ()) if peer in s.holders), None)
+
+    def _alive(self, source: _Source) -> bool:
+        if source.dead or self._manifests[source.manifest].dead:
+            return False
+        columns = source.under_way()
+        for peer, held in source.holders.items():
+            if peer not in self._banned:
+                columns |= held
+        return columns.bit_count() >= DATA_CHUNKS
+
+    def _best_source(self, row: Row, now_ms: int) -> _Source | None:
+        """The source not yet wanted that would complete the row first; with all data columns if possible."""
+
+        def cost(source: _Source) -> tuple[bool, int]:
+            holders = self._holders(source, row, now_ms)
+            columns = 0
+            for _, held in holders:
+                columns |= held
+            manifest = self._manifests[source.manifest]
+            settled = manifest.contents is not None or bool(manifest.asking)
+            peer = holders[0][0]
+            wait_ms = self._cost_ms(peer, self._queued_bytes(peer) + row.length, now_ms)
+            return columns & _DATA != _DATA, wait_ms + (0 if settled else self._rtt_ms[peer] + HEDGE_MS_MIN // 2)
+
+        idle = [s for s in self._sources.get(row.id, ()) if not s.wanted and self._alive(s)]
+        return min(idle, key=cost, default=None)
+
+    def _holders(self, source: _Source, row: Row, now_ms: int) -> list[tuple[PeerId, int]]:
+        """Who may be asked under the source, soonest first."""
+        able = [(p, held) for p, held in source.holders.items() if held and p not in self._banned]
+        return sorted(able, key=lambda h: self._cost_ms(h[0], self._queued_bytes(h[0]) + row.length, now_ms))
+
+    def _cost_ms(self, peer: PeerId, size: int, now_ms: int) -> int:
+        return transfer_ms(size, self.rates.rate(peer, now_ms), self._rtt_ms[peer])
+
+    def _queued_bytes(self, peer: PeerId) -> int:
+        return sum(
+            t.row.length * source.asked[peer].bit_count() // DATA_CHUNKS
+            for t in self._moving.values()
+            for source in self._sources[t.row.id]
+            if peer in source.asked
+        )
+
+    def _hedge_delay_ms(self, row: Row, now_ms: int) -> int:
+        peers = [peer for source in self._sources[row.id] for peer in source.asked] or list(self._rtt_ms)
+        return hedge_delay_ms(max(self._cost_ms(peer, row.length, now_ms) for peer in peers))
+
+    def _delivered(self, peer: PeerId, size: int, now_ms: int) -> None:
+        delivery = self._deliveries.get(peer)
+        if delivery is not None:
+            delivery.verified += size
+            delivery.last_ms = now_ms
