@@ -238,9 +238,10 @@ class Transfers:
 
     def condemned(self, row: Row, now_ms: int) -> None:
         """The row's chunks are no codeword: whatever its manifest covers is worthless."""
-        if row.id not in self._moving:
+        sources = [source for source in self._wanted(row) if self._alive(source)]
+        if row.id not in self._moving or not sources:
             return
-        used = max(self._wanted(row), key=lambda source: source.verified.bit_count())
+        used = max(sources, key=lambda source: source.verified.bit_count())
         self._manifests[used.manifest].dead = True
         self._unsettled = True
         self._settle(now_ms)
@@ -433,7 +434,7 @@ class Transfers:
                 self._want_best(transfer.row, True, now_ms)
 
     def _wanted(self, row: Row) -> list[_Source]:
-        return [source for source in self._sources[row.id] if source.wanted]
+        return [source for source in self._sources.get(row.id, ()) if source.wanted]
 
     def _source_of(self, row: Row, peer: PeerId) -> _Source | None:
         return next((s for s in self._sources.get(row.id, ()) if peer in s.holders), None)
