@@ -1,0 +1,115 @@
+"""The places where we change vLLM instead of using an interface of it. One dated function each."""
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+CONNECTOR = "hyperspace"
+_MARK = "_hyperspace"
+
+
+def register_connector(module: str, class_name: str) -> None:
+    """Name our connector to vLLM. `register_connector` raises for a known name, and plugins may load twice.
+
+    vLLM 0.9 to 0.32 (2026-09). A public interface but for `_registry`; can go when registering twice is allowed.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if CONNECTOR not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(CONNECTOR, module, class_name)
+
+
+def add_connector_flag(engine_args: Any, on_args: Callable[[Namespace], None]) -> None:
+    """`--kv-connector NAME` for vLLM's own CLI, short for --kv-transfer-config; `on_args` hears of parsed arguments.
+
+    vLLM 0.32 (2026-09): its plugins load before the parser is built, but have no hook into it. Can go when vLLM has
+    such a flag or hook. `engine_args` is the class EngineArgs.
+    """
+    if _marked(engine_args.add_cli_args):
+        return
+    add_cli_args, from_cli_args = engine_args.add_cli_args, engine_args.from_cli_args.__func__
+
+    @functools.wraps(add_cli_args)
+    def with_flag(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        if "--kv-connector" not in parser._option_string_actions:
+            parser.add_argument(
+                "--kv-connector",
+                default=None,
+                metavar="NAME",
+                help="KV connector for loading and saving, e.g. hyperspace; short for --kv-transfer-config.",
+            )
+        return parser
+
+    @functools.wraps(from_cli_args)
+    def with_transfer_config(cls: Any, args: Namespace) -> Any:
+        args.kv_transfer_config = _transfer_config(args)
+        on_args(args)
+        return from_cli_args(cls, args)
+
+    engine_args.add_cli_args = staticmethod(_mark(with_flag))
+    engine_args.from_cli_args = classmethod(with_transfer_config)
+
+
+def _transfer_config(args: Namespace) -> Any:
+    from vllm.config import KVTransferConfig
+
+    name, given = getattr(args, "kv_connector", None), args.kv_transfer_config
+    if name is None:
+        return given
+    if given is None:
+        policy = "recompute" if name == CONNECTOR else "fail"
+        return KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_load_failure_policy=policy)
+    if given.kv_connector != name:
+        raise ValueError(f"--kv-connector {name} contradicts --kv-transfer-config with {given.kv_connector}")
+    return given
+
+
+def after_engine_config(engine_args: Any, on_config: Callable[[Any], None]) -> None:
+    """`on_config(vllm_config)` in every process that makes a configuration, before it starts others.
+
+    vLLM 0.32 (2026-09): there is no hook between the configuration and the engine's processes, and the node and the
+    process secret have to be there first. `engine_args` is the class EngineArgs.
+    """
+    create = engine_args.create_engine_config
+    if _marked(create):
+        return
+
+    @functools.wraps(create)
+    def create_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = create(self, *args, **kwargs)
+        on_config(config)
+        return config
+
+    engine_args.create_engine_config = _mark(create_and_tell)
+
+
+def innermost_middleware(add: Callable[[Any], None]) -> None:
+    """`add(app)` after vLLM has added its own middleware; append to `app.user_middleware` there (last = innermost).
+
+    vLLM 0.32 (2026-09): its --middleware list is outermost, outside authentication. `build_app` calls the function by
+    the name it imported, so that is what we replace. Can go when vLLM lets plugins add middleware inside its own.
+    """
+    from vllm.entrypoints.launchers import app as launcher
+
+    initialise = launcher.init_entrypoints_middleware
+    if _marked(initialise):
+        return
+
+    @functools.wraps(initialise)
+    def initialise_and_add(args: Namespace, app: Any, *rest: Any, **kwargs: Any) -> Any:
+        result = initialise(args, app, *rest, **kwargs)
+        add(app)
+        return result
+
+    launcher.init_entrypoints_middleware = _mark(initialise_and_add)
+
+
+def _mark(function: Any) -> Any:
+    setattr(function, _MARK, True)
+    return function
+
+
+def _marked(function: Any) -> bool:
+    return hasattr(function, _MARK)

@@ -1,0 +1,253 @@
+"""The KV connector that vLLM builds, twice: in the scheduler and in every worker. It only delegates.
+
+Context: vLLM builds the connector with a config and hopes for the best; whatever raises here stops the engine. Choice:
+anything that L2 can't do (a layout it can't carry, weights it can't identify, settings that are wrong) turns it off
+with one line, and both halves answer "nothing" from then on. Cost: a misconfigured server serves, uncached.
+"""
+
+import logging
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+    PromMetric,
+    PromMetricT,
+)
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request
+
+from ..client import NodeClient
+from ..config import Config, ConfigError, load_config
+from ..core.records.errors import Refused
+from ..core.response.scope import DEFAULT_SCOPE, RequestScope, verify_scope
+from .fingerprint import kv_fingerprint
+from .inherited import Inherited, ensure_node
+from .kv_layout import plan_kv
+from .metadata import IDLE, StepMetadata
+from .scheduler_side import SchedulerSide
+from .stats import HyperspacePromMetrics, HyperspaceStats
+from .worker_side import WorkerSide
+
+if TYPE_CHECKING:
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+
+logger = logging.getLogger("vllm.hyperspace")
+
+
+class HyperspaceConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vLLM is untyped for us
+    """Loads and saves prompt prefixes through the host's Hyperspace node."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._client: NodeClient | None = None
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            # vLLM's default fails the request; the scheduler reads this after building us, whoever set it.
+            self._kv_transfer_config.kv_load_failure_policy = "recompute"
+        try:
+            config = load_config(extra=self._kv_transfer_config.kv_connector_extra_config)
+            if not config.kv_cache:
+                raise Refused("off", "kv_cache is false")
+            _check_supported(vllm_config)
+            if role == KVConnectorRole.SCHEDULER:
+                self._scheduler = self._build_scheduler(config)
+            else:
+                self._worker = self._build_worker(config)
+        except (ConfigError, Refused) as error:
+            logger.warning("hyperspace: KV sharing (L2) is off: %s", error)
+
+    def _build_scheduler(self, config: Config) -> SchedulerSide:
+        plan = plan_kv(self._vllm_config, self._kv_cache_config)
+        fingerprint = kv_fingerprint(self._vllm_config, self._kv_cache_config, plan)
+        ensure_node(config)
+        self._client = NodeClient(config, "scheduler", _client_name(self._vllm_config))
+        return SchedulerSide(
+            self._client,
+            plan,
+            fingerprint,
+            config.fetch,
+            config.lookup_deadline_ms,
+            self._vllm_config.speculative_config is not None,
+            _scope_reader(Inherited.read()),
+        )
+
+    def _build_worker(self, config: Config) -> WorkerSide:
+        plan = plan_kv(self._vllm_config, self._kv_cache_config)
+        self._client = NodeClient(config, "worker", _client_name(self._vllm_config))
+        step_tokens = self._vllm_config.scheduler_config.max_num_batched_tokens
+        rank = get_tensor_model_parallel_rank()
+        return WorkerSide(self._client, plan, rank, -(-step_tokens // plan.segment_tokens))
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: a dropped save is a future miss, no reason to recompute anything."""
+        return False
+
+    # --- scheduler -------------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """See SchedulerSide.matched_tokens."""
+        if self._scheduler is None:
+            return 0, False
+        return self._scheduler.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        """See SchedulerSide.allocated."""
+        if self._scheduler is not None:
+            tables = tuple(map(tuple, blocks.get_block_ids())) if num_external_tokens else ()
+            self._scheduler.allocated(request, tables, num_external_tokens)
+
+    def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
+        """Memory, disk or network, for vLLM's own hit metrics."""
+        return self._scheduler.hit_sources(request, num_external_tokens) if self._scheduler is not None else {}
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """This step's loads and saves."""
+        return self._scheduler.step(scheduler_output) if self._scheduler is not None else IDLE
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Loads that all ranks have reported."""
+        if self._scheduler is not None:
+            self._scheduler.received(connector_output)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Never delays the blocks: what was saved was copied in the step that filled it."""
+        if self._scheduler is not None:
+            self._scheduler.finished(request)
+        return False, None
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """The same, for the one-group form."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def reset_cache(self) -> bool | None:
+        """Weights may have changed: nothing from before is ever loaded again."""
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True
+
+    # --- worker ----------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """The tensors to copy from and to."""
+        if self._worker is not None:
+            self._worker.register(kv_caches, self._kv_cache_config.num_blocks)
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        """Runs after the forward of the step: our loads are for requests that aren't in it."""
+        if self._worker is not None:
+            self._worker.load(self._step_metadata())
+
+    def wait_for_save(self) -> None:
+        """The only thing a step waits for: gathering the segments that it filled."""
+        if self._worker is not None:
+            self._worker.save(self._step_metadata())
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Every promised receive, once. Sends are never promised."""
+        if self._worker is not None:
+            return self._worker.transfer_results()
+        loads = self._step_metadata().loads if self._role == KVConnectorRole.WORKER else ()
+        promised = {load.request_id for load in loads}  # a scheduler that is on while this worker is off
+        return KVConnectorTransferResults(finished_recving=promised, failed_recving=set(promised))
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: no request runs before its load has been reported."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: "AttentionMetadata", **kwargs: Any
+    ) -> None:
+        """Nothing by layer: whole segments are gathered after the forward."""
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Nothing to hurry: a save has left its blocks when the step returns."""
+
+    def _step_metadata(self) -> StepMetadata:
+        metadata = self._connector_metadata
+        return metadata if isinstance(metadata, StepMetadata) else IDLE
+
+    # --- both ------------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Counts since the last call, which vLLM makes once a step."""
+        if self._scheduler is not None:
+            self._scheduler.step_ended()
+            return self._scheduler.stats.take()
+        return self._worker.stats.take() if self._worker is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """What arrived from another process."""
+        return HyperspaceStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        """Our metrics on vLLM's /metrics."""
+        return HyperspacePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        """Goodbye to the node: it frees what this process leased."""
+        if self._worker is not None:
+            self._worker.close()
+        if self._client is not None:
+            self._client.close()
+
+
+def _check_supported(config: VllmConfig) -> None:
+    parallel, cache = config.parallel_config, config.cache_config
+    for what, wrong in (
+        ("pipeline parallelism", parallel.pipeline_parallel_size > 1),
+        ("decode context parallelism", parallel.decode_context_parallel_size > 1),
+        ("prefill context parallelism", parallel.prefill_context_parallel_size > 1),
+        ("an engine across several hosts", parallel.nnodes > 1),
+        ("a pooling model", config.model_config.runner_type == "pooling"),
+        ("KV scales computed at run time", bool(getattr(cache, "calculate_kv_scales", False))),
+    ):
+        if wrong:
+            raise Refused("unsupported", what)
+
+
+def _client_name(config: VllmConfig) -> str:
+    """One name for the scheduler and the workers of one engine: vLLM's id of it, made anew at every start."""
+    rank = config.parallel_config.data_parallel_index
+    return f"{socket.gethostname()}-{config.kv_transfer_config.engine_id}-{rank}"
+
+
+def _scope_reader(inherited: Inherited) -> Callable[[Request], RequestScope]:
+    def scope_of(request: Request) -> RequestScope:
+        signed = (request.kv_transfer_params or {}).get("hyperspace")
+        scope = verify_scope(inherited.secret, signed, request.cache_salt) if signed is not None else None
+        if scope is None:
+            scope = RequestScope("private", "") if inherited.many_tenants else DEFAULT_SCOPE
+        if request.cache_salt:
+            return RequestScope("private", scope.tenant)
+        return scope
+
+    return scope_of

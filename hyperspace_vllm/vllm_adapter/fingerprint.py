@@ -1,0 +1,215 @@
+"""What must agree before two nodes share KV (the KV fingerprint) or responses (the model digest).
+
+Context: other systems' silent corruptions were mostly a layout or a weight file that was not in the key. Choice: put
+everything in that can change KV bytes or their meaning, vLLM's version included, because it decides which attention
+backend and block layout "auto" means. Rejected: asking workers for the chosen backend, which the scheduler can't do
+before the first step. Cost: a fleet in the middle of a vLLM upgrade shares only among equal versions.
+"""
+
+import functools
+import json
+import os
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from vllm.config import ModelConfig, VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from ..core.prefix.segment import fingerprint_digest
+from ..core.records.errors import Refused
+from ..core.records.ids import sha256
+from .kv_layout import KVPlan, describe_group
+
+FORMAT_VERSION = 1  # of the row payload that kv_layout.py describes
+SAMPLE_BYTES = 4096
+FILE_SAMPLES = 1024  # 4 MiB of a weights file whose tensors we can't list
+SMALL_FILE_BYTES = 64 << 20  # tokenizers and templates are hashed whole, up to this size
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+_VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
+# Server options that change what a request is answered with, beyond the model itself.
+_OUTPUT_ARGS = (
+    "chat_template",
+    "chat_template_content_format",
+    "default_chat_template_kwargs",
+    "trust_request_chat_template",
+    "enable_auto_tool_choice",
+    "exclude_tools_when_tool_choice_none",
+    "tool_call_parser",
+    "tool_parser_plugin",
+    "reasoning_parser",
+    "generation_config",
+    "override_generation_config",
+    "return_tokens_as_token_ids",
+    "response_role",
+    "max_model_len",
+    "logits_processors",
+    "structured_outputs_config",
+    "mm_processor_kwargs",
+    "tokenizer_mode",
+    "seed",
+)
+
+
+def kv_fingerprint(config: VllmConfig, kv_cache: KVCacheConfig, plan: KVPlan) -> bytes:
+    """Digest (32 bytes) of everything that KV bytes depend on; `Refused` when the weights can't be identified."""
+    cache, attention = config.cache_config, config.attention_config
+    fields = {
+        "format": FORMAT_VERSION,
+        "vllm": vllm.__version__,
+        "model": _model_identity(config.model_config, str(config.load_config.load_format)),
+        "draft": _draft_identity(config),
+        "cache_dtype": str(cache.cache_dtype),
+        "cache_dtype_skip_layers": sorted(map(str, cache.kv_cache_dtype_skip_layers)),
+        "kv_cache_layout": str(kv_cache.kv_cache_layout),
+        "attention_backend": [str(attention.backend), _jsonable(attention.backend_per_kind)],
+        "device": _device(),
+        "groups": [[describe_group(g.kv_cache_spec), g.layer_names] for g in kv_cache.kv_cache_groups],
+        "parts": [[p.window_tokens, p.block_tokens, [layer.name for layer in p.layers]] for p in plan.parts],
+        "segment_tokens": plan.segment_tokens,
+        "ranks": plan.ranks,
+        "expert_parallel": config.parallel_config.enable_expert_parallel,
+    }
+    return fingerprint_digest(fields)
+
+
+def model_digest(config: VllmConfig, args: Namespace) -> bytes:
+    """Digest (32 bytes) of everything that a response depends on besides the request."""
+    model = config.model_config
+    options: dict[str, Any] = {name: getattr(args, name, None) for name in _OUTPUT_ARGS}
+    template = options["chat_template"]
+    if template and os.path.isfile(template):
+        options["chat_template"] = file_digest(template).hex()
+    fields = {
+        "vllm": vllm.__version__,
+        "model": _model_identity(model, str(config.load_config.load_format)),
+        "tokenizer": _texts_identity(model.tokenizer, model.tokenizer_revision),
+        "generation_config": _jsonable(model.try_get_generation_config()),
+        "default_sampling": _jsonable(model.get_diff_sampling_param()),
+        "options": _jsonable(options),
+    }
+    return fingerprint_digest(fields)
+
+
+def adapter_digest(path: str) -> bytes:
+    """Digest (32 bytes) of a LoRA adapter's files; `Refused` when it isn't a local directory."""
+    try:
+        entries = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+    except OSError as error:
+        raise Refused("lora", f"{path}: {error.strerror}") from error
+    if not entries:
+        raise Refused("lora", f"{path} holds no files")
+    return sha256(*(os.path.basename(entry).encode() + b"\0" + file_digest(entry) for entry in entries))
+
+
+def file_digest(path: str) -> bytes:
+    """Digest (32 bytes) of a file: whole if small, else its size, tensor headers and samples of its content."""
+    try:
+        status = os.stat(path)
+        return _file_digest(path, status.st_mtime_ns, status.st_size)
+    except (OSError, ValueError) as error:
+        raise Refused("weights", f"{path}: {error}") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(path: str, mtime_ns: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        if size <= SMALL_FILE_BYTES and not path.endswith(_WEIGHT_SUFFIXES):
+            return sha256(b"whole", file.read())
+        header, offsets = b"", range(0, size, max(size // FILE_SAMPLES, 1))
+        if path.endswith(".safetensors"):
+            header, offsets = _safetensors_samples(file.read(8), file)
+        samples = []
+        for offset in offsets:
+            file.seek(offset)
+            samples.append(file.read(SAMPLE_BYTES))
+        return sha256(b"sampled", size.to_bytes(8, "big"), sha256(header), *samples)
+
+
+def _safetensors_samples(head: bytes, file: Any) -> tuple[bytes, Any]:
+    """The header, and one offset in the middle of every tensor: a fine-tune changes whole tensors."""
+    length = int.from_bytes(head, "little")
+    if len(head) != 8 or length > 100 << 20:  # the format's own bound on headers
+        raise ValueError("not a safetensors file")
+    header = file.read(length)
+    tensors = json.loads(header)
+    middles = []
+    for name, tensor in tensors.items():
+        if name != "__metadata__":
+            start, end = tensor["data_offsets"]
+            middles.append(8 + length + (start + end) // 2)
+    return header, sorted(middles)
+
+
+def _model_identity(model: ModelConfig, load_format: str) -> dict[str, Any]:
+    config = {k: v for k, v in model.hf_config.to_dict().items() if k not in _VOLATILE}
+    return {
+        "config": _jsonable(config),
+        "weights": _weights_identity(model, load_format),
+        "dtype": str(model.dtype),
+        "quantization": [str(model.quantization), _jsonable(model.quantization_config)],
+        "disable_sliding_window": model.disable_sliding_window,
+    }
+
+
+def _draft_identity(config: VllmConfig) -> Any:
+    """A speculator's layers may share the KV groups, so its weights count as the model's do."""
+    speculative = config.speculative_config
+    if speculative is None or speculative.draft_model_config is None:
+        return None
+    return [str(speculative.method), _model_identity(speculative.draft_model_config, "draft")]
+
+
+def _weights_identity(model: ModelConfig, load_format: str) -> list[str]:
+    """The commit that a hub revision resolved to (never a branch name), or digests of the local files."""
+    if load_format == "dummy":  # random weights from the seed
+        return ["dummy", str(model.seed)]
+    directory = Path(model.model)
+    if not directory.exists():
+        if model.revision and _COMMIT.fullmatch(model.revision):
+            return ["commit", model.model, model.revision]
+        raise Refused("weights", f"{model.model} is neither local nor pinned to a commit")
+    files = [directory] if directory.is_file() else sorted(directory.glob("*"))
+    weights = [str(file) for file in files if file.suffix in _WEIGHT_SUFFIXES]
+    if not weights:
+        raise Refused("weights", f"no weight files in {model.model}")
+    return ["files", *(f"{os.path.basename(file)} {file_digest(file).hex()}" for file in weights)]
+
+
+def _texts_identity(path: str | None, revision: str | None) -> list[str]:
+    """Tokenizer, chat template and the rest of a model's small files."""
+    directory = Path(path or "")
+    if path and directory.is_dir():
+        texts = [file for file in sorted(directory.iterdir()) if file.suffix in _TEXT_SUFFIXES]
+        return [f"{file.name} {file_digest(str(file)).hex()}" for file in texts]
+    if revision and _COMMIT.fullmatch(revision):
+        return ["commit", str(path), revision]
+    raise Refused("weights", f"the tokenizer {path} is neither local nor pinned to a commit")
+
+
+def _device() -> list[str]:
+    """What decides kernels and block layout: on a CPU its instruction set, on a GPU its compute capability."""
+    if current_platform.is_cpu():
+        amx = torch.cpu._is_amx_tile_supported()
+        return ["cpu", str(current_platform.get_cpu_architecture()), torch.backends.cpu.get_cpu_capability(), str(amx)]
+    return [str(current_platform.device_type), str(current_platform.get_device_capability())]
+
+
+def _jsonable(value: Any) -> Any:
+    """`value` in JSON's own types, deterministically; what has none is named by its repr."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in sorted(value.items(), key=lambda kv: str(kv[0]))}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,0 +1,46 @@
+"""What the scheduler's half of the connector tells the workers' halves, once a step."""
+
+from dataclasses import dataclass
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from ..core.records.layout import Layout
+from ..core.records.local import LoadedRow
+
+BlockTables = tuple[tuple[int, ...], ...]  # block ids by KV cache group; 0 is vLLM's null block
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLoad:
+    """Copy `rows` into the blocks of tokens [start_token, end_token); both are multiples of every block size.
+
+    `blocks` are the request's whole block tables. Every rank reports the request exactly once.
+    """
+
+    request_id: str
+    start_token: int
+    end_token: int
+    blocks: BlockTables
+    rows: tuple[LoadedRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentSave:
+    """Stage these `parts` of one segment; `blocks` are the segment's own, by group, valid in this step only."""
+
+    request_id: str
+    segment: int
+    parts: tuple[int, ...]
+    blocks: BlockTables
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped for us
+    """One step's work. `layout` is there whenever there is any, so that workers can check their tensors against it."""
+
+    layout: Layout | None = None
+    loads: tuple[PrefixLoad, ...] = ()
+    saves: tuple[SegmentSave, ...] = ()
+
+
+IDLE = StepMetadata()  # one object for all steps without work

@@ -1,0 +1,124 @@
+"""The entry point `vllm.general_plugins`: vLLM calls `register` in each of its processes, perhaps more than once.
+
+Nothing here may stop vLLM: what we can't do is one line in its log, and it serves as if we weren't installed.
+"""
+
+import logging
+import os
+import socket
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from typing import TYPE_CHECKING, Any
+
+from . import compat
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from ..api.options import ResponseCacheOptions
+    from ..config import Config
+
+logger = logging.getLogger("vllm.hyperspace")
+
+
+def register() -> None:
+    """Add the connector and, where command lines are parsed or engines configured, our hooks."""
+    try:
+        compat.register_connector("hyperspace_vllm.vllm_adapter.connector", "HyperspaceConnector")
+        # Engine and worker processes don't parse arguments, and needn't import what does.
+        if parent_process() is None or "vllm.engine.arg_utils" in sys.modules:
+            from vllm.engine.arg_utils import EngineArgs
+
+            server = _Server()
+            compat.add_connector_flag(EngineArgs, server.on_args)
+            compat.after_engine_config(EngineArgs, server.on_config)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        logger.error("hyperspace: not loaded, because this vLLM isn't as expected: %s", error)
+
+
+@dataclass(slots=True)
+class _Server:
+    """What one process learns about the server that it is part of, from its arguments to its application."""
+
+    args: Namespace | None = None
+    engine: "VllmConfig | None" = None
+    config: "Config | None" = None
+
+    def on_args(self, args: Namespace) -> None:
+        """Arguments were parsed: from here on an API server may be built."""
+        self.args = args
+        transfer = args.kv_transfer_config
+        if transfer is not None and transfer.kv_connector == compat.CONNECTOR:
+            try:
+                compat.innermost_middleware(self.add_middleware)
+            except (ImportError, AttributeError) as error:
+                logger.error("hyperspace: the response cache (L1) is off, this vLLM isn't as expected: %s", error)
+
+    def on_config(self, engine: "VllmConfig") -> None:
+        """An engine was configured and will be started."""
+        from ..config import ConfigError, load_config
+        from .inherited import hand_down
+
+        transfer = engine.kv_transfer_config
+        if transfer is None or transfer.kv_connector != compat.CONNECTOR:
+            return
+        transfer.kv_load_failure_policy = "recompute"  # a cache failure is a miss, never an error to the user
+        self.engine = engine
+        try:
+            self.config = load_config(extra=transfer.kv_connector_extra_config)
+        except ConfigError as error:
+            logger.error("hyperspace: off, because of its settings: %s", error)
+            return
+        if parent_process() is None:
+            hand_down(self.config, len(self._tenant_keys()) > 1)
+
+    def add_middleware(self, app: Any) -> None:
+        """The response cache, inside everything that vLLM and the operator put around the application."""
+        from starlette.middleware import Middleware
+
+        from ..api.middleware import ResponseCacheMiddleware
+        from ..core.records.errors import Refused
+
+        if self.config is None or self.engine is None:
+            return  # the settings were wrong, and said so
+        try:
+            options = self._options(self.config, self.engine, app.state.args)
+        except Refused as error:
+            logger.warning("hyperspace: the response cache (L1) is off: %s", error)
+            return
+        app.user_middleware.append(Middleware(ResponseCacheMiddleware, options=options))
+
+    def _options(self, config: "Config", engine: "VllmConfig", args: Namespace) -> "ResponseCacheOptions":
+        import vllm
+
+        from ..api.options import ResponseCacheOptions
+        from ..client import NodeClient
+        from ..core.records.ids import network_id
+        from ..response_db import database_path
+        from .fingerprint import adapter_digest, model_digest
+        from .inherited import Inherited
+
+        digest = model_digest(engine, args)
+        adapters = {module.name: adapter_digest(module.path) for module in args.lora_modules or ()}
+        return ResponseCacheOptions(
+            db_path=database_path(config.data_dir) if config.response_cache else None,
+            model_digest=lambda: digest,
+            client=NodeClient(config, "api", f"{socket.gethostname()}-{os.getpid()}"),
+            served_models=frozenset(args.served_model_name or [args.model]),
+            loras=adapters,
+            api_keys=self._tenant_keys(),
+            # Tenants' entries never leave their node, so their names needn't be secret, only the same everywhere.
+            fleet_secret=network_id(config.network),
+            process_secret=Inherited.read().secret,
+            engine_version=f"vllm {vllm.__version__}",
+            force_include_usage=bool(args.enable_force_include_usage),
+            store_streams=not getattr(args, "enable_return_routed_experts", False),
+            ttl_ms=config.response_ttl_s * 1000,
+        )
+
+    def _tenant_keys(self) -> tuple[str, ...]:
+        keys = tuple(dict.fromkeys(key for key in getattr(self.args, "api_key", None) or () if key))
+        shared = self.config is not None and self.config.tenants == "shared"
+        return () if shared else keys

@@ -1,0 +1,431 @@
+"""The scheduler's half: looks prefixes up, says what to load and what to save, names what was saved.
+
+A request's life here: asked (None until the node's answer or a deadline) -> loading -> running, saving each segment in
+the step that fills it -> finished. It is `settled` once its question is answered for this admission: vLLM asks again
+every step while the request waits, and must not make us look again.
+"""
+
+import itertools
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request
+
+from ..client import NodeClient
+from ..core.prefix.segment import Multimodal, chain_seed, next_key
+from ..core.records.errors import Refused
+from ..core.records.ids import SegmentKey, sha256
+from ..core.records.limits import FETCH_PREFILL_SHARE, LOOKUP_ROWS_MAX, PROMPT_SEGMENTS_MAX
+from ..core.records.local import (
+    Heartbeat,
+    LookupPrefix,
+    PrefixAnswer,
+    RegisterLayout,
+    Rejected,
+    ReleaseLookup,
+    RequestEnded,
+    SegmentNamed,
+)
+from ..core.response.scope import RequestScope
+from .fingerprint import adapter_digest
+from .kv_layout import KVPlan
+from .metadata import IDLE, BlockTables, PrefixLoad, SegmentSave, StepMetadata
+from .prefill_rate import PrefillRate
+from .stats import HyperspaceStats
+
+logger = logging.getLogger("vllm.hyperspace")
+
+LOOKUPS_MAX = 64  # unfinished ones; each may pin a prefix in the arena
+KNOWN_KEYS_MAX = 65_536  # segments the node has from us or gave us: 64 Ki x 32 B = 2 MiB
+STEP_SAVES_MAX = 32  # segments gathered in one step: 32 x 256 tokens, what one large prefill step computes
+DEADLINE_MS_MIN = 20  # the node answers a local lookup in about 1 ms; leaves it room when the host is busy
+PROBE_S = 0.1  # while something waits: sending to a dead node fails at once, its lease lapses only after 5 s
+ANSWER_GRACE_MS = 100  # the node keeps the deadline; we give up this much later if its answer doesn't come
+
+_HIT_SOURCES = {"memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "network": CacheHitSource.P2P}
+
+
+@dataclass(slots=True)
+class _Lookup:
+    number: int
+    epoch: int
+    start_token: int
+    asked_s: float
+    deadline_s: float
+    answer: PrefixAnswer | None = None
+
+
+@dataclass(slots=True)
+class _Tracked:
+    request: Request
+    seed: bytes
+    scope: RequestScope
+    multimodal: tuple[Multimodal, ...]
+    keys: list[SegmentKey] = field(default_factory=list)
+    waiting_since_s: float | None = None
+    promised_from: int = 0  # token from which the last promise counts
+    lookup: _Lookup | None = None
+    loading: bool = False
+    settled: bool = False
+    load_failed: bool = False
+    preemptions: int = 0
+    done_segments: int = 0  # segments before this one were loaded, saved or skipped
+    unnamed: list[int] = field(default_factory=list)  # saved, but their last token isn't known yet
+    spoilt: set[int] = field(default_factory=set)  # saved with tokens that were dropped: never named
+    node_knows: bool = False  # the node keeps state for this request id
+
+
+class SchedulerSide:
+    """One per engine. `scope_of` reads a request's scope; `now_s` is a monotonic clock in seconds."""
+
+    def __init__(
+        self,
+        client: NodeClient,
+        plan: KVPlan,
+        fingerprint: bytes,
+        fetch: Literal["auto", "always", "never"],
+        lookup_deadline_ms: int,
+        speculative: bool,
+        scope_of: Callable[[Request], RequestScope],
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client, self._plan, self._now_s, self._scope_of = client, plan, now_s, scope_of
+        self._layout = plan.layout(fingerprint)
+        self._fingerprint, self._speculative = fingerprint, speculative
+        self._fetch, self._deadline_ms = fetch, lookup_deadline_ms
+        self._segments_max = min(PROMPT_SEGMENTS_MAX, LOOKUP_ROWS_MAX // (len(plan.parts) * plan.ranks))
+        self._tracked: dict[str, _Tracked | None] = {}  # None: declined for good
+        self._lookups: dict[int, _Tracked] = {}
+        self._numbers = itertools.count(1)
+        self._loads: list[PrefixLoad] = []
+        self._known: OrderedDict[SegmentKey, bool] = OrderedDict()  # key -> others may fetch it
+        self._epoch = 0
+        self._probe_at_s = 0.0
+        self._rate = PrefillRate()
+        self.stats = HyperspaceStats()
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def matched_tokens(self, request: Request, start_token: int) -> tuple[int | None, bool]:
+        """Tokens beyond `start_token` that can be loaded: a multiple of the block size, or None while we ask."""
+        tracked = self._track(request)
+        if tracked is None:
+            return 0, False
+        self._notice_preemption(tracked)
+        tokens = self._matched(tracked, start_token)
+        return tokens, bool(tokens)
+
+    def allocated(self, request: Request, blocks: BlockTables, tokens: int) -> None:
+        """vLLM took (tokens > 0) or declined the promise. It comes again, with 0, when the load is over."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or tracked.loading:
+            return
+        lookup = tracked.lookup
+        if lookup is None or lookup.answer is None:
+            return
+        if not tokens:
+            self._settle(tracked, "unused")
+            return
+        start, end = tracked.promised_from, tracked.promised_from + tokens
+        self._loads.append(PrefixLoad(request.request_id, start, end, blocks, lookup.answer.rows))
+        tracked.loading = tracked.settled = True
+        self.stats.count("hyperspace_l2_lookups_total", "hit", lookup.answer.source)
+        self.stats.count("hyperspace_l2_tokens_total", "hit", by=tokens)
+
+    def hit_sources(self, request: Request, tokens: int) -> dict[CacheHitSource, int]:
+        """Which tier the promised tokens came from."""
+        tracked = self._tracked.get(request.request_id)
+        if not tokens or tracked is None or tracked.lookup is None or tracked.lookup.answer is None:
+            return {}
+        source = _HIT_SOURCES.get(tracked.lookup.answer.source, CacheHitSource.EXTERNAL_UNSPECIFIED)
+        return {source: tokens}
+
+    def received(self, output: KVConnectorOutput) -> None:
+        """All ranks have reported these loads: end the leases, remember what failed."""
+        for request_id in output.finished_recving or ():
+            tracked = self._tracked.get(request_id)
+            if tracked is None or not tracked.loading:
+                continue
+            tracked.loading = False
+            tracked.load_failed = request_id in output.failed_recving
+            assert tracked.lookup is not None
+            answer = tracked.lookup.answer
+            assert answer is not None
+            if not tracked.load_failed:
+                self._remember(tracked, range(answer.end_segment))
+            self._release(tracked)
+
+    def _matched(self, tracked: _Tracked, start_token: int) -> int | None:
+        if tracked.settled:
+            return 0
+        self._receive()
+        if tracked.lookup is None:
+            return self._ask(tracked, start_token)
+        lookup, segment = tracked.lookup, self._plan.segment_tokens
+        reason = self._lost(lookup)
+        if reason is None and lookup.answer is None:
+            return None
+        if reason is None and start_token // segment < lookup.start_token // segment:
+            reason = "local_blocks_evicted"  # rows before those we asked for are needed now
+        end_token = lookup.answer.end_segment * segment if lookup.answer and reason is None else 0
+        if end_token <= start_token:
+            self._settle(tracked, reason or (lookup.answer.reason if lookup.answer else ""))
+            return 0
+        tracked.promised_from = start_token
+        return end_token - start_token
+
+    def _ask(self, tracked: _Tracked, start_token: int) -> int | None:
+        request, segment = tracked.request, self._plan.segment_tokens
+        count = min((request.num_tokens - 1) // segment, self._segments_max)
+        if count * segment <= start_token or request.skip_reading_prefix_cache:
+            tracked.settled = True
+            return 0
+        if not self._in_session():
+            self._settle(tracked, "no_node")
+            return 0
+        now_s = self._now_s()
+        if tracked.waiting_since_s is None:
+            tracked.waiting_since_s = now_s
+        if len(self._lookups) >= LOOKUPS_MAX:
+            if now_s - tracked.waiting_since_s < self._deadline_ms / 1000:
+                return None
+            self._settle(tracked, "busy")
+            return 0
+        prefill_ms = self._rate.estimate_ms(count * segment - start_token)
+        deadline_ms = self._deadline_ms
+        if self._fetch == "auto" and prefill_ms:
+            deadline_ms = min(deadline_ms, max(int(prefill_ms * FETCH_PREFILL_SHARE), DEADLINE_MS_MIN))
+        self._extend_keys(tracked, count)
+        number = next(self._numbers) & 0xFFFFFFFF
+        message = LookupPrefix(
+            number,
+            request.request_id,
+            tuple(tracked.keys[:count]),
+            start_token,
+            prefill_ms,
+            deadline_ms,
+            tracked.scope.scope,
+        )
+        if not self._client.send(message):
+            self._settle(tracked, "node_busy")
+            return 0
+        deadline_s = now_s + (deadline_ms + ANSWER_GRACE_MS) / 1000
+        tracked.lookup = _Lookup(number, self._epoch, start_token, now_s, deadline_s)
+        tracked.node_knows = True
+        self._lookups[number] = tracked
+        self.stats.count("hyperspace_l2_tokens_total", "asked", by=count * segment - start_token)
+        return None
+
+    def _lost(self, lookup: _Lookup) -> str | None:
+        """Why this lookup's answer can't be used or waited for any longer."""
+        if not self._client.connected or self._client.epoch != lookup.epoch:
+            return "node_gone"
+        now_s = self._now_s()
+        if lookup.answer is None and now_s >= lookup.deadline_s:
+            return "deadline"
+        if lookup.answer is None and now_s >= self._probe_at_s:
+            self._probe_at_s = now_s + PROBE_S
+            if not self._client.send(Heartbeat()):
+                return "node_gone"
+        return None
+
+    def _receive(self) -> None:
+        for message in self._client.receive():
+            if isinstance(message, PrefixAnswer):
+                tracked = self._lookups.get(message.lookup)
+                if tracked is None or tracked.lookup is None:
+                    continue  # we gave up on it; its ReleaseLookup is under way
+                tracked.lookup.answer = message
+                self.stats.observe_lookup(self._now_s() - tracked.lookup.asked_s)
+                for key in tracked.keys[message.end_segment :]:
+                    self._known.pop(key, None)  # evicted, or never arrived: save it again
+            elif isinstance(message, Rejected):
+                logger.error("hyperspace: the node rejected a message of the scheduler: %s", message.detail)
+
+    def _settle(self, tracked: _Tracked, reason: str) -> None:
+        """This admission computes its prefill itself."""
+        self.stats.count("hyperspace_l2_lookups_total", "miss", reason)
+        tracked.settled = True
+        self._release(tracked)
+
+    def _release(self, tracked: _Tracked) -> None:
+        lookup, tracked.lookup = tracked.lookup, None
+        if lookup is None:
+            return
+        del self._lookups[lookup.number]
+        if lookup.epoch == self._client.epoch:
+            self._client.send(ReleaseLookup(lookup.number))
+
+    def _in_session(self) -> bool:
+        """Whether the node is there; a new session hears our layout first and knows none of our segments."""
+        if not self._client.connected:
+            return False
+        epoch = self._client.epoch
+        if epoch != self._epoch:
+            if not self._client.send(RegisterLayout(self._layout)):
+                return False
+            self._epoch = epoch
+            self._known.clear()
+        return True
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def step(self, output: SchedulerOutput) -> StepMetadata:
+        """What workers do in this step. Nothing in the idle case, in O(1)."""
+        prompt_tokens = output.total_num_scheduled_tokens - len(output.num_scheduled_tokens)
+        self._rate.started(self._now_s(), prompt_tokens)
+        loads, self._loads = tuple(self._loads), []
+        saves = tuple(self._saves(output)) if output.num_scheduled_tokens and self._in_session() else ()
+        if not loads and not saves:
+            return IDLE
+        return StepMetadata(self._layout, loads, saves)
+
+    def step_ended(self) -> None:
+        """The oldest step's output came back."""
+        self._rate.ended(self._now_s())
+
+    def _saves(self, output: SchedulerOutput) -> Iterator[SegmentSave]:
+        planned = 0
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is None:
+                continue
+            self._notice_preemption(tracked)
+            if tracked.unnamed:
+                self._name_known(tracked)
+            end_token = tracked.request.num_computed_tokens + scheduled
+            if self._speculative:
+                # Drafts may be rejected, those of steps still in flight too: their KV is saved once they are tokens.
+                drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+                end_token = min(end_token - drafts, tracked.request.num_tokens)
+            end_segment = end_token // self._plan.segment_tokens
+            if end_segment <= tracked.done_segments:
+                continue
+            state = output.kv_connector_block_state
+            tables = state.get_block_ids(request_id) if state is not None else None
+            for segment in range(tracked.done_segments, end_segment):
+                if planned == STEP_SAVES_MAX:
+                    self.stats.count("hyperspace_l2_saves_total", "skipped", "step_full", by=end_segment - segment)
+                    break
+                save = self._save(tracked, segment, tables) if tables is not None else None
+                if save is not None:
+                    planned += 1
+                    yield save
+            tracked.done_segments = end_segment
+
+    def _save(self, tracked: _Tracked, segment: int, tables: tuple[list[int], ...]) -> SegmentSave | None:
+        if segment in tracked.spoilt:
+            return None
+        named = self._extend_keys(tracked, segment + 1)
+        shareable = tracked.scope.scope != "private"
+        if named and (known := self._known.get(tracked.keys[segment])) is not None and (known or not shareable):
+            return None
+        start, end = segment * self._plan.segment_tokens, (segment + 1) * self._plan.segment_tokens
+        parts, blocks = [], [()] * len(tables)  # type: list[int], list[tuple[int, ...]]
+        for number, part in enumerate(self._plan.parts):
+            first, last = start // part.block_tokens, end // part.block_tokens
+            needed = max(part.first_needed_block(end), first)
+            for group in {layer.group for layer in part.layers}:
+                blocks[group] = tuple(tables[group][first:last])
+                if len(blocks[group]) != last - first or 0 in blocks[group][needed - first :]:
+                    self.stats.count("hyperspace_l2_saves_total", "skipped", "blocks_freed")
+                    break
+            else:
+                parts.append(number)
+        if not parts:
+            return None
+        tracked.node_knows = True
+        tracked.unnamed.append(segment)
+        if named:
+            self._name_known(tracked)
+        return SegmentSave(tracked.request.request_id, segment, tuple(parts), tuple(blocks))
+
+    def _name_known(self, tracked: _Tracked) -> None:
+        """Name the saved segments whose last token has come (under async scheduling it lags a step)."""
+        while tracked.unnamed and self._extend_keys(tracked, tracked.unnamed[0] + 1):
+            segment = tracked.unnamed.pop(0)
+            scope = tracked.scope.scope
+            self._client.send(SegmentNamed(tracked.request.request_id, segment, tracked.keys[segment], scope))
+            self._remember(tracked, range(segment, segment + 1))
+
+    def _remember(self, tracked: _Tracked, segments: range) -> None:
+        shareable = tracked.scope.scope != "private"
+        for key in tracked.keys[segments.start : segments.stop]:
+            self._known[key] = shareable or self._known.get(key, False)
+            self._known.move_to_end(key)
+        while len(self._known) > KNOWN_KEYS_MAX:
+            self._known.popitem(last=False)
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def finished(self, request: Request) -> None:
+        """The request is over; it may never have run, and a load of it may still be under way."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
+            return
+        self._name_known(tracked)
+        self._release(tracked)
+        if tracked.node_knows:
+            self._client.send(RequestEnded(request.request_id))
+
+    def reset(self) -> None:
+        """Nothing saved or loaded from now on has anything to do with what was before.
+
+        Random, not counted: two engines that were each given new weights must not meet at "1".
+        """
+        self._fingerprint = sha256(self._layout.fingerprint, os.urandom(32))
+        self._known.clear()
+        for request_id, tracked in self._tracked.items():
+            if tracked is not None:
+                self._release(tracked)
+                self._tracked[request_id] = None
+
+    def _track(self, request: Request) -> _Tracked | None:
+        if request.request_id not in self._tracked:
+            self._tracked[request.request_id] = self._admit(request)
+        return self._tracked[request.request_id]
+
+    def _admit(self, request: Request) -> _Tracked | None:
+        """None for requests whose KV isn't a function of their tokens (embeddings), or doesn't stay so (sessions)."""
+        if request.prompt_embeds is not None or request.pooling_params is not None or request.resumable:
+            return None
+        lora = b""
+        if request.lora_request is not None:
+            try:
+                lora = adapter_digest(request.lora_request.lora_path)
+            except Refused as error:
+                self.stats.count("hyperspace_l2_lookups_total", "miss", error.reason)
+                return None
+        scope = self._scope_of(request)
+        seed = chain_seed(self._fingerprint, lora, request.cache_salt or "", scope.tenant)
+        items = tuple((f.mm_hash or f.identifier, f.mm_position.offset) for f in request.mm_features)
+        return _Tracked(request, seed, scope, tuple((name.encode(), offset) for name, offset in items))
+
+    def _notice_preemption(self, tracked: _Tracked) -> None:
+        """A preempted request starts from token 0: it may ask again, and resamples what was in flight."""
+        if tracked.request.num_preemptions == tracked.preemptions:
+            return
+        tracked.preemptions = tracked.request.num_preemptions
+        tracked.spoilt.update(tracked.unnamed)
+        tracked.unnamed.clear()
+        tracked.done_segments = 0
+        tracked.settled = tracked.load_failed
+        tracked.waiting_since_s = None
+
+    def _extend_keys(self, tracked: _Tracked, count: int) -> bool:
+        """Compute keys up to `count` segments, as far as tokens are known; whether that far."""
+        size, request = self._plan.segment_tokens, tracked.request
+        while len(tracked.keys) < count and (len(tracked.keys) + 1) * size <= request.num_tokens:
+            start = len(tracked.keys) * size
+            items = [item for item in tracked.multimodal if start <= item[1] < start + size]
+            previous = tracked.keys[-1] if tracked.keys else tracked.seed
+            tracked.keys.append(next_key(previous, request.all_token_ids[start : start + size], items))
+        return len(tracked.keys) >= count
