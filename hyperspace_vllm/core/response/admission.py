@@ -11,6 +11,7 @@ from .scope import RequestScope, Scope
 
 # Server-side statements about one run, which another request must not be told.
 _PER_REQUEST = ("kv_transfer_params", "ec_transfer_params", "metrics")
+_NEEDED = frozenset({"id", "created", "model", "choices"})
 _FINISHED = ("stop", "length", "tool_calls", "function_call", "content_filter", "repetition")
 
 
@@ -37,7 +38,7 @@ def admit(endpoint: Endpoint, request: Mapping[str, object], raw: bytes) -> Admi
     except msgspec.DecodeError:
         return NotStored("not_json")
     expected = "chat.completion" if endpoint == "chat" else "text_completion"
-    if not isinstance(body, dict) or body.get("object") != expected or "error" in body:
+    if not isinstance(body, dict) or body.get("object") != expected or not body.keys() >= _NEEDED:
         return NotStored("error")
     if not isinstance(body.get("usage"), dict):
         return NotStored("no_usage")

@@ -85,9 +85,7 @@ def make_proof(
     assert len(model_digest) == 32
     version = engine_version.encode()[:ENGINE_VERSION_BYTES_MAX].decode(errors="ignore")
     signer = signing_key.verify_key.encode()
-    unsigned = CacheProof(
-        request_hash(network, key), sha256(body), computed_at_ms, model_digest, signer, version, b""
-    )
+    unsigned = CacheProof(request_hash(network, key), sha256(body), computed_at_ms, model_digest, signer, version, b"")
     signature = signing_key.sign(_TAG + unsigned.integrity).signature
     return CacheProof(
         unsigned.request_hash,

@@ -175,9 +175,7 @@ def request_key(
         return Uncacheable("not_finite")
     assert len(model_digest) == 32
     assert lora is None or len(lora) == 32
-    return RequestKey(
-        sha256(_TAG, model_digest, lora or bytes(32), sha256(tenant.encode()), text.encode("ascii"))
-    )
+    return RequestKey(sha256(_TAG, model_digest, lora or bytes(32), sha256(tenant.encode()), text.encode("ascii")))
 
 
 def choice_count(endpoint: Endpoint, body: Mapping[str, object]) -> int:

@@ -1,0 +1,304 @@
+"""One computation for concurrent identical requests.
+
+A *flight* runs the application once, apart from every client, and keeps what it sends in a log; each client, the first
+one included, reads the log at its own pace. So the first client's disconnect, or its slow reading, is nothing to the
+others, and the application is told of a disconnect when the last reader has left.
+
+Bounds: the application runs at most FLIGHT_WINDOW_BYTES ahead of its fastest reader (with one reader that is the flow
+control it has always had). A log that grows beyond FLIGHT_BYTES_MAX takes no more readers and drops what all have
+read; a reader that stays that far behind for LAGGARD_S is then cut off, for it holds up the others.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.records.limits import (
+    FLIGHT_BYTES_MAX,
+    FLIGHT_WINDOW_BYTES,
+    FLIGHTS_BYTES_MAX,
+    FLIGHTS_MAX,
+    RESPONSE_BYTES_MAX,
+)
+from .collect import Collector, FrameKind
+from .http_headers import header
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+logger = logging.getLogger(__name__)
+
+LAGGARD_S = 10.0
+_ABANDONED_GRACE_S = 5.0
+
+
+class LeaderFailed(Exception):
+    """The computation ended without a complete answer that this reader could use."""
+
+
+class Laggard(Exception):
+    """This reader held up the others for too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What the application sent: the start of the response (`start`), or some of its body."""
+
+    body: bytes
+    kind: FrameKind = "other"
+    start: Message | None = None
+
+
+@dataclass(eq=False)
+class Reader:
+    """One client's place in a flight's log; `bytes_read` counts from the flight's start."""
+
+    flight: "Flight"
+    position: int = 0
+    bytes_read: int = 0
+    gone: bool = False
+    cut_off: bool = False
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def next(self, deadline_s: float | None = None) -> Piece | None:
+        """The next piece; None after the last one, or once this reader's client has gone.
+
+        `LeaderFailed` when the application failed or `deadline_s` passed, `Laggard` when this reader was cut off.
+        """
+        while not self.gone:
+            if self.cut_off:
+                raise Laggard
+            piece = self.flight.read(self)
+            if piece is not None:
+                return piece
+            if self.flight.complete:
+                return None
+            if self.flight.ended:
+                raise LeaderFailed from self.flight.error
+            self.wake.clear()
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await self.wake.wait()
+            except TimeoutError as error:
+                raise LeaderFailed from error
+        return None
+
+    def leave(self) -> None:
+        """The client has gone, or needs no more."""
+        self.gone = True
+        self.wake.set()
+        self.flight.leave(self)
+
+
+class Flight:
+    """One run of the application.
+
+    `collector` sees every frame of a streamed 200 response; `body` gathers one that is not a stream. `on_end` is called
+    once, when the last byte has been sent or never will be.
+    """
+
+    def __init__(self, collector: Collector | None, table: "FlightTable | None" = None, key: object = None) -> None:
+        self.collector = collector
+        self.on_end: Callable[[], None] | None = None
+        self.complete = False
+        self.ended = False
+        self.error: BaseException | None = None
+        self.status = 0
+        self.body = bytearray()
+        self.streams = False
+        self._table = table
+        self._key = key
+        self._log: deque[Piece] = deque()
+        self._first = 0  # position of _log[0]
+        self._bytes = 0  # sent so far
+        self._dropped_bytes = 0
+        self._readers: set[Reader] = set()
+        self._partial = b""
+        self._moved = asyncio.Event()
+        self._abandoned = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, app: App, scope: Scope, request_body: bytes) -> None:
+        """Run the application on a request whose body has been read."""
+        silent = _spec_version(scope) < (2, 4)  # how the server would treat sends to a client that has gone
+        requests: list[Message] = [{"type": "http.request", "body": request_body, "more_body": False}]
+
+        async def receive() -> Message:
+            if requests:
+                return requests.pop()
+            await self._abandoned.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            if not self._abandoned.is_set():
+                await self._take(message)
+            elif not silent:
+                raise OSError("client disconnected")
+
+        async def run() -> None:
+            await app(scope, receive, send)
+
+        self._task = asyncio.create_task(run(), name="hyperspace-flight")
+        self._task.add_done_callback(self._finished)
+
+    def join(self) -> Reader:
+        """A reader of the whole log."""
+        assert self._first == 0
+        reader = Reader(self)
+        self._readers.add(reader)
+        return reader
+
+    def leave(self, reader: Reader) -> None:
+        """When the last reader leaves an unfinished flight, the application sees its client disconnect."""
+        self._readers.discard(reader)
+        self._moved.set()
+        if self._readers or self.ended or self._abandoned.is_set():
+            return
+        self.close()
+        self._abandoned.set()
+        if self._task is not None and not self.complete:
+            asyncio.get_running_loop().call_later(_ABANDONED_GRACE_S, self._task.cancel)
+
+    def read(self, reader: Reader) -> Piece | None:
+        """The piece at the reader's position, if it has been sent."""
+        at = reader.position - self._first
+        if at >= len(self._log):
+            return None
+        piece = self._log[at]
+        reader.position += 1
+        reader.bytes_read += len(piece.body)
+        self._moved.set()
+        if self._table is None:
+            self._drop_read()
+        return piece
+
+    def close(self) -> None:
+        """Take no more readers, and keep only what those here have not read."""
+        if self._table is not None:
+            self._table.remove(self._key, self)
+            self._table.bytes -= self._bytes - self._dropped_bytes
+            self._table = None
+            self._drop_read()
+
+    async def _take(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            content_type = header(message.get("headers", ()), b"content-type") or ""
+            self.streams = self.status == 200 and content_type.startswith("text/event-stream")
+            self._append(Piece(b"", start=message))
+        elif message["type"] == "http.response.body":
+            last = not message.get("more_body", False)
+            self._append_body(bytes(message.get("body", b"")), last)
+            self.complete = self.complete or last
+        self._wake_readers()
+        if self.complete:
+            self._end()
+        await self._flow_control()
+
+    def _append_body(self, body: bytes, last: bool) -> None:
+        if not self.streams:
+            if self.collector is not None and self.status == 200 and len(self.body) <= RESPONSE_BYTES_MAX:
+                self.body += body
+            self._append(Piece(body))
+            return
+        *frames, self._partial = (self._partial + body).split(b"\n\n")
+        for frame in frames:
+            whole = frame + b"\n\n"
+            self._append(Piece(whole, self.collector.feed(whole) if self.collector else "other"))
+        if self._partial and (last or len(self._partial) > FLIGHT_BYTES_MAX):
+            self._append(Piece(self._partial))
+            if self.collector is not None:
+                self.collector.feed(self._partial)
+            self._partial = b""
+
+    def _append(self, piece: Piece) -> None:
+        self._log.append(piece)
+        self._bytes += len(piece.body)
+        if self._table is not None:
+            self._table.bytes += len(piece.body)
+            if self._bytes > FLIGHT_BYTES_MAX or self._table.bytes > FLIGHTS_BYTES_MAX:
+                self.close()
+
+    def _drop_read(self) -> None:
+        slowest = min((reader.position for reader in self._readers), default=self._first + len(self._log))
+        while self._first < slowest:
+            self._dropped_bytes += len(self._log.popleft().body)
+            self._first += 1
+
+    async def _flow_control(self) -> None:
+        patient_until: float | None = None
+        loop = asyncio.get_running_loop()
+        while self._readers and not self.complete:
+            behind = [self._bytes - reader.bytes_read for reader in self._readers]
+            held_up = max(behind) > FLIGHT_BYTES_MAX and len(behind) > 1
+            if min(behind) <= FLIGHT_WINDOW_BYTES and not held_up:
+                return
+            patient_until = (patient_until or loop.time() + LAGGARD_S) if held_up else None
+            self._moved.clear()
+            try:
+                async with asyncio.timeout_at(patient_until):
+                    await self._moved.wait()
+            except TimeoutError:
+                self._cut_off_laggards()
+
+    def _cut_off_laggards(self) -> None:
+        for reader in list(self._readers):
+            if self._bytes - reader.bytes_read > FLIGHT_BYTES_MAX:
+                reader.cut_off = True
+                reader.wake.set()
+                self._readers.discard(reader)
+        self._drop_read()
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self.ended = True
+        self.error = None if task.cancelled() else task.exception()
+        if self.error is not None and not self._readers:
+            logger.error("a request failed after its clients had left", exc_info=self.error)
+        self.close()
+        self._wake_readers()
+        self._end()
+
+    def _end(self) -> None:
+        callback, self.on_end = self.on_end, None
+        if callback is not None:
+            # Behind the readers in the loop's queue: they get their last frame before anything is stored.
+            asyncio.get_running_loop().call_soon(callback)
+
+    def _wake_readers(self) -> None:
+        for reader in self._readers:
+            reader.wake.set()
+
+
+class FlightTable:
+    """The flights that a request may join, by what it has in common with them. Bounded in number and bytes."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._flights: dict[object, Flight] = {}
+
+    def find(self, key: object) -> Flight | None:
+        """A flight that is under way and still has its whole log."""
+        return self._flights.get(key)
+
+    def open(self, key: object, collector: Collector | None) -> Flight:
+        """A flight that others may join, or one of its own when there are too many."""
+        if len(self._flights) >= FLIGHTS_MAX or key in self._flights:
+            return Flight(collector)
+        flight = self._flights[key] = Flight(collector, self, key)
+        return flight
+
+    def remove(self, key: object, flight: Flight) -> None:
+        """The flight takes no more readers."""
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+
+
+def _spec_version(scope: Scope) -> tuple[int, ...]:
+    version = scope.get("asgi", {}).get("spec_version", "2.0")
+    return tuple(int(part) for part in version.split("."))

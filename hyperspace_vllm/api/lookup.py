@@ -1,0 +1,64 @@
+"""The database, read beside the event loop: a disk that hangs must not hold up the server's other requests."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..core.records.ids import RequestKey
+from ..core.records.limits import KiB
+from ..core.records.local import TouchResponses
+from ..response_db import ResponseReader, StoredResponse
+from .options import NodeLink
+
+_WAITING_MAX = 256
+_TOUCHED_MAX = 4 * KiB  # what one message holds
+_TOUCH_EVERY_S = 1.0
+
+
+class Lookup:
+    """One thread, a bounded line before it, and a deadline; whatever goes wrong is a miss."""
+
+    def __init__(self, path: Path, deadline_s: float) -> None:
+        self._reader = ResponseReader(path)
+        self._deadline_s = deadline_s
+        self._thread = ThreadPoolExecutor(1, "hyperspace-lookup")
+        self._waiting = 0
+        self._overdue: asyncio.Future[StoredResponse | None] | None = None
+
+    async def get(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
+        """The entry of `key`, if it can be had within the deadline."""
+        if self._overdue is not None and not self._overdue.done():
+            return None
+        if self._waiting >= _WAITING_MAX:
+            return None
+        self._waiting += 1
+        answer = asyncio.get_running_loop().run_in_executor(self._thread, self._reader.get, key, now_ms)
+        answer.add_done_callback(self._answered)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await asyncio.shield(answer)
+        except TimeoutError:
+            self._overdue = answer
+            return None
+
+    def _answered(self, _: object) -> None:
+        self._waiting -= 1
+
+
+class Touches:
+    """Gathers hits, and tells the node about them at most once a second."""
+
+    def __init__(self, client: NodeLink) -> None:
+        self._client = client
+        self._keys: list[bytes] = []
+        self._next_s = 0.0
+
+    def add(self, key: RequestKey) -> None:
+        """Note a hit of `key`."""
+        if len(self._keys) < _TOUCHED_MAX:
+            self._keys.append(key)
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._next_s:
+            self._next_s = now_s + _TOUCH_EVERY_S
+            self._client.send(TouchResponses(tuple(self._keys)))
+            self._keys = []

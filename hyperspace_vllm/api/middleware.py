@@ -1,0 +1,293 @@
+"""The response cache as pure ASGI middleware, innermost in vLLM's stack: inside its authentication.
+
+A request takes one of these ways, each said in `Cache-Status`:
+
+    bypass     it can't be named by its bytes, or may not be stored: vLLM answers, with a signed scope at most
+    hit        the node's database has it: replayed as JSON, or as the frames of a stream
+    collapsed  the same is being computed for somebody else: both read one computation's log
+    miss       computed, passed on frame by frame, and handed to the node when it has finished cleanly
+
+Everything about a request lives in its `_Exchange`; the middleware itself keeps the table of computations that may be
+joined, the database reader and the hits not yet reported, all bounded.
+"""
+
+import base64
+import json
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from ..core.records.ids import RequestKey
+from ..core.records.local import StoreResponse
+from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
+from ..core.response.request_key import Endpoint, Uncacheable, parse_request, request_key
+from ..core.response.scope import DEFAULT_SCOPE, sign_scope, tenant_of
+from ..response_db import StoredResponse
+from .coalesce import App, Flight, FlightTable, LeaderFailed, Message, Receive, Scope, Send
+from .collect import Collector
+from .http_headers import RawHeaders, forward_status, header, hit_headers, parse_cache_control
+from .lookup import Lookup, Touches
+from .metrics import l1_metrics
+from .options import ResponseCacheOptions
+from .relay import Relay, leaving_on_disconnect
+from .replay import frames
+from .request_body import read_body, replayed, rewritten, with_content_length
+
+_ENDPOINTS: dict[str, Endpoint] = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
+_MESSAGE_BYTES = 65_536
+_EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")  # as Starlette writes it
+
+
+class ResponseCacheMiddleware:
+    """Answers repeated POST /v1/completions and /v1/chat/completions; passes everything else by untouched."""
+
+    def __init__(self, app: App, options: ResponseCacheOptions) -> None:
+        self.app = app
+        self.options = options
+        self.flights = FlightTable()
+        self.lookup = Lookup(options.db_path, options.read_deadline_s) if options.db_path else None
+        self.touches = Touches(options.client)
+        self.metrics = l1_metrics()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request (ASGI 3)."""
+        endpoint = _endpoint(scope)
+        if endpoint is None:
+            return await self.app(scope, receive, send)
+        raw = await read_body(receive)
+        if isinstance(raw, list):
+            return await self._untouched(scope, replayed(raw, receive), send, "too_large")
+        request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
+        if (header(scope["headers"], b"content-type") or "").split(";")[0].strip().lower() != "application/json":
+            return await self._untouched(scope, request, send, "not_json")
+        body = parse_request(raw)
+        if isinstance(body, Uncacheable):
+            return await self._untouched(scope, request, send, body.reason)
+        return await _Exchange(self, endpoint, raw, body, scope, receive, send).run()
+
+    async def _untouched(self, scope: Scope, receive: Receive, send: Send, reason: str) -> None:
+        self.metrics.lookups.labels("bypass", reason).inc()
+        await self.app(scope, receive, _adding_status(send, forward_status("bypass", detail=reason)))
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(
+        self,
+        cache: ResponseCacheMiddleware,
+        endpoint: Endpoint,
+        raw: bytes,
+        body: dict[str, Any],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        self.started_s = time.perf_counter()
+        self.cache, self.options = cache, cache.options
+        self.endpoint, self.raw, self.body = endpoint, raw, body
+        self.scope, self.receive, self.send = scope, receive, send
+        self.wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
+        self.tenant = tenant_of(
+            self.options.fleet_secret, self.options.api_keys, header(scope["headers"], b"authorization")
+        )
+        self.reach = storage_scope(
+            self.tenant or "", body.get("cache_salt"), self.wishes.private or self.wishes.no_store
+        )
+        self.streams = bool(body.get("stream"))
+        options = body.get("stream_options")
+        self.wants_usage = self.streams and isinstance(options, dict) and bool(options.get("include_usage"))
+
+    async def run(self) -> None:
+        """Choose the way and go it."""
+        key = self._key()
+        if isinstance(key, Uncacheable) or self.wishes.no_store:
+            reason = key.reason if isinstance(key, Uncacheable) else "no-store"
+            return await self._bypass("request" if self.wishes.no_store else "bypass", reason)
+        why = "request" if self.wishes.no_cache else "uri-miss"
+        if not self.wishes.no_cache and self.cache.lookup is not None:
+            now_ms = self.options.clock()
+            entry = await self.cache.lookup.get(key, now_ms)
+            if entry is not None:
+                if await self._answer_from(key, entry, now_ms):
+                    return None
+                why = "stale"
+        if self.wishes.only_if_cached:
+            return await self._not_cached(why)
+        return await self._compute(key, why)
+
+    def _key(self) -> RequestKey | Uncacheable:
+        digest = self.options.model_digest()
+        model = self.body.get("model") or None
+        if self.cache.lookup is None:
+            return Uncacheable("off")
+        if self.tenant is None:
+            return Uncacheable("unknown_tenant")
+        if digest is None or (self.streams and self.options.force_include_usage):
+            return Uncacheable("no_model_digest" if digest is None else "continuous_usage")
+        lora = self.options.loras.get(model) if isinstance(model, str) else None
+        if model is not None and lora is None and model not in self.options.served_models:
+            return Uncacheable("unknown_model")
+        return request_key(self.endpoint, self.body, digest, lora, self.tenant)
+
+    # --- answers that vLLM has no part in -------------------------------------------------------
+
+    async def _answer_from(self, key: RequestKey, entry: StoredResponse, now_ms: int) -> bool:
+        """Replay an entry; False, with nothing sent, when it won't do."""
+        age_s = max(now_ms - entry.computed_at_ms, 0) // 1000
+        ttl_s = max(entry.expires_at_ms - now_ms, 0) // 1000
+        if not self.wishes.allows(age_s, ttl_s):
+            return False
+        headers = hit_headers(age_s, ttl_s, base64.b64encode(entry.proof))
+        if self.streams:
+            try:
+                messages = _grouped(frames(self.endpoint, msgspec.json.decode(entry.body), self.wants_usage))
+            except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
+                return False  # a body of another version's shape
+            headers.append(_EVENT_STREAM)
+        else:
+            messages = [entry.body]
+            headers += _json_headers(entry.body)
+        self.cache.metrics.lookups.labels("hit", "local").inc()
+        self.cache.touches.add(key)
+        await self.send({"type": "http.response.start", "status": 200, "headers": headers})
+        for at, message in enumerate(messages):
+            more = at + 1 < len(messages)
+            await self.send({"type": "http.response.body", "body": message, "more_body": more})
+        self.cache.metrics.hit_seconds.observe(time.perf_counter() - self.started_s)
+        return True
+
+    async def _not_cached(self, why: str) -> None:
+        """Answer `only-if-cached` as RFC 9111 §5.2.1.7 says, in the shape of vLLM's errors."""
+        self.cache.metrics.lookups.labels("miss", "only-if-cached").inc()
+        error = {
+            "message": "The request asked for a cached response only, and there is none.",
+            "type": "GatewayTimeoutError",
+            "param": None,
+            "code": 504,
+        }
+        body = json.dumps({"error": error}).encode()
+        status = f"hyperspace; detail={why}".encode()
+        headers = [*_json_headers(body), (b"cache-status", status)]
+        await self.send({"type": "http.response.start", "status": 504, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+    # --- answers from vLLM ----------------------------------------------------------------------
+
+    async def _bypass(self, why: str, reason: str) -> None:
+        if self.wishes.only_if_cached:
+            await self._not_cached(reason)
+            return
+        self.cache.metrics.lookups.labels("bypass", reason).inc()
+        body = rewritten(self.raw, self.body, self._signed_scope(), add_usage=False)
+        request = replayed([{"type": "http.request", "body": body, "more_body": False}], self.receive)
+        send = self.send if self.cache.lookup is None else _adding_status(self.send, forward_status(why, detail=reason))
+        await self.cache.app(with_content_length(self.scope, len(body)), request, send)
+
+    def _signed_scope(self) -> dict[str, str] | None:
+        """The scope for the connector, unless it is the default. An unknown tenant gets none, hence nothing shared."""
+        salt = self.body.get("cache_salt")
+        if self.tenant is None or self.reach == DEFAULT_SCOPE or not isinstance(salt, str | None):
+            return None
+        return sign_scope(self.options.process_secret, self.reach.scope, self.reach.tenant, salt)
+
+    async def _compute(self, key: RequestKey, why: str) -> None:
+        complete = not self.streams or (self.options.store_streams and streams_completely(self.body))
+        storing = complete and self.options.client.connected
+        # Usage is asked for on the client's behalf, and taken out again: without it the answer could only be streamed.
+        asks_usage = self.wants_usage or (self.streams and storing)
+        shared = None if self.wishes.no_cache else (key, self.streams, asks_usage)
+        flight = self.cache.flights.find(shared)
+        if flight is not None and await self._follow(flight, why):
+            return
+        if flight is not None:
+            shared = None  # the leader failed us: from here on alone
+        self.cache.metrics.lookups.labels("miss", why if flight is None else "leader-failed").inc()
+        await self._lead(key, why, shared, storing, asks_usage)
+
+    async def _follow(self, flight: Flight, why: str) -> bool:
+        """Read somebody else's computation; False, with nothing sent, when it came to nothing."""
+        strips_usage = self.streams and not self.wants_usage
+        follower = Relay(flight.join(), self.send, forward_status(why, collapsed=True), strips_usage)
+        try:
+            async with leaving_on_disconnect(self.receive, follower.reader):
+                await follower.follow(self.options.follow_deadline_s)
+        except LeaderFailed:
+            if not follower.started:
+                return False
+            if flight.error is not None:
+                raise flight.error from None  # as for the leader: the server ends the connection
+            return True
+        self.cache.metrics.lookups.labels("collapsed", why).inc()
+        return True
+
+    async def _lead(self, key: RequestKey, why: str, shared: object, storing: bool, asks_usage: bool) -> None:
+        collector = Collector(self.endpoint) if storing else None
+        flight = Flight(collector) if shared is None else self.cache.flights.open(shared, collector)
+        if storing:
+            flight.on_end = lambda: self._store(key, flight)
+        adds_usage = asks_usage and not self.wants_usage
+        body = rewritten(self.raw, self.body, self._signed_scope(), adds_usage)
+        leader = Relay(flight.join(), self.send, forward_status(why, stored=storing), adds_usage)
+        flight.start(self.cache.app, with_content_length(self.scope, len(body)), body)
+        try:
+            async with leaving_on_disconnect(self.receive, leader.reader):
+                await leader.lead(forward_status(why))
+        except LeaderFailed:
+            if flight.error is not None:
+                raise flight.error from None
+
+    def _store(self, key: RequestKey, flight: Flight) -> None:
+        self.cache.metrics.stored.labels(self._hand_over(key, flight)).inc()
+
+    def _hand_over(self, key: RequestKey, flight: Flight) -> str:
+        if not flight.complete or flight.collector is None:
+            return "unfinished"
+        if flight.status != 200:
+            return "error"
+        raw = flight.collector.result() if flight.streams else bytes(flight.body)
+        answer = raw if isinstance(raw, NotStored) else admit(self.endpoint, self.body, raw)
+        if isinstance(answer, NotStored):
+            return answer.reason
+        if self._key() != key:
+            return "model_changed"
+        message = StoreResponse(
+            key,
+            self.reach.scope,
+            self.options.model_digest() or b"",
+            self.options.engine_version[:256],
+            self.options.ttl_ms,
+            answer.body,
+        )
+        return "sent" if self.options.client.send(message) else "dropped"
+
+
+def _endpoint(scope: Scope) -> Endpoint | None:
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return None
+    return _ENDPOINTS.get(scope["path"].removeprefix(scope.get("root_path", "")))
+
+
+def _adding_status(send: Send, status: bytes) -> Send:
+    async def send_with_status(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"cache-status", status)]}
+        await send(message)
+
+    return send_with_status
+
+
+def _json_headers(body: bytes) -> RawHeaders:
+    return [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
+
+
+def _grouped(parts: Iterable[bytes]) -> list[bytes]:
+    """The frames in as few messages as their size allows."""
+    groups = [bytearray()]
+    for part in parts:
+        if len(groups[-1]) + len(part) > _MESSAGE_BYTES and groups[-1]:
+            groups.append(bytearray())
+        groups[-1] += part
+    return [bytes(group) for group in groups]

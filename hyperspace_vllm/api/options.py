@@ -1,0 +1,52 @@
+"""What the response-cache middleware is told about the server it sits in."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ..core.records.limits import RESPONSE_TTL_MS
+from ..core.records.local import StoreResponse, TouchResponses
+
+
+class NodeLink(Protocol):
+    """What the middleware needs of `client.NodeClient`: messages that may be lost, never waited for."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether a node is there to store anything."""
+
+    def send(self, message: StoreResponse | TouchResponses) -> bool:
+        """Queue a message; False when it was dropped."""
+
+
+def wall_clock_ms() -> int:
+    """Milliseconds since 1970, as in the database and in CacheProofs."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True)
+class ResponseCacheOptions:
+    """Everything but `db_path`, `model_digest` and `client` has a default for a server with one tenant.
+
+    `db_path` None turns the cache off and leaves the signing of scopes. `model_digest` gives the 32-byte digest of
+    weights, quantisation, chat template, server sampling defaults and whatever else the server adds to a request;
+    None while there is none (weights being replaced), which switches the cache off for that request.
+    """
+
+    db_path: Path | None
+    model_digest: Callable[[], bytes | None]
+    client: NodeLink
+    served_models: frozenset[str] = frozenset()  # names of the base model
+    loras: Mapping[str, bytes] = field(default_factory=dict)  # adapter name -> digest of its files; may be updated
+    api_keys: tuple[str, ...] = ()  # the server's; () when its tenants share
+    fleet_secret: bytes = b""  # the same on all servers: makes tenants of API keys
+    process_secret: bytes = b""  # the same in all processes of this server: signs scopes for the connector
+    engine_version: str = ""
+    force_include_usage: bool = False  # vLLM's --enable-force-include-usage: streams are not cached then
+    store_streams: bool = True  # False where a stream lacks what a JSON answer has (--enable-return-routed-experts)
+    ttl_ms: int = RESPONSE_TTL_MS
+    read_deadline_s: float = 0.25  # for the database; a disk that hangs is a miss
+    follow_deadline_s: float = 30.0  # without a frame from the computation that a request waits for
+    clock: Callable[[], int] = wall_clock_ms

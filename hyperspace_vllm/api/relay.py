@@ -1,0 +1,95 @@
+"""From a flight's log to one client."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from .coalesce import LeaderFailed, Piece, Reader, Receive, Send
+from .replay import fingerprint_of, with_fingerprint
+
+_ERROR_FRAME = b'data: {"error"'
+
+
+class Relay:
+    """Passes on what a flight sends. `strips_usage` takes out the usage frame that the client did not ask for."""
+
+    def __init__(self, reader: Reader, send: Send, status: bytes, strips_usage: bool) -> None:
+        self.reader = reader
+        self.started = False
+        self._send = send
+        self._status = status
+        self._strips_usage = strips_usage
+        self._finish: bytes | None = None
+
+    async def lead(self, failed_status: bytes) -> None:
+        """Pass everything on as it comes; `failed_status` replaces the Cache-Status of anything but a 200."""
+        while (piece := await self.reader.next()) is not None:
+            if piece.start is not None and piece.start["status"] != 200:
+                self._status = failed_status
+            await self._give(piece)
+        await self._end()
+
+    async def follow(self, deadline_s: float) -> None:
+        """Pass on a good answer. Nothing is sent before its first frame is there: until then the client has a choice.
+
+        `LeaderFailed` for an answer that may be bad for reasons of the leader's own, or that does not come.
+        """
+        start: Piece | None = None
+        while (piece := await self.reader.next(None if self.started else deadline_s)) is not None:
+            if piece.start is not None:
+                start = piece
+                if piece.start["status"] != 200:
+                    raise LeaderFailed
+                continue
+            if start is not None:
+                if piece.body.startswith(_ERROR_FRAME):
+                    raise LeaderFailed
+                await self._give(start)
+                start = None
+            await self._give(piece)
+        await self._end()
+
+    async def _give(self, piece: Piece) -> None:
+        if piece.start is not None:
+            self.started = True
+            headers = [*piece.start.get("headers", ()), (b"cache-status", self._status)]
+            await self._send({**piece.start, "headers": headers})
+            return
+        if self._strips_usage and piece.kind == "usage":
+            fingerprint = fingerprint_of(piece.body)
+            if self._finish is not None and fingerprint is not None:
+                self._finish = with_fingerprint(self._finish, fingerprint)
+            return
+        await self._give_finish()
+        if self._strips_usage and piece.kind == "finish":
+            # Without usage the system fingerprint would be in this frame; it comes with the next one, at once.
+            self._finish = piece.body
+        else:
+            await self._send({"type": "http.response.body", "body": piece.body, "more_body": True})
+
+    async def _give_finish(self) -> None:
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            await self._send({"type": "http.response.body", "body": finish, "more_body": True})
+
+    async def _end(self) -> None:
+        if not self.reader.gone:
+            await self._give_finish()
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@asynccontextmanager
+async def leaving_on_disconnect(receive: Receive, reader: Reader) -> AsyncIterator[None]:
+    """While inside, the client's disconnect makes `reader` leave; so does the end."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        reader.leave()
+
+    watcher = asyncio.create_task(watch(), name="hyperspace-disconnect")
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        reader.leave()

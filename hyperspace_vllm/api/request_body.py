@@ -1,0 +1,67 @@
+"""Reading a request's body, giving it on to the application, and the few changes made to it on the way."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..core.records.limits import REQUEST_BYTES_MAX
+from .coalesce import Message, Receive, Scope
+
+
+async def read_body(receive: Receive) -> bytes | list[Message]:
+    """The whole body; or, if it is too long or its client left, the messages received so far."""
+    messages: list[Message] = []
+    size = 0
+    while True:
+        message = await receive()
+        messages.append(message)
+        size += len(message.get("body", b""))
+        if message["type"] != "http.request" or size > REQUEST_BYTES_MAX:
+            return messages
+        if not message.get("more_body", False):
+            return (
+                bytes(messages[0].get("body", b""))
+                if len(messages) == 1
+                else b"".join(message.get("body", b"") for message in messages)
+            )
+
+
+def replayed(messages: list[Message], receive: Receive) -> Receive:
+    """A `receive` that gives `messages` again, then goes on with the rest."""
+    again = list(reversed(messages))
+
+    async def receive_again() -> Message:
+        return again.pop() if again else await receive()
+
+    return receive_again
+
+
+def rewritten(raw: bytes, body: Mapping[str, Any], signed_scope: Mapping[str, str] | None, add_usage: bool) -> bytes:
+    """The body for the application: `raw` itself unless a scope, or asking for usage, has to be put in.
+
+    A client's own kv_transfer_params.hyperspace is removed in any case.
+    """
+    changes: dict[str, Any] = {}
+    params = body.get("kv_transfer_params")
+    if params is None or isinstance(params, dict):
+        others = {name: value for name, value in (params or {}).items() if name != "hyperspace"}
+        if signed_scope is not None:
+            changes["kv_transfer_params"] = {**others, "hyperspace": signed_scope}
+        elif params and "hyperspace" in params:
+            changes["kv_transfer_params"] = others or None
+    if add_usage:
+        changes["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+    if not changes:
+        return raw
+    if changes.keys() & body.keys() or not body or raw.lstrip()[:1] != b"{" or b"\0" in raw[:4]:
+        return json.dumps({**body, **changes}).encode()
+    # New members only: spliced in at the end, a long prompt need not be written out again.
+    return raw.rstrip()[:-1] + b"," + json.dumps(changes).encode()[1:]
+
+
+def with_content_length(scope: Scope, length: int) -> Scope:
+    """The scope of a request whose body now has another length."""
+    headers = [
+        (name, str(length).encode() if name.lower() == b"content-length" else value) for name, value in scope["headers"]
+    ]
+    return {**scope, "headers": headers}
