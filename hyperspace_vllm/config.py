@@ -23,6 +23,7 @@ ENVIRONMENT_PREFIX = "HYPERSPACE_"
 _UNITS = {"": 1, "kib": KiB, "mib": MiB, "gib": GiB, "tib": 1024 * GiB}
 _SOCKET_PATH_MAX = 107  # sockaddr_un.sun_path holds 108 bytes, the last one zero
 _FILE_VARIABLE = "HYPERSPACE_CONFIG"
+_ENVIRONMENT = "the environment"
 
 
 class ConfigError(ValueError):
@@ -230,7 +231,7 @@ def load_config_with_origins(
     for layer in [*_file_layers(environ, data_dir), *outer]:
         for name in layer.values:
             if name not in _BY_NAME:
-                raise ConfigError(f"{name} (from {layer.origin}): no such setting{_did_you_mean(name)}")
+                raise ConfigError(_unknown(name, layer.origin))
             values[name] = _checked(_BY_NAME[name], layer)
             origins[name] = layer.origin
     return Config(**values), origins  # type: ignore[arg-type]  # every value was checked against its type
@@ -248,7 +249,7 @@ def _environment_layer(environ: Mapping[str, str]) -> _Layer:
         for variable, value in environ.items()
         if variable.startswith(ENVIRONMENT_PREFIX) and variable != _FILE_VARIABLE
     }
-    return _Layer("the environment", found)
+    return _Layer(_ENVIRONMENT, found)
 
 
 def _extra_layer(extra: Mapping[str, object], origin: str) -> _Layer:
@@ -274,6 +275,10 @@ def _file_layers(environ: Mapping[str, str], data_dir: Path) -> Iterator[_Layer]
     yield _Layer(str(path), values)
 
 
-def _did_you_mean(name: str) -> str:
+def _unknown(name: str, origin: str) -> str:
+    def spell(known: str) -> str:
+        return ENVIRONMENT_PREFIX + known.upper() if origin == _ENVIRONMENT else known
+
     near = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(_BY_NAME)}"
+    hint = f"did you mean {spell(near[0])}?" if near else f"there are {', '.join(map(spell, _BY_NAME))}"
+    return f"{spell(name)} (from {origin}): no such setting; {hint}"

@@ -7,7 +7,7 @@ LEASE_MS. Nothing here waits: what can't be sent or served at once is refused, a
 import asyncio
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal, Protocol, assert_never
@@ -73,10 +73,10 @@ Source = Literal["none", "memory", "disk", "network"]
 class Responses(Protocol):
     """The response store, as far as clients reach it."""
 
-    def store(self, message: StoreResponse) -> None:
-        """Sign and store a response; never blocks."""
+    def store(self, message: StoreResponse) -> bool:
+        """Sign and store a response; never blocks (False: it is not stored)."""
 
-    def touch(self, keys: tuple[bytes, ...]) -> None:
+    def touch(self, keys: Iterable[bytes]) -> None:
         """Count hits; never blocks."""
 
 

@@ -254,7 +254,7 @@ def decode_client_message(frame: bytes | memoryview) -> ClientMessage:
         raise ProtocolViolation(f"local message: {len(frame)} bytes, at most {LOCAL_MESSAGE_BYTES_MAX}")
     try:
         return _client_decoder.decode(frame)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # the latter from a damaged string
         raise ProtocolViolation(f"local message: {error}") from error
 
 
@@ -262,5 +262,5 @@ def decode_node_message(frame: bytes | memoryview) -> NodeMessage:
     """What the node sent; `ProtocolViolation` names the field that is wrong."""
     try:
         return _node_decoder.decode(frame)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # the latter from a damaged string
         raise ProtocolViolation(f"node message: {error}") from error

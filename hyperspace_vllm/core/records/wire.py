@@ -132,5 +132,5 @@ def _decode(decoder: msgspec.msgpack.Decoder, frame: bytes | memoryview):  # typ
         raise ProtocolViolation(f"peer message: {len(frame)} bytes, at most {PEER_CONTROL_BYTES_MAX}")
     try:
         return decoder.decode(frame)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # the latter from a damaged string
         raise ProtocolViolation(f"peer message: {error}") from error

@@ -1,0 +1,120 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from hyperspace_vllm.config import SETTINGS, Config, ConfigError, load_config, load_config_with_origins
+from hyperspace_vllm.core.records.ids import peer_id
+from hyperspace_vllm.core.records.limits import GiB, MiB
+
+PEER = f"{peer_id(bytes(32))}@10.0.0.1:4000"
+
+
+def environ(tmp_path: Path, **variables: str) -> dict[str, str]:
+    return {"XDG_DATA_HOME": str(tmp_path), **variables}
+
+
+def test_defaults_follow_xdg(tmp_path: Path) -> None:
+    assert load_config(environ(tmp_path)) == Config(data_dir=tmp_path / "hyperspace")
+
+
+def test_variables_override_the_file_and_the_engine_overrides_both(tmp_path: Path) -> None:
+    home = tmp_path / "hyperspace"
+    home.mkdir()
+    (home / "hyperspace.toml").write_text('network = "file"\nnice = 3\narena_bytes = "64 MiB"\n')
+    variables = environ(tmp_path, HYPERSPACE_NICE="4", HYPERSPACE_FETCH="never")
+    config, origins = load_config_with_origins(variables, {"hyperspace": {"fetch": "always"}})
+    assert (config.network, config.nice, config.arena_bytes, config.fetch) == ("file", 4, 64 * MiB, "always")
+    assert origins["network"] == str(home / "hyperspace.toml")
+    assert (origins["nice"], origins["fetch"]) == ("the environment", "kv_connector_extra_config")
+    assert origins["listen"] == "default"
+
+
+def test_extra_config_may_hold_the_settings_at_its_top_level(tmp_path: Path) -> None:
+    assert load_config(environ(tmp_path), {"nice": 7}).nice == 7
+
+
+def test_a_named_file_is_read_and_may_choose_the_data_directory(tmp_path: Path) -> None:
+    file = tmp_path / "elsewhere.toml"
+    file.write_text(f'data_dir = "{tmp_path}/d"\npeers = ["{PEER}"]\n')
+    config = load_config(environ(tmp_path, HYPERSPACE_CONFIG=str(file)))
+    assert (config.data_dir, config.peers) == (tmp_path / "d", (PEER,))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("arena_bytes", "2GiB", 2 * GiB),
+        ("arena_bytes", "1048576", MiB),
+        ("kv_cache", "false", False),
+        ("kv_cache", "1", True),
+        ("peers", f"{PEER}, {PEER}", (PEER, PEER)),
+        ("peers", "", ()),
+        ("metrics_listen", "9100", "9100"),
+        ("metrics_listen", "[::1]:9100", "[::1]:9100"),
+    ],
+)
+def test_variables_are_read_as_their_settings_type(tmp_path: Path, name: str, text: str, value: object) -> None:
+    assert getattr(load_config(environ(tmp_path, **{f"HYPERSPACE_{name.upper()}": text})), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("nice", "20"),
+        ("nice", "-1"),
+        ("nice", "3KiB"),
+        ("nice", True),
+        ("arena_bytes", "lots"),
+        ("arena_bytes", 1.5),
+        ("kv_cache", "perhaps"),
+        ("fetch", "sometimes"),
+        ("listen", "4000"),
+        ("listen", "host:70000"),
+        ("peers", "12D3KooW@host:1"),
+        ("peers", PEER.partition("@")[0]),
+        ("peers", [1]),
+        ("network", 3),
+        ("metrics_listen", "99999"),
+        ("data_dir", "/" + "d" * 200),
+    ],
+)
+def test_wrong_values_are_refused_by_setting_and_origin(tmp_path: Path, name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} = .*\(from kv_connector_extra_config\): expected "):
+        load_config(environ(tmp_path), {name: value})
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_valid_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"kv_cach .*did you mean kv_cache"):
+        load_config(environ(tmp_path), {"kv_cach": False})
+    with pytest.raises(ConfigError, match=r"HYPERSPACE_PEER .*did you mean HYPERSPACE_PEERS"):
+        load_config(environ(tmp_path, HYPERSPACE_PEER=PEER))
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(environ(tmp_path, HYPERSPACE_CONFIG=str(tmp_path / "none.toml")))
+    (tmp_path / "hyperspace").mkdir()
+    (tmp_path / "hyperspace" / "hyperspace.toml").write_text("network = ")
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "hyperspace" / "hyperspace.toml"))):
+        load_config(environ(tmp_path))
+
+
+def test_a_node_process_gets_exactly_its_starters_configuration(tmp_path: Path) -> None:
+    config = Config(
+        data_dir=tmp_path / "d",
+        peers=(PEER, PEER),
+        kv_cache=False,
+        arena_bytes=5 * MiB,
+        fetch="always",
+        metrics_listen="127.0.0.1:0",
+    )
+    assert load_config(config.as_environ()) == config
+
+
+def test_every_setting_is_documented() -> None:
+    table = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+    for setting in SETTINGS:
+        default = setting.text_of(setting.default) if setting.default is not None else ""
+        row = rf"\| `{setting.name}` \| `{setting.variable}` \| [^|]*{re.escape(default)}[^|]* \| "
+        assert re.search(row + re.escape(setting.doc.replace("|", "\\|")), table), f"{setting.name}: {row}"

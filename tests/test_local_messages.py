@@ -1,0 +1,220 @@
+"""Any bytes either decode to a value within its bounds or raise ProtocolViolation: nothing else escapes a decoder."""
+
+import contextlib
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperspace_vllm.core.records import local, wire
+from hyperspace_vllm.core.records.errors import ProtocolViolation
+from hyperspace_vllm.core.records.ids import NetworkId, RowId
+from hyperspace_vllm.core.records.layout import Layout, Part
+from hyperspace_vllm.core.records.limits import (
+    CHUNK_BYTES_MAX,
+    LOCAL_MESSAGE_BYTES_MAX,
+    LOOKUP_ROWS_MAX,
+    PEER_CONTROL_BYTES_MAX,
+    RESPONSE_BYTES_MAX,
+    ROW_BYTES_MAX,
+)
+from hyperspace_vllm.core.records.manifest import Manifest, RowEntry, decode_manifest
+
+KEY = bytes(range(32))
+SLAB = local.Slab(3, 65536, 4096, 7)
+LAYOUT = Layout(KEY, 256, (Part(0, 4096), Part(512, 2048)), 2)
+
+CLIENT_MESSAGES: list[local.ClientMessage] = [
+    local.Hello(1, "worker", bytes(16), "host-1-0"),
+    local.Heartbeat(),
+    local.Goodbye(),
+    local.RegisterLayout(LAYOUT),
+    local.WantStaging(4096, 8),
+    local.RowStaged("r", 0, 0, 0, SLAB),
+    local.StagingUnused(SLAB),
+    local.SegmentNamed("r", 0, KEY, "network"),
+    local.RequestEnded("r"),
+    local.LookupPrefix(1, "r", (KEY, KEY), 0, 100, 1000, "private"),
+    local.ReleaseLookup(1),
+    local.StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}"),
+    local.TouchResponses((KEY,)),
+    local.GetStatus(),
+]
+NODE_MESSAGES: list[local.NodeMessage] = [
+    local.Welcome(1, 5, "12D3KooW", KEY, "/dev/shm/x", 1 << 20),
+    local.HeartbeatAck(5),
+    local.LeaseLost(),
+    local.StagingGranted(4096, (SLAB,)),
+    local.PrefixAnswer(1, 1, (local.LoadedRow(0, 0, 0, SLAB),), "network", "blake3", "hit"),
+    local.Status(b"{}"),
+    local.Rejected("no"),
+]
+PEER_REQUESTS: list[wire.PeerRequest] = [
+    wire.Have(1, (KEY,)),
+    wire.GetManifest(1, KEY),
+    wire.GetChunks(1, KEY, 0, (0, 63)),
+    wire.Cancel(1),
+]
+PEER_REPLIES: list[wire.PeerReply] = [
+    wire.HaveReply(1, (wire.Offer(0, KEY, 31, bytes(8)),)),
+    wire.ManifestReply(1, b"m", b"d", bytes(48)),
+    wire.Chunk(1, 63, CHUNK_BYTES_MAX),
+    wire.NotHere(1, "busy"),
+]
+MANIFEST = Manifest(NetworkId(KEY), KEY, 768, bytes(12), bytes(48), KEY, 1, (RowEntry(RowId(KEY), 1000),), bytes(64))
+
+Decoder = Callable[[bytes], object]
+DECODERS: dict[str, tuple[Decoder, list[bytes]]] = {
+    "client": (local.decode_client_message, [local.encode(m) for m in CLIENT_MESSAGES]),
+    "node": (local.decode_node_message, [local.encode(m) for m in NODE_MESSAGES]),
+    "request": (wire.decode_request, [wire.encode(m) for m in PEER_REQUESTS]),
+    "reply": (wire.decode_reply, [wire.encode(m) for m in PEER_REPLIES]),
+    "manifest": (decode_manifest, [MANIFEST.encode()]),
+}
+decoders = pytest.mark.parametrize("name", DECODERS)
+
+
+def decodes_or_violates(decode: Decoder, raw: bytes) -> None:
+    with contextlib.suppress(ProtocolViolation):
+        decode(raw)
+
+
+@pytest.mark.parametrize("message", CLIENT_MESSAGES, ids=lambda m: type(m).__name__)
+def test_every_client_message_survives_the_socket(message: local.ClientMessage) -> None:
+    assert local.decode_client_message(local.encode(message)) == message
+
+
+@pytest.mark.parametrize("message", NODE_MESSAGES, ids=lambda m: type(m).__name__)
+def test_every_node_message_survives_the_socket(message: local.NodeMessage) -> None:
+    assert local.decode_node_message(local.encode(message)) == message
+
+
+def test_every_message_type_is_covered() -> None:
+    for union, samples in (
+        (local.ClientMessage, CLIENT_MESSAGES),
+        (local.NodeMessage, NODE_MESSAGES),
+        (wire.PeerRequest, PEER_REQUESTS),
+        (wire.PeerReply, PEER_REPLIES),
+    ):
+        assert set(union.__args__) == {type(sample) for sample in samples}  # type: ignore[attr-defined]
+
+
+@decoders
+@given(raw=st.binary(max_size=600))
+def test_any_bytes_decode_or_violate(name: str, raw: bytes) -> None:
+    decodes_or_violates(DECODERS[name][0], raw)
+
+
+@decoders
+@given(data=st.data())
+def test_a_damaged_message_decodes_or_violates(name: str, data: st.DataObject) -> None:
+    decode, samples = DECODERS[name]
+    raw = bytearray(data.draw(st.sampled_from(samples)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(raw)))
+    decodes_or_violates(decode, bytes(raw))
+    decodes_or_violates(decode, bytes(raw[:cut]))
+
+
+msgpack_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("name", ["client", "node", "request", "reply"])
+@given(data=st.data())
+def test_a_message_with_a_wrong_field_decodes_or_violates(name: str, data: st.DataObject) -> None:
+    decode, samples = DECODERS[name]
+    fields = msgspec.msgpack.decode(data.draw(st.sampled_from(samples)))
+    fields[data.draw(st.sampled_from([*fields, "extra"]))] = data.draw(msgpack_values)
+    decodes_or_violates(decode, msgspec.msgpack.encode(fields))
+
+
+def altered(message: object, **fields: object) -> bytes:
+    return msgspec.msgpack.encode(msgspec.to_builtins(message, builtin_types=(bytes,)) | fields)
+
+
+SLAB_FIELDS = {"slot": 1, "offset": 0, "length": 1, "generation": 0}
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        altered(CLIENT_MESSAGES[0], session=bytes(15)),
+        altered(CLIENT_MESSAGES[0], role="root"),
+        altered(CLIENT_MESSAGES[0], name="n" * 257),
+        altered(CLIENT_MESSAGES[0], extra=1),
+        altered(CLIENT_MESSAGES[4], count=1025),
+        altered(CLIENT_MESSAGES[4], row_bytes=0),
+        altered(CLIENT_MESSAGES[4], row_bytes=ROW_BYTES_MAX + 1),
+        altered(CLIENT_MESSAGES[5], slab=SLAB_FIELDS | {"length": ROW_BYTES_MAX + 1}),
+        altered(CLIENT_MESSAGES[5], slab=SLAB_FIELDS | {"offset": 1 << 63}),
+        altered(CLIENT_MESSAGES[5], slab=SLAB_FIELDS | {"generation": -1}),
+        altered(CLIENT_MESSAGES[9], segment_keys=()),
+        altered(CLIENT_MESSAGES[9], segment_keys=(KEY,) * 4097),
+        altered(CLIENT_MESSAGES[9], deadline_ms=1 << 32),
+        altered(CLIENT_MESSAGES[11], body=bytes(RESPONSE_BYTES_MAX + 1)),
+        altered(CLIENT_MESSAGES[12], request_keys=(KEY,) * 4097),
+        altered(CLIENT_MESSAGES[3], layout={"fingerprint": KEY, "segment_tokens": 256, "parts": [], "ranks": 1}),
+        bytes(LOCAL_MESSAGE_BYTES_MAX + 1),
+    ],
+    ids=range(17),
+)
+def test_client_messages_out_of_bounds_are_violations(frame: bytes) -> None:
+    with pytest.raises(ProtocolViolation):
+        local.decode_client_message(frame)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        altered(PEER_REQUESTS[0], row_ids=()),
+        altered(PEER_REQUESTS[0], row_ids=(KEY,) * (LOOKUP_ROWS_MAX + 1)),
+        altered(PEER_REQUESTS[2], columns=(64,)),
+        altered(PEER_REQUESTS[2], columns=(*range(64), 0)),
+        altered(PEER_REQUESTS[2], row=32),
+        bytes(PEER_CONTROL_BYTES_MAX + 1),
+    ],
+    ids=range(6),
+)
+def test_peer_requests_out_of_bounds_are_violations(frame: bytes) -> None:
+    with pytest.raises(ProtocolViolation):
+        wire.decode_request(frame)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        altered(PEER_REPLIES[0], offers=[{"index": LOOKUP_ROWS_MAX, "manifest": KEY, "row": 0, "columns": bytes(8)}]),
+        altered(PEER_REPLIES[1], proof=bytes(47)),
+        altered(PEER_REPLIES[2], size=CHUNK_BYTES_MAX + 1),
+        altered(PEER_REPLIES[2], size=1 << 63),
+        altered(PEER_REPLIES[3], reason="because"),
+    ],
+    ids=range(5),
+)
+def test_peer_replies_out_of_bounds_are_violations(frame: bytes) -> None:
+    with pytest.raises(ProtocolViolation):
+        wire.decode_reply(frame)
+
+
+def test_a_manifest_that_claims_more_than_its_chunks_hold_is_a_violation() -> None:
+    raw = bytearray(MANIFEST.encode())
+    length_at = len(raw) - 64 - 41
+    raw[length_at : length_at + 8] = (1 << 63).to_bytes(8, "big")
+    with pytest.raises(ProtocolViolation, match="row length"):
+        decode_manifest(bytes(raw))
+
+
+@given(raw=st.binary(min_size=0, max_size=400))
+def test_a_manifest_that_decodes_encodes_to_the_same_bytes(raw: bytes) -> None:
+    try:
+        manifest = decode_manifest(raw)
+    except ProtocolViolation:
+        return
+    assert manifest.encode() == raw
