@@ -1,0 +1,610 @@
+"""Real sockets, real shared memory, real client processes; the lease is shortened so that losing it takes a second."""
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from hyperspace_vllm.client import NodeClient
+from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.node.events import (
+    ClientGone,
+    Event,
+    PrefixReleased,
+    PrefixWanted,
+    RequestOver,
+    RowArrived,
+    SegmentKeyKnown,
+)
+from hyperspace_vllm.core.records.ids import RowKey, SegmentKey, network_id, row_key
+from hyperspace_vllm.core.records.layout import Layout, Part
+from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, MiB
+from hyperspace_vllm.core.records.local import (
+    GetStatus,
+    Hello,
+    LeaseLost,
+    LoadedRow,
+    LookupPrefix,
+    NodeMessage,
+    PrefixAnswer,
+    RegisterLayout,
+    Rejected,
+    ReleaseLookup,
+    RequestEnded,
+    RowStaged,
+    SegmentNamed,
+    Slab,
+    StagingGranted,
+    StagingUnused,
+    Status,
+    StoreResponse,
+    TouchResponses,
+    WantStaging,
+    Welcome,
+    decode_node_message,
+    encode,
+)
+from hyperspace_vllm.daemon.arena import PAGE_BYTES, Arena
+from hyperspace_vllm.daemon.identity import Identity
+from hyperspace_vllm.daemon.local_server import LocalServer
+from hyperspace_vllm.daemon.metrics import Metrics
+from hyperspace_vllm.daemon.row_cache import RowCache
+
+pytestmark = pytest.mark.io
+
+ROW_BYTES = 2 * PAGE_BYTES
+LAYOUT = Layout(bytes(32), 256, (Part(0, ROW_BYTES), Part(512, PAGE_BYTES)), 1)
+KEY = SegmentKey(bytes(range(32)))
+M = TypeVar("M")
+
+
+@dataclass
+class SmallNode:
+    """A server whose core keeps every named row in memory and answers from there."""
+
+    config: Config
+    cache: RowCache
+    metrics: Metrics = field(default_factory=Metrics)
+    events: list[Event] = field(default_factory=list)
+    stored: list[StoreResponse] = field(default_factory=list)
+    touched: list[bytes] = field(default_factory=list)
+    answers: bool = True
+    lease_ms: int = 1_000
+    _staged: dict[tuple[str, int], RowArrived] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        identity = Identity.load(self.config.data_dir)
+        self.server = LocalServer(
+            self.config, identity, self.cache, self.submit, self, lambda: b"{}", self.metrics, self.lease_ms
+        )
+
+    def store(self, message: StoreResponse) -> bool:
+        self.stored.append(message)
+        return True
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        self.touched.extend(keys)
+
+    def submit(self, event: Event) -> None:
+        self.events.append(event)
+        match event:
+            case RowArrived():
+                self._staged[event.request_id, event.segment] = event
+            case SegmentKeyKnown():
+                arrived = self._staged.pop((event.request_id, event.segment))
+                slab = self.server.take_staged(arrived.staged)
+                assert slab is not None
+                self.cache.keep(row_key(event.segment_key, arrived.part, arrived.rank), slab)
+            case PrefixWanted() if self.answers:
+                slab = self.cache.lease(row_key(event.segment_keys[0], 0, 0), event.lookup)
+                rows = () if slab is None else (LoadedRow(0, 0, 0, slab),)
+                self.server.answer_prefix(event.lookup, len(rows), rows, "memory", "none", "hit")
+            case PrefixReleased(lookup):
+                self.cache.end_leases(lookup)
+            case ClientGone():
+                for arrived in self._staged.values():
+                    self.server.drop_staged(arrived.staged, "client_gone")
+                self._staged.clear()
+
+    def count(self, kind: type[Event]) -> int:
+        return sum(isinstance(event, kind) for event in self.events)
+
+
+@asynccontextmanager
+async def small_node(tmp_path: Path, kv_cache: bool = True, size: int = 4 * MiB) -> AsyncIterator[SmallNode]:
+    config = Config(data_dir=tmp_path, kv_cache=kv_cache)
+    arena = Arena.create(tmp_path, size)
+    node = SmallNode(config, RowCache(arena))
+    serving = asyncio.create_task(node.server.run())
+    try:
+        yield node
+    finally:
+        serving.cancel()
+        with suppress(asyncio.CancelledError):
+            await serving
+        arena.close()
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[SmallNode]:
+    async with small_node(tmp_path) as started:
+        yield started
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        await asyncio.sleep(0.002)
+
+
+async def next_message(client: NodeClient, kind: type[M]) -> M:
+    found: list[NodeMessage] = []
+    await until(lambda: found.extend(client.receive()) or found)
+    assert len(found) == 1, found
+    assert isinstance(found[0], kind), found
+    return found[0]
+
+
+@asynccontextmanager
+async def connected(
+    node: SmallNode, role: str = "worker", name: str = "engine", layout: Layout | None = LAYOUT
+) -> AsyncIterator[NodeClient]:
+    client = NodeClient(node.config, role, name)  # type: ignore[arg-type]
+    try:
+        await until(lambda: client.connected)
+        if layout:
+            assert client.send(RegisterLayout(layout))
+        yield client
+    finally:
+        client.close()
+
+
+async def granted(client: NodeClient, count: int = 1, row_bytes: int = ROW_BYTES) -> tuple[Slab, ...]:
+    assert client.send(WantStaging(row_bytes, count))
+    return (await next_message(client, StagingGranted)).slabs
+
+
+def lookup(number: int, key: bytes = KEY, scope: str = "network") -> LookupPrefix:
+    return LookupPrefix(number, f"r{number}", (key,), 0, 0, 1000, scope)  # type: ignore[arg-type]
+
+
+async def test_the_socket_is_private(node: SmallNode) -> None:
+    async with connected(node, "cli"):
+        assert stat.S_IMODE(node.config.socket_path.stat().st_mode) == 0o600
+
+
+async def test_a_client_learns_who_its_node_is(node: SmallNode) -> None:
+    async with connected(node, "api") as client:
+        assert client.epoch == 1
+        assert client.peer_id == Identity.load(node.config.data_dir).peer_id
+        assert client.network_id == network_id("default")
+        assert node.metrics.clients._value.get() == 1
+        assert node.server.engine_leases == 1
+    await until(lambda: node.server.engine_leases == 0)
+
+
+async def test_status_needs_no_engine_lease(node: SmallNode) -> None:
+    async with connected(node, "cli", layout=None) as client:
+        assert node.server.engine_leases == 0
+        client.send(GetStatus())
+        assert (await next_message(client, Status)).json == b"{}"
+
+
+async def test_a_staged_and_named_row_is_read_back_through_shared_memory(node: SmallNode) -> None:
+    async with connected(node, "worker") as worker, connected(node, "scheduler") as scheduler:
+        (slab,) = await granted(worker)
+        worker.view(slab)[:] = b"K" * ROW_BYTES
+        assert worker.send(RowStaged("r", 0, 0, 0, slab))
+        await until(lambda: node.count(RowArrived) == 1)
+        assert scheduler.send(SegmentNamed("r", 0, KEY, "private"))
+        assert scheduler.send(lookup(7))
+        answer = await next_message(scheduler, PrefixAnswer)
+        assert (answer.lookup, answer.end_segment, answer.source) == (7, 1, "memory")
+        (row,) = answer.rows
+        assert bytes(worker.view(row.slab)) == b"K" * ROW_BYTES
+        assert worker.is_current(row.slab)
+        scheduler.send(ReleaseLookup(7))
+        await until(lambda: node.count(PrefixReleased) == 1)
+        named = next(e for e in node.events if isinstance(e, SegmentKeyKnown))
+        arrived = next(e for e in node.events if isinstance(e, RowArrived))
+        assert (named.client, named.shareable, arrived.client, arrived.length) == (
+            "engine",
+            False,
+            "engine",
+            ROW_BYTES,
+        )
+
+
+@pytest.mark.parametrize(("scope", "asks"), [("private", False), ("network", True), ("public", True)])
+async def test_only_a_private_lookup_stays_inside_the_node(tmp_path: Path, scope: str, asks: bool) -> None:
+    async with small_node(tmp_path) as node, connected(node, "scheduler") as scheduler:
+        scheduler.send(lookup(1, scope=scope))
+        await next_message(scheduler, PrefixAnswer)
+        wanted = next(e for e in node.events if isinstance(e, PrefixWanted))
+        assert wanted.may_ask_peers is asks
+
+
+async def test_a_request_that_ends_is_forgotten(node: SmallNode) -> None:
+    async with connected(node, "scheduler") as scheduler:
+        scheduler.send(RequestEnded("r"))
+        await until(lambda: RequestOver("engine", "r") in node.events)
+
+
+async def test_responses_go_to_their_store(node: SmallNode) -> None:
+    async with connected(node, "api", layout=None) as client:
+        message = StoreResponse(bytes(32), "network", bytes(32), "0.32.0", 1000, b"{}")
+        client.send(message)
+        client.send(TouchResponses((bytes(32),)))
+        await until(lambda: node.touched)
+        assert node.stored == [message]
+
+
+async def test_lookups_beyond_the_bound_are_answered_busy_and_a_release_makes_room(node: SmallNode) -> None:
+    node.answers = False
+    async with connected(node, "scheduler") as scheduler:
+        for number in range(LOOKUPS_PER_CLIENT_MAX + 1):
+            await until(lambda n=number: scheduler.send(lookup(n)))  # type: ignore[misc]
+        answer = await next_message(scheduler, PrefixAnswer)
+        assert (answer.lookup, answer.end_segment, answer.reason) == (LOOKUPS_PER_CLIENT_MAX, 0, "busy")
+        scheduler.send(ReleaseLookup(0))
+        scheduler.send(lookup(LOOKUPS_PER_CLIENT_MAX))
+        await until(lambda: node.count(PrefixWanted) == LOOKUPS_PER_CLIENT_MAX + 1)
+        assert not scheduler.receive()
+
+
+async def test_an_answer_after_the_release_is_ignored(node: SmallNode) -> None:
+    node.answers = False
+    async with connected(node, "scheduler") as scheduler:
+        scheduler.send(lookup(1))
+        scheduler.send(ReleaseLookup(1))
+        await until(lambda: node.count(PrefixReleased) == 1)
+        wanted = next(e for e in node.events if isinstance(e, PrefixWanted))
+        node.server.answer_prefix(wanted.lookup, 0, (), "none", "", "late")
+        scheduler.send(GetStatus())
+        await next_message(scheduler, Status)
+
+
+async def test_a_miss_ends_its_lookup(node: SmallNode) -> None:
+    async with connected(node, "scheduler") as scheduler:
+        for _ in range(3):  # the same number again
+            scheduler.send(lookup(1))
+            assert (await next_message(scheduler, PrefixAnswer)).end_segment == 0
+
+
+async def test_staging_never_takes_more_than_half_of_the_arena(node: SmallNode) -> None:
+    async with connected(node) as worker, connected(node, name="other") as other:
+        half = node.cache.arena.capacity_bytes // 2 // ROW_BYTES
+        slabs = await granted(worker, 1000)
+        assert len(slabs) == half
+        assert await granted(other, 10) == ()
+        assert worker.send(StagingUnused(slabs[0]))
+        await until(lambda: node.cache.arena.free_bytes >= node.cache.arena.capacity_bytes // 2 + ROW_BYTES)
+        assert len(await granted(other, 10)) == 1
+
+
+async def test_without_the_kv_cache_nothing_is_staged_or_found(tmp_path: Path) -> None:
+    async with small_node(tmp_path, kv_cache=False) as node, connected(node, "scheduler") as client:
+        assert await granted(client, 4) == ()
+        client.send(lookup(1))
+        assert (await next_message(client, PrefixAnswer)).reason == "off"
+
+
+async def test_goodbye_frees_what_was_granted_and_drops_what_was_not_named(node: SmallNode) -> None:
+    async with connected(node) as worker:
+        first, _second = await granted(worker, 2)
+        worker.send(RowStaged("r", 0, 0, 0, first))
+    await until(lambda: node.count(ClientGone) == 1)
+    assert node.cache.arena.free_bytes == node.cache.arena.capacity_bytes
+    assert node.metrics.staged_dropped_total.labels("client_gone")._value.get() == 1
+
+
+async def test_an_engine_is_gone_with_its_last_worker_or_its_scheduler(node: SmallNode) -> None:
+    async with connected(node, "worker") as first:
+        async with connected(node, "worker"):
+            pass
+        await until(lambda: node.server.engine_leases == 1)
+        assert not node.count(ClientGone)
+        async with connected(node, "scheduler"):
+            pass
+        await until(lambda: node.count(ClientGone) == 1)
+        first.close()
+        await until(lambda: node.count(ClientGone) == 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "part",
+        "rank",
+        "length",
+        "generation",
+        "never granted",
+        "another's",
+        "row bytes",
+        "lookup twice",
+    ],
+)
+async def test_a_clients_mistake_is_rejected_and_harms_nobody(tmp_path: Path, wrong: str) -> None:
+    async with small_node(tmp_path) as node, connected(node) as client, connected(node) as other:
+        node.answers = False
+        (slab,) = await granted(client)
+        (others,) = await granted(other)
+        forged = Slab(slab.slot, slab.offset, slab.length, slab.generation + 1)
+        client.send(lookup(1))
+        client.send(
+            {
+                "part": RowStaged("r", 0, 2, 0, slab),
+                "rank": RowStaged("r", 0, 0, 1, slab),
+                "length": RowStaged("r", 0, 1, 0, slab),
+                "generation": RowStaged("r", 0, 0, 0, forged),
+                "never granted": StagingUnused(Slab(60, 60 * PAGE_BYTES, ROW_BYTES, 1)),
+                "another's": RowStaged("r", 0, 0, 0, others),
+                "row bytes": WantStaging(12345, 1),
+                "lookup twice": lookup(1),
+            }[wrong]
+        )
+        assert (await next_message(client, Rejected)).detail
+        assert not node.count(RowArrived)
+        client.send(RowStaged("r", 0, 0, 0, slab))
+        other.send(RowStaged("r", 1, 0, 0, others))
+        await until(lambda: node.count(RowArrived) == 2)
+
+
+async def test_nothing_that_depends_on_the_layout_comes_before_it(node: SmallNode) -> None:
+    async with connected(node, "scheduler", layout=None) as client:
+        for message in (WantStaging(ROW_BYTES, 1), lookup(1), SegmentNamed("r", 0, KEY, "network")):
+            client.send(message)
+            assert "register" in (await next_message(client, Rejected)).detail
+
+
+@asynccontextmanager
+async def raw_socket(node: SmallNode) -> AsyncIterator[zmq.asyncio.Socket]:
+    context = zmq.asyncio.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.connect(f"ipc://{node.config.socket_path}")
+    try:
+        yield socket
+    finally:
+        context.destroy(linger=0)
+
+
+async def test_garbage_is_rejected_and_strangers_have_no_lease(node: SmallNode) -> None:
+    async with raw_socket(node) as socket, asyncio.timeout(10):
+        for frames in ([b"\xff\x00garbage"], [b""], [b"a", b"b"]):
+            await socket.send_multipart(frames)
+            assert isinstance(decode_node_message(await socket.recv()), Rejected)
+        await socket.send(encode(GetStatus()))
+        assert decode_node_message(await socket.recv()) == LeaseLost()
+        await socket.send(encode(Hello(99, "api", bytes(16), "n")))
+        assert "protocol" in decode_node_message(await socket.recv()).detail  # type: ignore[union-attr]
+    assert node.metrics.failures_total.labels("local", "protocol")._value.get() == 4
+
+
+async def test_a_session_belongs_to_one_connection(node: SmallNode) -> None:
+    hello = encode(Hello(1, "worker", bytes(16), "n"))
+    async with raw_socket(node) as first, raw_socket(node) as second, asyncio.timeout(10):
+        await first.send(hello)
+        assert isinstance(decode_node_message(await first.recv()), Welcome)
+        await second.send(hello)
+        assert "in use" in decode_node_message(await second.recv()).detail  # type: ignore[union-attr]
+
+
+async def test_a_message_beyond_the_size_limit_is_never_queued(node: SmallNode) -> None:
+    async with connected(node, "api") as client:
+        huge = StoreResponse(bytes(32), "network", bytes(32), "v", 1, bytes(9 * MiB))
+        assert not client.send(huge)
+        assert client.connected
+
+
+async def test_a_thousand_cycles_of_staging_and_leasing_leak_nothing(tmp_path: Path) -> None:
+    """A worker and a scheduler; rows are named, dropped, returned unwritten, looked up and evicted."""
+    async with small_node(tmp_path, size=2 * MiB) as node:
+        capacity = node.cache.arena.capacity_bytes
+        async with connected(node) as worker, connected(node, "scheduler") as scheduler:
+            read = 0
+            for cycle in range(1000):
+                key = SegmentKey(cycle.to_bytes(32, "big"))
+                (slab,) = await granted(worker)
+                if cycle % 5 == 4:
+                    worker.send(StagingUnused(slab))
+                    continue
+                worker.view(slab)[:8] = cycle.to_bytes(8, "big")
+                worker.send(RowStaged(f"r{cycle}", 0, 0, 0, slab))
+                await until(lambda n=f"r{cycle}": (n, 0) in node._staged)  # type: ignore[misc]
+                scheduler.send(SegmentNamed(f"r{cycle}", 0, key, "network"))
+                scheduler.send(lookup(cycle, key))
+                (row,) = (await next_message(scheduler, PrefixAnswer)).rows
+                copy = bytes(scheduler.view(row.slab)[:8])
+                assert scheduler.is_current(row.slab)
+                assert copy == cycle.to_bytes(8, "big")
+                read += 1
+                scheduler.send(ReleaseLookup(cycle))
+            assert read == 800
+            await until(lambda: node.count(PrefixReleased) == read)
+            arena = node.cache.arena
+            await until(lambda: arena.free_bytes + len(node.cache) * ROW_BYTES == capacity)
+            assert node.cache.arena.quarantined_bytes == 0
+            assert node.cache.allocate(capacity) is not None, "no row is pinned"
+    assert not node.cache.arena.path.exists()
+
+
+# --- processes that die, freeze and fork ----------------------------------------------------------
+
+CLIENT = """
+import sys, time
+from pathlib import Path
+from hyperspace_vllm.client import NodeClient
+from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.records.layout import Layout, Part
+from hyperspace_vllm.core.records.local import *
+
+def receive(kind):
+    while True:
+        for message in client.receive():
+            if isinstance(message, kind):
+                return message
+        time.sleep(0.001)
+
+row_bytes = int(sys.argv[2])
+client = NodeClient(Config(data_dir=Path(sys.argv[1])), "worker", "child")
+assert client.wait_connected(10)
+client.send(RegisterLayout(Layout(bytes(32), 256, (Part(0, row_bytes), Part(512, row_bytes // 2)), 1)))
+client.send(WantStaging(row_bytes, 2))
+slabs = receive(StagingGranted).slabs
+client.send(LookupPrefix(1, "r", (bytes(range(32)),), 0, 0, 1000, "network"))
+leased = receive(PrefixAnswer).rows
+views = [client.view(slab) for slab in slabs]
+epoch = client.epoch
+print("ready", flush=True)
+sys.stdin.readline()
+# Resumed past its lease: it doesn't know yet, and goes on writing where it was writing.
+for view in views:
+    view[:] = b"X" * len(view)
+print("torn" if any(not client.is_current(row.slab) for row in leased) else "whole", flush=True)
+deadline = time.monotonic() + 10
+while client.epoch == epoch and time.monotonic() < deadline:
+    time.sleep(0.001)
+print("new session" if client.epoch != epoch and client.connected else "never noticed", flush=True)
+try:
+    client.view(slabs[0])
+except LookupError:
+    print("slabs gone", flush=True)
+sys.stdin.readline()
+"""
+
+
+class ClientProcess:
+    """A worker process with two granted slabs and one leased row."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, str(data_dir), str(ROW_BYTES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    async def line(self) -> str:
+        assert self.process.stdout is not None
+        async with asyncio.timeout(30):
+            return (await asyncio.to_thread(self.process.stdout.readline)).strip()
+
+    def go_on(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+async def child(node: SmallNode) -> AsyncIterator[ClientProcess]:
+    slab = node.cache.allocate(ROW_BYTES)
+    assert slab is not None
+    node.cache.keep(RowKey(row_key(KEY, 0, 0)), slab)
+    process = ClientProcess(node.config.data_dir)
+    try:
+        assert await process.line() == "ready"
+        yield process
+    finally:
+        process.kill()
+
+
+async def test_a_client_frozen_past_its_lease_corrupts_nobody_and_notices(
+    node: SmallNode, child: ClientProcess
+) -> None:
+    arena = node.cache.arena
+    os.kill(child.process.pid, signal.SIGSTOP)
+    await until(lambda: node.server.engine_leases == 0)
+    assert arena.quarantined_bytes == 2 * ROW_BYTES
+    assert node.count(PrefixReleased) == 1
+    assert node.events[-1] == ClientGone("child")
+    # Everything that is left goes to others, the leased row's pages too, and they fill it.
+    others: list[Slab] = []
+    while (slab := node.cache.allocate(PAGE_BYTES)) is not None:
+        arena.view(slab)[:] = b"o" * PAGE_BYTES
+        others.append(slab)
+    assert len(others) * PAGE_BYTES == arena.capacity_bytes - arena.quarantined_bytes
+    os.kill(child.process.pid, signal.SIGCONT)
+    child.go_on()
+    assert [await child.line() for _ in range(3)] == ["torn", "new session", "slabs gone"]
+    assert all(bytes(arena.view(slab)) == b"o" * PAGE_BYTES for slab in others)
+
+
+async def test_a_killed_client_loses_its_lease_within_its_time(node: SmallNode, child: ClientProcess) -> None:
+    began = time.monotonic()
+    child.kill()
+    await until(lambda: node.server.engine_leases == 0)
+    assert time.monotonic() - began < 2 * node.lease_ms / 1000
+    assert node.cache.arena.quarantined_bytes == 2 * ROW_BYTES
+    assert node.metrics.quarantined_bytes._value.get() == 2 * ROW_BYTES
+
+
+async def test_a_node_that_was_itself_paused_expires_nobody_whose_heartbeats_wait(node: SmallNode) -> None:
+    async with connected(node, "worker") as worker:
+        epoch = worker.epoch
+        time.sleep(1.5 * node.lease_ms / 1000)  # noqa: ASYNC251  # the pause itself, of the node's whole loop
+        for _ in range(5):
+            await asyncio.sleep(node.lease_ms / 5000)
+        assert (worker.connected, worker.epoch) == (True, epoch)
+
+
+async def test_a_forked_child_has_a_session_of_its_own(node: SmallNode) -> None:
+    async with connected(node, "worker") as client:
+        child = os.fork()
+        if child == 0:
+            fine = not client.connected and client.wait_connected(10) and client.send(GetStatus())
+            client.close()
+            os._exit(0 if fine else 1)
+        await until(lambda: node.server.engine_leases == 2)
+        waited: list[tuple[int, int]] = []
+        await until(lambda: waited.append(os.waitpid(child, os.WNOHANG)) or waited[-1][0])  # type: ignore[func-returns-value]
+        assert os.waitstatus_to_exitcode(waited[-1][1]) == 0
+        assert client.connected
+        client.send(GetStatus())
+        await next_message(client, Status)
+
+
+async def test_without_a_node_a_client_neither_waits_nor_raises(tmp_path: Path) -> None:
+    client = NodeClient(Config(data_dir=tmp_path), "worker", "n")
+    began = time.monotonic()
+    calls: Counter[object] = Counter()
+    for _ in range(200):
+        calls.update([client.send(GetStatus()), len(client.receive()), client.epoch, client.connected])
+    assert time.monotonic() - began < 0.5
+    assert calls == {False: 800}
+    with pytest.raises(LookupError):
+        client.view(Slab(0, 0, 1, 0))
+    assert not client.is_current(Slab(0, 0, 1, 0))
+    client.close()
+    client.close()
+    assert not client.send(GetStatus())
+
+
+async def test_a_client_finds_the_next_node_and_drops_what_the_last_one_leased(tmp_path: Path) -> None:
+    client = NodeClient(Config(data_dir=tmp_path), "worker", "n")
+    slabs: list[Slab] = []
+    for epoch in (1, 2):
+        async with small_node(tmp_path):
+            await until(lambda e=epoch: client.connected and client.epoch == e)  # type: ignore[misc]
+            assert not any(client.is_current(slab) for slab in slabs)
+            client.send(RegisterLayout(LAYOUT))
+            slabs = list(await granted(client, 2))
+            assert all(client.is_current(slab) for slab in slabs)
+    client.close()
