@@ -463,7 +463,7 @@ def test_a_slow_row_is_hedged_by_further_columns_of_its_only_holder():
         fetch A m row=0 0..31
         > chunks A row=0 columns=0..9 now=30
         > tick now=90
-        fetch A m row=0 32..53
+        fetch A m row=0 32..63
         > ready row=0 now=100
         answer 1 network hit rows=1
     """)

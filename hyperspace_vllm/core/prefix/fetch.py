@@ -90,12 +90,14 @@ class PrefixLookup:
         margin_ms = min(ANSWER_MARGIN_MS, wanted.deadline_ms // 10)
         self._deadline_ms = now_ms + wanted.deadline_ms - margin_ms
         self._phase_ends_ms: int | None = None  # the search's or the fetch's budget, or a retreat's grace
+        self._search_ends_ms = now_ms
         self._silent: set[PeerId] = set(self._peers)
         self._local_end = 0
         self._end = 0
         self._missing: set[Row] = set()
         self._queue: deque[Row] = deque()
         self._loading: set[Row] = set()
+        self._orphans: list[Row] = []  # that nobody we know of can complete, while some peers may still answer
         self._cause = ""  # what went wrong
         self._not_fetched = ""  # why no peer's rows were wanted; no fault of anybody's
         self._fetching = False
@@ -129,6 +131,8 @@ class PrefixLookup:
         if self.answered:
             return None
         times = [self._deadline_ms]
+        if self._orphans:
+            times.append(self._search_ends_ms)
         if self._phase_ends_ms is not None:
             times.append(self._phase_ends_ms)
         if self._fetching and self._transfers.busy:
@@ -231,9 +235,9 @@ class PrefixLookup:
             self._get_local("too_short", now_ms)
             return
         self._phase = "searching"
-        self._phase_ends_ms = min(now_ms + budget_ms, self._deadline_ms)
+        self._phase_ends_ms = self._search_ends_ms = min(now_ms + budget_ms, self._deadline_ms)
         wanted = tuple(self._absent())
-        self._effects.append(FindProviders(self.lookup, wanted, self._peers, self._phase_ends_ms - now_ms))
+        self._effects.append(FindProviders(self.lookup, wanted, self._peers, self._search_ends_ms - now_ms))
 
     def _absent(self) -> dict[RowId, Row]:
         """The rows that this node lacks and some longer prefix than its own needs, by id."""
@@ -304,12 +308,13 @@ class PrefixLookup:
             if cause == "stalled":
                 self._effects.append(ChargePeer(peer, cause))
         self._fetching = False
+        self._orphans.clear()
         self._phase_ends_ms = min(now_ms + LOAD_GRACE_MS, self._deadline_ms)
         remote = [r for r in self._rows.values() if r.tier in ("none", "network") and r.state != "ready"]
         self._lose(remote, cause, now_ms)
 
     def _advance(self, now_ms: int) -> None:
-        """Let time and the rows at hand decide what to do next."""
+        """Let time and what is at hand decide what to do next."""
         if self._phase == "searching":
             over = self._phase_ends_ms is not None and now_ms >= self._phase_ends_ms
             if over or not self._silent or self._found_everything():
@@ -334,14 +339,31 @@ class PrefixLookup:
 
     def _get_more(self, now_ms: int) -> None:
         while not self.answered:  # ends: every turn but the last loses a row
+            self._readmit_orphans()
             self._fill_window(now_ms)
-            lost = [row for row in self._transfers.lost if row.state != "lost"]
-            self._transfers.lost.clear()
-            if not lost:
+            self._adopt_lost()
+            if not self._orphans or (self._silent and now_ms < self._search_ends_ms):
                 break
+            lost, self._orphans = self._orphans, []
             self._lose(lost, "failed", now_ms)
         if not self.answered and not self._missing:
             self._answer(self._end, self._cause or "hit", now_ms)
+
+    def _adopt_lost(self) -> None:
+        """Set rows aside that no known holder can complete: a peer that hasn't answered yet may have them."""
+        for row in self._transfers.lost:
+            if row.state in ("idle", "moving"):
+                row.state = "orphan"
+                self._orphans.append(row)
+        self._transfers.lost.clear()
+        self._queue = deque(row for row in self._queue if row.state == "idle")
+
+    def _readmit_orphans(self) -> None:
+        back = [row for row in self._orphans if self._transfers.fetchable(row)]
+        for row in back:
+            row.state = "idle"
+            self._orphans.remove(row)
+        self._queue.extendleft(reversed(back))
 
     def _fill_window(self, now_ms: int) -> None:
         """Start the next rows; look a little further ahead, so that manifests come before their rows' turn."""

@@ -1,7 +1,7 @@
 """Which rows a prefix needs, how far the rows at hand reach, and which columns to ask of whom. No state."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..records.ids import NetworkId, PeerId, RowId, RowKey, SegmentKey, row_id, row_key
 from ..records.layout import Layout
@@ -19,8 +19,7 @@ class Row:
     id: RowId
     length: int
     tier: str = "none"  # none | memory | disk | network
-    state: str = "idle"  # idle | moving | ready | lost
-    asked_at_ms: int = field(default=0)
+    state: str = "idle"  # idle | moving | orphan | ready | lost
 
 
 def rows_of(

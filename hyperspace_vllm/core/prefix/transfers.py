@@ -266,12 +266,15 @@ class Transfers:
         self._settle(now_ms)
 
     def next_deadline_ms(self) -> int | None:
-        """When `hedge` has something to do."""
+        """When to call `hedge` if nothing happens before.
+
+        A row that is late while others come can wait for their events: no timer of its own.
+        """
         times = [t.hedge_at_ms for t in self._moving.values() if t.hedge_at_ms is not None]
         for manifest in self._manifests.values():
             if manifest.asking and not manifest.slow:
                 times.append(manifest.asked_at_ms + HEDGE_MS_MIN)
-        return min(times, default=None)
+        return max(min(times), self.progress_ms + HEDGE_MS_MIN) if times else None
 
     # --- leaves ---------------------------------------------------------------------------------
 
@@ -358,15 +361,19 @@ class Transfers:
         return True
 
     def _ask_further_columns(self, row: Row, now_ms: int) -> bool:
+        """Ask the same holders, for twice what is missing: they hold something back, perhaps half of this too."""
         return any(
-            self._ask_missing(source, row, self._holders(source, row, now_ms), now_ms) for source in self._wanted(row)
+            self._ask_missing(source, row, self._holders(source, row, now_ms), now_ms, times=2)
+            for source in self._wanted(row)
         )
 
-    def _ask_missing(self, source: _Source, row: Row, holders: list[tuple[PeerId, int]], now_ms: int) -> bool:
+    def _ask_missing(
+        self, source: _Source, row: Row, holders: list[tuple[PeerId, int]], now_ms: int, times: int = 1
+    ) -> bool:
         """Ask `holders` for as many further columns as the row lacks, as if what is under way never came."""
         if self._manifests[source.manifest].contents is None or not self._alive(source):
             return False
-        count = DATA_CHUNKS - source.verified.bit_count()
+        count = times * (DATA_CHUNKS - source.verified.bit_count())
         assigned = assign_columns(count, source.under_way(), holders)
         for peer, columns in assigned.items():
             self._fetch(source, row, peer, columns, now_ms)
