@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 DATA_CHUNKS = 32
 TOTAL_CHUNKS = 64
 CHUNK_ALIGN_BYTES: int = _CHUNK_ALIGN_BYTES
-"""Chunks of a multiple of this many bytes (an odd one, ideally) are coded without a staged tail."""
+"""Chunks of a multiple of this many bytes (an odd one, ideally) are coded without a staged tail.
+
+Large outputs are fastest at 32-byte aligned addresses (mmap's are; NumPy's often aren't): only there can stores
+bypass the caches.
+"""
 
 
 def encode(data: Buffer, parity: Buffer, chunk_bytes: int, *, isa: str | None = None) -> None:
