@@ -195,7 +195,9 @@ def test_every_field_of_vllm_is_classified(endpoint: Endpoint) -> None:
         assert theirs == default, f"vLLM's default of {name} has changed"
     base = CHAT if endpoint == "chat" else TEXT
     for name in NULL_IS_DEFAULT[endpoint]:
-        assert isinstance(getattr(model.model_validate(base | {name: None}), name), type(None) | type(KEYED[endpoint][name]))
+        assert isinstance(
+            getattr(model.model_validate(base | {name: None}), name), type(None) | type(KEYED[endpoint][name])
+        )
     for name, types in NEUTRAL.items():
         if name in model.model_fields and type(None) not in types:
             with pytest.raises(ValueError, match=name):

@@ -79,7 +79,7 @@ class ResponseStore:
 
     def store(self, message: StoreResponse) -> bool:
         """Queue a response; False if it was dropped because the writer is behind or it exceeds the quota."""
-        size = len(message.body) + _ENTRY_OVERHEAD_BYTES
+        size = _size(message)
         with self._changed:
             if self._closing or size > self._quota_bytes or self._queue_bytes + size > STORE_QUEUE_BYTES_MAX:
                 self._counts["dropped"] += 1
@@ -137,8 +137,9 @@ class ResponseStore:
                 self._busy = True
                 batch, self._queue = list(self._queue), deque()
                 touched, self._touched = self._touched, Counter()
-                self._queue_bytes = 0
             database = self._commit(database, batch, touched)
+            with self._changed:
+                self._queue_bytes -= sum(map(_size, batch))
         if database is not None:
             with contextlib.suppress(sqlite3.Error):
                 database.close()
@@ -236,11 +237,10 @@ class ResponseStore:
         )
         database.execute("DELETE FROM entries WHERE request_key = ?", (message.request_key,))
         expires_at_ms = now_ms + min(self._ttl_ms, message.ttl_ms)
-        size = len(message.body) + _ENTRY_OVERHEAD_BYTES
         cursor = database.execute(
             "INSERT INTO entries (request_key, proof, computed_at_ms, expires_at_ms, size, last_used_ms, hits, scope)"
             " VALUES (?, ?, ?, ?, ?, ?, 0, ?)",
-            (message.request_key, proof.encode(), now_ms, expires_at_ms, size, now_ms, message.scope),
+            (message.request_key, proof.encode(), now_ms, expires_at_ms, _size(message), now_ms, message.scope),
         )
         database.execute("INSERT INTO bodies (id, body) VALUES (?, ?)", (cursor.lastrowid, message.body))
 
@@ -260,6 +260,10 @@ class ResponseStore:
         with self._changed:
             for name, increment in increments.items():
                 self._counts[name] += increment
+
+
+def _size(message: StoreResponse) -> int:
+    return len(message.body) + _ENTRY_OVERHEAD_BYTES
 
 
 def _totals(database: sqlite3.Connection) -> dict[str, int]:
