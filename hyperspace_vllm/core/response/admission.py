@@ -53,9 +53,8 @@ def admit(endpoint: Endpoint, request: Mapping[str, object], raw: bytes) -> Admi
 
 
 def streams_completely(request: Mapping[str, object]) -> bool:
-    """Whether a stream carries all that a JSON response to the same request would (prompt logprobs are left out)."""
-    echoed_logprobs = bool(request.get("echo")) and request.get("logprobs") not in (None, False)
-    return request.get("prompt_logprobs") is None and not echoed_logprobs
+    """Whether a stream carries all that a JSON answer would: prompt logprobs, which an echo asks for too, it lacks."""
+    return request.get("prompt_logprobs") is None and not request.get("echo")
 
 
 def storage_scope(tenant: str, cache_salt: object, marked_private: bool) -> RequestScope:
