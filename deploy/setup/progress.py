@@ -1,4 +1,7 @@
-"""A live line for slow steps: bar, what is going on, seconds. Standard library only; plain lines where nobody watches."""
+"""A live line for slow steps: bar, seconds, what is going on; plain lines where nobody watches.
+
+Standard library only: it runs before anything is installed.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,67 @@
+# `make` shows the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+
+# The first Python of these that is new enough; `make setup PYTHON=...` names another.
+PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+ENGINE ?= auto
+MODEL ?= gemma
+TESTS ?= not soak
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@echo
+	@echo "  Options: PYTHON=python3.12  ENGINE=auto|cpu|gpu  MODEL=gemma|tiny  ARGS='...' (handed to pytest, demo, bench)"
+
+.PHONY: setup
+setup: ## Make .venv with vLLM and this project, and prepare the models (quick once done)
+	@test -n "$(PYTHON)" || { echo "Hyperspace needs Python 3.11 or newer, and no python3 here is." \
+		"Install one (sudo apt-get install -y python3 python3-venv), or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) deploy/setup --engine $(ENGINE)
+
+.PHONY: demo
+demo: setup ## Two vLLM servers share a prefix: who served what, and how fast (MODEL=tiny: random weights, quicker)
+	@$(BIN)/python -m bench.demo --model $(MODEL) $(ARGS)
+
+.PHONY: test
+test: setup ## Run all tests but the long soak runs (TESTS='not vllm': without real vLLM servers)
+	@$(BIN)/python -m pytest -m "($(TESTS)) and not soak" $(ARGS)
+
+.PHONY: check
+check: setup ## Formatting, lint, types, layers and architecture tests (under a minute)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	cd deploy/setup && ../../$(BIN)/mypy --config-file ../../pyproject.toml .
+	$(BIN)/lint-imports
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/python -m pytest -q tests/test_repository.py
+
+.PHONY: format
+format: setup ## Format Python and C++ as `make check` wants it
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+.PHONY: bench
+bench: setup ## Measure time to first token: cold, from the network, from the response cache; and the cost of a miss
+	@$(BIN)/python -m bench.ttft --model $(MODEL) $(ARGS)
+
+.PHONY: sanitize
+sanitize: setup ## Run the native self-test under AddressSanitizer and UBSan
+	@$(BIN)/cmake -S csrc -B build/sanitize -DHYPERSPACE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	@$(BIN)/cmake --build build/sanitize --target selftest
+	./build/sanitize/selftest
+
+.PHONY: clean
+clean: ## Remove build outputs and caches
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## Remove .venv and .models as well
+	rm -rf .venv .models

@@ -1,0 +1,108 @@
+"""What must come from the operating system: found by looking for the thing itself, not for a package's name."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from progress import step
+
+
+class Missing(Exception):
+    """Something must be installed that we may not install; the text says how."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing that the build or vLLM looks for, and the Debian package that has it."""
+
+    package: str
+    why: str
+    present: Callable[[], bool]
+
+
+def needed(engine_name: str, pyproject_text: str) -> list[Need]:
+    """What this machine needs for that build of vLLM and these requirements."""
+    needs = [
+        Need("g++", "compiles the native codec", has_compiler),
+        Need(f"python{own_version()}-dev", "Python's headers, for the native codec", has_python_headers),
+        Need(f"python{own_version()}-venv", "makes the virtual environment", has_venv),
+    ]
+    if engine_name == "cpu":
+        needs.append(Need("libnuma1", "vLLM's CPU kernels are linked against it", has_numa))
+    if "libp2p" in pyproject_text:
+        needs.append(Need("libgmp-dev", "libp2p's fastecdsa compiles against it", has_gmp_header))
+    return needs
+
+
+def ensure(needs: Iterable[Need]) -> None:
+    """Install what is missing where we are root on a Debian; else raise `Missing` with one line to copy."""
+    missing = [need for need in needs if not need.present()]
+    if not missing:
+        return
+    packages = [need.package for need in missing]
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        with step(f"Installing {', '.join(packages)}"):
+            apt_install(packages)
+        importlib.invalidate_caches()
+        missing = [need for need in missing if not need.present()]
+    if missing:
+        raise Missing(explain(missing))
+
+
+def explain(missing: Iterable[Need]) -> str:
+    """What is missing and why, then the one line to copy."""
+    missing = list(missing)
+    reasons = "\n".join(f"  {need.package}: {need.why}" for need in missing)
+    line = f"sudo apt-get install -y {' '.join(need.package for need in missing)}"
+    return f"These system packages are missing (Debian and Ubuntu call them so):\n{reasons}\n\n{line}"
+
+
+def apt_install(packages: list[str]) -> None:
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for command in (
+        ["apt-get", "update", "-qq"],
+        ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages],
+    ):
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        # A stale index may still have the packages: only the installation's failure counts.
+        if done.returncode != 0 and "install" in command:
+            raise Missing(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}".rstrip())
+
+
+def own_version() -> str:
+    """`3.11`, as Debian's package names have it."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+
+
+def has_python_headers() -> bool:
+    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+
+
+def has_venv() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("venv", "ensurepip"))
+
+
+def has_numa() -> bool:
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def has_gmp_header() -> bool:
+    places = ["/usr/include", f"/usr/include/{sysconfig.get_config_var('MULTIARCH')}", "/usr/local/include"]
+    return any((Path(place) / "gmp.h").is_file() for place in places)
