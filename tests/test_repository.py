@@ -116,10 +116,11 @@ def test_links_between_documents_lead_somewhere() -> None:
 # ---------------------------------------------------------------------------------------------- architecture
 
 # The core decides and does not do: no clock, no chance, no file, no socket, no thread of its own.
-DOES_THINGS = set(
-    "asyncio concurrent ctypes datetime fcntl glob http io mmap multiprocessing os pathlib secrets select selectors shutil "
-    "signal socket sqlite3 subprocess tempfile threading time trio urllib uuid zmq".split()
-)
+DOES_THINGS = {
+    *("asyncio", "concurrent", "ctypes", "datetime", "fcntl", "glob", "http", "io", "mmap", "multiprocessing", "os"),
+    *("pathlib", "secrets", "select", "selectors", "shutil", "signal", "socket", "sqlite3", "subprocess", "tempfile"),
+    *("threading", "time", "trio", "urllib", "uuid", "zmq"),
+}
 
 
 def modules(directory: Path) -> Iterator[tuple[str, ast.Module]]:
