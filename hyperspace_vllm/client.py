@@ -156,13 +156,15 @@ def start_node(config: Config) -> None:
     The process exits by itself if another one holds the directory's lock, when its last client has been gone for
     EMBEDDED_LINGER_MS, and when everybody who inherited this process's end of its pipe dies before any client came.
     """
+    # Neither settings of ours that `config` overrode, nor what the server hands down to its own processes.
+    others = {k: v for k, v in os.environ.items() if not k.startswith(("HYPERSPACE_", "_HYPERSPACE_"))}
     process = subprocess.Popen(
         [sys.executable, "-m", "hyperspace_vllm.cli", "node", "--embedded"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C on the server must not take the node of other servers with it
-        env={k: v for k, v in os.environ.items() if not k.startswith("HYPERSPACE_")} | config.as_environ(),
+        env=others | config.as_environ(),
     )
     threading.Thread(target=_reap, args=(process,), name="hyperspace-node", daemon=True).start()
 

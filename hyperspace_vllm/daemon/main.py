@@ -21,6 +21,7 @@ from ..config import Config
 from ..core.node.events import Event
 from ..core.records.ids import PeerId, network_id
 from ..core.records.limits import EMBEDDED_LINGER_MS, MiB
+from ..response_db import database_path
 from .arena import Arena
 from .identity import Identity, IdentityError
 from .local_server import LocalServer
@@ -130,7 +131,7 @@ class _Node:
 
         config = self._config
         store = ResponseStore(
-            config.data_dir / "responses.db",
+            database_path(config.data_dir),
             config.response_bytes,
             config.response_ttl_s * 1000,
             self._identity,
@@ -150,7 +151,7 @@ class _Node:
         peers = tuple(PeerId(peer.partition("@")[0]) for peer in config.peers)
         node = Node(self._network, peers, config.fetch, random.Random())
         store = ChunkStore(config.data_dir / "chunks", config.disk_bytes)
-        compute = ComputePool(self._network)
+        compute = ComputePool()
         transport = ChunkTransport(config, self._identity, store, self._metrics)
         driver = Driver(node, self._cache, store, transport, compute, self._metrics, self._identity, self._network)
         parts.push_async_callback(driver.close)
@@ -161,6 +162,8 @@ class _Node:
         self._metrics.peers.set(len(self._config.peers))
         self._metrics.rows.labels("memory").set_function(lambda: len(self._cache))
         self._metrics.store_bytes.labels("memory").set_function(lambda: self._cache.row_bytes)
+        if (responses := self._responses) is not None:
+            self._metrics.store_bytes.labels("response").set_function(lambda: responses.stats()["bytes"])
 
     def _write_card(self, parts: AsyncExitStack) -> None:
         card = self._config.data_dir / "node.json"

@@ -1,0 +1,349 @@
+"""Whole node processes: who starts them, who may live, when they go, and what they leave behind."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperspace_vllm.client import NodeClient, start_node
+from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.records.limits import EMBEDDED_LINGER_MS, LEASE_MS, MiB
+from hyperspace_vllm.core.records.local import GetStatus, Status
+from hyperspace_vllm.daemon.identity import Identity, IdentityError, curve_public_of
+from hyperspace_vllm.daemon.metrics import Metrics
+
+pytestmark = pytest.mark.io
+REPOSITORY = Path(__file__).parent.parent
+
+
+def until(condition: Callable[[], object], timeout_s: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def hyperspace(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "hyperspace_vllm.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=REPOSITORY,
+        env=os.environ | environ,
+        check=False,
+    )
+
+
+def alive(pid: int) -> bool:
+    """Not a zombie either: whoever started it may be slow to reap it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+class Nodes:
+    """Nodes of one data directory; killed when the test ends."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.config = Config(data_dir=data_dir, kv_cache=False, arena_bytes=MiB, metrics_listen="0")
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hyperspace_vllm.cli", "node", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=os.environ | self.config.as_environ(),
+        )
+        self.started.append(process)
+        return process
+
+    def start_and_wait(self, *arguments: str) -> "subprocess.Popen[str]":
+        process = self.start(*arguments)
+        until(lambda: self.card().get("pid") == process.pid)
+        return process
+
+    def card(self) -> dict[str, Any]:
+        try:
+            card: dict[str, Any] = json.loads((self.config.data_dir / "node.json").read_text())
+        except FileNotFoundError:
+            return {}
+        return card
+
+    def arena(self) -> Path:
+        return Path((self.config.data_dir / "arena.path").read_text())
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    nodes = Nodes(tmp_path / "d")
+    yield nodes
+    pids = [process.pid for process in nodes.started] + [nodes.card().get("pid", 0)]
+    for pid in filter(alive, filter(None, pids)):
+        os.kill(pid, signal.SIGTERM)
+    for process in nodes.started:
+        process.communicate(timeout=20)
+    until(lambda: not any(map(alive, filter(None, pids))))
+
+
+# --- identity -------------------------------------------------------------------------------------
+
+
+def test_a_node_keeps_its_key_and_nobody_else_can_read_it(tmp_path: Path) -> None:
+    first, again = Identity.load(tmp_path / "d"), Identity.load(tmp_path / "d")
+    assert first == again
+    assert stat.S_IMODE((tmp_path / "d" / "node.key").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "d").stat().st_mode) == 0o700
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["node.key"]
+
+
+def test_a_peer_id_alone_pins_the_curve_key(tmp_path: Path) -> None:
+    identity = Identity.load(tmp_path)
+    assert curve_public_of(identity.peer_id) == identity.curve_public
+    assert len(identity.curve_secret) == 40
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+def test_a_key_that_others_can_read_is_refused_with_what_to_do(tmp_path: Path, mode: int) -> None:
+    Identity.load(tmp_path)
+    (tmp_path / "node.key").chmod(mode)
+    with pytest.raises(IdentityError, match="chmod 600"):
+        Identity.load(tmp_path)
+
+
+def test_a_damaged_or_linked_key_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "node.key").write_bytes(bytes(31))
+    (tmp_path / "node.key").chmod(0o600)
+    with pytest.raises(IdentityError, match="31 bytes"):
+        Identity.load(tmp_path)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "node.key").symlink_to(tmp_path / "node.key")
+    with pytest.raises(OSError, match="symbolic links"):
+        Identity.load(tmp_path / "d")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_id_creates_the_key_and_prints_the_same_peer_id_again(tmp_path: Path) -> None:
+    first = hyperspace("id", "--data-dir", str(tmp_path / "d"))
+    again = hyperspace("id", "--data-dir", str(tmp_path / "d"))
+    assert first.stdout == again.stdout == Identity.load(tmp_path / "d").peer_id + "\n"
+
+
+def test_config_says_where_each_setting_came_from(tmp_path: Path) -> None:
+    shown = hyperspace("config", "--data-dir", str(tmp_path), HYPERSPACE_NICE="3").stdout
+    assert "nice = 3  # the environment\n" in shown
+    assert f"data_dir = {tmp_path}  # the command line\n" in shown
+    assert "network = default  # default\n" in shown
+
+
+def test_a_wrong_setting_ends_the_command_with_one_line(tmp_path: Path) -> None:
+    wrong = hyperspace("config", HYPERSPACE_NICEST="3")
+    assert wrong.returncode == 1
+    assert wrong.stderr == (
+        "hyperspace: HYPERSPACE_NICEST (from the environment): no such setting; did you mean HYPERSPACE_NICE?\n"
+    )
+
+
+def test_status_without_a_node_says_what_to_do(tmp_path: Path) -> None:
+    status = hyperspace("status", "--data-dir", str(tmp_path))
+    assert status.returncode == 1
+    assert "hyperspace node --data-dir" in status.stderr
+
+
+def test_status_shows_the_node_as_a_table_and_as_json(nodes: Nodes) -> None:
+    process = nodes.start_and_wait()
+    directory = str(nodes.config.data_dir)
+    table = hyperspace("status", "--data-dir", directory, COLUMNS="120")
+    assert nodes.card()["peer_id"] in table.stdout
+    status = json.loads(hyperspace("status", "--json", "--data-dir", directory).stdout)
+    assert (status["pid"], status["peer_id"]) == (process.pid, nodes.card()["peer_id"])
+    assert status["arena"]["free_bytes"] == status["arena"]["capacity_bytes"]
+    assert {"name": "hyperspace_clients", "labels": {}, "value": 1.0} in status["metrics"]
+
+
+def test_metrics_are_served_where_they_were_asked_for(nodes: Nodes) -> None:
+    nodes.start_and_wait()
+    address = nodes.card()["metrics"]
+    assert address.startswith("127.0.0.1:")
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        assert b"\nhyperspace_clients 0.0\n" in answer.read()
+
+
+# --- one node per data directory --------------------------------------------------------------------
+
+
+def test_a_second_standalone_node_says_who_to_ask(nodes: Nodes) -> None:
+    nodes.start_and_wait()
+    second = nodes.start()
+    _, errors = second.communicate(timeout=20)
+    assert second.returncode == 1
+    assert "hyperspace status" in errors
+
+
+def test_a_second_embedded_node_leaves_quietly(nodes: Nodes) -> None:
+    first = nodes.start_and_wait()
+    second = nodes.start("--embedded")
+    assert second.communicate(timeout=20) == ("", "")
+    assert second.returncode == 0
+    assert first.poll() is None
+
+
+def test_a_stopped_node_leaves_only_what_the_next_one_needs(nodes: Nodes) -> None:
+    process = nodes.start_and_wait()
+    arena = nodes.arena()
+    assert arena.exists()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    assert not arena.exists()
+    left = {path.name for path in nodes.config.data_dir.iterdir()}
+    assert left == {"node.key", "node.lock", "arena.path", "responses.sqlite"}
+
+
+def test_after_a_killed_node_the_next_one_cleans_up_and_its_clients_come_back(nodes: Nodes) -> None:
+    killed = nodes.start_and_wait()
+    client = NodeClient(nodes.config, "worker", "n")
+    assert client.wait_connected(10)
+    arena = nodes.arena()
+    killed.kill()
+    killed.wait()
+    assert arena.exists()
+    nodes.start_and_wait()
+    assert not arena.exists()
+    until(lambda: client.epoch == 2 and client.connected)
+    client.close()
+
+
+def test_a_client_of_a_frozen_node_neither_waits_nor_stays_connected(nodes: Nodes) -> None:
+    process = nodes.start_and_wait()
+    client = NodeClient(nodes.config, "worker", "n")
+    assert client.wait_connected(10)
+    process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    for _ in range(100):
+        client.send(GetStatus())
+        client.receive()
+    assert time.monotonic() - began < 0.5
+    until(lambda: not client.connected, 2 * LEASE_MS / 1000)
+    process.send_signal(signal.SIGCONT)
+    until(lambda: client.connected)
+    assert client.epoch == 2
+    client.close()
+
+
+# --- embedded -------------------------------------------------------------------------------------
+
+SERVER = """
+import os, sys, time
+from pathlib import Path
+from hyperspace_vllm.client import NodeClient, start_node
+from hyperspace_vllm.config import load_config
+config = load_config()
+began = time.monotonic()
+start_node(config)
+assert time.monotonic() - began < 1
+if sys.argv[1] == "attach":
+    client = NodeClient(config, "api", "server")
+    assert client.wait_connected(20)
+print("up", flush=True)
+sys.stdin.readline()
+"""
+
+
+def server(nodes: Nodes, mode: str) -> "subprocess.Popen[str]":
+    """A process that starts an embedded node as `vllm serve` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, mode],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | nodes.config.as_environ(),
+    )
+    nodes.started.append(process)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+def test_an_embedded_node_outlives_a_killed_server_by_its_linger_only(nodes: Nodes) -> None:
+    first = server(nodes, "attach")
+    pid = nodes.card()["pid"]
+    assert os.getpgid(pid) != os.getpgid(first.pid), "Ctrl-C on the server must not reach the node"
+    assert os.getpriority(os.PRIO_PROCESS, pid) == nodes.config.nice
+    second = server(nodes, "attach")
+    assert nodes.card()["pid"] == pid, "the second server attached to the first one's node"
+    first.kill()
+    began = time.monotonic()
+    until(lambda: time.monotonic() - began > 1.5 * LEASE_MS / 1000)
+    assert alive(pid), "the second server still holds a lease"
+    second.kill()
+    began = time.monotonic()
+    until(lambda: not alive(pid), (LEASE_MS + EMBEDDED_LINGER_MS) / 1000 + 5)
+    assert time.monotonic() - began > EMBEDDED_LINGER_MS / 1000
+    assert not nodes.card()
+    assert not nodes.arena().exists()
+    assert "nobody needs this node" in (nodes.config.data_dir / "node.log").read_text()
+
+
+def test_an_embedded_node_whose_server_dies_before_it_came_leaves_at_once(nodes: Nodes) -> None:
+    process = server(nodes, "only start")
+    until(lambda: nodes.card())
+    pid = nodes.card()["pid"]
+    process.kill()
+    until(lambda: not alive(pid), 5)
+    assert not nodes.arena().exists()
+
+
+def test_status_does_not_keep_an_embedded_node_alive(nodes: Nodes) -> None:
+    process = server(nodes, "only start")
+    until(lambda: nodes.card())
+    pid = nodes.card()["pid"]
+    watcher = NodeClient(nodes.config, "cli", "watch")
+    assert watcher.wait_connected(10)
+    watcher.send(GetStatus())
+    answers: list[object] = []
+    until(lambda: answers.extend(watcher.receive()) or answers)
+    assert isinstance(answers[0], Status)
+    process.kill()
+    until(lambda: not alive(pid), 5)
+    watcher.close()
+
+
+def test_start_node_starts_one_however_often_it_is_called(nodes: Nodes) -> None:
+    for _ in range(3):
+        start_node(nodes.config)
+    client = NodeClient(nodes.config, "api", "n")
+    assert client.wait_connected(20)
+    log = nodes.config.data_dir / "node.log"
+    until(lambda: log.read_text().count("another node serves") == 2)
+    client.close()
+
+
+# --- documentation ---------------------------------------------------------------------------------
+
+
+def test_every_metric_and_command_is_documented() -> None:
+    page = (REPOSITORY / "docs" / "operations.md").read_text()
+    for family in Metrics().registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        assert f"| `{name}` |" in page, name
+    for command in ("node", "id", "status", "config"):
+        assert f"`hyperspace {command}" in page
+    for flag in ("--data-dir", "--embedded", "--json"):
+        assert flag in page
