@@ -205,6 +205,8 @@ def chaos(seed: int) -> World:
     for _ in range(rng.randint(2, 6)):
         host = rng.choice(hosts)
         world.at(rng.randint(0, 4_000), lambda host=host: want(host))
+    for _ in range(rng.randint(0, 3)):
+        world.at(rng.randint(0, 4_000), rng.choice(hosts).memory.clear)
     for _ in range(rng.randint(0, 2)):
         host = rng.choice(hosts)
         world.at(rng.randint(0, 4_000), lambda host=host: setattr(host, "frozen", not host.frozen))

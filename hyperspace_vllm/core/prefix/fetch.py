@@ -351,6 +351,8 @@ class PrefixLookup:
 
     def _adopt_lost(self) -> None:
         """Set rows aside that no known holder can complete: a peer that hasn't answered yet may have them."""
+        if not self._transfers.lost:
+            return
         for row in self._transfers.lost:
             if row.state in ("idle", "moving"):
                 row.state = "orphan"
@@ -370,6 +372,9 @@ class PrefixLookup:
         ahead = max(MOVING_ROWS_MAX, 2 * len(self.layout.parts) * self.layout.ranks)
         for row in list(islice(self._queue, ahead)):
             room = self._has_room(row)
+            if not room and row.announced:
+                continue
+            row.announced = True
             if row.tier != "network":
                 if room:
                     self._queue.remove(row)
@@ -382,10 +387,10 @@ class PrefixLookup:
 
     def _has_room(self, row: Row) -> bool:
         count = len(self._loading) + self._transfers.moving_rows
+        if count < MOVING_ROWS_MIN or count >= MOVING_ROWS_MAX:
+            return count < MOVING_ROWS_MIN
         size = sum(r.length for r in self._loading) + self._transfers.moving_bytes
-        if count < MOVING_ROWS_MIN:
-            return True
-        return count < MOVING_ROWS_MAX and size + row.length <= MOVING_BYTES_MAX
+        return size + row.length <= MOVING_BYTES_MAX
 
     # --- answering ------------------------------------------------------------------------------
 

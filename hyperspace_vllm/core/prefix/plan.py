@@ -20,6 +20,7 @@ class Row:
     length: int
     tier: str = "none"  # none | memory | disk | network
     state: str = "idle"  # idle | moving | orphan | ready | lost
+    announced: bool = False  # its manifest was asked for ahead of its turn
 
 
 def rows_of(

@@ -233,12 +233,12 @@ class Publisher:
         """Do all that has become due, and find out what is due next."""
         self._sweep_at_ms = None
         for (client, request_id), request in list(self._requests.items()):
-            self._sweep_request(client, request, now_ms)
-            empty = not request.segments and not request.groups
-            if request.over_at_ms is None and empty:
-                del self._requests[client, request_id]
-            elif request.over_at_ms is not None and now_ms >= request.over_at_ms + OVER_GRACE_MS:
+            if request.over_at_ms is not None and now_ms >= request.over_at_ms + OVER_GRACE_MS:
                 self._end(client, request_id, "unnamed")
+                continue
+            self._sweep_request(client, request, now_ms)
+            if request.over_at_ms is None and not request.segments and not request.groups:
+                del self._requests[client, request_id]
         for object_id in [o for o, (_, at_ms) in self._encoding.items() if now_ms >= at_ms]:
             self._give_up(self._encoding.pop(object_id), "encode_timeout")
         for _, at_ms in self._encoding.values():
