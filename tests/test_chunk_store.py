@@ -16,7 +16,7 @@ from hyperspace_vllm.daemon.chunk_store import SIDECAR_BYTES_MAX, ChunkStore
 from hyperspace_vllm.daemon.object_codec import (
     ObjectRecord,
     chunk_digest,
-    encode_object,
+    encode_row,
     good_chunks,
     new_nonce,
     open_row,
@@ -35,8 +35,10 @@ def store_object(store: ChunkStore, name: str, shareable: bool = True) -> tuple[
     rows = [secrets.token_bytes(ROW) for _ in KEYS]
     row_ids = tuple((RowId(sha256(f"{name} {i}".encode())), ROW) for i in range(len(rows)))
     nonce = new_nonce()
-    with store.new_object(OBJECT) as writer:
-        digests = encode_object([memoryview(r) for r in rows], KEYS, nonce, CHUNK, writer.view)
+    with store.new_object(2, CHUNK) as writer:
+        digests = b"".join(
+            encode_row(memoryview(row), KEYS[i], nonce, CHUNK, writer.row(i)) for i, row in enumerate(rows)
+        )
         record = sign_record(SIGNING_KEY, NETWORK, bytes(32), CHUNK, nonce, row_ids, digests, bytes(48), bytes(48), 0)
         store.publish(writer, record, shareable)
     return record, rows
@@ -181,7 +183,7 @@ def test_a_shortened_file_is_a_typed_failure(store: ChunkStore, tmp_path: Path) 
 
 
 def test_an_abandoned_encoding_leaves_nothing(store: ChunkStore, tmp_path: Path) -> None:
-    with store.new_object(OBJECT):
+    with store.new_object(2, CHUNK):
         assert store.used_bytes >= OBJECT
     assert store.used_bytes == 0
     assert list(tmp_path.iterdir()) == []

@@ -31,7 +31,7 @@ from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import ManifestDigest, RowId
 from ..core.records.limits import DATA_CHUNKS, DIGEST_TABLE_BYTES_MAX, MANIFEST_BYTES_MAX, OBJECT_ROWS_MAX, TOTAL_CHUNKS
 from ..core.records.wire import Offer
-from .object_codec import ObjectRecord, read_record
+from .object_codec import ObjectRecord, good_chunks, open_row, read_record
 
 SIDECAR_BYTES_MAX = MANIFEST_BYTES_MAX + DIGEST_TABLE_BYTES_MAX + 4096
 ALL_COLUMNS = (1 << TOTAL_CHUNKS) - 1
@@ -66,11 +66,12 @@ class _Entry:
 
 
 class ObjectWriter:
-    """A new object's file, mapped: `view` is all of it, zero to begin with. Its space is reserved."""
+    """A new object's file, mapped: zero to begin with, its space reserved."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, rows: int, chunk_bytes: int) -> None:
         self.path = path
-        self.size = size
+        self.size = size = rows * TOTAL_CHUNKS * chunk_bytes
+        self._row_bytes = TOTAL_CHUNKS * chunk_bytes
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, size)  # a full disk must fail here: under mmap it would be SIGBUS
@@ -80,11 +81,15 @@ class ObjectWriter:
             raise
         finally:
             os.close(fd)
-        self.view = memoryview(self._map)
+        self._view = memoryview(self._map)
+
+    def row(self, row: int) -> memoryview:
+        """Where the 64 chunks of a row go."""
+        return self._view[row * self._row_bytes : (row + 1) * self._row_bytes]
 
     def close(self) -> None:
         """Unmap; the file stays."""
-        self.view.release()
+        self._view.release()
         with contextlib.suppress(BufferError):  # a failed encoder's traceback still holds slices: unmapped with it
             self._map.close()
 
@@ -173,23 +178,33 @@ class ChunkStore:
             raise Refused("io_error", f"{self._object_path(digest)} is too short")
         return chunks
 
+    def load_row(self, record: ObjectRecord, row: int, key: bytes, target: memoryview) -> None:
+        """Open a row into `target` (its true length); `Refused("damaged")` if fewer than 32 good chunks are left."""
+        digests, chunks = record.row_digests(row), dict[int, memoryview]()
+        for columns in (range(DATA_CHUNKS), range(DATA_CHUNKS, TOTAL_CHUNKS)):
+            chunks |= good_chunks(self.read_chunks(record.digest, row, columns), digests)
+            if len(chunks) >= DATA_CHUNKS:
+                open_row(chunks, digests, record.manifest.chunk_bytes, key, record.manifest.nonce, target)
+                return
+        raise Refused("damaged")
+
     # --- writing --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def new_object(self, object_bytes: int) -> Iterator[ObjectWriter]:
+    def new_object(self, rows: int, chunk_bytes: int) -> Iterator[ObjectWriter]:
         """A file to encode into; gone again unless `publish` was called for it."""
         with self._writing:
-            self._make_room(object_bytes + SIDECAR_BYTES_MAX)
-            writer = self._create(object_bytes)
+            self._make_room(rows * TOTAL_CHUNKS * chunk_bytes + SIDECAR_BYTES_MAX)
+            writer = self._create(rows, chunk_bytes)
             with self._lock:
-                self._reserved_bytes += object_bytes
+                self._reserved_bytes += writer.size
         try:
             yield writer
         finally:
             writer.close()
             writer.path.unlink(missing_ok=True)
             with self._lock:
-                self._reserved_bytes -= object_bytes
+                self._reserved_bytes -= writer.size
 
     def publish(self, writer: ObjectWriter, record: ObjectRecord, shareable: bool) -> None:
         """Index and keep a complete object that was encoded into `writer`."""
@@ -254,14 +269,16 @@ class ChunkStore:
     def _sidecar_path(self, digest: ManifestDigest) -> Path:
         return self._directory / f"{digest.hex()}.meta"
 
-    def _create(self, size: int) -> ObjectWriter:
+    def _create(self, rows: int, chunk_bytes: int) -> ObjectWriter:
         for attempt in range(2):
             try:
-                return ObjectWriter(self._directory / f"{secrets.token_hex(16)}.tmp", size)
+                return ObjectWriter(self._directory / f"{secrets.token_hex(16)}.tmp", rows, chunk_bytes)
             except OSError as error:
                 if attempt or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise _refusal(error) from error
-                self._evict(size)  # the disk is smaller than our quota: make do with what we have
+                self._evict(
+                    rows * TOTAL_CHUNKS * chunk_bytes
+                )  # the disk is smaller than our quota: make do with what we have
         raise AssertionError("unreachable")
 
     def _make_room(self, size: int, keep: ManifestDigest | None = None) -> None:

@@ -21,7 +21,8 @@ THREAD_JOBS_MAX = 512  # queued or running; a job holds at most a row's chunks
 KZG_JOBS_MAX = 64  # 128 KiB each = 8 MiB
 KZG_START_S = 60.0  # loading the setup takes 1.5 to 6 s of one core
 KZG_JOB_S = 10.0  # a commitment and its proof take 0.1 to 0.3 s
-KZG_RESTART_S = 2.0
+KZG_RESTART_S = 2.0  # doubled for every start that failed: without ckzg there is nothing to hurry for
+KZG_RESTART_S_MAX = 60.0
 COMMIT_WAIT_S = 90.0  # the worker may still be starting: nobody waits for a commitment
 
 P = ParamSpec("P")
@@ -45,7 +46,9 @@ class ComputePool:
         try:
             return await asyncio.shield(job)
         except asyncio.CancelledError:
-            await asyncio.wait([job])
+            while not job.done():  # whatever else is cancelled meanwhile
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([job])
             raise
         finally:
             self._jobs -= 1
@@ -104,6 +107,7 @@ class _KzgClient:
         await asyncio.wait([self._runner])
 
     async def _run(self) -> None:
+        pause_s = KZG_RESTART_S
         while True:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "hyperspace_vllm.daemon.kzg_worker", stdin=PIPE, stdout=PIPE
@@ -111,12 +115,14 @@ class _KzgClient:
             self._process = process
             try:
                 if await self._is_ready(process):
+                    pause_s = KZG_RESTART_S
                     await self._serve(process)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
-            await asyncio.sleep(KZG_RESTART_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, KZG_RESTART_S_MAX)
 
     async def _is_ready(self, process: Process) -> bool:
         assert process.stdout is not None

@@ -79,25 +79,13 @@ def chunk_digest(chunk: bytes | memoryview) -> bytes:
     return blake3.blake3(chunk).digest()
 
 
-def encode_object(
-    rows: Sequence[memoryview], seal_keys: Sequence[bytes], nonce: bytes, chunk_bytes: int, out: memoryview
-) -> bytes:
-    """Seal and code `rows` into `out` (rows * 64 * chunk_bytes *zero* bytes); returns the digest table."""
-    digests = []
-    for index, (row, key) in enumerate(zip(rows, seal_keys, strict=True)):
-        chunks = split_chunks(out, index, chunk_bytes)
-        start, middle = index * TOTAL_CHUNKS * chunk_bytes, DATA_CHUNKS * chunk_bytes
-        data, parity = out[start : start + middle], out[start + middle : start + 2 * middle]
-        xor_stream(key, nonce, row, data[: len(row)])
-        native.encode(data, parity, chunk_bytes)
-        digests += [chunk_digest(chunk) for chunk in chunks]
-    return b"".join(digests)
-
-
-def split_chunks(object_bytes: memoryview, row: int, chunk_bytes: int) -> list[memoryview]:
-    """The 64 chunks of one row inside an object."""
-    first = row * TOTAL_CHUNKS * chunk_bytes
-    return [object_bytes[first + c * chunk_bytes : first + (c + 1) * chunk_bytes] for c in range(TOTAL_CHUNKS)]
+def encode_row(row: memoryview, key: bytes, nonce: bytes, chunk_bytes: int, out: memoryview) -> bytes:
+    """Seal and code `row` into `out` (64 * chunk_bytes *zero* bytes); the BLAKE3 digests of its 64 chunks."""
+    data, parity = out[: DATA_CHUNKS * chunk_bytes], out[DATA_CHUNKS * chunk_bytes :]
+    xor_stream(key, nonce, row, data[: len(row)])
+    native.encode(data, parity, chunk_bytes)
+    chunks = (out[start : start + chunk_bytes] for start in range(0, len(out), chunk_bytes))
+    return b"".join(chunk_digest(chunk) for chunk in chunks)
 
 
 def good_chunks(chunks: Sequence[tuple[int, memoryview]], digests: bytes) -> dict[int, memoryview]:

@@ -1,0 +1,363 @@
+"""Performs what the core decides: effects become sockets, files and threads, and what comes of them events.
+
+Nothing here decides. Whatever fails becomes an event and a metric, never an exception in the loop; a bug of our own is
+logged with its traceback, counted as `bug`, and ends as a miss.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Coroutine
+from typing import assert_never
+
+from ..core.node.effects import (
+    AnswerPrefix,
+    ChargePeer,
+    DropStaged,
+    Effect,
+    EncodeObject,
+    EndLookup,
+    FetchManifest,
+    FetchRow,
+    FindProviders,
+    FindRows,
+    KeepRow,
+    LoadRow,
+)
+from ..core.node.events import (
+    Event,
+    HolderStalled,
+    ManifestRefused,
+    ManifestVerified,
+    ObjectFailed,
+    PrefixReleased,
+    PrefixWanted,
+    ProviderAnswered,
+    ProviderFailed,
+    RowFailed,
+    RowOffer,
+    RowReady,
+    RowsFound,
+    Tick,
+)
+from ..core.node.node import Node
+from ..core.records.errors import Refused
+from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, public_key_of, row_id
+from ..core.records.limits import LOOKUP_ROWS_MAX
+from ..core.records.local import LoadedRow
+from ..core.records.sealing import seal_key
+from .chunk_keeper import ChunkKeeper
+from .chunk_store import ChunkStore
+from .chunk_transport import ChunkTransport, PeerFailed
+from .compute_pool import ComputePool
+from .identity import Identity
+from .local_server import LocalServer
+from .manifests import Manifests
+from .metrics import Metrics
+from .object_codec import ObjectRecord
+from .object_encoder import ObjectEncoder
+from .row_assembly import RowAssembly
+from .row_cache import RowCache
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 5.0  # for what is being written
+VERIFIED_BY = {"none": "", "memory": "memory", "disk": "blake3", "network": "ed25519+kzg+blake3"}
+
+
+class Driver:
+    """One node's shell around its core. Everything happens on the loop it was built on; `submit` is its door."""
+
+    server: LocalServer  # set by whoever builds both
+
+    def __init__(
+        self,
+        node: Node,
+        cache: RowCache,
+        store: ChunkStore,
+        transport: ChunkTransport,
+        compute: ComputePool,
+        metrics: Metrics,
+        identity: Identity,
+        network: NetworkId,
+    ) -> None:
+        self._node = node
+        self._cache = cache
+        self._store = store
+        self._transport = transport
+        self._compute = compute
+        self._metrics = metrics
+        self._network = network
+        trusted = frozenset(public_key_of(peer) for peer in transport.peers) | {identity.public_key}
+        self._manifests = Manifests(network, trusted, store, transport, compute)
+        self._encoder = ObjectEncoder(network, identity, cache, store, compute, metrics)
+        self._keeper = ChunkKeeper(store, metrics)
+        self._assembly = RowAssembly(
+            network, cache, transport, compute, metrics, self.submit, self._spawn, self._keep, self._condemn
+        )
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[Event] = deque()
+        self._handling = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._unanswered: dict[int, float] = {}  # lookup -> when it began
+        self._tasks: dict[int, set[asyncio.Task[None]]] = {}  # by lookup, except those of the assembly
+        self._background: set[asyncio.Task[None]] = set()
+        self.events = 0
+        metrics.rows.labels("disk").set_function(lambda: store.rows)
+        metrics.store_bytes.labels("disk").set_function(lambda: store.used_bytes)
+
+    def submit(self, event: Event) -> None:
+        """Let the core handle an event and perform what it decides, before anything else happens on the loop."""
+        self._queue.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._queue:
+                self._handle(self._queue.popleft())
+        finally:
+            self._handling = False
+        self._set_timer()
+
+    async def close(self) -> None:
+        """End lookups, give writes a moment, and close compute pool and transport."""
+        for lookup in list(self._tasks):
+            self._end_lookup(lookup)
+        if self._timer:
+            self._timer.cancel()
+        if self._background:
+            _, late = await asyncio.wait(self._background, timeout=CLOSE_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        await self._transport.close()
+        self._keeper.close()
+        await self._compute.close()
+
+    # --- events in, effects out -----------------------------------------------------------------
+
+    def _handle(self, event: Event) -> None:
+        self.events += 1
+        match event:
+            case PrefixWanted():
+                self._unanswered[event.lookup] = self._loop.time()
+            case PrefixReleased():
+                self._unanswered.pop(event.lookup, None)
+            case ProviderFailed() | ManifestRefused() | HolderStalled() | RowFailed() | ObjectFailed():
+                self._metrics.failures_total.labels("l2", event.reason).inc()
+        for effect in self._node.handle(event, self._now_ms()):
+            self._perform(effect)
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case FindRows():
+                self._find_rows(effect)
+            case LoadRow():
+                self._load_row(effect)
+            case FindProviders():
+                for peer in effect.peers:
+                    failed = ProviderFailed(effect.lookup, peer, "bug")
+                    self._start(effect.lookup, self._ask_provider(effect, peer), failed)
+            case FetchManifest():
+                refused = ManifestRefused(effect.lookup, effect.peer, effect.manifest, "bug")
+                self._start(effect.lookup, self._fetch_manifest(effect), refused)
+            case FetchRow():
+                self._fetch_row(effect)
+            case EndLookup(lookup):
+                self._end_lookup(lookup)
+            case AnswerPrefix():
+                self._answer(effect)
+            case ChargePeer(peer, reason):
+                self._transport.charge(peer, reason)
+            case KeepRow(staged, row_key):
+                slab = self.server.take_staged(staged)
+                if slab is not None:
+                    self._cache.keep(row_key, slab)
+            case DropStaged(staged, reason):
+                self.server.drop_staged(staged, reason)
+            case EncodeObject():
+                self._encode(effect)
+            case _:
+                assert_never(effect)
+
+    def _now_ms(self) -> int:
+        return int(self._loop.time() * 1000)
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline_ms = self._node.next_deadline_ms()
+        if deadline_ms is None:
+            self._timer = None
+        else:  # half a millisecond later: _now_ms rounds down
+            self._timer = self._loop.call_at(deadline_ms / 1000 + 0.0005, self.submit, Tick())
+
+    # --- tasks ----------------------------------------------------------------------------------
+
+    def _start(self, lookup: int, work: Coroutine[None, None, None], if_bug: Event) -> None:
+        """Run a lookup's work until it ends or the lookup does."""
+        tasks = self._tasks.setdefault(lookup, set())
+        task = self._spawn(work, if_bug)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def _spawn(self, work: Coroutine[None, None, None], if_bug: Event | None) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._watch(work, if_bug))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    async def _watch(self, work: Coroutine[None, None, None], if_bug: Event | None) -> None:
+        try:
+            await work
+        except Exception:
+            log.exception("a bug in Hyperspace: please report it")
+            self._metrics.failures_total.labels("l2", "bug").inc()
+            if if_bug is not None:
+                self.submit(if_bug)
+
+    def _end_lookup(self, lookup: int, keep: frozenset[RowKey] = frozenset()) -> None:
+        for task in self._tasks.pop(lookup, ()):
+            task.cancel()
+        self._assembly.end(lookup)
+        self._cache.end_leases(lookup, keep)
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def _find_rows(self, effect: FindRows) -> None:
+        in_memory = frozenset(key for key in effect.row_keys if key in self._cache)
+        on_disk = frozenset(
+            key for key in effect.row_keys if key not in in_memory and self._store.holds(row_id(self._network, key))
+        )
+        self.submit(RowsFound(effect.lookup, in_memory, on_disk))
+
+    def _load_row(self, effect: LoadRow) -> None:
+        if self._cache.lease(effect.row_key, effect.lookup) is not None:
+            self.submit(RowReady(effect.lookup, effect.row_key))
+            return
+        bug = RowFailed(effect.lookup, effect.row_key, "bug")
+        self._start(effect.lookup, self._load_from_disk(effect), bug)
+
+    async def _load_from_disk(self, effect: LoadRow) -> None:
+        try:
+            await self._open_from_disk(effect)
+        except Refused as refused:
+            self.submit(RowFailed(effect.lookup, effect.row_key, refused.reason))
+            return
+        self._cache.lease(effect.row_key, effect.lookup)
+        self.submit(RowReady(effect.lookup, effect.row_key))
+
+    async def _open_from_disk(self, effect: LoadRow) -> None:
+        found = self._store.find(row_id(self._network, effect.row_key))
+        if found is None:
+            raise Refused("evicted")
+        record, row = found
+        slab = self._cache.allocate(record.manifest.rows[row].length)
+        if slab is None:
+            raise Refused("arena_full")
+        key = seal_key(effect.row_key, self._network)
+        try:
+            await self._compute.run(self._store.load_row, record, row, key, self._cache.view(slab))
+        except BaseException as error:
+            self._cache.free(slab)
+            if isinstance(error, Refused) and error.reason == "damaged":
+                self._spawn(self._keeper.discard(record.digest), None)
+            raise
+        self._cache.keep(effect.row_key, slab)
+
+    async def _ask_provider(self, effect: FindProviders, peer: PeerId) -> None:
+        row_ids = effect.row_ids[:LOOKUP_ROWS_MAX]
+        began = self._loop.time()
+        try:
+            reply = await self._transport.find(peer, row_ids, effect.timeout_ms / 1000)
+        except PeerFailed as failed:
+            self.submit(ProviderFailed(effect.lookup, peer, failed.reason))
+            return
+        offers = tuple(
+            RowOffer(
+                row_ids[offer.index],
+                ManifestDigest(offer.manifest),
+                offer.row,
+                int.from_bytes(offer.columns, "big"),
+            )
+            for offer in reply.offers
+        )
+        rtt_ms = int((self._loop.time() - began) * 1000)
+        self.submit(ProviderAnswered(effect.lookup, peer, offers, rtt_ms))
+
+    async def _fetch_manifest(self, effect: FetchManifest) -> None:
+        try:
+            record = self._manifests.known(effect.manifest)
+            if record is None:
+                timeout_s = effect.timeout_ms / 1000
+                record = await self._manifests.fetch(effect.peer, effect.manifest, timeout_s)
+        except (Refused, PeerFailed) as failed:
+            refused = ManifestRefused(effect.lookup, effect.peer, effect.manifest, failed.reason)
+            self.submit(refused)
+            return
+        manifest = record.manifest
+        self.submit(
+            ManifestVerified(
+                effect.lookup,
+                effect.peer,
+                effect.manifest,
+                manifest.fingerprint,
+                tuple(row.row_id for row in manifest.rows),
+                tuple(row.length for row in manifest.rows),
+                manifest.chunk_bytes,
+            )
+        )
+
+    def _fetch_row(self, effect: FetchRow) -> None:
+        try:
+            record = self._manifests.known(effect.manifest)
+        except Refused:
+            record = None
+        if record is None:  # condemned, or forgotten since it was verified
+            self.submit(RowFailed(effect.lookup, effect.row_key, "condemned"))
+        else:
+            self._assembly.fetch(effect, record)
+
+    def _keep(self, record: ObjectRecord, row: int, chunks: dict[int, memoryview]) -> None:
+        work = self._keeper.keep(record, row, chunks)
+        if work is not None:
+            self._spawn(work, None)
+
+    def _condemn(self, digest: ManifestDigest) -> None:
+        self._manifests.condemn(digest)
+        self._spawn(self._keeper.discard(digest), None)
+
+    def _answer(self, effect: AnswerPrefix) -> None:
+        rows = []
+        for segment, part, rank, row_key in effect.rows:
+            slab = self._cache.lease(row_key, effect.lookup)
+            assert slab is not None, "the core answered with a row that isn't leased"
+            rows.append(LoadedRow(segment, part, rank, slab))
+        self._end_lookup(effect.lookup, frozenset(row_key for _, _, _, row_key in effect.rows))
+        began = self._unanswered.pop(effect.lookup, self._loop.time())
+        result = "hit" if effect.end_segment else "miss"
+        self._metrics.lookups_total.labels("l2", result, effect.reason).inc()
+        self._metrics.lookup_seconds.labels("l2").observe(self._loop.time() - began)
+        self.server.answer_prefix(
+            effect.lookup,
+            effect.end_segment,
+            tuple(rows),
+            effect.source,
+            VERIFIED_BY[effect.source],
+            effect.reason,
+        )
+        if not effect.end_segment:
+            self.submit(PrefixReleased(effect.lookup))  # nobody will release what holds nothing
+
+    # --- writing --------------------------------------------------------------------------------
+
+    def _encode(self, effect: EncodeObject) -> None:
+        slabs = self._encoder.lease(effect)
+        if slabs is None:
+            self.submit(ObjectFailed(effect.object_id, "evicted"))
+            return
+
+        async def encode() -> None:
+            self.submit(await self._encoder.encode(effect, slabs))
+
+        self._spawn(encode(), ObjectFailed(effect.object_id, "bug"))

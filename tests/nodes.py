@@ -1,0 +1,189 @@
+"""Whole nodes without an engine: the real parts below LocalServer, driven by events as LocalServer would."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.node.events import PrefixReleased, PrefixWanted, RowArrived, SegmentKeyKnown
+from hyperspace_vllm.core.node.node import Node
+from hyperspace_vllm.core.records.ids import PeerId, RowKey, SegmentKey, network_id, row_key, sha256
+from hyperspace_vllm.core.records.layout import Layout, Part
+from hyperspace_vllm.core.records.limits import GiB, MiB
+from hyperspace_vllm.core.records.local import LoadedRow, Slab
+from hyperspace_vllm.daemon.arena import Arena
+from hyperspace_vllm.daemon.chunk_store import ChunkStore
+from hyperspace_vllm.daemon.chunk_transport import ChunkTransport
+from hyperspace_vllm.daemon.compute_pool import ComputePool
+from hyperspace_vllm.daemon.driver import Driver
+from hyperspace_vllm.daemon.identity import Identity
+from hyperspace_vllm.daemon.metrics import Metrics
+from hyperspace_vllm.daemon.row_cache import RowCache
+
+NETWORK = network_id("test")
+# A full-attention part and one with a window of two segments, on two ranks.
+LAYOUT = Layout(bytes(32), 256, (Part(0, 60_000), Part(512, 100_000)), 2)
+
+
+def keys(name: str, count: int) -> tuple[SegmentKey, ...]:
+    return tuple(SegmentKey(sha256(f"{name} {segment}".encode())) for segment in range(count))
+
+
+def content(key: RowKey, length: int) -> bytes:
+    return random.Random(key).randbytes(length)
+
+
+@dataclass
+class Answer:
+    end_segment: int
+    rows: tuple[LoadedRow, ...]
+    source: str
+    verified_by: str
+    reason: str
+    after_s: float
+
+
+@dataclass
+class Server:
+    """What the driver sees of the local server."""
+
+    cache: RowCache
+    staged: dict[int, Slab] = field(default_factory=dict)
+    answers: dict[int, asyncio.Future[Answer]] = field(default_factory=dict)
+    began: dict[int, float] = field(default_factory=dict)
+
+    def answer_prefix(
+        self,
+        lookup: int,
+        end_segment: int,
+        rows: tuple[LoadedRow, ...],
+        source: str,
+        verified_by: str,
+        reason: str,
+    ) -> None:
+        after_s = asyncio.get_running_loop().time() - self.began[lookup]
+        self.answers[lookup].set_result(Answer(end_segment, rows, source, verified_by, reason, after_s))
+
+    def take_staged(self, staged: int) -> Slab | None:
+        return self.staged.pop(staged, None)
+
+    def drop_staged(self, staged: int, reason: str) -> None:
+        self.cache.free(self.staged.pop(staged))
+
+
+class TestNode:
+    """One node; `peers` as in the config."""
+
+    __test__ = False
+
+    def __init__(
+        self,
+        directory: Path,
+        peers: tuple[str, ...] = (),
+        arena_bytes: int = 64 * MiB,
+        disk_bytes: int = GiB,
+        store: Callable[[Path, int], ChunkStore] = ChunkStore,
+        fetch: str = "always",
+        network: bytes = NETWORK,
+    ) -> None:
+        self.config = Config(data_dir=directory, peers=peers)
+        self.identity = Identity.load(directory)
+        self.metrics = Metrics()
+        self.arena = Arena(directory / "arena", arena_bytes)
+        self.cache = RowCache(self.arena)
+        self.store = store(directory / "chunks", disk_bytes)
+        self.transport = ChunkTransport(self.config, self.identity, self.store, self.metrics)
+        self.compute = ComputePool()
+        self.node = Node(network, self.transport.peers, fetch, random.Random(1))  # type: ignore[arg-type]
+        self.driver = Driver(
+            self.node,
+            self.cache,
+            self.store,
+            self.transport,
+            self.compute,
+            self.metrics,
+            self.identity,
+            network,  # type: ignore[arg-type]
+        )
+        self.server = Server(self.cache)
+        self.driver.server = self.server  # type: ignore[assignment]
+        self._numbers = iter(range(1, 1 << 30))
+
+    @property
+    def address(self) -> str:
+        """As in another node's `peers`."""
+        return f"{self.identity.peer_id}@{self.transport.endpoint}"
+
+    def stage(
+        self,
+        segment_keys: tuple[SegmentKey, ...],
+        layout: Layout = LAYOUT,
+        shareable: bool = True,
+        fill: Callable[[RowKey, int], bytes] = content,
+    ) -> None:
+        """As workers and scheduler of one engine would."""
+        request = f"r{next(self._numbers)}"
+        for number, segment_key in enumerate(segment_keys):
+            for part, described in enumerate(layout.parts):
+                for rank in range(layout.ranks):
+                    slab = self.cache.allocate(described.row_bytes)
+                    assert slab is not None
+                    key = row_key(segment_key, part, rank)
+                    self.cache.view(slab)[:] = fill(key, described.row_bytes)
+                    staged = next(self._numbers)
+                    self.server.staged[staged] = slab
+                    self.driver.submit(
+                        RowArrived("engine", request, number, part, rank, staged, described.row_bytes, layout)
+                    )
+            self.driver.submit(SegmentKeyKnown("engine", request, number, segment_key, layout, shareable))
+        from hyperspace_vllm.core.node.events import RequestOver
+
+        self.driver.submit(RequestOver("engine", request))
+
+    async def look_up(
+        self,
+        segment_keys: tuple[SegmentKey, ...],
+        layout: Layout = LAYOUT,
+        deadline_ms: int = 5000,
+        may_ask_peers: bool = True,
+    ) -> Answer:
+        lookup = next(self._numbers)
+        loop = asyncio.get_running_loop()
+        self.server.answers[lookup] = loop.create_future()
+        self.server.began[lookup] = loop.time()
+        self.driver.submit(PrefixWanted(lookup, layout, segment_keys, 0, 0, deadline_ms, may_ask_peers))
+        async with asyncio.timeout(deadline_ms / 1000 + 1):
+            answer = await self.server.answers[lookup]
+        self.last_lookup = lookup
+        return answer
+
+    def release(self) -> None:
+        """The last lookup's rows."""
+        self.driver.submit(PrefixReleased(self.last_lookup))
+
+    def failures(self) -> dict[str, int]:
+        """failures_total of L2 by reason."""
+        return {
+            sample.labels["reason"]: int(sample.value)
+            for family in self.metrics.failures_total.collect()
+            for sample in family.samples
+            if sample.name.endswith("_total") and sample.labels["layer"] == "l2"
+        }
+
+    async def close(self) -> None:
+        await self.driver.close()
+        self.arena.close()
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+    """Poll until `condition()` holds; TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def peer_of(identity: Identity, address: str = "127.0.0.1:1") -> str:
+    """A `peers` entry for a node that needn't be reached (but may connect)."""
+    return f"{PeerId(identity.peer_id)}@{address}"
