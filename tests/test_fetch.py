@@ -705,6 +705,64 @@ def test_a_condemned_object_is_given_up_for_another():
     """)
 
 
+def test_a_manifest_that_raced_with_a_condemned_one_is_asked_again():
+    Script().run("""
+        > want A B segments=1
+        find-rows 1
+        > found
+        find-providers A B rows=1 ms=250
+        > offer A m rows=0 rtt=1
+        fetch-manifest A m
+        > offer B n rows=0 rtt=9
+        > manifest A m rows=0
+        fetch A m row=0 0..31
+        > tick now=60
+        fetch-manifest B n
+        > manifest B n rows=0 now=70
+        fetch B n row=0 0..31
+        > chunks A row=0 columns=0..31 now=80
+        > failed condemned row=0
+        fetch B n row=0 0..31
+        > ready row=0 now=90
+        answer 1 network hit rows=1
+    """)
+
+
+def test_rows_that_the_first_holder_cannot_complete_wait_for_peers_that_may_still_answer():
+    Script().run("""
+        > want A B segments=2 prefill=10000
+        find-rows 2
+        > found
+        find-providers A B rows=2 ms=500
+        > offer A m rows=0..1 now=2
+        fetch-manifest A m
+        > refused A m forged now=5
+        charge A forged
+        > offer B n rows=0..1 now=40
+        fetch-manifest B n
+        > manifest B n rows=0..1
+        fetch B n row=0 0..31
+        fetch B n row=1 0..31
+        > ready row=0
+        > ready row=1
+        answer 2 network hit rows=2
+    """)
+    Script().run("""
+        > want A B segments=2 prefill=2000
+        find-rows 2
+        > found memory=0
+        find-providers A B rows=1 ms=50
+        > offer A m rows=1 now=2
+        load 0
+        fetch-manifest A m
+        > ready row=0 now=3
+        > refused A m forged now=5
+        charge A forged
+        > tick now=50
+        answer 1 memory failed rows=1
+    """)
+
+
 def test_a_full_arena_ends_the_fetch():
     Script().run("""
         > want A segments=2

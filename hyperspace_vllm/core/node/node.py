@@ -5,7 +5,7 @@ from collections import OrderedDict
 from typing import assert_never
 
 from ..prefix.cost_model import RateEstimator
-from ..prefix.fetch import FetchMode, PrefixLookup
+from ..prefix.fetch import FetchMode, LookupEvent, PrefixLookup
 from ..prefix.publish import Publisher
 from ..records.ids import NetworkId, PeerId
 from ..records.limits import CLIENTS_MAX, LOOKUPS_PER_CLIENT_MAX
@@ -37,18 +37,6 @@ ANSWERED_MAX = CLIENTS_MAX * LOOKUPS_PER_CLIENT_MAX
 CHARGED_PEERS_MAX = 1024
 CHARGED_MS = 60_000
 STALLED_MS = 5_000  # slow is no crime, but one stall in a while is enough
-
-LookupEvent = (
-    RowsFound
-    | ProviderAnswered
-    | ProviderFailed
-    | ManifestVerified
-    | ManifestRefused
-    | ChunksVerified
-    | HolderStalled
-    | RowReady
-    | RowFailed
-)
 
 
 class Node:

@@ -50,7 +50,6 @@ LookupEvent = (
     | HolderStalled
     | RowReady
     | RowFailed
-    | Tick
 )
 
 # What may be under way at once: 16 MiB keep 1 Gbit/s busy over 100 ms, and two rows always overlap.
@@ -113,7 +112,7 @@ class PrefixLookup:
             self._answer(0, "nothing_beyond", now_ms)
         return self._take_effects()
 
-    def handle(self, event: LookupEvent, now_ms: int) -> list[Effect]:
+    def handle(self, event: LookupEvent | Tick, now_ms: int) -> list[Effect]:
         """What follows from `event`; nothing once answered."""
         if self.answered:
             return []
@@ -148,7 +147,7 @@ class PrefixLookup:
 
     # --- what happened --------------------------------------------------------------------------
 
-    def _note(self, event: LookupEvent, now_ms: int) -> None:
+    def _note(self, event: LookupEvent | Tick, now_ms: int) -> None:
         match event:
             case RowsFound():
                 if self._phase == "local":

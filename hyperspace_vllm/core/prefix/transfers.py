@@ -243,6 +243,9 @@ class Transfers:
             return
         used = max(sources, key=lambda source: source.verified.bit_count())
         self._manifests[used.manifest].dead = True
+        for source in sources:  # the driver has ended those that raced with it, and let their chunks go
+            source.asked.clear()
+            source.verified = 0
         self._unsettled = True
         self._settle(now_ms)
 
