@@ -118,7 +118,11 @@ def _print_status(status: dict[str, Any]) -> None:
     table.add_row("data directory", status["data_dir"])
     table.add_row("running", f"pid {status['pid']}, {status['uptime_s']:.0f} s, version {status['version']}")
     table.add_row("engine processes", str(status["engine_leases"]))
-    table.add_row("peers", "\n".join(status["peers"]) or "none configured")
+    peers = [
+        f"{peer['peer_id']} at {peer['endpoint']}, {'connected' if peer['connected'] else 'not connected'}"
+        for peer in status["peers"]
+    ]
+    table.add_row("peers", "\n".join(peers) or "none configured")
     table.add_row("arena", f"{_size(used)} of {_size(arena['capacity_bytes'])}, {arena['rows']} rows")
     for name, value in (status["responses"] or {}).items():
         table.add_row(f"responses: {name}", f"{value}")

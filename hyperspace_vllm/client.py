@@ -153,8 +153,9 @@ class NodeClient:
 def start_node(config: Config) -> None:
     """Start an embedded node for the data directory, in a session of its own; returns at once.
 
-    The process exits by itself if another one holds the directory's lock, when its last client has been gone for
-    EMBEDDED_LINGER_MS, and when everybody who inherited this process's end of its pipe dies before any client came.
+    If another one holds the directory's lock, the process only keeps that one alive until this process's engine has
+    attached (and takes over should it leave). It exits when its last client has been gone for EMBEDDED_LINGER_MS, and
+    when everybody who inherited this process's end of its pipe dies before any client came.
     """
     # Neither settings of ours that `config` overrode, nor what the server hands down to its own processes.
     others = {k: v for k, v in os.environ.items() if not k.startswith(("HYPERSPACE_", "_HYPERSPACE_"))}

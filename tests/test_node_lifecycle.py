@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hyperspace_vllm.client import NodeClient, start_node
+from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.limits import EMBEDDED_LINGER_MS, LEASE_MS, MiB
 from hyperspace_vllm.core.records.local import GetStatus, Status
@@ -325,14 +325,34 @@ def test_status_does_not_keep_an_embedded_node_alive(nodes: Nodes) -> None:
     watcher.close()
 
 
+def test_a_restarted_server_keeps_its_predecessors_node_or_takes_its_place(nodes: Nodes) -> None:
+    first = server(nodes, "attach")
+    pid = nodes.card()["pid"]
+    second = server(nodes, "only start")  # loading its model for minutes
+
+    def leases() -> int:
+        shown = hyperspace("status", "--json", "--data-dir", str(nodes.config.data_dir))
+        return int(json.loads(shown.stdout)["engine_leases"]) if shown.stdout else 0
+
+    until(lambda: leases() == 2)
+    assert nodes.card()["pid"] == pid
+    first.kill()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: nodes.card()["pid"] != pid)
+    successor = nodes.card()["pid"]
+    second.kill()
+    until(lambda: not alive(successor), 5)
+
+
 def test_start_node_starts_one_however_often_it_is_called(nodes: Nodes) -> None:
-    for _ in range(3):
-        start_node(nodes.config)
-    client = NodeClient(nodes.config, "api", "n")
-    assert client.wait_connected(20)
+    servers = [server(nodes, "only start") for _ in range(3)]
     log = nodes.config.data_dir / "node.log"
-    until(lambda: log.read_text().count("another node serves") == 2)
-    client.close()
+    until(lambda: log.exists() and log.read_text().count("another node serves") == 2)
+    pid = nodes.card()["pid"]
+    for process in servers:
+        process.kill()
+    until(lambda: not alive(pid), (LEASE_MS + EMBEDDED_LINGER_MS) / 1000 + 10)
+    assert log.read_text().count("nobody needs this node") == 1
 
 
 # --- documentation ---------------------------------------------------------------------------------

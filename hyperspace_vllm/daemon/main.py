@@ -7,6 +7,7 @@ import logging
 import logging.handlers
 import os
 import random
+import select
 import signal
 import stat
 import sys
@@ -17,6 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import zmq
+
+from ..client import NodeClient
 from ..config import Config
 from ..core.node.events import Event
 from ..core.records.ids import PeerId, network_id
@@ -29,12 +33,14 @@ from .metrics import Metrics
 from .row_cache import RowCache
 
 if TYPE_CHECKING:
+    from .chunk_transport import ChunkTransport
     from .driver import Driver
     from .response_store import ResponseStore
 
 logger = logging.getLogger(__name__)
 
 _NOBODY_CAME_S = 120.0
+_STARTER_COMES_S = 3600.0  # a large model loads for that long before its engine attaches
 _LOOK_S = 0.25
 _LOG_BYTES_MAX = 4 * MiB  # and one older file of that size
 
@@ -47,11 +53,13 @@ def run_node(config: Config, embedded: bool) -> int:
     os.umask(0o077)
     _claim_directory(config.data_dir)
     _log_to(config, embedded)
-    lock = _lock(config.data_dir / "node.lock")
-    if lock is None:
-        if embedded:
-            logger.info("pid %d: another node serves %s already", os.getpid(), config.data_dir)
+    lock = _lock(config.data_dir)
+    if lock is None and embedded:
+        logger.info("pid %d: another node serves %s already", os.getpid(), config.data_dir)
+        lock = _wait_in_line(config)
+        if lock is None:
             return 0
+    if lock is None:
         print(
             f"hyperspace: a node serves {config.data_dir} already (`hyperspace status` shows it). "
             "Stop it, or give this one a directory of its own with --data-dir.",
@@ -62,7 +70,7 @@ def run_node(config: Config, embedded: bool) -> int:
         if embedded:
             os.nice(config.nice)
         asyncio.run(_Node(config).run(embedded))
-    except (OSError, IdentityError) as error:
+    except (OSError, IdentityError, zmq.ZMQError) as error:  # ZMQError: e.g. the address is in use
         logger.critical("node failed: %s", error)
         if not embedded:
             print(f"hyperspace: {error}", file=sys.stderr)
@@ -79,7 +87,7 @@ class _Node:
         self._config = config
         self._network = network_id(config.network)
         self._started_at = time.monotonic()
-        self._endpoint = ""
+        self._transport: ChunkTransport | None = None
         self._metrics_endpoint = ""
 
     async def run(self, embedded: bool) -> None:
@@ -155,11 +163,10 @@ class _Node:
         transport = ChunkTransport(config, self._identity, store, self._metrics)
         driver = Driver(node, self._cache, store, transport, compute, self._metrics, self._identity, self._network)
         parts.push_async_callback(driver.close)
-        self._endpoint = transport.endpoint
+        self._transport = transport
         return driver
 
     def _measure(self) -> None:
-        self._metrics.peers.set(len(self._config.peers))
         self._metrics.rows.labels("memory").set_function(lambda: len(self._cache))
         self._metrics.store_bytes.labels("memory").set_function(lambda: self._cache.row_bytes)
         if (responses := self._responses) is not None:
@@ -173,13 +180,24 @@ class _Node:
                 {
                     "pid": os.getpid(),
                     "peer_id": self._identity.peer_id,
-                    "endpoint": self._endpoint,
+                    "endpoint": self._transport.endpoint if self._transport else "",
                     "metrics": self._metrics_endpoint,
                 }
             )
         )
         draft.replace(card)
         parts.callback(card.unlink, missing_ok=True)
+
+    def _peers(self) -> list[dict[str, object]]:
+        pairs = [peer.partition("@")[::2] for peer in self._config.peers]
+        return [
+            {
+                "peer_id": peer,
+                "endpoint": endpoint,
+                "connected": self._transport is not None and self._transport.is_connected(PeerId(peer)),
+            }
+            for peer, endpoint in pairs
+        ]
 
     def _status(self) -> bytes:
         """What `hyperspace status --json` prints."""
@@ -191,11 +209,11 @@ class _Node:
                 "peer_id": self._identity.peer_id,
                 "network": self._config.network,
                 "data_dir": str(self._config.data_dir),
-                "endpoint": self._endpoint,
+                "endpoint": self._transport.endpoint if self._transport else "",
                 "metrics_endpoint": self._metrics_endpoint,
                 "uptime_s": round(time.monotonic() - self._started_at, 1),
                 "engine_leases": self._server.engine_leases,
-                "peers": list(self._config.peers),
+                "peers": self._peers(),
                 "arena": {
                     "path": str(arena.path),
                     "capacity_bytes": arena.capacity_bytes,
@@ -217,30 +235,55 @@ class _Node:
 async def _until_unwanted(server: LocalServer) -> None:
     """Return when an embedded node's last client has been gone for a while, or nobody ever came."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + _NOBODY_CAME_S
-    orphaned = _watch_parent()
+    deadline = loop.time() + _patience_s()
+    orphaned = asyncio.Event()
+    if _has_starter():
+        loop.add_reader(0, lambda: orphaned.set() if _starter_is_dead() else None)
     came = False
     while loop.time() < deadline and (came or not orphaned.is_set()):
         await asyncio.sleep(_LOOK_S)
+        if orphaned.is_set():
+            loop.remove_reader(0)
         if server.engine_leases:
             came = True
             deadline = loop.time() + EMBEDDED_LINGER_MS / 1000
     logger.info("nobody needs this node any more")
 
 
-def _watch_parent() -> asyncio.Event:
-    """Set when the pipe on standard input closes, i.e. everybody who could have come through start_node is dead."""
-    closed = asyncio.Event()
-    loop = asyncio.get_running_loop()
+def _wait_in_line(config: Config) -> int | None:
+    """Hold a lease for the server that started us until it can hold its own; the lock, if the node leaves first.
 
-    def read() -> None:
-        if not os.read(0, 4096):
-            loop.remove_reader(0)
-            closed.set()
+    A server that is restarted finds the node of its predecessor about to leave, and needs minutes to load its model
+    before it attaches. Without this it would run without a node for the rest of its life.
+    """
+    if not _has_starter():
+        return None
+    client = NodeClient(config, "api", f"starter-{os.getpid()}")
+    deadline = time.monotonic() + _patience_s()
+    try:
+        while time.monotonic() < deadline:
+            client.wait_connected(0)
+            lock = _lock(config.data_dir)
+            if lock is not None:
+                return lock
+            if select.select([0], [], [], _LOOK_S)[0] and _starter_is_dead():
+                return None
+        return None
+    finally:
+        client.close()
 
-    if stat.S_ISFIFO(os.fstat(0).st_mode):
-        loop.add_reader(0, read)
-    return closed
+
+def _has_starter() -> bool:
+    """Is standard input the pipe from `client.start_node`? It closes when everybody who could have come is dead."""
+    return stat.S_ISFIFO(os.fstat(0).st_mode)
+
+
+def _starter_is_dead() -> bool:
+    return not os.read(0, 4096)
+
+
+def _patience_s() -> float:
+    return _STARTER_COMES_S if _has_starter() else _NOBODY_CAME_S
 
 
 def _claim_directory(data_dir: Path) -> None:
@@ -250,8 +293,8 @@ def _claim_directory(data_dir: Path) -> None:
     data_dir.chmod(0o700)
 
 
-def _lock(path: Path) -> int | None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def _lock(data_dir: Path) -> int | None:
+    descriptor = os.open(data_dir / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
