@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.node.events import PrefixReleased, PrefixWanted, RowArrived, SegmentKeyKnown
+from hyperspace_vllm.core.node.events import PrefixReleased, PrefixWanted, RequestOver, RowArrived, SegmentKeyKnown
 from hyperspace_vllm.core.node.node import Node
+from hyperspace_vllm.core.prefix.fetch import FetchMode
 from hyperspace_vllm.core.records.ids import PeerId, RowKey, SegmentKey, network_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import GiB, MiB
@@ -73,6 +74,16 @@ class Server:
         self.cache.free(self.staged.pop(staged))
 
 
+class SharedPool(ComputePool):
+    """A pool that outlives its nodes: its worker takes seconds to start."""
+
+    async def close(self) -> None:
+        """Stays open."""
+
+    async def end(self) -> None:
+        await super().close()
+
+
 class TestNode:
     """One node; `peers` as in the config."""
 
@@ -85,8 +96,8 @@ class TestNode:
         arena_bytes: int = 64 * MiB,
         disk_bytes: int = GiB,
         store: Callable[[Path, int], ChunkStore] = ChunkStore,
-        fetch: str = "always",
-        network: bytes = NETWORK,
+        fetch: FetchMode = "always",
+        compute: ComputePool | None = None,
     ) -> None:
         self.config = Config(data_dir=directory, peers=peers)
         self.identity = Identity.load(directory)
@@ -95,8 +106,8 @@ class TestNode:
         self.cache = RowCache(self.arena)
         self.store = store(directory / "chunks", disk_bytes)
         self.transport = ChunkTransport(self.config, self.identity, self.store, self.metrics)
-        self.compute = ComputePool()
-        self.node = Node(network, self.transport.peers, fetch, random.Random(1))  # type: ignore[arg-type]
+        self.compute = compute or ComputePool()
+        self.node = Node(NETWORK, self.transport.peers, fetch, random.Random(1))
         self.driver = Driver(
             self.node,
             self.cache,
@@ -105,7 +116,7 @@ class TestNode:
             self.compute,
             self.metrics,
             self.identity,
-            network,  # type: ignore[arg-type]
+            NETWORK,
         )
         self.server = Server(self.cache)
         self.driver.server = self.server  # type: ignore[assignment]
@@ -138,8 +149,6 @@ class TestNode:
                         RowArrived("engine", request, number, part, rank, staged, described.row_bytes, layout)
                     )
             self.driver.submit(SegmentKeyKnown("engine", request, number, segment_key, layout, shareable))
-        from hyperspace_vllm.core.node.events import RequestOver
-
         self.driver.submit(RequestOver("engine", request))
 
     async def look_up(
@@ -172,6 +181,14 @@ class TestNode:
             if sample.name.endswith("_total") and sample.labels["layer"] == "l2"
         }
 
+    def rows_are_right(self, answer: Answer, segment_keys: tuple[SegmentKey, ...]) -> bool:
+        """Whether every row of the answer holds what `stage` filled in."""
+        return all(
+            bytes(self.cache.view(row.slab))
+            == content(row_key(segment_keys[row.segment], row.part, row.rank), row.slab.length)
+            for row in answer.rows
+        )
+
     async def close(self) -> None:
         await self.driver.close()
         self.arena.close()
@@ -180,7 +197,7 @@ class TestNode:
 async def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
     """Poll until `condition()` holds; TimeoutError."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (what is waited for happens in threads and other processes)
             await asyncio.sleep(0.01)
 
 

@@ -1,0 +1,271 @@
+"""The bulk transport over real sockets: who gets in, what garbage costs, and what silence costs."""
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+import zmq
+import zmq.asyncio
+from nacl.signing import SigningKey
+
+from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.records import wire
+from hyperspace_vllm.core.records.ids import ManifestDigest, RowId, network_id, sha256
+from hyperspace_vllm.core.records.limits import PEER_CONTROL_BYTES_MAX, PEER_REQUESTS_MAX, MiB
+from hyperspace_vllm.daemon.chunk_store import ChunkStore
+from hyperspace_vllm.daemon.chunk_transport import ChunkTransport, PeerFailed
+from hyperspace_vllm.daemon.identity import Identity, curve_public_of
+from hyperspace_vllm.daemon.metrics import Metrics
+from hyperspace_vllm.daemon.object_codec import ObjectRecord, encode_row, new_nonce, sign_record
+
+from .nodes import peer_of, until
+
+pytestmark = pytest.mark.io
+CHUNK = 256 * 301  # large enough to be sent without a copy
+ROW_ID = RowId(sha256(b"row"))
+
+
+def put_object(store: ChunkStore) -> ObjectRecord:
+    nonce, row = new_nonce(), secrets.token_bytes(32 * CHUNK)
+    with store.new_object(1, CHUNK) as writer:
+        digests = encode_row(memoryview(row), bytes(32), nonce, CHUNK, writer.row(0))
+        record = sign_record(
+            SigningKey(bytes(32)),
+            network_id("test"),
+            bytes(32),
+            CHUNK,
+            nonce,
+            ((ROW_ID, len(row)),),
+            digests,
+            bytes(48),
+            bytes(48),
+            0,
+        )
+        store.publish(writer, record, shareable=True)
+    return record
+
+
+class Side:
+    """One end: a transport with its store."""
+
+    def __init__(self, directory: Path, *peers: str) -> None:
+        self.identity = Identity.load(directory)
+        self.store = ChunkStore(directory / "chunks", 64 * MiB)
+        self.metrics = Metrics()
+        self.transport = ChunkTransport(
+            Config(data_dir=directory, peers=peers), self.identity, self.store, self.metrics
+        )
+
+    @property
+    def address(self) -> str:
+        return f"{self.identity.peer_id}@{self.transport.endpoint}"
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[tuple[Side, Side]]:
+    """A server and a client that know each other."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    server = Side(tmp_path / "a", peer_of(Identity.load(tmp_path / "b")))
+    client = Side(tmp_path / "b", server.address)
+    yield server, client
+    await client.transport.close()
+    await server.transport.close()
+
+
+async def fetch(
+    client: Side, server: Side, digest: ManifestDigest, columns: tuple[int, ...], timeout_s: float = 5.0, row: int = 0
+) -> dict[int, bytes]:
+    chunks: dict[int, bytes] = {}
+    peer = server.identity.peer_id
+    async with aclosing(client.transport.chunks(peer, digest, row, columns, CHUNK, timeout_s)) as arriving:
+        async for batch in arriving:
+            chunks |= {column: bytes(chunk) for column, chunk in batch}
+    return chunks
+
+
+def raw_client(context: zmq.asyncio.Context, identity: Identity, server: Side) -> zmq.asyncio.Socket:
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.curve_publickey, socket.curve_secretkey = identity.curve_public, identity.curve_secret
+    socket.curve_serverkey = curve_public_of(server.identity.peer_id)
+    socket.connect(f"tcp://{server.transport.endpoint}")
+    return socket
+
+
+async def test_what_one_node_holds_another_finds_and_fetches(pair: tuple[Side, Side]) -> None:
+    server, client = pair
+    record = put_object(server.store)
+    peer = server.identity.peer_id
+    (offer,) = (await client.transport.find(peer, (RowId(bytes(32)), ROW_ID), 5.0)).offers
+    assert (offer.index, offer.row, offer.columns) == (1, 0, b"\xff" * 8)
+    reply = await client.transport.manifest(peer, ManifestDigest(offer.manifest), 5.0)
+    assert (reply.manifest, reply.digests, reply.proof) == (record.raw, record.digests, record.proof)
+    columns = tuple(range(63, -1, -1))
+    held = server.store.read_chunks(record.digest, 0, columns)
+    assert await fetch(client, server, record.digest, columns) == {column: bytes(chunk) for column, chunk in held}
+    assert client.transport.charges == server.transport.charges == {}
+
+
+async def test_what_is_not_there_is_said_at_once(pair: tuple[Side, Side]) -> None:
+    server, client = pair
+    record = put_object(server.store)
+    for digest, row in ((ManifestDigest(bytes(32)), 0), (record.digest, 1)):
+        with pytest.raises(PeerFailed, match="not_here"):
+            await fetch(client, server, digest, (0, 1), row=row)
+    with pytest.raises(PeerFailed, match="not_here"):
+        await client.transport.manifest(server.identity.peer_id, ManifestDigest(bytes(32)), 5.0)
+
+
+async def test_a_truncated_file_is_an_io_error_to_the_peer(pair: tuple[Side, Side], tmp_path: Path) -> None:
+    server, client = pair
+    record = put_object(server.store)
+    (tmp_path / "a" / "chunks" / f"{record.digest.hex()}.obj").write_bytes(b"")
+    with pytest.raises(PeerFailed, match="io_error"):
+        await fetch(client, server, record.digest, (0,))
+
+
+async def test_strangers_do_not_get_in(pair: tuple[Side, Side], tmp_path: Path) -> None:
+    server, client = pair
+    (tmp_path / "x").mkdir()
+    stranger = Side(tmp_path / "x", server.address)
+    with pytest.raises(PeerFailed, match="unreachable"):
+        await stranger.transport.find(server.identity.peer_id, (ROW_ID,), 1.0)
+    assert not stranger.transport.is_connected(server.identity.peer_id)
+    assert server.metrics.failures_total.labels("l2", "unknown_peer")._value.get() >= 1
+    await client.transport.find(server.identity.peer_id, (ROW_ID,), 5.0)
+    await stranger.transport.close()
+
+
+async def test_a_server_with_another_key_is_never_asked(pair: tuple[Side, Side], tmp_path: Path) -> None:
+    server, _client = pair
+    (tmp_path / "x").mkdir()
+    impostor_at = server.transport.endpoint
+    expected = Identity.load(tmp_path / "x")
+    deceived = Side(tmp_path / "b", peer_of(expected, impostor_at))
+    with pytest.raises(PeerFailed, match="unreachable"):
+        await deceived.transport.find(expected.peer_id, (ROW_ID,), 1.0)
+    await deceived.transport.close()
+
+
+async def test_an_absent_peer_costs_a_wait_once_and_then_nothing(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    gone = Identity.load(tmp_path / "gone")
+    client = Side(tmp_path, peer_of(gone))
+    for at_most_s in (1.5, 0.1, 0.1):
+        began = time.monotonic()
+        with pytest.raises(PeerFailed, match="unreachable"):
+            await client.transport.find(gone.peer_id, (ROW_ID,), 5.0)
+        assert time.monotonic() - began < at_most_s
+    await client.transport.close()
+
+
+async def test_garbage_is_charged_and_the_connection_goes_on(pair: tuple[Side, Side]) -> None:
+    server, client = pair
+    put_object(server.store)
+    rng = random.Random(7)
+    good = wire.encode(wire.Have(1, (ROW_ID,)))
+    garbage = [
+        [b""],
+        [b"", b""],
+        [good, b"more"],
+        [good[:-1]],
+        [good + b"\x00"],
+        [wire.encode(wire.NotHere(1, "busy"))],
+        [b"\xc1" * 100],
+        *[[rng.randbytes(rng.randrange(300))] for _ in range(200)],
+    ]
+    context = zmq.asyncio.Context()
+    socket = raw_client(context, client.identity, server)
+    for frames in garbage:
+        await socket.send_multipart(frames)
+    await socket.send(good)
+    async with asyncio.timeout(5):
+        reply = wire.decode_reply(await socket.recv())
+    assert isinstance(reply, wire.HaveReply)
+    assert len(reply.offers) == 1
+    assert server.transport.charges[client.identity.peer_id, "protocol"] == len(garbage)
+    context.destroy(linger=0)
+
+
+async def test_an_oversized_message_ends_only_its_connection(pair: tuple[Side, Side]) -> None:
+    server, client = pair
+    context = zmq.asyncio.Context()
+    socket = raw_client(context, client.identity, server)
+    await socket.send(bytes(PEER_CONTROL_BYTES_MAX + 1))
+    assert (await client.transport.find(server.identity.peer_id, (ROW_ID,), 5.0)).offers == ()
+    context.destroy(linger=0)
+
+
+async def test_a_peer_has_a_bounded_number_of_requests_open(pair: tuple[Side, Side]) -> None:
+    server, client = pair
+    record = put_object(server.store)
+    context = zmq.asyncio.Context()
+    socket = raw_client(context, client.identity, server)
+    asked = 4 * PEER_REQUESTS_MAX
+    for number in range(asked):  # nobody reads the answers: they fill every queue
+        await socket.send(wire.encode(wire.GetChunks(number, record.digest, 0, tuple(range(64)))))
+    busy = server.metrics.failures_total.labels("l2", "peer_busy")._value
+    await until(lambda: busy.get() >= asked - 2 * PEER_REQUESTS_MAX)
+    held = server.metrics.bytes_total.labels("served")._value.get()
+    assert held < 200 * MiB  # its own queue, both sockets' and the kernel's
+    context.destroy(linger=0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda number: [b"\xc1garbage"], "timeout"),  # whose answer it was to be, nobody knows
+        (lambda number: [wire.encode(wire.Chunk(number, 0, CHUNK)), bytes(CHUNK - 1)], "protocol"),
+        (lambda number: [wire.encode(wire.Chunk(number, 0, 256)), bytes(256)], "protocol"),
+        (lambda number: [wire.encode(wire.Chunk(number, 5, CHUNK)), bytes(CHUNK)], "protocol"),
+        (lambda number: [wire.encode(wire.Chunk(number, 0, CHUNK))], "protocol"),
+        (lambda number: [wire.encode(wire.Chunk(number, 0, CHUNK)), bytes(CHUNK), b""], "protocol"),
+        (lambda number: [wire.encode(wire.HaveReply(number, ()))], "protocol"),
+    ],
+)
+async def test_a_lying_server_costs_one_request_and_is_charged(
+    tmp_path: Path, answer: Callable[[int], list[bytes]], reason: str
+) -> None:
+    assert await reason_of(tmp_path, answer) == (reason, 1)
+
+
+@pytest.mark.parametrize(
+    "answer", [lambda number: [], lambda number: [wire.encode(wire.Chunk(number + 1, 0, CHUNK)), bytes(CHUNK)]]
+)
+async def test_no_answer_or_a_stray_one_costs_the_deadline_and_is_no_crime(
+    tmp_path: Path, answer: Callable[[int], list[bytes]]
+) -> None:
+    assert await reason_of(tmp_path, answer) == ("timeout", 0)
+
+
+async def reason_of(tmp_path: Path, answer: Callable[[int], list[bytes]]) -> tuple[str, int]:
+    """How a fetch from a server that answers so fails, and what the server is charged."""
+    (tmp_path / "liar").mkdir()
+    liar = Identity.load(tmp_path / "liar")
+    context = zmq.asyncio.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.curve_server, socket.curve_secretkey = True, liar.curve_secret
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    client = Side(tmp_path, peer_of(liar, f"127.0.0.1:{port}"))
+
+    async def lie() -> None:
+        route, request = await socket.recv_multipart()
+        frames = answer(wire.decode_request(request).request)
+        if frames:
+            await socket.send_multipart([route, *frames])
+
+    lying = asyncio.create_task(lie())
+    chunks = client.transport.chunks(liar.peer_id, ManifestDigest(bytes(32)), 0, (0, 1), CHUNK, 0.5)
+    with pytest.raises(PeerFailed) as failed:
+        async with aclosing(chunks):
+            await anext(chunks)
+    await lying
+    context.destroy(linger=0)
+    await client.transport.close()
+    return failed.value.reason, client.transport.charges[liar.peer_id, "protocol"]
