@@ -63,7 +63,8 @@ class FetchRow:
     Several may run for one row (hedging): under one manifest they share the row's chunks, under different manifests
     they race. ChunksVerified as they come; when any 32 of one manifest have verified, the driver reconstructs and
     answers RowReady (or RowFailed) and ends the row's others by itself, unanswered. A FetchRow that ends without all
-    its columns is answered by HolderStalled. After RowFailed(condemned) a FetchRow under another manifest starts afresh.
+    its columns is answered by HolderStalled.
+    After RowFailed(condemned) nothing of the row runs on: a FetchRow under another manifest starts afresh.
     """
 
     lookup: int

@@ -203,6 +203,8 @@ class PrefixLookup:
     def _row_ready(self, row: Row | None, now_ms: int) -> None:
         if row is None or row.state in ("ready", "idle"):
             return  # known already, or never asked for
+        if row.state == "orphan":  # somebody delivered after all
+            self._orphans.remove(row)
         row.state = "ready"
         self._loading.discard(row)
         self._missing.discard(row)

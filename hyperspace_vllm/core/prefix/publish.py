@@ -112,6 +112,13 @@ class Publisher:
         for row in rows:
             self._known.pop(row, None)
 
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that were staged and are not yet stored, given up or dropped."""
+        coding = [*self._queue, *(encode for encode, _ in self._encoding.values())]
+        grouped = (group.rows for request in self._requests.values() for group in request.groups.values())
+        return sum(self._staged.values()) + sum(map(len, grouped)) + sum(len(encode.row_keys) for encode in coding)
+
     def next_deadline_ms(self) -> int | None:
         """When to call with Tick, if nothing else happens before."""
         return self._sweep_at_ms

@@ -1,11 +1,12 @@
 """The rows of one lookup that come from peers: whom to ask for what, whom to ask next, whom never again.
 
-A peer's offer says (row, manifest, columns). Offers of one row under one manifest are a *source*: their columns add up.
-Different manifests seal differently, so that other sources are alternatives, tried when a source is slow or spent.
+A row is asked of the source (offers.py) that should deliver it first: 32 columns, data columns preferred. What is late
+is asked of other holders, then under another manifest, then for further columns (hedging); what fails is replaced at
+once.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..node.effects import ChargePeer, Effect, FetchManifest, FetchRow
 from ..node.events import ChunksVerified, HolderStalled, ManifestRefused, ManifestVerified, ProviderAnswered
@@ -13,6 +14,7 @@ from ..records.ids import ManifestDigest, PeerId, RowId
 from ..records.layout import Layout
 from ..records.limits import DATA_CHUNKS, FETCH_STALL_MS
 from .cost_model import HEDGE_MS_MIN, RateEstimator, hedge_delay_ms, transfer_ms
+from .offers import OfferedManifest, Offers, Source
 from .plan import Row, assign_columns
 
 GUILTY_REASONS = frozenset({"protocol", "bad_digest", "malformed", "forged", "bad_signature", "bad_proof"})
@@ -20,35 +22,6 @@ GONE_REASONS = frozenset({"timeout", "unreachable"})  # no proof of bad faith, b
 MANIFESTS_IN_FLIGHT_MAX = 4  # each costs 70 KiB and a KZG verification before anything is believed
 
 _DATA = (1 << DATA_CHUNKS) - 1
-
-
-@dataclass(slots=True)
-class _Manifest:
-    holders: dict[PeerId, None] = field(default_factory=dict)  # an ordered set: who offered a row of it
-    asking: set[PeerId] = field(default_factory=set)
-    tried: set[PeerId] = field(default_factory=set)
-    asked_at_ms: int = 0
-    contents: ManifestVerified | None = None
-    slow: bool = False  # asked of everybody who offers it, and late
-    dead: bool = False
-
-
-@dataclass(slots=True)
-class _Source:
-    manifest: ManifestDigest
-    row: int
-    holders: dict[PeerId, int] = field(default_factory=dict)  # columns that each may still be asked for
-    asked: dict[PeerId, int] = field(default_factory=dict)  # columns under way
-    verified: int = 0
-    wanted: bool = False
-    dead: bool = False
-
-    def under_way(self) -> int:
-        """Columns that have verified or may still come."""
-        columns = self.verified
-        for asked in self.asked.values():
-            columns |= asked
-        return columns
 
 
 @dataclass(slots=True)
@@ -89,9 +62,8 @@ class Transfers:
         self.progress_ms = 0  # when a byte or a manifest last verified
         self.timeout_at_ms = 0
         self._rtt_ms: dict[PeerId, int] = {}
-        self._banned: set[PeerId] = set()
-        self._sources: dict[RowId, list[_Source]] = {}
-        self._manifests: dict[ManifestDigest, _Manifest] = {}
+        self._offers = Offers()
+        self._asking: dict[ManifestDigest, OfferedManifest] = {}  # those that somebody was asked for
         self._moving: dict[RowId, _Transfer] = {}
         self._asked_at_ms: dict[PeerId, int] = {}
         self._deliveries: dict[PeerId, _Delivery] = {}
@@ -100,34 +72,20 @@ class Transfers:
     # --- offers ---------------------------------------------------------------------------------
 
     def add_offers(self, event: ProviderAnswered, rows: dict[RowId, Row]) -> None:
-        """Note what a peer offers of `rows`, once a peer; offers of anything else are ignored."""
-        if event.peer not in self.peers or event.peer in self._rtt_ms:
-            return
-        self._rtt_ms[event.peer] = event.rtt_ms
-        offered: set[RowId] = set()
-        for offer in event.offers:
-            if offer.row_id not in rows or offer.row_id in offered or not offer.columns:
-                continue
-            offered.add(offer.row_id)
-            self._manifests.setdefault(offer.manifest, _Manifest()).holders[event.peer] = None
-            sources = self._sources.setdefault(offer.row_id, [])
-            for source in sources:
-                if (source.manifest, source.row) == (offer.manifest, offer.row):
-                    break
-            else:
-                source = _Source(offer.manifest, offer.row)
-                sources.append(source)
-            source.holders[event.peer] = offer.columns
+        """Note what a peer offers of `rows`, once a peer."""
+        if event.peer in self.peers and event.peer not in self._rtt_ms:
+            self._rtt_ms[event.peer] = event.rtt_ms
+            self._offers.add(event, rows)
 
     def fetchable(self, row: Row) -> bool:
         """Whether the holders known of some manifest have 32 columns of the row between them."""
-        return any(self._alive(source) for source in self._sources.get(row.id, ()))
+        return any(map(self._offers.alive, self._offers.of(row)))
 
     def estimate_ms(self, rows: Iterable[Row], now_ms: int) -> int:
         """Time until `rows` are here when each comes from whoever would deliver it first."""
         queued: dict[PeerId, int] = {}
         for row in rows:
-            holders = {peer for source in self._sources[row.id] for peer in source.holders}
+            holders = [peer for source in self._offers.of(row) for peer in source.holders]
             best = min(holders, key=lambda peer: self._cost_ms(peer, queued.get(peer, 0) + row.length, now_ms))
             queued[best] = queued.get(best, 0) + row.length
         waits = (self._cost_ms(peer, size, now_ms) + self._rtt_ms[peer] for peer, size in queued.items())
@@ -138,7 +96,7 @@ class Transfers:
     @property
     def busy(self) -> bool:
         """Whether an answer from a peer is outstanding."""
-        return bool(self._moving) or any(m.asking for m in self._manifests.values())
+        return bool(self._moving or self._asking)
 
     @property
     def moving_rows(self) -> int:
@@ -161,7 +119,7 @@ class Transfers:
         if self._moving.pop(row.id, None) is None:
             return
         self.progress_ms = now_ms
-        for source in self._sources[row.id]:
+        for source in self._offers.of(row):
             missing = DATA_CHUNKS - source.verified.bit_count()
             for peer, columns in source.asked.items():
                 # The last columns come without an event of their own; who was asked for them delivered them.
@@ -171,15 +129,15 @@ class Transfers:
 
     def stop(self, now_ms: int) -> list[PeerId]:
         """End all fetching and feed the rates; returns who was asked FETCH_STALL_MS ago or more and still owes."""
-        late = {peer for t in self._moving.values() for s in self._sources[t.row.id] for peer in s.asked}
-        late |= {peer for m in self._manifests.values() for peer in m.asking}
+        late = {peer for t in self._moving.values() for s in self._offers.of(t.row) for peer in s.asked}
+        late |= {peer for manifest in self._asking.values() for peer in manifest.asking}
         for peer, delivery in self._deliveries.items():
             end_ms = now_ms if peer in late else delivery.last_ms
             elapsed_ms = end_ms - delivery.first_ms - self._rtt_ms[peer]
             self.rates.measured(peer, delivery.asked, delivery.verified, elapsed_ms, now_ms)
         self._moving.clear()
-        self._sources.clear()
-        self._manifests.clear()
+        self._asking.clear()
+        self._offers.clear()
         self._deliveries.clear()
         return [p for p in self.peers if p in late and self._asked_at_ms[p] <= now_ms - FETCH_STALL_MS]
 
@@ -187,10 +145,11 @@ class Transfers:
 
     def manifest_verified(self, event: ManifestVerified, now_ms: int) -> None:
         """The manifest can be used for the rows that it has; who offered others under it is charged then."""
-        manifest = self._manifests.get(event.manifest)
-        if manifest is None or manifest.contents is not None:
+        manifest = self._asking.pop(event.manifest, None)
+        if manifest is None:
             return
         manifest.contents = event
+        manifest.slow = False
         manifest.asking.clear()
         self.progress_ms = now_ms
         self._unsettled = True
@@ -198,12 +157,13 @@ class Transfers:
 
     def manifest_refused(self, event: ManifestRefused, now_ms: int) -> None:
         """Ask the next peer that offers the same manifest, or give the manifest up."""
-        manifest = self._manifests.get(event.manifest)
+        manifest = self._asking.get(event.manifest)
         if manifest is None or event.peer not in manifest.asking:
             return
         manifest.asking.discard(event.peer)
         self.judge(event.peer, event.reason)
-        if manifest.contents is None and not manifest.asking:
+        if not manifest.asking:
+            self._asking.pop(event.manifest, None)
             self._ask_manifest(event.manifest, now_ms)
         self._unsettled = True
         self._settle(now_ms)
@@ -211,22 +171,20 @@ class Transfers:
     def chunks_verified(self, event: ChunksVerified, row: Row, now_ms: int) -> None:
         """Columns of a row came and verified."""
         transfer = self._moving.get(row.id)
-        source = self._source_of(row, event.peer)
+        source = self._offers.by_peer(row, event.peer)
         if transfer is None or source is None:
             return
         new = event.columns & ~source.verified
         if not new:
             return
-        source.verified |= new
-        if event.peer in source.asked:
-            source.asked[event.peer] &= ~new
+        source.verify(event.peer, new)
         self._delivered(event.peer, new.bit_count() * row.length // DATA_CHUNKS, now_ms)
         self.progress_ms = now_ms
         transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
 
     def holder_stalled(self, event: HolderStalled, row: Row, now_ms: int) -> None:
         """A peer won't deliver what it was asked for: ask for other columns, others, or under another manifest."""
-        source = self._source_of(row, event.peer)
+        source = self._offers.by_peer(row, event.peer)
         if source is None:
             return
         source.holders[event.peer] &= ~source.asked.pop(event.peer, 0)
@@ -238,11 +196,11 @@ class Transfers:
 
     def condemned(self, row: Row, now_ms: int) -> None:
         """The row's chunks are no codeword: whatever its manifest covers is worthless."""
-        sources = [source for source in self._wanted(row) if self._alive(source)]
+        sources = [source for source in self._offers.wanted(row) if self._offers.alive(source)]
         if row.id not in self._moving or not sources:
             return
         used = max(sources, key=lambda source: source.verified.bit_count())
-        self._manifests[used.manifest].dead = True
+        self._offers.manifests[used.manifest].dead = True
         for source in sources:  # the driver has ended those that raced with it, and let their chunks go
             source.asked.clear()
             source.verified = 0
@@ -260,8 +218,8 @@ class Transfers:
 
     def hedge(self, now_ms: int) -> None:
         """Ask further for every row and manifest that has been waiting too long."""
-        for digest, manifest in self._manifests.items():
-            if manifest.asking and not manifest.slow and now_ms >= manifest.asked_at_ms + HEDGE_MS_MIN:
+        for digest, manifest in list(self._asking.items()):
+            if not manifest.slow and now_ms >= manifest.asked_at_ms + HEDGE_MS_MIN:
                 self._ask_manifest(digest, now_ms)
         for transfer in list(self._moving.values()):
             if transfer.hedge_at_ms is not None and now_ms >= transfer.hedge_at_ms:
@@ -274,48 +232,48 @@ class Transfers:
         A row that is late while others come can wait for their events: no timer of its own.
         """
         times = [t.hedge_at_ms for t in self._moving.values() if t.hedge_at_ms is not None]
-        for manifest in self._manifests.values():
-            if manifest.asking and not manifest.slow:
-                times.append(manifest.asked_at_ms + HEDGE_MS_MIN)
+        times += [m.asked_at_ms + HEDGE_MS_MIN for m in self._asking.values() if not m.slow]
         return max(min(times), self.progress_ms + HEDGE_MS_MIN) if times else None
 
     # --- leaves ---------------------------------------------------------------------------------
 
     def _want_best(self, row: Row, room: bool, now_ms: int) -> None:
         """Make sure that the row has a source which can complete it, and that it is asked; else it is lost."""
-        if not any(self._alive(s) and not self._manifests[s.manifest].slow for s in self._wanted(row)):
+        if not any(
+            self._offers.alive(s) and not self._offers.manifests[s.manifest].slow for s in self._offers.wanted(row)
+        ):
             source = self._best_source(row, now_ms)
             if source is not None:
                 source.wanted = True
-            elif not any(self._alive(s) for s in self._wanted(row)):
+            elif not any(self._offers.alive(s) for s in self._offers.wanted(row)):
                 self._moving.pop(row.id, None)
                 self.lost.append(row)
                 return
         self._ask_wanted(row, room, now_ms)
 
     def _ask_wanted(self, row: Row, room: bool, now_ms: int) -> None:
-        for source in self._wanted(row):
-            contents = self._manifests[source.manifest].contents
+        for source in self._offers.wanted(row):
+            contents = self._offers.manifests[source.manifest].contents
             if contents is None:
                 self._ask_manifest_once(source.manifest, now_ms)
-            elif self._alive(source) and self._matches(source, row, contents):
+            elif self._offers.alive(source) and self._matches(source, row, contents):
                 if row.id not in self._moving:
                     if not room:
                         return
                     self._move(source, row, now_ms)
                 self._top_up(source, row, now_ms)
-        if not any(self._alive(source) for source in self._wanted(row)):
+        if not any(self._offers.alive(source) for source in self._offers.wanted(row)):
             self._want_best(row, room, now_ms)  # ends: every turn has used up a source
 
-    def _move(self, source: _Source, row: Row, now_ms: int) -> None:
+    def _move(self, source: Source, row: Row, now_ms: int) -> None:
         """The row starts under this source; others that were wanted only because it was late are not any more."""
         if not self._moving:
             self.progress_ms = now_ms
         self._moving[row.id] = _Transfer(row, now_ms + self._hedge_delay_ms(row, now_ms))
-        for other in self._wanted(row):
+        for other in self._offers.wanted(row):
             other.wanted = other is source
 
-    def _top_up(self, source: _Source, row: Row, now_ms: int) -> None:
+    def _top_up(self, source: Source, row: Row, now_ms: int) -> None:
         """Have 32 columns verified or under way."""
         exclude = source.under_way()
         count = DATA_CHUNKS - exclude.bit_count()
@@ -324,7 +282,7 @@ class Transfers:
         for peer, columns in assign_columns(count, exclude, self._holders(source, row, now_ms)).items():
             self._fetch(source, row, peer, columns, now_ms)
 
-    def _fetch(self, source: _Source, row: Row, peer: PeerId, columns: int, now_ms: int) -> None:
+    def _fetch(self, source: Source, row: Row, peer: PeerId, columns: int, now_ms: int) -> None:
         source.asked[peer] = source.asked.get(peer, 0) | columns
         self._asked_at_ms.setdefault(peer, now_ms)
         delivery = self._deliveries.setdefault(peer, _Delivery(first_ms=now_ms, last_ms=now_ms))
@@ -334,7 +292,7 @@ class Transfers:
 
     def _hedge_row(self, transfer: _Transfer, now_ms: int) -> None:
         row = transfer.row
-        if any(source.verified.bit_count() >= DATA_CHUNKS for source in self._wanted(row)):
+        if any(source.verified.bit_count() >= DATA_CHUNKS for source in self._offers.wanted(row)):
             transfer.hedge_at_ms = None  # the driver is reconstructing it
             return
         stuck = now_ms - self.progress_ms >= HEDGE_MS_MIN
@@ -349,7 +307,7 @@ class Transfers:
             transfer.hedge_at_ms = None
 
     def _ask_other_holder(self, row: Row, now_ms: int) -> bool:
-        for source in self._wanted(row):
+        for source in self._offers.wanted(row):
             others = [h for h in self._holders(source, row, now_ms) if h[0] not in source.asked]
             if self._ask_missing(source, row, others, now_ms):
                 return True
@@ -367,14 +325,14 @@ class Transfers:
         """Ask the same holders, for twice what is missing: they hold something back, perhaps half of this too."""
         return any(
             self._ask_missing(source, row, self._holders(source, row, now_ms), now_ms, times=2)
-            for source in self._wanted(row)
+            for source in self._offers.wanted(row)
         )
 
     def _ask_missing(
-        self, source: _Source, row: Row, holders: list[tuple[PeerId, int]], now_ms: int, times: int = 1
+        self, source: Source, row: Row, holders: list[tuple[PeerId, int]], now_ms: int, times: int = 1
     ) -> bool:
         """Ask `holders` for as many further columns as the row lacks, as if what is under way never came."""
-        if self._manifests[source.manifest].contents is None or not self._alive(source):
+        if self._offers.manifests[source.manifest].contents is None or not self._offers.alive(source):
             return False
         count = times * (DATA_CHUNKS - source.verified.bit_count())
         assigned = assign_columns(count, source.under_way(), holders)
@@ -383,15 +341,15 @@ class Transfers:
         return bool(assigned)
 
     def _ask_manifest_once(self, digest: ManifestDigest, now_ms: int) -> None:
-        manifest = self._manifests[digest]
-        in_flight = sum(1 for m in self._manifests.values() if m.asking)
+        manifest = self._offers.manifests[digest]
+        in_flight = sum(1 for asked in self._asking.values() if not asked.slow)
         if not manifest.asking and not manifest.dead and in_flight < MANIFESTS_IN_FLIGHT_MAX:
             self._ask_manifest(digest, now_ms)
 
     def _ask_manifest(self, digest: ManifestDigest, now_ms: int) -> None:
         """Ask the next peer that offers it; when there is none, it is late, or dead."""
-        manifest = self._manifests[digest]
-        peer = next((p for p in manifest.holders if p not in manifest.tried and p not in self._banned), None)
+        manifest = self._offers.manifests[digest]
+        peer = next((p for p in manifest.holders if p not in manifest.tried and p not in self._offers.banned), None)
         if peer is None:
             manifest.slow = bool(manifest.asking)
             manifest.dead = not manifest.asking
@@ -401,11 +359,12 @@ class Transfers:
         self._asked_at_ms.setdefault(peer, now_ms)
         manifest.tried.add(peer)
         manifest.asking.add(peer)
+        self._asking[digest] = manifest
         manifest.asked_at_ms = now_ms
         timeout_ms = min(max(self.timeout_at_ms - now_ms, 1), FETCH_STALL_MS)
         self.emit(FetchManifest(self.lookup, peer, digest, timeout_ms))
 
-    def _matches(self, source: _Source, row: Row, contents: ManifestVerified) -> bool:
+    def _matches(self, source: Source, row: Row, contents: ManifestVerified) -> bool:
         """Whether the manifest has this very row where the offers said; if not, they lied."""
         if source.verified or source.asked:
             return True
@@ -422,18 +381,20 @@ class Transfers:
         return honest
 
     def _charge(self, peer: PeerId, reason: str) -> None:
-        if peer not in self._banned:
+        if peer not in self._offers.banned:
             self.emit(ChargePeer(peer, reason))
             self._ban(peer)
 
     def _ban(self, peer: PeerId) -> None:
         """Use the peer no more in this lookup; what it still sends and verifies counts all the same."""
-        self._banned.add(peer)
+        self._offers.banned.add(peer)
         self._unsettled = True
-        for manifest in self._manifests.values():
+        for digest, manifest in list(self._asking.items()):
             manifest.asking.discard(peer)
-        for row_id in self._moving:
-            for source in self._sources[row_id]:
+            if not manifest.asking:
+                del self._asking[digest]
+        for transfer in self._moving.values():
+            for source in self._offers.of(transfer.row):
                 source.asked.pop(peer, None)
 
     def _settle(self, now_ms: int) -> None:
@@ -443,42 +404,30 @@ class Transfers:
             for transfer in list(self._moving.values()):
                 self._want_best(transfer.row, True, now_ms)
 
-    def _wanted(self, row: Row) -> list[_Source]:
-        return [source for source in self._sources.get(row.id, ()) if source.wanted]
-
-    def _source_of(self, row: Row, peer: PeerId) -> _Source | None:
-        return next((s for s in self._sources.get(row.id, ()) if peer in s.holders), None)
-
-    def _alive(self, source: _Source) -> bool:
-        if source.dead or self._manifests[source.manifest].dead:
-            return False
-        columns = source.under_way()
-        for peer, held in source.holders.items():
-            if peer not in self._banned:
-                columns |= held
-        return columns.bit_count() >= DATA_CHUNKS
-
-    def _best_source(self, row: Row, now_ms: int) -> _Source | None:
+    def _best_source(self, row: Row, now_ms: int) -> Source | None:
         """The source not yet wanted that would complete the row first; with all data columns if possible."""
 
-        def cost(source: _Source) -> tuple[bool, int]:
+        def cost(source: Source) -> tuple[bool, int]:
             holders = self._holders(source, row, now_ms)
             columns = 0
             for _, held in holders:
                 columns |= held
-            manifest = self._manifests[source.manifest]
+            manifest = self._offers.manifests[source.manifest]
             settled = manifest.contents is not None or bool(manifest.asking)
             peer = holders[0][0]
             wait_ms = self._cost_ms(peer, self._queued_bytes(peer) + row.length, now_ms)
             return columns & _DATA != _DATA, wait_ms + (0 if settled else self._rtt_ms[peer] + HEDGE_MS_MIN // 2)
 
-        idle = [s for s in self._sources.get(row.id, ()) if not s.wanted and self._alive(s)]
+        idle = [s for s in self._offers.of(row) if not s.wanted and self._offers.alive(s)]
         return min(idle, key=cost, default=None)
 
-    def _holders(self, source: _Source, row: Row, now_ms: int) -> list[tuple[PeerId, int]]:
+    def _holders(self, source: Source, row: Row, now_ms: int) -> list[tuple[PeerId, int]]:
         """Who may be asked under the source, soonest first."""
-        able = [(p, held) for p, held in source.holders.items() if held and p not in self._banned]
-        return sorted(able, key=lambda h: self._cost_ms(h[0], self._queued_bytes(h[0]) + row.length, now_ms))
+
+        def cost(holder: tuple[PeerId, int]) -> int:
+            return self._cost_ms(holder[0], self._queued_bytes(holder[0]) + row.length, now_ms)
+
+        return sorted(self._offers.holders(source), key=cost)
 
     def _cost_ms(self, peer: PeerId, size: int, now_ms: int) -> int:
         return transfer_ms(size, self.rates.rate(peer, now_ms), self._rtt_ms[peer])
@@ -487,12 +436,12 @@ class Transfers:
         return sum(
             t.row.length * source.asked[peer].bit_count() // DATA_CHUNKS
             for t in self._moving.values()
-            for source in self._sources[t.row.id]
+            for source in self._offers.of(t.row)
             if peer in source.asked
         )
 
     def _hedge_delay_ms(self, row: Row, now_ms: int) -> int:
-        peers = [peer for source in self._sources[row.id] for peer in source.asked] or list(self._rtt_ms)
+        peers = [peer for source in self._offers.of(row) for peer in source.asked] or list(self._rtt_ms)
         return hedge_delay_ms(max(self._cost_ms(peer, row.length, now_ms) for peer in peers))
 
     def _delivered(self, peer: PeerId, size: int, now_ms: int) -> None:

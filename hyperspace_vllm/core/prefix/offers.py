@@ -1,0 +1,107 @@
+"""What peers offer to one lookup: manifests, and under each the columns of rows.
+
+Offers of one row under one manifest are a *source*: their columns add up. Different manifests seal differently, so that
+other sources are alternatives.
+"""
+
+from dataclasses import dataclass, field
+
+from ..node.events import ManifestVerified, ProviderAnswered
+from ..records.ids import ManifestDigest, PeerId, RowId
+from ..records.limits import DATA_CHUNKS
+from .plan import Row
+
+
+@dataclass(slots=True)
+class OfferedManifest:
+    """Who offers rows of a manifest, who is being asked for it, and what it says once it has verified."""
+
+    holders: dict[PeerId, None] = field(default_factory=dict)  # an ordered set
+    asking: set[PeerId] = field(default_factory=set)
+    tried: set[PeerId] = field(default_factory=set)
+    asked_at_ms: int = 0
+    contents: ManifestVerified | None = None
+    slow: bool = False  # asked of everybody who offers it, and late
+    dead: bool = False
+
+
+@dataclass(slots=True)
+class Source:
+    """Row number `row` of a manifest. `wanted` once it was chosen; `dead` when its manifest contradicts it."""
+
+    manifest: ManifestDigest
+    row: int
+    holders: dict[PeerId, int] = field(default_factory=dict)  # columns that each may still be asked for
+    asked: dict[PeerId, int] = field(default_factory=dict)  # columns under way, never 0
+    verified: int = 0
+    wanted: bool = False
+    dead: bool = False
+
+    def under_way(self) -> int:
+        """Columns that have verified or may still come."""
+        columns = self.verified
+        for asked in self.asked.values():
+            columns |= asked
+        return columns
+
+    def verify(self, peer: PeerId, columns: int) -> None:
+        """These columns came from `peer`."""
+        self.verified |= columns
+        left = self.asked.pop(peer, 0) & ~columns
+        if left:
+            self.asked[peer] = left
+
+
+class Offers:
+    """Every source of a lookup. `banned` peers don't count, but for what they have delivered."""
+
+    def __init__(self) -> None:
+        self.manifests: dict[ManifestDigest, OfferedManifest] = {}
+        self.banned: set[PeerId] = set()
+        self._sources: dict[RowId, list[Source]] = {}
+
+    def add(self, event: ProviderAnswered, rows: dict[RowId, Row]) -> None:
+        """Note what a peer offers of `rows`, one offer a row; offers of anything else are ignored."""
+        offered: set[RowId] = set()
+        for offer in event.offers:
+            if offer.row_id not in rows or offer.row_id in offered or not offer.columns:
+                continue
+            offered.add(offer.row_id)
+            self.manifests.setdefault(offer.manifest, OfferedManifest()).holders[event.peer] = None
+            sources = self._sources.setdefault(offer.row_id, [])
+            same = (s for s in sources if (s.manifest, s.row) == (offer.manifest, offer.row))
+            source = next(same, None)
+            if source is None:
+                source = Source(offer.manifest, offer.row)
+                sources.append(source)
+            source.holders[event.peer] = offer.columns
+
+    def clear(self) -> None:
+        """Forget all offers."""
+        self.manifests.clear()
+        self._sources.clear()
+
+    def of(self, row: Row) -> list[Source]:
+        """The sources of a row."""
+        return self._sources.get(row.id, [])
+
+    def wanted(self, row: Row) -> list[Source]:
+        """The sources of a row that were chosen."""
+        return [source for source in self.of(row) if source.wanted]
+
+    def by_peer(self, row: Row, peer: PeerId) -> Source | None:
+        """The source that a peer offers of a row."""
+        return next((source for source in self.of(row) if peer in source.holders), None)
+
+    def holders(self, source: Source) -> list[tuple[PeerId, int]]:
+        """Who may be asked for which columns."""
+        return [(peer, held) for peer, held in source.holders.items() if held and peer not in self.banned]
+
+    def alive(self, source: Source) -> bool:
+        """Whether 32 columns are here, under way or to be asked for."""
+        if source.dead or self.manifests[source.manifest].dead:
+            return False
+        columns = source.under_way()
+        for _, held in self.holders(source):
+            columns |= held
+        return columns.bit_count() >= DATA_CHUNKS
