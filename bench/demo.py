@@ -71,7 +71,7 @@ class Demo:
                 self._compare(name, ask_second, warm)
 
     def _ask(self, name: str, server: Server, text: str, expected: str, live: Live) -> Completion:
-        loaded_before = network_tokens(server)
+        loaded_before = network_hits(server)
         answer = server.complete(text, max_tokens=ANSWER_TOKENS, logprobs=2)
         layer, verified = served_by(server, answer, loaded_before)
         self.rows.append(
@@ -126,16 +126,16 @@ class Demo:
         return table
 
 
-def network_tokens(server: Server) -> float:
-    """Prompt tokens that the engine has loaded from the network so far (vLLM's counter)."""
-    return server.metric("hyperspace_l2_tokens_total", 'source="network"')
+def network_hits(server: Server) -> float:
+    """Prefixes that the engine has loaded from the network so far."""
+    return server.metric("hyperspace_l2_lookups_total", 'result="hit"', 'reason="network"')
 
 
 def served_by(server: Server, answer: Completion, loaded_before: float) -> tuple[str, str]:
     """(layer, how it was verified), from the answer's headers and the server's own counters."""
     if "hit" in answer.headers.get("cache-status", "").split("; "):
         return L1, "Ed25519 CacheProof"
-    if network_tokens(server) > loaded_before and answer.cached_tokens:
+    if network_hits(server) > loaded_before and answer.cached_tokens:
         last = server.node_status()["last_lookup"]
         assert isinstance(last, dict)
         return L2, str(last["verified_by"])

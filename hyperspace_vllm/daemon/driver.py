@@ -29,6 +29,7 @@ from ..core.node.events import (
     HolderStalled,
     ManifestRefused,
     ManifestVerified,
+    ObjectEncoded,
     ObjectFailed,
     PrefixReleased,
     PrefixWanted,
@@ -102,6 +103,8 @@ class Driver:
         self._unanswered: dict[int, float] = {}  # lookup -> when it began
         self._tasks: dict[int, set[asyncio.Task[None]]] = {}  # by lookup, except those of the assembly
         self._background: set[asyncio.Task[None]] = set()
+        self._last_lookup: dict[str, object] = {}
+        self._objects_stored = 0
         self.events = 0
         metrics.rows.labels("disk").set_function(lambda: store.rows)
         metrics.store_bytes.labels("disk").set_function(lambda: store.used_bytes)
@@ -118,6 +121,13 @@ class Driver:
         finally:
             self._handling = False
         self._set_timer()
+
+    def status(self) -> dict[str, object]:
+        """What `hyperspace status` shows of prefixes: what is being written, and how the last lookup ended."""
+        return {
+            "publish": {"waiting_rows": self._node.publisher.waiting_rows, "objects": self._objects_stored},
+            "last_lookup": self._last_lookup,
+        }
 
     async def close(self) -> None:
         """End lookups, give writes a moment, and close compute pool and transport."""
@@ -143,6 +153,8 @@ class Driver:
                 self._unanswered[event.lookup] = self._loop.time()
             case PrefixReleased():
                 self._unanswered.pop(event.lookup, None)
+            case ObjectEncoded():
+                self._objects_stored += 1
             case ProviderFailed() | ManifestRefused() | HolderStalled() | RowFailed() | ObjectFailed():
                 self._metrics.failures_total.labels("l2", event.reason).inc()
         for effect in self._node.handle(event, self._now_ms()):
@@ -337,7 +349,16 @@ class Driver:
         began = self._unanswered.pop(effect.lookup, self._loop.time())
         result = "hit" if effect.end_segment else "miss"
         self._metrics.lookups_total.labels("l2", result, effect.reason).inc()
-        self._metrics.lookup_seconds.labels("l2").observe(self._loop.time() - began)
+        took_s = self._loop.time() - began
+        self._metrics.lookup_seconds.labels("l2").observe(took_s)
+        self._last_lookup = {
+            "result": result,
+            "reason": effect.reason,
+            "source": effect.source,
+            "verified_by": VERIFIED_BY[effect.source],
+            "rows": len(rows),
+            "took_ms": round(took_s * 1000, 1),
+        }
         self.server.answer_prefix(
             effect.lookup,
             effect.end_segment,

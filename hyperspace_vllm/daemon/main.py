@@ -122,7 +122,7 @@ class _Node:
         parts.callback(arena.close)
         self._cache = RowCache(arena)
         self._responses = self._open_responses(parts) if config.response_cache else None
-        driver = await self._open_data_plane(parts) if config.kv_cache else None
+        self._driver = driver = await self._open_data_plane(parts) if config.kv_cache else None
         submit: Callable[[Event], None] = driver.submit if driver else lambda event: None
         self._server = LocalServer(
             config, self._identity, self._cache, submit, self._responses, self._status, self._metrics
@@ -222,6 +222,7 @@ class _Node:
                     "rows": len(self._cache),
                 },
                 "responses": self._responses.stats() if self._responses else None,
+                **(self._driver.status() if self._driver else {}),
                 "metrics": [
                     {"name": sample.name, "labels": sample.labels, "value": sample.value}
                     for family in self._metrics.registry.collect()
