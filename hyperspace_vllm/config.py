@@ -36,8 +36,8 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
     return (Path(base) if base else Path.home() / ".local" / "share") / "hyperspace"
 
 
-def _setting(default: T, doc: str, at_most: int = 1 << 62) -> T:
-    declared: T = field(default=default, metadata={"doc": doc, "at_most": at_most})
+def _setting(default: T, doc: str, at_most: int = 1 << 62, at_least: int = 0) -> T:
+    declared: T = field(default=default, metadata={"doc": doc, "at_most": at_most, "at_least": at_least})
     return declared
 
 
@@ -54,7 +54,9 @@ class Config:
         (), "Nodes to fetch from and to trust, each `<peer id>@host:port`; in variables separated by commas."
     )
     network: str = _setting("default", "Name of the network; nodes of different networks share nothing.")
-    arena_bytes: int = _setting(GiB, "Shared memory for KV rows; at most half of what is free in /dev/shm is taken.")
+    arena_bytes: int = _setting(
+        GiB, "Shared memory for KV rows; at most half of what is free in /dev/shm is taken.", at_least=MiB
+    )
     disk_bytes: int = _setting(20 * GiB, "Quota of the chunk store on disk.")
     response_bytes: int = _setting(GiB, "Quota of the response store on disk.")
     response_ttl_s: int = _setting(86400, "Seconds a stored response may be served.", 10 * 365 * 86400)
@@ -95,6 +97,7 @@ class Setting:
     kind: object  # Path, str, int, bool, tuple[str, ...] or Literal[...]
     default: object
     doc: str
+    at_least: int
     at_most: int
 
     @property
@@ -146,8 +149,8 @@ class Setting:
             if value not in self.choices:
                 yield "one of " + ", ".join(self.choices)
         elif self.kind is int:
-            if type(value) is not int or not 0 <= value <= self.at_most:
-                yield f"a whole number from 0 to {self.at_most}"
+            if type(value) is not int or not self.at_least <= value <= self.at_most:
+                yield f"a whole number from {self.at_least} to {self.at_most}"
         elif self.kind is bool:
             if type(value) is not bool:
                 yield "true or false"
@@ -192,6 +195,7 @@ def _declared_settings() -> tuple[Setting, ...]:
             kinds[f.name],
             None if f.name == "data_dir" else f.default,
             f.metadata["doc"],
+            f.metadata.get("at_least", 0),
             f.metadata.get("at_most", 1 << 62),
         )
         for f in fields(Config)

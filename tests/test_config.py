@@ -67,6 +67,7 @@ def test_variables_are_read_as_their_settings_type(tmp_path: Path, name: str, te
         ("nice", True),
         ("arena_bytes", "lots"),
         ("arena_bytes", 1.5),
+        ("arena_bytes", "1023KiB"),
         ("kv_cache", "perhaps"),
         ("fetch", "sometimes"),
         ("listen", "4000"),

@@ -222,6 +222,7 @@ def test_after_a_killed_node_the_next_one_cleans_up_and_its_clients_come_back(no
     arena = nodes.arena()
     killed.kill()
     killed.wait()
+    until(lambda: not client.send(GetStatus()), 0.5)  # a dead node is noticed long before its lease is over
     assert arena.exists()
     nodes.start_and_wait()
     assert not arena.exists()
