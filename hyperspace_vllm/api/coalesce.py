@@ -147,6 +147,11 @@ class Flight:
         self._task = asyncio.create_task(run(), name="hyperspace-flight")
         self._task.add_done_callback(self._finished)
 
+    @property
+    def readers(self) -> int:
+        """How many requests read this flight."""
+        return len(self._readers)
+
     def join(self) -> Reader:
         """A reader of the whole log."""
         assert self._first == 0
@@ -292,6 +297,11 @@ class FlightTable:
             return Flight(collector)
         flight = self._flights[key] = Flight(collector, self, key)
         return flight
+
+    @property
+    def readers(self) -> int:
+        """How many requests share the flights that can be joined."""
+        return sum(flight.readers for flight in self._flights.values())
 
     def remove(self, key: object, flight: Flight) -> None:
         """The flight takes no more readers."""

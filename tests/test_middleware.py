@@ -1,0 +1,747 @@
+"""The response cache in front of a real server, on real sockets, over frames shaped like vLLM's."""
+
+import asyncio
+import json
+import os
+import socket
+import statistics
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from nacl.signing import SigningKey
+from prometheus_client import REGISTRY
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from hyperspace_vllm.api import coalesce
+from hyperspace_vllm.api.middleware import ResponseCacheMiddleware
+from hyperspace_vllm.api.options import ResponseCacheOptions
+from hyperspace_vllm.core.records.ids import network_id
+from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX, RESPONSE_TTL_MS
+from hyperspace_vllm.core.records.local import StoreResponse, TouchResponses
+from hyperspace_vllm.core.response.scope import RequestScope, tenant_of, verify_scope
+from hyperspace_vllm.daemon.response_store import ResponseStore, wall_clock_ms
+
+pytestmark = pytest.mark.io
+
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+TEXT = {"model": "base", "prompt": "Once"}
+STREAM = {"stream": True}
+USAGE = {"stream_options": {"include_usage": True}}
+UNLIMITED = httpx.Limits(max_connections=None)
+CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
+
+
+def open_gate() -> asyncio.Event:
+    gate = asyncio.Event()
+    gate.set()
+    return gate
+
+
+@dataclass
+class Upstream:
+    """Stands where vLLM's routes stand, and answers each computation differently; `gate` is before the second frame."""
+
+    bodies: list[bytes] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=open_gate)
+    disconnects: int = 0
+    frames_sent: int = 0
+    failures: list[str] = field(default_factory=list)  # how the next computations fail
+    words: int = 3
+    filler: str = ""
+
+    async def answer(self, request: Request) -> Response:
+        raw = await request.body()
+        self.bodies.append(raw)
+        number = len(self.bodies)
+        failure = self.failures.pop(0) if self.failures else ""
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            return JSONResponse({"error": {"message": "bad JSON", "code": 400}}, 400)
+        if failure == "refuse":
+            return JSONResponse({"error": {"message": "overloaded", "code": 503}}, 503)
+        if failure == "stall":
+            await self._until_disconnect(request, asyncio.Event())
+        if body.get("stream"):
+            frames = self._frames(body, number, failure, chat=request.url.path.endswith("chat/completions"))
+            return StreamingResponse(frames, media_type="text/event-stream")
+        if not await self._until_disconnect(request, self.gate):
+            return Response(status_code=499)
+        if failure == "raise":
+            raise RuntimeError("engine died")
+        return JSONResponse(self._answer(number, chat=request.url.path.endswith("chat/completions")))
+
+    async def _until_disconnect(self, request: Request, gate: asyncio.Event) -> bool:
+        gone = asyncio.create_task(request.receive())
+        opened = asyncio.create_task(gate.wait())
+        await asyncio.wait([gone, opened], return_when=asyncio.FIRST_COMPLETED)
+        self.disconnects += not gate.is_set()
+        for task in (gone, opened):
+            task.cancel()
+        return gate.is_set()
+
+    def _text(self, number: int) -> list[str]:
+        return [f"w{number}.{at}{self.filler} " for at in range(self.words)]
+
+    def _answer(self, number: int, chat: bool) -> dict[str, Any]:
+        text = "".join(self._text(number))
+        shape = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        return {
+            "id": f"id-{number}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": 1,
+            "model": "base",
+            "choices": [{"index": 0, **shape, "logprobs": None, "finish_reason": "stop", "stop_reason": None}],
+            "system_fingerprint": "fp",
+            "usage": self._usage(),
+            "kv_transfer_params": None,
+        }
+
+    def _usage(self) -> dict[str, int]:
+        return {"prompt_tokens": 5, "total_tokens": 5 + self.words, "completion_tokens": self.words}
+
+    async def _frames(self, body: dict[str, Any], number: int, failure: str, chat: bool) -> AsyncIterator[str]:
+        usage = (body.get("stream_options") or {}).get("include_usage")
+        finished = False
+
+        def frame(shape: dict[str, Any] | None, finish: str | None = None, **more: object) -> str:
+            choices = [] if shape is None else [{"index": 0, **shape, "logprobs": None, "finish_reason": finish}]
+            kind = "chat.completion.chunk" if chat else "text_completion"
+            head = {"id": f"id-{number}", "object": kind, "created": 1, "model": "base", "choices": choices}
+            self.frames_sent += 1
+            return f"data: {json.dumps(head | more, separators=(',', ':'))}\n\n"
+
+        try:
+            if failure == "error frame":
+                yield 'data: {"error":{"message":"engine error","code":500}}\n\n'
+                yield "data: [DONE]\n\n"
+                finished = True
+                return
+            if chat:
+                yield frame({"delta": {"role": "assistant", "content": ""}})
+            for at, word in enumerate(self._text(number)):
+                if at == 1:
+                    await self.gate.wait()
+                    if failure == "raise":
+                        raise RuntimeError("engine died")
+                yield frame({"delta": {"content": word}} if chat else {"text": word})
+            last = {"delta": {"content": ""}} if chat else {"text": ""}
+            yield frame(last, "stop", **({} if usage else {"system_fingerprint": "fp"}))
+            if usage:
+                yield frame(None, usage=self._usage(), system_fingerprint="fp")
+            yield "data: [DONE]\n\n"
+            finished = True
+        finally:
+            self.disconnects += not finished
+
+
+@dataclass
+class Node:
+    """The real store, without the socket between."""
+
+    store: ResponseStore
+    connected: bool = True
+    scopes: list[str] = field(default_factory=list)
+
+    def send(self, message: StoreResponse | TouchResponses) -> bool:
+        if isinstance(message, TouchResponses):
+            self.store.touch(message.request_keys)
+            return True
+        self.scopes.append(message.scope)
+        return self.connected and self.store.store(message)
+
+
+@dataclass(frozen=True)
+class Signer:
+    signing_key: SigningKey = field(default_factory=lambda: SigningKey(bytes(32)))
+
+
+@dataclass
+class Bench:
+    """One server with a cache, its upstream, its node, and a client."""
+
+    upstream: Upstream
+    node: Node
+    client: httpx.AsyncClient
+    cache: ResponseCacheMiddleware
+    port: int
+
+    async def ask(self, body: object, path: str = CHAT_PATH, **headers: str) -> httpx.Response:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await self.client.post(path, json=body, headers=named)
+
+    async def stored(self, count: int) -> None:
+        await until(lambda: self.node.store.stats()["stored"] >= count)
+
+
+async def until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "did not happen in time"
+        await asyncio.sleep(0.002)
+
+
+MakeBench = Callable[..., Awaitable[Bench]]
+
+
+@pytest.fixture
+async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
+    async with AsyncExitStack() as stack:
+
+        async def make(outside: list[Middleware] | None = None, **options: Any) -> Bench:
+            path = tmp_path / "responses.sqlite"
+            node = Node(ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test")))
+            stack.callback(node.store.close)
+            upstream = Upstream()
+            defaults = {
+                "db_path": path,
+                "model_digest": lambda: bytes(32),
+                "client": node,
+                "served_models": frozenset({"base"}),
+                "fleet_secret": b"fleet",
+                "process_secret": b"process",
+                "engine_version": "vllm 0.32.0",
+                "read_deadline_s": 5.0,  # not the subject here, and the machine may be busy
+            }
+            caches: list[ResponseCacheMiddleware] = []
+
+            def cached(app: Any) -> ResponseCacheMiddleware:
+                caches.append(ResponseCacheMiddleware(app, ResponseCacheOptions(**(defaults | options))))
+                return caches[-1]
+
+            routes = [Route(path, upstream.answer, methods=["POST"]) for path in (CHAT_PATH, TEXT_PATH)]
+            app = Starlette(routes=routes, middleware=[*(outside or []), Middleware(cached)])
+            app.middleware_stack = app.build_middleware_stack()
+            port = await stack.enter_async_context(served(app))
+            client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, limits=UNLIMITED)
+            await stack.enter_async_context(client)
+            return Bench(upstream, node, client, caches[0], port)
+
+        yield make
+
+
+@pytest.fixture
+async def bench(make_bench: MakeBench) -> Bench:
+    return await make_bench()
+
+
+@asynccontextmanager
+async def served(app: Any) -> AsyncIterator[int]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
+    running = asyncio.create_task(server.serve())
+    await until(lambda: server.started)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = server.force_exit = True
+    await running
+
+
+def data_of(response: httpx.Response) -> list[Any]:
+    """The JSON of each frame of a stream that ended with [DONE]."""
+    *frames, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+
+
+def text_of(response: httpx.Response) -> str:
+    if response.headers["content-type"] == "application/json":
+        (choice,) = response.json()["choices"]
+        return choice["message"]["content"] if "message" in choice else choice["text"]
+    choices = [choice for chunk in data_of(response) for choice in chunk["choices"]]
+    return "".join(c["delta"].get("content", "") if "delta" in c else c["text"] for c in choices)
+
+
+# --- hits ---------------------------------------------------------------------------------------
+
+
+async def test_the_second_answer_comes_from_the_cache(bench: Bench) -> None:
+    first = await bench.ask(CHAT)
+    assert first.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
+    assert "age" not in first.headers
+    await bench.stored(1)
+    second = await bench.ask(CHAT | {"user": "somebody else"})
+    assert second.content == first.content
+    assert second.headers["content-type"] == first.headers["content-type"]
+    assert second.headers["cache-status"].startswith("hyperspace; hit; ttl=86")
+    assert int(second.headers["age"]) <= 5
+    assert second.headers["cache-control"] == "private"
+    assert second.headers["hyperspace-proof"]
+    assert len(bench.upstream.bodies) == 1
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT_PATH, CHAT), (TEXT_PATH, TEXT)])
+@pytest.mark.parametrize("stored_as", [{}, STREAM, STREAM | USAGE])
+async def test_streams_and_json_answer_for_each_other(
+    bench: Bench, path: str, body: dict[str, Any], stored_as: dict[str, Any]
+) -> None:
+    first = await bench.ask(body | stored_as, path)
+    await bench.stored(1)
+    for asked_as in ({}, STREAM, STREAM | USAGE):
+        hit = await bench.ask(body | asked_as, path)
+        assert hit.headers["cache-status"].startswith("hyperspace; hit")
+        assert text_of(hit) == text_of(first)
+        if not asked_as:
+            assert hit.json()["usage"]["completion_tokens"] == 3
+            assert hit.json()["system_fingerprint"] == "fp"
+            continue
+        assert hit.headers["content-type"] == "text/event-stream; charset=utf-8"
+        *_, last = chunks = data_of(hit)
+        assert last["system_fingerprint"] == "fp"
+        assert sum("usage" in chunk for chunk in chunks) == len(asked_as) - 1
+        assert all(chunk["id"] == "id-1" for chunk in chunks)
+    assert len(bench.upstream.bodies) == 1
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT_PATH, CHAT), (TEXT_PATH, TEXT)])
+@pytest.mark.parametrize("asked_as", [STREAM, STREAM | USAGE])
+async def test_a_miss_streams_what_the_server_alone_would_have(
+    make_bench: MakeBench, path: str, body: dict[str, Any], asked_as: dict[str, Any]
+) -> None:
+    cached, plain = await make_bench(), await make_bench(db_path=None)
+    with_cache, without = await cached.ask(body | asked_as, path), await plain.ask(body | asked_as, path)
+    assert with_cache.content == without.content
+    assert "cache-status" not in without.headers
+    await cached.stored(1)
+
+
+async def test_what_stands_outside_applies_to_hits_as_to_misses(make_bench: MakeBench) -> None:
+    bench = await make_bench(outside=[Middleware(CORSMiddleware, allow_origins=["*"])])
+    for _ in range(2):
+        answer = await bench.ask(CHAT, origin="https://example.com")
+        assert answer.headers["access-control-allow-origin"] == "*"
+        await bench.stored(1)
+    assert len(bench.upstream.bodies) == 1
+
+
+async def test_without_the_api_key_there_is_401_and_never_a_cached_answer(make_bench: MakeBench) -> None:
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    bench = await make_bench(outside=[Middleware(AuthenticationMiddleware, tokens=["key"])], api_keys=("key",))
+    assert (await bench.ask(CHAT, authorization="Bearer key")).status_code == 200
+    await bench.stored(1)
+    assert "hit" in (await bench.ask(CHAT, authorization="Bearer key")).headers["cache-status"]
+    for headers in ({}, {"authorization": "Bearer other"}):
+        assert (await bench.ask(CHAT, **headers)).status_code == 401
+
+
+async def test_a_hit_expires(make_bench: MakeBench) -> None:
+    later_ms = 0
+    bench = await make_bench(clock=lambda: wall_clock_ms() + later_ms)
+    await bench.ask(CHAT)
+    await bench.stored(1)
+    later_ms = 10_000
+    assert int((await bench.ask(CHAT)).headers["age"]) in (10, 11)
+    later_ms = RESPONSE_TTL_MS
+    assert (await bench.ask(CHAT)).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
+
+
+# --- what the client may ask of the cache -------------------------------------------------------
+
+
+async def test_no_store_neither_reads_nor_stores(bench: Bench) -> None:
+    for _ in range(2):
+        answer = await bench.ask(CHAT, cache_control="no-store")
+        assert answer.headers["cache-status"] == "hyperspace; fwd=request; detail=no-store"
+    await bench.ask(CHAT)
+    await bench.stored(1)
+    assert "hit" not in (await bench.ask(CHAT, cache_control="No-Store")).headers["cache-status"]
+    assert bench.node.store.stats()["stored"] == 1
+
+
+async def test_no_cache_computes_anew_and_stores_that(bench: Bench) -> None:
+    await bench.ask(CHAT)
+    await bench.stored(1)
+    anew = await bench.ask(CHAT, cache_control="no-cache")
+    assert anew.headers["cache-status"] == "hyperspace; fwd=request; stored"
+    await bench.stored(2)
+    assert (await bench.ask(CHAT)).content == anew.content
+
+
+async def test_only_if_cached_never_computes(bench: Bench) -> None:
+    for body in (CHAT, CHAT | {"background": True}):
+        answer = await bench.ask(body, cache_control="only-if-cached")
+        assert answer.status_code == 504
+        assert answer.json()["error"]["code"] == 504
+    assert bench.upstream.bodies == []
+    await bench.ask(CHAT)
+    await bench.stored(1)
+    assert (await bench.ask(CHAT, cache_control="only-if-cached")).status_code == 200
+
+
+@pytest.mark.parametrize("directive", ["max-age=5", "max-age=nonsense", "min-fresh=86399", "min-fresh=x"])
+async def test_an_entry_older_than_wanted_is_stale(make_bench: MakeBench, directive: str) -> None:
+    bench = await make_bench(clock=lambda: wall_clock_ms() + 10_000)
+    await bench.ask(CHAT)
+    await bench.stored(1)
+    assert "hit" in (await bench.ask(CHAT, cache_control="max-age=3600, min-fresh=60")).headers["cache-status"]
+    answer = await bench.ask(CHAT, cache_control=directive)
+    assert answer.headers["cache-status"] == "hyperspace; fwd=stale; stored"
+
+
+async def test_private_requests_are_stored_for_this_node_alone(bench: Bench) -> None:
+    await bench.ask(CHAT, cache_control="private")
+    await bench.ask(CHAT | {"cache_salt": "salt"})
+    await bench.ask(CHAT | {"seed": 1})
+    assert bench.node.scopes == ["private", "private", "network"]
+
+
+# --- what passes by -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "content_type", "reason"),
+    [
+        (b"{not json", "application/json", "not_json"),
+        (b'{"prompt": "a", "prompt": "b"}', "application/json", "duplicate_key"),
+        (json.dumps(TEXT).encode(), "text/plain", "not_json"),
+        (json.dumps(TEXT | {"prompt": "x" * REQUEST_BYTES_MAX}).encode(), "application/json", "too_large"),
+        (json.dumps(TEXT | {"prompt_logprobs": 1, "stream": True}).encode(), "application/json", "stream_conflict"),
+        (json.dumps(TEXT | {"model": "unknown"}).encode(), "application/json", "unknown_model"),
+        (b' {"kv_transfer_params": {"do_remote_decode": true}}', "application/json", "kv_transfer_params"),
+    ],
+)
+async def test_what_cannot_be_cached_reaches_the_server_byte_for_byte(
+    bench: Bench, raw: bytes, content_type: str, reason: str
+) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for at in range(0, len(raw), 100_000):
+            yield raw[at : at + 100_000]
+
+    for content in (raw, chunks()):
+        answer = await bench.client.post(TEXT_PATH, content=content, headers={"content-type": content_type})
+        assert answer.headers["cache-status"] == f"hyperspace; fwd=bypass; detail={reason}"
+    assert bench.upstream.bodies == [raw, raw]
+    assert bench.node.scopes == []
+
+
+async def test_other_routes_and_methods_are_not_ours(bench: Bench) -> None:
+    for answer in (await bench.client.get(CHAT_PATH), await bench.client.post("/v1/embeddings", json={})):
+        assert answer.status_code in (404, 405)
+        assert "cache-status" not in answer.headers
+
+
+async def test_without_a_node_bodies_pass_unchanged_and_nothing_claims_to_be_stored(bench: Bench) -> None:
+    bench.node.connected = False
+    answer = await bench.ask(CHAT | STREAM)
+    assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss"
+    assert json.loads(bench.upstream.bodies[0]) == CHAT | STREAM
+
+
+async def test_errors_are_passed_on_and_not_stored(bench: Bench) -> None:
+    for body, failure in ((CHAT, "refuse"), (CHAT | STREAM, "error frame"), (CHAT | STREAM, "refuse")):
+        bench.upstream.failures = [failure]
+        answer = await bench.ask(body)
+        assert "hit" not in answer.headers["cache-status"]
+        assert "error" in answer.text
+    assert (await bench.ask(CHAT)).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
+
+
+async def test_a_stream_that_breaks_off_breaks_off_for_the_client_and_is_not_stored(bench: Bench) -> None:
+    bench.upstream.failures = ["raise"]
+    with pytest.raises(httpx.RemoteProtocolError):
+        await bench.ask(CHAT | STREAM)
+    bench.upstream.failures = ["raise"]
+    assert (await bench.ask(CHAT)).status_code == 500
+    assert bench.node.scopes == []
+
+
+async def test_a_model_that_changed_meanwhile_is_not_blamed_for_the_answer(make_bench: MakeBench) -> None:
+    digest: bytes | None = bytes(32)
+    bench = await make_bench(model_digest=lambda: digest)
+    bench.upstream.gate.clear()
+    asked = asyncio.create_task(bench.ask(CHAT))
+    await until(lambda: len(bench.upstream.bodies) == 1)
+    digest = bytes([1]) * 32
+    bench.upstream.gate.set()
+    await asked
+    await bench.ask(CHAT)
+    await bench.stored(1)
+    assert len(bench.node.scopes) == 1
+    digest = None
+    assert (await bench.ask(CHAT)).headers["cache-status"] == "hyperspace; fwd=bypass; detail=no_model_digest"
+
+
+async def test_adapters_have_answers_of_their_own(make_bench: MakeBench) -> None:
+    loras = {"l": bytes([1]) * 32}
+    bench = await make_bench(loras=loras)
+    for body in (CHAT, CHAT | {"model": "l"}):
+        await bench.ask(body)
+    await bench.stored(2)
+    assert "hit" in (await bench.ask(CHAT | {"model": "l"})).headers["cache-status"]
+    loras["l"] = bytes([2]) * 32  # loaded again from other files
+    assert "hit" not in (await bench.ask(CHAT | {"model": "l"})).headers["cache-status"]
+
+
+# --- tenants and scopes -------------------------------------------------------------------------
+
+
+async def test_api_keys_do_not_share_answers(make_bench: MakeBench) -> None:
+    bench = await make_bench(api_keys=("one", "two"))
+    for token in ("one", "two"):
+        await bench.ask(CHAT, authorization=f"Bearer {token}")
+    await bench.stored(2)
+    assert bench.node.scopes == ["private", "private"]
+    for number, token in enumerate(("one", "two"), 1):
+        hit = await bench.ask(CHAT, authorization=f"Bearer {token}")
+        assert hit.json()["id"] == f"id-{number}"
+        signed = json.loads(bench.upstream.bodies[number - 1])["kv_transfer_params"]["hyperspace"]
+        tenant = tenant_of(b"fleet", ("one", "two"), f"Bearer {token}")
+        assert tenant
+        assert verify_scope(b"process", signed, None) == RequestScope("private", tenant)
+    assert "unknown_tenant" in (await bench.ask(CHAT)).headers["cache-status"]
+
+
+async def test_the_connector_hears_of_a_scope_only_where_it_is_not_the_default(bench: Bench) -> None:
+    await bench.ask(CHAT)
+    assert json.loads(bench.upstream.bodies[0]) == CHAT
+    await bench.ask(CHAT | {"cache_salt": "salt"})
+    params = json.loads(bench.upstream.bodies[1])["kv_transfer_params"]
+    assert verify_scope(b"process", params["hyperspace"], "salt") == RequestScope("private", "")
+    await bench.ask(CHAT, cache_control="no-store")
+    params = json.loads(bench.upstream.bodies[2])["kv_transfer_params"]
+    assert verify_scope(b"process", params["hyperspace"], None) == RequestScope("private", "")
+
+
+async def test_a_scope_that_a_client_made_up_is_removed(bench: Bench) -> None:
+    forged = {"hyperspace": {"scope": "public", "tenant": "", "mac": "00"}}
+    await bench.ask(CHAT | {"kv_transfer_params": forged})
+    await bench.ask(CHAT | {"kv_transfer_params": forged | {"do_remote_decode": True}})
+    received = [json.loads(body)["kv_transfer_params"] for body in bench.upstream.bodies]
+    assert received == [None, {"do_remote_decode": True}]
+
+
+# --- one computation for many -------------------------------------------------------------------
+
+
+async def open_stream(bench: Bench, stack: AsyncExitStack, body: object) -> tuple[httpx.Response, AsyncIterator[str]]:
+    response = await stack.enter_async_context(bench.client.stream("POST", CHAT_PATH, json=body))
+    return response, response.aiter_lines()
+
+
+async def rest_of(lines: AsyncIterator[str]) -> str:
+    return "\n".join([line async for line in lines])
+
+
+async def test_the_first_frame_is_there_before_the_second_is_computed(bench: Bench) -> None:
+    bench.upstream.gate.clear()
+    async with AsyncExitStack() as stack:
+        _, lines = await open_stream(bench, stack, CHAT | STREAM)
+        frames = [line for line in [await anext(lines) for _ in range(3)] if line]
+        assert "w1.0" in frames[1]
+        bench.upstream.gate.set()
+        assert "[DONE]" in await rest_of(lines)
+
+
+@pytest.mark.parametrize("asked_as", [{}, STREAM])
+async def test_fifty_identical_requests_are_computed_once(bench: Bench, asked_as: dict[str, Any]) -> None:
+    bench.upstream.gate.clear()
+    asked = [asyncio.create_task(bench.ask(CHAT | asked_as)) for _ in range(50)]
+    await until(lambda: bench.cache.flights.readers == 50)
+    bench.upstream.gate.set()
+    answers = await asyncio.gather(*asked)
+    assert len({answer.content for answer in answers}) == 1
+    assert len(bench.upstream.bodies) == 1
+    statuses = sorted(answer.headers["cache-status"] for answer in answers)
+    assert statuses == ["hyperspace; fwd=uri-miss; collapsed"] * 49 + ["hyperspace; fwd=uri-miss; stored"]
+    await bench.stored(1)
+    assert bench.cache.flights.bytes == 0
+    assert bench.cache.flights.readers == 0
+
+
+async def test_followers_get_usage_if_and_only_if_they_asked_for_it(bench: Bench) -> None:
+    bench.upstream.gate.clear()
+    bodies = [CHAT | STREAM, CHAT | STREAM | USAGE, CHAT | STREAM]
+    asked = [asyncio.create_task(bench.ask(body)) for body in bodies]
+    await until(lambda: bench.cache.flights.readers == 3)
+    bench.upstream.gate.set()
+    usages = [sum("usage" in chunk for chunk in data_of(answer)) for answer in await asyncio.gather(*asked)]
+    assert usages == [0, 1, 0]
+    assert len(bench.upstream.bodies) == 1
+
+
+@pytest.mark.parametrize("asked_as", [{}, STREAM])
+async def test_the_leaders_disconnect_is_nothing_to_its_followers(bench: Bench, asked_as: dict[str, Any]) -> None:
+    bench.upstream.gate.clear()
+    leader = asyncio.create_task(bench.ask(CHAT | asked_as))
+    await until(lambda: len(bench.upstream.bodies) == 1)
+    follower = asyncio.create_task(bench.ask(CHAT | asked_as))
+    await until(lambda: bench.cache.flights.readers == 2)
+    leader.cancel()
+    await until(lambda: bench.cache.flights.readers == 1)
+    bench.upstream.gate.set()
+    answer = await follower
+    assert text_of(answer) == "w1.0 w1.1 w1.2 "
+    assert bench.upstream.disconnects == 0
+    await bench.stored(1)
+
+
+@pytest.mark.parametrize("asked_as", [{}, STREAM])
+async def test_the_server_hears_of_it_when_the_last_client_leaves(bench: Bench, asked_as: dict[str, Any]) -> None:
+    bench.upstream.gate.clear()
+    asked = [asyncio.create_task(bench.ask(CHAT | asked_as)) for _ in range(3)]
+    await until(lambda: bench.cache.flights.readers == 3)
+    for task in asked:
+        task.cancel()
+    await until(lambda: bench.upstream.disconnects == 1)
+    await until(lambda: bench.cache.flights.readers == 0)
+    assert bench.node.scopes == []
+    bench.upstream.gate.set()
+    assert (await bench.ask(CHAT | asked_as)).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
+
+
+@pytest.mark.parametrize(
+    ("asked_as", "failure"),
+    [({}, "refuse"), ({}, "raise"), (STREAM, "refuse"), (STREAM, "error frame")],
+)
+async def test_followers_compute_for_themselves_when_the_leader_fails(
+    bench: Bench, asked_as: dict[str, Any], failure: str
+) -> None:
+    bench.upstream.failures = [failure]
+    held = asyncio.Event()
+
+    async def hold_the_first(scope: Any, receive: Any, send: Any) -> None:
+        if not bench.upstream.bodies:
+            await held.wait()
+        await inner(scope, receive, send)
+
+    inner, bench.cache.app = bench.cache.app, hold_the_first
+    asked = [asyncio.create_task(bench.ask(CHAT | asked_as)) for _ in range(3)]
+    await until(lambda: bench.cache.flights.readers == 3)
+    held.set()
+    answers = await asyncio.gather(*asked)
+    good = [answer for answer in answers if answer.status_code == 200 and "error" not in answer.text]
+    assert len(good) == 2
+    assert {text_of(answer)[:2] for answer in good} == {"w2", "w3"}
+
+
+async def test_followers_compute_for_themselves_when_the_leader_stalls(make_bench: MakeBench) -> None:
+    bench = await make_bench(follow_deadline_s=0.1)
+    bench.upstream.failures = ["stall"]
+    leader = asyncio.create_task(bench.ask(CHAT | STREAM))
+    await until(lambda: len(bench.upstream.bodies) == 1)
+    answer = await bench.ask(CHAT | STREAM)
+    assert text_of(answer) == "w2.0 w2.1 w2.2 "
+    assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
+    leader.cancel()
+    await until(lambda: bench.upstream.disconnects == 1)
+
+
+# --- slow readers -------------------------------------------------------------------------------
+
+
+def ask_and_not_read(bench: Bench, body: object) -> socket.socket:
+    """A client whose receive buffer is small and that reads nothing for now."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", bench.port))
+    raw = json.dumps(body).encode()
+    head = f"POST {CHAT_PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n"
+    sock.sendall(head.encode() + b"connection: close\r\n\r\n" + raw)
+    return sock
+
+
+def read_all(sock: socket.socket) -> bytes:
+    received = bytearray()
+    while part := sock.recv(1 << 16):
+        received += part
+    return bytes(received)
+
+
+async def test_a_slow_client_slows_its_own_computation_as_without_a_cache(bench: Bench) -> None:
+    bench.upstream.words, bench.upstream.filler = 4000, "x" * 10_000  # 40 MB, more than any buffer on the way
+    with ask_and_not_read(bench, CHAT | STREAM) as sock:
+        await until(lambda: bench.upstream.frames_sent > 10)
+        before = -1
+        while bench.upstream.frames_sent != before:
+            before = bench.upstream.frames_sent
+            await asyncio.sleep(0.2)  # long enough for many frames, had they not stopped
+        assert before < 2000
+        received = await asyncio.to_thread(read_all, sock)
+    assert received.count(b"data: ") == 4000 + 3
+
+
+async def test_a_slow_client_does_not_slow_those_who_share_its_computation(bench: Bench) -> None:
+    bench.upstream.words, bench.upstream.filler = 500, "x" * 10_000  # 5 MB
+    bench.upstream.gate.clear()
+    with ask_and_not_read(bench, CHAT | STREAM) as sock:
+        await until(lambda: len(bench.upstream.bodies) == 1)
+        follower = asyncio.create_task(bench.ask(CHAT | STREAM))
+        await until(lambda: bench.cache.flights.readers == 2)
+        bench.upstream.gate.set()
+        answer = await follower
+        assert len(data_of(answer)) == 500 + 2
+        received = await asyncio.to_thread(read_all, sock)
+        assert received.count(b"data: ") == 500 + 3
+
+
+async def test_a_client_that_holds_up_the_others_for_too_long_is_cut_off(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coalesce, "LAGGARD_S", 0.1)
+    bench.upstream.words, bench.upstream.filler = 4000, "x" * 10_000  # 40 MB
+    bench.upstream.gate.clear()
+    with ask_and_not_read(bench, CHAT | STREAM) as sock:
+        await until(lambda: len(bench.upstream.bodies) == 1)
+        follower = asyncio.create_task(bench.ask(CHAT | STREAM))
+        await until(lambda: bench.cache.flights.readers == 2)
+        bench.upstream.gate.set()
+        assert len(data_of(await follower)) == 4000 + 2
+        assert b"[DONE]" not in await asyncio.to_thread(read_all, sock)
+
+
+# --- a cache that is ill is a miss --------------------------------------------------------------
+
+
+async def test_a_database_that_hangs_costs_one_deadline_and_then_nothing(make_bench: MakeBench, tmp_path: Path) -> None:
+    fifo = tmp_path / "hangs.sqlite"
+    os.mkfifo(fifo)  # opening it blocks until somebody opens the other end
+    bench = await make_bench(db_path=fifo, read_deadline_s=0.1)
+    try:
+        assert (await bench.ask(CHAT)).status_code == 200
+        bench.cache.lookup._deadline_s = 60.0  # type: ignore[union-attr]
+        started_s = time.monotonic()
+        assert (await bench.ask(CHAT)).status_code == 200
+        assert time.monotonic() - started_s < 10
+    finally:
+        os.close(os.open(fifo, os.O_RDWR | os.O_NONBLOCK))
+
+
+async def test_hits_are_counted_and_reported(bench: Bench) -> None:
+    def count(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(name, labels) or 0.0
+
+    hits = count("hyperspace_l1_lookups_total", result="hit", reason="local")
+    timed = count("hyperspace_l1_hit_seconds_count")
+    sent = count("hyperspace_l1_stored_total", result="sent")
+    await bench.ask(CHAT)
+    await bench.stored(1)
+    await bench.ask(CHAT)
+    assert count("hyperspace_l1_lookups_total", result="hit", reason="local") == hits + 1
+    assert count("hyperspace_l1_hit_seconds_count") == timed + 1
+    assert count("hyperspace_l1_stored_total", result="sent") == sent + 1
+    await until(lambda: bench.node.store.stats()["hits"] == 1)
+
+
+async def test_a_hit_takes_about_a_millisecond(bench: Bench) -> None:
+    """The figure is for bench/; here it is bounded ten times as loosely, for the machine may be busy."""
+    bench.upstream.filler = "x" * 680  # an answer of 2 KiB
+    await bench.ask(CHAT)
+    await bench.stored(1)
+    samples = []
+    for _ in range(200):
+        before = REGISTRY.get_sample_value("hyperspace_l1_hit_seconds_sum") or 0.0
+        await bench.ask(CHAT)
+        samples.append((REGISTRY.get_sample_value("hyperspace_l1_hit_seconds_sum") or 0.0) - before)
+    print(f"hit p50 inside the middleware: {statistics.median(samples) * 1000:.3f} ms")
+    assert statistics.median(samples) < 0.01
