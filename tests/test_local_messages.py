@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperspace_vllm.core.records import local, wire
@@ -73,6 +73,7 @@ DECODERS: dict[str, tuple[Decoder, list[bytes]]] = {
     "reply": (wire.decode_reply, [wire.encode(m) for m in PEER_REPLIES]),
     "manifest": (decode_manifest, [MANIFEST.encode()]),
 }
+unhurried = settings(deadline=None)  # a busy machine is no bug of a decoder
 decoders = pytest.mark.parametrize("name", DECODERS)
 
 
@@ -102,12 +103,14 @@ def test_every_message_type_is_covered() -> None:
 
 
 @decoders
+@unhurried
 @given(raw=st.binary(max_size=600))
 def test_any_bytes_decode_or_violate(name: str, raw: bytes) -> None:
     decodes_or_violates(DECODERS[name][0], raw)
 
 
 @decoders
+@unhurried
 @given(data=st.data())
 def test_a_damaged_message_decodes_or_violates(name: str, data: st.DataObject) -> None:
     decode, samples = DECODERS[name]
@@ -127,6 +130,7 @@ msgpack_values = st.recursive(
 
 
 @pytest.mark.parametrize("name", ["client", "node", "request", "reply"])
+@unhurried
 @given(data=st.data())
 def test_a_message_with_a_wrong_field_decodes_or_violates(name: str, data: st.DataObject) -> None:
     decode, samples = DECODERS[name]
@@ -211,6 +215,7 @@ def test_a_manifest_that_claims_more_than_its_chunks_hold_is_a_violation() -> No
         decode_manifest(bytes(raw))
 
 
+@unhurried
 @given(raw=st.binary(min_size=0, max_size=400))
 def test_a_manifest_that_decodes_encodes_to_the_same_bytes(raw: bytes) -> None:
     try:

@@ -587,7 +587,7 @@ async def test_without_a_node_a_client_neither_waits_nor_raises(tmp_path: Path) 
     calls: Counter[object] = Counter()
     for _ in range(200):
         calls.update([client.send(GetStatus()), len(client.receive()), client.epoch, client.connected])
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 2
     assert calls == {False: 800}
     with pytest.raises(LookupError):
         client.view(Slab(0, 0, 1, 0))

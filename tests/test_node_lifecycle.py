@@ -222,7 +222,7 @@ def test_after_a_killed_node_the_next_one_cleans_up_and_its_clients_come_back(no
     arena = nodes.arena()
     killed.kill()
     killed.wait()
-    until(lambda: not client.send(GetStatus()), 0.5)  # a dead node is noticed long before its lease is over
+    until(lambda: not client.send(GetStatus()), LEASE_MS / 2000)  # a dead node is noticed long before its lease is over
     assert arena.exists()
     nodes.start_and_wait()
     assert not arena.exists()
@@ -239,7 +239,7 @@ def test_a_client_of_a_frozen_node_neither_waits_nor_stays_connected(nodes: Node
     for _ in range(100):
         client.send(GetStatus())
         client.receive()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 2
     until(lambda: not client.connected, 2 * LEASE_MS / 1000)
     process.send_signal(signal.SIGCONT)
     until(lambda: client.connected)
