@@ -3,25 +3,41 @@
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.records.limits import EMBEDDED_LINGER_MS, LEASE_MS, MiB
-from hyperspace_vllm.core.records.local import GetStatus, Status
+from hyperspace_vllm.core.records.layout import Layout, Part
+from hyperspace_vllm.core.records.limits import EMBEDDED_LINGER_MS, LEASE_MS, KiB, MiB
+from hyperspace_vllm.core.records.local import (
+    GetStatus,
+    LookupPrefix,
+    PrefixAnswer,
+    RegisterLayout,
+    ReleaseLookup,
+    RequestEnded,
+    RowStaged,
+    SegmentNamed,
+    StagingGranted,
+    Status,
+    WantStaging,
+)
 from hyperspace_vllm.daemon.identity import Identity, IdentityError, curve_public_of
 from hyperspace_vllm.daemon.metrics import Metrics
 
 pytestmark = pytest.mark.io
+M = TypeVar("M")
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -84,6 +100,14 @@ class Nodes:
             return {}
         return card
 
+    def stop(self) -> None:
+        pids = [process.pid for process in self.started] + [self.card().get("pid", 0)]
+        for pid in filter(alive, filter(None, pids)):
+            os.kill(pid, signal.SIGTERM)
+        for process in self.started:
+            process.communicate(timeout=20)
+        until(lambda: not any(map(alive, filter(None, pids))))
+
     def arena(self) -> Path:
         return Path((self.config.data_dir / "arena.path").read_text())
 
@@ -92,12 +116,7 @@ class Nodes:
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     nodes = Nodes(tmp_path / "d")
     yield nodes
-    pids = [process.pid for process in nodes.started] + [nodes.card().get("pid", 0)]
-    for pid in filter(alive, filter(None, pids)):
-        os.kill(pid, signal.SIGTERM)
-    for process in nodes.started:
-        process.communicate(timeout=20)
-    until(lambda: not any(map(alive, filter(None, pids))))
+    nodes.stop()
 
 
 # --- identity -------------------------------------------------------------------------------------
@@ -354,6 +373,83 @@ def test_start_node_starts_one_however_often_it_is_called(nodes: Nodes) -> None:
         process.kill()
     until(lambda: not alive(pid), (LEASE_MS + EMBEDDED_LINGER_MS) / 1000 + 10)
     assert log.read_text().count("nobody needs this node") == 1
+
+
+# --- two nodes --------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def receive(client: NodeClient, kind: type[M]) -> M:
+    found: list[object] = []
+    until(lambda: found.extend(client.receive()) or found, 30)
+    assert isinstance(found[0], kind), found
+    return found[0]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[Nodes, Nodes]]:
+    ports = free_port(), free_port()
+    ids = [Identity.load(tmp_path / name).peer_id for name in "ab"]
+    nodes = [Nodes(tmp_path / name) for name in "ab"]
+    with ExitStack() as running:
+        for node, port, other in zip(nodes, ports, (1, 0), strict=True):
+            node.config = Config(
+                data_dir=node.config.data_dir,
+                listen=f"127.0.0.1:{port}",
+                peers=(f"{ids[other]}@127.0.0.1:{ports[other]}",),
+                fetch="always",
+                arena_bytes=16 * MiB,
+                disk_bytes=64 * MiB,
+            )
+            running.callback(node.stop)
+            node.start_and_wait()
+        yield nodes[0], nodes[1]
+
+
+def test_a_prefix_that_one_node_was_given_is_read_whole_from_another(pair: tuple[Nodes, Nodes]) -> None:
+    layout = Layout(bytes(32), 256, (Part(0, 128 * KiB),), 1)
+    keys = tuple(bytes([i]) * 32 for i in range(3))
+    payload = [os.urandom(128 * KiB) for _ in keys]
+    clients = [NodeClient(node.config, role, "engine") for node in pair for role in ("worker", "scheduler")]
+    for client in clients:
+        assert client.wait_connected(20)
+        assert client.send(RegisterLayout(layout))
+    worker_a, scheduler_a, worker_b, scheduler_b = clients
+
+    worker_a.send(WantStaging(128 * KiB, len(keys)))
+    for segment, slab in enumerate(receive(worker_a, StagingGranted).slabs):
+        worker_a.view(slab)[:] = payload[segment]
+        worker_a.send(RowStaged("r", segment, 0, 0, slab))
+        scheduler_a.send(SegmentNamed("r", segment, keys[segment], "network"))
+    scheduler_a.send(RequestEnded("r"))
+
+    numbers = iter(range(1000))
+
+    def look_up() -> PrefixAnswer | None:
+        scheduler_b.send(LookupPrefix(next(numbers), "r", keys, 0, 10_000, 10_000, "network"))
+        answer = receive(scheduler_b, PrefixAnswer)
+        if answer.end_segment < len(keys):
+            scheduler_b.send(ReleaseLookup(answer.lookup))
+            return None
+        return answer
+
+    answers: list[PrefixAnswer] = []
+    until(lambda: answers.extend(filter(None, [look_up()])) or answers, 30)
+    assert answers[0].source == "network"
+    for row in answers[0].rows:
+        assert bytes(worker_b.view(row.slab)) == payload[row.segment]
+        assert worker_b.is_current(row.slab)
+    shown = hyperspace("status", "--data-dir", str(pair[1].config.data_dir), COLUMNS="120").stdout
+    assert "l2 hits" in shown
+    assert ", connected" in shown
+    for client in clients:
+        client.close()
 
 
 # --- documentation ---------------------------------------------------------------------------------
