@@ -65,8 +65,8 @@ class Demo:
                 text = document(name, self.words)
                 ask_first, ask_second = (prompt(text, q, chat=self.chat) for q in (first, second))
                 self._ask(f"{name}: first question", self.a, ask_first, FULL, live)
-                self._ask(f"{name}: same question", self.a, ask_first, L1, live)
                 self._wait_published()
+                self._ask(f"{name}: same question", self.a, ask_first, L1, live)
                 warm = self._ask(f"{name}: second question", self.b, ask_second, L2, live)
                 self._compare(name, ask_second, warm)
 
@@ -113,10 +113,10 @@ class Demo:
         """The live table."""
         table = Table(title="compute once, cache everywhere, serve verified", title_justify="left")
         for column in ("request", "on", "served by"):
-            table.add_column(column)
+            table.add_column(column, no_wrap=True)
         for column in ("TTFT ms", "total ms", "prompt", "from cache"):
             table.add_column(column, justify="right")
-        table.add_column("verified by")
+        table.add_column("verified by", no_wrap=True)
         for row in self.rows:
             colour = {FULL: "yellow", L1: "green", L2: "cyan"}[row.layer] if row.layer == row.expected else "red"
             table.add_row(

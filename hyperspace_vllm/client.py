@@ -63,6 +63,8 @@ class NodeClient:
         self._closed = False
         this = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_link(this))
+        with self._lock:
+            self._current()  # look for the node now, so that the first request already finds it
 
     @property
     def connected(self) -> bool:
