@@ -97,6 +97,8 @@ class Collector:
             return NotStored("unfinished")
         if self._usage is None:
             return NotStored("no_usage")
+        if sorted(self._choices) != list(range(len(self._choices))):
+            return NotStored("inconsistent")
         try:
             build = _chat_body if self._endpoint == "chat" else _completion_body
             return msgspec.json.encode(build(self._head, self._choices, _full_usage(self._usage)))
@@ -211,6 +213,8 @@ def _chat_body(head: Json, choices: dict[int, _Choice], usage: Json) -> Json:
 
 
 def _message(choice: _Choice) -> Json:
+    if choice.role is None:
+        raise _Unstorable("inconsistent")
     message: Json = {
         "role": choice.role,
         "content": None if choice.text is None else "".join(choice.text),

@@ -25,7 +25,7 @@ from ..core.response.admission import NotStored, admit, storage_scope, streams_c
 from ..core.response.request_key import Endpoint, Uncacheable, parse_request, request_key
 from ..core.response.scope import DEFAULT_SCOPE, sign_scope, tenant_of
 from ..response_db import StoredResponse
-from .coalesce import App, Flight, FlightTable, LeaderFailed, Message, Receive, Scope, Send
+from .coalesce import App, Flight, FlightTable, Laggard, LeaderFailed, Message, Receive, Scope, Send
 from .collect import Collector
 from .http_headers import RawHeaders, forward_status, header, hit_headers, parse_cache_control
 from .lookup import Lookup, Touches
@@ -68,8 +68,14 @@ class ResponseCacheMiddleware:
         return await _Exchange(self, endpoint, raw, body, scope, receive, send).run()
 
     async def _untouched(self, scope: Scope, receive: Receive, send: Send, reason: str) -> None:
+        await self.app(scope, receive, self.passing(send, "bypass", reason))
+
+    def passing(self, send: Send, why: str, reason: str) -> Send:
+        """`send` for a request that passes by the cache, which says and counts so unless it is switched off."""
+        if self.lookup is None:
+            return send
         self.metrics.lookups.labels("bypass", reason).inc()
-        await self.app(scope, receive, _adding_status(send, forward_status("bypass", detail=reason)))
+        return _adding_status(send, forward_status(why, detail=reason))
 
 
 class _Exchange:
@@ -105,6 +111,8 @@ class _Exchange:
         key = self._key()
         if isinstance(key, Uncacheable) or self.wishes.no_store:
             reason = key.reason if isinstance(key, Uncacheable) else "no-store"
+            if self.wishes.only_if_cached and self.cache.lookup is not None:
+                return await self._not_cached(reason)
             return await self._bypass("request" if self.wishes.no_store else "bypass", reason)
         why = "request" if self.wishes.no_cache else "uri-miss"
         if not self.wishes.no_cache and self.cache.lookup is not None:
@@ -177,13 +185,9 @@ class _Exchange:
     # --- answers from vLLM ----------------------------------------------------------------------
 
     async def _bypass(self, why: str, reason: str) -> None:
-        if self.wishes.only_if_cached:
-            await self._not_cached(reason)
-            return
-        self.cache.metrics.lookups.labels("bypass", reason).inc()
         body = rewritten(self.raw, self.body, self._signed_scope(), add_usage=False)
         request = replayed([{"type": "http.request", "body": body, "more_body": False}], self.receive)
-        send = self.send if self.cache.lookup is None else _adding_status(self.send, forward_status(why, detail=reason))
+        send = self.cache.passing(self.send, why, reason)
         await self.cache.app(with_content_length(self.scope, len(body)), request, send)
 
     def _signed_scope(self) -> dict[str, str] | None:
@@ -219,7 +223,8 @@ class _Exchange:
                 return False
             if flight.error is not None:
                 raise flight.error from None  # as for the leader: the server ends the connection
-            return True
+        except Laggard:
+            pass  # the server ends the connection of a response that is not complete
         self.cache.metrics.lookups.labels("collapsed", why).inc()
         return True
 
@@ -238,6 +243,8 @@ class _Exchange:
         except LeaderFailed:
             if flight.error is not None:
                 raise flight.error from None
+        except Laggard:
+            pass
 
     def _store(self, key: RequestKey, flight: Flight) -> None:
         self.cache.metrics.stored.labels(self._hand_over(key, flight)).inc()
