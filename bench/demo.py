@@ -82,7 +82,8 @@ class Demo:
             )
         )  # fmt: skip
         if layer != expected:
-            self.problems.append(f"{name} on {server.name}: expected {expected}, was {layer}")
+            last = server.node_status()["last_lookup"]
+            self.problems.append(f"{name} on {server.name}: expected {expected}, was {layer}; last lookup {last}")
         live.update(self.table())
         return answer
 
@@ -191,7 +192,7 @@ def main() -> int:
     parser.add_argument("--model", choices=("gemma", "tiny"), default="gemma")
     parser.add_argument("--json", action="store_true", help="print build/demo.json instead of the table")
     options = parser.parse_args()
-    console = Console(stderr=options.json)
+    console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 130)
     model, build = MODELS[options.model], ROOT / "build"
     work = build / "demo"
     shutil.rmtree(work, ignore_errors=True)
