@@ -489,6 +489,25 @@ def test_a_slow_row_is_hedged_by_another_producers_manifest():
     """)
 
 
+def test_a_slow_row_is_hedged_by_a_holder_of_the_same_columns():
+    Script().run("""
+        > want A B segments=1
+        find-rows 1
+        > found
+        find-providers A B rows=1 ms=250
+        > offer A m rows=0 rtt=2
+        fetch-manifest A m
+        > offer B m rows=0 rtt=9 columns=0..34
+        > manifest A m rows=0
+        fetch A m row=0 0..31
+        > chunks A row=0 columns=0..9 now=2
+        > tick now=62
+        fetch B m row=0 10..28,32..34
+        > ready row=0 now=80
+        answer 1 network hit rows=1
+    """)
+
+
 def test_a_slow_manifest_is_asked_of_others_and_then_replaced():
     Script().run("""
         > want A B C segments=1

@@ -149,6 +149,21 @@ def test_a_frozen_peer_beside_an_honest_one_costs_no_stall():
     assert answer.at_ms - 2_000 < FETCH_STALL_MS
 
 
+def test_a_holder_of_fetched_columns_finishes_what_a_frozen_producer_left():
+    world, a, b, segments = two_nodes()
+    c = world.add("C", ("A", "B"))
+    b.latency_ms = 3
+    world.want(b, FULL, prompt(1, segments))
+    world.run(3_000)
+    lookup = world.want(c, FULL, prompt(1, segments))
+    world.run(3_020)
+    a.frozen = True
+    world.run(5_000)
+    (answer,) = c.answers[lookup]
+    assert answer.effect.end_segment == segments
+    assert answer.at_ms - 3_000 < FETCH_STALL_MS
+
+
 def test_a_full_disk_leaves_rows_in_memory_only():
     world = World(1, NETWORK)
     a = world.add("A", ())

@@ -92,6 +92,7 @@ class Host:
     disk: set[RowKey] = field(default_factory=set)
     objects: dict[ManifestDigest, StoredObject] = field(default_factory=dict)
     served: dict[RowId, tuple[ManifestDigest, int]] = field(default_factory=dict)
+    columns: dict[RowId, int] = field(default_factory=dict)  # of rows that were fetched; of own ones all
     staged: dict[int, int] = field(default_factory=dict)  # slab -> how often it was disposed of
     answers: dict[int, list[Answer]] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
@@ -229,7 +230,9 @@ class World:
             self._report(host, effect.lookup, failed, effect.timeout_ms)
             return
         offers = tuple(
-            RowOffer(wanted, *peer.served[wanted], ALL_COLUMNS) for wanted in effect.row_ids if wanted in peer.served
+            RowOffer(wanted, *peer.served[wanted], peer.columns.get(wanted, ALL_COLUMNS))
+            for wanted in effect.row_ids
+            if wanted in peer.served
         )
         if peer.boastful:
             some = next(iter(peer.objects), ManifestDigest(bytes(32)))
@@ -278,7 +281,8 @@ class World:
             stall("bad_digest", rtt_ms + 1)
             return
         chunk_ms = effect.length / DATA_CHUNKS / peer.bytes_per_ms
-        sent = [c for c in range(TOTAL_CHUNKS) if effect.columns & ~peer.lost & ~peer.withheld & 1 << c]
+        lost = peer.lost | ALL_COLUMNS & ~peer.columns.get(stored.row_ids[effect.row], ALL_COLUMNS)
+        sent = [c for c in range(TOTAL_CHUNKS) if effect.columns & ~lost & ~peer.withheld & 1 << c]
         starts_ms = max(peer.uplink_free_ms - self.now_ms, rtt_ms)
         for batch in (sent[: len(sent) // 2], sent[len(sent) // 2 :]):
             starts_ms += len(batch) * chunk_ms
@@ -286,7 +290,7 @@ class World:
             if columns:
                 self.at(starts_ms, partial(self._arrive, host, peer, effect, columns))
         peer.uplink_free_ms = self.now_ms + starts_ms
-        if effect.columns & peer.lost:
+        if effect.columns & lost:
             stall("not_here", starts_ms)
         elif effect.columns & peer.withheld:
             stall("timeout", effect.timeout_ms)
@@ -302,8 +306,18 @@ class World:
         elif len(host.ready) >= host.arena_rows:
             self._report(host, effect.lookup, RowFailed(effect.lookup, effect.row_key, "arena_full"), 1)
         else:
-            host.memory.add(effect.row_key)
+            self._keep_fetched(host, peer.objects[effect.manifest], effect, have)
             self._row_ready(host, effect.lookup, effect.row_key)
+
+    def _keep_fetched(self, host: Host, stored: StoredObject, effect: FetchRow, columns: int) -> None:
+        """Who fetched a row serves the columns that came."""
+        wanted = stored.row_ids[effect.row]
+        host.memory.add(effect.row_key)
+        host.disk.add(effect.row_key)
+        host.objects.setdefault(effect.manifest, stored)
+        if wanted not in host.served:
+            host.served[wanted] = (effect.manifest, effect.row)
+            host.columns[wanted] = columns
 
     def _stalled(self, host: Host, effect: FetchRow, stalled: HolderStalled) -> None:
         if (effect.lookup, effect.row_key) not in host.ready:
@@ -323,7 +337,9 @@ class World:
         host.objects[digest] = StoredObject(effect.layout.fingerprint, ids, lengths)
         host.disk.update(effect.row_keys)
         if effect.shareable:
-            host.served.update((wanted, (digest, row)) for row, wanted in enumerate(ids))
+            for row, wanted in enumerate(ids):
+                host.served[wanted] = (digest, row)
+                host.columns.pop(wanted, None)
         self.tell(host, ObjectEncoded(effect.object_id, digest))
 
     # --- leaves ---------------------------------------------------------------------------------

@@ -307,9 +307,10 @@ class Transfers:
             transfer.hedge_at_ms = None
 
     def _ask_other_holder(self, row: Row, now_ms: int) -> bool:
+        """Ask who wasn't asked yet, also for columns that are under way: it may have no others."""
         for source in self._offers.wanted(row):
             others = [h for h in self._holders(source, row, now_ms) if h[0] not in source.asked]
-            if self._ask_missing(source, row, others, now_ms):
+            if self._ask_missing(source, row, others, now_ms, again=True):
                 return True
         return False
 
@@ -329,13 +330,24 @@ class Transfers:
         )
 
     def _ask_missing(
-        self, source: Source, row: Row, holders: list[tuple[PeerId, int]], now_ms: int, times: int = 1
+        self,
+        source: Source,
+        row: Row,
+        holders: list[tuple[PeerId, int]],
+        now_ms: int,
+        times: int = 1,
+        again: bool = False,
     ) -> bool:
-        """Ask `holders` for as many further columns as the row lacks, as if what is under way never came."""
+        """Ask `holders` for as many columns as the row lacks, as if what is under way never came."""
         if self._offers.manifests[source.manifest].contents is None or not self._offers.alive(source):
             return False
         count = times * (DATA_CHUNKS - source.verified.bit_count())
         assigned = assign_columns(count, source.under_way(), holders)
+        count -= sum(columns.bit_count() for columns in assigned.values())
+        if again and count:
+            fresh = sum(assigned.values())  # disjoint masks
+            for peer, columns in assign_columns(count, source.verified | fresh, holders).items():
+                assigned[peer] = assigned.get(peer, 0) | columns
         for peer, columns in assigned.items():
             self._fetch(source, row, peer, columns, now_ms)
         return bool(assigned)
