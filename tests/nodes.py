@@ -120,6 +120,7 @@ class TestNode:
         )
         self.server = Server(self.cache)
         self.driver.server = self.server  # type: ignore[assignment]
+        self.stopped = False
         self._numbers = iter(range(1, 1 << 30))
 
     @property

@@ -199,10 +199,10 @@ class _PeerLink:
         deadline = self._loop.time() + timeout_s
         try:
             await self._send(wire.GetChunks(number, digest, row, columns), deadline)
-            while not opened.over:
+            while opened.arrived or not opened.over:
                 await self._wait(opened, deadline)
-                if opened.arrived:
-                    batch, opened.arrived = opened.arrived, []
+                batch, opened.arrived = opened.arrived, []
+                if batch:
                     yield batch
         finally:
             del self._open[number]

@@ -54,7 +54,8 @@ class Pump:
             tracker = self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False, track=True)
         except zmq.Again:
             return None
-        self._drain_soon()
+        finally:
+            self._drain_soon()
         return tracker
 
     async def wait_writable(self, timeout_s: float) -> None:
