@@ -154,6 +154,7 @@ class Node:
 
     store: ResponseStore
     connected: bool = True
+    keeps: bool = True
     scopes: list[str] = field(default_factory=list)
 
     def send(self, message: StoreResponse | TouchResponses) -> bool:
@@ -161,7 +162,7 @@ class Node:
             self.store.touch(message.request_keys)
             return True
         self.scopes.append(message.scope)
-        return self.connected and self.store.store(message)
+        return self.connected and (not self.keeps or self.store.store(message))
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,19 @@ async def test_the_second_answer_comes_from_the_cache(bench: Bench) -> None:
     assert len(bench.upstream.bodies) == 1
 
 
+@pytest.mark.parametrize("asked_as", [{}, STREAM])
+async def test_a_repeat_at_once_is_a_hit_before_the_node_has_stored_anything(
+    bench: Bench, asked_as: dict[str, Any]
+) -> None:
+    bench.node.keeps = False
+    first = await bench.ask(CHAT | STREAM)
+    again = await bench.ask(CHAT | asked_as)
+    assert again.headers["cache-status"].startswith("hyperspace; hit")
+    assert "hyperspace-proof" not in again.headers
+    assert text_of(again) == text_of(first)
+    assert len(bench.upstream.bodies) == 1
+
+
 @pytest.mark.parametrize(("path", "body"), [(CHAT_PATH, CHAT), (TEXT_PATH, TEXT)])
 @pytest.mark.parametrize("stored_as", [{}, STREAM, STREAM | USAGE])
 async def test_streams_and_json_answer_for_each_other(
@@ -397,9 +411,11 @@ async def test_only_if_cached_never_computes(bench: Bench) -> None:
 
 @pytest.mark.parametrize("directive", ["max-age=5", "max-age=nonsense", "min-fresh=86399", "min-fresh=x"])
 async def test_an_entry_older_than_wanted_is_stale(make_bench: MakeBench, directive: str) -> None:
-    bench = await make_bench(clock=lambda: wall_clock_ms() + 10_000)
+    later_ms = 0
+    bench = await make_bench(clock=lambda: wall_clock_ms() + later_ms)
     await bench.ask(CHAT)
     await bench.stored(1)
+    later_ms = 10_000
     assert "hit" in (await bench.ask(CHAT, cache_control="max-age=3600, min-fresh=60")).headers["cache-status"]
     answer = await bench.ask(CHAT, cache_control=directive)
     assert answer.headers["cache-status"] == "hyperspace; fwd=stale; stored"

@@ -48,13 +48,13 @@ def parse_cache_control(value: str | None) -> Directives:
 
 
 def hit_headers(age_s: int, ttl_s: int, proof: bytes) -> RawHeaders:
-    """Headers of an answer from the cache; `proof` is the base64 of its CacheProof."""
-    return [
+    """Headers of an answer from the cache; `proof` is the base64 of its CacheProof, empty while there is none."""
+    headers = [
         (b"cache-status", f"hyperspace; hit; ttl={ttl_s}".encode()),
         (b"age", str(age_s).encode()),
         (b"cache-control", b"private"),
-        (b"hyperspace-proof", proof),
     ]
+    return [*headers, (b"hyperspace-proof", proof)] if proof else headers
 
 
 def forward_status(reason: str, stored: bool = False, collapsed: bool = False, detail: str = "") -> bytes:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..core.records.ids import RequestKey
-from ..core.records.limits import KiB
+from ..core.records.limits import RECENT_BYTES_MAX, RECENT_MS, KiB
 from ..core.records.local import TouchResponses
 from ..response_db import ResponseReader, StoredResponse
 from .options import NodeLink
@@ -62,6 +62,33 @@ class Lookup:
 
     def _answered(self, _: object) -> None:
         self._waiting -= 1
+
+
+class Recent:
+    """Answers just handed to the node, which its database may not show yet: a repeat at once is a hit too."""
+
+    def __init__(self) -> None:
+        self._entries: dict[RequestKey, StoredResponse] = {}
+        self._bytes = 0
+
+    def add(self, key: RequestKey, entry: StoredResponse) -> None:
+        """Keep an entry for RECENT_MS, or until others need its room."""
+        self._remove(key)
+        self._entries[key] = entry
+        self._bytes += len(entry.body)
+        while self._bytes > RECENT_BYTES_MAX:
+            self._remove(next(iter(self._entries)))
+
+    def newer(self, key: RequestKey, than: StoredResponse | None, now_ms: int) -> StoredResponse | None:
+        """The entry of `key`, if it is newer than the database's; else the database's."""
+        while self._entries and now_ms >= (oldest := next(iter(self._entries.items())))[1].computed_at_ms + RECENT_MS:
+            self._remove(oldest[0])
+        entry = self._entries.get(key)
+        return than if entry is None or (than and than.computed_at_ms >= entry.computed_at_ms) else entry
+
+    def _remove(self, key: RequestKey) -> None:
+        if (entry := self._entries.pop(key, None)) is not None:
+            self._bytes -= len(entry.body)
 
 
 class Touches:

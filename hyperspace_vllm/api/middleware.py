@@ -8,7 +8,7 @@ A request takes one of these ways, each said in `Cache-Status`:
     miss       computed, passed on frame by frame, and handed to the node when it has finished cleanly
 
 Everything about a request lives in its `_Exchange`; the middleware itself keeps the table of computations that may be
-joined, the database reader and the hits not yet reported, all bounded.
+joined, the database reader, and what is on its way to the node (answers, hits), all bounded.
 """
 
 import base64
@@ -28,7 +28,7 @@ from ..response_db import StoredResponse
 from .coalesce import App, Flight, FlightTable, Laggard, LeaderFailed, Message, Receive, Scope, Send
 from .collect import Collector
 from .http_headers import RawHeaders, forward_status, header, hit_headers, parse_cache_control
-from .lookup import Lookup, Touches
+from .lookup import Lookup, Recent, Touches
 from .metrics import l1_metrics
 from .options import ResponseCacheOptions
 from .relay import Relay, leaving_on_disconnect
@@ -48,6 +48,7 @@ class ResponseCacheMiddleware:
         self.options = options
         self.flights = FlightTable()
         self.lookup = Lookup(options.db_path, options.read_deadline_s) if options.db_path else None
+        self.recent = Recent()
         self.touches = Touches(options.client)
         self.metrics = l1_metrics()
 
@@ -117,7 +118,7 @@ class _Exchange:
         why = "request" if self.wishes.no_cache else "uri-miss"
         if not self.wishes.no_cache and self.cache.lookup is not None:
             now_ms = self.options.clock()
-            entry = await self.cache.lookup.get(key, now_ms)
+            entry = self.cache.recent.newer(key, await self.cache.lookup.get(key, now_ms), now_ms)
             if entry is not None:
                 if await self._answer_from(key, entry, now_ms):
                     return None
@@ -268,7 +269,11 @@ class _Exchange:
             self.options.ttl_ms,
             answer.body,
         )
-        return "sent" if self.options.client.send(message) else "dropped"
+        now_ms = self.options.clock()
+        if not self.options.client.send(message):
+            return "dropped"
+        self.cache.recent.add(key, StoredResponse(answer.body, b"", now_ms, now_ms + self.options.ttl_ms))
+        return "sent"
 
 
 def _endpoint(scope: Scope) -> Endpoint | None:

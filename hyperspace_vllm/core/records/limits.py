@@ -32,6 +32,8 @@ FLIGHTS_MAX = 1024  # computations that others may join; the next ones run alone
 FLIGHT_BYTES_MAX = 8 * MiB  # frames a computation keeps for those who join late or read slowly
 FLIGHTS_BYTES_MAX = 256 * MiB  # all of them together: 1024 answers of 256 KiB
 FLIGHT_WINDOW_BYTES = 64 * KiB  # how far a computation may run ahead of its fastest reader
+RECENT_BYTES_MAX = 32 * MiB  # answers on their way to the database, kept by the API server that sent them
+RECENT_MS = 5_000
 STORE_QUEUE_BYTES_MAX = 64 * MiB  # responses waiting for the one writer
 
 # --- sockets ------------------------------------------------------------------------------------
@@ -59,4 +61,4 @@ assert DIGEST_TABLE_BYTES_MAX + MANIFEST_BYTES_MAX < PEER_CONTROL_BYTES_MAX
 assert LEASE_MS >= 3 * HEARTBEAT_MS
 assert RESPONSE_BYTES_MAX < LOCAL_MESSAGE_BYTES_MAX
 assert FLIGHT_WINDOW_BYTES < FLIGHT_BYTES_MAX < FLIGHTS_BYTES_MAX
-assert RESPONSE_BYTES_MAX <= STORE_QUEUE_BYTES_MAX
+assert min(STORE_QUEUE_BYTES_MAX, RECENT_BYTES_MAX) >= RESPONSE_BYTES_MAX
