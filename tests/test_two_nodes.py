@@ -1,10 +1,14 @@
 """Two nodes over real sockets: what A computed, B gets byte for byte, and every fault ends in a prompt miss."""
 
+import asyncio
 import dataclasses
+import signal
+import sys
 import threading
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,7 @@ from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.object_codec import ObjectRecord, chunk_digest, sign_record
 
 from .nodes import NETWORK, Answer, SharedPool, TestNode, keys, peer_of, until
+from .peer_process import layout_of
 
 pytestmark = [pytest.mark.io, pytest.mark.asyncio(loop_scope="module")]
 
@@ -409,6 +414,38 @@ async def test_a_peer_that_freezes_in_the_middle_costs_a_stall(pair: Pair, chunk
     assert b.transport.charges[a.identity.peer_id, "stalled"]
     b.release()
     await until(lambda: len(b.cache) * 64 * KiB <= b.arena.capacity_bytes - b.arena.free_bytes)
+
+
+@pytest.mark.parametrize("signal_sent", [signal.SIGSTOP, signal.SIGKILL])
+async def test_a_process_that_stops_in_the_middle_costs_a_stall(pair: Pair, signal_sent: signal.Signals) -> None:
+    layout, wanted = layout_of(MiB), keys("process", 40)
+    directory, peer = str(pair._at("p")), peer_of(pair.b_identity)
+    arguments = [directory, peer, str(len(wanted)), str(MiB)]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.peer_process", *arguments, stdin=PIPE, stdout=PIPE, cwd=Path(__file__).parents[1]
+    )
+    assert process.stdout is not None
+    try:
+        address = (await process.stdout.readline()).decode().strip()
+        b = pair.node("b", (address,))
+        await until(lambda: b.transport.is_connected(b.transport.peers[0]))
+        looking = asyncio.create_task(b.look_up(wanted, layout))
+        await until(lambda: len(b.cache) >= 3)
+        process.send_signal(signal_sent)
+        stopped_at = time.monotonic()
+        answer = await looking
+        assert time.monotonic() - stopped_at < FAULT_S
+        assert 0 < answer.end_segment < len(wanted)  # what came before the fault is used
+        assert b.rows_are_right(answer, wanted)
+        b.release()
+        # The next lookup doesn't wait for it again.
+        began = time.monotonic()
+        assert (await b.look_up(keys("other", 3), layout)).end_segment == 0
+        assert time.monotonic() - began < 0.1
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 async def test_a_second_holder_finishes_what_the_first_left(pair: Pair) -> None:
