@@ -1,5 +1,6 @@
 """A stored answer replays as the stream it might have been, and a stream is stored as the answer it is."""
 
+import json
 from typing import Any
 
 import msgspec
@@ -262,3 +263,42 @@ def test_streams_that_lack_prompt_logprobs_are_told_from_those_that_lack_nothing
     assert streams_completely({"echo": False})
     assert not streams_completely({"prompt_logprobs": 0})
     assert not streams_completely({"echo": True})
+
+
+def test_collected_answers_have_the_very_shape_of_vllms_own() -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+    from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+
+    token = {"token": "Bl", "logprob": -0.5, "bytes": [66, 108]}
+    logprobs = {"content": [token | {"top_logprobs": [token]}]}
+    call = {"id": "call-1", "type": "function", "index": 0, "function": {"name": "f", "arguments": "{}"}}
+    delta = {"content": "Bl", "reasoning": "Hm.", "tool_calls": [call]}
+    part = choice(delta, "tool_calls", token_ids=[5]) | {"logprobs": logprobs}
+    chat = collected("chat", [ROLE, chunk(choices=[part]), USAGE_FRAME, DONE])
+    assert json.dumps(ChatCompletionResponse.model_validate(chat).model_dump()) == json.dumps(chat)
+
+    lists = {"text_offset": [0], "token_logprobs": [-0.5], "tokens": ["Bl"], "top_logprobs": [{"Bl": -0.5}]}
+    text = {"index": 0, "text": "Bl", "logprobs": lists, "finish_reason": "stop", "stop_reason": None}
+    kind = {"object": "text_completion"}
+    usage = {"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1}
+    stream = [chunk(choices=[text], **kind), chunk(choices=[], usage=usage, **kind), DONE]
+    completion = collected("completions", stream)
+    assert json.dumps(CompletionResponse.model_validate(completion).model_dump()) == json.dumps(completion)
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_replayed_frames_are_what_vllms_models_write(endpoint: Endpoint) -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
+    from vllm.entrypoints.openai.completion.protocol import CompletionStreamResponse
+
+    model = ChatCompletionStreamResponse if endpoint == "chat" else CompletionStreamResponse
+    answers = {
+        "chat": {"message": {"role": "assistant", "content": "Blüe.", "reasoning": "Hm."}},
+        "completions": {"text": "Blüe."},
+    }
+    body = {"id": "c", "created": 1, "model": "m", "system_fingerprint": "fp", "usage": USAGE}
+    body["choices"] = [{"index": at, **answers[endpoint], "finish_reason": "stop"} for at in range(2)]
+    for include_usage in (True, False):
+        for frame in list(frames(endpoint, body, include_usage))[:-1]:
+            payload = frame.removeprefix(b"data: ").removesuffix(b"\n\n")
+            assert model.model_validate_json(payload).model_dump_json(exclude_unset=True).encode() == payload
