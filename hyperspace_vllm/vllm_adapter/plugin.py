@@ -58,9 +58,12 @@ class _Server:
 
     def on_config(self, engine: "VllmConfig") -> None:
         """An engine was configured and will be started."""
+        from vllm import envs
+
         from ..config import ConfigError, load_config
         from .inherited import hand_down
 
+        self.engine = self.config = None
         transfer = engine.kv_transfer_config
         if transfer is None or transfer.kv_connector != compat.CONNECTOR:
             return
@@ -72,6 +75,8 @@ class _Server:
             logger.error("hyperspace: off, because of its settings: %s", error)
             return
         if parent_process() is None:
+            if envs.VLLM_USE_RUST_FRONTEND and self.config.response_cache:
+                logger.warning("hyperspace: the response cache (L1) is off: vLLM's Rust frontend runs no middleware")
             hand_down(self.config, len(self._tenant_keys()) > 1)
 
     def add_middleware(self, app: Any) -> None:
@@ -82,7 +87,7 @@ class _Server:
         from ..core.records.errors import Refused
 
         if self.config is None or self.engine is None:
-            return  # the settings were wrong, and said so
+            return  # not asked for, or its settings were wrong and said so
         try:
             options = self._options(self.config, self.engine, app.state.args)
         except Refused as error:

@@ -1,0 +1,115 @@
+"""The plugin inside vLLM's own command line and application."""
+
+import fcntl
+import json
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from hyperspace_vllm.api.middleware import ResponseCacheMiddleware
+from hyperspace_vllm.vllm_adapter import plugin
+
+TINY = Path(__file__).parents[1] / ".models" / "tiny"
+
+
+def parse(*arguments: str) -> Namespace:
+    plugin.register()
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", str(TINY), *arguments])
+
+
+@pytest.fixture
+def locked_directory(tmp_path: Path) -> Iterator[Path]:
+    """A data directory whose node is elsewhere: an embedded one finds the lock taken and leaves."""
+    lock = os.open(tmp_path / "node.lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield tmp_path
+    os.close(lock)
+
+
+@pytest.fixture
+def own_environ(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_HYPERSPACE_PROCESS_SECRET", "_HYPERSPACE_MANY_TENANTS", "_HYPERSPACE_NODE_STARTED"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_registering_twice_changes_nothing_the_second_time() -> None:
+    plugin.register()
+    before = (EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__, EngineArgs.create_engine_config)
+    plugin.register()
+    assert before == (EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__, EngineArgs.create_engine_config)
+
+
+def test_the_flag_stands_for_a_transfer_config_that_recomputes_what_failed() -> None:
+    transfer = AsyncEngineArgs.from_cli_args(parse("--kv-connector", "hyperspace")).kv_transfer_config
+    assert transfer is not None
+    assert (transfer.kv_connector, transfer.kv_role) == ("hyperspace", "kv_both")
+    assert transfer.kv_load_failure_policy == "recompute"
+
+
+def test_without_the_flag_nothing_changes() -> None:
+    assert AsyncEngineArgs.from_cli_args(parse()).kv_transfer_config is None
+
+
+def test_the_flag_serves_other_connectors_too_and_may_not_contradict() -> None:
+    transfer = AsyncEngineArgs.from_cli_args(parse("--kv-connector", "OffloadingConnector")).kv_transfer_config
+    assert transfer is not None
+    assert (transfer.kv_connector, transfer.kv_load_failure_policy) == ("OffloadingConnector", "fail")
+    config = json.dumps({"kv_connector": "NixlConnector", "kv_role": "kv_both"})
+    with pytest.raises(ValueError, match="contradicts"):
+        AsyncEngineArgs.from_cli_args(parse("--kv-connector", "hyperspace", "--kv-transfer-config", config))
+
+
+def application(directory: Path, *arguments: str) -> object:
+    extra = {
+        "kv_connector": "hyperspace",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"data_dir": str(directory)},
+    }
+    args = parse("--kv-transfer-config", json.dumps(extra), "--api-key", "k1", *arguments)
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    engine = engine_args.create_engine_config()
+    assert engine.kv_transfer_config is not None
+    assert engine.kv_transfer_config.kv_load_failure_policy == "recompute"
+    return build_app(args, ("generate",), engine.model_config)
+
+
+async def test_the_response_cache_is_innermost_so_a_request_without_the_key_never_reaches_it(
+    locked_directory: Path, own_environ: None
+) -> None:
+    app = application(locked_directory, "--enable-request-id-headers")
+    classes = [middleware.cls for middleware in app.user_middleware]
+    assert classes[-1] is ResponseCacheMiddleware
+    assert classes.count(ResponseCacheMiddleware) == 1
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        answer = await client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
+    assert answer.status_code == 401
+    assert "cache-status" not in answer.headers
+
+
+def test_several_keys_make_unsigned_requests_private(locked_directory: Path, own_environ: None) -> None:
+    application(locked_directory)
+    assert os.environ["_HYPERSPACE_MANY_TENANTS"] == "0"
+    application(locked_directory, "k2")
+    assert os.environ["_HYPERSPACE_MANY_TENANTS"] == "1"
+
+
+def test_wrong_settings_are_named_and_vllm_serves_without_us(
+    own_environ: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    extra = {"kv_connector": "hyperspace", "kv_role": "kv_both", "kv_connector_extra_config": {"data_dri": "/x"}}
+    args = parse("--kv-transfer-config", json.dumps(extra))
+    engine = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    app = build_app(args, ("generate",), engine.model_config)
+    assert ResponseCacheMiddleware not in [middleware.cls for middleware in app.user_middleware]
+    assert "_HYPERSPACE_PROCESS_SECRET" not in os.environ
+    assert "did you mean data_dir?" in "".join(capfd.readouterr())
