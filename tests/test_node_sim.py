@@ -94,7 +94,7 @@ def test_33_lost_chunks_are_a_miss_soon(how):
     (answer,) = b.answers[lookup]
     assert answer.effect.end_segment == 0
     assert answer.effect.reason in ("failed", "stalled")
-    assert answer.at_ms - 2_000 <= 2 * FETCH_STALL_MS
+    assert answer.at_ms - 2_000 <= 3 * FETCH_STALL_MS  # first columns, hedge, further columns, stall
 
 
 @pytest.mark.parametrize("after_ms", [0, 4, 8, 20, 40, 60])

@@ -19,10 +19,12 @@ RATE_SAMPLE_BYTES_MIN = 256 * 1024  # smaller transfers measure latency, not rat
 RATE_WEIGHT = 0.5  # of the newest sample
 SEARCH_MS_MIN = 5  # a question and its answer through two busy nodes on a LAN
 SEARCH_MS_MAX = 1_000
-HEDGE_MS_MIN = 60
+PROGRESS_MS = FETCH_STALL_MS // 4  # how often a driver reports a row that grows (events.ChunksVerified)
+HEDGE_MS_MIN = 90  # a report and a half: a row that grows must not be hedged for want of a report
 HEDGE_MS_MAX = FETCH_STALL_MS // 2  # leaves a second holder as long as the first had
+MANIFEST_HEDGE_MS = 60  # a manifest is 70 KiB and has no progress to report
 
-assert SEARCH_MS_MIN < HEDGE_MS_MIN <= HEDGE_MS_MAX
+assert PROGRESS_MS < HEDGE_MS_MIN <= HEDGE_MS_MAX
 
 
 def transfer_ms(size: int, rate_bytes_per_ms: float, rtt_ms: int) -> int:

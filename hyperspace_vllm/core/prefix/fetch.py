@@ -100,6 +100,8 @@ class PrefixLookup:
         self._cause = ""  # what went wrong
         self._not_fetched = ""  # why no peer's rows were wanted; no fault of anybody's
         self._fetching = False
+        self._due_ms: int | None = None
+        self._forgiven_ms = 0
         self._effects: list[Effect] = []
         self._transfers = Transfers(wanted.lookup, wanted.layout, self._peers, rates, self._effects.append)
         self._transfers.timeout_at_ms = self._deadline_ms
@@ -116,6 +118,7 @@ class PrefixLookup:
         """What follows from `event`; nothing once answered."""
         if self.answered:
             return []
+        self._forgive_own_delay(now_ms)
         if now_ms >= self._deadline_ms:
             self._note(event, now_ms)
             if not self.answered:
@@ -123,6 +126,7 @@ class PrefixLookup:
             return self._take_effects()
         self._note(event, now_ms)
         self._advance(now_ms)
+        self._due_ms = self.next_deadline_ms()
         return self._take_effects()
 
     def next_deadline_ms(self) -> int | None:
@@ -323,6 +327,16 @@ class PrefixLookup:
         if self._phase == "getting" and not self.answered:
             self._check_limits(now_ms)
             self._get_more(now_ms)
+
+    def _forgive_own_delay(self, now_ms: int) -> None:
+        """A tick that comes late says that this node was starved; peers' answers may be waiting behind it.
+
+        At most FETCH_STALL_MS a lookup in all, so that even then a stall ends within twice that.
+        """
+        if self._fetching and self._due_ms is not None and now_ms > self._due_ms:
+            late_ms = min(now_ms - self._due_ms, FETCH_STALL_MS - self._forgiven_ms)
+            self._forgiven_ms += late_ms
+            self._transfers.forgive(late_ms)
 
     def _check_limits(self, now_ms: int) -> None:
         if not self._missing:

@@ -13,7 +13,14 @@ from ..node.events import ChunksVerified, HolderStalled, ManifestRefused, Manife
 from ..records.ids import ManifestDigest, PeerId, RowId
 from ..records.layout import Layout
 from ..records.limits import DATA_CHUNKS, FETCH_STALL_MS
-from .cost_model import HEDGE_MS_MIN, RateEstimator, hedge_delay_ms, transfer_ms
+from .cost_model import (
+    HEDGE_MS_MAX,
+    HEDGE_MS_MIN,
+    MANIFEST_HEDGE_MS,
+    RateEstimator,
+    hedge_delay_ms,
+    transfer_ms,
+)
 from .offers import OfferedManifest, Offers, Source
 from .plan import Row, assign_columns
 
@@ -219,21 +226,32 @@ class Transfers:
     def hedge(self, now_ms: int) -> None:
         """Ask further for every row and manifest that has been waiting too long."""
         for digest, manifest in list(self._asking.items()):
-            if not manifest.slow and now_ms >= manifest.asked_at_ms + HEDGE_MS_MIN:
+            if not manifest.slow and now_ms >= manifest.asked_at_ms + MANIFEST_HEDGE_MS:
                 self._ask_manifest(digest, now_ms)
         for transfer in list(self._moving.values()):
             if transfer.hedge_at_ms is not None and now_ms >= transfer.hedge_at_ms:
                 self._hedge_row(transfer, now_ms)
         self._settle(now_ms)
 
+    def forgive(self, late_ms: int) -> None:
+        """This node itself did not run for `late_ms`: that is no peer's fault, nor would hedging help."""
+        self.progress_ms += late_ms
+        for manifest in self._asking.values():
+            manifest.asked_at_ms += late_ms
+        for transfer in self._moving.values():
+            if transfer.hedge_at_ms is not None:
+                transfer.hedge_at_ms += late_ms
+
     def next_deadline_ms(self) -> int | None:
         """When to call `hedge` if nothing happens before.
 
         A row that is late while others come can wait for their events: no timer of its own.
         """
-        times = [t.hedge_at_ms for t in self._moving.values() if t.hedge_at_ms is not None]
-        times += [m.asked_at_ms + HEDGE_MS_MIN for m in self._asking.values() if not m.slow]
-        return max(min(times), self.progress_ms + HEDGE_MS_MIN) if times else None
+        times = [m.asked_at_ms + MANIFEST_HEDGE_MS for m in self._asking.values() if not m.slow]
+        rows = [t.hedge_at_ms for t in self._moving.values() if t.hedge_at_ms is not None]
+        if rows:
+            times.append(max(min(rows), self.progress_ms + HEDGE_MS_MIN))
+        return min(times, default=None)
 
     # --- leaves ---------------------------------------------------------------------------------
 
@@ -295,12 +313,12 @@ class Transfers:
         if any(source.verified.bit_count() >= DATA_CHUNKS for source in self._offers.wanted(row)):
             transfer.hedge_at_ms = None  # the driver is reconstructing it
             return
-        stuck = now_ms - self.progress_ms >= HEDGE_MS_MIN
+        stuck = now_ms - self.progress_ms >= HEDGE_MS_MAX
         if self._ask_other_holder(row, now_ms) or self._ask_other_source(row, now_ms):
             transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
         elif not stuck:
-            # The only holder is busy with other rows of ours: more columns of this one would only slow it down.
-            transfer.hedge_at_ms = self.progress_ms + HEDGE_MS_MIN
+            # The only holder is busy with other rows of ours, or slow: more columns would only slow it down.
+            transfer.hedge_at_ms = self.progress_ms + HEDGE_MS_MAX
         elif self._ask_further_columns(row, now_ms):
             transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
         else:
@@ -428,7 +446,7 @@ class Transfers:
             settled = manifest.contents is not None or bool(manifest.asking)
             peer = holders[0][0]
             wait_ms = self._cost_ms(peer, self._queued_bytes(peer) + row.length, now_ms)
-            return columns & _DATA != _DATA, wait_ms + (0 if settled else self._rtt_ms[peer] + HEDGE_MS_MIN // 2)
+            return columns & _DATA != _DATA, wait_ms + (0 if settled else self._rtt_ms[peer] + MANIFEST_HEDGE_MS // 2)
 
         idle = [s for s in self._offers.of(row) if not s.wanted and self._offers.alive(s)]
         return min(idle, key=cost, default=None)
