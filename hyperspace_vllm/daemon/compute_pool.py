@@ -110,7 +110,10 @@ class _KzgClient:
         pause_s = KZG_RESTART_S
         while True:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "hyperspace_vllm.daemon.kzg_worker", stdin=PIPE, stdout=PIPE
+                *(sys.executable, "-m", "hyperspace_vllm.daemon.kzg_worker"),
+                stdin=PIPE,
+                stdout=PIPE,
+                start_new_session=True,  # a Ctrl-C is for the node; the worker ends with its input
             )
             self._process = process
             try:

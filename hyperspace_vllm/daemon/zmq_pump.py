@@ -43,7 +43,12 @@ class Pump:
     @property
     def writable(self) -> bool:
         """Whether a send would be taken now."""
-        return not self._socket.closed and bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLOUT)
+        if self._socket.closed:
+            return False
+        events = int(self._socket.getsockopt(zmq.EVENTS))
+        if events & zmq.POLLIN:  # asking has consumed the descriptor's edge
+            self._drain_soon()
+        return bool(events & zmq.POLLOUT)
 
     def send(self, frames: list[bytes | memoryview]) -> zmq.MessageTracker | None:
         """Queue a message without copying large frames; the tracker tells when they left. None: no room now.
