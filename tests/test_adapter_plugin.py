@@ -104,7 +104,7 @@ def test_several_keys_make_unsigned_requests_private(locked_directory: Path, own
 
 
 def test_wrong_settings_are_named_and_vllm_serves_without_us(
-    own_environ: None, capfd: pytest.CaptureFixture[str]
+    own_environ: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     extra = {"kv_connector": "hyperspace", "kv_role": "kv_both", "kv_connector_extra_config": {"data_dri": "/x"}}
     args = parse("--kv-transfer-config", json.dumps(extra))
@@ -112,4 +112,4 @@ def test_wrong_settings_are_named_and_vllm_serves_without_us(
     app = build_app(args, ("generate",), engine.model_config)
     assert ResponseCacheMiddleware not in [middleware.cls for middleware in app.user_middleware]
     assert "_HYPERSPACE_PROCESS_SECRET" not in os.environ
-    assert "did you mean data_dir?" in "".join(capfd.readouterr())
+    assert "did you mean data_dir?" in caplog.text

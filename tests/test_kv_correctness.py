@@ -1,10 +1,12 @@
 """KV that crossed the network is the producer's, byte for byte, and what the consumer would have computed itself."""
 
+import json
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 SEGMENT = 256
 WINDOW = 512  # tiny-gemma3's
+ATTEMPTS = 4  # with other tokens each: on a machine with more to do than cores, a fetch may rightly end as a miss
 LENGTHS = (255, 256, 257, 511, 512, 513, 769, 1023, 1024, 1025, 1281)
 CASES = {
     "full attention": ("tiny", {}, {}),
@@ -31,6 +34,7 @@ class Pair:
     a: Engine
     b: Engine
     directory_a: Path
+    directory_b: Path
     ranks: int
 
 
@@ -54,7 +58,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     try:
         for engine in engines:
             engine.ready()
-        yield Pair(*engines, directories[0], int(llm.get("tensor_parallel_size", 1)))
+        yield Pair(*engines, *directories, int(llm.get("tensor_parallel_size", 1)))
     finally:
         for engine in engines:
             engine.close()
@@ -66,25 +70,29 @@ def tokens_of_length(length: int, seed: int) -> list[int]:
 
 def wait_published(directory: Path, timeout_s: float = 30) -> None:
     """Until the node has coded and stored everything it was given."""
-    import json
-
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if json.loads(hyperspace("status", "--json", data_dir=directory))["publish"]["waiting_rows"] == 0:
-            return
-    raise AssertionError("the node was still coding")
+    while status(directory)["publish"]["waiting_rows"]:
+        assert time.monotonic() < deadline, "the node was still coding"
+
+
+def status(directory: Path) -> Any:
+    """The node's own account."""
+    return json.loads(hyperspace("status", "--json", data_dir=directory))
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_fetched_blocks_equal_the_producers_and_the_consumers_own(pair: Pair, length: int) -> None:
-    tokens = tokens_of_length(length, seed=1)
-    text, _ = pair.a.generate(tokens, max_tokens=4)
-    wait_published(pair.directory_a)
-    held = [worker["saved"] for worker in pair.a.copied()]
-
-    fetched_text, cached = pair.b.generate(tokens, max_tokens=4)
-    loaded = [worker["loaded"] for worker in pair.b.copied()]
-    assert cached == (length - 1) // SEGMENT * SEGMENT
+    expected = (length - 1) // SEGMENT * SEGMENT
+    for attempt in range(ATTEMPTS):
+        tokens = tokens_of_length(length, seed=attempt)
+        text, _ = pair.a.generate(tokens, max_tokens=4)
+        wait_published(pair.directory_a)
+        held = [worker["saved"] for worker in pair.a.copied()]
+        fetched_text, cached = pair.b.generate(tokens, max_tokens=4)
+        loaded = [worker["loaded"] for worker in pair.b.copied()]
+        if cached == expected:
+            break
+    assert cached == expected, f"missed {ATTEMPTS} times, last: {status(pair.directory_b)['last_lookup']}"
 
     _, recomputed_cached = pair.b.generate(tokens, max_tokens=4, salt=f"alone {length}")
     recomputed = [worker["saved"] for worker in pair.b.copied()]
