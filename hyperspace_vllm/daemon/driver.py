@@ -99,6 +99,7 @@ class Driver:
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Event] = deque()
         self._handling = False
+        self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._unanswered: dict[int, float] = {}  # lookup -> when it began
         self._tasks: dict[int, set[asyncio.Task[None]]] = {}  # by lookup, except those of the assembly
@@ -112,7 +113,7 @@ class Driver:
     def submit(self, event: Event) -> None:
         """Let the core handle an event and perform what it decides, before anything else happens on the loop."""
         self._queue.append(event)
-        if self._handling:
+        if self._handling or self._closed:
             return
         self._handling = True
         try:
@@ -131,6 +132,7 @@ class Driver:
 
     async def close(self) -> None:
         """End lookups, give writes a moment, and close compute pool and transport."""
+        self._closed = True
         for lookup in list(self._tasks):
             self._end_lookup(lookup)
         if self._timer:
@@ -276,6 +278,7 @@ class Driver:
                 self._spawn(self._keeper.discard(record.digest), None)
             raise
         self._cache.keep(effect.row_key, slab)
+        self._metrics.bytes_total.labels("copied").inc(slab.length)
 
     async def _ask_provider(self, effect: FindProviders, peer: PeerId) -> None:
         row_ids = effect.row_ids[:LOOKUP_ROWS_MAX]
