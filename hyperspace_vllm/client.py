@@ -233,6 +233,8 @@ class _Link:
         ):
             self._socket.setsockopt(option, value)
         self._socket.connect(f"ipc://{config.socket_path}")
+        # A client may be dropped, not closed: the garbage collector could take the context first, which waits for ever.
+        self._dropped = weakref.finalize(self, _close_dropped, self._socket, self._context)
 
     def send(self, frame: bytes) -> bool:
         """Queue a frame; False when there is no node or its queue is full."""
@@ -284,6 +286,7 @@ class _Link:
             self._socket.setsockopt(zmq.LINGER, 200)
         self._lose(time.monotonic())
         self.arena = self.generations = None
+        self._dropped.detach()
         self._socket.close()
         self._context.destroy()
 
@@ -327,6 +330,11 @@ class _Link:
         self.epoch += 1
         self.inbox.clear()
         self._heartbeat_at = now
+
+
+def _close_dropped(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    socket.close(linger=0)
+    context.term()
 
 
 def _map_arena(welcome: Welcome) -> memoryview:
