@@ -167,9 +167,10 @@ def test_concurrent_identical_requests_are_computed_once(server: Server, prompt:
 
 
 def test_servers_of_one_node_share_answers(servers: tuple[Server, Server], prompt: str) -> None:
+    cached_only = {"Cache-Control": "only-if-cached"}
     _, _, body = post(servers[0], completion(prompt))
-    until(lambda: hit(post(servers[1], completion(prompt))[1]), "the second server's hit")
-    assert post(servers[1], completion(prompt))[2] == body
+    until(lambda: post(servers[1], completion(prompt), cached_only)[0] == 200, "the second server's hit")
+    assert post(servers[1], completion(prompt), cached_only)[2] == body
 
 
 def test_servers_of_one_node_share_prefixes(servers: tuple[Server, Server], prompt: str) -> None:
