@@ -1,35 +1,30 @@
-"""Real engines, real nodes, the network between them: what B loads is what A held."""
+"""The connector in a real engine, step by step: aborts, preemption, resets, a node that is absent, killed or frozen."""
 
 import fcntl
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.engine_probe import Engine
+from tests.engines.step_probe import SteppedEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 MODELS = Path(__file__).parents[1] / ".models"
 WAIT_S = 30.0
+LOOKUPS = "hyperspace_l2_lookups_total"
 
 
 def prompt(tokens: int, seed: int = 0) -> list[int]:
-    """Any ids of the byte tokenizer; a prompt with another seed shares no segment."""
+    """Ids of the byte tokenizer; a prompt with another seed shares no segment."""
     return [(i * 7 + seed * 31 + i // 250) % 250 for i in range(tokens)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -39,110 +34,150 @@ def until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-class Nodes:
-    """Nodes of one network that know each other, each with a data directory and a process."""
+class Node:
+    """One standalone node."""
 
-    def __init__(self, base: Path, count: int) -> None:
-        self.directories = [base / f"n{i}" for i in range(count)]
-        self.processes: list[subprocess.Popen[bytes]] = []
-        ports = [free_port() for _ in range(count)]
-        peers = []
-        for directory, port in zip(self.directories, ports, strict=True):
-            out = self._cli(directory, "id").stdout.strip().split()[-1]
-            peers.append(f"{out}@127.0.0.1:{port}")
-        self.settings = [
-            {"data_dir": str(directory), "listen": f"127.0.0.1:{port}", "peers": [p for p in peers if p != own]}
-            for directory, port, own in zip(self.directories, ports, peers, strict=True)
-        ]
-        for settings in self.settings:
-            env = _environ(Path(settings["data_dir"])) | {
-                "HYPERSPACE_LISTEN": settings["listen"],
-                "HYPERSPACE_PEERS": ",".join(settings["peers"]),
-                "HYPERSPACE_ARENA_BYTES": "256MiB",
-                "HYPERSPACE_FETCH": "always",
-            }
-            command = [sys.executable, "-m", "hyperspace_vllm.cli", "node"]
-            self.processes.append(subprocess.Popen(command, env=env))
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        kept = {k: v for k, v in os.environ.items() if "HYPERSPACE" not in k}
+        self._env = kept | {"HYPERSPACE_DATA_DIR": str(directory), "HYPERSPACE_ARENA_BYTES": "256MiB"}
+        self.process = subprocess.Popen([sys.executable, "-m", "hyperspace_vllm.cli", "node"], env=self._env)
+        until(lambda: bool(self.metrics()), "starting")
 
-    def engine_settings(self, number: int) -> dict[str, object]:
-        return {"data_dir": str(self.directories[number]), "fetch": "always"}
+    def metrics(self) -> list[dict[str, object]]:
+        command = [sys.executable, "-m", "hyperspace_vllm.cli", "status", "--json"]
+        done = subprocess.run(command, env=self._env, capture_output=True, text=True, check=False, timeout=30)
+        found: list[dict[str, object]] = json.loads(done.stdout)["metrics"] if done.returncode == 0 else []
+        return found
 
-    def metric(self, number: int, name: str, **labels: str) -> float:
-        """Sum of one metric of a node over the labels that aren't given."""
-        status = self._cli(self.directories[number], "status", "--json").stdout
-        metrics = json.loads(status)["metrics"] if status.strip() else []
-        matching = [m for m in metrics if m["name"] == name and labels.items() <= m["labels"].items()]
-        return float(sum(m["value"] for m in matching))
-
-    def stored(self, number: int, rows: int) -> None:
-        """Wait until the node has that many rows on disk: from then on others can have them."""
-        until(lambda: self.metric(number, "hyperspace_rows", tier="disk") >= rows, f"storing {rows} rows")
+    def rows(self) -> int:
+        """Rows in the memory tier."""
+        at = {"name": "hyperspace_rows", "labels": {"tier": "memory"}}
+        return sum(int(float(str(m["value"]))) for m in self.metrics() if at.items() <= m.items())
 
     def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def _cli(self, directory: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "hyperspace_vllm.cli", *arguments]
-        return subprocess.run(command, env=_environ(directory), capture_output=True, text=True, check=False, timeout=30)
+        self.process.kill()
+        self.process.wait()
 
 
-def _environ(directory: Path) -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if "HYPERSPACE" not in k} | {"HYPERSPACE_DATA_DIR": str(directory)}
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    running = Node(tmp_path_factory.mktemp("hs"))
+    yield running
+    running.close()
 
 
-@pytest.fixture
-def cleanup() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
+@pytest.fixture(scope="module")
+def engine(node: Node) -> Iterator[SteppedEngine]:
+    settings = {"data_dir": str(node.directory), "fetch": "always", "lookup_deadline_ms": 3000}
+    running = SteppedEngine(MODELS / "tiny-gemma3", settings, max_num_batched_tokens=256, max_num_seqs=4)
+    yield running
+    running.close()
 
 
-@pytest.fixture
-def two_nodes(tmp_path_factory: pytest.TempPathFactory, cleanup: ExitStack) -> Nodes:
-    nodes = Nodes(tmp_path_factory.mktemp("hs"), 2)
-    cleanup.callback(nodes.close)
-    return nodes
+def test_what_vllm_forgot_comes_back_from_the_nodes_memory(engine: SteppedEngine, node: Node) -> None:
+    tokens = prompt(1000, seed=1)
+    before = node.rows()
+    first = engine.generate(tokens)
+    until(lambda: node.rows() > before, "staging")
+    engine.ask("reset", connector=False)
+    second = engine.generate(tokens)
+    assert second["cached"] == [768]
+    assert second["tokens"] == first["tokens"]
 
 
-def engine(cleanup: ExitStack, model: str, settings: dict[str, object], **options: object) -> Engine:
-    made = Engine(MODELS / model, settings, **options)  # type: ignore[arg-type]
-    cleanup.callback(made.close)
-    return made
+@pytest.mark.parametrize("known", [False, True])
+def test_an_abort_after_any_step_leaves_nothing_and_the_engine_serves_on(
+    engine: SteppedEngine, node: Node, known: bool
+) -> None:
+    tokens = prompt(1000, seed=2 + known)
+    expected = engine.generate(tokens)["tokens"] if known else None
+    seen = set()
+    for steps in range(12):
+        engine.ask("reset", connector=False)
+        aborted = engine.ask("abort", tokens=tokens if known else prompt(1000, seed=100 + steps), steps=steps)
+        assert aborted["left"] == [0, 0, 0], f"after {steps} steps"
+        seen.update(aborted["seen"])
+    assert {"WAITING", "RUNNING"} <= seen
+    if known:
+        engine.ask("reset", connector=False)
+        assert engine.generate(tokens)["tokens"] == expected
 
 
-def test_an_engine_without_a_node_serves_as_if_we_were_not_there(tmp_path: Path, cleanup: ExitStack) -> None:
+def test_after_a_reset_of_the_connector_nothing_old_is_loaded(engine: SteppedEngine) -> None:
+    tokens = prompt(1000, seed=4)
+    engine.generate(tokens)
+    assert engine.ask("reset", connector=True)["ok"]
+    assert engine.generate(tokens)["cached"] == [0]
+    engine.ask("reset", connector=False)
+    assert engine.generate(tokens)["cached"] == [768]
+
+
+def test_prompts_that_share_a_prefix_in_one_batch_are_each_right(engine: SteppedEngine) -> None:
+    shared = prompt(600, seed=5)
+    prompts = [shared + prompt(100, seed=50 + i) for i in range(3)]
+    alone = [engine.generate(p)["tokens"][0] for p in prompts]
+    engine.ask("reset", connector=False)
+    assert engine.generate(*prompts)["tokens"] == alone
+
+
+def test_a_frozen_node_costs_its_deadline_and_a_killed_one_less_than_half_a_second(
+    engine: SteppedEngine, node: Node
+) -> None:
+    warm = engine.generate(prompt(600, seed=6))["seconds"]
+
+    node.process.send_signal(signal.SIGSTOP)
+    frozen = engine.generate(prompt(600, seed=7))
+    assert frozen["seconds"] < 3.1 + 3 * warm + 1
+
+    # It stays frozen, so the next lookup waits, and dies while it does.
+    until(lambda: _reconnected(engine, node), "a new session")
+    node.process.send_signal(signal.SIGSTOP)
+    killer = threading.Timer(1.0, node.process.kill)
+    killer.start()
+    killed = engine.generate(prompt(600, seed=8))
+    killer.join()
+    assert killed["seconds"] < 1.0 + 0.5 + 3 * warm + 1
+    counts = engine.ask("state")["counts"][LOOKUPS]
+    assert counts["miss|deadline"] == 1
+    assert counts["miss|node_gone"] == 1
+    assert engine.generate(prompt(600, seed=9))["seconds"] < 3 * warm + 1
+
+
+def _reconnected(engine: SteppedEngine, node: Node) -> bool:
+    node.process.send_signal(signal.SIGCONT)
+    return bool(engine.ask("state")["connected"])
+
+
+def test_preempted_requests_end_as_they_would_have(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    settings = {"data_dir": str(tmp_path), "fetch": "always"}
+    # Nine blocks of 128 tokens besides the null block: three requests of 300 tokens start, and don't fit with output.
+    cramped = SteppedEngine(MODELS / "tiny", settings, num_gpu_blocks_override=10, max_model_len=1024)
+    try:
+        prompts = [prompt(300, seed=i) for i in range(3)]
+        alone = [cramped.generate(p, max_tokens=8)["tokens"][0] for p in prompts]
+        cramped.ask("reset", connector=False)
+        together = cramped.generate(*prompts, max_tokens=250)["tokens"]
+        assert [len(tokens) for tokens in together] == [250] * 3
+        assert [tokens[:8] for tokens in together] == alone  # later, other batch shapes may flip a random model
+        assert cramped.ask("state")["preemptions"] > 0
+    finally:
+        cramped.close()
+        node.close()
+
+
+def test_an_engine_without_a_node_serves_as_if_we_were_not_there(tmp_path: Path) -> None:
     # Somebody holds the directory's lock and answers nothing: the embedded node leaves, and nobody else is there.
     lock = os.open(tmp_path / "node.lock", os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    cleanup.callback(os.close, lock)
-    alone = engine(cleanup, "tiny", {"data_dir": str(tmp_path)}).started()
-    answers = [alone.generate(prompt(600)) for _ in range(2)]
-    assert answers[0]["tokens"] == answers[1]["tokens"]
-    state = alone.ask("state")
-    assert (state["on"], state["connected"]) == (True, False)
-    assert state["counts"]["hyperspace_l2_lookups_total"] == {"miss|no_node": 1}  # the second is in vLLM's own cache
-
-
-@pytest.mark.parametrize("model", ["tiny", "tiny-gemma3"])
-def test_a_prefix_computed_by_a_is_loaded_by_b_over_the_network_byte_by_byte(
-    model: str, two_nodes: Nodes, cleanup: ExitStack
-) -> None:
-    a = engine(cleanup, model, two_nodes.engine_settings(0))
-    b = engine(cleanup, model, two_nodes.engine_settings(1))
-    a.started(), b.started()
-    rows = 0
-    for length in (255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 1500):
-        tokens = prompt(length, seed=length)
-        computed = a.generate(tokens)
-        rows += len(computed["blocks"]["saved"]) // 2  # two blocks of 128 tokens a row
-        two_nodes.stored(0, rows)
-        loaded = b.generate(tokens)
-        usable = (length - 1) // 256 * 256
-        assert loaded["cached"] == usable, f"{length} tokens: {b.ask('state')}"
-        if usable == 0:
-            continue
-        assert loaded["blocks"]["loaded"], length
-        for place, block in loaded["blocks"]["loaded"].items():
-            assert computed["blocks"]["saved"][place] == block, f"{length} tokens: block {place} differs"
-        assert not any(block < usable // 128 for _, block, _ in loaded["blocks"]["saved"])
+    alone = SteppedEngine(MODELS / "tiny", {"data_dir": str(tmp_path)})
+    try:
+        first, second = (alone.generate(prompt(600)) for _ in range(2))
+        assert first["tokens"] == second["tokens"]
+        state = alone.ask("state")
+        assert (state["on"], state["connected"]) == (True, False)
+        assert state["counts"][LOOKUPS] == {"miss|no_node": 1}  # the second finds vLLM's own cache
+    finally:
+        alone.close()
+        os.close(lock)

@@ -1,0 +1,161 @@
+"""One engine in a process of its own whose steps the test takes one by one: JSON lines in, JSON lines out."""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+START_S = 240.0
+ANSWER_S = 120.0
+
+
+class SteppedEngine:
+    """The test's end. `settings` are Hyperspace's, `options` vLLM's; every wait ends."""
+
+    def __init__(self, model: Path, settings: dict[str, Any], **options: Any) -> None:
+        spec = {"model": str(model), "settings": settings, "options": options}
+        env = {k: v for k, v in os.environ.items() if "HYPERSPACE" not in k} | {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
+        self.log: list[str] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.engines.step_probe", json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self._answer(START_S)
+
+    def generate(self, *prompts: list[int], max_tokens: int = 4) -> dict[str, Any]:
+        """Greedy `tokens` and `cached` prompt tokens of each prompt, and the `seconds` that all took together."""
+        return self.ask("generate", prompts=prompts, max_tokens=max_tokens)
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """One command of `_Probe` and its answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+        self._process.stdin.flush()
+        return self._answer(ANSWER_S)
+
+    def close(self) -> None:
+        """End the process, if need be by force."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _answer(self, timeout_s: float) -> dict[str, Any]:
+        try:
+            answer = self._answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise AssertionError("no answer; the engine said:\n" + "".join(self.log[-60:])) from None
+        assert "died" not in answer, "the engine died:\n" + "".join(self.log[-60:])
+        return answer
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("@@"):
+                self._answers.put(json.loads(line[2:]))
+            else:
+                self.log.append(line)
+        self._answers.put({"died": self._process.wait()})
+
+
+class _Probe:
+    def __init__(self, model: str, settings: dict[str, Any], options: dict[str, Any]) -> None:
+        from vllm import LLM, SamplingParams
+        from vllm.config import KVTransferConfig
+
+        transfer = KVTransferConfig(kv_connector="hyperspace", kv_role="kv_both", kv_connector_extra_config=settings)
+        options = {"max_model_len": 4096, "enforce_eager": True, "disable_log_stats": False, **options}
+        self.sampling = SamplingParams
+        self.llm = LLM(model=model, kv_transfer_config=transfer, **options)
+        self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        self.side = self.scheduler.connector._scheduler
+        self.client = self.scheduler.connector._client
+        self.counts: dict[str, dict[str, int]] = {}
+        self.preemptions = 0
+        preempt = self.scheduler._preempt_request
+        self.scheduler._preempt_request = lambda *a, **k: self._preempted() or preempt(*a, **k)
+        if self.side is not None:
+            take = self.side.stats.take
+            self.side.stats.take = lambda: self._counted(take())
+
+    def _counted(self, stats: Any) -> Any:
+        for name, values in (stats.data if stats is not None else {}).items():
+            if isinstance(values, dict):
+                total = self.counts.setdefault(name, {})
+                total.update({key: total.get(key, 0) + value for key, value in values.items()})
+        return stats
+
+    def _preempted(self) -> None:
+        self.preemptions += 1
+
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+        start = time.monotonic()
+        params = self.sampling(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        outputs = self.llm.generate([{"prompt_token_ids": tokens} for tokens in prompts], params, use_tqdm=False)
+        return {
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "cached": [output.num_cached_tokens for output in outputs],
+            "seconds": time.monotonic() - start,
+        }
+
+    def abort(self, tokens: list[int], steps: int) -> dict[str, Any]:
+        """Start a request, take `steps` engine steps, abort it, and step until the engine is idle."""
+        engine = self.llm.llm_engine
+        name = f"abort-{steps}-{time.monotonic_ns()}"
+        engine.add_request(name, {"prompt_token_ids": tokens}, self.sampling(max_tokens=32, ignore_eos=True))
+        seen = []
+        for _ in range(steps):
+            engine.step()
+            seen += [request.status.name for request in self.scheduler.requests.values()]
+        engine.abort_request([name])
+        deadline = time.monotonic() + 20
+        while self.scheduler.has_requests() and time.monotonic() < deadline:
+            engine.step()
+        left = [len(self.scheduler.requests), len(self.side._tracked), len(self.side._lookups)]
+        return {"left": left, "seen": seen}
+
+    def reset(self, connector: bool) -> dict[str, Any]:
+        """vLLM's own prefix cache is emptied, and the connector's keys are made new if asked for."""
+        return {"ok": self.scheduler.reset_prefix_cache(reset_connector=connector)}
+
+    def state(self) -> dict[str, Any]:
+        connected = self.client is not None and self.client.connected
+        return {
+            "on": self.side is not None,
+            "connected": connected,
+            "counts": self.counts,
+            "preemptions": self.preemptions,
+        }
+
+
+def _main() -> None:
+    spec = json.loads(sys.argv[1])
+    probe = _Probe(spec["model"], spec["settings"], spec["options"])
+    print("@@" + json.dumps({"started": True}), flush=True)
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        answer = getattr(probe, arguments.pop("command"))(**arguments)
+        print("@@" + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _main()
