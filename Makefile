@@ -28,8 +28,8 @@ demo: setup ## Two vLLM servers share a prefix: who served what, and how fast (M
 	@$(BIN)/python -m bench.demo --model $(MODEL) $(ARGS)
 
 .PHONY: test
-test: setup ## Run all tests but the long soak runs (TESTS='not vllm': without real vLLM servers)
-	@$(BIN)/python -m pytest -m "($(TESTS)) and not soak" $(ARGS)
+test: setup ## Run all tests but the long soak runs (TESTS="not soak and not vllm": no real servers)
+	@$(BIN)/python -m pytest -m "$(TESTS)" $(ARGS)
 
 .PHONY: check
 check: setup ## Formatting, lint, types, layers and architecture tests (under a minute)
