@@ -5,6 +5,8 @@ and the caller computes instead. What a caller leased lasts as long as `epoch`: 
 lookup from before is gone.
 """
 
+import fcntl
+import json
 import logging
 import mmap
 import os
@@ -48,6 +50,11 @@ _LOOK_LATER_S = 0.5  # … and once it has been missing for a while
 _SOON_S = 10.0
 _BEAT_S = HEARTBEAT_MS / 1000
 _LEASE_S = LEASE_MS / 1000
+# Alone for so long: the embedded node is started again, by the engine, or where there is none by the API server.
+_REVIVE_AFTER_S = {"scheduler": 2.0, "api": 5.0}
+_REVIVE_AGAIN_S = 10.0  # doubled each time, for a node that dies again at once
+_REVIVE_AGAIN_S_MAX = 640.0
+_REVIVED_S = 60.0  # a session that lasted so long had a healthy node
 
 
 class NodeClient:
@@ -159,11 +166,36 @@ def start_node(config: Config) -> None:
     attached (and takes over should it leave). It exits when its last client has been gone for EMBEDDED_LINGER_MS, and
     when everybody who inherited this process's end of its pipe dies before any client came.
     """
+    _spawn_node(config, subprocess.PIPE)
+
+
+def revive_node(config: Config) -> bool:
+    """Start an embedded node again that was killed; whether it was. Never raises.
+
+    Killed means: its card is still there, and nobody holds the directory's lock. One that was stopped took its card
+    with it, one that is frozen holds its lock, and one that systemd or an operator started is theirs. If several
+    processes try, all but one of the nodes exit at once.
+    """
+    try:
+        card = json.loads((config.data_dir / "node.json").read_text())
+        if not isinstance(card, dict) or card.get("embedded") is not True:
+            return False
+        with (config.data_dir / "node.lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _spawn_node(config, subprocess.DEVNULL)
+    except (OSError, ValueError) as error:  # BlockingIOError: somebody is there
+        logger.debug("hyperspace node not started again: %s", error)
+        return False
+    logger.warning("hyperspace node of %s was killed: started it again", config.data_dir)
+    return True
+
+
+def _spawn_node(config: Config, stdin: int) -> None:
     # Neither settings of ours that `config` overrode, nor what the server hands down to its own processes.
     others = {k: v for k, v in os.environ.items() if not k.startswith(("HYPERSPACE_", "_HYPERSPACE_"))}
     process = subprocess.Popen(
         [sys.executable, "-m", "hyperspace_vllm.cli", "node", "--embedded"],
-        stdin=subprocess.PIPE,
+        stdin=stdin,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C on the server must not take the node of other servers with it
@@ -196,8 +228,12 @@ def _beat(client: "weakref.ref[NodeClient]") -> None:
         with ours._lock:
             if ours._closed:
                 return
-            pause_s = ours._current().tick(time.monotonic())
-        del ours  # sleep without keeping the client alive
+            link, now = ours._current(), time.monotonic()
+            pause_s = link.tick(now)
+            revive = link.revival_due(now)
+        if revive:
+            revive_node(ours._config)
+        del ours, link  # sleep without keeping the client alive
 
 
 class _Link:
@@ -219,7 +255,9 @@ class _Link:
         self._role = role
         self._name = name
         self._hello_at = self._heartbeat_at = float("-inf")
-        self._heard_at = self._alone_since = time.monotonic()
+        self._heard_at = self._alone_since = self._welcomed_at = time.monotonic()
+        self._revived_at = float("-inf")
+        self._revive_again_s = _REVIVE_AGAIN_S
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         for option, value in (
@@ -280,6 +318,20 @@ class _Link:
                 self._hello_at = now
         return _LOOK_S if now - self._alone_since < _SOON_S else _LOOK_LATER_S
 
+    def revival_due(self, now: float) -> bool:
+        """Is it time to see whether the node that was here has died? Says so once, then after ever longer pauses."""
+        after_s = _REVIVE_AFTER_S.get(self._role)
+        if after_s is None or self.welcome is not None or self.last_welcome is None:
+            return False
+        if now - self._alone_since < after_s or now - self._revived_at < self._revive_again_s:
+            return False
+        if self._revived_at > self._welcomed_at or now - self._revived_at < _REVIVED_S:
+            self._revive_again_s = min(2 * self._revive_again_s, _REVIVE_AGAIN_S_MAX)
+        else:
+            self._revive_again_s = _REVIVE_AGAIN_S
+        self._revived_at = now
+        return True
+
     def close(self) -> None:
         """End the session and the connection."""
         if self.welcome is not None and self.send(encode(Goodbye())):
@@ -329,7 +381,7 @@ class _Link:
         self.welcome = self.last_welcome = welcome
         self.epoch += 1
         self.inbox.clear()
-        self._heartbeat_at = now
+        self._heartbeat_at = self._welcomed_at = now
 
 
 def _close_dropped(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:

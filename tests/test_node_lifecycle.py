@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from hyperspace_vllm.client import NodeClient
+from hyperspace_vllm.client import NodeClient, revive_node
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import EMBEDDED_LINGER_MS, LEASE_MS, KiB, MiB
@@ -373,6 +373,35 @@ def test_start_node_starts_one_however_often_it_is_called(nodes: Nodes) -> None:
         process.kill()
     until(lambda: not alive(pid), (LEASE_MS + EMBEDDED_LINGER_MS) / 1000 + 10)
     assert log.read_text().count("nobody needs this node") == 1
+
+
+def test_a_killed_embedded_node_is_started_again_by_its_engine(nodes: Nodes) -> None:
+    first = nodes.start_and_wait("--embedded")
+    engine = NodeClient(nodes.config, "scheduler", "engine")
+    assert engine.wait_connected(20)
+    epoch = engine.epoch
+    first.kill()
+    until(lambda: nodes.card()["pid"] != first.pid, 20)
+    assert engine.wait_connected(20)
+    assert engine.epoch != epoch
+    successor = nodes.card()["pid"]
+    engine.close()
+    until(lambda: not alive(successor), EMBEDDED_LINGER_MS / 1000 + 10)
+
+
+def test_only_an_embedded_node_that_was_killed_is_started_again(nodes: Nodes) -> None:
+    assert not revive_node(nodes.config)  # there never was one
+    embedded = nodes.start_and_wait("--embedded")
+    embedded.send_signal(signal.SIGSTOP)
+    assert not revive_node(nodes.config)  # it may go on
+    embedded.send_signal(signal.SIGCONT)
+    embedded.terminate()
+    embedded.wait(20)
+    assert not revive_node(nodes.config)  # somebody wanted it gone
+    standalone = nodes.start_and_wait()
+    standalone.kill()
+    standalone.wait(20)
+    assert not revive_node(nodes.config)  # somebody else looks after it
 
 
 # --- two nodes --------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ class _Node:
             serving = asyncio.create_task(server.run())
             enough = asyncio.create_task(_until_unwanted(server) if embedded else stop.wait())
             stopping = asyncio.create_task(stop.wait())
-            self._write_card(parts)
+            self._write_card(parts, embedded)
             logger.info("node %s serves %s", self._identity.peer_id, self._config.data_dir)
             try:
                 done, _ = await asyncio.wait((serving, enough, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -172,7 +172,7 @@ class _Node:
         if (responses := self._responses) is not None:
             self._metrics.store_bytes.labels("response").set_function(lambda: responses.stats()["bytes"])
 
-    def _write_card(self, parts: AsyncExitStack) -> None:
+    def _write_card(self, parts: AsyncExitStack, embedded: bool) -> None:
         card = self._config.data_dir / "node.json"
         draft = card.with_suffix(".json.new")
         draft.write_text(
@@ -182,6 +182,7 @@ class _Node:
                     "peer_id": self._identity.peer_id,
                     "endpoint": self._transport.endpoint if self._transport else "",
                     "metrics": self._metrics_endpoint,
+                    "embedded": embedded,
                 }
             )
         )
