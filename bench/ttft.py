@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from .demo import environment, network_hits, node_idle, start
+from .demo import environment, network_hits, node_idle, start, warm_up
 from .documents import document, prompt
 from .servers import MODELS, ROOT, Server, free_port, introduce
 
@@ -126,8 +126,8 @@ def main() -> int:
         a, b, plain = servers
         for server in (a, b):
             give_core(server, 1)
-        for server in servers:  # the first request of an engine pays for lazy initialisation
-            server.complete("warm up", max_tokens=2)
+        warm_up(servers)
+        for server in servers:  # and one prompt of the size measured, which tells the connector how fast prefill is
             server.complete(prompt(texts[-1], OTHER_QUESTION, chat=False), max_tokens=2)
         drain(a)
         figures = measure(a, b, plain, texts[:-1], options.model == "gemma", console)
