@@ -39,7 +39,7 @@ def server_timing_ms(headers: dict[str, str]) -> float:
 
 
 def copies_per_stored_byte(producer: Server) -> float:
-    """Copies of a KV byte on its way from vLLM's blocks to the producer's disk: the gather, and sealing into the file."""
+    """Copies of a KV byte from vLLM's blocks to the producer's disk: the gather, and sealing into the file."""
     status = producer.node_status()["metrics"]
     assert isinstance(status, list)
     node = {m["labels"]["direction"]: m["value"] for m in status if m["name"] == "hyperspace_bytes_total"}

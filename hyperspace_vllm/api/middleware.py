@@ -161,6 +161,8 @@ class _Exchange:
             headers += _json_headers(entry.body)
         self.cache.metrics.lookups.labels("hit", "local").inc()
         self.cache.touches.add(key)
+        took_ms = (time.perf_counter() - self.started_s) * 1000
+        headers.append((b"server-timing", f"hyperspace;dur={took_ms:.3f}".encode()))
         await self.send({"type": "http.response.start", "status": 200, "headers": headers})
         for at, message in enumerate(messages):
             more = at + 1 < len(messages)
