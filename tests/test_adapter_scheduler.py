@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -347,6 +348,30 @@ def test_salt_tenant_and_scope_reach_the_keys_and_the_node() -> None:
     bench.side.matched_tokens(r, 0)
     bench.step({r: 600})
     assert {named.scope for named in bench.node.of(SegmentNamed)} == {"private"}
+
+
+def picture(name: str, offset: int) -> MultiModalFeatureSpec:
+    return MultiModalFeatureSpec(None, "image", name, PlaceholderRange(offset, 20), name)
+
+
+def test_images_are_in_the_keys_of_the_segments_in_which_they_start() -> None:
+    digests = ["a" * 64, "b" * 64]
+    sent = []
+    for number, digest in enumerate(digests):
+        bench, r = Bench(), request(600, mm_features=[picture(digest, 250)])
+        bench.side.matched_tokens(r, 0)
+        (lookup,) = bench.node.of(LookupPrefix)
+        sent.append(lookup.segment_keys)
+        tokens, items = list(r.all_token_ids), [(digests[number].encode(), 250)]
+        assert list(lookup.segment_keys) == list(segment_keys(chain_seed(FINGERPRINT, b"", "", ""), tokens, S, items))
+        assert lookup.scope == "network"
+    assert set(sent[0]).isdisjoint(sent[1])
+
+
+def test_images_that_clients_name_themselves_stay_in_the_node() -> None:
+    bench = Bench()
+    bench.side.matched_tokens(request(600, mm_features=[picture("cat", 0)]), 0)
+    assert bench.node.of(LookupPrefix)[0].scope == "private"
 
 
 # --- saving -------------------------------------------------------------------------------------

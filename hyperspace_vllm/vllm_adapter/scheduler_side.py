@@ -8,6 +8,7 @@ every step while the request waits, and must not make us look again.
 import itertools
 import logging
 import os
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -49,6 +50,8 @@ STEP_SAVES_MAX = 32  # segments gathered in one step: 32 x 256 tokens, what one 
 DEADLINE_MS_MIN = 20  # the node answers a local lookup in about 1 ms; leaves it room when the host is busy
 PROBE_S = 0.1  # while something waits: sending to a dead node fails at once, its lease lapses only after 5 s
 ANSWER_GRACE_MS = 100  # the node keeps the deadline; we give up this much later if its answer doesn't come
+
+CONTENT_HASH = re.compile(r"[0-9a-f]{64,128}")  # vLLM's own names of images: BLAKE3, SHA-256 or SHA-512
 
 _HIT_SOURCES = {"memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "network": CacheHitSource.P2P}
 
@@ -407,6 +410,9 @@ class SchedulerSide:
         scope = self._scope_of(request)
         seed = chain_seed(self._fingerprint, lora, request.cache_salt or "", scope.tenant)
         items = tuple((f.mm_hash or f.identifier, f.mm_position.offset) for f in request.mm_features)
+        if not all(CONTENT_HASH.fullmatch(name) for name, _ in items):
+            # A client may name its images itself; what it calls "cat" is not everybody's cat.
+            scope = RequestScope("private", scope.tenant)
         return _Tracked(request, seed, scope, tuple((name.encode(), offset) for name, offset in items))
 
     def _notice_preemption(self, tracked: _Tracked) -> None:

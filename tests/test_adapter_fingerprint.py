@@ -1,0 +1,169 @@
+"""What separates KV and responses of different models, and what must not."""
+
+import json
+import shutil
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from hyperspace_vllm.core.records.errors import Refused
+from hyperspace_vllm.core.response.scope import sign_scope
+from hyperspace_vllm.vllm_adapter.connector import _check_supported, _scope_reader
+from hyperspace_vllm.vllm_adapter.fingerprint import adapter_digest, file_digest, kv_fingerprint, model_digest
+from hyperspace_vllm.vllm_adapter.inherited import Inherited
+from hyperspace_vllm.vllm_adapter.kv_layout import plan_kv
+from tests.test_adapter_kv_layout import hybrid_cache
+from tests.test_adapter_scheduler import request
+
+TINY = Path(__file__).parents[1] / ".models" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def config() -> VllmConfig:
+    return EngineArgs(model=str(TINY)).create_engine_config()
+
+
+def copy_of(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TINY, tmp_path / "elsewhere"))
+
+
+def fingerprint(config: VllmConfig) -> bytes:
+    cache = hybrid_cache()
+    return kv_fingerprint(config, cache, plan_kv(config, cache))
+
+
+def at(model: Path, **options: object) -> VllmConfig:
+    return EngineArgs(model=str(model), **options).create_engine_config()  # type: ignore[arg-type]
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_same_model_at_another_path_is_the_same(config: VllmConfig, tmp_path: Path) -> None:
+    assert fingerprint(at(copy_of(tmp_path))) == fingerprint(config)
+
+
+def test_a_changed_tensor_is_another_model(config: VllmConfig, tmp_path: Path) -> None:
+    model = copy_of(tmp_path)
+    weights = model / "model.safetensors"
+    header = json.loads(weights.read_bytes()[8 : 8 + (length := int.from_bytes(weights.read_bytes()[:8], "little"))])
+    start, end = header["model.layers.0.mlp.up_proj.weight"]["data_offsets"]
+    flip(weights, 8 + length + (start + end) // 2)
+    assert fingerprint(at(model)) != fingerprint(config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "float32"}, {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}}],
+)
+def test_what_changes_kv_changes_the_fingerprint(config: VllmConfig, options: dict[str, object]) -> None:
+    assert fingerprint(at(TINY, **options)) != fingerprint(config)
+
+
+def test_groups_and_their_windows_are_part_of_it(config: VllmConfig) -> None:
+    cache = hybrid_cache()
+    narrow = hybrid_cache()
+    for group in narrow.kv_cache_groups[:2]:
+        group.kv_cache_spec = replace(group.kv_cache_spec, sliding_window=256)
+    seen = {kv_fingerprint(config, c, plan_kv(config, c)) for c in (cache, narrow)}
+    assert len(seen) == 2
+
+
+def test_random_weights_are_named_by_their_seed() -> None:
+    seeds = [at(TINY, load_format="dummy", seed=seed) for seed in (1, 1, 2)]
+    first, again, other = (fingerprint(one) for one in seeds)
+    assert first == again != other
+
+
+def test_a_model_that_is_neither_local_nor_pinned_is_refused(config: VllmConfig) -> None:
+    from hyperspace_vllm.vllm_adapter.fingerprint import _weights_identity
+
+    branch = SimpleNamespace(model="some/model", revision="main", seed=0)
+    with pytest.raises(Refused, match="neither local nor pinned"):
+        _weights_identity(branch, "auto")
+    pinned = SimpleNamespace(model="some/model", revision="0" * 40, seed=0)
+    assert _weights_identity(pinned, "auto") == ["commit", "some/model", "0" * 40]
+
+
+def test_the_chat_template_and_server_defaults_are_part_of_a_response(config: VllmConfig, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}")
+    plain = model_digest(config, Namespace(chat_template=None))
+    assert model_digest(config, Namespace(chat_template=None)) == plain
+    assert model_digest(config, Namespace(chat_template=str(template))) != plain
+    assert model_digest(config, Namespace(chat_template=None, override_generation_config={"top_k": 1})) != plain
+
+
+def test_adapters_are_known_by_their_files(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"\0" * 5000)
+    first = adapter_digest(str(tmp_path))
+    flip(tmp_path / "adapter_model.bin", 100)
+    assert adapter_digest(str(tmp_path)) != first
+    with pytest.raises(Refused, match="lora"):
+        adapter_digest("some/hub-adapter")
+
+
+def test_a_file_that_isnt_what_it_says_is_refused(tmp_path: Path) -> None:
+    broken = tmp_path / "model.safetensors"
+    broken.write_bytes(b"\xff" * 100)
+    with pytest.raises(Refused, match="not a safetensors file"):
+        file_digest(str(broken))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "what"),
+    [
+        ("parallel_config", {"pipeline_parallel_size": 2}, "pipeline"),
+        ("parallel_config", {"decode_context_parallel_size": 2}, "decode context"),
+        ("parallel_config", {"nnodes": 2}, "several hosts"),
+        ("model_config", {"runner_type": "pooling"}, "pooling"),
+    ],
+)
+def test_engines_whose_kv_we_cant_carry_are_named(part: str, change: dict[str, object], what: str) -> None:
+    parallel = {
+        "pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "nnodes": 1
+    }  # fmt: skip
+    parts = {
+        "parallel_config": SimpleNamespace(**parallel),
+        "cache_config": SimpleNamespace(),
+        "model_config": SimpleNamespace(runner_type="generate"),
+    }
+    _check_supported(SimpleNamespace(**parts))
+    vars(parts[part]).update(change)
+    with pytest.raises(Refused, match=what):
+        _check_supported(SimpleNamespace(**parts))
+
+
+@pytest.mark.parametrize(
+    ("many_tenants", "signed", "salt", "expected"),
+    [
+        (False, None, None, ("network", "")),
+        (True, None, None, ("private", "")),
+        (True, ("network", "t1"), None, ("network", "t1")),
+        (False, ("public", ""), None, ("public", "")),
+        (False, ("network", "t1"), "pepper", ("private", "t1")),
+        (False, None, "pepper", ("private", "")),
+        (True, "forged", None, ("private", "")),
+        (False, "forged", None, ("network", "")),
+    ],
+)
+def test_a_scope_counts_when_this_server_signed_it(
+    many_tenants: bool, signed: tuple[str, str] | str | None, salt: str | None, expected: tuple[str, str]
+) -> None:
+    secret = b"s" * 32
+    r = request(10, cache_salt=salt)
+    if signed is not None:
+        scope, tenant = ("public", "t9") if isinstance(signed, str) else signed
+        key = b"another" if signed == "forged" else secret
+        r.kv_transfer_params = {"hyperspace": sign_scope(key, scope, tenant, salt)}  # type: ignore[arg-type]
+    found = _scope_reader(Inherited(secret, many_tenants))(r)
+    assert (found.scope, found.tenant) == expected
