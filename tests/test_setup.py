@@ -118,6 +118,28 @@ def test_pytorchs_own_index_is_asked_only_where_pip_finds_no_cpu_build(setup: Si
     assert len(broken.asked) == 1
 
 
+@pytest.mark.parametrize(("engine", "cuda", "fine"), [("gpu", "13.0", True), ("gpu", "", False), ("cpu", "", True)])
+def test_a_gpu_build_with_a_cpu_torch_is_refused(
+    setup: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, engine: str, cuda: str, fine: bool
+) -> None:
+    monkeypatch.setattr(setup.engine, "run", lambda command: cuda + "\n")
+    venv, chosen = setup.engine.Venv(Path("venv")), setup.engine.choose(engine)
+    if fine:
+        setup.engine.check_engine(venv, chosen)
+    else:
+        with pytest.raises(setup.engine.Failed, match="CPU build of torch"):
+            setup.engine.check_engine(venv, chosen)
+
+
+def test_an_illegal_instruction_is_explained(setup: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(command: list[str]) -> str:
+        raise setup.engine.Failed("vllm --version ended with signal 4:")
+
+    monkeypatch.setattr(setup.engine, "run", dies)
+    with pytest.raises(setup.engine.Failed, match="needs AVX2"):
+        setup.engine.check_engine(setup.engine.Venv(Path("venv")), setup.engine.CPU)
+
+
 def test_a_failed_command_says_which_and_how(setup: SimpleNamespace) -> None:
     with pytest.raises(setup.engine.Failed, match=r"(?s)exit status 3:\nout\nwhy$"):
         setup.engine.run(["sh", "-c", "echo out; echo why >&2; exit 3"])

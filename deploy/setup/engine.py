@@ -157,7 +157,7 @@ def install(venv: Venv, engine: Engine, others: list[str]) -> None:
     else:
         install_cpu(venv, engine, others)
     with step("Starting vLLM's command line once"):
-        check_engine(venv)
+        check_engine(venv, engine)
 
 
 def install_cpu(venv: Venv, engine: Engine, others: list[str]) -> None:
@@ -183,7 +183,7 @@ def install_torch(venv: Venv, requirement: str, progress: Step) -> None:
         venv.pip_install(progress, "--extra-index-url", TORCH_CPU_INDEX, requirement)
 
 
-def check_engine(venv: Venv) -> None:
+def check_engine(venv: Venv, engine: Engine) -> None:
     """Fail now, and with a reason, where vLLM can't run at all."""
     try:
         run([str(venv.root / "bin" / "vllm"), "--version"])
@@ -191,6 +191,12 @@ def check_engine(venv: Venv) -> None:
         if "signal 4" in str(refusal):
             raise Failed(f"vLLM met an illegal instruction: its CPU build needs AVX2.\n{refusal}") from None
         raise
+    cuda = run([str(venv.python), "-c", "import torch; print(torch.version.cuda or '')"]).strip()
+    if engine.name == "gpu" and not cuda:
+        raise Failed(
+            "pip found a CPU build of torch first (it prefers 2.13.0+cpu to 2.13.0), and vLLM's GPU build can't use it. "
+            "Take that build out of pip's find-links or extra indexes, then: rm -r .venv; make setup"
+        )
 
 
 def install_project(venv: Venv, root: Path) -> None:
