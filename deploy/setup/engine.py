@@ -194,7 +194,7 @@ def check_engine(venv: Venv, engine: Engine) -> None:
     cuda = run([str(venv.python), "-c", "import torch; print(torch.version.cuda or '')"]).strip()
     if engine.name == "gpu" and not cuda:
         raise Failed(
-            "pip found a CPU build of torch first (it prefers 2.13.0+cpu to 2.13.0), and vLLM's GPU build can't use it. "
+            "pip chose a CPU build of torch (it prefers 2.13.0+cpu to 2.13.0), which vLLM's GPU build can't use. "
             "Take that build out of pip's find-links or extra indexes, then: rm -r .venv; make setup"
         )
 
