@@ -5,6 +5,7 @@ Every request says who served it. Exits 1 when a layer that should have served d
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -207,6 +208,8 @@ def main() -> int:
         directory.mkdir(parents=True, mode=0o700)
     environments = introduce(directories, [free_port(), free_port()])
     settings = {"HYPERSPACE_ARENA_BYTES": str(512 << 20), "HYPERSPACE_DISK_BYTES": str(2 << 30)}
+    if (os.cpu_count() or 1) < 4:  # left to itself, vLLM puts both servers on the first core
+        environments = [{**e, "VLLM_CPU_OMP_THREADS_BIND": str(core)} for core, e in enumerate(environments)]
     servers = [
         Server(name, model, directory, environment={**settings, **extra})
         for name, directory, extra in zip("AB", directories, environments, strict=True)

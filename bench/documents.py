@@ -18,8 +18,8 @@ def document(name: str, words: int) -> str:
 def prompt(text: str, question: str, *, chat: bool) -> str:
     """A document and a question about it; the shared prefix is everything up to the question.
 
-    `chat` uses Gemma's turn markers. The tokenizer adds <bos>.
+    `chat` is the turn format of the gemma checkpoint's chat template (it is a base model). The tokenizer adds <bos>.
     """
     if chat:
-        return f"<start_of_turn>user\n{text}\n\n{question}<end_of_turn>\n<start_of_turn>model\n"
+        return f"user: {text}\n\n{question}\nassistant:"
     return f"{text}\n\nQuestion: {question}\nAnswer:"

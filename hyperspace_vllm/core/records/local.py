@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from .errors import ProtocolViolation
+from .codec import decode_frame
 from .layout import Layout
 from .limits import (
     LOCAL_MESSAGE_BYTES_MAX,
@@ -239,8 +239,8 @@ class Rejected(_Message, tag="rejected", frozen=True):
 NodeMessage = Welcome | HeartbeatAck | LeaseLost | StagingGranted | PrefixAnswer | Status | Rejected
 
 _encoder = msgspec.msgpack.Encoder()
-_client_decoder = msgspec.msgpack.Decoder(ClientMessage)
-_node_decoder = msgspec.msgpack.Decoder(NodeMessage)
+_client_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
+_node_decoder: msgspec.msgpack.Decoder[NodeMessage] = msgspec.msgpack.Decoder(NodeMessage)
 
 
 def encode(message: ClientMessage | NodeMessage) -> bytes:
@@ -250,17 +250,9 @@ def encode(message: ClientMessage | NodeMessage) -> bytes:
 
 def decode_client_message(frame: bytes | memoryview) -> ClientMessage:
     """What a client sent; `ProtocolViolation` names the field that is wrong."""
-    if len(frame) > LOCAL_MESSAGE_BYTES_MAX:
-        raise ProtocolViolation(f"local message: {len(frame)} bytes, at most {LOCAL_MESSAGE_BYTES_MAX}")
-    try:
-        return _client_decoder.decode(frame)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # the latter from a damaged string
-        raise ProtocolViolation(f"local message: {error}") from error
+    return decode_frame(_client_decoder, frame, LOCAL_MESSAGE_BYTES_MAX, "local message")
 
 
 def decode_node_message(frame: bytes | memoryview) -> NodeMessage:
     """What the node sent; `ProtocolViolation` names the field that is wrong."""
-    try:
-        return _node_decoder.decode(frame)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # the latter from a damaged string
-        raise ProtocolViolation(f"node message: {error}") from error
+    return decode_frame(_node_decoder, frame, LOCAL_MESSAGE_BYTES_MAX, "node message")

@@ -87,7 +87,9 @@ class Manifest:
             len(self.rows).to_bytes(1, "big"),
         ]
         rows = [
-            row.row_id + row.length.to_bytes(8, "big") + bytes([row.derived_from is not None])
+            row.row_id
+            + row.length.to_bytes(8, "big")
+            + bytes([row.derived_from is not None])
             + (row.derived_from or bytes(32))
             for row in self.rows
         ]
@@ -135,9 +137,7 @@ def decode_manifest(raw: bytes) -> Manifest:
     )
 
 
-def check_manifest(
-    manifest: Manifest, network: NetworkId, trusted: frozenset[bytes], now_ms: int
-) -> None:
+def check_manifest(manifest: Manifest, network: NetworkId, trusted: frozenset[bytes], now_ms: int) -> None:
     """Raise `Refused` unless a trusted producer of this network signed it, not in the future. Digests come later."""
     if manifest.network != network:
         raise Refused("wrong_network")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from .errors import ProtocolViolation
+from .codec import decode_frame
 from .limits import (
     CHUNK_BYTES_MAX,
     DIGEST_TABLE_BYTES_MAX,
@@ -108,8 +108,8 @@ class NotHere(_Message, tag="not_here", frozen=True):
 PeerReply = HaveReply | ManifestReply | Chunk | NotHere
 
 _encoder = msgspec.msgpack.Encoder()
-_request_decoder = msgspec.msgpack.Decoder(PeerRequest)
-_reply_decoder = msgspec.msgpack.Decoder(PeerReply)
+_request_decoder: msgspec.msgpack.Decoder[PeerRequest] = msgspec.msgpack.Decoder(PeerRequest)
+_reply_decoder: msgspec.msgpack.Decoder[PeerReply] = msgspec.msgpack.Decoder(PeerReply)
 
 
 def encode(message: PeerRequest | PeerReply) -> bytes:
@@ -119,18 +119,9 @@ def encode(message: PeerRequest | PeerReply) -> bytes:
 
 def decode_request(frame: bytes | memoryview) -> PeerRequest:
     """What a peer asks; `ProtocolViolation` names the field that is wrong."""
-    return _decode(_request_decoder, frame)
+    return decode_frame(_request_decoder, frame, PEER_CONTROL_BYTES_MAX, "peer message")
 
 
 def decode_reply(frame: bytes | memoryview) -> PeerReply:
     """What a peer answers; `ProtocolViolation` names the field that is wrong."""
-    return _decode(_reply_decoder, frame)
-
-
-def _decode(decoder: msgspec.msgpack.Decoder, frame: bytes | memoryview):  # type: ignore[no-untyped-def,type-arg]
-    if len(frame) > PEER_CONTROL_BYTES_MAX:
-        raise ProtocolViolation(f"peer message: {len(frame)} bytes, at most {PEER_CONTROL_BYTES_MAX}")
-    try:
-        return decoder.decode(frame)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # the latter from a damaged string
-        raise ProtocolViolation(f"peer message: {error}") from error
+    return decode_frame(_reply_decoder, frame, PEER_CONTROL_BYTES_MAX, "peer message")
