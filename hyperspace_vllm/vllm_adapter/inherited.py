@@ -17,7 +17,10 @@ _NODE = "_HYPERSPACE_NODE_STARTED"
 
 @dataclass(frozen=True, slots=True)
 class Inherited:
-    """`secret` signs scopes within one process tree; `many_tenants`: an unsigned request is private."""
+    """`secret` signs scopes within one process tree; `many_tenants`: an unsigned request is private.
+
+    Where nothing was handed down (an engine that Ray started elsewhere), there might be several tenants.
+    """
 
     secret: bytes
     many_tenants: bool
@@ -26,7 +29,7 @@ class Inherited:
     def read(cls) -> "Inherited":
         """What this process was given, or a new secret for it and its children."""
         secret = bytes.fromhex(os.environ.setdefault(_SECRET, secrets.token_hex(32)))
-        return cls(secret, os.environ.get(_MANY_TENANTS) == "1")
+        return cls(secret, os.environ.get(_MANY_TENANTS) != "0")
 
 
 def hand_down(config: Config, many_tenants: bool) -> None:
