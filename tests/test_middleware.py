@@ -457,6 +457,36 @@ async def test_what_cannot_be_cached_reaches_the_server_byte_for_byte(
     assert bench.node.scopes == []
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        json.dumps(TEXT | {"prompt": "x" * REQUEST_BYTES_MAX}).encode(),
+        b'{"prompt": "a", "prompt": "b", "model": "base"}',
+    ],
+    ids=["too large", "two prompts"],
+)
+async def test_what_cannot_be_cached_still_stays_in_the_node_when_its_client_says_so(bench: Bench, raw: bytes) -> None:
+    headers = {"content-type": "application/json", "cache-control": "private"}
+    assert "fwd=bypass" in (await bench.client.post(TEXT_PATH, content=raw, headers=headers)).headers["cache-status"]
+    received = json.loads(bench.upstream.bodies[0])
+    signed = received.pop("kv_transfer_params")["hyperspace"]
+    assert verify_scope(b"process", signed, None) == RequestScope("private", "")
+    assert received == json.loads(raw)
+
+
+async def test_a_model_that_is_no_name_is_the_servers_to_refuse(bench: Bench) -> None:
+    answer = await bench.ask(CHAT | {"model": ["base"]})
+    assert (answer.status_code, len(bench.upstream.bodies)) == (200, 1)
+    assert answer.headers["cache-status"] == "hyperspace; fwd=bypass; detail=unknown_model"
+
+
+async def test_weights_that_were_replaced_are_not_answered_for(bench: Bench) -> None:
+    await bench.ask(CHAT)
+    await bench.stored(1)
+    await bench.client.post("/update_weights", json={})
+    assert (await bench.ask(CHAT)).headers["cache-status"] == "hyperspace; fwd=bypass; detail=no_model_digest"
+
+
 async def test_other_routes_and_methods_are_not_ours(bench: Bench) -> None:
     for answer in (await bench.client.get(CHAT_PATH), await bench.client.post("/v1/embeddings", json={})):
         assert answer.status_code in (404, 405)

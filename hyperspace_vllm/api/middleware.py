@@ -33,9 +33,11 @@ from .metrics import l1_metrics
 from .options import ResponseCacheOptions
 from .relay import Relay, leaving_on_disconnect
 from .replay import frames
-from .request_body import read_body, replayed, rewritten, with_content_length
+from .request_body import read_body, read_rest, replayed, rewritten, with_content_length
 
 _ENDPOINTS: dict[str, Endpoint] = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
+# After these (vLLM's development mode has them) nobody can say any more which weights answer.
+_WEIGHT_ROUTES = frozenset(("/collective_rpc", "/start_weight_update", "/update_weights", "/finish_weight_update"))
 _MESSAGE_BYTES = 65_536
 _EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")  # as Starlette writes it
 
@@ -51,22 +53,29 @@ class ResponseCacheMiddleware:
         self.recent = Recent()
         self.touches = Touches(options.client)
         self.metrics = l1_metrics()
+        self.weights_changed = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request (ASGI 3)."""
         endpoint = _endpoint(scope)
         if endpoint is None:
+            self.weights_changed = self.weights_changed or _path(scope) in _WEIGHT_ROUTES
             return await self.app(scope, receive, send)
-        raw = await read_body(receive)
+        raw, too_large = await read_body(receive), False
+        if isinstance(raw, list) and _stays_here(scope):
+            raw, too_large = await read_rest(raw, receive), True
         if isinstance(raw, list):
             return await self._untouched(scope, replayed(raw, receive), send, "too_large")
         request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
         if (header(scope["headers"], b"content-type") or "").split(";")[0].strip().lower() != "application/json":
             return await self._untouched(scope, request, send, "not_json")
-        body = parse_request(raw)
-        if isinstance(body, Uncacheable):
+        body = Uncacheable("too_large") if too_large else parse_request(raw)
+        if not isinstance(body, Uncacheable):
+            return await _Exchange(self, endpoint, raw, body, scope, receive, send).run()
+        if (lenient := _as_vllm_reads(raw)) is None:
             return await self._untouched(scope, request, send, body.reason)
-        return await _Exchange(self, endpoint, raw, body, scope, receive, send).run()
+        # It has no key, but the connector must hear all the same how far its KV may travel.
+        return await _Exchange(self, endpoint, raw, lenient, scope, receive, send).bypass("bypass", body.reason)
 
     async def _untouched(self, scope: Scope, receive: Receive, send: Send, reason: str) -> None:
         await self.app(scope, receive, self.passing(send, "bypass", reason))
@@ -114,7 +123,7 @@ class _Exchange:
             reason = key.reason if isinstance(key, Uncacheable) else "no-store"
             if self.wishes.only_if_cached and self.cache.lookup is not None:
                 return await self._not_cached(reason)
-            return await self._bypass("request" if self.wishes.no_store else "bypass", reason)
+            return await self.bypass("request" if self.wishes.no_store else "bypass", reason)
         why = "request" if self.wishes.no_cache else "uri-miss"
         if not self.wishes.no_cache and self.cache.lookup is not None:
             now_ms = self.options.clock()
@@ -128,7 +137,7 @@ class _Exchange:
         return await self._compute(key, why)
 
     def _key(self) -> RequestKey | Uncacheable:
-        digest = self.options.model_digest()
+        digest = None if self.cache.weights_changed else self.options.model_digest()
         model = self.body.get("model") or None
         if self.cache.lookup is None:
             return Uncacheable("off")
@@ -137,7 +146,8 @@ class _Exchange:
         if digest is None or (self.streams and self.options.force_include_usage):
             return Uncacheable("no_model_digest" if digest is None else "continuous_usage")
         lora = self.options.loras.get(model) if isinstance(model, str) else None
-        if model is not None and lora is None and model not in self.options.served_models:
+        served = isinstance(model, str) and model in self.options.served_models
+        if model is not None and lora is None and not served:
             return Uncacheable("unknown_model")
         return request_key(self.endpoint, self.body, digest, lora, self.tenant)
 
@@ -187,7 +197,8 @@ class _Exchange:
 
     # --- answers from vLLM ----------------------------------------------------------------------
 
-    async def _bypass(self, why: str, reason: str) -> None:
+    async def bypass(self, why: str, reason: str) -> None:
+        """Have vLLM answer, told of the scope and nothing else."""
         body = rewritten(self.raw, self.body, self._signed_scope(), add_usage=False)
         request = replayed([{"type": "http.request", "body": body, "more_body": False}], self.receive)
         send = self.cache.passing(self.send, why, reason)
@@ -279,9 +290,29 @@ class _Exchange:
 
 
 def _endpoint(scope: Scope) -> Endpoint | None:
+    return _ENDPOINTS.get(_path(scope))
+
+
+def _path(scope: Scope) -> str:
+    """Where a POST goes; '' for anything else."""
     if scope["type"] != "http" or scope["method"] != "POST":
+        return ""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path
+
+
+def _stays_here(scope: Scope) -> bool:
+    wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
+    return wishes.private or wishes.no_store
+
+
+def _as_vllm_reads(raw: bytes) -> dict[str, Any] | None:
+    """A body that we can't name, the last of two equal keys winning."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
         return None
-    return _ENDPOINTS.get(scope["path"].removeprefix(scope.get("root_path", "")))
+    return body if isinstance(body, dict) else None
 
 
 def _adding_status(send: Send, status: bytes) -> Send:

@@ -26,6 +26,15 @@ async def read_body(receive: Receive) -> bytes | list[Message]:
             )
 
 
+async def read_rest(messages: list[Message], receive: Receive) -> bytes | list[Message]:
+    """What `read_body` found too long, whole all the same; the messages if the client left."""
+    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False):
+        messages.append(await receive())
+    if messages[-1]["type"] != "http.request":
+        return messages
+    return b"".join(message.get("body", b"") for message in messages)
+
+
 def replayed(messages: list[Message], receive: Receive) -> Receive:
     """A `receive` that gives `messages` again, then goes on with the rest."""
     again = list(reversed(messages))
