@@ -124,24 +124,23 @@ def test_prompts_that_share_a_prefix_in_one_batch_are_each_right(engine: Stepped
 def test_a_frozen_node_costs_its_deadline_and_a_killed_one_less_than_half_a_second(
     engine: SteppedEngine, node: Node
 ) -> None:
-    warm = engine.generate(prompt(600, seed=6))["seconds"]
-
     node.process.send_signal(signal.SIGSTOP)
-    frozen = engine.generate(prompt(600, seed=7))
-    assert frozen["seconds"] < 3.1 + 3 * warm + 1
+    engine.generate(prompt(600, seed=7))
+    reason, waited_s = engine.ask("state")["last_miss"]
+    assert reason == "deadline"
+    assert 3.0 < waited_s < 3.6
 
-    # It stays frozen, so the next lookup waits, and dies while it does.
     until(lambda: _reconnected(engine, node), "a new session")
     node.process.send_signal(signal.SIGSTOP)
     killer = threading.Timer(1.0, node.process.kill)
     killer.start()
-    killed = engine.generate(prompt(600, seed=8))
+    engine.generate(prompt(600, seed=8))  # waits for the frozen node, which dies meanwhile
     killer.join()
-    assert killed["seconds"] < 1.0 + 0.5 + 3 * warm + 1
-    counts = engine.ask("state")["counts"][LOOKUPS]
-    assert counts["miss|deadline"] == 1
-    assert counts["miss|node_gone"] == 1
-    assert engine.generate(prompt(600, seed=9))["seconds"] < 3 * warm + 1
+    reason, waited_s = engine.ask("state")["last_miss"]
+    assert reason == "node_gone"
+    assert waited_s < 1.5
+    engine.generate(prompt(600, seed=9))
+    assert engine.ask("state")["last_miss"][1] < 0.5  # no node, or the one that the engine's process started meanwhile
 
 
 def _reconnected(engine: SteppedEngine, node: Node) -> bool:

@@ -96,6 +96,9 @@ class _Probe:
         if self.side is not None:
             take = self.side.stats.take
             self.side.stats.take = lambda: self._counted(take())
+            self.misses: list[tuple[str, float]] = []  # reason, seconds that the request waited for it
+            settle = self.side._settle
+            self.side._settle = lambda tracked, reason: self._missed(tracked, reason) or settle(tracked, reason)
 
     def _counted(self, stats: Any) -> Any:
         for name, values in (stats.data if stats is not None else {}).items():
@@ -103,6 +106,10 @@ class _Probe:
                 total = self.counts.setdefault(name, {})
                 total.update({key: total.get(key, 0) + value for key, value in values.items()})
         return stats
+
+    def _missed(self, tracked: Any, reason: str) -> None:
+        waited_s = time.monotonic() - tracked.lookup.asked_s if tracked.lookup is not None else 0.0
+        self.misses.append((reason, waited_s))
 
     def _preempted(self) -> None:
         self.preemptions += 1
@@ -144,6 +151,7 @@ class _Probe:
             "connected": connected,
             "counts": self.counts,
             "preemptions": self.preemptions,
+            "last_miss": self.misses[-1] if self.side is not None and self.misses else None,
         }
 
 
