@@ -68,6 +68,14 @@ def test_what_changes_kv_changes_the_fingerprint(config: VllmConfig, options: di
     assert fingerprint(at(TINY, **options)) != fingerprint(config)
 
 
+def test_the_context_length_counts_where_it_scales_the_positions() -> None:
+    factors = [1.0] * 8
+    rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "rope_theta": 1e4}
+    long = {"hf_overrides": {"rope_parameters": rope | {"original_max_position_embeddings": 1024}}}
+    assert fingerprint(at(TINY, max_model_len=512)) == fingerprint(at(TINY, max_model_len=1024))
+    assert fingerprint(at(TINY, max_model_len=512, **long)) != fingerprint(at(TINY, max_model_len=1024, **long))
+
+
 def test_groups_and_their_windows_are_part_of_it(config: VllmConfig) -> None:
     cache = hybrid_cache()
     narrow = hybrid_cache()
@@ -99,7 +107,8 @@ def test_the_chat_template_and_server_defaults_are_part_of_a_response(config: Vl
     plain = model_digest(config, Namespace(chat_template=None))
     assert model_digest(config, Namespace(chat_template=None)) == plain
     assert model_digest(config, Namespace(chat_template=str(template))) != plain
-    assert model_digest(config, Namespace(chat_template=None, override_generation_config={"top_k": 1})) != plain
+    for option in ({"override_generation_config": {"top_k": 1}}, {"logprobs_mode": "processed_logprobs"}):
+        assert model_digest(config, Namespace(chat_template=None, **option)) != plain
 
 
 def test_adapters_are_known_by_their_files(tmp_path: Path) -> None:

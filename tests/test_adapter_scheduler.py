@@ -364,14 +364,20 @@ def test_images_are_in_the_keys_of_the_segments_in_which_they_start() -> None:
         sent.append(lookup.segment_keys)
         tokens, items = list(r.all_token_ids), [(digests[number].encode(), 250)]
         assert list(lookup.segment_keys) == list(segment_keys(chain_seed(FINGERPRINT, b"", "", ""), tokens, S, items))
-        assert lookup.scope == "network"
     assert set(sent[0]).isdisjoint(sent[1])
 
 
-def test_images_that_clients_name_themselves_stay_in_the_node() -> None:
+@pytest.mark.parametrize("name", ["cat", "a" * 64])
+def test_images_stay_in_the_node_because_clients_may_name_them_themselves(name: str) -> None:
     bench = Bench()
-    bench.side.matched_tokens(request(600, mm_features=[picture("cat", 0)]), 0)
+    bench.side.matched_tokens(request(600, mm_features=[picture(name, 0)]), 0)
     assert bench.node.of(LookupPrefix)[0].scope == "private"
+
+
+def test_a_request_id_longer_than_messages_allow_is_left_to_vllm() -> None:
+    bench, r = Bench(), request(600, "r" * 257)
+    assert bench.side.matched_tokens(r, 0) == (0, False)
+    assert bench.step({r: 600}) is IDLE
 
 
 # --- saving -------------------------------------------------------------------------------------

@@ -49,12 +49,28 @@ _OUTPUT_ARGS = (
     "override_generation_config",
     "return_tokens_as_token_ids",
     "response_role",
-    "max_model_len",
     "logits_processors",
     "structured_outputs_config",
     "mm_processor_kwargs",
     "tokenizer_mode",
     "seed",
+    "logprobs_mode",
+    "kv_cache_dtype",
+    "kv_cache_dtype_skip_layers",
+    "model_impl",
+    "default_mm_loras",
+    "lora_dtype",
+    "media_io_kwargs",
+    "interleave_mm_strings",
+    "video_pruning_rate",
+    "trust_request_mm_kwargs",
+    "tool_strict_level",
+    "reasoning_parser_plugin",
+    "reasoning_config",
+    "watermark_config",
+    "diffusion_config",
+    "enable_prompt_tokens_details",
+    "return_sampling_mask",
 )
 
 
@@ -93,6 +109,7 @@ def model_digest(config: VllmConfig, args: Namespace) -> bytes:
         "tokenizer": _texts_identity(model.tokenizer, model.tokenizer_revision),
         "generation_config": _jsonable(model.try_get_generation_config()),
         "default_sampling": _jsonable(model.get_diff_sampling_param()),
+        "max_model_len": model.max_model_len,
         "options": _jsonable(options),
     }
     return fingerprint_digest(fields)
@@ -154,6 +171,8 @@ def _model_identity(model: ModelConfig, load_format: str) -> dict[str, Any]:
         "config": _jsonable(config),
         "weights": _weights_identity(model, load_format),
         "dtype": str(model.dtype),
+        # The length of the whole context chooses between LongRoPE's factors, for every position.
+        "long_rope": model.max_model_len if "longrope" in repr(config) else None,
         "quantization": [str(model.quantization), _jsonable(model.quantization_config)],
         "disable_sliding_window": model.disable_sliding_window,
     }

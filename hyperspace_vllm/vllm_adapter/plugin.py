@@ -97,6 +97,7 @@ class _Server:
 
     def _options(self, config: "Config", engine: "VllmConfig", args: Namespace) -> "ResponseCacheOptions":
         import vllm
+        from vllm import envs
 
         from ..api.options import ResponseCacheOptions
         from ..client import NodeClient
@@ -106,7 +107,9 @@ class _Server:
         from .inherited import Inherited
 
         digest = model_digest(engine, args)
-        adapters = {module.name: adapter_digest(module.path) for module in args.lora_modules or ()}
+        # Where adapters may be replaced at run time, a name says nothing about files: their answers are not cached.
+        modules = () if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING else args.lora_modules or ()
+        adapters = {module.name: adapter_digest(module.path) for module in modules}
         return ResponseCacheOptions(
             db_path=database_path(config.data_dir) if config.response_cache else None,
             model_digest=lambda: digest,

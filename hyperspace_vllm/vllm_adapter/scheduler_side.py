@@ -8,7 +8,6 @@ every step while the request waits, and must not make us look again.
 import itertools
 import logging
 import os
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from ..core.records.errors import Refused
 from ..core.records.ids import SegmentKey, sha256
 from ..core.records.limits import FETCH_PREFILL_SHARE, LOOKUP_ROWS_MAX, PROMPT_SEGMENTS_MAX
 from ..core.records.local import (
+    NAME_CHARS_MAX,
     Heartbeat,
     LookupPrefix,
     PrefixAnswer,
@@ -50,8 +50,6 @@ STEP_SAVES_MAX = 32  # segments gathered in one step: 32 x 256 tokens, what one 
 DEADLINE_MS_MIN = 20  # the node answers a local lookup in about 1 ms; leaves it room when the host is busy
 PROBE_S = 0.1  # while something waits: sending to a dead node fails at once, its lease lapses only after 5 s
 ANSWER_GRACE_MS = 100  # the node keeps the deadline; we give up this much later if its answer doesn't come
-
-CONTENT_HASH = re.compile(r"[0-9a-f]{64,128}")  # vLLM's own names of images: BLAKE3, SHA-256 or SHA-512
 
 _HIT_SOURCES = {"memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "network": CacheHitSource.P2P}
 
@@ -400,6 +398,9 @@ class SchedulerSide:
         """None for requests whose KV isn't a function of their tokens (embeddings), or doesn't stay so (sessions)."""
         if request.prompt_embeds is not None or request.pooling_params is not None or request.resumable:
             return None
+        if len(request.request_id) > NAME_CHARS_MAX:  # a client's X-Request-Id; the node would reject every message
+            self.stats.count("hyperspace_l2_lookups_total", "miss", "request_id")
+            return None
         lora = b""
         if request.lora_request is not None:
             try:
@@ -410,8 +411,8 @@ class SchedulerSide:
         scope = self._scope_of(request)
         seed = chain_seed(self._fingerprint, lora, request.cache_salt or "", scope.tenant)
         items = tuple((f.mm_hash or f.identifier, f.mm_position.offset) for f in request.mm_features)
-        if not all(CONTENT_HASH.fullmatch(name) for name, _ in items):
-            # A client may name its images itself; what it calls "cat" is not everybody's cat.
+        if items:
+            # A client may name its images itself, also by the hash of another: what it saves is not for everybody.
             scope = RequestScope("private", scope.tenant)
         return _Tracked(request, seed, scope, tuple((name.encode(), offset) for name, offset in items))
 

@@ -21,9 +21,10 @@ from .limits import (
 )
 
 LOCAL_PROTOCOL = 1
+NAME_CHARS_MAX = 256
 
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
-Name = Annotated[str, Meta(max_length=256)]
+Name = Annotated[str, Meta(max_length=NAME_CHARS_MAX)]
 U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Scope = Literal["private", "network", "public"]
