@@ -57,6 +57,10 @@ sanitize: setup ## Run the native self-test under AddressSanitizer and UBSan
 	@$(BIN)/cmake --build build/sanitize --target selftest
 	./build/sanitize/selftest
 
+.PHONY: fuzz
+fuzz: setup ## Fuzz every decoder for a minute (ARGS='--seconds 600'; guided by coverage if atheris is installed)
+	@$(BIN)/python -m tests.fuzz_decoders $(ARGS)
+
 .PHONY: clean
 clean: ## Remove build outputs and caches
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

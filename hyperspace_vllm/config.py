@@ -119,7 +119,10 @@ class Setting:
     def parse(self, value: object, origin: str) -> object:
         """`value`, as a TOML file, a variable or JSON hold it, as the setting's own type; or `ConfigError`."""
         if self.kind is Path and isinstance(value, str | Path) and str(value):
-            return Path(value).expanduser().absolute()
+            try:
+                return Path(value).expanduser().absolute()
+            except RuntimeError as error:  # ~nobody
+                raise ConfigError(f"{self.name} = {str(value)!r} (from {origin}): {error}") from error
         if self.kind is bool and isinstance(value, str):
             words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
             return words.get(value.strip().lower(), value)
@@ -173,7 +176,7 @@ class Setting:
 
 def _is_host_port(text: str) -> bool:
     host, colon, port = text.rpartition(":")
-    return bool(colon and host) and port.isascii() and port.isdigit() and int(port) < 65536
+    return bool(colon and host) and port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 65536
 
 
 def _peer_complaints(peer: str) -> Iterator[str]:
@@ -272,7 +275,7 @@ def _file_layers(environ: Mapping[str, str], data_dir: Path) -> Iterator[_Layer]
         if named:
             raise ConfigError(f"{_FILE_VARIABLE} = {named!r}: no such file") from None
         return
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
         raise ConfigError(f"{path}: {error}") from error
     if not named and "data_dir" in values:
         raise ConfigError(f"data_dir (from {path}): a file inside the data directory can't move it")

@@ -77,7 +77,7 @@ class Collector:
             return "other"
         try:
             chunk = msgspec.json.decode(payload)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self._failure = "garbled"
             return "other"
         kind = _kind(chunk)

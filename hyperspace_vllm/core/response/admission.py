@@ -35,7 +35,7 @@ def admit(endpoint: Endpoint, request: Mapping[str, object], raw: bytes) -> Admi
         return NotStored("too_large")
     try:
         body = msgspec.json.decode(raw)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return NotStored("not_json")
     expected = "chat.completion" if endpoint == "chat" else "text_completion"
     if not isinstance(body, dict) or body.get("object") != expected or not body.keys() >= _NEEDED:

@@ -173,6 +173,8 @@ def request_key(
         text = json.dumps([endpoint, fields], separators=(",", ":"), allow_nan=False)
     except ValueError:  # NaN, Infinity, 1e999
         return Uncacheable("not_finite")
+    except RecursionError:  # writing takes a few levels more than reading did
+        return Uncacheable("not_json")
     assert len(model_digest) == 32
     assert lora is None or len(lora) == 32
     return RequestKey(sha256(_TAG, model_digest, lora or bytes(32), sha256(tenant.encode()), text.encode("ascii")))
@@ -253,6 +255,8 @@ def _media(body: Mapping[str, object]) -> Uncacheable | None:
 def _named_by_its_bytes(part: Mapping[str, object]) -> bool:
     """Whether a content part holds everything that vLLM will read of it (a uuid names what it read before)."""
     kind = part.get("type")
+    if not isinstance(kind, str):
+        return False
     if kind in _TEXT_PARTS:
         return not part.keys() & {"uuid", *_URL_PARTS}
     if kind == "input_audio":

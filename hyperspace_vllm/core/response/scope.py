@@ -58,5 +58,7 @@ def verify_scope(secret: bytes, signed: object, cache_salt: str | None) -> Reque
 
 def _mac(secret: bytes, scope: str, tenant: str, cache_salt: str | None) -> str:
     salt = b"\x00" if cache_salt is None else b"\x01" + cache_salt.encode("utf-8", "surrogatepass")
-    fields = [sha256(field).digest() for field in (scope.encode(), tenant.encode(), salt)]
+    # A client may have written lone surrogates, which UTF-8 has no bytes for.
+    names = (scope.encode(), tenant.encode("utf-8", "surrogatepass"), salt)
+    fields = [sha256(field).digest() for field in names]
     return hmac.digest(secret, b"hyperspace/scope/1" + b"".join(fields), sha256).hex()

@@ -1,0 +1,355 @@
+"""A fuzz target over every decoder: any bytes become a value, or the one error that the decoder documents.
+
+    python -m tests.fuzz_decoders --seconds 60 [--only NAME] [--seed N]
+
+With `atheris` installed (pip install atheris) libFuzzer is guided by coverage; without it valid messages are mutated at
+random. Either stops at the first input that breaks a decoder, and prints it.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FunctionType
+
+import blake3
+import msgspec
+
+from hyperspace_vllm.api.collect import Collector
+from hyperspace_vllm.config import Config, ConfigError, load_config
+from hyperspace_vllm.core.records import local, wire
+from hyperspace_vllm.core.records.errors import ProtocolViolation
+from hyperspace_vllm.core.records.ids import peer_id, public_key_of
+from hyperspace_vllm.core.records.limits import OBJECT_ROWS_MAX
+from hyperspace_vllm.core.records.manifest import Manifest, RowEntry, decode_manifest, digest_blob
+from hyperspace_vllm.core.response.admission import NotStored
+from hyperspace_vllm.core.response.cache_proof import CacheProof, decode_proof
+from hyperspace_vllm.core.response.request_key import Uncacheable, choice_count, parse_request, request_key
+from hyperspace_vllm.core.response.scope import RequestScope, sign_scope, verify_scope
+from hyperspace_vllm.daemon.chunk_store import ChunkStore
+
+Target = Callable[[bytes], None]
+KEY = bytes(range(32))
+SECRET = b"secret"
+
+
+# --- one function a decoder: returns, or raises what is a bug ---------------------------------------
+
+
+def client_message(raw: bytes) -> None:
+    with suppress(ProtocolViolation):
+        assert local.decode_client_message(local.encode(message := local.decode_client_message(raw))) == message
+
+
+def node_message(raw: bytes) -> None:
+    with suppress(ProtocolViolation):
+        assert local.decode_node_message(local.encode(message := local.decode_node_message(raw))) == message
+
+
+def peer_request(raw: bytes) -> None:
+    with suppress(ProtocolViolation):
+        assert wire.decode_request(wire.encode(message := wire.decode_request(raw))) == message
+
+
+def peer_reply(raw: bytes) -> None:
+    with suppress(ProtocolViolation):
+        assert wire.decode_reply(wire.encode(message := wire.decode_reply(raw))) == message
+
+
+def manifest(raw: bytes) -> None:
+    with suppress(ProtocolViolation):
+        assert decode_manifest(raw).encode() == raw
+
+
+def digest_table(raw: bytes) -> None:
+    with suppress(ProtocolViolation):
+        assert len(digest_blob(raw[1:], raw[0] if raw else 0)) == 4096 * 32
+
+
+def peer(raw: bytes) -> None:
+    text = raw.decode("utf-8", "surrogateescape")
+    with suppress(ProtocolViolation):
+        assert peer_id(public_key_of(text)) == text
+
+
+def cache_proof(raw: bytes) -> None:
+    with suppress(ProtocolViolation):
+        assert decode_proof(raw).encode() == raw
+
+
+def sidecar(raw: bytes) -> None:
+    """A chunk store's directory as a crash or a stranger may have left it; the checksum is made right half the time."""
+    with tempfile.TemporaryDirectory(dir=_scratch()) as name:
+        directory = Path(name)
+        body = raw[1:] + (blake3.blake3(raw[1:]).digest() if raw[:1] > b"\x7f" else b"")
+        (directory / f"{SIDECAR_DIGEST}.meta").write_bytes(body)
+        (directory / f"{SIDECAR_DIGEST}.obj").touch()
+        with (directory / f"{SIDECAR_DIGEST}.obj").open("r+b") as file:
+            file.truncate(64 * 768)
+        store = ChunkStore(directory, 1 << 30)
+        assert store.rows <= OBJECT_ROWS_MAX
+
+
+def request(raw: bytes) -> None:
+    body = parse_request(raw)
+    if isinstance(body, Uncacheable):
+        return
+    for endpoint in ("chat", "completions"):
+        key = request_key(endpoint, body, KEY, None, "")
+        if not isinstance(key, Uncacheable):
+            assert len(key) == 32
+            assert request_key(endpoint, body, KEY, None, "") == key
+            choice_count(endpoint, body)
+
+
+def scope(raw: bytes) -> None:
+    """What a client puts into kv_transfer_params.hyperspace; `raw` is JSON of [it, cache_salt]."""
+    try:
+        signed, salt = json.loads(raw)
+    except (ValueError, TypeError, RecursionError):
+        return
+    verdict = verify_scope(SECRET, signed, salt if isinstance(salt, str) else None)
+    assert verdict is None or isinstance(verdict, RequestScope)
+
+
+def stream(raw: bytes) -> None:
+    """The frames of an answer, by blank lines."""
+    for endpoint in ("chat", "completions"):
+        collector = Collector(endpoint)
+        for frame in raw.split(b"\n\n"):
+            assert collector.feed(frame) in ("other", "finish", "usage")
+        body = collector.result()
+        assert isinstance(body, NotStored) or isinstance(json.loads(body), dict)
+
+
+def settings_file(raw: bytes) -> None:
+    with tempfile.TemporaryDirectory(dir=_scratch()) as name:
+        path = Path(name) / "hyperspace.toml"
+        path.write_bytes(raw)
+        with suppress(ConfigError):
+            assert isinstance(load_config({"HYPERSPACE_CONFIG": str(path)}), Config)
+
+
+def settings_variables(raw: bytes) -> None:
+    """Variables and kv_connector_extra_config, both as strings: `raw` is lines of NAME=value."""
+    lines = raw.replace(b"\0", b"").decode("utf-8", "surrogateescape").split("\n")
+    values = dict(line.split("=", 1) for line in lines if "=" in line)
+    with suppress(ConfigError):
+        load_config({f"HYPERSPACE_{name.upper()}": value for name, value in values.items() if name != "config"})
+    with suppress(ConfigError):
+        load_config({}, values)
+
+
+# --- valid input to start from ----------------------------------------------------------------------
+
+
+def _manifest(rows: int = 1) -> Manifest:
+    entries = tuple(RowEntry(bytes([row]) * 32, 1000) for row in range(rows))  # type: ignore[arg-type]
+    return Manifest(KEY, KEY, 768, bytes(12), bytes(48), KEY, 1, entries, bytes(64))  # type: ignore[arg-type]
+
+
+def _sidecar_sample() -> bytes:
+    fields = [1, _manifest().encode(), bytes(64 * 32), bytes(48), True, [b"\xff" * 8]]
+    return b"\xff" + msgspec.msgpack.encode(fields)
+
+
+def _stream_sample(chat: bool) -> bytes:
+    said = {"delta": {"role": "assistant", "content": "hi"}} if chat else {"text": "hi"}
+    head = {"id": "x", "object": "chat.completion.chunk" if chat else "text_completion", "created": 1, "model": "m"}
+    frames = [
+        {**head, "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": "stop", "stop_reason": None}]},
+        {**head, "choices": [], "usage": {"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1}},
+    ]
+    return b"".join(b"data: " + json.dumps(frame).encode() + b"\n\n" for frame in frames) + b"data: [DONE]\n\n"
+
+
+SIDECAR_DIGEST = _manifest().digest.hex()
+SLAB = local.Slab(3, 65536, 4096, 7)
+CHAT = {
+    "model": "m", "temperature": 0.5, "stream": True, "stream_options": {"include_usage": True},
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"},
+                 {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}],
+}  # fmt: skip
+
+TARGETS: dict[str, tuple[Target, list[bytes]]] = {
+    "client_message": (
+        client_message,
+        [
+            local.encode(message)
+            for message in (
+                local.Hello(1, "worker", bytes(16), "host-1-0"),
+                local.RowStaged("r", 0, 0, 0, SLAB),
+                local.LookupPrefix(1, "r", (KEY, KEY), 0, 100, 1000, "private"),
+                local.StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}"),
+            )
+        ],
+    ),
+    "node_message": (
+        node_message,
+        [
+            local.encode(local.Welcome(1, 5, "12D3KooW", KEY, "/dev/shm/x", 1 << 20)),
+            local.encode(local.PrefixAnswer(1, 1, (local.LoadedRow(0, 0, 0, SLAB),), "network", "blake3", "hit")),
+        ],
+    ),
+    "peer_request": (
+        peer_request,
+        [wire.encode(wire.Have(1, (KEY,))), wire.encode(wire.GetChunks(1, KEY, 0, (0, 63)))],
+    ),
+    "peer_reply": (
+        peer_reply,
+        [
+            wire.encode(wire.HaveReply(1, (wire.Offer(0, KEY, 31, bytes(8)),))),
+            wire.encode(wire.ManifestReply(1, b"m", b"d", bytes(48))),
+            wire.encode(wire.NotHere(1, "busy", (1,))),
+        ],
+    ),
+    "manifest": (manifest, [_manifest().encode(), _manifest(3).encode()]),
+    "digest_table": (digest_table, [b"\x01" + bytes(64 * 32)]),
+    "peer": (peer, [peer_id(KEY).encode(), "1é".encode()]),
+    "cache_proof": (cache_proof, [CacheProof(KEY, KEY, 1, KEY, KEY, "vllm 0.32", bytes(64)).encode()]),
+    "sidecar": (sidecar, [_sidecar_sample()]),
+    "request": (
+        request,
+        [
+            json.dumps(CHAT).encode(),
+            json.dumps({"model": "m", "prompt": [[1, 2], [3]], "n": 2, "max_tokens": 1.0}).encode(),
+            b'{"messages": [{"content": [{"type": []}]}]}',
+            b'{"seed": ' + b"9" * 5000 + b"}",
+            b'{"prompt": "\\ud800"}',
+            b'{"tools": ' + b"[" * 5000,
+            *(b'{"tools": ' + b"[" * depth + b"]" * depth + b"}" for depth in range(900, 1000, 3)),
+        ],
+    ),
+    "scope": (
+        scope,
+        [
+            json.dumps([sign_scope(SECRET, "network", "t", "s"), "s"]).encode(),
+            b'[{"scope": "network", "tenant": "\\ud800", "mac": "a"}, "\\ud800"]',
+            b'[{"scope": [], "tenant": "", "mac": ""}, null]',
+        ],
+    ),
+    "stream": (
+        stream,
+        [_stream_sample(True), _stream_sample(False), b"data: " + b"[" * 5000, b'data: "\xff"', b'data: ["\\ud800"]'],
+    ),
+    "settings_file": (
+        settings_file,
+        [
+            b'listen = "127.0.0.1:7790"\npeers = ["x@h:1"]\narena_bytes = "512MiB"\nfetch = "auto"\nnice = 3\n',
+            b"nice = " + b"9" * 5000,
+            b"nice = " + b"[" * 5000,
+            b'data_dir = "~nobody-is-called-so/x"',
+            b'listen = "h:' + b"1" * 5000 + b'"',
+            b'data_dir = "a\\u0000b"',
+        ],
+    ),
+    "settings_variables": (
+        settings_variables,
+        [
+            b"listen=127.0.0.1:0\nkv_cache=no\ndisk_bytes=1GiB\npeers=a@b:1,c",
+            b"data_dir=~nobody-is-called-so/x",
+            b"metrics_listen=" + b"1" * 5000,
+            b"data_dir=/\xff/x",
+        ],
+    ),
+}
+
+
+def run(name: str, raw: bytes) -> None:
+    """One input to one decoder; anything raised is a bug."""
+    TARGETS[name][0](raw)
+
+
+def mutated(rng: random.Random, raw: bytes) -> bytes:
+    """A valid message with a few bytes changed, inserted, removed or repeated."""
+    data = bytearray(raw)
+    for _ in range(rng.randrange(1, 6)):
+        at = rng.randrange(len(data) + 1)
+        match rng.randrange(5):
+            case 0:
+                data[at : at + 1] = rng.randbytes(1)
+            case 1:
+                data[at:at] = rng.choice((b"\x00", b"\xff" * 8, b"\xc1", b'"', b"[", b"{", b"1e999", b"\\ud800", b"\n"))
+            case 2:
+                del data[at : at + rng.randrange(1, 9)]
+            case 3:
+                data[at:at] = data[at : at + rng.randrange(1, 40)]
+            case _:
+                data = data[:at]
+    return bytes(data)
+
+
+def _scratch() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+# --- the loops --------------------------------------------------------------------------------------
+
+
+def fuzz_at_random(names: list[str], seconds: float, seed: int) -> int:
+    """Mutate the samples for so long; the exit status."""
+    rng, ends_at, count = random.Random(seed), time.monotonic() + seconds, 0
+    while time.monotonic() < ends_at:
+        name = rng.choice(names)
+        raw = mutated(rng, rng.choice(TARGETS[name][1]))
+        try:
+            run(name, raw)
+        except BaseException:
+            traceback.print_exc()
+            print(f"{name} broke on {raw!r} (seed {seed}, input {count})", file=sys.stderr)
+            return 1
+        count += 1
+    print(f"{count} mutated inputs to {len(names)} decoders in {seconds:.0f} s, nothing found (seed {seed})")
+    return 0
+
+
+def fuzz_with_atheris(names: list[str], seconds: float, seed: int) -> None:
+    """Hand over to libFuzzer; it ends the process."""
+    import atheris
+
+    # Ours alone, where they lie: instrument_all takes a minute, and instrument_imports misses editable installs.
+    for function in gc.get_objects():
+        if isinstance(function, FunctionType) and str(function.__module__).startswith("hyperspace_vllm"):
+            atheris.instrument_func(function)
+
+    def one(raw: bytes) -> None:
+        if raw:
+            run(names[raw[0] % len(names)], raw[1:])
+
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, name in enumerate(names):
+            for index, sample in enumerate(TARGETS[name][1]):
+                (Path(corpus) / f"{name}-{index}").write_bytes(bytes([number]) + sample)
+        flags = [f"-max_total_time={seconds:.0f}", f"-seed={seed}", f"-max_len={64 * 1024}", "-print_final_stats=1"]
+        atheris.Setup([sys.argv[0], *flags, corpus], one)
+        atheris.Fuzz()
+
+
+def main() -> int:
+    """Run; exit 1 when a decoder broke."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--only", choices=TARGETS, action="append")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--random", action="store_true", help="don't use atheris")
+    options = parser.parse_args()
+    names = options.only or list(TARGETS)
+    for name in names:
+        for sample in TARGETS[name][1]:
+            run(name, sample)
+    if importlib.util.find_spec("atheris") and not options.random:
+        fuzz_with_atheris(names, options.seconds, options.seed)
+        return 0
+    return fuzz_at_random(names, options.seconds, options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
