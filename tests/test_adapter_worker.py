@@ -193,6 +193,26 @@ def test_without_slabs_a_segment_is_skipped_and_counted(plan: KVPlan) -> None:
     assert bench.side.stats.data["hyperspace_l2_saves_total"] == {"skipped|no_slab": 2}
 
 
+def test_a_device_without_room_for_a_row_costs_a_miss_and_no_slab(plan: KVPlan) -> None:
+    bench = Bench(plan)
+    bench.side._copier = FullDevice()
+    load = PrefixLoad("r", 0, 512, TABLES, bench.rows(2))
+    save = SegmentSave("r", 0, (0, 1), ((1, 2), (3, 4), (5, 6)))
+    for _ in range(20):
+        bench.work(loads=(load,), saves=(save,))
+        assert bench.results() == ({"r"}, {"r"})
+    assert bench.side.stats.data["hyperspace_l2_saves_total"] == {"skipped|no_memory": 40}
+
+
+class FullDevice:
+    """A copier on a device whose memory is all vLLM's."""
+
+    def gather(self, *_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    scatter = gather
+
+
 def test_slabs_asked_for_are_bounded_and_not_asked_for_twice(plan: KVPlan) -> None:
     bench = Bench(plan, NodePeer(grants=False))
     for _ in range(3):

@@ -202,3 +202,15 @@ def test_padding_is_zero_sealed_or_not(store: ChunkStore) -> None:
     record, _ = store_object(store, "a")
     ((_, last),) = store.read_chunks(record.digest, 0, [DATA_CHUNKS - 1])
     assert last[-100:] == bytes(100)
+
+
+def test_objects_of_producers_that_are_trusted_no_longer_are_forgotten_for_good(
+    store: ChunkStore, tmp_path: Path
+) -> None:
+    record, _ = store_object(store, "a")
+    producer = record.manifest.producer
+    store.forget_others(frozenset({producer}))
+    assert store.record(record.digest) is record
+    store.forget_others(frozenset({bytes(32)}))
+    assert not store.holds(row_id(record, 0))
+    assert not ChunkStore(tmp_path, 8 * MiB).holds(row_id(record, 0))

@@ -261,6 +261,13 @@ class ChunkStore:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
+    def forget_others(self, producers: frozenset[bytes]) -> None:
+        """Keep what these public keys signed: a peer that was taken off the list since counts no more."""
+        with self._lock:
+            others = [d for d, entry in self._objects.items() if entry.record.manifest.producer not in producers]
+        for digest in others:
+            self.discard(digest)
+
     # --- inside ---------------------------------------------------------------------------------
 
     def _object_path(self, digest: ManifestDigest) -> Path:

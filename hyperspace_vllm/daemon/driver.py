@@ -90,6 +90,7 @@ class Driver:
         self._metrics = metrics
         self._network = network
         trusted = frozenset(public_key_of(peer) for peer in transport.peers) | {identity.public_key}
+        store.forget_others(trusted)
         self._manifests = Manifests(network, trusted, store, transport, compute)
         self._encoder = ObjectEncoder(network, identity, cache, store, compute, metrics)
         self._keeper = ChunkKeeper(store, metrics)

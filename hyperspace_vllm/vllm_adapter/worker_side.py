@@ -99,6 +99,8 @@ class WorkerSide:
                     self._copier.scatter(part, ids, self._client.view(row.slab)[run])
                 except LookupError:
                     return "lease_lost"
+                except torch.OutOfMemoryError:  # vLLM left the device less than one row
+                    return "no_memory"
                 used.append(row)
                 block = end
         return self._moved(used)
@@ -167,7 +169,11 @@ class WorkerSide:
             if not self._client.send(RowStaged(save.request_id, save.segment, number, self._rank, slab)):
                 slabs.append(slab)
 
-        self._copier.gather(part, ids, row, staged)
+        try:
+            self._copier.gather(part, ids, row, staged)
+        except torch.OutOfMemoryError:
+            slabs.append(slab)
+            return "no_memory"
         self.stats.count("hyperspace_l2_bytes_total", "saved", by=slab.length)
         return None
 
