@@ -55,6 +55,18 @@ async def test_a_dead_worker_fails_its_job_and_is_replaced(pool: ComputePool, mo
     assert await commit(pool) == (commitment, proof)
 
 
+async def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute_pool, "KZG_RESTART_S", 0.01)
+    with monkeypatch.context() as broken:
+        broken.setattr(compute_pool.sys, "executable", "/nonexistent/python")
+        pool = ComputePool()
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="kzg_worker"):
+            await pool.verify(BLOB, bytes(48), bytes(48), timeout_s=0.05)
+    await pool.commit(BLOB)
+    await pool.close()
+
+
 async def test_a_caller_that_gives_up_costs_nobody_else_anything(pool: ComputePool) -> None:
     with pytest.raises(Refused, match="kzg_worker"):  # the worker is still loading its setup
         await pool.verify(BLOB, bytes(48), bytes(48), timeout_s=0.01)

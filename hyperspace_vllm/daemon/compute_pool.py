@@ -6,6 +6,7 @@ whoever lends it memory keeps that memory until `run` has really ended: `run` is
 
 import asyncio
 import contextlib
+import logging
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
@@ -24,6 +25,8 @@ KZG_JOB_S = 10.0  # a commitment and its proof take 0.1 to 0.3 s
 KZG_RESTART_S = 2.0  # doubled for every start that failed: without ckzg there is nothing to hurry for
 KZG_RESTART_S_MAX = 60.0
 COMMIT_WAIT_S = 90.0  # the worker may still be starting: nobody waits for a commitment
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -109,23 +112,32 @@ class _KzgClient:
     async def _run(self) -> None:
         pause_s = KZG_RESTART_S
         while True:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "hyperspace_vllm.daemon.kzg_worker"),
-                stdin=PIPE,
-                stdout=PIPE,
-                start_new_session=True,  # a Ctrl-C is for the node; the worker ends with its input
-            )
-            self._process = process
             try:
-                if await self._is_ready(process):
+                if await self._run_worker():
                     pause_s = KZG_RESTART_S
-                    await self._serve(process)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+            except OSError as error:  # no process to be had just now
+                log.warning("the KZG worker did not start: %s", error)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, KZG_RESTART_S_MAX)
+
+    async def _run_worker(self) -> bool:
+        """Start one and give it jobs until it dies; whether it ever was ready."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "hyperspace_vllm.daemon.kzg_worker"),
+            stdin=PIPE,
+            stdout=PIPE,
+            start_new_session=True,  # a Ctrl-C is for the node; the worker ends with its input
+        )
+        self._process = process
+        try:
+            ready = await self._is_ready(process)
+            if ready:
+                await self._serve(process)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        return ready
 
     async def _is_ready(self, process: Process) -> bool:
         assert process.stdout is not None
