@@ -550,6 +550,16 @@ def test_a_request_that_ends_while_it_waits_releases_its_lookup() -> None:
     bench.side.matched_tokens(request(600, "other"), 0)  # reads the late answer, which nobody wants
 
 
+def test_a_release_that_finds_the_queue_full_is_sent_again() -> None:
+    bench, r = Bench(), request(600)
+    bench.side.matched_tokens(r, 0)
+    bench.node.accepting = False
+    bench.side.finished(r)
+    bench.node.accepting = True
+    bench.side.matched_tokens(request(600, "next"), 0)
+    assert [m.lookup for m in bench.node.of(ReleaseLookup)] == [bench.node.of(LookupPrefix)[0].lookup]
+
+
 def test_a_request_aborted_while_loading_is_over_and_its_report_is_ignored() -> None:
     bench, r = Bench(), request(600)
     load(bench, r, 2)

@@ -105,6 +105,7 @@ class SchedulerSide:
         self._segments_max = min(PROMPT_SEGMENTS_MAX, LOOKUP_ROWS_MAX // (len(plan.parts) * plan.ranks))
         self._tracked: dict[str, _Tracked | None] = {}  # None: declined for good
         self._lookups: dict[int, _Tracked] = {}
+        self._unreleased: list[int] = []  # lookups whose release found the node's queue full
         self._numbers = itertools.count(1)
         self._loads: list[PrefixLoad] = []
         self._known: OrderedDict[SegmentKey, bool] = OrderedDict()  # key -> others may fetch it
@@ -262,8 +263,8 @@ class SchedulerSide:
         if lookup is None:
             return
         del self._lookups[lookup.number]
-        if lookup.epoch == self._client.epoch:
-            self._client.send(ReleaseLookup(lookup.number))
+        if lookup.epoch == self._client.epoch and not self._client.send(ReleaseLookup(lookup.number)):
+            self._unreleased.append(lookup.number)
 
     def _in_session(self) -> bool:
         """Whether the node is there; a new session hears our layout first and knows none of our segments."""
@@ -275,6 +276,9 @@ class SchedulerSide:
                 return False
             self._epoch = epoch
             self._known.clear()
+            self._unreleased.clear()
+        while self._unreleased and self._client.send(ReleaseLookup(self._unreleased[-1])):
+            self._unreleased.pop()
         return True
 
     # --- writing ---------------------------------------------------------------------------------
