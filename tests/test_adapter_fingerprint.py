@@ -76,6 +76,12 @@ def test_the_context_length_counts_where_it_scales_the_positions() -> None:
     assert fingerprint(at(TINY, max_model_len=512, **long)) != fingerprint(at(TINY, max_model_len=1024, **long))
 
 
+def test_what_attention_may_run_on_is_part_of_it(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = fingerprint(config)
+    monkeypatch.setattr("hyperspace_vllm.vllm_adapter.fingerprint.version", lambda package: "9.9")
+    assert fingerprint(config) != plain
+
+
 def test_groups_and_their_windows_are_part_of_it(config: VllmConfig) -> None:
     cache = hybrid_cache()
     narrow = hybrid_cache()

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from argparse import Namespace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
+# vLLM's "auto" takes the best backend that is installed, and backends lay their blocks out differently.
+_ATTENTION_PACKAGES = ("flashinfer-python", "flash-attn", "triton", "aiter")
 # Server options that change what a request is answered with, beyond the model itself.
 _OUTPUT_ARGS = (
     "chat_template",
@@ -86,6 +89,7 @@ def kv_fingerprint(config: VllmConfig, kv_cache: KVCacheConfig, plan: KVPlan) ->
         "cache_dtype_skip_layers": sorted(map(str, cache.kv_cache_dtype_skip_layers)),
         "kv_cache_layout": str(kv_cache.kv_cache_layout),
         "attention_backend": [str(attention.backend), _jsonable(attention.backend_per_kind)],
+        "attention_packages": [_installed(name) for name in _ATTENTION_PACKAGES],
         "device": _device(),
         "groups": [[describe_group(g.kv_cache_spec), g.layer_names] for g in kv_cache.kv_cache_groups],
         "parts": [[p.window_tokens, p.block_tokens, [layer.name for layer in p.layers]] for p in plan.parts],
@@ -211,6 +215,14 @@ def _texts_identity(path: str | None, revision: str | None) -> list[str]:
     if revision and _COMMIT.fullmatch(revision):
         return ["commit", str(path), revision]
     raise Refused("weights", f"the tokenizer {path} is neither local nor pinned to a commit")
+
+
+def _installed(package: str) -> str:
+    """Its version, '' if it isn't there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _device() -> list[str]:
