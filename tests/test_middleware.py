@@ -379,6 +379,12 @@ async def test_a_hit_expires(make_bench: MakeBench) -> None:
 # --- what the client may ask of the cache -------------------------------------------------------
 
 
+async def test_answers_that_live_for_no_time_are_never_hits(make_bench: MakeBench) -> None:
+    bench = await make_bench(ttl_ms=0)
+    for _ in range(2):
+        assert "fwd=uri-miss" in (await bench.ask(CHAT)).headers["cache-status"]
+
+
 async def test_no_store_neither_reads_nor_stores(bench: Bench) -> None:
     for _ in range(2):
         answer = await bench.ask(CHAT, cache_control="no-store")

@@ -84,7 +84,9 @@ class Recent:
         while self._entries and now_ms >= (oldest := next(iter(self._entries.items())))[1].computed_at_ms + RECENT_MS:
             self._remove(oldest[0])
         entry = self._entries.get(key)
-        return than if entry is None or (than and than.computed_at_ms >= entry.computed_at_ms) else entry
+        if entry is None or entry.expires_at_ms <= now_ms or (than and than.computed_at_ms >= entry.computed_at_ms):
+            return than
+        return entry
 
     def _remove(self, key: RequestKey) -> None:
         if (entry := self._entries.pop(key, None)) is not None:
