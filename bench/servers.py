@@ -3,12 +3,14 @@
 Each server is a process group of its own with its own data directory, so its node, keys and stores are its own too.
 """
 
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {
@@ -23,6 +26,31 @@ MODELS = {
     "tiny": ROOT / ".models" / "tiny",
     "tiny-gemma3": ROOT / ".models" / "tiny-gemma3",
 }
+
+
+_machine: IO[str] | None = None
+
+
+def have_machine(timeout_s: float = 3600) -> None:
+    """Wait until no other run has servers up, then keep others waiting until this process ends.
+
+    Two runs at once would measure each other, and need more memory than a small machine has.
+    """
+    global _machine
+    if _machine is not None:
+        return
+    lock = (Path(tempfile.gettempdir()) / f"hyperspace-servers-{os.getuid()}.lock").open("w")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"another run has had servers up for {timeout_s:.0f} s ({lock.name})") from None
+            time.sleep(0.5)
+        else:
+            break
+    _machine = lock
 
 
 def free_port() -> int:
@@ -76,6 +104,7 @@ class Server:
         arguments: Sequence[str] = (),
         environment: dict[str, str] | None = None,
     ) -> None:
+        have_machine()
         self.name, self.model, self.data_dir = name, model, data_dir
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"

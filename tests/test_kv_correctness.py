@@ -45,7 +45,13 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     directories = [root / "a", root / "b"]
     for directory in directories:
         directory.mkdir(mode=0o700)
-    settings = {"HYPERSPACE_FETCH": "always", "HYPERSPACE_ARENA_BYTES": str(256 << 20), **environment}
+    # Engines on two ranks spin on every core: a node at its usual nice 10 would hardly run.
+    settings = {
+        "HYPERSPACE_FETCH": "always",
+        "HYPERSPACE_ARENA_BYTES": str(256 << 20),
+        "HYPERSPACE_NICE": "0",
+        **environment,
+    }
     engines = [
         Engine(
             MODELS[model],

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.servers import have_machine
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -17,6 +19,7 @@ class Engine:
     """The parent's end."""
 
     def __init__(self, model: Path, environment: dict[str, str], log: Path, **llm: object) -> None:
+        have_machine()
         self._log = log
         with log.open("ab") as stderr:
             self._process = subprocess.Popen(
