@@ -77,6 +77,17 @@ async def test_a_caller_that_gives_up_costs_nobody_else_anything(pool: ComputePo
     assert await pool.verify(BLOB, commitment, proof)
 
 
+async def test_a_verification_overtakes_commitments(pool: ComputePool) -> None:
+    assert not pool.can_verify
+    commitment, proof = await pool.commit(BLOB)
+    assert pool.can_verify
+    commits = [asyncio.create_task(pool.commit(BLOB)) for _ in range(6)]
+    await asyncio.sleep(0)
+    assert await pool.verify(BLOB, commitment, proof)
+    assert sum(task.done() for task in commits) <= 1  # the one that ran
+    await asyncio.gather(*commits)
+
+
 async def test_the_worker_queue_is_bounded(pool: ComputePool) -> None:
     waiting = [asyncio.create_task(pool.commit(BLOB)) for _ in range(compute_pool.KZG_JOBS_MAX + 2)]
     await asyncio.sleep(0)

@@ -6,12 +6,13 @@ whoever lends it memory keeps that memory until `run` has really ended: `run` is
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
 from ..core.records.errors import Refused
@@ -25,6 +26,9 @@ KZG_JOB_S = 10.0  # a commitment and its proof take 0.1 to 0.3 s
 KZG_RESTART_S = 2.0  # doubled for every start that failed: without ckzg there is nothing to hurry for
 KZG_RESTART_S_MAX = 60.0
 COMMIT_WAIT_S = 90.0  # the worker may still be starting: nobody waits for a commitment
+
+# A request waits for a verification, nobody for a commitment.
+_URGENT, _WAITS = 0, 1
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +62,18 @@ class ComputePool:
 
     async def commit(self, blob: bytes) -> tuple[bytes, bytes]:
         """KZG commitment and proof (48 bytes each) of a digest blob; `Refused("kzg_worker" | "kzg_busy")`."""
-        reply = await self._kzg.ask(COMMIT + blob + bytes(2 * GROUP_BYTES), COMMIT_WAIT_S)
+        reply = await self._kzg.ask(_WAITS, COMMIT + blob + bytes(2 * GROUP_BYTES), COMMIT_WAIT_S)
         return reply[1 : 1 + GROUP_BYTES], reply[1 + GROUP_BYTES :]
 
     async def verify(self, blob: bytes, commitment: bytes, proof: bytes, timeout_s: float = KZG_JOB_S) -> bool:
         """Whether `blob` is what `commitment` commits to; `Refused("kzg_worker" | "kzg_busy")`."""
-        reply = await self._kzg.ask(VERIFY + blob + commitment + proof, timeout_s)
+        reply = await self._kzg.ask(_URGENT, VERIFY + blob + commitment + proof, timeout_s)
         return bool(reply[0])
+
+    @property
+    def can_verify(self) -> bool:
+        """Whether the KZG worker has started; until then a verification waits for seconds."""
+        return self._kzg.ready
 
     def kill_worker(self) -> None:
         """For tests of what follows: the KZG process dies now."""
@@ -76,24 +85,28 @@ class ComputePool:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class _Job:
-    request: bytes
-    reply: asyncio.Future[bytes]
+    priority: int
+    number: int
+    request: bytes = field(compare=False)
+    reply: asyncio.Future[bytes] = field(compare=False)
 
 
 class _KzgClient:
     """One job at a time to one process. Callers give up by their own clock without disturbing the process."""
 
     def __init__(self) -> None:
-        self._jobs: asyncio.Queue[_Job] = asyncio.Queue(KZG_JOBS_MAX)
+        self.ready = False
+        self._numbers = itertools.count()
+        self._jobs: asyncio.PriorityQueue[_Job] = asyncio.PriorityQueue(KZG_JOBS_MAX)
         self._process: Process | None = None
         self._runner: asyncio.Task[None] = asyncio.create_task(self._run(), name="kzg-worker")
 
-    async def ask(self, request: bytes, timeout_s: float) -> bytes:
+    async def ask(self, priority: int, request: bytes, timeout_s: float) -> bytes:
         reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         try:
-            self._jobs.put_nowait(_Job(request, reply))
+            self._jobs.put_nowait(_Job(priority, next(self._numbers), request, reply))
             async with asyncio.timeout(timeout_s):
                 return await reply
         except asyncio.QueueFull:
@@ -132,8 +145,10 @@ class _KzgClient:
         try:
             ready = await self._is_ready(process)
             if ready:
+                self.ready = True
                 await self._serve(process)
         finally:
+            self.ready = False
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
@@ -154,9 +169,10 @@ class _KzgClient:
             while not ended.done():
                 await asyncio.wait([taken, ended], return_when=asyncio.FIRST_COMPLETED)
                 if taken.done():
-                    job, taken = taken.result(), asyncio.create_task(self._jobs.get())
+                    job = taken.result()
                     if not job.reply.done() and not await self._answer(process, job):
                         return
+                    taken = asyncio.create_task(self._jobs.get())
         finally:
             taken.cancel()
             ended.cancel()

@@ -46,6 +46,8 @@ class Manifests:
 
     async def fetch(self, peer: PeerId, digest: ManifestDigest, timeout_s: float) -> ObjectRecord:
         """The verified record, asked of `peer`. `Refused` (malformed, forged, bad_proof, …) or `PeerFailed`."""
+        if not self._compute.can_verify:
+            raise Refused("kzg_worker", "starting")  # a miss at once, not a wait that looks like the peer's stall
         deadline = asyncio.get_running_loop().time() + timeout_s
         reply = await self._transport.manifest(peer, digest, timeout_s)
         try:
