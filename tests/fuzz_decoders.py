@@ -313,7 +313,7 @@ def fuzz_at_random(names: list[str], seconds: float, seed: int) -> int:
 
 def fuzz_with_atheris(names: list[str], seconds: float, seed: int) -> None:
     """Hand over to libFuzzer; it ends the process."""
-    import atheris
+    import atheris  # type: ignore[import-untyped]
 
     # Ours alone, where they lie: instrument_all takes a minute, and instrument_imports misses editable installs.
     for function in gc.get_objects():
