@@ -4,14 +4,17 @@ Every request says who served it. Exits 1 when a layer that should have served d
 """
 
 import argparse
+import base64
 import json
 import os
 import platform
 import shutil
+import sqlite3
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +23,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from hyperspace_vllm.core.records.ids import RequestKey, network_id, public_key_of
+from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof, request_hash
+from hyperspace_vllm.response_db import database_path
 
 from .documents import document, prompt
 from .servers import MODELS, ROOT, Completion, Server, free_port, introduce
@@ -136,7 +143,7 @@ def network_hits(server: Server) -> float:
 def served_by(server: Server, answer: Completion, loaded_before: float) -> tuple[str, str]:
     """(layer, how it was verified), from the answer's headers and the server's own counters."""
     if "hit" in answer.headers.get("cache-status", "").split("; "):
-        return L1, "Ed25519 CacheProof"
+        return L1, check_response(server, answer)
     if network_hits(server) > loaded_before and answer.cached_tokens:
         last = server.node_status()["last_lookup"]
         assert isinstance(last, dict)
@@ -144,11 +151,27 @@ def served_by(server: Server, answer: Completion, loaded_before: float) -> tuple
     return FULL, ""
 
 
+def check_response(server: Server, answer: Completion) -> str:
+    """Check the CacheProof that came with a hit, as a stranger would: against the stored answer and the node's name."""
+    encoded = answer.headers.get("hyperspace-proof")
+    if encoded is None:
+        return "not signed yet"
+    raw = base64.b64decode(encoded)
+    with closing(sqlite3.connect(f"file:{database_path(server.data_dir)}?mode=ro", uri=True)) as database:
+        query = "SELECT request_key, body FROM entries JOIN bodies USING (id) WHERE proof = ?"
+        key, body = database.execute(query, (raw,)).fetchone()
+    status, proof = server.node_status(), decode_proof(raw)
+    asked = request_hash(network_id(str(status["network"])), RequestKey(key))
+    signer = frozenset({public_key_of(str(status["peer_id"]))})
+    check_proof(proof, asked, body, proof.model_digest, signer, time.time_ns() // 1_000_000)
+    return "ed25519 CacheProof"
+
+
 def node_idle(server: Server) -> bool:
     """Whether the server's node has coded and stored everything it was given."""
     publish = server.node_status()["publish"]
     assert isinstance(publish, dict)
-    return publish["objects"] > 0 and publish["waiting_rows"] == 0
+    return bool(publish["objects"] > 0 and publish["waiting_rows"] == 0)
 
 
 def start(console: Console, servers: list[Server]) -> None:
@@ -219,7 +242,7 @@ def main() -> int:
     try:
         start(console, servers)
         warm_up(servers)
-        demo = Demo(console, *servers, chat=options.model == "gemma", words=words)
+        demo = Demo(console, servers[0], servers[1], options.model == "gemma", words)
         demo.run()
     finally:
         for server in servers:
