@@ -5,4 +5,4 @@ import pytest
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order by cost: pure, real IO, real vLLM; within a kind as written."""
-    items.sort(key=lambda item: (item.get_closest_marker("vllm") is not None, item.get_closest_marker("io") is not None))
+    items.sort(key=lambda item: [item.get_closest_marker(kind) is not None for kind in ("vllm", "io")])
