@@ -121,6 +121,7 @@ class LocalServer:
         self._lease_s = lease_ms / 1000
         self._epoch = secrets.randbits(63)
         self._sessions: dict[bytes, _Session] = {}  # by route
+        self.had_engine = False  # a session that needed the node, however short
         self._lookups: dict[int, tuple[_Session, int]] = {}
         self._numbers = count(1)
         self._drain_due = False
@@ -269,6 +270,7 @@ class LocalServer:
         if self._send(route, welcome):
             expires_at = self._loop.time() + self._lease_s
             self._sessions[route] = _Session(route, hello.session, hello.role, hello.name, expires_at)
+            self.had_engine = self.had_engine or hello.role != "cli"
             self._metrics.clients.set(len(self._sessions))
 
     def _expire(self, now: float) -> None:

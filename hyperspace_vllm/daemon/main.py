@@ -246,7 +246,7 @@ async def _until_unwanted(server: LocalServer) -> None:
         await asyncio.sleep(_LOOK_S)
         if orphaned.is_set():
             loop.remove_reader(0)
-        if server.engine_leases:
+        if server.engine_leases or (server.had_engine and not came):
             came = True
             deadline = loop.time() + EMBEDDED_LINGER_MS / 1000
     logger.info("nobody needs this node any more")
