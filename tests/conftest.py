@@ -1,7 +1,7 @@
 """Cheap tests first: a mistake in a pure function is found before a server has started.
 
-Tests of real processes hold bounds on real time, on machines that also do other things: one that fails is run once more,
-and the last line of the report counts it as a rerun.
+Tests of real processes hold bounds on real time, on machines that also do other things: one that fails is run once
+more, and the last line of the report counts it as a rerun.
 """
 
 import pytest
