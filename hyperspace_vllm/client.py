@@ -40,6 +40,7 @@ from .core.records.local import (
     decode_node_message,
     encode,
 )
+from .session_lock import SessionLock
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,11 @@ class NodeClient:
         with self._lock:
             return self._current().is_current(slab)
 
+    def take_earlier_locks(self) -> list[SessionLock]:
+        """The locks of sessions that are over; release them once nothing writes into their slabs any more."""
+        with self._lock:
+            return self._current().take_earlier_locks()
+
     def wait_connected(self, timeout_s: float) -> bool:
         """Wait for a session; False when there is none by then."""
         deadline = time.monotonic() + timeout_s
@@ -160,7 +166,7 @@ class NodeClient:
 
 
 def start_node(config: Config) -> None:
-    """Start an embedded node for the data directory, in a session of its own; returns at once.
+    """Start an embedded node for the data directory, in a process group of its own; returns at once.
 
     If another one holds the directory's lock, the process only keeps that one alive until this process's engine has
     attached (and takes over should it leave). It exits when its last client has been gone for EMBEDDED_LINGER_MS, and
@@ -198,7 +204,9 @@ def _spawn_node(config: Config, stdin: int) -> None:
         stdin=stdin,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C on the server must not take the node of other servers with it
+        # Ctrl-C on the server must not take the node of other servers with it. Not a session of its own: the kernel
+        # would schedule it as a group (sched(7), autogroup), where nice means nothing and spinning engines starve it.
+        process_group=0,
         env=others | config.as_environ(),
     )
     threading.Thread(target=_reap, args=(process,), name="hyperspace-node", daemon=True).start()
@@ -254,6 +262,9 @@ class _Link:
         self.generations: memoryview | None = None
         self._role = role
         self._name = name
+        self._data_dir = config.data_dir
+        self._session: bytes | None = None  # the next Hello's, or that of the session it began
+        self._locks: dict[bytes, SessionLock] = {}  # by session
         self._hello_at = self._heartbeat_at = float("-inf")
         self._heard_at = self._alone_since = self._welcomed_at = time.monotonic()
         self._revived_at = float("-inf")
@@ -313,7 +324,7 @@ class _Link:
                 self.send(encode(Heartbeat()))
             return _BEAT_S / 2
         if now - self._hello_at >= _HELLO_AGAIN_S:
-            hello = Hello(LOCAL_PROTOCOL, self._role, secrets.token_bytes(16), self._name)
+            hello = Hello(LOCAL_PROTOCOL, self._role, self._new_session(), self._name)
             if self.send(encode(hello)):
                 self._hello_at = now
         return _LOOK_S if now - self._alone_since < _SOON_S else _LOOK_LATER_S
@@ -341,9 +352,26 @@ class _Link:
         self._dropped.detach()
         self._socket.close()
         self._context.destroy()
+        for lock in self.take_earlier_locks():
+            lock.release()
+
+    def take_earlier_locks(self) -> list[SessionLock]:
+        """Those of every session but the present one."""
+        earlier = [session for session in self._locks if session != self._session]
+        return [self._locks.pop(session) for session in earlier]
+
+    def _new_session(self) -> bytes:
+        if self._session is None:
+            self._session = secrets.token_bytes(16)
+            if self._role == "worker":
+                try:
+                    self._locks[self._session] = SessionLock(self._data_dir, self._session)
+                except OSError as error:  # then the node never reuses what this session leaves behind
+                    logger.warning("hyperspace: no lock file for this session: %s", error)
+        return self._session
 
     def _lose(self, now: float) -> None:
-        self.welcome = None
+        self.welcome = self._session = None
         self.inbox.clear()
         self._hello_at = float("-inf")
         self._alone_since = now

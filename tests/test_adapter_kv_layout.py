@@ -125,7 +125,7 @@ def test_a_row_scattered_into_other_blocks_leaves_the_rest_alone(make: Callable,
     copier = make(block_views(plan, target, BLOCKS))
     done = threading.Event()
     copier.scatter(part, {0: [7, 2], 1: [5, 6]}, memoryview(row))
-    copier.after_scatters(done.set)
+    copier.after_copies(done.set)
     assert done.wait(5)
 
     assert gather(copier, part, {0: [7, 2], 1: [5, 6]}, plan.row_bytes(1)) == row
@@ -145,7 +145,7 @@ def test_the_null_block_is_gathered_as_zeros_and_never_written(make: Callable, p
     null = tensors["w.0"][0].clone()
     done = threading.Event()
     copier.scatter(part, {0: [0, 9], 1: [0, 1]}, memoryview(b"\x33" * len(row)))
-    copier.after_scatters(done.set)
+    copier.after_copies(done.set)
     assert done.wait(5)
     assert torch.equal(tensors["w.0"][0].view(torch.uint8), null.view(torch.uint8))
     copier.close()

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hyperspace_vllm.core.records.local import (
     StagingGranted,
     WantStaging,
 )
+from hyperspace_vllm.session_lock import SessionLock, look
 from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, plan_kv
 from hyperspace_vllm.vllm_adapter.metadata import IDLE, PrefixLoad, SegmentSave, StepMetadata
 from hyperspace_vllm.vllm_adapter.worker_side import SEGMENTS_STAGED_MAX, WorkerSide
@@ -35,6 +37,11 @@ class NodePeer:
     arena: bytearray = field(default_factory=lambda: bytearray(1 << 20))
     generations: dict[int, int] = field(default_factory=dict)
     grants: bool = True
+    earlier_locks: list[SessionLock] = field(default_factory=list)
+
+    def take_earlier_locks(self) -> list[SessionLock]:
+        taken, self.earlier_locks = self.earlier_locks, []
+        return taken
 
     def send(self, message: ClientMessage) -> bool:
         if not self.connected:
@@ -228,6 +235,16 @@ def test_slabs_of_a_lost_session_are_never_staged(plan: KVPlan) -> None:
     bench.node.epoch, bench.node.grants = 2, False
     bench.work(saves=(SegmentSave("r", 0, (0, 1), ((1, 2), (3, 4), (5, 6))),))
     assert not bench.node.of(RowStaged)
+
+
+def test_a_worker_says_that_it_has_left_the_slabs_of_a_lost_session_alone(plan: KVPlan, tmp_path: Path) -> None:
+    bench, session = Bench(plan), bytes(16)
+    bench.node.earlier_locks = [SessionLock(tmp_path, session)]
+    assert look(tmp_path, session) == "held"
+    bench.node.epoch = 2
+    bench.work(saves=(SegmentSave("r", 0, (0, 1), ((1, 2), (3, 4), (5, 6))),))
+    assert look(tmp_path, session) == "over"
+    assert look(tmp_path, session) == "unknown"
 
 
 def test_a_slab_that_the_node_took_back_while_we_wrote_is_not_staged(plan: KVPlan) -> None:

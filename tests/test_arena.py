@@ -55,7 +55,7 @@ def test_a_new_owner_inside_a_freed_slab_does_not_make_it_current(arena: Arena) 
     assert generation(arena, old) != old.generation
 
 
-def test_quarantined_pages_are_never_handed_out_again(arena: Arena) -> None:
+def test_quarantined_pages_are_handed_out_only_once_they_are_released(arena: Arena) -> None:
     lost = arena.allocate(3 * PAGE_BYTES)
     assert lost is not None
     arena.quarantine(lost)
@@ -64,6 +64,11 @@ def test_quarantined_pages_are_never_handed_out_again(arena: Arena) -> None:
     while (slab := arena.allocate(PAGE_BYTES)) is not None:
         assert not lost.offset <= slab.offset < lost.offset + 3 * PAGE_BYTES
     assert arena.free_bytes == 0
+    arena.release(lost)
+    assert (arena.quarantined_bytes, arena.free_bytes) == (0, 3 * PAGE_BYTES)
+    again = arena.allocate(3 * PAGE_BYTES)
+    assert again is not None
+    assert (again.offset, again.generation) == (lost.offset, lost.generation + 1)
 
 
 def test_slabs_of_two_arenas_never_look_alike(tmp_path: Path) -> None:

@@ -107,20 +107,17 @@ class Arena:
     def free(self, slab: Slab) -> None:
         """Give the slab's pages back; whoever still reads it will see another generation."""
         self._end(slab)
-        first, pages = slab.slot, _pages_of(slab.length)
-        index = bisect_left(self._free, (first, 0))
-        if index < len(self._free) and self._free[index][0] == first + pages:
-            pages += self._free.pop(index)[1]
-        if index and sum(self._free[index - 1]) == first:
-            first, before = self._free[index - 1]
-            self._free[index - 1] = (first, before + pages)
-        else:
-            self._free.insert(index, (first, pages))
+        self._add_free(slab.slot, _pages_of(slab.length))
 
     def quarantine(self, slab: Slab) -> None:
-        """End the slab, but never hand its pages out again: a process that lost its lease may yet write there."""
+        """End the slab, but don't hand its pages out again: a process that lost its lease may yet write there."""
         self._end(slab)
-        self.quarantined_bytes += _pages_of(slab.length) * PAGE_BYTES
+        self.quarantined_bytes += pages_bytes(slab.length)
+
+    def release(self, slab: Slab) -> None:
+        """Give a quarantined slab's pages back: nobody writes there any more."""
+        self.quarantined_bytes -= pages_bytes(slab.length)
+        self._add_free(slab.slot, _pages_of(slab.length))
 
     def view(self, slab: Slab) -> memoryview:
         """The slab's bytes, writable."""
@@ -130,6 +127,16 @@ class Arena:
     def close(self) -> None:
         """Remove the file; processes that mapped it keep their pages until they unmap it."""
         self.path.unlink(missing_ok=True)
+
+    def _add_free(self, first: int, pages: int) -> None:
+        index = bisect_left(self._free, (first, 0))
+        if index < len(self._free) and self._free[index][0] == first + pages:
+            pages += self._free.pop(index)[1]
+        if index and sum(self._free[index - 1]) == first:
+            first, before = self._free[index - 1]
+            self._free[index - 1] = (first, before + pages)
+        else:
+            self._free.insert(index, (first, pages))
 
     def _end(self, slab: Slab) -> None:
         live = self._live.pop(slab.slot, None)

@@ -139,7 +139,7 @@ class _KzgClient:
             *(sys.executable, "-m", "hyperspace_vllm.daemon.kzg_worker"),
             stdin=PIPE,
             stdout=PIPE,
-            start_new_session=True,  # a Ctrl-C is for the node; the worker ends with its input
+            process_group=0,  # a Ctrl-C is for the node; the worker ends with its input
         )
         self._process = process
         try:

@@ -6,7 +6,7 @@ logged with its traceback, counted as `bug`, and ends as a miss.
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Coroutine
 from typing import assert_never
 
@@ -103,6 +103,7 @@ class Driver:
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._unanswered: dict[int, float] = {}  # lookup -> when it began
+        self._failures: dict[int, Counter[str]] = {}  # lookup -> what went wrong on its way
         self._tasks: dict[int, set[asyncio.Task[None]]] = {}  # by lookup, except those of the assembly
         self._background: set[asyncio.Task[None]] = set()
         self._last_lookup: dict[str, object] = {}
@@ -154,11 +155,17 @@ class Driver:
         match event:
             case PrefixWanted():
                 self._unanswered[event.lookup] = self._loop.time()
+                self._failures[event.lookup] = Counter()
             case PrefixReleased():
                 self._unanswered.pop(event.lookup, None)
+                self._failures.pop(event.lookup, None)
             case ObjectEncoded():
                 self._objects_stored += 1
-            case ProviderFailed() | ManifestRefused() | HolderStalled() | RowFailed() | ObjectFailed():
+            case ProviderFailed() | ManifestRefused() | HolderStalled() | RowFailed():
+                self._metrics.failures_total.labels("l2", event.reason).inc()
+                if event.lookup in self._failures:
+                    self._failures[event.lookup][event.reason] += 1
+            case ObjectFailed():
                 self._metrics.failures_total.labels("l2", event.reason).inc()
         for effect in self._node.handle(event, self._now_ms()):
             self._perform(effect)
@@ -220,6 +227,7 @@ class Driver:
         task = asyncio.create_task(self._watch(work, if_bug))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        task.add_done_callback(lambda _: work.close())  # cancelled before its first step, it would never be awaited
         return task
 
     async def _watch(self, work: Coroutine[None, None, None], if_bug: Event | None) -> None:
@@ -362,6 +370,7 @@ class Driver:
             "verified_by": VERIFIED_BY[effect.source],
             "rows": len(rows),
             "took_ms": round(took_s * 1000, 1),
+            "failures": dict(self._failures.pop(effect.lookup, {})),
         }
         self.server.answer_prefix(
             effect.lookup,

@@ -9,11 +9,13 @@ import os
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Literal, Protocol, assert_never
 
 import zmq
 
+from .. import session_lock
 from ..config import Config
 from ..core.node.events import (
     ClientGone,
@@ -134,6 +136,7 @@ class LocalServer:
     async def run(self) -> None:
         """Serve until cancelled."""
         self._loop = asyncio.get_running_loop()
+        session_lock.remove_leftovers(self._config.data_dir)
         self._socket = self._bind()
         descriptor = self._socket.fileno()
         self._loop.add_reader(descriptor, self._drain)
@@ -143,6 +146,7 @@ class LocalServer:
                 # A node that was itself paused finds heartbeats in its queue: read them before judging.
                 if self._drain():
                     self._expire(self._loop.time())
+                self._staging.reclaim(partial(session_lock.look, self._config.data_dir))
         finally:
             self._loop.remove_reader(descriptor)
             self._socket.close(linger=0)

@@ -4,7 +4,9 @@ Granted to one session, then staged (the node's, waiting for its name), then kep
 together never take more than half of the arena, so that rows that can be served keep the other half.
 """
 
+from collections.abc import Callable
 from itertools import count
+from typing import Literal
 
 from ..core.records.errors import ProtocolViolation
 from ..core.records.local import Slab
@@ -23,6 +25,7 @@ class Staging:
         self._bytes_max = cache.arena.capacity_bytes // 2
         self._granted: dict[bytes, dict[int, Slab]] = {}  # session -> slot -> slab
         self._staged: dict[int, Slab] = {}
+        self._ended: dict[bytes, list[Slab]] = {}  # session -> slabs that it may yet write
         self._numbers = count(1)
 
     def grant(self, session: bytes, length: int, wanted: int) -> tuple[Slab, ...]:
@@ -65,13 +68,29 @@ class Staging:
             self._metrics.staged_dropped_total.labels(reason).inc()
 
     def end(self, session: bytes, vanished: bool) -> None:
-        """End the session's grants; a session that `vanished` may write yet, so its slabs are never reused."""
-        for slab in self._granted.pop(session, {}).values():
+        """End the session's grants; one that `vanished` may write yet, so its slabs wait for `reclaim`."""
+        granted = self._granted.pop(session, None)
+        if granted is None:
+            return
+        self._ended[session] = list(granted.values()) if vanished else []
+        for slab in granted.values():
             if vanished:
                 self._bytes -= pages_bytes(slab.length)
                 self._cache.arena.quarantine(slab)
             else:
                 self._free(slab)
+        self._metrics.quarantined_bytes.set(self._cache.arena.quarantined_bytes)
+
+    def reclaim(self, look: Callable[[bytes], Literal["held", "over", "unknown"]]) -> None:
+        """Reuse the slabs of ended sessions that are over for their workers too (see session_lock)."""
+        for session, slabs in list(self._ended.items()):
+            state = look(session)
+            if state == "held":
+                continue
+            del self._ended[session]
+            if state == "over":
+                for slab in slabs:
+                    self._cache.arena.release(slab)
         self._metrics.quarantined_bytes.set(self._cache.arena.quarantined_bytes)
 
     def _take_granted(self, session: bytes, slab: Slab) -> None:

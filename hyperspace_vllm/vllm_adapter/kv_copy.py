@@ -27,8 +27,8 @@ class Copier(Protocol):
     def scatter(self, part: PartPlan, ids: BlockIds, row: memoryview) -> None:
         """Start writing `row` into the blocks; `row` has been read when this returns."""
 
-    def after_scatters(self, done: Done) -> None:
-        """Call `done` once the scatters so far have landed, perhaps later and on another thread."""
+    def after_copies(self, done: Done) -> None:
+        """Call `done` once the copies so far have landed, perhaps later and on another thread."""
 
     def close(self) -> None:
         """Finish what was started."""
@@ -63,7 +63,7 @@ class HostCopier:
                     source = rows[index, layer.offset : layer.offset + layer.page_bytes]
                     np.copyto(view[block], source.reshape(shape))
 
-    def after_scatters(self, done: Done) -> None:
+    def after_copies(self, done: Done) -> None:
         """Call `done`."""
         done()
 
@@ -121,7 +121,7 @@ class DeviceCopier:
             pages = device_row[:, self._columns(layer)].index_select(0, positions)
             view.index_copy_(0, blocks, pages.unflatten(1, view.shape[1:]))
 
-    def after_scatters(self, done: Done) -> None:
+    def after_copies(self, done: Done) -> None:
         """Call `done` on the copy thread once the stream has come this far."""
         self._work.put((self._record(), done))
 

@@ -60,7 +60,7 @@ class WorkerSide:
             reason = self._load(load)
             if reason is None:
                 assert self._copier is not None
-                self._copier.after_scatters(functools.partial(self._settled.put, (load.request_id, "received")))
+                self._copier.after_copies(functools.partial(self._settled.put, (load.request_id, "received")))
             else:
                 self._settled.put((load.request_id, reason))
 
@@ -187,6 +187,9 @@ class WorkerSide:
         # The scheduler's fingerprint comes with the first step's work; until then only the sizes matter.
         if not self._client.send(RegisterLayout(self._plan.layout(bytes(32)))):
             return
+        if self._copier is not None:
+            for lock in self._client.take_earlier_locks():
+                self._copier.after_copies(lock.release)
         self._epoch, self._layout = epoch, None
         for size in self._slabs:
             self._slabs[size], self._asked[size] = [], 0

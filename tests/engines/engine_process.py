@@ -24,7 +24,8 @@ class Engine:
         with log.open("ab") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.engines.engine_process"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, cwd=ROOT, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, cwd=ROOT,
+                process_group=0,  # not a session: spinning ranks would starve the nodes (client.py says why)
                 env={
                     **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
                     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", **environment,

@@ -1,0 +1,53 @@
+"""Says, across processes and containers, whether a worker that lost its lease may still write into its slabs.
+
+A worker holds `<data_dir>/sessions/<session key in hex>` locked (`flock`) from before its Hello until it knows that it
+writes nothing of that session any more. The kernel drops the lock of a process that dies, so one look answers for the
+living, the frozen and the dead alike; process ids would not (containers have their own).
+"""
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+from typing import Literal
+
+
+class SessionLock:
+    """Held by a worker; `OSError` when the file can't be made."""
+
+    def __init__(self, data_dir: Path, session: bytes) -> None:
+        path = _path(data_dir, session)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def release(self) -> None:
+        """The session's slabs are written no more."""
+        os.close(self._file)  # the file stays, unlocked, for the node to find
+
+
+def look(data_dir: Path, session: bytes) -> Literal["held", "over", "unknown"]:
+    """Whether somebody may still write into the session's slabs; the file of one that is over is removed.
+
+    Unknown: there is no such file, because the worker could not make one.
+    """
+    try:
+        with _path(data_dir, session).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(file.name)
+    except FileNotFoundError:
+        return "unknown"
+    except OSError:
+        return "held"
+    return "over"
+
+
+def remove_leftovers(data_dir: Path) -> None:
+    """Remove the files of sessions that are over, as earlier nodes left them."""
+    for path in (data_dir / "sessions").glob("*"):
+        with contextlib.suppress(ValueError):
+            look(data_dir, bytes.fromhex(path.name))
+
+
+def _path(data_dir: Path, session: bytes) -> Path:
+    return data_dir / "sessions" / session.hex()
