@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -185,10 +186,14 @@ def start(console: Console, servers: list[Server]) -> None:
             progress.remove_task(task)
 
 
-def warm_up(servers: list[Server]) -> None:
-    """An engine's first request pays for lazy initialisation, whoever serves it; keep that out of the figures."""
-    for server in servers:
-        server.complete(f"Warm up {server.name}. " * 40, max_tokens=2)
+def warm_up(console: Console, servers: list[Server], text: str) -> None:
+    """An engine's first long prompt pays for lazy initialisation, whoever serves it; keep that out of the figures."""
+
+    def one(server: Server) -> None:
+        server.complete(f"Warm up {server.name}. {text}", max_tokens=2, logprobs=2)
+
+    with console.status("warming up: one prompt each that no one will ask again"), ThreadPoolExecutor() as pool:
+        list(pool.map(one, servers))
 
 
 def environment(model: Path) -> dict[str, object]:
@@ -241,7 +246,7 @@ def main() -> int:
     words = 1250 if options.model == "gemma" else 400
     try:
         start(console, servers)
-        warm_up(servers)
+        warm_up(console, servers, document("docs/protocol.md", words))
         demo = Demo(console, servers[0], servers[1], options.model == "gemma", words)
         demo.run()
     finally:

@@ -13,7 +13,7 @@ from .client import NodeClient
 from .config import SETTINGS, Config, ConfigError, load_config_with_origins
 from .core.records.local import GetStatus, Status
 
-_CONNECT_S = 1.0
+_CONNECT_S = 5.0
 _ANSWER_S = 5.0
 
 
@@ -91,6 +91,8 @@ def _status(config: Config, options: argparse.Namespace, origins: dict[str, str]
 
 
 def _ask_status(config: Config) -> bytes | None:
+    if not config.socket_path.exists():
+        return None
     client = NodeClient(config, "cli", f"status-{os.getpid()}")
     try:
         if not client.wait_connected(_CONNECT_S) or not client.send(GetStatus()):

@@ -205,7 +205,7 @@ def _spawn_node(config: Config, stdin: int) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         # Ctrl-C on the server must not take the node of other servers with it. Not a session of its own: the kernel
-        # would schedule it as a group (sched(7), autogroup), where nice means nothing and spinning engines starve it.
+        # would schedule it as a group (sched(7), autogroup), where nice means nothing, and spinning ranks starve it.
         process_group=0,
         env=others | config.as_environ(),
     )

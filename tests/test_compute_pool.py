@@ -1,6 +1,7 @@
 """The compute pool with its real worker process: deadlines, bounds, and a worker that dies."""
 
 import asyncio
+import os
 import secrets
 import threading
 import time
@@ -77,15 +78,25 @@ async def test_a_caller_that_gives_up_costs_nobody_else_anything(pool: ComputePo
     assert await pool.verify(BLOB, commitment, proof)
 
 
-async def test_a_verification_overtakes_commitments(pool: ComputePool) -> None:
+async def test_a_verification_waits_for_no_commitment(pool: ComputePool) -> None:
     assert not pool.can_verify
     commitment, proof = await pool.commit(BLOB)
+    assert await pool.verify(BLOB, commitment, proof)
     assert pool.can_verify
     commits = [asyncio.create_task(pool.commit(BLOB)) for _ in range(6)]
     await asyncio.sleep(0)
     assert await pool.verify(BLOB, commitment, proof)
-    assert sum(task.done() for task in commits) <= 1  # the one that ran
+    assert sum(task.done() for task in commits) <= 1  # six take more than half a second
     await asyncio.gather(*commits)
+
+
+async def test_what_nobody_waits_for_runs_at_its_own_niceness() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    pool, own = ComputePool(nice=7), niceness()
+    assert (await pool.run(niceness), await pool.run_in_background(niceness)) == (own, max(own, 7))
+    await pool.close()
 
 
 async def test_the_worker_queue_is_bounded(pool: ComputePool) -> None:

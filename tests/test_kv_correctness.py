@@ -61,7 +61,7 @@ def consumer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     for directory in directories:
         directory.mkdir(mode=0o700)
     model, options, environment = CASES[request.param]
-    # Two ranks spin on both cores while they wait for each other: a node at its usual nice 10 would hardly run.
+    # Two ranks spin on both cores while they wait for each other: encoding at its usual nice 10 would hardly run.
     settings = {"HYPERSPACE_FETCH": "always", "HYPERSPACE_ARENA_BYTES": str(512 << 20), "HYPERSPACE_NICE": "0"}
     environments = [
         {**settings, **environment, **extra, "HYPERSPACE_DATA_DIR": str(directory)}

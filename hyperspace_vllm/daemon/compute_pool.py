@@ -1,4 +1,7 @@
-"""Where slow work runs: two threads for what releases the GIL, one worker process for KZG.
+"""Where slow work runs: threads for what releases the GIL, worker processes for KZG.
+
+Of each one kind for what a request waits for, and one, at a lower priority, for what nobody waits for: a verification
+behind somebody's commitment, or behind engines that spin on every core, would come too late to be of use.
 
 Every job has a deadline and every queue a bound; what can't be done in time is `Refused`. A thread can't be stopped, so
 whoever lends it memory keeps that memory until `run` has really ended: `run` is never abandoned half-way.
@@ -6,13 +9,14 @@ whoever lends it memory keeps that memory until `run` has really ended: `run` is
 
 import asyncio
 import contextlib
-import itertools
 import logging
+import os
 import sys
+import threading
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from ..core.records.errors import Refused
@@ -27,9 +31,6 @@ KZG_RESTART_S = 2.0  # doubled for every start that failed: without ckzg there i
 KZG_RESTART_S_MAX = 60.0
 COMMIT_WAIT_S = 90.0  # the worker may still be starting: nobody waits for a commitment
 
-# A request waits for a verification, nobody for a commitment.
-_URGENT, _WAITS = 0, 1
-
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
@@ -37,19 +38,31 @@ T = TypeVar("T")
 
 
 class ComputePool:
-    """`run` for functions that release the GIL, `commit` and `verify` for KZG."""
+    """`run` for functions that release the GIL, `commit` and `verify` for KZG.
 
-    def __init__(self) -> None:
+    `nice` is the niceness of `run_in_background` and `commit`.
+    """
+
+    def __init__(self, nice: int = 0) -> None:
         self._threads = ThreadPoolExecutor(THREADS, "hyperspace-compute")
+        self._background = ThreadPoolExecutor(THREADS, "hyperspace-encode", _lower_priority, (nice,))
         self._jobs = 0
-        self._kzg = _KzgClient()
+        self._verifier = _KzgClient(0)
+        self._committer = _KzgClient(nice)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`function(*args)` in a thread. Cancelling waits for the thread; `Refused("compute_busy")` when swamped."""
+        return await self._run(self._threads, lambda: function(*args, **kwargs))
+
+    async def run_in_background(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `run`, for what no request waits for."""
+        return await self._run(self._background, lambda: function(*args, **kwargs))
+
+    async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
         if self._jobs >= THREAD_JOBS_MAX:
             raise Refused("compute_busy")
         self._jobs += 1
-        job = asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
+        job = asyncio.get_running_loop().run_in_executor(threads, function)
         try:
             return await asyncio.shield(job)
         except asyncio.CancelledError:
@@ -62,51 +75,57 @@ class ComputePool:
 
     async def commit(self, blob: bytes) -> tuple[bytes, bytes]:
         """KZG commitment and proof (48 bytes each) of a digest blob; `Refused("kzg_worker" | "kzg_busy")`."""
-        reply = await self._kzg.ask(_WAITS, COMMIT + blob + bytes(2 * GROUP_BYTES), COMMIT_WAIT_S)
+        reply = await self._committer.ask(COMMIT + blob + bytes(2 * GROUP_BYTES), COMMIT_WAIT_S)
         return reply[1 : 1 + GROUP_BYTES], reply[1 + GROUP_BYTES :]
 
     async def verify(self, blob: bytes, commitment: bytes, proof: bytes, timeout_s: float = KZG_JOB_S) -> bool:
         """Whether `blob` is what `commitment` commits to; `Refused("kzg_worker" | "kzg_busy")`."""
-        reply = await self._kzg.ask(_URGENT, VERIFY + blob + commitment + proof, timeout_s)
+        reply = await self._verifier.ask(VERIFY + blob + commitment + proof, timeout_s)
         return bool(reply[0])
 
     @property
     def can_verify(self) -> bool:
         """Whether the KZG worker has started; until then a verification waits for seconds."""
-        return self._kzg.ready
+        return self._verifier.ready
 
     def kill_worker(self) -> None:
-        """For tests of what follows: the KZG process dies now."""
-        self._kzg.kill()
+        """For tests of what follows: the KZG processes die now."""
+        self._verifier.kill()
+        self._committer.kill()
 
     async def close(self) -> None:
-        """End the worker and the threads, after the jobs that run."""
-        await self._kzg.close()
+        """End the workers and the threads, after the jobs that run."""
+        await self._verifier.close()
+        await self._committer.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._background.shutdown(wait=False, cancel_futures=True)
 
 
-@dataclass(frozen=True, slots=True, order=True)
+def _lower_priority(nice: int) -> None:
+    # On Linux a thread has a niceness of its own; one that the process was started with may not be undercut.
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
-    priority: int
-    number: int
-    request: bytes = field(compare=False)
-    reply: asyncio.Future[bytes] = field(compare=False)
+    request: bytes
+    reply: asyncio.Future[bytes]
 
 
 class _KzgClient:
     """One job at a time to one process. Callers give up by their own clock without disturbing the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, nice: int) -> None:
         self.ready = False
-        self._numbers = itertools.count()
-        self._jobs: asyncio.PriorityQueue[_Job] = asyncio.PriorityQueue(KZG_JOBS_MAX)
+        self._nice = nice
+        self._jobs: asyncio.Queue[_Job] = asyncio.Queue(KZG_JOBS_MAX)
         self._process: Process | None = None
         self._runner: asyncio.Task[None] = asyncio.create_task(self._run(), name="kzg-worker")
 
-    async def ask(self, priority: int, request: bytes, timeout_s: float) -> bytes:
+    async def ask(self, request: bytes, timeout_s: float) -> bytes:
         reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         try:
-            self._jobs.put_nowait(_Job(priority, next(self._numbers), request, reply))
+            self._jobs.put_nowait(_Job(request, reply))
             async with asyncio.timeout(timeout_s):
                 return await reply
         except asyncio.QueueFull:
@@ -136,7 +155,7 @@ class _KzgClient:
     async def _run_worker(self) -> bool:
         """Start one and give it jobs until it dies; whether it ever was ready."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "hyperspace_vllm.daemon.kzg_worker"),
+            *(sys.executable, "-m", "hyperspace_vllm.daemon.kzg_worker", str(self._nice)),
             stdin=PIPE,
             stdout=PIPE,
             process_group=0,  # a Ctrl-C is for the node; the worker ends with its input

@@ -8,6 +8,7 @@ ends with its input.
 """
 
 import hashlib
+import os
 import sys
 from importlib.resources import files
 from typing import BinaryIO
@@ -23,14 +24,24 @@ TRUSTED_SETUP_SHA256 = "d39b9f2d047cc9dca2de58f264b6a09448ccd34db967881a6713eaca
 
 
 def main() -> None:
-    """Serve requests on stdin until it closes."""
+    """Serve requests on stdin until it closes, at least at the niceness given."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(int(sys.argv[1]), os.getpriority(os.PRIO_PROCESS, 0)))
     import ckzg
 
     setup_file = files("hyperspace_vllm") / "data" / "trusted_setup.txt"
     if hashlib.sha256(setup_file.read_bytes()).hexdigest() != TRUSTED_SETUP_SHA256:
         raise SystemExit(f"{setup_file}: not the ceremony's trusted setup (SHA-256 differs)")
     setup = ckzg.load_trusted_setup(str(setup_file), 0)
+    _self_test(ckzg, setup)
     _serve(ckzg, setup, sys.stdin.buffer, sys.stdout.buffer)
+
+
+def _self_test(ckzg, setup: object) -> None:  # type: ignore[no-untyped-def]
+    """Commit, prove and verify once: the first of each touches memory and code that no request should wait for."""
+    blob = b"\0" * (BLOB_BYTES - 1) + b"\1"
+    commitment = ckzg.blob_to_kzg_commitment(blob, setup)
+    if not _verify(ckzg, blob, commitment, ckzg.compute_blob_kzg_proof(blob, commitment, setup), setup):
+        raise SystemExit("ckzg refuses its own proof")
 
 
 def _serve(ckzg, setup: object, requests: BinaryIO, replies: BinaryIO) -> None:  # type: ignore[no-untyped-def]

@@ -67,8 +67,6 @@ def run_node(config: Config, embedded: bool) -> int:
         )
         return 1
     try:
-        if embedded:
-            os.nice(config.nice)
         asyncio.run(_Node(config).run(embedded))
     except (OSError, IdentityError, zmq.ZMQError) as error:  # ZMQError: e.g. the address is in use
         logger.critical("node failed: %s", error)
@@ -159,7 +157,7 @@ class _Node:
         peers = tuple(PeerId(peer.partition("@")[0]) for peer in config.peers)
         node = Node(self._network, peers, config.fetch, random.Random())
         store = ChunkStore(config.data_dir / "chunks", config.disk_bytes)
-        compute = ComputePool()
+        compute = ComputePool(config.nice)
         transport = ChunkTransport(config, self._identity, store, self._metrics)
         driver = Driver(node, self._cache, store, transport, compute, self._metrics, self._identity, self._network)
         parts.push_async_callback(driver.close)

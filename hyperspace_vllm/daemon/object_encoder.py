@@ -67,16 +67,18 @@ class ObjectEncoder:
         compute, chunk_bytes, nonce = self._compute, chunk_bytes_for(effect.length), new_nonce()
         with ExitStack() as stack:
             new_object = self._store.new_object(len(slabs), chunk_bytes)
-            writer = await compute.run(stack.enter_context, new_object)
+            writer = await compute.run_in_background(stack.enter_context, new_object)
             tables = []
             for index, (row_key, slab) in enumerate(zip(effect.row_keys, slabs, strict=True)):
                 key = seal_key(row_key, self._network)
                 area = writer.row(index)
-                tables.append(await compute.run(encode_row, self._cache.view(slab), key, nonce, chunk_bytes, area))
+                tables.append(
+                    await compute.run_in_background(encode_row, self._cache.view(slab), key, nonce, chunk_bytes, area)
+                )
             digests = b"".join(tables)
             commitment, proof = await compute.commit(digest_blob(digests, len(slabs)))
             record = self._sign(effect, chunk_bytes, nonce, digests, commitment, proof)
-            await compute.run(self._store.publish, writer, record, effect.shareable)
+            await compute.run_in_background(self._store.publish, writer, record, effect.shareable)
         self._metrics.bytes_total.labels("stored").inc(effect.length * len(slabs))
         self._metrics.bytes_total.labels("copied").inc(effect.length * len(slabs))  # sealed from the arena to the file
         return record
