@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,10 @@ async def test_what_nobody_waits_for_runs_at_its_own_niceness() -> None:
 
     pool, own = ComputePool(nice=7), niceness()
     assert (await pool.run(niceness), await pool.run_in_background(niceness)) == (own, max(own, 7))
+    assert await pool.verify(BLOB, *await pool.commit(BLOB))
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+    workers = [int(pid) for pid in children if b"kzg_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert sorted(os.getpriority(os.PRIO_PROCESS, pid) for pid in workers) == [own, max(own, 7)]
     await pool.close()
 
 
