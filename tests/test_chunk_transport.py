@@ -18,10 +18,11 @@ from hyperspace_vllm.core.records import wire
 from hyperspace_vllm.core.records.ids import ManifestDigest, RowId, network_id, sha256
 from hyperspace_vllm.core.records.limits import PEER_CONTROL_BYTES_MAX, PEER_REQUESTS_MAX, MiB
 from hyperspace_vllm.daemon.chunk_store import ChunkStore
-from hyperspace_vllm.daemon.chunk_transport import ChunkTransport, PeerFailed
+from hyperspace_vllm.daemon.chunk_transport import ChunkTransport
 from hyperspace_vllm.daemon.identity import Identity, curve_public_of
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.object_codec import ObjectRecord, encode_row, new_nonce, sign_record
+from hyperspace_vllm.daemon.peer_failed import PeerFailed
 
 from .nodes import peer_of, until
 

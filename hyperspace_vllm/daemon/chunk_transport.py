@@ -24,6 +24,7 @@ from .chunk_server import ChunkServer
 from .chunk_store import ChunkStore
 from .identity import Identity, curve_public_of
 from .metrics import Metrics
+from .peer_failed import PeerFailed
 from .zmq_pump import Pump, Socket, set_link_options
 
 RECONNECT_MS = 100
@@ -35,14 +36,6 @@ REPLIES_QUEUED_MAX = 32  # 32 chunks of 4 MiB = 128 MiB a peer at the very most
 Chunks = list[tuple[int, memoryview]]
 _Request = Callable[[int], wire.PeerRequest]
 log = logging.getLogger(__name__)
-
-
-class PeerFailed(Exception):
-    """A request got no (or no good) answer: timeout | unreachable | protocol | not_here | busy | io_error."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class ChunkTransport:

@@ -49,7 +49,7 @@ from ..core.records.local import LoadedRow
 from ..core.records.sealing import seal_key
 from .chunk_keeper import ChunkKeeper
 from .chunk_store import ChunkStore
-from .chunk_transport import ChunkTransport, PeerFailed
+from .chunk_transport import ChunkTransport
 from .compute_pool import ComputePool
 from .identity import Identity
 from .local_server import LocalServer
@@ -57,6 +57,7 @@ from .manifests import Manifests
 from .metrics import Metrics
 from .object_codec import ObjectRecord
 from .object_encoder import ObjectEncoder
+from .peer_failed import PeerFailed
 from .row_assembly import RowAssembly
 from .row_cache import RowCache
 

@@ -16,10 +16,11 @@ from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey
 from ..core.records.limits import DATA_CHUNKS, FETCH_STALL_MS, TOTAL_CHUNKS, MiB
 from ..core.records.local import Slab
 from ..core.records.sealing import seal_key
-from .chunk_transport import Chunks, ChunkTransport, PeerFailed
+from .chunk_transport import Chunks, ChunkTransport
 from .compute_pool import ComputePool
 from .metrics import Metrics
 from .object_codec import ObjectRecord, good_chunks, open_row
+from .peer_failed import PeerFailed
 from .row_cache import RowCache
 
 FETCHING_BYTES_MAX = 256 * MiB  # chunks asked for and not yet opened, of all lookups: 16 of them at full speed

@@ -25,6 +25,7 @@ PARTS_MAX = 16  # distinct attention reaches of a model
 RANKS_MAX = 64
 LOOKUP_ROWS_MAX = 8192  # rows one prefix lookup may name: 4096 segments x 2 parts
 RESPONSE_BYTES_MAX = 8 * MiB
+CACHE_PROOF_BYTES_MAX = 512  # 202 B and an engine version of at most 256
 
 # --- the response cache -------------------------------------------------------------------------
 REQUEST_BYTES_MAX = 4 * MiB  # a longer request body passes by the response cache unread
@@ -45,6 +46,19 @@ PEER_BYTES_IN_FLIGHT_MAX = 64 * MiB  # chunk bytes one peer may have queued here
 CLIENTS_MAX = 256
 LOOKUPS_PER_CLIENT_MAX = 1024
 
+# --- discovery, gossip and registry -------------------------------------------------------------
+PEER_RECORD_BYTES_MAX = 8 * KiB  # 2 x 16 digests of 32 B, a VRAM digest of 4 KiB and about 700 B of the rest
+PEERS_KNOWN_MAX = 1024
+PEX_RECORDS_MAX = 64
+ANNOUNCEMENT_ENTRIES_MAX = 256  # 120 B each: 30 KiB, half of a GossipSub message's usual bound
+REGISTRY_OWNERS_MAX = PEERS_KNOWN_MAX
+REGISTRY_ENTRIES_MAX = 20_000  # of one owner
+REGISTRY_DELTA_BYTES_MAX = 1536 * KiB  # a snapshot of 20,000 entries of about 70 B
+REGISTRY_REPLY_BYTES_MAX = 2 * MiB  # deltas in one answer
+STREAM_FRAME_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB
+RESPONSE_HINTS_MAX = 100_000  # responses of others that a node remembers
+PROVIDERS_MAX = 8  # of one response
+
 # --- time ---------------------------------------------------------------------------------------
 HEARTBEAT_MS = 1_000
 LEASE_MS = 5_000
@@ -54,6 +68,8 @@ FETCH_STALL_MS = 250  # without a newly verified byte, hedging included
 FETCH_PREFILL_SHARE = 0.5  # a fetch never takes longer than this share of the prefill it saves
 UNHINTED_PREFILL_SHARE = 0.05  # looking for providers nobody announced
 RESPONSE_TTL_MS = 24 * 3600 * 1000
+PEER_RECORD_TTL_MS = 300_000  # renewed every minute
+REGISTRY_TTL_MS = RESPONSE_TTL_MS
 
 assert CHUNK_BYTES_MAX < PEER_MESSAGE_BYTES_MAX
 assert LOOKUP_ROWS_MAX * DIGEST_BYTES < PEER_CONTROL_BYTES_MAX
@@ -61,4 +77,5 @@ assert DIGEST_TABLE_BYTES_MAX + MANIFEST_BYTES_MAX < PEER_CONTROL_BYTES_MAX
 assert LEASE_MS >= 3 * HEARTBEAT_MS
 assert RESPONSE_BYTES_MAX < LOCAL_MESSAGE_BYTES_MAX
 assert FLIGHT_WINDOW_BYTES < FLIGHT_BYTES_MAX < FLIGHTS_BYTES_MAX
+assert REGISTRY_DELTA_BYTES_MAX < REGISTRY_REPLY_BYTES_MAX < STREAM_FRAME_BYTES_MAX
 assert min(STORE_QUEUE_BYTES_MAX, RECENT_BYTES_MAX) >= RESPONSE_BYTES_MAX

@@ -18,13 +18,15 @@ from nacl.signing import SigningKey, VerifyKey
 
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId, RequestKey, sha256, wire_id
-from ..records.limits import CLOCK_SKEW_MS, RESPONSE_TTL_MS
+from ..records.limits import CACHE_PROOF_BYTES_MAX, CLOCK_SKEW_MS, RESPONSE_TTL_MS
 
 _TAG = b"hyperspace/cache-proof/1"
 _HEAD_BYTES = 32 + 32 + 8 + 32 + 32 + 2
 _SIGNATURE_BYTES = 64
 ENGINE_VERSION_BYTES_MAX = 256
 PROOF_BYTES_MAX = _HEAD_BYTES + ENGINE_VERSION_BYTES_MAX + _SIGNATURE_BYTES
+
+assert PROOF_BYTES_MAX <= CACHE_PROOF_BYTES_MAX
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,218 @@
+"""What happens to a node's network core: everything that `NetworkNode.handle` takes.
+
+Response bodies never appear here; the core sees request hashes (ids), sizes and verdicts. RequestKeys stay in the shell
+that knows a lookup's number. Every effect that starts work is answered by exactly one of the events named in its
+docstring (network_effects.py), unless it was cancelled. `now_ms` is the wall clock: records carry it.
+"""
+
+from dataclasses import dataclass
+
+from ..records.ids import PeerId
+from ..records.peer_wire import PeerAnswer, PeerRequest
+from ..records.registry_delta import RegistryDelta
+
+# --- connections --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConnected:
+    """A libp2p connection to `peer` is open; Noise has proved its identity (and the network key, if there is one)."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDisconnected:
+    """The last connection to `peer` has closed."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectFailed:
+    """Answers Connect, which is otherwise answered by PeerConnected."""
+
+    peer: PeerId
+    reason: str  # timeout | unreachable
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReceived:
+    """`peer` asks something; answer with Reply or ServeResponse under this `token`."""
+
+    token: int
+    peer: PeerId
+    message: PeerRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Answers Send: what `peer` said, decoded and within bounds, nothing in it believed yet."""
+
+    request: int
+    peer: PeerId
+    message: PeerAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """Answers Send: nothing (good) came."""
+
+    request: int
+    peer: PeerId
+    reason: str  # timeout | unreachable | protocol | busy
+
+
+@dataclass(frozen=True, slots=True)
+class GossipReceived:
+    """A message on one of the two topics; `relay` is the neighbour that it came through, not its author."""
+
+    topic: str
+    relay: PeerId
+    payload: bytes
+
+
+# --- L1 -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseWanted:
+    """A request that this node could not answer. `lookup` is unique in this node's life."""
+
+    lookup: int
+    request_hash: bytes
+    deadline_ms: int  # a duration
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseReleased:
+    """Nobody waits for the lookup any more. What it fetches on may still be stored."""
+
+    lookup: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFetched:
+    """Answers FetchResponse: opened, and its CacheProof verified."""
+
+    lookup: int
+    peer: PeerId
+    size: int
+    expires_at_ms: int
+    popularity: int  # as the provider claims, in 1/16 requests
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseRefused:
+    """Answers FetchResponse. `lied`: the peer sent what an honest one can't send."""
+
+    lookup: int
+    peer: PeerId
+    reason: str  # miss | busy | timeout | unreachable | protocol, or one of check_proof's
+    lied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ProvidersFound:
+    """Answers FindProviders; hints, none of them believed. `cost_ms` is the CPU time that the search took."""
+
+    lookup: int
+    peers: tuple[PeerId, ...]
+    cost_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseStored:
+    """This node can serve a response now. `computed`: by its own engine; False: fetched from a peer."""
+
+    request_hash: bytes
+    expires_at_ms: int
+    computed: bool
+    popularity: int  # 0 for computed ones; for fetched ones what its provider claimed
+
+
+@dataclass(frozen=True, slots=True)
+class ResponsesGone:
+    """Evicted or expired: this node can't serve them any more."""
+
+    request_hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResponsesUsed:
+    """Hits of this node's own clients."""
+
+    request_hashes: tuple[bytes, ...]
+
+
+# --- L2 -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RowsStored:
+    """This node can serve an object's rows now; they may leave it."""
+
+    manifest: bytes
+    commitment: bytes
+    row_ids: tuple[bytes, ...]
+    expires_at_ms: int
+
+
+# --- registry -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OwnDeltaWritten:
+    """Answers WriteRegistry: signed, and already part of this node's own document."""
+
+    delta: RegistryDelta
+    raw: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeltasImported:
+    """Answers ImportDeltas: the owner's document has it all; its entries (id, expires at) now, and what went."""
+
+    owner: bytes
+    epoch: int
+    sequence: int
+    added: tuple[tuple[bytes, int], ...]
+    removed: tuple[bytes, ...]
+    cleared: bool  # a snapshot: `added` is everything there is
+
+
+@dataclass(frozen=True, slots=True)
+class DeltasRefused:
+    """Answers ImportDeltas: loro didn't take it, or the document grew beyond its bound. The owner is to blame."""
+
+    owner: bytes
+    reason: str  # malformed | too_large | worker
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkTick:
+    """Nothing but time has passed."""
+
+
+NetworkEvent = (
+    PeerConnected
+    | PeerDisconnected
+    | ConnectFailed
+    | RequestReceived
+    | Answered
+    | RequestFailed
+    | GossipReceived
+    | ResponseWanted
+    | ResponseReleased
+    | ResponseFetched
+    | ResponseRefused
+    | ProvidersFound
+    | ResponseStored
+    | ResponsesGone
+    | ResponsesUsed
+    | RowsStored
+    | OwnDeltaWritten
+    | DeltasImported
+    | DeltasRefused
+    | NetworkTick
+)
