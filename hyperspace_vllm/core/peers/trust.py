@@ -1,0 +1,88 @@
+"""Whose proofs and manifests count (DESIGN §5). A signature only proves who said it; this says who is believed.
+
+    members     those in this node's own lists, and everybody who was shown to hold the network key
+    reputation  these too, and whoever has earned it
+    allowlist   exactly those on the allowlist
+
+Holding the network key is membership for good: a member's tag travels beside what it signed (signing.member_tag), so
+that its proofs and manifests count after it has left, in nodes that never met it. There is no revocation but a new key.
+"""
+
+import hmac
+from collections import OrderedDict
+from typing import Literal, assert_never
+
+from ..records.ids import peer_id
+from ..records.limits import PEERS_KNOWN_MAX
+from ..records.signing import NO_MEMBER_TAG, member_tag
+from .reputation import THRESHOLD, Reputation
+
+TrustMode = Literal["members", "reputation", "allowlist"]
+SHOWN_MAX = PEERS_KNOWN_MAX * 8  # those who have left count too; their tags come again with what they signed
+
+
+class Trust:
+    """Who counts. Keys are Ed25519 public keys: `listed` of the static lists, `allowed` of the allowlist."""
+
+    def __init__(
+        self,
+        mode: TrustMode,
+        own_key: bytes,
+        listed: frozenset[bytes],
+        allowed: frozenset[bytes],
+        network_key: bytes | None,
+        reputation: Reputation,
+    ) -> None:
+        self.mode: TrustMode = mode
+        self.reputation = reputation
+        self._own_key = own_key
+        self._listed = listed
+        self._allowed = allowed
+        self._network_key = network_key
+        self._shown: OrderedDict[bytes, None] = OrderedDict()  # to hold the network key; longest not met first
+
+    def meet(self, public_key: bytes, tag: bytes) -> bool:
+        """Take note of a member tag, if it is one of this network's; whether the peer is a member."""
+        if self._is_ours(public_key, tag):
+            self._shown[public_key] = None
+            self._shown.move_to_end(public_key)
+            if len(self._shown) > SHOWN_MAX:
+                self._shown.popitem(last=False)
+        return self.is_member(public_key)
+
+    def is_member(self, public_key: bytes) -> bool:
+        """This node itself, on its static lists, or shown to hold the network key."""
+        return public_key == self._own_key or public_key in self._listed or public_key in self._shown
+
+    def trusts(self, public_key: bytes, now_ms: int) -> bool:
+        """Whether what this peer signed (proofs, manifests) counts."""
+        if public_key == self._own_key or public_key in self._allowed:
+            return True
+        match self.mode:
+            case "members":
+                return self.is_member(public_key)
+            case "reputation":
+                score = self.reputation.score(peer_id(public_key), now_ms)
+                return self.is_member(public_key) or score >= THRESHOLD
+            case "allowlist":
+                return False
+            case _:
+                assert_never(self.mode)
+
+    def admits(self, public_key: bytes) -> bool:
+        """Whether KV is asked of this peer and served to it: by `reputation` anybody, who else could earn one?"""
+        return self.mode == "reputation" or self.is_member(public_key) or public_key in self._allowed
+
+    def vouch(self, public_key: bytes) -> bytes:
+        """The member tag of a signer that is known to hold the network key; zeros for everybody else.
+
+        Peers that are merely on this node's own lists get none: those lists are this node's opinion, not the network's.
+        """
+        if self._network_key is None or (public_key != self._own_key and public_key not in self._shown):
+            return NO_MEMBER_TAG
+        return member_tag(self._network_key, public_key)
+
+    def _is_ours(self, public_key: bytes, tag: bytes) -> bool:
+        if self._network_key is None or tag == NO_MEMBER_TAG:
+            return False
+        return hmac.compare_digest(member_tag(self._network_key, public_key), tag)
