@@ -163,8 +163,8 @@ def check_response(server: Server, answer: Completion) -> str:
         key, body = database.execute(query, (raw,)).fetchone()
     status, proof = server.node_status(), decode_proof(raw)
     asked = request_hash(network_id(str(status["network"])), RequestKey(key))
-    signer = frozenset({public_key_of(str(status["peer_id"]))})
-    check_proof(proof, asked, body, proof.model_digest, signer, time.time_ns() // 1_000_000)
+    signer = public_key_of(str(status["peer_id"]))
+    check_proof(proof, asked, body, proof.model_digest, signer.__eq__, time.time_ns() // 1_000_000)
     return "ed25519 CacheProof"
 
 

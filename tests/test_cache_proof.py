@@ -26,7 +26,7 @@ NETWORK = network_id("test")
 KEY = RequestKey(bytes([7]) * 32)
 MODEL = bytes([8]) * 32
 SIGNER = SigningKey(bytes([9]) * 32)
-TRUSTED = frozenset({SIGNER.verify_key.encode()})
+TRUSTED = frozenset({SIGNER.verify_key.encode()}).__contains__
 BODY = b'{"id":"cmpl-1"}'
 NOW_MS = 1_800_000_000_000
 PROOF = make_proof(SIGNER, NETWORK, KEY, BODY, MODEL, "vllm 0.32.0", NOW_MS)
@@ -42,7 +42,7 @@ REFUSALS = [
     ("wrong_request", {"expected_request_hash": request_hash(network_id("other"), KEY)}),
     ("wrong_model", {"model_digest": bytes(32)}),
     ("wrong_response", {"body": BODY + b" "}),
-    ("untrusted_signer", {"trusted": frozenset({STRANGER.verify_key.encode()})}),
+    ("untrusted_signer", {"trusts": frozenset({STRANGER.verify_key.encode()}).__contains__}),
     ("from_the_future", {"now_ms": NOW_MS - CLOCK_SKEW_MS - 1}),
     ("expired", {"now_ms": NOW_MS + RESPONSE_TTL_MS}),
     ("bad_signature", {"proof": replace(PROOF, computed_at_ms=NOW_MS + 1)}),
@@ -52,7 +52,7 @@ REFUSALS = [
         "bad_signature",
         {
             "proof": replace(PROOF, signer=STRANGER.verify_key.encode()),
-            "trusted": frozenset({STRANGER.verify_key.encode()}),
+            "trusts": frozenset({STRANGER.verify_key.encode()}).__contains__,
         },
     ),
 ]
@@ -65,7 +65,7 @@ def test_a_refusal_names_its_reason(reason: str, change: dict[str, object]) -> N
         "expected_request_hash": HASH,
         "body": BODY,
         "model_digest": MODEL,
-        "trusted": TRUSTED,
+        "trusts": TRUSTED,
         "now_ms": NOW_MS,
     }
     with pytest.raises(Refused) as refused:

@@ -2,21 +2,48 @@
 
 Rows use plain ChaCha20 (RFC 8439; seekable, so a single chunk opens by itself; the signed digests authenticate),
 responses ChaCha20-Poly1305. DESIGN §5 says why keys never travel.
+
+Both derive their key by the same HKDF. No row and no response share one for all that: row keys and request keys are
+SHA-256 outputs under different tags ('hyperspace/row/1', 'hyperspace/request/1'), so an equal pair is a collision, and
+neither can be told from a random key by those who don't know the prompt. Every node seals an answer to one request
+under one key; random nonces of 96 bits keep them apart (a repeat is expected after 2⁴⁸ answers to that request).
 """
 
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from .ids import NetworkId
+from .errors import Refused
+from .ids import NetworkId, RequestKey
 
 NONCE_BYTES = 12
+SEAL_TAG_BYTES = 16  # what ChaCha20-Poly1305 appends
 
 
 def seal_key(secret: bytes, network: NetworkId) -> bytes:
     """HKDF-SHA256(secret, salt = none, info = 'seal' || network id): 32 bytes. `secret` is a row or request key."""
     return HKDF(SHA256(), 32, None, b"seal" + network).derive(secret)
+
+
+def seal_response(secret: RequestKey, network: NetworkId, nonce: bytes, body: bytes, associated: bytes) -> bytes:
+    """`body` encrypted and, with the encoded CacheProof in `associated`, authenticated: 16 bytes longer.
+
+    `nonce` is 12 random bytes, never used again.
+    """
+    assert len(nonce) == NONCE_BYTES
+    return ChaCha20Poly1305(seal_key(secret, network)).encrypt(nonce, body, associated)
+
+
+def open_response(secret: RequestKey, network: NetworkId, nonce: bytes, sealed: bytes, associated: bytes) -> bytes:
+    """The body in `sealed`; `Refused("bad_seal")` unless someone who knows `secret` sealed it with `associated`."""
+    assert len(nonce) == NONCE_BYTES
+    try:
+        return ChaCha20Poly1305(seal_key(secret, network)).decrypt(nonce, sealed, associated)
+    except InvalidTag as error:
+        raise Refused("bad_seal") from error
 
 
 def xor_stream(key: bytes, nonce: bytes, source: memoryview, target: memoryview, offset: int = 0) -> None:

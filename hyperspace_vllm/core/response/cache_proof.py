@@ -11,20 +11,20 @@ All integers are big-endian. The request hash is the id that travels for the Req
 response hash is SHA-256 of the stored body, not of a rendering of it. Both inner hashes are recomputed, never sent.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from nacl.exceptions import BadSignatureError
-from nacl.signing import SigningKey, VerifyKey
+from nacl.signing import SigningKey
 
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId, RequestKey, sha256, wire_id
 from ..records.limits import CACHE_PROOF_BYTES_MAX, CLOCK_SKEW_MS, RESPONSE_TTL_MS
+from ..records.signing import SIGNATURE_BYTES, sign, verify
 
 _TAG = b"hyperspace/cache-proof/1"
 _HEAD_BYTES = 32 + 32 + 8 + 32 + 32 + 2
-_SIGNATURE_BYTES = 64
 ENGINE_VERSION_BYTES_MAX = 256
-PROOF_BYTES_MAX = _HEAD_BYTES + ENGINE_VERSION_BYTES_MAX + _SIGNATURE_BYTES
+PROOF_BYTES_MAX = _HEAD_BYTES + ENGINE_VERSION_BYTES_MAX + SIGNATURE_BYTES
 
 assert PROOF_BYTES_MAX <= CACHE_PROOF_BYTES_MAX
 
@@ -88,7 +88,7 @@ def make_proof(
     version = engine_version.encode()[:ENGINE_VERSION_BYTES_MAX].decode(errors="ignore")
     signer = signing_key.verify_key.encode()
     unsigned = CacheProof(request_hash(network, key), sha256(body), computed_at_ms, model_digest, signer, version, b"")
-    signature = signing_key.sign(_TAG + unsigned.integrity).signature
+    signature = sign(signing_key, _TAG, unsigned.integrity)
     return CacheProof(
         unsigned.request_hash,
         unsigned.response_hash,
@@ -102,10 +102,10 @@ def make_proof(
 
 def decode_proof(raw: bytes) -> CacheProof:
     """The proof in `raw`; `ProtocolViolation` names what is wrong. Nothing is believed yet."""
-    if not _HEAD_BYTES + _SIGNATURE_BYTES <= len(raw) <= PROOF_BYTES_MAX:
+    if not _HEAD_BYTES + SIGNATURE_BYTES <= len(raw) <= PROOF_BYTES_MAX:
         raise ProtocolViolation(f"cache proof: {len(raw)} bytes, expected at most {PROOF_BYTES_MAX}")
     version_bytes = int.from_bytes(raw[_HEAD_BYTES - 2 : _HEAD_BYTES], "big")
-    if len(raw) != _HEAD_BYTES + version_bytes + _SIGNATURE_BYTES:
+    if len(raw) != _HEAD_BYTES + version_bytes + SIGNATURE_BYTES:
         raise ProtocolViolation(f"cache proof version length {version_bytes}: doesn't match {len(raw)} bytes")
     try:
         version = raw[_HEAD_BYTES : _HEAD_BYTES + version_bytes].decode()
@@ -118,7 +118,7 @@ def decode_proof(raw: bytes) -> CacheProof:
         raw[72:104],
         raw[104:136],
         version,
-        raw[-_SIGNATURE_BYTES:],
+        raw[-SIGNATURE_BYTES:],
     )
 
 
@@ -127,29 +127,42 @@ def check_proof(
     expected_request_hash: bytes,
     body: bytes,
     model_digest: bytes,
-    trusted: frozenset[bytes],
+    trusts: Callable[[bytes], bool],
     now_ms: int,
 ) -> None:
     """Raise `Refused` unless a trusted signer states, not in the future nor over 24 h ago, that `body` answers this.
 
     It needs no word from the signer, so it holds after the signer has left.
     """
+    check_statement(proof, expected_request_hash, model_digest, trusts, now_ms)
+    check_body(proof, body)
+
+
+def check_statement(
+    proof: CacheProof,
+    expected_request_hash: bytes,
+    model_digest: bytes,
+    trusts: Callable[[bytes], bool],
+    now_ms: int,
+) -> None:
+    """All of `check_proof` that needs no body. `trusts(signer)` is asked before the signature is checked."""
     if proof.request_hash != expected_request_hash:
         raise Refused("wrong_request")
     if proof.model_digest != model_digest:
         raise Refused("wrong_model")
-    if proof.signer not in trusted:
-        raise Refused("untrusted_signer", proof.signer.hex())
     if proof.computed_at_ms > now_ms + CLOCK_SKEW_MS:
         raise Refused("from_the_future", str(proof.computed_at_ms))
     if proof.computed_at_ms + RESPONSE_TTL_MS <= now_ms:
         raise Refused("expired", str(proof.computed_at_ms))
+    if not trusts(proof.signer):
+        raise Refused("untrusted_signer", proof.signer.hex())
+    verify(proof.signer, _TAG, proof.integrity, proof.signature)
+
+
+def check_body(proof: CacheProof, body: bytes) -> None:
+    """Raise `Refused` unless `body` is what the proof is about."""
     if proof.response_hash != sha256(body):
         raise Refused("wrong_response")
-    try:
-        VerifyKey(proof.signer).verify(_TAG + proof.integrity, proof.signature)
-    except BadSignatureError as error:
-        raise Refused("bad_signature") from error
 
 
 def _proof_hash(proof: CacheProof) -> bytes:

@@ -1,0 +1,72 @@
+"""A response on its way between two nodes: sealed into a Hit by who serves it, opened and judged by who asked for it.
+
+Nothing in a Hit is believed because of who sent it. Only someone who knows the RequestKey can have sealed it, and only
+the CacheProof's signer can have said that this is the answer; the sender may be a relay that can read neither.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..records.errors import Refused
+from ..records.ids import NetworkId, RequestKey
+from ..records.limits import CLOCK_SKEW_MS, RESPONSE_TTL_MS
+from ..records.peer_wire import SEALED_BYTES_MAX, Hit
+from ..records.sealing import open_response, seal_response
+from .cache_proof import CacheProof, check_body, check_statement, decode_proof, request_hash
+
+# Refusals that an honest peer never causes: it has checked what it serves as we do. Not among them: whom to trust is
+# each node's own choice, and clocks differ (`untrusted_signer`, `from_the_future`, `expired`).
+LIES = frozenset(
+    {"too_large", "wrong_request", "wrong_model", "long_expired", "bad_signature", "bad_seal", "wrong_response"}
+)
+# Two clocks in a network differ by less than one skew, and an answer travels for less than the other.
+_LONG_EXPIRED_MS = RESPONSE_TTL_MS + 2 * CLOCK_SKEW_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A response that holds. `raw_proof` is what to serve on; it holds no longer than its original does."""
+
+    body: bytes
+    proof: CacheProof
+    raw_proof: bytes
+    expires_at_ms: int
+
+
+def make_hit(
+    key: RequestKey, network: NetworkId, nonce: bytes, body: bytes, proof: bytes, member: bytes, popularity: int
+) -> Hit:
+    """What a node serves: `body` sealed under `key`, with the encoded CacheProof that it got or made.
+
+    `nonce` is 12 fresh random bytes, `member` the tag that vouches for the proof's signer, or zeros.
+    """
+    return Hit(nonce, seal_response(key, network, nonce, body, proof), proof, member, popularity)
+
+
+def open_hit(
+    hit: Hit,
+    key: RequestKey,
+    network: NetworkId,
+    model_digest: bytes,
+    trusts: Callable[[bytes], bool],
+    meet: Callable[[bytes, bytes], object],
+    now_ms: int,
+) -> Opened:
+    """The response in `hit`, or `Refused` or `ProtocolViolation`; cheap checks come first, the body last.
+
+    `meet(signer, tag)` hears who vouches for the proof's signer, before `trusts(signer)` is asked.
+    """
+    if len(hit.sealed) > SEALED_BYTES_MAX:
+        raise Refused("too_large", str(len(hit.sealed)))
+    proof = decode_proof(hit.proof)
+    if proof.computed_at_ms + _LONG_EXPIRED_MS <= now_ms:
+        raise Refused("long_expired", str(proof.computed_at_ms))
+
+    def trusts_once_met(signer: bytes) -> bool:
+        meet(signer, hit.member)
+        return trusts(signer)
+
+    check_statement(proof, request_hash(network, key), model_digest, trusts_once_met, now_ms)
+    body = open_response(key, network, hit.nonce, hit.sealed, hit.proof)
+    check_body(proof, body)
+    return Opened(body, proof, hit.proof, proof.computed_at_ms + RESPONSE_TTL_MS)
