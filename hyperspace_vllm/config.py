@@ -54,6 +54,26 @@ class Config:
         (), "Nodes to fetch from and to trust, each `<peer id>@host:port`; in variables separated by commas."
     )
     network: str = _setting("default", "Name of the network; nodes of different networks share nothing.")
+    bootstrap: tuple[str, ...] = _setting(
+        (), "Nodes to join the network through, each `<peer id>@host:port` of its `p2p_listen`; trusted as members."
+    )
+    p2p_listen: str = _setting(
+        "127.0.0.1:0", "host:port of discovery, gossip and responses between nodes (libp2p); empty: off."
+    )
+    advertise: str = _setting("", "Host that other nodes reach this one at; empty: the hosts of the listeners.")
+    network_key_file: str = _setting(
+        "", "File (mode 0600) with the private network's key, 64 hex digits: who holds it is a member."
+    )
+    mdns: bool = _setting(False, "Find nodes of the local network by multicast DNS.")
+    trust: Literal["members", "reputation", "allowlist"] = _setting(
+        "members", "Whose proofs and manifests count: members', also those of peers that have earned it, or `allowed`."
+    )
+    allowed: tuple[str, ...] = _setting((), "Peer ids that are trusted by name.")
+    share: Literal["private", "network", "public"] = _setting(
+        "network", "How far responses may travel: not at all, to members, or to everybody."
+    )
+    registry: str = _setting("", "`redis://…` of a fleet that has one: replaces the nodes' own registry.")
+    network_deadline_ms: int = _setting(300, "Longest wait of a request for a response of another node, ms.", 60_000)
     arena_bytes: int = _setting(
         GiB, "Shared memory for KV rows; at most half of what is free in /dev/shm is taken.", at_least=MiB
     )
@@ -160,15 +180,17 @@ class Setting:
         elif get_origin(self.kind) is tuple:
             if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
                 yield "a list of strings"
-            elif self.name == "peers":
+            elif self.name in ("peers", "bootstrap"):
                 yield from (complaint for peer in value for complaint in _peer_complaints(peer))
+            elif self.name == "allowed":
+                yield from (complaint for peer in value for complaint in _peer_id_complaints(peer))
         elif self.kind is Path:
             longest = _SOCKET_PATH_MAX - len("/node.sock")
             if not isinstance(value, Path) or len(os.fsencode(value)) > longest:
                 yield f"a path of at most {longest} bytes (a Unix socket lies in it)"
         elif not isinstance(value, str):
             yield "a string"
-        elif self.name.endswith("listen") and not (value == "" and self.default == ""):
+        elif self.name.endswith("listen") and not (value == "" and self.name != "listen"):
             bare_port = self.default == "" and value.isdigit()
             if not _is_host_port(f"127.0.0.1:{value}" if bare_port else value):
                 yield "host:port"
@@ -184,10 +206,14 @@ def _peer_complaints(peer: str) -> Iterator[str]:
     if not at or not _is_host_port(endpoint):
         yield f"<peer id>@host:port, not {peer!r}"
         return
+    yield from (f"<peer id>@host:port: {complaint}" for complaint in _peer_id_complaints(name))
+
+
+def _peer_id_complaints(name: str) -> Iterator[str]:
     try:
         public_key_of(name)
     except ProtocolViolation as error:
-        yield f"<peer id>@host:port: {error}"
+        yield str(error)
 
 
 def _declared_settings() -> tuple[Setting, ...]:

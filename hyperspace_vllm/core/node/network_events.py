@@ -82,6 +82,7 @@ class ResponseWanted:
     lookup: int
     request_hash: bytes
     deadline_ms: int  # a duration
+    told: tuple[PeerId, ...] = ()  # providers that the shell knows of by itself (a Redis registry)
 
 
 @dataclass(frozen=True, slots=True)

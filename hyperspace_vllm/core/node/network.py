@@ -1,0 +1,479 @@
+"""The network core of a node: hands every event to the machine that it concerns and merges their deadlines.
+
+It finds peers, announces what this node can serve, keeps hints and the registry of what others can, and looks responses
+up. The L2 core (node.py) is told of usable peers by the shell, through PeersChanged.
+"""
+
+import random
+from collections import OrderedDict
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import TypeVar, assert_never
+
+from nacl.signing import SigningKey
+
+from ..peers.membership import Membership
+from ..peers.registry import Registry
+from ..peers.trust import Trust
+from ..records.announcement import PrefixEntry, ResponseEntry
+from ..records.errors import Refused
+from ..records.ids import NetworkId, PeerId, peer_id
+from ..records.limits import REGISTRY_TTL_MS
+from ..records.peer_record import PeerRecord
+from ..records.peer_wire import (
+    Deltas,
+    Greet,
+    Greeting,
+    PeerRequest,
+    Peers,
+    Ping,
+    Pong,
+    Query,
+    Refusal,
+    WantDeltas,
+    WantPeers,
+)
+from ..records.signing import NO_MEMBER_TAG, member_tag
+from ..response.announcer import Inbox, Outbox
+from ..response.hints import Hints
+from ..response.lookup import Candidate, ResponseLookup
+from ..response.popularity import Popularity, replicas_wanted
+from .network_effects import (
+    AnswerResponse,
+    ChargePeer,
+    Disconnect,
+    HintResponse,
+    NetworkEffect,
+    PeersChanged,
+    Provide,
+    Reply,
+    Send,
+    ServeResponse,
+)
+from .network_events import (
+    Answered,
+    ConnectFailed,
+    DeltasImported,
+    DeltasRefused,
+    GossipReceived,
+    NetworkEvent,
+    NetworkTick,
+    OwnDeltaWritten,
+    PeerConnected,
+    PeerDisconnected,
+    ProvidersFound,
+    RequestFailed,
+    RequestReceived,
+    ResponseFetched,
+    ResponseRefused,
+    ResponseReleased,
+    ResponsesGone,
+    ResponseStored,
+    ResponsesUsed,
+    ResponseWanted,
+    RowsStored,
+)
+
+K = TypeVar("K")
+
+LOOKUPS_MAX = 1_024
+REQUESTS_MAX = 4_096  # of ours, unanswered
+AVOID_LIAR_MS = 60_000
+AVOID_SILENT_MS = 3_000
+AVOIDED_MAX = 1_024
+SYNC_MS = 2_000  # the registry, with one neighbour
+SYNC_TIMEOUT_MS = 3_000
+PROVIDE_EVERY_MS = 5_000  # a DHT record costs as much as a lookup
+PROVIDES_MAX = 1_024
+# What searching the DHT may cost: 5 % of a core. A search costs tens to hundreds of CPU-ms (DESIGN §9).
+SEARCH_SHARE = 0.05
+SEARCH_BURST_MS = 2_000.0
+SEARCH_COST_MS = 100.0  # before one was measured
+NOT_FOUND_MS = 10_000
+NOT_FOUND_MAX = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkOptions:
+    """What a node tells of itself, and whom it knows from its configuration (peer, host:port of its libp2p)."""
+
+    network: NetworkId
+    address: str
+    endpoint: str
+    bootstrap: tuple[tuple[PeerId, str], ...] = ()
+    network_key: bytes | None = None
+    capacity_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    peer: PeerId
+    message: PeerRequest
+    at_ms: int
+
+
+class NetworkNode:
+    """Everything that a node decides about its network. `now_ms` is the wall clock."""
+
+    def __init__(
+        self, options: NetworkOptions, signing_key: SigningKey, trust: Trust, rng: random.Random, now_ms: int
+    ) -> None:
+        self._options = options
+        self._key = signing_key
+        self._public_key = signing_key.verify_key.encode()
+        self._me = peer_id(self._public_key)
+        self._trust = trust
+        self._rng = rng
+        key = options.network_key
+        self._tag = member_tag(key, self._public_key) if key else NO_MEMBER_TAG
+        self._now_ms = now_ms
+        self._asked: dict[int, _Asked] = {}
+        self._requests = 0
+        self.models: tuple[bytes, ...] = ()
+        self.fingerprints: tuple[bytes, ...] = ()
+        self.load_permille = 0
+        self.members = Membership(
+            options.network,
+            self._me,
+            self._own_record,
+            options.bootstrap,
+            trust.meet,
+            self._ask,
+            key is not None,
+            rng,
+            now_ms,
+        )
+        self.registry = Registry(options.network, self._public_key, rng)
+        self.hints = Hints()
+        self._outbox = Outbox(options.network, signing_key, now_ms)
+        self._inbox = Inbox(options.network, self._public_key, self._counts)
+        self._popularity = Popularity()
+        self._lookups: dict[int, ResponseLookup] = {}
+        self._avoid_until_ms: OrderedDict[PeerId, int] = OrderedDict()
+        self._not_found_until_ms: OrderedDict[bytes, int] = OrderedDict()
+        self._sync_at_ms = now_ms + SYNC_MS
+        self._provides: list[tuple[float, str]] = []  # a heap: the most popular first
+        self._provide_at_ms = now_ms
+        self._search_cost_ms = SEARCH_COST_MS
+        self._search_budget_ms = SEARCH_BURST_MS
+        self._search_budget_at_ms = now_ms
+        self.gossip_refused: dict[str, int] = {}
+
+    def start(self, now_ms: int) -> list[NetworkEffect]:
+        """What to do first."""
+        return self.members.start(now_ms)
+
+    def handle(self, event: NetworkEvent, now_ms: int) -> list[NetworkEffect]:
+        """What to do about `event`."""
+        self._now_ms = now_ms
+        effects = self._dispatch(event, now_ms)
+        for effect in effects:
+            if isinstance(effect, ChargePeer):
+                self._avoid(effect.peer, now_ms + AVOID_LIAR_MS)
+        if self.members.changed:
+            self.members.changed = False
+            records = [each.record for each in self.members.usable(now_ms)]
+            effects.append(PeersChanged(tuple(record for record in records if record is not None)))
+        return effects
+
+    def next_deadline_ms(self) -> int | None:
+        """When to call `handle(NetworkTick())`, if nothing else happens before."""
+        times = [lookup.next_deadline_ms() for lookup in self._lookups.values()]
+        times += [self.members.next_deadline_ms(), self._sync_at_ms]
+        times += [self._provide_at_ms] if self._provides else []
+        others = self._outbox.next_deadline_ms(), self.registry.next_deadline_ms()
+        return min([*times, *(time for time in others if time is not None)])
+
+    # --- events ---------------------------------------------------------------------------------
+
+    def _dispatch(self, event: NetworkEvent, now_ms: int) -> list[NetworkEffect]:
+        match event:
+            case PeerConnected(peer):
+                return self.members.on_connected(peer, now_ms)
+            case PeerDisconnected(peer):
+                return self.members.on_disconnected(peer, now_ms)
+            case ConnectFailed(peer):
+                return self.members.on_connect_failed(peer, now_ms)
+            case RequestReceived():
+                return self._received(event, now_ms)
+            case Answered():
+                return self._answered(event, now_ms)
+            case RequestFailed():
+                return self._failed(event, now_ms)
+            case GossipReceived():
+                return self._gossip(event, now_ms)
+            case ResponseWanted():
+                return self._wanted(event, now_ms)
+            case ResponseReleased():
+                return self._released(event)
+            case ResponseFetched():
+                return self._fetched(event, now_ms)
+            case ResponseRefused():
+                return self._refused(event, now_ms)
+            case ProvidersFound():
+                return self._found(event, now_ms)
+            case ResponseStored():
+                return self._stored(event, now_ms)
+            case ResponsesGone(hashes):
+                self.registry.note_gone(hashes)
+                return []
+            case ResponsesUsed(hashes):
+                for request_hash in hashes:
+                    self._popularity.add(request_hash, now_ms)
+                return []
+            case RowsStored():
+                return self._rows_stored(event)
+            case OwnDeltaWritten():
+                return self.registry.on_own_delta(event, now_ms)
+            case DeltasImported():
+                self.registry.on_imported(event)
+                return []
+            case DeltasRefused():
+                return self.registry.on_refused(event)
+            case NetworkTick():
+                return self._tick(now_ms)
+            case _:
+                assert_never(event)
+
+    def _tick(self, now_ms: int) -> list[NetworkEffect]:
+        effects = self._outbox.flush(now_ms)
+        for lookup in list(self._lookups.values()):
+            if lookup.next_deadline_ms() <= now_ms:
+                effects += self._settle(lookup, lookup.on_tick(now_ms), now_ms)
+        due_ms = self.registry.next_deadline_ms()
+        if due_ms is not None and due_ms <= now_ms:
+            effects += self.registry.on_tick(now_ms)
+        if now_ms >= self._sync_at_ms:
+            self._sync_at_ms = now_ms + SYNC_MS
+            effects += self._sync()
+        if self._provides and now_ms >= self._provide_at_ms:
+            self._provide_at_ms = now_ms + PROVIDE_EVERY_MS
+            effects.append(Provide(heappop(self._provides)[1]))
+        if self.members.next_deadline_ms() <= now_ms:
+            effects += self.members.on_tick(now_ms)
+        return effects
+
+    # --- messages -------------------------------------------------------------------------------
+
+    def _received(self, event: RequestReceived, now_ms: int) -> list[NetworkEffect]:
+        peer, token, message = event.peer, event.token, event.message
+        self.members.heard(peer, now_ms)
+        if isinstance(message, Query):
+            self._popularity.add(message.id, now_ms)
+            return [ServeResponse(token, message.id, self._popularity.sixteenths(message.id, now_ms))]
+        if isinstance(message, Greet):
+            effects = self.members.on_record(message.record, peer, now_ms, own_word=True)
+            if effects:
+                return [*effects, Reply(token, Refusal("protocol")), Disconnect(peer)]
+            return [Reply(token, Greeting(self.members.own_raw))]
+        if isinstance(message, Ping):
+            return [Reply(token, Pong())]
+        if not self.members.greeted(peer):
+            return [Reply(token, Refusal("stranger"))]
+        if isinstance(message, WantPeers):
+            return [Reply(token, self.members.answer_peers(message, now_ms))]
+        return [Reply(token, self.registry.answer(message, now_ms))]
+
+    def _answered(self, event: Answered, now_ms: int) -> list[NetworkEffect]:
+        asked = self._asked.pop(event.request, None)
+        if asked is None or asked.peer != event.peer:
+            return []
+        self.members.heard(event.peer, now_ms, now_ms - asked.at_ms)
+        match asked.message, event.message:
+            case Greet(), Greeting(record):
+                effects = self.members.on_record(record, event.peer, now_ms, own_word=True)
+                return effects + self.members.on_greeted(event.peer, now_ms) + self._sync_with(event.peer)
+            case WantPeers(), Peers():
+                return self.members.on_peers(event.peer, event.message, now_ms)
+            case WantDeltas(), Deltas():
+                effects = self.registry.on_deltas(event.peer, event.message, self._counts, now_ms)
+                return effects + (self._sync_with(event.peer) if event.message.more and effects else [])
+            case Ping(), Pong():
+                return []
+            case _, Refusal():
+                return []
+            case _:
+                return [ChargePeer(event.peer, "protocol")]
+
+    def _failed(self, event: RequestFailed, now_ms: int) -> list[NetworkEffect]:
+        asked = self._asked.pop(event.request, None)
+        if asked is None:
+            return []
+        charge: list[NetworkEffect] = [ChargePeer(event.peer, "protocol")] if event.reason == "protocol" else []
+        return charge + self.members.unanswered(event.peer, asked.message, now_ms)
+
+    def _gossip(self, event: GossipReceived, now_ms: int) -> list[NetworkEffect]:
+        batch = self._inbox.open(event.topic, event.payload, now_ms)
+        if isinstance(batch, Refused):
+            self.gossip_refused[batch.reason] = self.gossip_refused.get(batch.reason, 0) + 1
+            return []
+        sender = peer_id(batch.sender)
+        for entry in batch.entries:
+            if now_ms < entry.expires_at_ms <= now_ms + REGISTRY_TTL_MS:
+                name = entry.request_hash if isinstance(entry, ResponseEntry) else entry.row_id
+                self.hints.add(name, sender, entry.expires_at_ms)
+        return []
+
+    # --- lookups --------------------------------------------------------------------------------
+
+    def _wanted(self, event: ResponseWanted, now_ms: int) -> list[NetworkEffect]:
+        assert event.lookup not in self._lookups
+        self._popularity.add(event.request_hash, now_ms)
+        if len(self._lookups) >= LOOKUPS_MAX:
+            return [HintResponse(event.lookup, False), AnswerResponse(event.lookup, None, "none", "busy")]
+        if not self.members.usable(now_ms):
+            return [HintResponse(event.lookup, False), AnswerResponse(event.lookup, None, "none", "no_peers")]
+        told = (
+            *event.told,
+            *self.hints.providers(event.request_hash, now_ms),
+            *self.registry.providers(event.request_hash, now_ms),
+        )
+        providers = self._candidates(told, now_ms)
+        lookup = ResponseLookup(event, providers, self._may_search(event.request_hash, now_ms), now_ms)
+        self._lookups[event.lookup] = lookup
+        return self._settle(lookup, lookup.start(now_ms), now_ms)
+
+    def _released(self, event: ResponseReleased) -> list[NetworkEffect]:
+        lookup = self._lookups.get(event.lookup)
+        if lookup is None or not lookup.hinted:
+            return []  # what a race finds after the engine has won serves the next request
+        del self._lookups[event.lookup]
+        return [AnswerResponse(event.lookup, None, "none", "released")]
+
+    def _fetched(self, event: ResponseFetched, now_ms: int) -> list[NetworkEffect]:
+        self._trust.reputation.served(event.peer, now_ms)
+        self.members.heard(event.peer, now_ms)
+        lookup = self._lookups.get(event.lookup)
+        return [] if lookup is None else self._settle(lookup, lookup.on_fetched(event), now_ms)
+
+    def _refused(self, event: ResponseRefused, now_ms: int) -> list[NetworkEffect]:
+        effects: list[NetworkEffect] = []
+        if event.lied:
+            effects.append(ChargePeer(event.peer, event.reason))
+        if event.lied or event.reason in ("timeout", "unreachable"):
+            self._trust.reputation.failed(event.peer, event.reason, now_ms)
+            self._avoid(event.peer, now_ms + AVOID_SILENT_MS)
+        lookup = self._lookups.get(event.lookup)
+        if lookup is None:
+            return effects
+        if event.reason == "miss":
+            self.hints.remove(lookup.request_hash, event.peer)
+        return effects + self._settle(lookup, lookup.on_refused(event, now_ms), now_ms)
+
+    def _found(self, event: ProvidersFound, now_ms: int) -> list[NetworkEffect]:
+        if event.cost_ms:
+            self._search_cost_ms = 0.8 * self._search_cost_ms + 0.2 * event.cost_ms
+        lookup = self._lookups.get(event.lookup)
+        if lookup is None:
+            return []
+        candidates = self._candidates(event.peers, now_ms)
+        return self._settle(lookup, lookup.on_providers(event, candidates, now_ms), now_ms)
+
+    def _settle(self, lookup: ResponseLookup, effects: list[NetworkEffect], now_ms: int) -> list[NetworkEffect]:
+        if lookup.over:
+            self._lookups.pop(lookup.number, None)
+            if any(isinstance(effect, AnswerResponse) and effect.peer is None for effect in effects):
+                _remember(self._not_found_until_ms, lookup.request_hash, now_ms + NOT_FOUND_MS, NOT_FOUND_MAX)
+        return effects
+
+    def _candidates(self, told: tuple[PeerId, ...], now_ms: int) -> list[Candidate]:
+        """Providers that can be asked now, the best first: good ones, connected ones, near ones."""
+        found = []
+        for peer in dict.fromkeys(told):
+            known = self.members.get(peer)
+            if peer == self._me or known is None or known.silent or self._avoid_until_ms.get(peer, 0) > now_ms:
+                continue
+            if known.connected or known.address:
+                score = round(self._trust.reputation.score(peer, now_ms), 1)
+                found.append(((-score, not known.connected, known.rtt_ms, self._rng.random()), known))
+        found.sort(key=lambda each: each[0])
+        return [Candidate(known.peer, known.address, known.rtt_ms) for _, known in found]
+
+    def _may_search(self, request_hash: bytes, now_ms: int) -> bool:
+        """Whether the DHT is worth asking: its CPU budget isn't spent, and it didn't just say no."""
+        earned = (now_ms - self._search_budget_at_ms) * SEARCH_SHARE
+        self._search_budget_ms = min(self._search_budget_ms + max(earned, 0), SEARCH_BURST_MS)
+        self._search_budget_at_ms = now_ms
+        if self._not_found_until_ms.get(request_hash, 0) > now_ms or self._search_budget_ms < self._search_cost_ms:
+            return False
+        if not self.members.neighbours():
+            return False
+        self._search_budget_ms -= self._search_cost_ms
+        return True
+
+    # --- what this node has ---------------------------------------------------------------------
+
+    def _stored(self, event: ResponseStored, now_ms: int) -> list[NetworkEffect]:
+        """Announce what was computed; what was fetched only while the popular want more copies than there are."""
+        if not event.computed:
+            self._popularity.add(event.request_hash, now_ms, event.popularity / 16)
+            copies = len(self._known_providers(event.request_hash, now_ms))
+            if copies >= replicas_wanted(self._popularity.requests(event.request_hash, now_ms)):
+                return []
+        self.registry.note_stored(event.request_hash, event.expires_at_ms)
+        self._outbox.add(ResponseEntry(event.request_hash, event.expires_at_ms))
+        requests = self._popularity.requests(event.request_hash, now_ms)
+        self._provide_later(requests, f"/cache/{event.request_hash.hex()}")
+        return self._outbox.flush(now_ms)
+
+    def _known_providers(self, name: bytes, now_ms: int) -> set[PeerId]:
+        return {*self.hints.providers(name, now_ms), *self.registry.providers(name, now_ms)} - {self._me}
+
+    def _rows_stored(self, event: RowsStored) -> list[NetworkEffect]:
+        for row_id in event.row_ids:
+            self.registry.note_stored(row_id, event.expires_at_ms)
+            self._outbox.add(PrefixEntry(row_id, event.manifest, event.commitment, event.expires_at_ms))
+        return []
+
+    def _provide_later(self, requests: float, key: str) -> None:
+        heappush(self._provides, (-requests, key))
+        if len(self._provides) > PROVIDES_MAX:
+            self._provides = sorted(self._provides)[: PROVIDES_MAX // 2]  # sorted is a heap
+
+    # --- leaves ---------------------------------------------------------------------------------
+
+    def _sync(self) -> list[NetworkEffect]:
+        neighbours = self.members.neighbours()
+        return self._sync_with(self._rng.choice(neighbours).peer) if neighbours else []
+
+    def _sync_with(self, peer: PeerId) -> list[NetworkEffect]:
+        return [self._ask(peer, self.registry.want(), SYNC_TIMEOUT_MS)]
+
+    def _counts(self, public_key: bytes) -> bool:
+        """Whether this node may announce and be in the registry: members, or all that greeted where there's no key."""
+        if self._trust.is_member(public_key):
+            return True
+        return self._options.network_key is None and self.members.greeted(peer_id(public_key))
+
+    def _ask(self, peer: PeerId, message: PeerRequest, timeout_ms: int) -> Send:
+        self._requests += 1
+        if len(self._asked) >= REQUESTS_MAX:
+            del self._asked[next(iter(self._asked))]
+        self._asked[self._requests] = _Asked(peer, message, self._now_ms)
+        return Send(self._requests, peer, message, timeout_ms)
+
+    def _own_record(self, sequence: int, expires_at_ms: int) -> PeerRecord:
+        options = self._options
+        return PeerRecord(
+            options.network,
+            self._public_key,
+            sequence,
+            expires_at_ms,
+            options.address,
+            options.endpoint,
+            self._tag,
+            options.capacity_bytes,
+            self.load_permille,
+            self.models,
+            self.fingerprints,
+        ).sign(self._key)
+
+    def _avoid(self, peer: PeerId, until_ms: int) -> None:
+        _remember(self._avoid_until_ms, peer, max(until_ms, self._avoid_until_ms.get(peer, 0)), AVOIDED_MAX)
+
+
+def _remember(table: OrderedDict[K, int], key: K, until_ms: int, at_most: int) -> None:
+    table[key] = until_ms
+    table.move_to_end(key)
+    if len(table) > at_most:
+        table.popitem(last=False)

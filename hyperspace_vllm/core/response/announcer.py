@@ -1,0 +1,123 @@
+"""Gossip: what this node announces, in batches, and what it takes from others' batches.
+
+Sent: at most one batch a topic every FLUSH_MS. Taken: signed by a node that we know, of the last minute, not seen
+before, and within ENTRIES_PER_S of its sender. Whoever relayed a bad batch is not charged: py-libp2p relays unchecked.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+from nacl.signing import SigningKey
+
+from ..node.network_effects import NetworkEffect, Publish
+from ..records.announcement import (
+    Announcement,
+    PrefixEntry,
+    ResponseEntry,
+    check_announcement,
+    decode_announcement,
+    encode_announcement,
+)
+from ..records.errors import ProtocolViolation, Refused
+from ..records.ids import NetworkId
+from ..records.limits import ANNOUNCEMENT_ENTRIES_MAX, PEERS_KNOWN_MAX
+
+FLUSH_MS = 100
+QUEUED_MAX = 16 * ANNOUNCEMENT_ENTRIES_MAX  # older ones are left to the registry
+ENTRIES_PER_S = 1_000
+ENTRIES_BURST = 4 * ENTRIES_PER_S
+SEQUENCES_KEPT = 1_024  # of one sender; at ten batches a second more than a minute's
+
+
+class Outbox:
+    """Entries to announce. Sequence numbers follow the clock, so that they grow over restarts."""
+
+    def __init__(self, network: NetworkId, key: SigningKey, now_ms: int) -> None:
+        self._network = network
+        self._key = key
+        self._public_key = key.verify_key.encode()
+        self._sequence = now_ms
+        self._responses: deque[ResponseEntry] = deque(maxlen=QUEUED_MAX)
+        self._prefixes: deque[PrefixEntry] = deque(maxlen=QUEUED_MAX)
+        self._flush_at_ms = now_ms
+
+    def add(self, entry: ResponseEntry | PrefixEntry) -> None:
+        """Announce it with the next batch."""
+        if isinstance(entry, ResponseEntry):
+            self._responses.append(entry)
+        else:
+            self._prefixes.append(entry)
+
+    def next_deadline_ms(self) -> int | None:
+        """When the next batch may go."""
+        return self._flush_at_ms if self._responses or self._prefixes else None
+
+    def flush(self, now_ms: int) -> list[NetworkEffect]:
+        """The batches that are due."""
+        if now_ms < self._flush_at_ms or not (self._responses or self._prefixes):
+            return []
+        self._flush_at_ms = now_ms + FLUSH_MS
+        batches: list[tuple[ResponseEntry, ...] | tuple[PrefixEntry, ...]] = []
+        if self._responses:
+            batches.append(_take(self._responses))
+        if self._prefixes:
+            batches.append(_take(self._prefixes))
+        effects: list[NetworkEffect] = []
+        for entries in batches:
+            self._sequence = max(self._sequence + 1, now_ms)
+            batch = Announcement(self._network, self._public_key, self._sequence, now_ms, entries)
+            effects.append(Publish(batch.topic, encode_announcement(batch, self._key)))
+        return effects
+
+
+class Inbox:
+    """Others' batches. `known(public key)`: whether this sender counts."""
+
+    def __init__(self, network: NetworkId, own_key: bytes, known: Callable[[bytes], bool]) -> None:
+        self._network = network
+        self._own_key = own_key
+        self._known = known
+        self._seen: OrderedDict[bytes, OrderedDict[int, None]] = OrderedDict()
+        self._allowance: dict[bytes, tuple[float, int]] = {}  # of entries, and as of when
+
+    def open(self, topic: str, payload: bytes, now_ms: int) -> Announcement | Refused:
+        """The batch, if it counts; else why not (the reason is a metric label)."""
+        try:
+            batch = decode_announcement(payload)
+        except ProtocolViolation as violation:
+            return Refused("malformed", str(violation))
+        if batch.topic != topic:
+            return Refused("wrong_topic")
+        if batch.sender == self._own_key:
+            return Refused("own")
+        if not self._known(batch.sender):
+            return Refused("stranger")
+        if batch.sequence in self._seen.get(batch.sender, ()):
+            return Refused("duplicate")
+        try:
+            check_announcement(payload, batch, self._network, now_ms)
+        except Refused as refused:
+            return refused
+        self._remember(batch)
+        return batch if self._spend(batch.sender, len(batch.entries), now_ms) else Refused("rate")
+
+    def _remember(self, batch: Announcement) -> None:
+        sequences = self._seen.setdefault(batch.sender, OrderedDict())
+        self._seen.move_to_end(batch.sender)
+        sequences[batch.sequence] = None
+        if len(sequences) > SEQUENCES_KEPT:
+            sequences.popitem(last=False)
+        if len(self._seen) > PEERS_KNOWN_MAX:
+            sender, _ = self._seen.popitem(last=False)
+            self._allowance.pop(sender, None)
+
+    def _spend(self, sender: bytes, entries: int, now_ms: int) -> bool:
+        left, at_ms = self._allowance.get(sender, (float(ENTRIES_BURST), now_ms))
+        left = min(left + (now_ms - at_ms) * ENTRIES_PER_S / 1000, ENTRIES_BURST)
+        enough = left >= entries
+        self._allowance[sender] = left - entries if enough else left, now_ms
+        return enough
+
+
+def _take(queue: "deque[ResponseEntry] | deque[PrefixEntry]") -> tuple:  # type: ignore[type-arg]
+    return tuple(queue.popleft() for _ in range(min(len(queue), ANNOUNCEMENT_ENTRIES_MAX)))

@@ -1,0 +1,120 @@
+"""The machine of one L1 lookup across the network: which provider to ask, when to hedge, when to give up.
+
+    start ── providers known ──▶ hinted: ask the best, hedge to the next, at most IN_FLIGHT_MAX at once; then the DHT
+      └───── none known ───────▶ unhinted: the DHT, while the engine computes
+
+A hinted lookup ends by its request's deadline. An unhinted one holds nobody up, so it may take RACE_MS; what it finds
+after the engine has won is stored for the next request.
+"""
+
+from dataclasses import dataclass
+
+from ..node.network_effects import (
+    AnswerResponse,
+    FetchResponse,
+    FindProviders,
+    HintResponse,
+    NetworkEffect,
+)
+from ..node.network_events import ProvidersFound, ResponseFetched, ResponseRefused, ResponseWanted
+from ..records.ids import PeerId
+
+RACE_MS = 3_000
+DHT_MS = 1_500
+IN_FLIGHT_MAX = 2
+ATTEMPTS_MAX = 4
+HEDGE_MS_MIN, HEDGE_MS_MAX = 25, 120
+
+
+def hedge_delay_ms(rtt_ms: float) -> int:
+    """When a second provider is asked: three usual round trips (0: unknown) without an answer are too many."""
+    return round(min(max(3 * rtt_ms, HEDGE_MS_MIN), HEDGE_MS_MAX))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A provider that may be asked; `address` '' if it can't be dialled."""
+
+    peer: PeerId
+    address: str
+    rtt_ms: float
+
+
+class ResponseLookup:
+    """One ResponseWanted, until its AnswerResponse. `providers` are the known ones, best first."""
+
+    def __init__(self, wanted: ResponseWanted, providers: list[Candidate], may_search: bool, now_ms: int) -> None:
+        self.number = wanted.lookup
+        self.request_hash = wanted.request_hash
+        self.hinted = bool(providers)
+        self.over = False
+        self._deadline_ms = now_ms + (wanted.deadline_ms if self.hinted else max(wanted.deadline_ms, RACE_MS))
+        self._waiting = providers
+        self._in_flight: set[PeerId] = set()
+        self._asked: set[PeerId] = set()
+        self._may_search = may_search
+        self._searching = False
+        self._hedge_at_ms: int | None = None
+        self._source = "hint"
+        self._reason = "not_found"
+
+    def start(self, now_ms: int) -> list[NetworkEffect]:
+        """The hint, and the first question."""
+        hint: NetworkEffect = HintResponse(self.number, self.hinted)
+        return [hint, *self._go_on(now_ms)]
+
+    def next_deadline_ms(self) -> int:
+        """When to call `on_tick`."""
+        return self._deadline_ms if self._hedge_at_ms is None else min(self._deadline_ms, self._hedge_at_ms)
+
+    def on_tick(self, now_ms: int) -> list[NetworkEffect]:
+        """Give up, or hedge."""
+        if now_ms >= self._deadline_ms:
+            return self._end(None, "deadline")
+        if self._hedge_at_ms is not None and now_ms >= self._hedge_at_ms:
+            return self._ask(now_ms)
+        return []
+
+    def on_fetched(self, event: ResponseFetched) -> list[NetworkEffect]:
+        """A verified answer."""
+        return self._end(event.peer, "hit") if event.peer in self._in_flight else []
+
+    def on_refused(self, event: ResponseRefused, now_ms: int) -> list[NetworkEffect]:
+        """The next one."""
+        self._in_flight.discard(event.peer)
+        self._reason = event.reason if event.reason != "miss" else self._reason
+        return self._go_on(now_ms)
+
+    def on_providers(self, event: ProvidersFound, candidates: list[Candidate], now_ms: int) -> list[NetworkEffect]:
+        """What the DHT knows, as far as it can be asked."""
+        self._searching = False
+        self._source = "dht"
+        self._waiting = [c for c in candidates if c.peer not in self._asked]
+        return self._go_on(now_ms)
+
+    def _go_on(self, now_ms: int) -> list[NetworkEffect]:
+        if self._in_flight or self._searching:
+            return self._ask(now_ms) if self._hedge_at_ms is not None and now_ms >= self._hedge_at_ms else []
+        if self._waiting and len(self._asked) < ATTEMPTS_MAX:
+            return self._ask(now_ms)
+        if self._may_search:
+            self._may_search, self._searching = False, True
+            left_ms = self._deadline_ms - now_ms
+            return [FindProviders(self.number, self.request_hash, min(left_ms, DHT_MS))]
+        return self._end(None, self._reason)
+
+    def _ask(self, now_ms: int) -> list[NetworkEffect]:
+        self._hedge_at_ms = None
+        if not self._waiting or len(self._in_flight) >= IN_FLIGHT_MAX or len(self._asked) >= ATTEMPTS_MAX:
+            return []
+        candidate = self._waiting.pop(0)
+        self._asked.add(candidate.peer)
+        self._in_flight.add(candidate.peer)
+        if self._waiting:
+            self._hedge_at_ms = now_ms + hedge_delay_ms(candidate.rtt_ms)
+        left_ms = self._deadline_ms - now_ms
+        return [FetchResponse(self.number, candidate.peer, candidate.address, self.request_hash, left_ms)]
+
+    def _end(self, peer: PeerId | None, reason: str) -> list[NetworkEffect]:
+        self.over = True
+        return [AnswerResponse(self.number, peer, self._source if peer else "none", reason)]

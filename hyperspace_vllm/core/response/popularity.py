@@ -1,0 +1,41 @@
+"""How often a response was asked for lately, and how many nodes should therefore have it."""
+
+from collections import OrderedDict
+from math import ceil, log2
+
+HALF_LIFE_MS = 600_000
+TRACKED_MAX = 20_000
+REPLICAS_MAX = 8
+
+
+def replicas_wanted(requests: float) -> int:
+    """Copies in the network of a response with that many (decayed) requests: 1, then one more at every doubling."""
+    return min(1 + ceil(log2(1 + max(requests, 0.0))), REPLICAS_MAX)
+
+
+def decayed(requests: float, age_ms: int) -> float:
+    """What is left of `requests` after `age_ms`: half after each half-life."""
+    return requests * float(0.5 ** (max(age_ms, 0) / HALF_LIFE_MS))
+
+
+class Popularity:
+    """Decayed counts; the ids that were asked for longest ago are forgotten."""
+
+    def __init__(self) -> None:
+        self._counts: OrderedDict[bytes, tuple[float, int]] = OrderedDict()
+
+    def add(self, request_hash: bytes, now_ms: int, requests: float = 1.0) -> None:
+        """It was asked for."""
+        self._counts[request_hash] = self.requests(request_hash, now_ms) + requests, now_ms
+        self._counts.move_to_end(request_hash)
+        if len(self._counts) > TRACKED_MAX:
+            self._counts.popitem(last=False)
+
+    def requests(self, request_hash: bytes, now_ms: int) -> float:
+        """How often, decayed."""
+        count, at_ms = self._counts.get(request_hash, (0.0, now_ms))
+        return decayed(count, now_ms - at_ms)
+
+    def sixteenths(self, request_hash: bytes, now_ms: int) -> int:
+        """The same as it stands in a Hit."""
+        return min(int(16 * self.requests(request_hash, now_ms)), (1 << 32) - 1)
