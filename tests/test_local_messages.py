@@ -13,6 +13,7 @@ from hyperspace_vllm.core.records.errors import ProtocolViolation
 from hyperspace_vllm.core.records.ids import NetworkId, RowId
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import (
+    CACHE_PROOF_BYTES_MAX,
     CHUNK_BYTES_MAX,
     LOCAL_MESSAGE_BYTES_MAX,
     LOOKUP_ROWS_MAX,
@@ -41,6 +42,8 @@ CLIENT_MESSAGES: list[local.ClientMessage] = [
     local.StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}"),
     local.TouchResponses((KEY,)),
     local.GetStatus(),
+    local.FindResponse(1, KEY, KEY, 300),
+    local.ReleaseResponse(1),
 ]
 NODE_MESSAGES: list[local.NodeMessage] = [
     local.Welcome(1, 5, "12D3KooW", KEY, "/dev/shm/x", 1 << 20),
@@ -50,6 +53,9 @@ NODE_MESSAGES: list[local.NodeMessage] = [
     local.PrefixAnswer(1, 1, (local.LoadedRow(0, 0, 0, SLAB),), "network", "blake3", "hit"),
     local.Status(b"{}"),
     local.Rejected("no"),
+    local.ResponseHint(1, True),
+    local.ResponseFound(1, b"{}", b"proof", 1, 2, "12D3KooW", "gossip", "members"),
+    local.ResponseNotFound(1, "not_found"),
 ]
 PEER_REQUESTS: list[wire.PeerRequest] = [
     wire.Have(1, (KEY,)),
@@ -165,13 +171,50 @@ SLAB_FIELDS = {"slot": 1, "offset": 0, "length": 1, "generation": 0}
         altered(CLIENT_MESSAGES[11], body=bytes(RESPONSE_BYTES_MAX + 1)),
         altered(CLIENT_MESSAGES[12], request_keys=(KEY,) * 4097),
         altered(CLIENT_MESSAGES[3], layout={"fingerprint": KEY, "segment_tokens": 256, "parts": [], "ranks": 1}),
+        altered(CLIENT_MESSAGES[14], request_key=KEY[:31]),
+        altered(CLIENT_MESSAGES[14], model_digest=b""),
+        altered(CLIENT_MESSAGES[14], deadline_ms=-1),
+        altered(CLIENT_MESSAGES[15], lookup=1 << 32),
         bytes(LOCAL_MESSAGE_BYTES_MAX + 1),
     ],
-    ids=range(17),
+    ids=range(21),
 )
 def test_client_messages_out_of_bounds_are_violations(frame: bytes) -> None:
     with pytest.raises(ProtocolViolation):
         local.decode_client_message(frame)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        altered(NODE_MESSAGES[7], hinted=1),
+        altered(NODE_MESSAGES[8], body=bytes(RESPONSE_BYTES_MAX + 1)),
+        altered(NODE_MESSAGES[8], proof=bytes(CACHE_PROOF_BYTES_MAX + 1)),
+        altered(NODE_MESSAGES[8], expires_at_ms=1 << 63),
+        altered(NODE_MESSAGES[8], source="s" * 257),
+        altered(NODE_MESSAGES[9], reason=None),
+        bytes(LOCAL_MESSAGE_BYTES_MAX + 1),
+    ],
+    ids=range(7),
+)
+def test_node_messages_out_of_bounds_are_violations(frame: bytes) -> None:
+    with pytest.raises(ProtocolViolation):
+        local.decode_node_message(frame)
+
+
+def test_the_largest_response_that_may_be_found_fits_into_a_message() -> None:
+    name = "\N{GRINNING FACE}" * local.NAME_CHARS_MAX
+    found = local.ResponseFound(
+        (1 << 32) - 1,
+        bytes(RESPONSE_BYTES_MAX),
+        bytes(CACHE_PROOF_BYTES_MAX),
+        (1 << 63) - 1,
+        (1 << 63) - 1,
+        name,
+        name,
+        name,
+    )
+    assert local.decode_node_message(local.encode(found)) == found
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from hyperspace_vllm.core.records.ids import RowKey, SegmentKey, network_id, row
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, MiB
 from hyperspace_vllm.core.records.local import (
+    LOCAL_PROTOCOL,
     GetStatus,
     Hello,
     LeaseLost,
@@ -88,7 +89,7 @@ class SmallNode:
     def __post_init__(self) -> None:
         identity = Identity.load(self.config.data_dir)
         self.server = LocalServer(
-            self.config, identity, self.cache, self.submit, self, lambda: b"{}", self.metrics, self.lease_ms
+            self.config, identity, self.cache, self.submit, self, lambda: b"{}", self.metrics, None, self.lease_ms
         )
 
     def store(self, message: StoreResponse) -> bool:
@@ -395,7 +396,7 @@ async def test_garbage_is_rejected_and_strangers_have_no_lease(node: SmallNode) 
 
 
 async def test_a_session_belongs_to_one_connection(node: SmallNode) -> None:
-    hello = encode(Hello(1, "worker", bytes(16), "n"))
+    hello = encode(Hello(LOCAL_PROTOCOL, "worker", bytes(16), "n"))
     async with raw_socket(node) as first, raw_socket(node) as second, asyncio.timeout(10):
         await first.send(hello)
         assert isinstance(decode_node_message(await first.recv()), Welcome)

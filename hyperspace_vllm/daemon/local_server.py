@@ -33,6 +33,7 @@ from ..core.records.limits import CLIENTS_MAX, LEASE_MS, LOCAL_MESSAGE_BYTES_MAX
 from ..core.records.local import (
     LOCAL_PROTOCOL,
     ClientMessage,
+    FindResponse,
     GetStatus,
     Goodbye,
     Heartbeat,
@@ -46,6 +47,7 @@ from ..core.records.local import (
     RegisterLayout,
     Rejected,
     ReleaseLookup,
+    ReleaseResponse,
     RequestEnded,
     RowStaged,
     SegmentNamed,
@@ -62,6 +64,7 @@ from ..core.records.local import (
 )
 from .identity import Identity
 from .metrics import Metrics
+from .response_lookups import FoundResponse, ResponseFinder, ResponseLookups
 from .row_cache import RowCache
 from .staging import Staging
 
@@ -110,6 +113,7 @@ class LocalServer:
         responses: Responses | None,
         status: Callable[[], bytes],
         metrics: Metrics,
+        finder: ResponseFinder | None,
         lease_ms: int = LEASE_MS,
     ) -> None:
         self._config = config
@@ -120,6 +124,7 @@ class LocalServer:
         self._responses = responses
         self._status = status
         self._metrics = metrics
+        self._response_lookups = ResponseLookups(finder, self._send)
         self._lease_s = lease_ms / 1000
         self._epoch = secrets.randbits(63)
         self._sessions: dict[bytes, _Session] = {}  # by route
@@ -180,6 +185,14 @@ class LocalServer:
         if end_segment and not sent:
             # Not from here: the core is in the middle of the event that led to this answer.
             self._loop.call_soon(self._submit, PrefixReleased(lookup))
+
+    def hint_response(self, lookup: int, hinted: bool) -> None:
+        """Say whether some peer is known to have what the lookup wants; one that was released is ignored."""
+        self._response_lookups.hint(lookup, hinted)
+
+    def answer_response(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
+        """End a lookup; one that was released meanwhile is ignored. `reason` says why nothing was found."""
+        self._response_lookups.answer(lookup, found, reason)
 
     def take_staged(self, staged: int) -> Slab | None:
         """The staged slab, now the caller's to keep or free; None if it is gone."""
@@ -288,6 +301,7 @@ class LocalServer:
         for lookup in session.lookups.values():
             del self._lookups[lookup]
             self._submit(PrefixReleased(lookup))
+        self._response_lookups.end(session.route)
         self._staging.end(session.key, vanished)
         # Without its scheduler nobody names what an engine staged; a new one starts with new requests.
         engine = {s.role for s in self._sessions.values() if s.name == session.name} & {"scheduler", "worker"}
@@ -334,6 +348,10 @@ class LocalServer:
             case TouchResponses(request_keys):
                 if self._responses is not None:
                     self._responses.touch(request_keys)
+            case FindResponse():
+                self._response_lookups.find(session.route, message)
+            case ReleaseResponse(lookup):
+                self._response_lookups.release(session.route, lookup)
             case GetStatus():
                 self._send(session.route, Status(self._status()))
             case Hello():

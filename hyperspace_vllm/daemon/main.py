@@ -123,7 +123,7 @@ class _Node:
         self._driver = driver = await self._open_data_plane(parts) if config.kv_cache else None
         submit: Callable[[Event], None] = driver.submit if driver else lambda event: None
         self._server = LocalServer(
-            config, self._identity, self._cache, submit, self._responses, self._status, self._metrics
+            config, self._identity, self._cache, submit, self._responses, self._status, self._metrics, None
         )
         if driver:
             driver.server = self._server

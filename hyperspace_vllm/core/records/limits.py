@@ -38,13 +38,14 @@ RECENT_MS = 5_000
 STORE_QUEUE_BYTES_MAX = 64 * MiB  # responses waiting for the one writer
 
 # --- sockets ------------------------------------------------------------------------------------
-LOCAL_MESSAGE_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB
+LOCAL_MESSAGE_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB  # a body, its proof and names of at most 1 KiB each
 PEER_CONTROL_BYTES_MAX = 1 * MiB  # 8192 row ids x 32 B = 256 KiB, manifest + digests = 70 KiB
 PEER_MESSAGE_BYTES_MAX = CHUNK_BYTES_MAX + 4 * KiB
 PEER_REQUESTS_MAX = 64  # requests one peer may have open here; more are answered `busy`
 PEER_BYTES_IN_FLIGHT_MAX = 64 * MiB  # chunk bytes one peer may have queued here
 CLIENTS_MAX = 256
 LOOKUPS_PER_CLIENT_MAX = 1024
+RESPONSE_LOOKUPS_MAX = 256  # unfinished ones of one API server; the requests beyond compute at once
 
 # --- discovery, gossip and registry -------------------------------------------------------------
 PEER_RECORD_BYTES_MAX = 8 * KiB  # 2 x 16 digests of 32 B, a VRAM digest of 4 KiB and about 700 B of the rest
@@ -55,6 +56,12 @@ REGISTRY_OWNERS_MAX = PEERS_KNOWN_MAX
 REGISTRY_ENTRIES_MAX = 20_000  # of one owner
 REGISTRY_DELTA_BYTES_MAX = 1536 * KiB  # a snapshot of 20,000 entries of about 70 B
 REGISTRY_REPLY_BYTES_MAX = 2 * MiB  # deltas in one answer
+REGISTRY_CHANGES_MAX = 1024  # of one update: 75 B each, 75 KiB
+REGISTRY_LOG_DELTAS_MAX = 1024  # since a snapshot; an owner compacts at three quarters
+REGISTRY_LOG_BYTES_MAX = 3 * REGISTRY_DELTA_BYTES_MAX  # a snapshot, as much in updates, and what comes meanwhile
+REGISTRY_LOGS_BYTES_MAX = 64 * MiB  # of all owners
+REGISTRY_INDEX_MAX = 200_000  # entries of all owners: 50 MiB in the node
+REGISTRY_IMPORTS_MAX = 8  # under way
 STREAM_FRAME_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB
 RESPONSE_HINTS_MAX = 100_000  # responses of others that a node remembers
 PROVIDERS_MAX = 8  # of one response
@@ -70,12 +77,18 @@ UNHINTED_PREFILL_SHARE = 0.05  # looking for providers nobody announced
 RESPONSE_TTL_MS = 24 * 3600 * 1000
 PEER_RECORD_TTL_MS = 300_000  # renewed every minute
 REGISTRY_TTL_MS = RESPONSE_TTL_MS
+REGISTRY_WRITE_MS = 250  # between two writes of a node's own document
+REGISTRY_COMPACT_MS = 5_000  # between two of its epochs; 20 updates of 75 KiB = 1.5 MiB
+REGISTRY_EPOCH_MS = 2_000  # between two epochs of an owner that others take
 
 assert CHUNK_BYTES_MAX < PEER_MESSAGE_BYTES_MAX
 assert LOOKUP_ROWS_MAX * DIGEST_BYTES < PEER_CONTROL_BYTES_MAX
 assert DIGEST_TABLE_BYTES_MAX + MANIFEST_BYTES_MAX < PEER_CONTROL_BYTES_MAX
 assert LEASE_MS >= 3 * HEARTBEAT_MS
-assert RESPONSE_BYTES_MAX < LOCAL_MESSAGE_BYTES_MAX
+assert RESPONSE_BYTES_MAX + CACHE_PROOF_BYTES_MAX + 4 * KiB < LOCAL_MESSAGE_BYTES_MAX
+assert RESPONSE_LOOKUPS_MAX <= LOOKUPS_PER_CLIENT_MAX
 assert FLIGHT_WINDOW_BYTES < FLIGHT_BYTES_MAX < FLIGHTS_BYTES_MAX
+assert REGISTRY_ENTRIES_MAX * 76 < REGISTRY_DELTA_BYTES_MAX  # measured: 75.2 B an entry
+assert REGISTRY_EPOCH_MS < REGISTRY_COMPACT_MS
 assert REGISTRY_DELTA_BYTES_MAX < REGISTRY_REPLY_BYTES_MAX < STREAM_FRAME_BYTES_MAX
 assert min(STORE_QUEUE_BYTES_MAX, RECENT_BYTES_MAX) >= RESPONSE_BYTES_MAX

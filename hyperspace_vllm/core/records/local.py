@@ -2,7 +2,7 @@
 
 msgpack, decoded by msgspec straight into these types: a wrong type, a missing field or a size beyond its bound is a
 `ProtocolViolation`. Times on this socket are durations (`*_ms`), never clock readings: the two processes share a
-machine, not a clock of the same epoch.
+machine, not a clock of the same epoch. Moments of the wall clock (`*_at_ms`) are those that a CacheProof states.
 """
 
 from typing import Annotated, Literal
@@ -13,6 +13,7 @@ from msgspec import Meta
 from .codec import decode_frame
 from .layout import Layout
 from .limits import (
+    CACHE_PROOF_BYTES_MAX,
     LOCAL_MESSAGE_BYTES_MAX,
     LOOKUP_ROWS_MAX,
     PROMPT_SEGMENTS_MAX,
@@ -20,7 +21,7 @@ from .limits import (
     ROW_BYTES_MAX,
 )
 
-LOCAL_PROTOCOL = 1
+LOCAL_PROTOCOL = 2
 NAME_CHARS_MAX = 256
 
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -150,6 +151,25 @@ class TouchResponses(_Message, tag="touch_responses", frozen=True):
     request_keys: Annotated[tuple[Bytes32, ...], Meta(max_length=4096)]
 
 
+class FindResponse(_Message, tag="find_response", frozen=True):
+    """Ask other nodes for a response that this one lacks; never sent for a request that must not leave the node.
+
+    `lookup` is unique among the session's unfinished response lookups. Answered by ResponseHint,
+    at once, and within `deadline_ms` by ResponseFound or ResponseNotFound, which ends it.
+    """
+
+    lookup: U32
+    request_key: Bytes32
+    model_digest: Bytes32
+    deadline_ms: U32
+
+
+class ReleaseResponse(_Message, tag="release_response", frozen=True):
+    """Nobody waits for the lookup any more: it is over, unanswered. What it still finds may be stored."""
+
+    lookup: U32
+
+
 class GetStatus(_Message, tag="get_status", frozen=True):
     """Ask for what `hyperspace status` shows."""
 
@@ -168,6 +188,8 @@ ClientMessage = (
     | ReleaseLookup
     | StoreResponse
     | TouchResponses
+    | FindResponse
+    | ReleaseResponse
     | GetStatus
 )
 
@@ -225,6 +247,37 @@ class PrefixAnswer(_Message, tag="prefix_answer", frozen=True):
     reason: Name
 
 
+class ResponseHint(_Message, tag="response_hint", frozen=True):
+    """Whether somebody is known to have the response: then it is worth waiting for, else worth a race at most."""
+
+    lookup: U32
+    hinted: bool
+
+
+class ResponseFound(_Message, tag="response_found", frozen=True):
+    """Another node's response, opened and verified, and about to be stored here.
+
+    `computed_by` is the peer id of the proof's signer, `source` says how its provider was found, `verified_by` names
+    the checks that it passed.
+    """
+
+    lookup: U32
+    body: Annotated[bytes, Meta(max_length=RESPONSE_BYTES_MAX)]
+    proof: Annotated[bytes, Meta(max_length=CACHE_PROOF_BYTES_MAX)]
+    computed_at_ms: U63
+    expires_at_ms: U63
+    computed_by: Name
+    source: Name
+    verified_by: Name
+
+
+class ResponseNotFound(_Message, tag="response_not_found", frozen=True):
+    """The lookup is over. `reason`: off | alone | no_peers (asking again soon is useless), busy, not_found, …"""
+
+    lookup: U32
+    reason: Name
+
+
 class Status(_Message, tag="status", frozen=True):
     """The node's status as a JSON document."""
 
@@ -237,7 +290,18 @@ class Rejected(_Message, tag="rejected", frozen=True):
     detail: Name
 
 
-NodeMessage = Welcome | HeartbeatAck | LeaseLost | StagingGranted | PrefixAnswer | Status | Rejected
+NodeMessage = (
+    Welcome
+    | HeartbeatAck
+    | LeaseLost
+    | StagingGranted
+    | PrefixAnswer
+    | ResponseHint
+    | ResponseFound
+    | ResponseNotFound
+    | Status
+    | Rejected
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _client_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
