@@ -1,0 +1,575 @@
+"""The registry machine: seeded, without loro. A document is a msgpack of the changes that a delta makes."""
+
+import random
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from nacl.signing import SigningKey
+
+from hyperspace_vllm.core.node.network_effects import (
+    ChargePeer,
+    ForgetOwner,
+    ImportDeltas,
+    NetworkEffect,
+    WriteRegistry,
+)
+from hyperspace_vllm.core.node.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from hyperspace_vllm.core.peers import registry as registry_module
+from hyperspace_vllm.core.peers.registry import Registry
+from hyperspace_vllm.core.records.ids import PeerId, network_id, peer_id, sha256
+from hyperspace_vllm.core.records.limits import (
+    REGISTRY_COMPACT_MS,
+    REGISTRY_ENTRIES_MAX,
+    REGISTRY_EPOCH_MS,
+    REGISTRY_LOG_BYTES_MAX,
+    REGISTRY_OWNERS_MAX,
+    REGISTRY_REPLY_BYTES_MAX,
+    REGISTRY_TTL_MS,
+    REGISTRY_WRITE_MS,
+)
+from hyperspace_vllm.core.records.peer_wire import Deltas, RegistryHead, WantDeltas, decode_answer, encode
+from hyperspace_vllm.core.records.registry_delta import RegistryDelta, decode_delta, encode_delta
+
+NETWORK = network_id("test")
+START_MS = 1_790_000_000_000
+RELAY = peer_id(SigningKey(bytes(32)).verify_key.encode())
+
+
+def everybody(_: bytes) -> bool:
+    return True
+
+
+def ids(count: int, first: int = 0) -> list[bytes]:
+    return [sha256(b"id", n.to_bytes(4, "big")) for n in range(first, first + count)]
+
+
+@dataclass
+class Owner:
+    """Writes signed deltas as a shell does; a payload is the msgpack of (added, removed)."""
+
+    seed: int
+    epoch: int = 0
+    sequence: int = 0
+    entries: dict[bytes, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.key = SigningKey(sha256(b"owner", self.seed.to_bytes(4, "big")))
+        self.public = self.key.verify_key.encode()
+        self.peer = peer_id(self.public)
+
+    def snapshot(self, added: Iterable[tuple[bytes, int]], now_ms: int = START_MS, padding: int = 0) -> bytes:
+        self.epoch = max(now_ms, self.epoch + 1)
+        self.sequence = 0
+        return self.delta(msgspec.msgpack.encode((list(added), [], bytes(padding))), now_ms)
+
+    def update(self, added: Iterable[tuple[bytes, int]] = (), removed: Iterable[bytes] = (), padding: int = 0) -> bytes:
+        self.sequence += 1
+        return self.delta(msgspec.msgpack.encode((list(added), list(removed), bytes(padding))), START_MS)
+
+    def delta(self, payload: bytes, now_ms: int) -> bytes:
+        kind = "update" if self.sequence else "snapshot"
+        delta = RegistryDelta(
+            NETWORK,
+            self.public,
+            self.epoch,
+            self.sequence,
+            kind,
+            now_ms + REGISTRY_TTL_MS,
+            payload,  # type: ignore[arg-type]
+        )
+        return encode_delta(delta, self.key)
+
+
+class Documents:
+    """What daemon/registry_documents does, without loro."""
+
+    def __init__(self) -> None:
+        self.documents: dict[bytes, tuple[int, dict[bytes, int]]] = {}
+
+    def import_deltas(self, effect: ImportDeltas) -> DeltasImported | DeltasRefused:
+        if effect.starts_with_snapshot:
+            self.documents[effect.owner] = (effect.epoch, {})
+        epoch, entries = self.documents.get(effect.owner, (-1, {}))
+        if epoch != effect.epoch:
+            return DeltasRefused(effect.owner, "worker")
+        before = {} if effect.starts_with_snapshot else dict(entries)
+        for payload in effect.payloads:
+            try:
+                added, removed, _ = msgspec.msgpack.decode(payload)
+            except msgspec.DecodeError:
+                return DeltasRefused(effect.owner, "malformed")
+            entries.update(dict(added))
+            for id in removed:
+                entries.pop(id, None)
+        return DeltasImported(
+            effect.owner,
+            effect.epoch,
+            effect.sequence,
+            tuple((id, at) for id, at in entries.items() if before.get(id) != at),
+            tuple(id for id in before if id not in entries),
+            effect.starts_with_snapshot,
+        )
+
+
+class Node:
+    """A registry with its shell; effects are performed at once unless `held`."""
+
+    def __init__(self, seed: int) -> None:
+        self.owner = Owner(seed)
+        self.peer = self.owner.peer
+        self.registry = Registry(NETWORK, self.owner.public, random.Random(seed))
+        self.documents = Documents()
+        self.charged: list[ChargePeer] = []
+        self.forgotten: list[bytes] = []
+        self.writes: list[WriteRegistry] = []
+
+    def perform(self, effects: list[NetworkEffect], now_ms: int) -> None:
+        queue = deque(effects)
+        while queue:
+            effect = queue.popleft()
+            if isinstance(effect, WriteRegistry):
+                self.writes.append(effect)
+                write = self.owner.snapshot(effect.added, now_ms) if effect.compact else None
+                raw = write or self.owner.update(effect.added, effect.removed)
+                event = OwnDeltaWritten(decode_delta(raw), raw)
+                queue.extend(self.registry.on_own_delta(event, now_ms))
+            elif isinstance(effect, ImportDeltas):
+                done = self.documents.import_deltas(effect)
+                if isinstance(done, DeltasImported):
+                    self.registry.on_imported(done)
+                else:
+                    queue.extend(self.registry.on_refused(done))
+            elif isinstance(effect, ForgetOwner):
+                self.documents.documents.pop(effect.owner, None)
+                self.forgotten.append(effect.owner)
+            else:
+                assert isinstance(effect, ChargePeer)
+                self.charged.append(effect)
+
+    def tick(self, now_ms: int) -> None:
+        for _ in range(1000):
+            due = self.registry.next_deadline_ms()
+            if due is None or due > now_ms:
+                return
+            self.perform(self.registry.on_tick(now_ms), now_ms)
+        raise AssertionError("a registry that is never done")
+
+    def take(self, raws: Iterable[bytes], now_ms: int = START_MS, relay: PeerId = RELAY) -> None:
+        self.perform(self.registry.on_deltas(relay, Deltas(tuple(raws), ()), everybody, now_ms), now_ms)
+        self.tick(now_ms)
+
+    def pull(self, other: "Node", now_ms: int) -> bool:
+        answer = other.registry.answer(self.registry.want(), now_ms)
+        self.perform(self.registry.on_deltas(other.peer, answer, everybody, now_ms), now_ms)
+        self.tick(now_ms)
+        return answer.more
+
+
+def union_of(node: Node, every_id: Iterable[bytes], now_ms: int) -> dict[bytes, frozenset[PeerId]]:
+    return {id: frozenset(node.registry.providers(id, now_ms)) for id in every_id}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_registries_converge_under_loss_random_order_and_a_partition(seed: int) -> None:
+    rng = random.Random(seed)
+    nodes = [Node(seed * 100 + n) for n in range(8)]
+    every_id = ids(60)
+    truth: dict[bytes, set[PeerId]] = {id: set() for id in every_id}
+    now_ms = START_MS
+    for step in range(120):
+        now_ms += 100
+        node, id = rng.choice(nodes), rng.choice(every_id)
+        if rng.random() < 0.7:
+            node.registry.note_stored(id, START_MS + REGISTRY_TTL_MS)
+            truth[id].add(node.peer)
+        else:
+            node.registry.note_gone([id])
+            truth[id].discard(node.peer)
+        for each in nodes:
+            each.tick(now_ms)
+        a, b = rng.sample(range(8), 2)
+        apart = 40 <= step < 90 and (a < 4) != (b < 4)
+        if not apart and rng.random() < 0.7:
+            nodes[a].pull(nodes[b], now_ms)
+    for _ in range(6):
+        now_ms += 1_000
+        for each in nodes:
+            each.tick(now_ms)
+            each.pull(nodes[(nodes.index(each) + 1) % 8], now_ms)
+            each.pull(nodes[(nodes.index(each) + 3) % 8], now_ms)
+    for each in nodes:
+        assert union_of(each, every_id, now_ms) == {id: frozenset(truth[id] - {each.peer}) for id in every_id}
+        assert each.charged == []
+        assert each.registry.entries == sum(len(truth[id] - {each.peer}) for id in every_id)
+
+
+def test_a_gap_is_left_aside_and_filled_later() -> None:
+    node, owner = Node(1), Owner(2)
+    a, b, c = ids(3)
+    until = START_MS + 1000
+    raws = [owner.snapshot([(a, until)]), owner.update([(b, until)]), owner.update([(c, until)], [a])]
+    node.take([raws[2], raws[0], raws[2]])
+    assert node.registry.providers(a, START_MS) == (owner.peer,)
+    node.take(raws)
+    assert [node.registry.providers(id, START_MS) for id in (a, b, c)] == [(), (owner.peer,), (owner.peer,)]
+    assert node.charged == []
+
+
+def test_a_forged_delta_is_charged_to_the_relay() -> None:
+    node, owner, thief = Node(1), Owner(2), Owner(3)
+    a, b = ids(2)
+    node.take([owner.snapshot([(a, START_MS + 1000)])])
+    forged = RegistryDelta(NETWORK, owner.public, owner.epoch, 1, "update", START_MS + 9, b"")
+    node.take([encode_delta(forged, thief.key)])
+    node.take([b"x" * 200])
+    assert [(charge.peer, charge.reason) for charge in node.charged] == [
+        (RELAY, "registry_bad_signature"),
+        (RELAY, "registry_malformed"),
+    ]
+    assert node.registry.providers(a, START_MS) == (owner.peer,)
+    assert node.registry.providers(b, START_MS) == ()
+
+
+def test_of_two_deltas_with_one_number_the_first_stays_and_the_owner_is_charged() -> None:
+    node, owner = Node(1), Owner(2)
+    a, b, c = ids(3)
+    node.take([owner.snapshot([(a, START_MS + 1000)]), owner.update([(b, START_MS + 1000)])])
+    owner.sequence = 0
+    node.take([owner.update([(c, START_MS + 1000)])])
+    assert [(charge.peer, charge.reason) for charge in node.charged] == [(owner.peer, "registry_equivocation")]
+    assert node.registry.providers(b, START_MS) == (owner.peer,)
+    assert node.registry.providers(c, START_MS) == ()
+
+
+def test_a_new_epoch_replaces_everything_and_an_old_one_is_ignored() -> None:
+    node, owner = Node(1), Owner(2)
+    a, b = ids(2)
+    old = owner.snapshot([(a, START_MS + 9000)])
+    node.take([old])
+    later = START_MS + REGISTRY_EPOCH_MS
+    new = owner.snapshot([(b, START_MS + 9000)], later)
+    node.take([new], later)
+    node.take([old], later + REGISTRY_EPOCH_MS)
+    assert node.registry.providers(a, later) == ()
+    assert node.registry.providers(b, later) == (owner.peer,)
+    assert node.charged == []
+
+
+def test_an_owner_that_begins_anew_all_the_time_is_heard_now_and_then() -> None:
+    node, owner = Node(1), Owner(2)
+    taken = []
+    for at in range(START_MS, START_MS + 10_000, 100):
+        node.take([owner.snapshot([(ids(1)[0], START_MS + 99_000)], at)], at)
+        taken += [head.epoch for head in node.registry.want().heads if head.owner == owner.public]
+    assert len(set(taken)) == 5
+
+
+def test_strangers_have_no_document_here() -> None:
+    node, owner = Node(1), Owner(2)
+    raw = owner.snapshot([(ids(1)[0], START_MS + 1000)])
+    effects = node.registry.on_deltas(RELAY, Deltas((raw,), ()), lambda key: key != owner.public, START_MS)
+    assert effects == []
+    assert node.registry.stats().owners == 0
+
+
+def test_a_refused_document_is_ignored_until_its_next_epoch() -> None:
+    node, owner, other = Node(1), Owner(2), Node(3)
+    (a,) = ids(1)
+    owner.epoch = START_MS
+    bad = owner.delta(b"\xc1", START_MS)
+    node.take([bad])
+    assert [(charge.peer, charge.reason) for charge in node.charged] == [(owner.peer, "registry_malformed")]
+    assert node.forgotten == [owner.public]
+    node.take([bad, owner.update([(a, START_MS + 1000)])])
+    assert len(node.charged) == 1
+    # Others aren't told that it is here, nor asked for it.
+    other.pull(node, START_MS)
+    assert other.registry.stats().ignored_owners == 0
+    assert other.registry.stats().owners == 1
+    assert [head.owner for head in node.registry.want().heads] == [owner.public, node.owner.public]
+    assert owner.public not in [head.owner for head in node.registry.answer(WantDeltas(()), START_MS).heads]
+    later = START_MS + REGISTRY_EPOCH_MS
+    node.take([owner.snapshot([(a, later + 1000)], later)], later)
+    assert node.registry.providers(a, later) == (owner.peer,)
+
+
+def test_an_update_that_bloats_the_log_ends_the_epoch_and_is_charged() -> None:
+    node, owner = Node(1), Owner(2)
+    (a,) = ids(1)
+    raws = [owner.snapshot([(a, START_MS + 1000)])]
+    raws += [owner.update(padding=1 << 20) for _ in range(REGISTRY_LOG_BYTES_MAX // (1 << 20) + 1)]
+    node.take(raws)
+    assert [charge.reason for charge in node.charged] == ["registry_too_large"]
+    assert node.registry.providers(a, START_MS) == ()
+    assert node.registry.stats().log_bytes < 1000
+
+
+def test_too_many_deltas_end_the_epoch() -> None:
+    node, owner = Node(1), Owner(2)
+    node.take([owner.snapshot([])] + [owner.update() for _ in range(1100)])
+    assert {charge.reason for charge in node.charged} == {"registry_too_large"}
+
+
+def test_too_many_entries_end_the_epoch() -> None:
+    node, owner = Node(1), Owner(2)
+    many = [(id, START_MS + 1000) for id in ids(REGISTRY_ENTRIES_MAX + 1)]
+    node.take([owner.snapshot(many[:15_000]), owner.update(many[15_000:])])
+    assert [charge.reason for charge in node.charged] == ["registry_too_large"]
+    assert node.registry.entries == 0
+
+
+def test_the_largest_owner_makes_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "REGISTRY_LOGS_BYTES_MAX", 2_000_000)
+    monkeypatch.setattr(registry_module, "REGISTRY_INDEX_MAX", 100)
+    node = Node(1)
+    until = START_MS + 1000
+    honest = [Owner(n) for n in range(10, 30)]
+    (a,) = ids(1)
+    for owner in honest:
+        node.take([owner.snapshot([(a, until)])])
+    for owner in (Owner(2), Owner(3)):
+        node.take([owner.snapshot([(a, until)], padding=1_200_000)])
+    assert set(node.registry.providers(a, START_MS)) >= {owner.peer for owner in honest}
+    assert node.registry.stats().log_bytes < 2_000_000
+    node.take([Owner(4).snapshot([(id, until) for id in ids(99)])])
+    assert set(node.registry.providers(a, START_MS)) >= {owner.peer for owner in honest}
+    assert node.registry.entries <= 100
+    assert node.charged == []
+
+
+def test_owners_are_bounded() -> None:
+    node = Node(1)
+    raws = [Owner(n).snapshot([]) for n in range(10, 10 + REGISTRY_OWNERS_MAX + 20)]
+    node.take(raws)
+    assert len(node.registry.want().heads) <= REGISTRY_OWNERS_MAX
+    encode(node.registry.want())
+
+
+def test_an_epoch_that_no_head_can_say_is_malformed() -> None:
+    node, owner = Node(1), Owner(2)
+    owner.epoch = 1 << 63
+    node.take([owner.delta(b"", START_MS)])
+    assert [charge.reason for charge in node.charged] == ["registry_malformed"]
+
+
+def test_entries_and_owners_expire() -> None:
+    node, owner = Node(1), Owner(2)
+    a, b = ids(2)
+    node.take([owner.snapshot([(a, START_MS + 1000), (b, START_MS + 10 * REGISTRY_TTL_MS)])])
+    assert node.registry.providers(a, START_MS + 999) == (owner.peer,)
+    assert node.registry.providers(a, START_MS + 1000) == ()
+    node.tick(START_MS + 120_000)
+    assert node.registry.entries == 1
+    # The document ends with its snapshot, whatever its entries say.
+    assert node.registry.providers(b, START_MS + REGISTRY_TTL_MS) == ()
+    node.tick(START_MS + REGISTRY_TTL_MS + 60_000)
+    assert node.registry.entries == 0
+    assert node.forgotten == [owner.public]
+
+
+def test_an_answer_stays_within_its_bound_and_says_that_there_is_more() -> None:
+    node, fresh = Node(1), Node(2)
+    (a,) = ids(1)
+    for n in range(10, 15):
+        node.take([Owner(n).snapshot([(a, START_MS + 9000)], padding=900_000)])
+    rounds = 1
+    while fresh.pull(node, START_MS):
+        rounds += 1
+    assert rounds == 3
+    assert len(fresh.registry.providers(a, START_MS)) == 5
+    answer = node.registry.answer(WantDeltas(()), START_MS)
+    assert sum(map(len, answer.deltas)) <= REGISTRY_REPLY_BYTES_MAX
+    assert decode_answer(encode(answer)) == answer
+
+
+def test_a_node_that_is_ahead_is_sent_nothing() -> None:
+    node, owner = Node(1), Owner(2)
+    node.take([owner.snapshot([])])
+    for ahead in (RegistryHead(owner.public, owner.epoch + 1, 0), RegistryHead(owner.public, owner.epoch, 5)):
+        (own,) = node.registry.answer(WantDeltas((ahead,)), START_MS).deltas
+        assert decode_delta(own).owner == node.owner.public
+
+
+# ------------------------------------------------------------------------------------------ the worker
+
+
+def imports_of(effects: list[NetworkEffect]) -> list[ImportDeltas]:
+    return [effect for effect in effects if isinstance(effect, ImportDeltas)]
+
+
+def test_one_import_of_an_owner_is_under_way_and_the_next_takes_all_that_came_meanwhile() -> None:
+    registry, owner = Registry(NETWORK, Owner(1).public, random.Random(1)), Owner(2)
+    raws = [owner.snapshot([])] + [owner.update([(id, START_MS + 9)]) for id in ids(3)]
+    (first,) = imports_of(registry.on_deltas(RELAY, Deltas((raws[0],), ()), everybody, START_MS))
+    for raw in raws[1:]:
+        assert registry.on_deltas(RELAY, Deltas((raw,), ()), everybody, START_MS) == []
+    registry.on_imported(DeltasImported(owner.public, first.epoch, 0, (), (), True))
+    assert registry.next_deadline_ms() is not None
+    (second,) = imports_of(registry.on_tick(START_MS))
+    assert (second.starts_with_snapshot, second.sequence, len(second.payloads)) == (False, 3, 3)
+
+
+def test_a_worker_that_lost_its_documents_gets_them_again_from_the_logs() -> None:
+    node, owner = Node(1), Owner(2)
+    a, b = ids(2)
+    node.take([owner.snapshot([(a, START_MS + 1000)])])
+    node.documents.documents.clear()
+    node.take([owner.update([(b, START_MS + 1000)])])
+    assert node.registry.providers(a, START_MS) == node.registry.providers(b, START_MS) == (owner.peer,)
+    assert node.charged == []
+
+
+def test_a_document_that_no_worker_survives_is_given_up_without_blame() -> None:
+    registry, owner = Registry(NETWORK, Owner(1).public, random.Random(1)), Owner(2)
+    effects = registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), everybody, START_MS)
+    now_ms, tries = START_MS, 0
+    while not any(isinstance(effect, ForgetOwner) for effect in effects):
+        if imports_of(effects):
+            tries += 1
+            effects = registry.on_refused(DeltasRefused(owner.public, "worker"))
+        else:
+            now_ms += 500
+            effects = registry.on_tick(now_ms)
+        assert not any(isinstance(effect, ChargePeer) for effect in effects)
+    assert tries == 6
+    assert 60_000 < now_ms - START_MS < 70_000
+
+
+def test_a_new_epoch_during_an_import_is_imported_next() -> None:
+    registry, owner = Registry(NETWORK, Owner(1).public, random.Random(1)), Owner(2)
+    a, b = ids(2)
+    later = START_MS + REGISTRY_EPOCH_MS
+    (first,) = imports_of(registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), everybody, START_MS))
+    new = owner.snapshot([], later)
+    assert registry.on_deltas(RELAY, Deltas((new,), ()), everybody, later) == []
+    registry.on_imported(DeltasImported(owner.public, first.epoch, 0, ((a, later + 9),), (), True))
+    assert registry.providers(a, later) == (owner.peer,)
+    (second,) = imports_of(registry.on_tick(later))
+    assert second.starts_with_snapshot
+    registry.on_imported(DeltasImported(owner.public, second.epoch, 0, ((b, later + 9),), (), True))
+    assert (registry.providers(a, later), registry.providers(b, later)) == ((), (owner.peer,))
+
+
+def test_the_refusal_of_an_epoch_that_is_over_says_nothing_of_the_next() -> None:
+    registry, owner = Registry(NETWORK, Owner(1).public, random.Random(1)), Owner(2)
+    later = START_MS + REGISTRY_EPOCH_MS
+    registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), everybody, START_MS)
+    registry.on_deltas(RELAY, Deltas((owner.snapshot([], later),), ()), everybody, later)
+    effects = registry.on_refused(DeltasRefused(owner.public, "malformed"))
+    assert [type(effect) for effect in effects] == [ImportDeltas]
+
+
+# ------------------------------------------------------------------------------------- the own document
+
+
+def test_the_first_write_begins_an_epoch_even_of_nothing() -> None:
+    registry = Registry(NETWORK, Owner(1).public, random.Random(1))
+    assert registry.next_deadline_ms() == 0
+    assert registry.on_tick(START_MS) == [WriteRegistry((), (), compact=True)]
+    assert registry.on_tick(START_MS + 9000) == []
+
+
+def test_changes_are_batched() -> None:
+    node = Node(1)
+    node.tick(START_MS)
+    for n, id in enumerate(ids(500)):
+        node.registry.note_stored(id, START_MS + REGISTRY_TTL_MS)
+        node.tick(START_MS + n)
+    assert len(node.writes) == 1 + 1
+    node.tick(START_MS + 2 * REGISTRY_WRITE_MS)
+    assert sum(len(write.added) for write in node.writes) == 500
+    assert len(node.writes) == 3
+
+
+def test_what_came_and_went_between_two_writes_is_not_written() -> None:
+    node = Node(1)
+    node.tick(START_MS)
+    (a,) = ids(1)
+    node.registry.note_stored(a, START_MS + 9000)
+    node.registry.note_gone([a])
+    node.tick(START_MS + 1000)
+    assert len(node.writes) == 1
+
+
+def test_the_own_log_stays_bounded_and_compacts_before_it_expires() -> None:
+    node, rng = Node(1), random.Random(5)
+    now_ms, largest, held = START_MS, 0, deque(ids(300))
+    for id in held:
+        node.registry.note_stored(id, START_MS + REGISTRY_TTL_MS)
+    for n in range(3000):
+        now_ms += REGISTRY_WRITE_MS
+        held.append(rng.randbytes(32))
+        node.registry.note_stored(held[-1], now_ms + REGISTRY_TTL_MS)
+        node.registry.note_gone([held.popleft()])
+        node.tick(now_ms)
+        largest = max(largest, node.registry.stats().log_bytes)
+        assert len(node.writes) == n + 1
+    assert largest < 200_000
+    epochs = sum(write.compact for write in node.writes)
+    assert 5 < epochs < 30
+    node.tick(now_ms + REGISTRY_TTL_MS * 2 // 3)
+    assert sum(write.compact for write in node.writes) == epochs + 1
+
+
+def test_compaction_leaves_expired_entries_out() -> None:
+    node = Node(1)
+    a, b = ids(2)
+    node.registry.note_stored(a, START_MS + 1000)
+    node.registry.note_stored(b, START_MS + REGISTRY_TTL_MS)
+    node.tick(START_MS)
+    node.tick(START_MS + REGISTRY_TTL_MS // 2)
+    assert node.writes[-1] == WriteRegistry(((b, START_MS + REGISTRY_TTL_MS),), (a,), compact=True)
+
+
+def test_a_flood_of_own_entries_keeps_the_newest_and_stays_within_what_others_take() -> None:
+    node, other = Node(1), Node(2)
+    node.tick(START_MS)
+    every = ids(REGISTRY_ENTRIES_MAX + 5000)
+    now_ms = START_MS
+    for at in range(0, len(every), 500):
+        for id in every[at : at + 500]:
+            node.registry.note_stored(id, START_MS + REGISTRY_TTL_MS)
+        now_ms += 20
+        node.tick(now_ms)
+    for _ in range(40):
+        now_ms += REGISTRY_COMPACT_MS // 10
+        node.tick(now_ms)
+        while other.pull(node, now_ms):
+            pass
+    assert other.charged == []
+    assert other.registry.entries == REGISTRY_ENTRIES_MAX
+    assert other.registry.providers(every[-1], now_ms) == (node.peer,)
+    assert other.registry.providers(every[0], now_ms) == ()
+
+
+def test_a_write_that_failed_is_made_good_by_a_new_epoch() -> None:
+    registry = Registry(NETWORK, Owner(1).public, random.Random(1))
+    a, b = ids(2)
+    registry.note_stored(a, START_MS + REGISTRY_TTL_MS)
+    registry.on_tick(START_MS)
+    assert registry.on_refused(DeltasRefused(Owner(1).public, "worker")) == []
+    registry.note_gone([a])
+    registry.note_stored(b, START_MS + REGISTRY_TTL_MS)
+    assert registry.on_tick(START_MS + 100) == []
+    assert registry.on_tick(START_MS + 2000) == [WriteRegistry(((b, START_MS + REGISTRY_TTL_MS),), (a,), compact=True)]
+
+
+def test_a_restarted_node_replaces_what_its_earlier_run_said() -> None:
+    old, other = Node(1), Node(2)
+    a, b = ids(2)
+    old.registry.note_stored(a, START_MS + REGISTRY_TTL_MS)
+    old.tick(START_MS)
+    other.pull(old, START_MS)
+    new = Node(1)
+    new.registry.note_stored(b, START_MS + REGISTRY_TTL_MS)
+    later = START_MS + 5000
+    new.pull(other, later)  # its own earlier document, which it doesn't take for another's
+    new.tick(later)
+    other.pull(new, later)
+    assert other.registry.providers(a, later) == ()
+    assert other.registry.providers(b, later) == (new.peer,)
+    assert new.registry.providers(b, later) == ()
+    assert new.charged == other.charged == []
