@@ -48,7 +48,16 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
-        self.peers = Gauge("hyperspace_peers", "Configured peers.", registry=self.registry)
+        self.peers = Gauge(
+            "hyperspace_peers", "Peers that KV may be asked of, configured or discovered.", registry=self.registry
+        )
+        self.connected_peers = Gauge("hyperspace_connected_peers", "Nodes connected by libp2p.", registry=self.registry)
+        self.search_cpu_seconds = Histogram(
+            "hyperspace_search_cpu_seconds",
+            "CPU time of libp2p's thread during a search of the DHT.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self.clients = Gauge("hyperspace_clients", "Processes that hold a lease.", registry=self.registry)
         self.quarantined_bytes = Gauge(
             "hyperspace_quarantined_bytes",

@@ -103,6 +103,7 @@ class NetworkOptions:
     bootstrap: tuple[tuple[PeerId, str], ...] = ()
     network_key: bytes | None = None
     capacity_bytes: int = 0
+    registry: bool = True  # False where a Redis registry replaces it
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,7 +411,7 @@ class NetworkNode:
             copies = len(self._known_providers(event.request_hash, now_ms))
             if copies >= replicas_wanted(self._popularity.requests(event.request_hash, now_ms)):
                 return []
-        self.registry.note_stored(event.request_hash, event.expires_at_ms)
+        self._register(event.request_hash, event.expires_at_ms)
         self._outbox.add(ResponseEntry(event.request_hash, event.expires_at_ms))
         requests = self._popularity.requests(event.request_hash, now_ms)
         self._provide_later(requests, f"/cache/{event.request_hash.hex()}")
@@ -421,9 +422,13 @@ class NetworkNode:
 
     def _rows_stored(self, event: RowsStored) -> list[NetworkEffect]:
         for row_id in event.row_ids:
-            self.registry.note_stored(row_id, event.expires_at_ms)
+            self._register(row_id, event.expires_at_ms)
             self._outbox.add(PrefixEntry(row_id, event.manifest, event.commitment, event.expires_at_ms))
         return []
+
+    def _register(self, name: bytes, expires_at_ms: int) -> None:
+        if self._options.registry:
+            self.registry.note_stored(name, expires_at_ms)
 
     def _provide_later(self, requests: float, key: str) -> None:
         heappush(self._provides, (-requests, key))
@@ -437,6 +442,8 @@ class NetworkNode:
         return self._sync_with(self._rng.choice(neighbours).peer) if neighbours else []
 
     def _sync_with(self, peer: PeerId) -> list[NetworkEffect]:
+        if not self._options.registry:
+            return []
         return [self._ask(peer, self.registry.want(), SYNC_TIMEOUT_MS)]
 
     def _counts(self, public_key: bytes) -> bool:

@@ -2,12 +2,14 @@
 
 import random
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import assert_never
 
 from ..prefix.cost_model import RateEstimator
 from ..prefix.fetch import FetchMode, LookupEvent, PrefixLookup
+from ..prefix.plan import leading_rows
 from ..prefix.publish import Publisher
-from ..records.ids import NetworkId, PeerId
+from ..records.ids import NetworkId, PeerId, RowId
 from ..records.limits import CLIENTS_MAX, LOOKUPS_PER_CLIENT_MAX
 from .effects import AnswerPrefix, ChargePeer, Effect, EndLookup
 from .events import (
@@ -36,15 +38,27 @@ LOOKUPS_MAX = 1024  # undecided at once, of all clients; more are answered `busy
 ANSWERED_MAX = CLIENTS_MAX * LOOKUPS_PER_CLIENT_MAX
 CHARGED_PEERS_MAX = 1024
 CHARGED_MS = 60_000
+ASKED_MAX = 8  # peers a lookup asks: what none of eight has is sooner computed than found
 STALLED_MS = 5_000  # slow is no crime, but one stall in a while is enough
 
 
 class Node:
-    """Everything that a node decides. `peers` are the trusted ones; it draws no randomness but from `rng`."""
+    """Everything that a node decides about prefixes. `peers` may be asked; it draws no randomness but from `rng`.
 
-    def __init__(self, network: NetworkId, peers: tuple[PeerId, ...], fetch: FetchMode, rng: random.Random) -> None:
+    `hints` names peers that are said to serve a row.
+    """
+
+    def __init__(
+        self,
+        network: NetworkId,
+        peers: tuple[PeerId, ...],
+        fetch: FetchMode,
+        rng: random.Random,
+        hints: Callable[[RowId], tuple[PeerId, ...]] = lambda row: (),
+    ) -> None:
         self.network = network
         self.peers = peers
+        self.hints = hints
         self.fetch: FetchMode = fetch
         self.rng = rng
         self.publisher = Publisher()
@@ -83,6 +97,10 @@ class Node:
                 self._avoid(effect.peer, now_ms + (STALLED_MS if effect.reason == "stalled" else CHARGED_MS))
         return effects
 
+    def set_peers(self, peers: tuple[PeerId, ...]) -> None:
+        """Who may be asked by the lookups to come."""
+        self.peers = peers
+
     def next_deadline_ms(self) -> int | None:
         """When to call `handle(Tick())`, if nothing else happens before; None: never."""
         times = [lookup.next_deadline_ms() for lookup in self._lookups.values()]
@@ -93,11 +111,23 @@ class Node:
         assert event.lookup not in self._lookups
         if len(self._lookups) >= LOOKUPS_MAX or len(self._answered) >= ANSWERED_MAX:
             return [AnswerPrefix(event.lookup, 0, (), "none", "busy")]
-        peers = [peer for peer in self.peers if self._avoid_until_ms.get(peer, now_ms) <= now_ms]
-        self.rng.shuffle(peers)  # equally good holders share the load
-        lookup = PrefixLookup(event, self.network, tuple(peers), self.fetch, self._rates, now_ms)
+        lookup = PrefixLookup(event, self.network, self._whom_to_ask(event, now_ms), self.fetch, self._rates, now_ms)
         self._lookups[event.lookup] = lookup
         return self._settle(lookup, lookup.start(now_ms))
+
+    def _whom_to_ask(self, event: PrefixWanted, now_ms: int) -> tuple[PeerId, ...]:
+        """At most ASKED_MAX: those with hints first, beginning with the longest prefix's."""
+        peers = [peer for peer in self.peers if self._avoid_until_ms.get(peer, now_ms) <= now_ms]
+        self.rng.shuffle(peers)  # equally good holders share the load
+        if len(peers) <= ASKED_MAX or not event.may_ask_peers:
+            return tuple(peers)
+        hinted: dict[PeerId, None] = {}
+        usable = frozenset(peers)
+        for row in leading_rows(self.network, event.layout, event.segment_keys, event.start_token):
+            hinted |= dict.fromkeys(peer for peer in self.hints(row) if peer in usable)
+            if len(hinted) >= ASKED_MAX:
+                break
+        return tuple(hinted | dict.fromkeys(peers))[:ASKED_MAX]
 
     def _released(self, event: PrefixReleased) -> list[Effect]:
         known = self._lookups.pop(event.lookup, None) is not None or event.lookup in self._answered

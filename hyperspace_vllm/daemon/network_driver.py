@@ -1,0 +1,512 @@
+"""The shell of the network core: performs its effects with libp2p, loro and SQLite, and feeds back what came of them.
+
+Everything happens on one event loop; `submit` is the core's door. libp2p has a thread of its own behind `Libp2pHost`,
+loro a process behind `RegistryDocuments`.
+"""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Protocol, assert_never
+
+from ..core.node.network import NetworkNode
+from ..core.node.network_effects import (
+    AnswerResponse,
+    ChargePeer,
+    Connect,
+    Disconnect,
+    FetchResponse,
+    FindProviders,
+    ForgetOwner,
+    HintResponse,
+    ImportDeltas,
+    NetworkEffect,
+    PeersChanged,
+    Provide,
+    Publish,
+    Reply,
+    Send,
+    ServeResponse,
+    WriteRegistry,
+)
+from ..core.node.network_events import (
+    Answered,
+    ConnectFailed,
+    DeltasRefused,
+    GossipReceived,
+    NetworkEvent,
+    NetworkTick,
+    PeerConnected,
+    PeerDisconnected,
+    ProvidersFound,
+    RequestFailed,
+    RequestReceived,
+    ResponseFetched,
+    ResponseRefused,
+    ResponseReleased,
+    ResponsesGone,
+    ResponseStored,
+    ResponsesUsed,
+    ResponseWanted,
+)
+from ..core.peers.trust import Trust
+from ..core.records.errors import ProtocolViolation, Refused
+from ..core.records.ids import NetworkId, PeerId, RequestKey, peer_id, public_key_of
+from ..core.records.limits import PROVIDERS_MAX
+from ..core.records.peer_record import PeerRecord
+from ..core.records.peer_wire import (
+    Hit,
+    Miss,
+    PeerAnswer,
+    Query,
+    Refusal,
+    decode_answer,
+    decode_request,
+    encode,
+    protocol_of,
+)
+from ..core.response.cache_proof import request_hash
+from ..core.response.exchange import LIES, Opened, open_hit
+from .libp2p_host import Libp2pHost
+from .metrics import Metrics
+from .peer_failed import PeerFailed
+from .redis_registry import RedisRegistry
+from .registry_documents import RegistryDocuments
+from .response_lookups import FoundResponse
+from .response_server import ResponseServer
+
+log = logging.getLogger(__name__)
+
+REPLY_S = 5.0  # the core answers at once; serving a response reads the disk
+PROVIDE_S = 10.0
+SERVED_HERE = 64 * 1024  # smaller bodies are opened on the loop: a thread would cost more
+CLAIMS_MAX = 1_024
+VERIFIED_BY = "ed25519"
+
+
+class Stored(Protocol):
+    """Where fetched responses go (ResponseStore)."""
+
+    def store_fetched(
+        self, key: RequestKey, body: bytes, raw_proof: bytes, computed_at_ms: int, expires_at_ms: int, scope: str
+    ) -> bool:
+        """Store with the original proof; never blocks."""
+
+
+class Clients(Protocol):
+    """Where lookups are answered (LocalServer)."""
+
+    def hint_response(self, lookup: int, hinted: bool) -> None:
+        """Say whether waiting is worth while."""
+
+    def answer_response(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
+        """End a lookup."""
+
+
+@dataclass(slots=True)
+class _Lookup:
+    key: RequestKey
+    model_digest: bytes
+    began_s: float
+    released: bool = False
+
+
+class NetworkDriver:
+    """One node's network shell. `clients` and `host` are set by whoever builds them all."""
+
+    clients: Clients
+    host: Libp2pHost
+
+    def __init__(
+        self,
+        node: NetworkNode,
+        network: NetworkId,
+        trust: Trust,
+        store: Stored | None,
+        responses: ResponseServer | None,
+        documents: RegistryDocuments | None,
+        redis: RedisRegistry | None,
+        metrics: Metrics,
+        on_peers: Callable[[tuple[PeerRecord, ...]], None],
+        scope: str,
+    ) -> None:
+        self._node = node
+        self._network = network
+        self._trust = trust
+        self._store = store
+        self._responses = responses
+        self._documents = documents
+        self._redis = redis
+        self._metrics = metrics
+        self._on_peers = on_peers
+        self._scope = scope
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._tokens = 0
+        self._replies: dict[int, asyncio.Future[PeerAnswer]] = {}
+        self._lookups: dict[int, _Lookup] = {}
+        self._opened: dict[tuple[int, PeerId], Opened] = {}
+        self._claims: OrderedDict[bytes, int] = OrderedDict()  # popularity of what is being stored
+        self._tasks: dict[int, set[asyncio.Task[None]]] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self.known: tuple[PeerRecord, ...] = ()
+        self.last_lookup: dict[str, object] = {}
+
+    async def start(self) -> None:
+        """Begin to join the network; `host` has started."""
+        self._perform_all(self._node.start(self._now_ms()))
+        self._set_timer()
+
+    def submit(self, event: NetworkEvent) -> None:
+        """Let the core handle an event, and perform what it decides."""
+        if self._closed:
+            return
+        self._perform_all(self._node.handle(event, self._now_ms()))
+        self._set_timer()
+
+    async def close(self) -> None:
+        """End everything at once."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    def status(self) -> dict[str, object]:
+        """What `hyperspace status` shows of the network."""
+        return {
+            "address": self.host.address,
+            "connected": sorted(self.host.connected),
+            "known_peers": len(self.known),
+            "registry_entries": self._node.registry.entries,
+            "hints": len(self._node.hints),
+            "gossip_refused": dict(self._node.gossip_refused),
+            "last_response_lookup": self.last_lookup,
+        }
+
+    # --- the local side -------------------------------------------------------------------------
+
+    def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
+        """Look for a response at other nodes (local_server.ResponseFinder)."""
+        self._lookups[lookup] = _Lookup(request_key, model_digest, self._loop.time())
+        name = request_hash(self._network, request_key)
+        if self._redis is None:
+            self.submit(ResponseWanted(lookup, name, deadline_ms))
+        else:
+            self._start(lookup, self._find_with_redis(self._redis, lookup, name, deadline_ms))
+
+    def release(self, lookup: int) -> None:
+        """The client waits no longer; a search may go on for the next request's sake."""
+        if lookup in self._lookups:
+            self._lookups[lookup].released = True
+            self.submit(ResponseReleased(lookup))
+
+    def stored(self, name: bytes, expires_at_ms: int, computed: bool) -> None:
+        """The store has committed a response that may leave this node."""
+        if self._redis is not None:
+            self._redis.note_stored(name, expires_at_ms)
+        self.submit(ResponseStored(name, expires_at_ms, computed, self._claims.pop(name, 0)))
+
+    def gone(self, names: tuple[bytes, ...]) -> None:
+        """The store has dropped responses."""
+        if self._redis is not None:
+            self._redis.note_gone(names)
+        self.submit(ResponsesGone(names))
+
+    def used(self, keys: Iterable[bytes]) -> None:
+        """Clients of this host had hits."""
+        self.submit(ResponsesUsed(tuple(request_hash(self._network, RequestKey(key)) for key in keys)))
+
+    async def _find_with_redis(self, redis: RedisRegistry, lookup: int, name: bytes, deadline_ms: int) -> None:
+        told = await redis.providers(name)
+        self.submit(ResponseWanted(lookup, name, deadline_ms, told))
+
+    # --- libp2p's side (libp2p_host.HostHandler) ------------------------------------------------
+
+    async def on_request(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None:
+        """Answer a peer's request; None resets its stream."""
+        try:
+            message = decode_request(frame)
+            if protocol_of(message) != protocol:
+                raise ProtocolViolation(f"{type(message).__name__} on {protocol}")
+        except ProtocolViolation as violation:
+            log.info("peer %s broke the protocol: %s", peer, violation)
+            self._charge(peer, "protocol")
+            return None
+        self._tokens += 1
+        token = self._tokens
+        reply = self._replies[token] = self._loop.create_future()
+        try:
+            self.submit(RequestReceived(token, peer, message))
+            async with asyncio.timeout(REPLY_S):
+                return encode(await reply)
+        except TimeoutError:
+            return encode(Refusal("busy"))
+        finally:
+            del self._replies[token]
+
+    def on_gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
+        """A message on one of the topics."""
+        self.submit(GossipReceived(topic, relay, payload))
+
+    def on_connected(self, peer: PeerId) -> None:
+        """A connection is open."""
+        self.submit(PeerConnected(peer))
+
+    def on_disconnected(self, peer: PeerId) -> None:
+        """The last connection has closed."""
+        self.submit(PeerDisconnected(peer))
+
+    def on_discovered(self, peer: PeerId, address: str) -> None:
+        """Multicast DNS has seen a node: who it is, its greeting will say."""
+        self._spawn(self._connect(Connect(peer, address, 3_000)))
+
+    # --- effects --------------------------------------------------------------------------------
+
+    def _perform_all(self, effects: list[NetworkEffect]) -> None:
+        for effect in effects:
+            self._perform(effect)
+
+    def _perform(self, effect: NetworkEffect) -> None:
+        match effect:
+            case Connect():
+                self._spawn(self._connect(effect))
+            case Disconnect(peer):
+                self._spawn(self.host.disconnect(peer))
+            case Send():
+                self._spawn(self._send(effect))
+            case Reply(token, message):
+                self._reply(token, message)
+            case ServeResponse():
+                self._spawn(self._serve(effect))
+            case Publish(topic, payload):
+                if not self.host.publish(topic, payload):
+                    self._metrics.failures_total.labels("l1", "gossip_full").inc()
+            case PeersChanged(usable):
+                self.known = usable
+                self._on_peers(usable)
+            case ChargePeer(peer, reason):
+                self._charge(peer, reason)
+            case HintResponse(lookup, hinted):
+                if lookup in self._lookups:
+                    self.clients.hint_response(lookup, hinted)
+            case FetchResponse():
+                self._start(effect.lookup, self._fetch(effect))
+            case FindProviders():
+                self._start(effect.lookup, self._search(effect))
+            case AnswerResponse():
+                self._answer(effect)
+            case Provide(key):
+                self._spawn(self._provide(key))
+            case WriteRegistry():
+                self._spawn(self._write(effect))
+            case ImportDeltas():
+                self._spawn(self._import(effect))
+            case ForgetOwner(owner):
+                if self._documents is not None:
+                    self._spawn(self._documents.forget(owner))
+            case _:
+                assert_never(effect)
+
+    async def _connect(self, effect: Connect) -> None:
+        try:
+            await self.host.connect(effect.peer, effect.address, effect.timeout_ms / 1000)
+        except PeerFailed as failed:
+            self.submit(ConnectFailed(effect.peer, failed.reason))
+
+    async def _send(self, effect: Send) -> None:
+        try:
+            answer = await self._ask(effect.peer, effect.message, effect.timeout_ms / 1000)
+        except PeerFailed as failed:
+            self.submit(RequestFailed(effect.request, effect.peer, failed.reason))
+        else:
+            self.submit(Answered(effect.request, effect.peer, answer))
+
+    async def _ask(self, peer: PeerId, message: "Query | object", timeout_s: float) -> PeerAnswer:
+        frame = await self.host.request(peer, protocol_of(message), encode(message), timeout_s)  # type: ignore[arg-type]
+        try:
+            return decode_answer(frame)
+        except ProtocolViolation as violation:
+            log.info("peer %s broke the protocol: %s", peer, violation)
+            raise PeerFailed("protocol") from violation
+
+    async def _serve(self, effect: ServeResponse) -> None:
+        answer: Hit | Miss = Miss("unknown")
+        if self._responses is not None:
+            answer = await self._responses.answer(effect.request_hash, effect.popularity)
+        if isinstance(answer, Hit):
+            self._metrics.bytes_total.labels("served").inc(len(answer.sealed))
+        self._reply(effect.token, answer)
+
+    def _reply(self, token: int, message: PeerAnswer) -> None:
+        reply = self._replies.get(token)
+        if reply is not None and not reply.done():
+            reply.set_result(message)
+
+    # --- lookups --------------------------------------------------------------------------------
+
+    async def _fetch(self, effect: FetchResponse) -> None:
+        lookup = self._lookups.get(effect.lookup)
+        if lookup is None:
+            return
+        deadline = self._loop.time() + effect.timeout_ms / 1000
+        try:
+            if effect.peer not in self.host.connected:
+                if not effect.address:
+                    raise PeerFailed("unreachable")
+                await self.host.connect(effect.peer, effect.address, effect.timeout_ms / 1000)
+            answer = await self._ask(effect.peer, Query(effect.request_hash), deadline - self._loop.time())
+            if not isinstance(answer, Hit):
+                raise PeerFailed(answer.reason if isinstance(answer, Miss | Refusal) else "protocol")
+            opened = await self._open(answer, lookup)
+        except (PeerFailed, Refused) as failed:
+            reason = "miss" if failed.reason == "unknown" else failed.reason
+            self._refused(effect, reason, reason in LIES or reason == "protocol")
+        except ProtocolViolation:
+            self._refused(effect, "protocol", lied=True)
+        else:
+            self._metrics.bytes_total.labels("fetched").inc(len(answer.sealed))
+            self._opened[effect.lookup, effect.peer] = opened
+            size, expires_at_ms = len(opened.body), opened.expires_at_ms
+            self.submit(ResponseFetched(effect.lookup, effect.peer, size, expires_at_ms, answer.popularity))
+            self._claim(effect.request_hash, answer.popularity)
+
+    def _refused(self, effect: FetchResponse, reason: str, lied: bool) -> None:
+        if reason != "miss":
+            self._metrics.failures_total.labels("l1", reason).inc()
+        self.submit(ResponseRefused(effect.lookup, effect.peer, reason, lied))
+
+    async def _open(self, hit: Hit, lookup: _Lookup) -> Opened:
+        now_ms = self._now_ms()
+
+        def opened() -> Opened:
+            trusts = lambda signer: self._trust.trusts(signer, now_ms)  # noqa: E731
+            return open_hit(hit, lookup.key, self._network, lookup.model_digest, trusts, self._trust.meet, now_ms)
+
+        return opened() if len(hit.sealed) <= SERVED_HERE else await asyncio.to_thread(opened)
+
+    def _claim(self, name: bytes, popularity: int) -> None:
+        self._claims[name] = popularity
+        if len(self._claims) > CLAIMS_MAX:
+            self._claims.popitem(last=False)
+
+    async def _search(self, effect: FindProviders) -> None:
+        key = f"/cache/{effect.request_hash.hex()}"
+        try:
+            peers, cost_ms = await self.host.find_providers(key, PROVIDERS_MAX, effect.timeout_ms / 1000)
+        except PeerFailed:
+            peers, cost_ms = (), 0.0
+        if cost_ms:
+            self._metrics.search_cpu_seconds.observe(cost_ms / 1000)
+        self.submit(ProvidersFound(effect.lookup, peers, cost_ms))
+
+    def _answer(self, effect: AnswerResponse) -> None:
+        lookup = self._lookups.pop(effect.lookup, None)
+        for task in self._tasks.pop(effect.lookup, ()):
+            if task is not asyncio.current_task():
+                task.cancel()
+        opened = self._opened.pop((effect.lookup, effect.peer), None) if effect.peer else None
+        for at in [at for at in self._opened if at[0] == effect.lookup]:
+            del self._opened[at]
+        if lookup is None:
+            return
+        found = None
+        if opened is not None:
+            proof = opened.proof
+            found = FoundResponse(
+                opened.body,
+                opened.raw_proof,
+                proof.computed_at_ms,
+                opened.expires_at_ms,
+                peer_id(proof.signer),
+                effect.source,
+                VERIFIED_BY,
+            )
+            if self._store is not None:
+                self._store.store_fetched(
+                    lookup.key,
+                    opened.body,
+                    opened.raw_proof,
+                    proof.computed_at_ms,
+                    opened.expires_at_ms,
+                    self._scope,
+                )
+        self._note(lookup, effect)
+        self.clients.answer_response(effect.lookup, found, effect.reason)
+
+    def _note(self, lookup: _Lookup, effect: AnswerResponse) -> None:
+        took_s = self._loop.time() - lookup.began_s
+        result = "hit" if effect.peer else "miss"
+        self._metrics.lookups_total.labels("l1", result, effect.reason).inc()
+        self._metrics.lookup_seconds.labels("l1").observe(took_s)
+        self.last_lookup = {
+            "result": result,
+            "reason": effect.reason,
+            "source": effect.source,
+            "peer": effect.peer,
+            "took_ms": round(took_s * 1000, 1),
+        }
+
+    # --- DHT and registry -----------------------------------------------------------------------
+
+    async def _provide(self, key: str) -> None:
+        await self.host.provide(key, PROVIDE_S)
+
+    async def _write(self, effect: WriteRegistry) -> None:
+        if self._documents is not None:
+            self.submit(await self._documents.write(effect))
+
+    async def _import(self, effect: ImportDeltas) -> None:
+        if self._documents is None:
+            self.submit(DeltasRefused(effect.owner, "worker"))
+        else:
+            self.submit(await self._documents.import_deltas(effect))
+
+    # --- leaves ---------------------------------------------------------------------------------
+
+    def _charge(self, peer: PeerId, reason: str) -> None:
+        self._metrics.failures_total.labels("l1", f"peer_{reason}").inc()
+        log.info("peer %s is charged: %s", peer, reason)
+
+    def _now_ms(self) -> int:
+        return time.time_ns() // 1_000_000
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline_ms = self._node.next_deadline_ms()
+        if deadline_ms is not None and not self._closed:
+            delay_s = max(deadline_ms - self._now_ms(), 1) / 1000
+            self._timer = self._loop.call_later(delay_s, self.submit, NetworkTick())
+
+    def _start(self, lookup: int, work: Coroutine[None, None, None]) -> None:
+        tasks = self._tasks.setdefault(lookup, set())
+        task = self._spawn(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def _spawn(self, work: Coroutine[None, None, object]) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._watch(work))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        task.add_done_callback(lambda _: work.close())  # cancelled before its first step, it would never be awaited
+        return task
+
+    async def _watch(self, work: Coroutine[None, None, object]) -> None:
+        try:
+            await work
+        except PeerFailed as failed:
+            log.debug("asking a peer failed: %s", failed.reason)
+        except Exception:
+            log.exception("a bug in Hyperspace: please report it")
+            self._metrics.failures_total.labels("l1", "bug").inc()
+
+
+def may_be_told(trust: Trust, peer: PeerId) -> bool:
+    """Whether a peer may have responses of scope `network`."""
+    return trust.admits(public_key_of(peer))
