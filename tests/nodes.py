@@ -8,12 +8,24 @@ from pathlib import Path
 
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.node.events import PrefixReleased, PrefixWanted, RequestOver, RowArrived, SegmentKeyKnown
+from hyperspace_vllm.core.node.network_events import RowsStored
 from hyperspace_vllm.core.node.node import Node
+from hyperspace_vllm.core.peers.reputation import Reputation
+from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.prefix.fetch import FetchMode
-from hyperspace_vllm.core.records.ids import PeerId, RowKey, SegmentKey, network_id, row_key, sha256
+from hyperspace_vllm.core.records.ids import (
+    PeerId,
+    RowKey,
+    SegmentKey,
+    network_id,
+    public_key_of,
+    row_key,
+    sha256,
+)
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import GiB, MiB
 from hyperspace_vllm.core.records.local import LoadedRow, Slab
+from hyperspace_vllm.core.records.peer_record import PeerRecord
 from hyperspace_vllm.daemon.arena import Arena
 from hyperspace_vllm.daemon.chunk_store import ChunkStore
 from hyperspace_vllm.daemon.chunk_transport import ChunkTransport
@@ -30,6 +42,12 @@ LAYOUT = Layout(bytes(32), 256, (Part(0, 60_000), Part(512, 100_000)), 2)
 
 def keys(name: str, count: int) -> tuple[SegmentKey, ...]:
     return tuple(SegmentKey(sha256(f"{name} {segment}".encode())) for segment in range(count))
+
+
+def trust_of(identity: Identity, peers: tuple[str, ...], network_key: bytes | None = None) -> Trust:
+    """As a node with these settings has it."""
+    listed = frozenset(public_key_of(peer.partition("@")[0]) for peer in peers)
+    return Trust("members", identity.public_key, listed, frozenset(), network_key, Reputation())
 
 
 def content(key: RowKey, length: int) -> bytes:
@@ -85,7 +103,7 @@ class SharedPool(ComputePool):
 
 
 class TestNode:
-    """One node; `peers` as in the config."""
+    """One node; `peers` as in the config. With a network key it believes whoever holds it too."""
 
     __test__ = False
 
@@ -98,6 +116,7 @@ class TestNode:
         store: Callable[[Path, int], ChunkStore] = ChunkStore,
         fetch: FetchMode = "always",
         compute: ComputePool | None = None,
+        network_key: bytes | None = None,
     ) -> None:
         self.config = Config(data_dir=directory, peers=peers)
         self.identity = Identity.load(directory)
@@ -105,7 +124,9 @@ class TestNode:
         self.arena = Arena(directory / "arena", arena_bytes)
         self.cache = RowCache(self.arena)
         self.store = store(directory / "chunks", disk_bytes)
-        self.transport = ChunkTransport(self.config, self.identity, self.store, self.metrics)
+        self.trust = trust_of(self.identity, peers, network_key)
+        self.transport = ChunkTransport(self.config, self.identity, self.store, self.metrics, self.trust)
+        self.stored: list[RowsStored] = []
         self.compute = compute or ComputePool()
         self.node = Node(NETWORK, self.transport.peers, fetch, random.Random(1))
         self.driver = Driver(
@@ -117,6 +138,8 @@ class TestNode:
             self.metrics,
             self.identity,
             NETWORK,
+            self.trust,
+            self.stored.append,
         )
         self.server = Server(self.cache)
         self.driver.server = self.server  # type: ignore[assignment]
@@ -127,6 +150,13 @@ class TestNode:
     def address(self) -> str:
         """As in another node's `peers`."""
         return f"{self.identity.peer_id}@{self.transport.endpoint}"
+
+    @property
+    def record(self) -> PeerRecord:
+        """As others hear of it."""
+        key = self.identity.public_key
+        endpoint, tag = self.transport.endpoint, self.trust.vouch(key)
+        return PeerRecord(NETWORK, key, 1, 1 << 62, "127.0.0.1:1", endpoint, tag).sign(self.identity.signing_key)
 
     def stage(
         self,

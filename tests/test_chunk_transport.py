@@ -24,7 +24,7 @@ from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.object_codec import ObjectRecord, encode_row, new_nonce, sign_record
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 
-from .nodes import peer_of, until
+from .nodes import peer_of, trust_of, until
 
 pytestmark = pytest.mark.io
 CHUNK = 256 * 301  # large enough to be sent without a copy
@@ -58,8 +58,9 @@ class Side:
         self.identity = Identity.load(directory)
         self.store = ChunkStore(directory / "chunks", 64 * MiB)
         self.metrics = Metrics()
+        trust = trust_of(self.identity, peers)
         self.transport = ChunkTransport(
-            Config(data_dir=directory, peers=peers), self.identity, self.store, self.metrics
+            Config(data_dir=directory, peers=peers), self.identity, self.store, self.metrics, trust
         )
 
     @property

@@ -58,7 +58,7 @@ def test_a_peer_that_serves_passes_the_threshold_and_one_lie_takes_it_down_again
     assert 0.73 < reputation.score(PEER, 0) < THRESHOLD
     for _ in range(10_000):
         reputation.served(PEER, 0)
-    reputation.failed(PEER, "bad_chunk", 0)
+    reputation.failed(PEER, "bad_digest", 0)
     for _ in range(10_000):
         reputation.served(PEER, 0)  # buys nothing back
     assert reputation.score(PEER, 0) < THRESHOLD

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
 from ..core.records.errors import Refused
@@ -16,14 +16,18 @@ WAITING_BYTES_MAX = 128 * MiB  # chunks waiting for the disk; more are used but 
 
 
 class ChunkKeeper:
-    """One thread of its own, so that no fetch ever waits for a write."""
+    """One thread of its own, so that no fetch ever waits for a write. `kept` hears of the rows that were written."""
 
-    def __init__(self, store: ChunkStore, metrics: Metrics) -> None:
+    def __init__(
+        self, store: ChunkStore, metrics: Metrics, kept: Callable[[ObjectRecord, tuple[int, ...]], None]
+    ) -> None:
         self._store = store
+        self._kept = kept
         self._metrics = metrics
         self._thread = ThreadPoolExecutor(1, "hyperspace-disk")
         self._waiting_bytes = 0
         self._waiting: Counter[ManifestDigest] = Counter()
+        self._written: dict[ManifestDigest, set[int]] = {}  # rows, since the object was last flushed
 
     def keep(self, record: ObjectRecord, row: int, chunks: dict[int, memoryview]) -> Coroutine[None, None, None] | None:
         """What to run in the background; None when too much waits already."""
@@ -47,6 +51,7 @@ class ChunkKeeper:
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._thread, self._store.put_columns, record, row, chunks)
+            self._written.setdefault(record.digest, set()).add(row)
         except Refused as refused:
             self._metrics.failures_total.labels("l2", refused.reason).inc()
         finally:
@@ -54,10 +59,13 @@ class ChunkKeeper:
             self._waiting[record.digest] -= 1
         if not self._waiting[record.digest]:  # the sidecar once for many rows
             del self._waiting[record.digest]
-            await self._flush(record.digest)
+            await self._flush(record)
 
-    async def _flush(self, digest: ManifestDigest) -> None:
+    async def _flush(self, record: ObjectRecord) -> None:
+        written = self._written.pop(record.digest, set())
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._store.flush, digest)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._store.flush, record.digest)
         except Refused as refused:
             self._metrics.failures_total.labels("l2", refused.reason).inc()
+        if written:
+            self._kept(record, tuple(sorted(written)))

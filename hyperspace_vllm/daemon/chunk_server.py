@@ -60,19 +60,21 @@ class _Peer:
 
 
 class ChunkServer:
-    """A ROUTER bound to `listen` (host:port); `members` maps the CURVE keys (32 raw bytes) that may connect."""
+    """A ROUTER bound to `listen` (host:port). Nobody gets in before `admit`; `vouch` gives producers' member tags."""
 
     def __init__(
         self,
         context: zmq.Context[Socket],
         listen: str,
         identity: Identity,
-        members: Mapping[bytes, PeerId],
         store: ChunkStore,
         metrics: Metrics,
         charge: Callable[[PeerId, str], None],
+        vouch: Callable[[bytes], bytes],
     ) -> None:
-        self._members = members
+        self._by_curve_key: Mapping[bytes, PeerId] = {}
+        self._admitted: frozenset[PeerId] = frozenset()
+        self._vouch = vouch
         self._store = store
         self._metrics = metrics
         self._charge = charge
@@ -96,6 +98,13 @@ class ChunkServer:
         self.endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
         self._pump = Pump(socket, self._receive)
 
+    def admit(self, peers: Mapping[bytes, PeerId]) -> None:
+        """Serve these, by CURVE key (32 raw bytes), and nobody else; what others have under way ends unanswered."""
+        self._by_curve_key, self._admitted = peers, frozenset(peers.values())
+        for peer_id in self._peers.keys() - self._admitted:
+            for task in self._peers.pop(peer_id).requests.values():
+                task.cancel()
+
     async def close(self) -> None:
         """Stop serving at once."""
         tasks = [task for peer in self._peers.values() for task in peer.requests.values()]
@@ -111,10 +120,11 @@ class ChunkServer:
     def _authenticate(self, frames: list[zmq.Frame]) -> None:
         # ROUTER instead of REP: [route, empty] version, request id, domain, address, identity, mechanism, key
         route, empty, version, request, _domain, _address, _identity, mechanism, *key = [f.bytes for f in frames]
-        peer = self._members.get(key[0]) if mechanism == b"CURVE" and key else None
+        peer = self._by_curve_key.get(key[0]) if mechanism == b"CURVE" and key else None
         if peer is None:
             self._metrics.failures_total.labels("l2", "unknown_peer").inc()
-            answer = [b"400", b"not a member", b"", b""]
+            # 300, "come again": a peer that dials before we know it would give up for good after a 400.
+            answer = [b"300", b"not a member", b"", b""]
         else:
             answer = [b"200", b"OK", peer.encode(), b""]
         self._zap.send([route, empty, version, request, *answer])
@@ -123,6 +133,9 @@ class ChunkServer:
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
         peer_id = PeerId(str(frames[-1].get("User-Id")))
+        if peer_id not in self._admitted:
+            self._metrics.failures_total.labels("l2", "unknown_peer").inc()
+            return  # its connection is older than the decision not to serve it any more
         try:
             if len(frames) != 2:
                 raise ProtocolViolation(f"peer request: {len(frames) - 1} frames, expected 1")
@@ -174,7 +187,9 @@ class ChunkServer:
         record = self._store.record(digest, for_peer=True)
         if record is None:
             return wire.NotHere(number, "unknown")
-        return wire.ManifestReply(number, record.raw, record.digests, record.proof)
+        return wire.ManifestReply(
+            number, record.raw, record.digests, record.proof, self._vouch(record.manifest.producer)
+        )
 
     async def _send_chunks(self, peer: _Peer, route: bytes, asked: wire.GetChunks) -> None:
         digest = ManifestDigest(asked.manifest)

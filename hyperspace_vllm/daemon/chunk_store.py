@@ -18,7 +18,7 @@ import os
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +30,8 @@ from msgspec import Meta
 from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import ManifestDigest, RowId
 from ..core.records.limits import DATA_CHUNKS, DIGEST_TABLE_BYTES_MAX, MANIFEST_BYTES_MAX, OBJECT_ROWS_MAX, TOTAL_CHUNKS
-from ..core.records.wire import Offer
+from ..core.records.signing import NO_MEMBER_TAG
+from ..core.records.wire import Bytes32, Offer
 from .object_codec import ObjectRecord, good_chunks, open_row, read_record
 
 SIDECAR_BYTES_MAX = MANIFEST_BYTES_MAX + DIGEST_TABLE_BYTES_MAX + 4096
@@ -46,6 +47,7 @@ class _Sidecar(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     proof: bytes
     shareable: bool
     columns: Annotated[tuple[Mask, ...], Meta(min_length=1, max_length=OBJECT_ROWS_MAX)]
+    member: Bytes32 = NO_MEMBER_TAG
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -150,6 +152,16 @@ class ChunkStore:
                 if mask:
                     offers.append(Offer(index, digest, row, mask.to_bytes(8, "big")))
         return tuple(offers)
+
+    def shareable(self) -> list[tuple[ObjectRecord, tuple[int, ...]]]:
+        """Objects that may leave this node, least recently used first, with the rows that can be rebuilt from here."""
+        with self._lock:
+            held = [
+                (entry.record, tuple(r for r, mask in enumerate(entry.columns) if mask.bit_count() >= DATA_CHUNKS))
+                for entry in self._objects.values()
+                if entry.shareable
+            ]
+        return [(record, rows) for record, rows in held if rows]
 
     @property
     def used_bytes(self) -> int:
@@ -261,10 +273,10 @@ class ChunkStore:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
-    def forget_others(self, producers: frozenset[bytes]) -> None:
-        """Keep what these public keys signed: a peer that was taken off the list since counts no more."""
+    def forget_others(self, counts: Callable[[ObjectRecord], bool]) -> None:
+        """Keep only objects that still count: a peer that was taken off the list since counts no more."""
         with self._lock:
-            others = [d for d, entry in self._objects.items() if entry.record.manifest.producer not in producers]
+            others = [d for d, entry in self._objects.items() if not counts(entry.record)]
         for digest in others:
             self.discard(digest)
 
@@ -327,7 +339,9 @@ class ChunkStore:
     def _write_sidecar(self, entry: _Entry) -> None:
         record = entry.record
         masks = tuple(mask.to_bytes(8, "big") for mask in entry.columns)
-        body = _encoder.encode(_Sidecar(1, record.raw, record.digests, record.proof, entry.shareable, masks))
+        body = _encoder.encode(
+            _Sidecar(1, record.raw, record.digests, record.proof, entry.shareable, masks, record.member)
+        )
         path = self._sidecar_path(record.digest)
         new = path.with_suffix(".tmp")
         with _disk_errors():
@@ -364,7 +378,7 @@ def _read_sidecar(path: Path) -> _Entry | None:
         if blake3.blake3(raw[:-32]).digest() != raw[-32:]:
             return None
         sidecar = _decoder.decode(raw[:-32])
-        record = read_record(sidecar.manifest, sidecar.digests, sidecar.proof)
+        record = read_record(sidecar.manifest, sidecar.digests, sidecar.proof, sidecar.member)
         whole = path.with_suffix(".obj").stat().st_size == record.object_bytes
     except (OSError, msgspec.MsgspecError, ProtocolViolation):
         return None

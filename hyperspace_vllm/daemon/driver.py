@@ -6,8 +6,9 @@ logged with its traceback, counted as `bug`, and ends as a miss.
 
 import asyncio
 import logging
+import time
 from collections import Counter, deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import assert_never
 
 from ..core.node.effects import (
@@ -41,11 +42,14 @@ from ..core.node.events import (
     RowsFound,
     Tick,
 )
+from ..core.node.network_events import RowsStored
 from ..core.node.node import Node
+from ..core.peers.trust import Trust
 from ..core.records.errors import Refused
-from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, public_key_of, row_id
-from ..core.records.limits import LOOKUP_ROWS_MAX
+from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, row_id
+from ..core.records.limits import LOOKUP_ROWS_MAX, REGISTRY_TTL_MS
 from ..core.records.local import LoadedRow
+from ..core.records.peer_record import PeerRecord
 from ..core.records.sealing import seal_key
 from .chunk_keeper import ChunkKeeper
 from .chunk_store import ChunkStore
@@ -68,7 +72,10 @@ VERIFIED_BY = {"none": "", "memory": "memory", "disk": "blake3", "network": "ed2
 
 
 class Driver:
-    """One node's shell around its core. Everything happens on the loop it was built on; `submit` is its door."""
+    """One node's shell around its core. Everything happens on the loop it was built on; `submit` is its door.
+
+    `on_rows_stored` hears of rows, computed or fetched, that this node can serve from now on.
+    """
 
     server: LocalServer  # set by whoever builds both
 
@@ -82,6 +89,8 @@ class Driver:
         metrics: Metrics,
         identity: Identity,
         network: NetworkId,
+        trust: Trust,
+        on_rows_stored: Callable[[RowsStored], None] = lambda event: None,
     ) -> None:
         self._node = node
         self._cache = cache
@@ -90,11 +99,12 @@ class Driver:
         self._compute = compute
         self._metrics = metrics
         self._network = network
-        trusted = frozenset(public_key_of(peer) for peer in transport.peers) | {identity.public_key}
-        store.forget_others(trusted)
-        self._manifests = Manifests(network, trusted, store, transport, compute)
+        self._trust = trust
+        self.on_rows_stored = on_rows_stored
+        store.forget_others(self._counts)
+        self._manifests = Manifests(network, trust, store, transport, compute)
         self._encoder = ObjectEncoder(network, identity, cache, store, compute, metrics)
-        self._keeper = ChunkKeeper(store, metrics)
+        self._keeper = ChunkKeeper(store, metrics, self._report_stored)
         self._assembly = RowAssembly(
             network, cache, transport, compute, metrics, self.submit, self._spawn, self._keep, self._condemn
         )
@@ -125,6 +135,23 @@ class Driver:
         finally:
             self._handling = False
         self._set_timer()
+
+    def set_peers(self, records: tuple[PeerRecord, ...]) -> None:
+        """The peers that were discovered and may be used now: serve and ask those that `trust` admits.
+
+        The records have been checked (peer_record.check_peer_record).
+        """
+        for record in records:
+            self._trust.meet(record.public_key, record.member_tag)
+        endpoints = {record.peer: record.endpoint for record in records if self._trust.admits(record.public_key)}
+        self._transport.admit(endpoints)
+        self._transport.set_peers(endpoints)
+        self._node.set_peers(self._transport.peers)
+
+    def report_stored(self) -> None:
+        """Tell `on_rows_stored` of everything that is on the disk: what earlier runs of this node left."""
+        for record, rows in self._store.shareable():
+            self._report_stored(record, rows)
 
     def status(self) -> dict[str, object]:
         """What `hyperspace status` shows of prefixes: what is being written, and how the last lookup ended."""
@@ -348,6 +375,18 @@ class Driver:
         if work is not None:
             self._spawn(work, None)
 
+    def _report_stored(self, record: ObjectRecord, rows: tuple[int, ...]) -> None:
+        if self._store.record(record.digest, for_peer=True) is None:
+            return  # private, or gone again
+        row_ids = tuple(record.manifest.rows[row].row_id for row in rows)
+        expires_at_ms = time.time_ns() // 1_000_000 + REGISTRY_TTL_MS
+        self.on_rows_stored(RowsStored(record.digest, record.manifest.commitment, row_ids, expires_at_ms))
+
+    def _counts(self, record: ObjectRecord) -> bool:
+        """Whether an object of an earlier run still counts."""
+        self._trust.meet(record.manifest.producer, record.member)
+        return self._trust.trusts(record.manifest.producer, time.time_ns() // 1_000_000)
+
     def _condemn(self, digest: ManifestDigest) -> None:
         self._manifests.condemn(digest)
         self._spawn(self._keeper.discard(digest), None)
@@ -393,6 +432,9 @@ class Driver:
             return
 
         async def encode() -> None:
-            self.submit(await self._encoder.encode(effect, slabs))
+            encoded = await self._encoder.encode(effect, slabs)
+            self.submit(encoded)
+            if isinstance(encoded, ObjectEncoded) and (record := self._store.record(encoded.manifest)) is not None:
+                self._report_stored(record, tuple(range(len(record.manifest.rows))))
 
         self._spawn(encode(), ObjectFailed(effect.object_id, "bug"))

@@ -23,7 +23,7 @@ import zmq
 from ..client import NodeClient
 from ..config import Config
 from ..core.node.events import Event
-from ..core.records.ids import PeerId, network_id
+from ..core.records.ids import PeerId, network_id, public_key_of
 from ..core.records.limits import EMBEDDED_LINGER_MS, MiB
 from ..response_db import database_path
 from .arena import Arena
@@ -148,6 +148,8 @@ class _Node:
 
     async def _open_data_plane(self, parts: AsyncExitStack) -> "Driver":
         from ..core.node.node import Node
+        from ..core.peers.reputation import Reputation
+        from ..core.peers.trust import Trust
         from .chunk_store import ChunkStore
         from .chunk_transport import ChunkTransport
         from .compute_pool import ComputePool
@@ -158,8 +160,12 @@ class _Node:
         node = Node(self._network, peers, config.fetch, random.Random())
         store = ChunkStore(config.data_dir / "chunks", config.disk_bytes)
         compute = ComputePool(config.nice)
-        transport = ChunkTransport(config, self._identity, store, self._metrics)
-        driver = Driver(node, self._cache, store, transport, compute, self._metrics, self._identity, self._network)
+        listed = frozenset(public_key_of(peer) for peer in peers)
+        trust = Trust("members", self._identity.public_key, listed, frozenset(), None, Reputation())
+        transport = ChunkTransport(config, self._identity, store, self._metrics, trust)
+        driver = Driver(
+            node, self._cache, store, transport, compute, self._metrics, self._identity, self._network, trust
+        )
         parts.push_async_callback(driver.close)
         self._transport = transport
         return driver

@@ -3,7 +3,9 @@
 import asyncio
 import time
 from collections import OrderedDict
+from dataclasses import replace
 
+from ..core.peers.trust import Trust
 from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import ManifestDigest, NetworkId, PeerId
 from ..core.records.manifest import check_manifest, digest_blob
@@ -17,18 +19,18 @@ CONDEMNED_MAX = 4096
 
 
 class Manifests:
-    """Verified records by digest. `trusted` are the public keys of the producers that count."""
+    """Verified records by digest; `trust` says whose count."""
 
     def __init__(
         self,
         network: NetworkId,
-        trusted: frozenset[bytes],
+        trust: Trust,
         store: ChunkStore,
         transport: ChunkTransport,
         compute: ComputePool,
     ) -> None:
         self._network = network
-        self._trusted = trusted
+        self._trust = trust
         self._store = store
         self._transport = transport
         self._compute = compute
@@ -57,11 +59,14 @@ class Manifests:
         manifest = record.manifest
         if record.digest != digest:
             raise Refused("forged", "not the manifest that was asked for")
-        check_manifest(manifest, self._network, self._trusted, time.time_ns() // 1_000_000)
+        now_ms = time.time_ns() // 1_000_000
+        self._trust.meet(manifest.producer, reply.member)
+        check_manifest(manifest, self._network, lambda producer: self._trust.trusts(producer, now_ms), now_ms)
         blob = digest_blob(record.digests, len(manifest.rows))
         left_s = deadline - asyncio.get_running_loop().time()
         if not await self._compute.verify(blob, manifest.commitment, record.proof, left_s):
             raise Refused("bad_proof")
+        record = replace(record, member=self._trust.vouch(manifest.producer))
         self._records[digest] = record
         if len(self._records) > RECORDS_MAX:
             self._records.popitem(last=False)

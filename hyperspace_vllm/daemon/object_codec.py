@@ -18,19 +18,24 @@ from ..core.records.ids import ManifestDigest, NetworkId, RowId
 from ..core.records.limits import DATA_CHUNKS, DIGEST_BYTES, TOTAL_CHUNKS
 from ..core.records.manifest import Manifest, RowEntry, decode_manifest
 from ..core.records.sealing import NONCE_BYTES, xor_stream
+from ..core.records.signing import NO_MEMBER_TAG
 
 ROW_DIGESTS_BYTES = TOTAL_CHUNKS * DIGEST_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectRecord:
-    """What makes an object's chunks checkable: its manifest (decoded and as signed), digest table and KZG proof."""
+    """What makes an object's chunks checkable: its manifest (decoded and as signed), digest table and KZG proof.
+
+    `member` vouches for the producer (signing.member_tag): it may count by that alone, also after a restart.
+    """
 
     digest: ManifestDigest
     raw: bytes
     manifest: Manifest
     digests: bytes
     proof: bytes
+    member: bytes = NO_MEMBER_TAG
 
     def row_digests(self, row: int) -> bytes:
         """The 64 digests (2 KiB) of one row's chunks."""
@@ -42,12 +47,12 @@ class ObjectRecord:
         return len(self.manifest.rows) * TOTAL_CHUNKS * self.manifest.chunk_bytes
 
 
-def read_record(raw: bytes, digests: bytes, proof: bytes) -> ObjectRecord:
+def read_record(raw: bytes, digests: bytes, proof: bytes, member: bytes = NO_MEMBER_TAG) -> ObjectRecord:
     """A record as received or stored; `ProtocolViolation` if its parts don't fit together. Nothing is believed yet."""
     manifest = decode_manifest(raw)
     if len(digests) != len(manifest.rows) * ROW_DIGESTS_BYTES or len(proof) != 48:
         raise ProtocolViolation(f"digest table: {len(digests)} bytes for {len(manifest.rows)} rows of 64 digests")
-    return ObjectRecord(manifest.digest, raw, manifest, digests, proof)
+    return ObjectRecord(manifest.digest, raw, manifest, digests, proof, member)
 
 
 def sign_record(

@@ -16,11 +16,12 @@ from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey
 from ..core.records.limits import DATA_CHUNKS, FETCH_STALL_MS, TOTAL_CHUNKS, MiB
 from ..core.records.local import Slab
 from ..core.records.sealing import seal_key
-from .chunk_transport import Chunks, ChunkTransport
+from .chunk_transport import ChunkTransport
 from .compute_pool import ComputePool
 from .metrics import Metrics
 from .object_codec import ObjectRecord, good_chunks, open_row
 from .peer_failed import PeerFailed
+from .peer_link import Chunks
 from .row_cache import RowCache
 
 FETCHING_BYTES_MAX = 256 * MiB  # chunks asked for and not yet opened, of all lookups: 16 of them at full speed
@@ -191,6 +192,8 @@ class RowAssembly:
                 self._condemn(record.digest)
             self._submit(RowFailed(effect.lookup, effect.row_key, refused.reason))
             return
+        for peer in row.columns:
+            self._transport.credit(peer)
         row.kept = True
         self._cache.keep(effect.row_key, row.slab)
         self._cache.lease(effect.row_key, effect.lookup)

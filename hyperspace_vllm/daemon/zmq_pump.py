@@ -51,10 +51,12 @@ class Pump:
         return bool(events & zmq.POLLOUT)
 
     def send(self, frames: list[bytes | memoryview]) -> zmq.MessageTracker | None:
-        """Queue a message without copying large frames; the tracker tells when they left. None: no room now.
+        """Queue a message without copying large frames; the tracker tells when they left. None: no room, or closed.
 
         Raises zmq.ZMQError (EHOSTUNREACH) on a ROUTER whose peer is gone.
         """
+        if self._socket.closed:
+            return None
         try:
             tracker = self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False, track=True)
         except zmq.Again:
@@ -67,6 +69,8 @@ class Pump:
         """Return when a send may succeed; TimeoutError. For sockets with one peer: a ROUTER is always writable."""
         async with asyncio.timeout(timeout_s):
             while not self.writable:
+                if self._socket.closed:
+                    raise TimeoutError
                 waiter = self._loop.create_future()
                 self._writers.append(waiter)
                 await waiter
@@ -75,6 +79,7 @@ class Pump:
         """Close the socket at once; what wasn't sent is lost."""
         self._loop.remove_reader(self._fd)
         self._socket.close(linger=0)
+        self._wake_writers()
 
     def _drain_soon(self) -> None:
         if not self._due:
@@ -94,7 +99,10 @@ class Pump:
         else:
             self._drain_soon()
         if self._writers and self.writable:
-            for waiter in self._writers:
-                if not waiter.done():
-                    waiter.set_result(None)
-            self._writers.clear()
+            self._wake_writers()
+
+    def _wake_writers(self) -> None:
+        for waiter in self._writers:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._writers.clear()

@@ -41,7 +41,7 @@ _FAILURES = {
 }
 LIES = frozenset(  # what takes intent, or a disk that nobody should believe either
     {
-        "bad_chunk",
+        "bad_digest",
         "bad_proof",
         "bad_signature",
         "condemned",

@@ -38,6 +38,18 @@ def rows_of(
     return rows
 
 
+def leading_rows(
+    network: NetworkId, layout: Layout, segment_keys: Sequence[SegmentKey], start_token: int
+) -> Iterator[RowId]:
+    """One row of each segment, the last one first: who has it is likely to have what comes before it.
+
+    Of a full-attention part, where there is one: fetchers keep only the tail of a window.
+    """
+    part = next((number for number, part in enumerate(layout.parts) if not part.window_tokens), 0)
+    for segment in reversed(segment_keys[start_token // layout.segment_tokens :]):
+        yield row_id(network, row_key(segment, part, 0))
+
+
 def usable_end(layout: Layout, start_token: int, end_max: int, present: Callable[[int, int], bool]) -> int:
     """The most segments, up to `end_max`, after which the engine can continue; 0: none beyond `start_token`.
 

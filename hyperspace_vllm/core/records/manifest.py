@@ -9,6 +9,7 @@ All integers are big-endian. The signature is Ed25519 over the tag and the body.
 canonical: there is exactly one byte string per manifest, and `decode` accepts nothing else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nacl.exceptions import BadSignatureError
@@ -137,11 +138,14 @@ def decode_manifest(raw: bytes) -> Manifest:
     )
 
 
-def check_manifest(manifest: Manifest, network: NetworkId, trusted: frozenset[bytes], now_ms: int) -> None:
-    """Raise `Refused` unless a trusted producer of this network signed it, not in the future. Digests come later."""
+def check_manifest(manifest: Manifest, network: NetworkId, trusts: Callable[[bytes], bool], now_ms: int) -> None:
+    """Raise `Refused` unless a producer whom `trusts` names signed it, in this network and not in the future.
+
+    Digests come later.
+    """
     if manifest.network != network:
         raise Refused("wrong_network")
-    if manifest.producer not in trusted:
+    if not trusts(manifest.producer):
         raise Refused("untrusted_producer", manifest.producer.hex())
     if manifest.created_at_ms > now_ms + CLOCK_SKEW_MS:
         raise Refused("from_the_future", str(manifest.created_at_ms))

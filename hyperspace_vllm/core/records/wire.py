@@ -19,6 +19,7 @@ from .limits import (
     PEER_CONTROL_BYTES_MAX,
     TOTAL_CHUNKS,
 )
+from .signing import NO_MEMBER_TAG
 
 PEER_PROTOCOL = 1
 
@@ -81,12 +82,16 @@ class HaveReply(_Message, tag="have", frozen=True):
 
 
 class ManifestReply(_Message, tag="manifest", frozen=True):
-    """Everything that makes chunks checkable; nothing in it is believed before it is verified."""
+    """Everything that makes chunks checkable; nothing in it is believed before it is verified.
+
+    `member` vouches for the producer (signing.member_tag; zeros: nobody does), who may have left long ago.
+    """
 
     request: RequestId
     manifest: Annotated[bytes, Meta(max_length=MANIFEST_BYTES_MAX)]
     digests: Annotated[bytes, Meta(max_length=DIGEST_TABLE_BYTES_MAX)]
     proof: Annotated[bytes, Meta(min_length=48, max_length=48)]
+    member: Bytes32 = NO_MEMBER_TAG
 
 
 class Chunk(_Message, tag="chunk", frozen=True):

@@ -1,0 +1,217 @@
+"""One node's link to one peer on the bulk transport: requests out, replies matched, checked and handed on uncopied."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import assert_never
+
+import zmq
+
+from ..core.records import wire
+from ..core.records.errors import ProtocolViolation
+from ..core.records.ids import ManifestDigest, PeerId
+from ..core.records.limits import PEER_MESSAGE_BYTES_MAX
+from .identity import Identity, curve_public_of
+from .peer_failed import PeerFailed
+from .zmq_pump import Pump, Socket, set_link_options
+
+RECONNECT_MS = 100
+RECONNECT_MS_MAX = 5_000
+CONNECT_S = 1.0  # not connected for longer: requests fail at once until ZeroMQ has reconnected
+REQUESTS_QUEUED_MAX = 256  # small messages
+REPLIES_QUEUED_MAX = 32  # 32 chunks of 4 MiB = 128 MiB a peer at the very most
+
+Chunks = list[tuple[int, memoryview]]
+Request = Callable[[int], wire.PeerRequest]
+_FINAL = ("protocol", "unreachable")  # no chunk comes any more, whichever was asked for
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request under way: what may answer it, and what has."""
+
+    answered_by: type[wire.PeerReply]
+    lacking: set[int]  # columns still to come
+    chunk_bytes: int
+    arrived: Chunks = field(default_factory=list)
+    reply: wire.PeerReply | None = None
+    failure: str = ""
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def over(self) -> bool:
+        return self.reply is not None or (not self.lacking and self.answered_by is wire.Chunk) or self.broken
+
+    @property
+    def broken(self) -> bool:
+        return bool(self.failure) and (self.failure in _FINAL or self.answered_by is not wire.Chunk)
+
+
+class PeerLink:
+    """The DEALER to one peer, connected from the start: the first lookup shouldn't pay for the handshake.
+
+    Raises zmq.ZMQError when `address` (host:port) is none.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Socket],
+        peer: PeerId,
+        address: str,
+        identity: Identity,
+        charge: Callable[[PeerId, str], None],
+    ) -> None:
+        self.address = address
+        self._peer = peer
+        self._charge = charge
+        self._open: dict[int, _Open] = {}
+        self._numbers = count()
+        self._loop = asyncio.get_running_loop()
+        self._silent_since: float | None = self._loop.time()
+        self.useful_at = self._loop.time()  # when it was made or last answered
+        socket = context.socket(zmq.DEALER)
+        set_link_options(socket)
+        socket.setsockopt(zmq.CURVE_SERVERKEY, curve_public_of(peer))
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, identity.curve_public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, identity.curve_secret)
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a peer that isn't there
+        socket.setsockopt(zmq.MAXMSGSIZE, PEER_MESSAGE_BYTES_MAX)
+        socket.setsockopt(zmq.SNDHWM, REQUESTS_QUEUED_MAX)
+        socket.setsockopt(zmq.RCVHWM, REPLIES_QUEUED_MAX)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
+        try:
+            socket.connect(f"tcp://{address}")
+        except zmq.ZMQError:
+            socket.close()
+            raise
+        self._pump = Pump(socket, self._receive)
+
+    @property
+    def connected(self) -> bool:
+        """Whether a request would leave at once."""
+        return self._pump.writable
+
+    @property
+    def busy(self) -> bool:
+        """Whether something waits for it."""
+        return bool(self._open)
+
+    async def ask(self, request: Request, answered_by: type[wire.PeerReply], timeout_s: float) -> wire.PeerReply:
+        """The answer to `request`, which is made with its number; `PeerFailed`."""
+        opened = _Open(answered_by, set(), 0)
+        number = self._begin(opened)
+        deadline = self._loop.time() + timeout_s
+        try:
+            await self._send(request(number), deadline)
+            await self._wait(opened, deadline)
+        finally:
+            del self._open[number]
+        if opened.failure:
+            raise PeerFailed(opened.failure)
+        assert opened.reply is not None
+        return opened.reply
+
+    async def chunks(
+        self, digest: ManifestDigest, row: int, columns: tuple[int, ...], chunk_bytes: int, timeout_s: float
+    ) -> AsyncGenerator[Chunks, None]:
+        """As ChunkTransport.chunks."""
+        opened = _Open(wire.Chunk, set(columns), chunk_bytes)
+        number = self._begin(opened)
+        deadline = self._loop.time() + timeout_s
+        try:
+            await self._send(wire.GetChunks(number, digest, row, columns), deadline)
+            while opened.arrived or not opened.over:
+                await self._wait(opened, deadline)
+                batch, opened.arrived = opened.arrived, []
+                if batch:
+                    yield batch
+        finally:
+            del self._open[number]
+            if opened.lacking:
+                self._pump.send([wire.encode(wire.Cancel(number))])
+        if opened.failure:
+            raise PeerFailed(opened.failure)
+
+    def violated(self, detail: str) -> PeerFailed:
+        """Charge the peer for breaking the protocol; what its request then fails with."""
+        log.info("peer %s broke the protocol: %s", self._peer, detail)
+        self._charge(self._peer, "protocol")
+        return PeerFailed("protocol")
+
+    def close(self) -> None:
+        """Disconnect; what is under way fails as `unreachable`."""
+        self._pump.close()
+        for opened in self._open.values():
+            opened.failure = "unreachable"
+            opened.wake.set()
+
+    def _begin(self, opened: _Open) -> int:
+        number = next(self._numbers) % (1 << 32)
+        self._open[number] = opened
+        return number
+
+    async def _send(self, message: wire.PeerRequest, deadline: float) -> None:
+        frames: list[bytes | memoryview] = [wire.encode(message)]
+        if self._pump.send(frames) is None:
+            now = self._loop.time()
+            self._silent_since = self._silent_since or now
+            patience_s = min(deadline, self._silent_since + CONNECT_S) - now
+            try:
+                await self._pump.wait_writable(max(patience_s, 0))
+            except TimeoutError:
+                raise PeerFailed("unreachable") from None
+            if self._pump.send(frames) is None:
+                raise PeerFailed("unreachable")
+        self._silent_since = None
+
+    async def _wait(self, opened: _Open, deadline: float) -> None:
+        """Until there is something to look at."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                while not opened.over and not opened.arrived:
+                    opened.wake.clear()
+                    await opened.wake.wait()
+        except TimeoutError:
+            raise PeerFailed("timeout") from None
+
+    def _receive(self, frames: list[zmq.Frame]) -> None:
+        try:
+            reply = wire.decode_reply(frames[0].buffer)
+        except ProtocolViolation as error:
+            self.violated(str(error))
+            return
+        opened = self._open.get(reply.request)
+        if opened is None:
+            return  # too late, or made up
+        if not _accept(opened, reply, frames[1:]):
+            opened.failure = self.violated(f"unexpected {type(reply).__name__}").reason
+        elif not isinstance(reply, wire.NotHere):
+            self.useful_at = self._loop.time()
+        opened.wake.set()
+
+
+def _accept(opened: _Open, reply: wire.PeerReply, payload: list[zmq.Frame]) -> bool:
+    """Take a reply into its request; False if it is none that the request allows."""
+    match reply:
+        case wire.Chunk(_, column, size):
+            if column not in opened.lacking or len(payload) != 1:
+                return False
+            chunk = payload[0].buffer
+            if len(chunk) != size or size != opened.chunk_bytes:
+                return False
+            opened.lacking.remove(column)
+            opened.arrived.append((column, chunk))
+            return True
+        case wire.NotHere(_, reason, columns):
+            opened.lacking -= set(columns) or opened.lacking
+            opened.failure = "not_here" if reason in ("unknown", "refused") else reason
+            return not payload
+        case wire.HaveReply() | wire.ManifestReply():
+            opened.reply = reply
+            return isinstance(reply, opened.answered_by) and not payload
+        case _:
+            assert_never(reply)
