@@ -4,7 +4,8 @@ One process writes (daemon/response_store.py); any number of others read the sam
 needs no message to the node. A reader never reports an error: a missing, locked, damaged or replaced database is a
 miss. Every body is checked against the digest in its CacheProof, for SQLite itself has no checksums.
 
-Bodies have a table of their own, so that touching an entry does not rewrite its body.
+Bodies have a table of their own, so that touching an entry does not rewrite its body. An entry's request hash, by which
+peers ask for it, is the one that its CacheProof begins with: a column that SQLite derives can't disagree with it.
 """
 
 import contextlib
@@ -12,12 +13,17 @@ import os
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .core.records.errors import ProtocolViolation
 from .core.records.ids import RequestKey, sha256
+from .core.records.local import Scope
 from .core.response.cache_proof import decode_proof
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+_REQUEST_HASH = "request_hash BLOB AS (substr(proof, 1, 32)) VIRTUAL"
+_REQUEST_HASH_INDEX = "CREATE INDEX entries_by_request_hash ON entries (request_hash);"
 
 SCHEMA = f"""
 CREATE TABLE entries (
@@ -29,8 +35,10 @@ CREATE TABLE entries (
     size INTEGER NOT NULL,
     last_used_ms INTEGER NOT NULL,
     hits INTEGER NOT NULL,
-    scope TEXT NOT NULL
+    scope TEXT NOT NULL,
+    {_REQUEST_HASH}
 );
+{_REQUEST_HASH_INDEX}
 CREATE INDEX entries_by_use ON entries (last_used_ms);
 CREATE INDEX entries_by_expiry ON entries (expires_at_ms);
 CREATE TABLE bodies (id INTEGER PRIMARY KEY, body BLOB NOT NULL);
@@ -46,9 +54,19 @@ END;
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 
+# By the version that they start from.
+MIGRATIONS = {
+    1: f"ALTER TABLE entries ADD COLUMN {_REQUEST_HASH}; {_REQUEST_HASH_INDEX} PRAGMA user_version = 2;",
+}
+
 _SELECT = """
 SELECT body, proof, computed_at_ms, expires_at_ms FROM entries JOIN bodies USING (id)
 WHERE request_key = ? AND expires_at_ms > ?
+"""
+
+_SELECT_SHAREABLE = """
+SELECT CAST(request_key AS BLOB), scope, body, proof, computed_at_ms, expires_at_ms FROM entries JOIN bodies USING (id)
+WHERE request_hash = ? AND expires_at_ms > ? AND scope IN ('network', 'public')
 """
 
 
@@ -67,6 +85,15 @@ class StoredResponse:
     expires_at_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class Shareable:
+    """An entry that may leave this node, with the RequestKey that may not."""
+
+    key: RequestKey
+    scope: Scope
+    response: StoredResponse
+
+
 class ResponseReader:
     """Reads the database in place. Belongs to one thread at a time; opens, and opens again, by itself."""
 
@@ -77,13 +104,14 @@ class ResponseReader:
 
     def get(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
         """The entry of `key` that has not expired, or None."""
-        try:
-            connection = self._current()
-            row = connection.execute(_SELECT, (key, now_ms)).fetchone() if connection else None
-        except (sqlite3.Error, OSError):
-            self.close()
-            return None
+        row = self._row(_SELECT, key, now_ms)
         return _intact(row) if row else None
+
+    def find_by_hash(self, request_hash: bytes, now_ms: int) -> Shareable | None:
+        """The entry that peers know by `request_hash`, unless it has expired or is private."""
+        row = self._row(_SELECT_SHAREABLE, request_hash, now_ms)
+        response = _intact(row[2:]) if row else None
+        return Shareable(RequestKey(row[0]), row[1], response) if row and response and len(row[0]) == 32 else None
 
     def close(self) -> None:
         """Let go of the file; `get` opens it again."""
@@ -91,6 +119,14 @@ class ResponseReader:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.close()
         self._connection = self._file = None
+
+    def _row(self, query: str, key: bytes, now_ms: int) -> tuple[Any, ...] | None:
+        try:
+            connection = self._current()
+            return connection.execute(query, (key, now_ms)).fetchone() if connection else None
+        except (sqlite3.Error, OSError):
+            self.close()
+            return None
 
     def _current(self) -> sqlite3.Connection | None:
         """A connection to the file that is at the path now, which the writer may have replaced."""
@@ -114,7 +150,7 @@ class ResponseReader:
         return self._connection
 
 
-def _intact(row: tuple[bytes, bytes, int, int]) -> StoredResponse | None:
+def _intact(row: tuple[Any, ...]) -> StoredResponse | None:
     entry = StoredResponse(*row)
     try:
         proof = decode_proof(entry.proof)

@@ -1,5 +1,6 @@
 """The response database survives its writer, its disk and its age; a reader never sees an error."""
 
+import asyncio
 import os
 import signal
 import sqlite3
@@ -16,9 +17,10 @@ from nacl.signing import SigningKey
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.records.local import Scope, StoreResponse
-from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof, request_hash
+from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof, make_proof, request_hash
+from hyperspace_vllm.daemon.response_news import Listener, Told
 from hyperspace_vllm.daemon.response_store import ResponseStore
-from hyperspace_vllm.response_db import ResponseReader
+from hyperspace_vllm.response_db import ResponseReader, Shareable, StoredResponse
 
 NETWORK = network_id("test")
 MODEL = bytes([8]) * 32
@@ -54,8 +56,10 @@ def path(tmp_path: Path) -> Path:
 def open_store(path: Path, clock: Clock) -> Iterator[Open]:
     opened: list[ResponseStore] = []
 
-    def open_one(quota_bytes: int = 1 << 30, ttl_ms: int = RESPONSE_TTL_MS) -> ResponseStore:
-        opened.append(ResponseStore(path, quota_bytes, ttl_ms, Signer(), NETWORK, clock))
+    def open_one(
+        quota_bytes: int = 1 << 30, ttl_ms: int = RESPONSE_TTL_MS, listener: Listener | None = None
+    ) -> ResponseStore:
+        opened.append(ResponseStore(path, quota_bytes, ttl_ms, Signer(), NETWORK, clock, listener))
         return opened[-1]
 
     yield open_one
@@ -71,6 +75,40 @@ def response(
     number: int, body: bytes = b"{}", ttl_ms: int = RESPONSE_TTL_MS, scope: Scope = "network"
 ) -> StoreResponse:
     return StoreResponse(key(number), scope, MODEL, "vllm 0.32.0", ttl_ms, body)
+
+
+PEER = SigningKey(bytes([5]) * 32)
+
+
+def fetched(number: int, body: bytes, computed_at_ms: int, scope: Scope = "network") -> dict[str, object]:
+    """What `store_fetched` takes for a response that a peer computed."""
+    proof = make_proof(PEER, NETWORK, key(number), body, MODEL, "vllm 0.32.0", computed_at_ms)
+    return {
+        "key": key(number),
+        "body": body,
+        "raw_proof": proof.encode(),
+        "computed_at_ms": computed_at_ms,
+        "expires_at_ms": computed_at_ms + RESPONSE_TTL_MS,
+        "scope": scope,
+    }
+
+
+class Heard:
+    """A listener that remembers: what can be served, and everything told in order."""
+
+    def __init__(self) -> None:
+        self.servable: dict[bytes, Told] = {}
+        self.calls: list[tuple[tuple[Told, ...], tuple[bytes, ...]]] = []
+
+    def __call__(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+        self.calls.append((stored, gone))
+        self.servable.update((entry.request_hash, entry) for entry in stored)
+        for name in gone:
+            self.servable.pop(name, None)
+
+    def numbers(self) -> list[int]:
+        names = {request_hash(NETWORK, key(number)): number for number in range(1000)}
+        return sorted(names[name] for name in self.servable)
 
 
 def test_what_was_stored_is_read_in_place_with_its_proof(open_store: Open, path: Path, clock: Clock) -> None:
@@ -236,6 +274,204 @@ def test_a_directory_that_cannot_be_written_costs_entries_and_nothing_else(tmp_p
     assert store.stats()["stored"] >= 1
     store.close()
 
+
+def test_what_a_peer_computed_is_served_on_with_its_own_proof_and_time(
+    open_store: Open, path: Path, clock: Clock
+) -> None:
+    store, reader, at_ms = open_store(), ResponseReader(path), clock() - 3_600_000
+    sent = fetched(1, b"from a peer", at_ms)
+    assert store.store_fetched(**sent)
+    assert store.flush(10)
+    found = reader.find_by_hash(request_hash(NETWORK, key(1)), clock())
+    assert found == Shareable(
+        key(1), "network", StoredResponse(b"from a peer", sent["raw_proof"], at_ms, at_ms + RESPONSE_TTL_MS)
+    )
+    assert reader.get(key(1), at_ms + RESPONSE_TTL_MS) is None
+    assert store.stats() | {"stored": 0, "fetched": 1, "entries": 1} == store.stats()
+
+
+@pytest.mark.parametrize(
+    ("age_ms", "stays"), [(-1, b"fetched"), (0, b"computed"), (1, b"computed"), (RESPONSE_TTL_MS, b"computed")]
+)
+def test_what_was_computed_here_gives_way_to_what_is_newer_alone(
+    open_store: Open, path: Path, clock: Clock, age_ms: int, stays: bytes
+) -> None:
+    store = open_store()
+    store.store(response(1, b"computed"))
+    store.store_fetched(**fetched(1, b"fetched", clock() - age_ms))
+    assert store.flush(10)
+    entry = ResponseReader(path).get(key(1), clock())
+    assert entry is not None
+    assert entry.body == stays
+    store.store(response(1, b"computed again"))
+    assert store.flush(10)
+    entry = ResponseReader(path).get(key(1), clock())
+    assert entry is not None
+    assert entry.body == b"computed again"
+
+
+def test_this_nodes_shorter_ttl_holds_for_what_others_computed(open_store: Open, path: Path, clock: Clock) -> None:
+    store, reader = open_store(ttl_ms=5_000), ResponseReader(path)
+    store.store_fetched(**fetched(1, b"old", clock() - 5_000))
+    store.store_fetched(**fetched(2, b"young", clock() - 3_000))
+    assert store.flush(10)
+    assert [reader.get(key(number), clock() + 1_999) is not None for number in (1, 2)] == [False, True]
+    assert reader.get(key(2), clock() + 2_000) is None
+
+
+def test_private_entries_are_neither_told_of_nor_found(open_store: Open, path: Path, clock: Clock) -> None:
+    heard = Heard()
+    store = open_store(listener=heard)
+    for number, scope in enumerate(("private", "network", "public")):
+        store.store(response(number, scope=scope))  # type: ignore[arg-type]
+    store.store_fetched(**fetched(3, b"{}", clock(), "private"))
+    assert store.flush(10)
+    reader = ResponseReader(path)
+    found = [reader.find_by_hash(request_hash(NETWORK, key(number)), clock()) is not None for number in range(4)]
+    assert found == [False, True, True, False]
+    assert heard.numbers() == [1, 2]
+    store.store(response(1, scope="private"))  # from now on its owner keeps it
+    assert store.flush(10)
+    assert heard.numbers() == [2]
+    assert reader.find_by_hash(request_hash(NETWORK, key(1)), clock()) is None
+
+
+def test_what_can_be_served_is_told_after_it_can_be_read(open_store: Open, path: Path, clock: Clock) -> None:
+    reader, missing = ResponseReader(path), []
+
+    def listener(stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+        missing.extend(entry for entry in stored if not reader.find_by_hash(entry.request_hash, clock()))
+
+    store = open_store(listener=listener)
+    for number in range(50):
+        store.store(response(number))
+    assert store.flush(10)
+    assert not missing
+
+
+def test_computed_and_fetched_are_told_apart_and_replacing_is_no_loss(
+    open_store: Open, path: Path, clock: Clock
+) -> None:
+    heard = Heard()
+    store = open_store(listener=heard)
+    store.store(response(1))
+    store.store_fetched(**fetched(2, b"{}", clock() - 1000))
+    assert store.flush(10)
+    assert heard.servable == {
+        (name := request_hash(NETWORK, key(1))): Told(name, clock() + RESPONSE_TTL_MS, True),
+        (name := request_hash(NETWORK, key(2))): Told(name, clock() - 1000 + RESPONSE_TTL_MS, False),
+    }
+    clock.now_ms += 1
+    store.store(response(2))
+    assert store.flush(10)
+    assert heard.servable[name] == Told(name, clock() + RESPONSE_TTL_MS, True)
+    assert not any(gone for _, gone in heard.calls)
+
+
+def test_evicted_and_expired_entries_are_told_as_gone(open_store: Open, path: Path, clock: Clock) -> None:
+    heard = Heard()
+    store = open_store(quota_bytes=3 * 2048, listener=heard)
+    for number in range(5):
+        clock.now_ms += 1
+        store.store(response(number, bytes(1024), ttl_ms=100_000 * (number + 1)))
+        assert store.flush(10)
+    assert heard.numbers() == [2, 3, 4]
+    clock.now_ms += 350_000
+    store.touch([key(9)])
+    assert store.flush(10)
+    assert heard.numbers() == [3, 4]
+
+
+def test_an_entry_that_has_expired_when_it_is_stored_is_not_told_of(open_store: Open, clock: Clock) -> None:
+    heard = Heard()
+    store = open_store(ttl_ms=0, listener=heard)
+    store.store(response(1))
+    store.store_fetched(**fetched(2, b"{}", clock()))
+    assert store.flush(10)
+    assert heard.numbers() == []
+
+
+def test_a_node_that_starts_again_tells_of_all_it_has_bit_by_bit(open_store: Open, path: Path, clock: Clock) -> None:
+    store = open_store()
+    for number in range(600):
+        store.store(response(number, scope="private" if number % 3 == 0 else "network"))
+    store.store_fetched(**fetched(600, b"{}", clock()))
+    store.store(response(601, ttl_ms=1))
+    assert store.flush(10)
+    store.close()
+    clock.now_ms += 1
+    heard, began_s = Heard(), time.monotonic()
+    store = open_store(listener=heard)
+    store.store(response(700))
+    expected = [number for number in range(600) if number % 3] + [600, 700]
+    while heard.numbers() != expected and time.monotonic() < began_s + 10:
+        time.sleep(0.02)
+    assert heard.numbers() == expected
+    assert time.monotonic() - began_s >= 0.25
+    assert max(len(stored) for stored, _ in heard.calls) <= 256
+    assert [entry.computed for entry in heard.servable.values()].count(False) == 1
+
+
+def test_a_listener_whose_loop_has_closed_stops_nothing(open_store: Open, path: Path, clock: Clock) -> None:
+    loop = asyncio.new_event_loop()
+    loop.close()
+    store = open_store(listener=lambda stored, gone: loop.call_soon_threadsafe(print) and None)
+    for number in range(2):
+        store.store(response(number))
+        assert store.flush(10)
+    assert store.stats()["stored"] == 2
+
+
+def test_a_database_of_the_first_version_is_taken_over(open_store: Open, path: Path, clock: Clock) -> None:
+    proof = make_proof(Signer().signing_key, NETWORK, key(1), b"kept", MODEL, "vllm 0.32.0", clock())
+    database = sqlite3.connect(path)
+    database.executescript(SCHEMA_1)
+    database.execute(
+        "INSERT INTO entries VALUES (1, ?, ?, ?, ?, 1028, ?, 0, 'network')",
+        (key(1), proof.encode(), clock(), clock() + RESPONSE_TTL_MS, clock()),
+    )
+    database.execute("INSERT INTO bodies VALUES (1, ?)", (b"kept",))
+    database.commit()
+    database.close()
+    reader = ResponseReader(path)
+    assert reader.find_by_hash(proof.request_hash, clock()) is None  # and no error
+    heard = Heard()
+    store = open_store(listener=heard)
+    store.store(response(2))
+    assert store.flush(10)
+    found = reader.find_by_hash(proof.request_hash, clock())
+    assert found is not None
+    assert found.response.body == b"kept"
+    assert heard.numbers() == [1, 2]
+    assert store.stats() | {"entries": 2, "moved_aside": 0} == store.stats()
+
+
+SCHEMA_1 = """
+CREATE TABLE entries (
+    id INTEGER PRIMARY KEY,
+    request_key BLOB NOT NULL UNIQUE,
+    proof BLOB NOT NULL,
+    computed_at_ms INTEGER NOT NULL,
+    expires_at_ms INTEGER NOT NULL,
+    size INTEGER NOT NULL,
+    last_used_ms INTEGER NOT NULL,
+    hits INTEGER NOT NULL,
+    scope TEXT NOT NULL
+);
+CREATE INDEX entries_by_use ON entries (last_used_ms);
+CREATE INDEX entries_by_expiry ON entries (expires_at_ms);
+CREATE TABLE bodies (id INTEGER PRIMARY KEY, body BLOB NOT NULL);
+CREATE TABLE totals (entries INTEGER NOT NULL, bytes INTEGER NOT NULL);
+INSERT INTO totals VALUES (0, 0);
+CREATE TRIGGER entry_added AFTER INSERT ON entries
+BEGIN UPDATE totals SET entries = entries + 1, bytes = bytes + new.size; END;
+CREATE TRIGGER entry_removed AFTER DELETE ON entries
+BEGIN
+    UPDATE totals SET entries = entries - 1, bytes = bytes - old.size;
+    DELETE FROM bodies WHERE id = old.id;
+END;
+PRAGMA user_version = 1;
+"""
 
 _WRITER_HEAD = """
 import resource, sys

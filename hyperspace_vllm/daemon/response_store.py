@@ -1,5 +1,8 @@
 """The one writer of the response database: TTL, byte quota, least-recently-used eviction, CacheProofs.
 
+It takes what this node's engines computed, and signs it, and what was fetched from peers, with the proof that came with
+it. Whoever speaks for this node in the network hears which entries may leave it, after they were committed.
+
 A thread of its own takes messages from a bounded queue, everything that has queued up in one transaction. Nothing is
 synced to disk before an answer counts as stored: after a kill -9 the WAL holds all commits, after a power cut at worst
 the last ones are gone, and a lost entry is only a miss. A database that is damaged is moved aside, and a fresh one
@@ -13,6 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -20,13 +24,22 @@ from nacl.signing import SigningKey
 
 from ..core.records.ids import NetworkId, RequestKey
 from ..core.records.limits import RESPONSE_TTL_MS, STORE_QUEUE_BYTES_MAX, MiB
-from ..core.records.local import StoreResponse
-from ..core.response.cache_proof import make_proof
-from ..response_db import SCHEMA, SCHEMA_VERSION
+from ..core.records.local import Scope, StoreResponse
+from ..core.response.cache_proof import make_proof, request_hash
+from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION
+from .response_news import Listener, News, Retelling, Told
 
 _ENTRY_OVERHEAD_BYTES = 1024  # proof, key, index entries and the tail of a page
 _TOUCHES_MAX = 65_536
 _EXPIRE_EVERY_MS = 60_000
+# What lies there at the start is told at 1,000 entries a second: a registry's 20,000 in 20 s, at some 2 % of the loop.
+_RETELL_ENTRIES = 250
+_RETELL_EVERY_S = 0.25
+
+_INSERT = """
+INSERT INTO entries (request_key, proof, computed_at_ms, expires_at_ms, size, last_used_ms, hits, scope)
+VALUES (?, ?, ?, ?, ?, ?, 0, ?)
+"""
 
 
 class Signer(Protocol):
@@ -35,6 +48,18 @@ class Signer(Protocol):
     @property
     def signing_key(self) -> SigningKey:
         """The node's Ed25519 key."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """A response from a peer, opened and verified."""
+
+    request_key: RequestKey
+    scope: Scope
+    proof: bytes
+    computed_at_ms: int
+    expires_at_ms: int
+    body: bytes
 
 
 class _Damaged(sqlite3.DatabaseError):
@@ -57,15 +82,20 @@ class ResponseStore:
         identity: Signer,
         network: NetworkId,
         clock: Callable[[], int] = wall_clock_ms,
+        listener: Listener | None = None,
     ) -> None:
+        """`listener` hears, from the writer's thread, what this node can serve: first all that lies there already."""
         self._path = path
         self._quota_bytes = quota_bytes
         self._ttl_ms = min(ttl_ms, RESPONSE_TTL_MS)
         self._identity = identity
         self._network = network
         self._clock = clock
+        self._listener = listener
+        self._retelling = Retelling(network, identity.signing_key.verify_key.encode())
+        self._next_retelling_s = 0.0
         self._changed = threading.Condition()
-        self._queue: deque[StoreResponse] = deque()
+        self._queue: deque[StoreResponse | _Fetched] = deque()
         self._queue_bytes = 0
         self._touched: Counter[bytes] = Counter()
         self._closing = False
@@ -73,12 +103,34 @@ class ResponseStore:
         self._damaged = False
         self._next_expiry_ms = 0
         self._totals = {"entries": 0, "bytes": 0}
-        self._counts = dict.fromkeys(("stored", "dropped", "evicted", "expired", "hits", "failed", "moved_aside"), 0)
+        self._counts = dict.fromkeys(
+            ("stored", "fetched", "dropped", "evicted", "expired", "hits", "failed", "moved_aside"), 0
+        )
         self._thread = threading.Thread(target=self._run, name="hyperspace-responses", daemon=True)
         self._thread.start()
 
     def store(self, message: StoreResponse) -> bool:
         """Queue a response; False if it was dropped because the writer is behind or it exceeds the quota."""
+        return self._enqueue(message)
+
+    def store_fetched(
+        self,
+        key: RequestKey,
+        body: bytes,
+        raw_proof: bytes,
+        computed_at_ms: int,
+        expires_at_ms: int,
+        scope: Scope,
+    ) -> bool:
+        """Queue what a peer served and `open_hit` believed, to be served on under the same proof; False as `store`.
+
+        An entry that was computed at the same time or later stays.
+        """
+        assert raw_proof[:32] == request_hash(self._network, key)
+        expires_at_ms = min(expires_at_ms, computed_at_ms + self._ttl_ms)
+        return self._enqueue(_Fetched(key, scope, raw_proof, computed_at_ms, expires_at_ms, body))
+
+    def _enqueue(self, message: StoreResponse | _Fetched) -> bool:
         size = _size(message)
         with self._changed:
             if self._closing or size > self._quota_bytes or self._queue_bytes + size > STORE_QUEUE_BYTES_MAX:
@@ -129,9 +181,7 @@ class ResponseStore:
                 if database is not None:
                     self._busy = False
                     self._changed.notify_all()
-                    self._changed.wait_for(
-                        lambda: self._queue or self._touched or self._closing, _EXPIRE_EVERY_MS / 1000
-                    )
+                    self._changed.wait_for(lambda: self._queue or self._touched or self._closing, self._pause_s())
                 if self._closing and not self._queue and not self._touched:
                     break
                 self._busy = True
@@ -144,15 +194,20 @@ class ResponseStore:
             with contextlib.suppress(sqlite3.Error):
                 database.close()
 
+    def _pause_s(self) -> float:
+        return _EXPIRE_EVERY_MS / 1000 if self._listener is None or self._retelling.done else _RETELL_EVERY_S
+
     def _commit(
-        self, database: sqlite3.Connection | None, batch: list[StoreResponse], touched: Counter[bytes]
+        self, database: sqlite3.Connection | None, batch: list[StoreResponse | _Fetched], touched: Counter[bytes]
     ) -> sqlite3.Connection | None:
         """One transaction; what could not be written is counted and forgotten."""
+        news = News()
         try:
             database = database or self._open()
+            self._retell(database)
             with database:
                 database.execute("BEGIN IMMEDIATE")
-                evicted = self._write(database, batch, touched)
+                counts = self._write(database, batch, touched, news)
                 totals = _totals(database)
         except (sqlite3.Error, OSError) as error:
             self._count(failed=len(batch) or 1)
@@ -165,8 +220,16 @@ class ResponseStore:
             return database
         with self._changed:
             self._totals = totals
-        self._count(stored=len(batch), hits=touched.total(), **evicted)
+        self._count(hits=touched.total(), **counts)
+        if self._listener is not None:
+            news.tell(self._listener)
         return database
+
+    def _retell(self, database: sqlite3.Connection) -> None:
+        if self._listener is None or self._retelling.done or time.monotonic() < self._next_retelling_s:
+            return
+        self._next_retelling_s = time.monotonic() + _RETELL_EVERY_S
+        self._retelling.next(database, _RETELL_ENTRIES, self._clock()).tell(self._listener)
 
     def _open(self) -> sqlite3.Connection:
         try:
@@ -190,10 +253,12 @@ class ResponseStore:
             (version,) = database.execute("PRAGMA user_version").fetchone()
             (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
             (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if verdict != "ok" or (tables and version != SCHEMA_VERSION):
+            if verdict != "ok" or (tables and version != SCHEMA_VERSION and version not in MIGRATIONS):
                 raise _Damaged(verdict)
             if not tables:
                 database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
+            elif version in MIGRATIONS:
+                database.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[version]} COMMIT;")
         except sqlite3.Error:
             database.close()
             raise
@@ -210,11 +275,19 @@ class ResponseStore:
         self._count(moved_aside=1)
 
     def _write(
-        self, database: sqlite3.Connection, batch: list[StoreResponse], touched: Counter[bytes]
+        self,
+        database: sqlite3.Connection,
+        batch: list[StoreResponse | _Fetched],
+        touched: Counter[bytes],
+        news: News,
     ) -> dict[str, int]:
         now_ms = self._clock()
+        fetched = 0
         for message in batch:
-            self._insert(database, message, now_ms)
+            if isinstance(message, _Fetched):
+                fetched += self._insert_fetched(database, message, now_ms, news)
+            else:
+                self._insert_computed(database, message, now_ms, news)
         database.executemany(
             "UPDATE entries SET hits = hits + ?, last_used_ms = ? WHERE request_key = ?",
             [(hits, now_ms, key) for key, hits in touched.items()],
@@ -222,39 +295,59 @@ class ResponseStore:
         expired = 0
         if now_ms >= self._next_expiry_ms:
             self._next_expiry_ms = now_ms + _EXPIRE_EVERY_MS
-            expired = database.execute("DELETE FROM entries WHERE expires_at_ms <= ?", (now_ms,)).rowcount
-        return {"expired": expired, "evicted": self._evict(database)}
+            expired = _delete(database, "expires_at_ms <= ?", now_ms, news)
+        stored = sum(isinstance(message, StoreResponse) for message in batch)
+        return {"stored": stored, "fetched": fetched, "expired": expired, "evicted": self._evict(database, news)}
 
-    def _insert(self, database: sqlite3.Connection, message: StoreResponse, now_ms: int) -> None:
+    def _insert_computed(self, database: sqlite3.Connection, message: StoreResponse, now_ms: int, news: News) -> None:
+        key = RequestKey(message.request_key)
         proof = make_proof(
             self._identity.signing_key,
             self._network,
-            RequestKey(message.request_key),
+            key,
             message.body,
             message.model_digest,
             message.engine_version,
             now_ms,
         )
-        database.execute("DELETE FROM entries WHERE request_key = ?", (message.request_key,))
         expires_at_ms = now_ms + min(self._ttl_ms, message.ttl_ms)
-        cursor = database.execute(
-            "INSERT INTO entries (request_key, proof, computed_at_ms, expires_at_ms, size, last_used_ms, hits, scope)"
-            " VALUES (?, ?, ?, ?, ?, ?, 0, ?)",
-            (message.request_key, proof.encode(), now_ms, expires_at_ms, _size(message), now_ms, message.scope),
-        )
-        database.execute("INSERT INTO bodies (id, body) VALUES (?, ?)", (cursor.lastrowid, message.body))
+        _delete(database, "request_key = ?", key, news)
+        values = (key, proof.encode(), now_ms, expires_at_ms, _size(message), now_ms, message.scope)
+        _insert(database, values, message.body)
+        if message.scope != "private" and expires_at_ms > now_ms:
+            news.stored(Told(proof.request_hash, expires_at_ms, True))
 
-    def _evict(self, database: sqlite3.Connection) -> int:
+    def _insert_fetched(self, database: sqlite3.Connection, message: _Fetched, now_ms: int, news: News) -> bool:
+        """Whether it was stored: not if it has expired, or what is here is no older."""
+        query = "SELECT 1 FROM entries WHERE request_key = ? AND computed_at_ms >= ? AND expires_at_ms > ?"
+        newer_here = database.execute(query, (message.request_key, message.computed_at_ms, now_ms)).fetchone()
+        if newer_here or message.expires_at_ms <= now_ms:
+            return False
+        _delete(database, "request_key = ?", message.request_key, news)
+        values = (
+            message.request_key,
+            message.proof,
+            message.computed_at_ms,
+            message.expires_at_ms,
+            _size(message),
+            now_ms,
+            message.scope,
+        )
+        _insert(database, values, message.body)
+        if message.scope != "private":
+            news.stored(Told(message.proof[:32], message.expires_at_ms, False))
+        return True
+
+    def _evict(self, database: sqlite3.Connection, news: News) -> int:
         """Delete the least recently used entries until the rest fit the quota."""
         excess = _totals(database)["bytes"] - self._quota_bytes
-        doomed: list[tuple[int]] = []
+        doomed: list[int] = []
         for entry, size in database.execute("SELECT id, size FROM entries ORDER BY last_used_ms, id"):
             if excess <= 0:
                 break
-            doomed.append((entry,))
+            doomed.append(entry)
             excess -= size
-        database.executemany("DELETE FROM entries WHERE id = ?", doomed)
-        return len(doomed)
+        return sum(_delete(database, "id = ?", entry, news) for entry in doomed)
 
     def _count(self, **increments: int) -> None:
         with self._changed:
@@ -262,8 +355,21 @@ class ResponseStore:
                 self._counts[name] += increment
 
 
-def _size(message: StoreResponse) -> int:
+def _size(message: StoreResponse | _Fetched) -> int:
     return len(message.body) + _ENTRY_OVERHEAD_BYTES
+
+
+def _insert(database: sqlite3.Connection, values: tuple[object, ...], body: bytes) -> None:
+    cursor = database.execute(_INSERT, values)
+    database.execute("INSERT INTO bodies (id, body) VALUES (?, ?)", (cursor.lastrowid, body))
+
+
+def _delete(database: sqlite3.Connection, where: str, value: int | bytes, news: News) -> int:
+    """Delete the entries that `where`, a condition of this module, selects; how many."""
+    shareable = "SELECT CAST(request_hash AS BLOB) FROM entries WHERE scope <> 'private' AND"
+    for (hash_,) in database.execute(f"{shareable} {where}", (value,)):
+        news.gone(hash_)
+    return database.execute(f"DELETE FROM entries WHERE {where}", (value,)).rowcount
 
 
 def _totals(database: sqlite3.Connection) -> dict[str, int]:

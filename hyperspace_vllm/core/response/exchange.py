@@ -56,6 +56,19 @@ def open_hit(
 
     `meet(signer, tag)` hears who vouches for the proof's signer, before `trusts(signer)` is asked.
     """
+    return unseal_hit(hit, key, network, judge_hit(hit, key, network, model_digest, trusts, meet, now_ms))
+
+
+def judge_hit(
+    hit: Hit,
+    key: RequestKey,
+    network: NetworkId,
+    model_digest: bytes,
+    trusts: Callable[[bytes], bool],
+    meet: Callable[[bytes, bytes], object],
+    now_ms: int,
+) -> CacheProof:
+    """The first half of `open_hit`, all but the body: 0.1 ms, in the thread that `trusts` and `meet` belong to."""
     if len(hit.sealed) > SEALED_BYTES_MAX:
         raise Refused("too_large", str(len(hit.sealed)))
     proof = decode_proof(hit.proof)
@@ -67,6 +80,11 @@ def open_hit(
         return trusts(signer)
 
     check_statement(proof, request_hash(network, key), model_digest, trusts_once_met, now_ms)
+    return proof
+
+
+def unseal_hit(hit: Hit, key: RequestKey, network: NetworkId, proof: CacheProof) -> Opened:
+    """The second half of `open_hit`, for any thread: 1 ms for a MiB."""
     body = open_response(key, network, hit.nonce, hit.sealed, hit.proof)
     check_body(proof, body)
     return Opened(body, proof, hit.proof, proof.computed_at_ms + RESPONSE_TTL_MS)
