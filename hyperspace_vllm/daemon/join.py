@@ -3,27 +3,39 @@
 Importing and starting libp2p takes seconds, for which no engine waits: a node serves its host first, and joins then.
 """
 
+import asyncio
+import logging
 import os
 import random
+import socket
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
+from importlib import import_module
 from pathlib import Path
 
 from ..config import Config
 from ..core.node.network import NetworkNode, NetworkOptions
+from ..core.node.network_events import RowsStored
 from ..core.peers.reputation import Reputation
 from ..core.peers.trust import Trust
 from ..core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
-from ..core.records.ids import PeerId, network_id, public_key_of
+from ..core.records.ids import PeerId, RequestKey, RowId, network_id, public_key_of
+from ..core.records.local import Scope
 from ..core.records.peer_record import PeerRecord
 from ..core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
+from ..response_db import database_path
 from .identity import Identity, IdentityError
 from .metrics import Metrics
 from .network_driver import Clients, NetworkDriver, Stored
+from .response_news import Told
 from .response_server import ResponseServer
 
+log = logging.getLogger(__name__)
+
+JOIN_AGAIN_S = 10.0
+BEFORE_MAX = 20_000  # news from before libp2p had started
 _KEY_BYTES = 32
 
 
@@ -58,62 +70,160 @@ def make_trust(config: Config, identity: Identity, network_key: bytes | None) ->
     return Trust(config.trust, identity.public_key, listed, allowed, network_key, Reputation())
 
 
-async def join(
-    parts: AsyncExitStack,
-    config: Config,
-    identity: Identity,
-    trust: Trust,
-    network_key: bytes | None,
-    endpoint: str,
-    store: Stored | None,
-    responses: ResponseServer | None,
-    clients: Clients,
-    metrics: Metrics,
-    on_peers: Callable[[tuple[PeerRecord, ...]], None],
-) -> NetworkDriver:
-    """A driver whose node has begun to join; everything it needs is closed with `parts`. `OSError`: address in use."""
-    from .libp2p_host import Libp2pHost
-    from .redis_registry import RedisRegistry
-    from .registry_documents import RegistryDocuments
+class Network:
+    """The network as the rest of the node sees it, joined or not yet: what happens before is kept or answered so."""
 
-    network = network_id(config.network)
-    redis = None
-    if config.registry:
-        redis = RedisRegistry(config.registry, network, identity.peer_id, _now_ms)
-        parts.push_async_callback(redis.close)
-    documents = None if redis else RegistryDocuments(network, identity.signing_key, _now_ms, config.nice)
-    if documents:
-        parts.push_async_callback(documents.close)
-    relay = _Relay()
-    host = Libp2pHost(
-        identity.signing_key,
-        config.p2p_listen,
-        network_key,
-        config.mdns,
-        (CACHE_PROTOCOL, PEERS_PROTOCOL),
-        (RESPONSE_TOPIC, PREFIX_TOPIC),
-        relay,
-    )
-    await host.start()
-    parts.push_async_callback(host.close)
-    bootstrap = tuple((PeerId(entry.partition("@")[0]), entry.partition("@")[2]) for entry in config.bootstrap)
-    options = NetworkOptions(
-        network,
-        _advertised(config, host.address),
-        _advertised(config, endpoint) if endpoint else "",
-        bootstrap,
-        network_key,
-        config.disk_bytes + config.response_bytes,
-        documents is not None,
-    )
-    node = NetworkNode(options, identity.signing_key, trust, random.Random(), _now_ms())
-    scope = config.share if config.share == "public" else "network"
-    driver = NetworkDriver(node, network, trust, store, responses, documents, redis, metrics, on_peers, scope)
-    driver.clients, driver.host, relay.driver = clients, host, driver
-    metrics.connected_peers.set_function(lambda: len(host.connected))
-    parts.push_async_callback(driver.close)
-    await driver.start()
-    return driver
+    def __init__(self, config: Config, identity: Identity, metrics: Metrics) -> None:
+        self._config = config
+        self._identity = identity
+        self._metrics = metrics
+        self._network = network_id(config.network)
+        self._key = load_network_key(config)
+        self.trust = make_trust(config, identity, self._key)
+        self._loop = asyncio.get_running_loop()
+        self._driver: NetworkDriver | None = None
+        self._clients: Clients | None = None
+        self._stored_before: dict[bytes, Told] = {}
+        self._rows_before: list[RowsStored] = []
+        self._failure = ""
+
+    @property
+    def address(self) -> str:
+        """host:port of libp2p's listener; '' before it listens."""
+        return self._driver.host.address if self._driver else ""
+
+    def status(self) -> dict[str, object] | None:
+        """What `hyperspace status` shows of the network."""
+        if not self._config.p2p_listen:
+            return None
+        return self._driver.status() if self._driver else {"state": self._failure or "joining"}
+
+    async def run(
+        self,
+        endpoint: str,
+        store: Stored | None,
+        clients: Clients,
+        on_peers: Callable[[tuple[PeerRecord, ...]], None],
+        on_joined: Callable[[], None],
+    ) -> None:
+        """Join, and stay until cancelled. A listener that can't be had is tried again."""
+        self._clients = clients
+        while self._config.p2p_listen:
+            async with AsyncExitStack() as parts:
+                try:
+                    self._driver = await self._join(parts, endpoint, store, clients, on_peers)
+                except OSError as error:
+                    self._failure = f"p2p_listen {self._config.p2p_listen}: {error.strerror or error}"
+                    log.error("not joined: %s", self._failure)
+                else:
+                    self._tell_what_was_before(self._driver)
+                    on_joined()
+                    await asyncio.Event().wait()
+            await asyncio.sleep(JOIN_AGAIN_S)
+
+    def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
+        """Look for a response at other nodes (response_lookups.ResponseFinder)."""
+        if self._driver is not None and self._config.share != "private":
+            self._driver.find(lookup, request_key, model_digest, deadline_ms)
+        elif self._clients is not None:
+            self._clients.answer_response(lookup, None, "off" if not self._config.p2p_listen else "no_peers")
+
+    def release(self, lookup: int) -> None:
+        """Nobody waits for the lookup any more."""
+        if self._driver is not None:
+            self._driver.release(lookup)
+
+    def used(self, keys: Iterable[bytes]) -> None:
+        """Clients of this host had hits of these RequestKeys."""
+        if self._driver is not None:
+            self._driver.used(keys)
+
+    def heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+        """What the response store can serve now, and what no more (response_news.Listener); from any thread."""
+        self._loop.call_soon_threadsafe(self._heard, stored, gone)
+
+    def rows_stored(self, event: RowsStored) -> None:
+        """KV rows that this node can serve now."""
+        if self._driver is not None:
+            self._driver.submit(event)
+        elif len(self._rows_before) < BEFORE_MAX:
+            self._rows_before.append(event)
+
+    def hints(self, row_id: RowId) -> tuple[PeerId, ...]:
+        """Who says that it serves a KV row."""
+        return self._driver.row_hints(row_id) if self._driver else ()
+
+    def _heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+        if self._config.share == "private":
+            return
+        if self._driver is not None:
+            self._driver.heard(stored, gone)
+            return
+        for each in stored:
+            if len(self._stored_before) < BEFORE_MAX:
+                self._stored_before[each.request_hash] = each
+        for name in gone:
+            self._stored_before.pop(name, None)
+
+    def _tell_what_was_before(self, driver: NetworkDriver) -> None:
+        driver.heard(tuple(self._stored_before.values()), ())
+        for event in self._rows_before:
+            driver.submit(event)
+        self._stored_before.clear()
+        self._rows_before.clear()
+
+    async def _join(
+        self,
+        parts: AsyncExitStack,
+        endpoint: str,
+        store: Stored | None,
+        clients: Clients,
+        on_peers: Callable[[tuple[PeerRecord, ...]], None],
+    ) -> NetworkDriver:
+        """A driver whose node has begun to join; everything it needs is closed with `parts`."""
+        await asyncio.to_thread(import_module, ".libp2p_host", __package__)  # seconds, in which engines are served
+        from .libp2p_host import Libp2pHost
+        from .registry_documents import RegistryDocuments
+
+        config, identity = self._config, self._identity
+        redis = None
+        if config.registry:
+            from .redis_registry import RedisRegistry
+
+            redis = RedisRegistry(config.registry, self._network, identity.peer_id, _now_ms)
+            parts.push_async_callback(redis.close)
+        documents = None if redis else RegistryDocuments(self._network, identity.signing_key, _now_ms, config.nice)
+        if documents:
+            parts.push_async_callback(documents.close)
+        responses = None
+        if store is not None:
+            responses = ResponseServer(database_path(config.data_dir), self._network, self.trust.vouch)
+            parts.callback(responses.close)
+        relay = _Relay()
+        topics, protocols = (RESPONSE_TOPIC, PREFIX_TOPIC), (CACHE_PROTOCOL, PEERS_PROTOCOL)
+        host = Libp2pHost(identity.signing_key, config.p2p_listen, self._key, config.mdns, protocols, topics, relay)
+        parts.push_async_callback(host.close)
+        await host.start()
+        bootstrap = tuple((PeerId(entry.partition("@")[0]), entry.partition("@")[2]) for entry in config.bootstrap)
+        options = NetworkOptions(
+            self._network,
+            _reachable(config.advertise, host.address),
+            _reachable(config.advertise, endpoint),
+            bootstrap,
+            self._key,
+            config.disk_bytes + config.response_bytes,
+            documents is not None,
+        )
+        node = NetworkNode(options, identity.signing_key, self.trust, random.Random(), _now_ms())
+        scope: Scope = "public" if config.share == "public" else "network"
+        driver = NetworkDriver(
+            node, self._network, self.trust, store, responses, documents, redis, self._metrics, on_peers, scope
+        )
+        driver.clients, driver.host, relay.driver = clients, host, driver
+        self._metrics.connected_peers.set_function(lambda: len(host.connected))
+        parts.push_async_callback(driver.close)
+        driver.start()
+        return driver
 
 
 class _Relay:
@@ -141,8 +251,26 @@ class _Relay:
             self.driver.on_discovered(peer, address)
 
 
-def _advertised(config: Config, address: str) -> str:
-    return f"{config.advertise}:{address.rpartition(':')[2]}" if config.advertise else address
+def _reachable(advertise: str, listens_at: str) -> str:
+    """host:port to tell others: the configured host, else what the listener is bound to, never a wildcard."""
+    if not listens_at:
+        return ""
+    host, _, port = listens_at.rpartition(":")
+    if advertise:
+        host = str(socket.getaddrinfo(advertise, None, type=socket.SOCK_STREAM)[0][4][0])
+    elif host.strip("[]") in ("0.0.0.0", "::", "*"):
+        host = _outward_address()
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def _outward_address() -> str:
+    """The address that this host uses towards others; no packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # TEST-NET-1, RFC 5737
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
 
 
 def _now_ms() -> int:

@@ -23,11 +23,12 @@ import zmq
 from ..client import NodeClient
 from ..config import Config
 from ..core.node.events import Event
-from ..core.records.ids import PeerId, network_id, public_key_of
+from ..core.records.ids import PeerId, network_id
 from ..core.records.limits import EMBEDDED_LINGER_MS, MiB
 from ..response_db import database_path
 from .arena import Arena
 from .identity import Identity, IdentityError
+from .join import Network
 from .local_server import LocalServer
 from .metrics import Metrics
 from .row_cache import RowCache
@@ -97,16 +98,18 @@ class _Node:
         async with AsyncExitStack() as parts:
             server = await self._build(parts)
             serving = asyncio.create_task(server.run())
+            joining = asyncio.create_task(self._join(server, embedded))
             enough = asyncio.create_task(_until_unwanted(server) if embedded else stop.wait())
             stopping = asyncio.create_task(stop.wait())
-            self._write_card(parts, embedded)
+            self._write_card(embedded)
+            parts.callback(self._card.unlink, missing_ok=True)
             logger.info("node %s serves %s", self._identity.peer_id, self._config.data_dir)
             try:
                 done, _ = await asyncio.wait((serving, enough, stopping), return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     await task  # a server that failed ends the node with its error
             finally:
-                for task in (serving, enough, stopping):
+                for task in (joining, serving, enough, stopping):
                     task.cancel()
                     with suppress(asyncio.CancelledError):
                         await task
@@ -119,11 +122,12 @@ class _Node:
         arena = Arena.create(config.data_dir, config.arena_bytes)
         parts.callback(arena.close)
         self._cache = RowCache(arena)
+        self._joined = Network(config, self._identity, self._metrics)
         self._responses = self._open_responses(parts) if config.response_cache else None
         self._driver = driver = await self._open_data_plane(parts) if config.kv_cache else None
         submit: Callable[[Event], None] = driver.submit if driver else lambda event: None
         self._server = LocalServer(
-            config, self._identity, self._cache, submit, self._responses, self._status, self._metrics, None
+            config, self._identity, self._cache, submit, self._responses, self._status, self._metrics, self._joined
         )
         if driver:
             driver.server = self._server
@@ -131,6 +135,24 @@ class _Node:
         if config.metrics_listen:
             self._metrics_endpoint = self._metrics.listen(config.metrics_listen)
         return self._server
+
+    async def _join(self, server: LocalServer, embedded: bool) -> None:
+        driver = self._driver
+        try:
+            await self._joined.run(
+                self._transport.endpoint if self._transport else "",
+                self._responses,
+                server,
+                driver.set_peers if driver else lambda records: None,
+                lambda: self._on_joined(embedded),
+            )
+        except Exception:  # a node without its network still serves its host
+            logger.exception("the network has failed: please report it")
+
+    def _on_joined(self, embedded: bool) -> None:
+        self._write_card(embedded)
+        if self._driver:
+            self._driver.report_stored()
 
     def _open_responses(self, parts: AsyncExitStack) -> "ResponseStore":
         from .response_store import ResponseStore
@@ -142,14 +164,13 @@ class _Node:
             config.response_ttl_s * 1000,
             self._identity,
             self._network,
+            listener=self._joined.heard,
         )
         parts.callback(store.close)
         return store
 
     async def _open_data_plane(self, parts: AsyncExitStack) -> "Driver":
         from ..core.node.node import Node
-        from ..core.peers.reputation import Reputation
-        from ..core.peers.trust import Trust
         from .chunk_store import ChunkStore
         from .chunk_transport import ChunkTransport
         from .compute_pool import ComputePool
@@ -157,14 +178,22 @@ class _Node:
 
         config = self._config
         peers = tuple(PeerId(peer.partition("@")[0]) for peer in config.peers)
-        node = Node(self._network, peers, config.fetch, random.Random())
+        node = Node(self._network, peers, config.fetch, random.Random(), self._joined.hints)
         store = ChunkStore(config.data_dir / "chunks", config.disk_bytes)
         compute = ComputePool(config.nice)
-        listed = frozenset(public_key_of(peer) for peer in peers)
-        trust = Trust("members", self._identity.public_key, listed, frozenset(), None, Reputation())
+        trust = self._joined.trust
         transport = ChunkTransport(config, self._identity, store, self._metrics, trust)
         driver = Driver(
-            node, self._cache, store, transport, compute, self._metrics, self._identity, self._network, trust
+            node,
+            self._cache,
+            store,
+            transport,
+            compute,
+            self._metrics,
+            self._identity,
+            self._network,
+            trust,
+            self._joined.rows_stored,
         )
         parts.push_async_callback(driver.close)
         self._transport = transport
@@ -176,32 +205,32 @@ class _Node:
         if (responses := self._responses) is not None:
             self._metrics.store_bytes.labels("response").set_function(lambda: responses.stats()["bytes"])
 
-    def _write_card(self, parts: AsyncExitStack, embedded: bool) -> None:
-        card = self._config.data_dir / "node.json"
-        draft = card.with_suffix(".json.new")
+    @property
+    def _card(self) -> Path:
+        return self._config.data_dir / "node.json"
+
+    def _write_card(self, embedded: bool) -> None:
+        draft = self._card.with_suffix(".json.new")
         draft.write_text(
             json.dumps(
                 {
                     "pid": os.getpid(),
                     "peer_id": self._identity.peer_id,
                     "endpoint": self._transport.endpoint if self._transport else "",
+                    "p2p": self._joined.address,
                     "metrics": self._metrics_endpoint,
                     "embedded": embedded,
                 }
             )
         )
-        draft.replace(card)
-        parts.callback(card.unlink, missing_ok=True)
+        draft.replace(self._card)
 
     def _peers(self) -> list[dict[str, object]]:
-        pairs = [peer.partition("@")[::2] for peer in self._config.peers]
+        if (transport := self._transport) is None:
+            return []
         return [
-            {
-                "peer_id": peer,
-                "endpoint": endpoint,
-                "connected": self._transport is not None and self._transport.is_connected(PeerId(peer)),
-            }
-            for peer, endpoint in pairs
+            {"peer_id": peer, "endpoint": transport.endpoint_of(peer), "connected": transport.is_connected(peer)}
+            for peer in transport.peers
         ]
 
     def _status(self) -> bytes:
@@ -219,6 +248,7 @@ class _Node:
                 "uptime_s": round(time.monotonic() - self._started_at, 1),
                 "engine_leases": self._server.engine_leases,
                 "peers": self._peers(),
+                "p2p": self._joined.status(),
                 "arena": {
                     "path": str(arena.path),
                     "capacity_bytes": arena.capacity_bytes,

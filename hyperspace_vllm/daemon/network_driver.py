@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Protocol, assert_never
+from typing import TYPE_CHECKING, Protocol, assert_never
 
 from ..core.node.network import NetworkNode
 from ..core.node.network_effects import (
@@ -54,13 +54,15 @@ from ..core.node.network_events import (
 )
 from ..core.peers.trust import Trust
 from ..core.records.errors import ProtocolViolation, Refused
-from ..core.records.ids import NetworkId, PeerId, RequestKey, peer_id, public_key_of
+from ..core.records.ids import NetworkId, PeerId, RequestKey, RowId, peer_id
 from ..core.records.limits import PROVIDERS_MAX
+from ..core.records.local import Scope
 from ..core.records.peer_record import PeerRecord
 from ..core.records.peer_wire import (
     Hit,
     Miss,
     PeerAnswer,
+    PeerRequest,
     Query,
     Refusal,
     decode_answer,
@@ -70,13 +72,16 @@ from ..core.records.peer_wire import (
 )
 from ..core.response.cache_proof import request_hash
 from ..core.response.exchange import LIES, Opened, open_hit
-from .libp2p_host import Libp2pHost
 from .metrics import Metrics
 from .peer_failed import PeerFailed
-from .redis_registry import RedisRegistry
-from .registry_documents import RegistryDocuments
 from .response_lookups import FoundResponse
+from .response_news import Told
 from .response_server import ResponseServer
+
+if TYPE_CHECKING:  # optional, or slow to import: join.py builds them
+    from .libp2p_host import Libp2pHost
+    from .redis_registry import RedisRegistry
+    from .registry_documents import RegistryDocuments
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +96,13 @@ class Stored(Protocol):
     """Where fetched responses go (ResponseStore)."""
 
     def store_fetched(
-        self, key: RequestKey, body: bytes, raw_proof: bytes, computed_at_ms: int, expires_at_ms: int, scope: str
+        self,
+        key: RequestKey,
+        body: bytes,
+        raw_proof: bytes,
+        computed_at_ms: int,
+        expires_at_ms: int,
+        scope: Scope,
     ) -> bool:
         """Store with the original proof; never blocks."""
 
@@ -118,7 +129,7 @@ class NetworkDriver:
     """One node's network shell. `clients` and `host` are set by whoever builds them all."""
 
     clients: Clients
-    host: Libp2pHost
+    host: "Libp2pHost"
 
     def __init__(
         self,
@@ -127,11 +138,11 @@ class NetworkDriver:
         trust: Trust,
         store: Stored | None,
         responses: ResponseServer | None,
-        documents: RegistryDocuments | None,
-        redis: RedisRegistry | None,
+        documents: "RegistryDocuments | None",
+        redis: "RedisRegistry | None",
         metrics: Metrics,
         on_peers: Callable[[tuple[PeerRecord, ...]], None],
-        scope: str,
+        scope: Scope,
     ) -> None:
         self._node = node
         self._network = network
@@ -156,7 +167,7 @@ class NetworkDriver:
         self.known: tuple[PeerRecord, ...] = ()
         self.last_lookup: dict[str, object] = {}
 
-    async def start(self) -> None:
+    def start(self) -> None:
         """Begin to join the network; `host` has started."""
         self._perform_all(self._node.start(self._now_ms()))
         self._set_timer()
@@ -206,23 +217,27 @@ class NetworkDriver:
             self._lookups[lookup].released = True
             self.submit(ResponseReleased(lookup))
 
-    def stored(self, name: bytes, expires_at_ms: int, computed: bool) -> None:
-        """The store has committed a response that may leave this node."""
+    def heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+        """What the store can serve now, and what no more."""
         if self._redis is not None:
-            self._redis.note_stored(name, expires_at_ms)
-        self.submit(ResponseStored(name, expires_at_ms, computed, self._claims.pop(name, 0)))
+            self._redis.note_gone(gone)
+        if gone:
+            self.submit(ResponsesGone(gone))
+        for told in stored:
+            if self._redis is not None:
+                self._redis.note_stored(told.request_hash, told.expires_at_ms)
+            claimed = self._claims.pop(told.request_hash, 0)
+            self.submit(ResponseStored(told.request_hash, told.expires_at_ms, told.computed, claimed))
 
-    def gone(self, names: tuple[bytes, ...]) -> None:
-        """The store has dropped responses."""
-        if self._redis is not None:
-            self._redis.note_gone(names)
-        self.submit(ResponsesGone(names))
+    def row_hints(self, row_id: RowId) -> tuple[PeerId, ...]:
+        """Who says that it serves a KV row."""
+        return self._node.providers(row_id, self._now_ms())
 
     def used(self, keys: Iterable[bytes]) -> None:
         """Clients of this host had hits."""
         self.submit(ResponsesUsed(tuple(request_hash(self._network, RequestKey(key)) for key in keys)))
 
-    async def _find_with_redis(self, redis: RedisRegistry, lookup: int, name: bytes, deadline_ms: int) -> None:
+    async def _find_with_redis(self, redis: "RedisRegistry", lookup: int, name: bytes, deadline_ms: int) -> None:
         told = await redis.providers(name)
         self.submit(ResponseWanted(lookup, name, deadline_ms, told))
 
@@ -327,8 +342,8 @@ class NetworkDriver:
         else:
             self.submit(Answered(effect.request, effect.peer, answer))
 
-    async def _ask(self, peer: PeerId, message: "Query | object", timeout_s: float) -> PeerAnswer:
-        frame = await self.host.request(peer, protocol_of(message), encode(message), timeout_s)  # type: ignore[arg-type]
+    async def _ask(self, peer: PeerId, message: PeerRequest, timeout_s: float) -> PeerAnswer:
+        frame = await self.host.request(peer, protocol_of(message), encode(message), timeout_s)
         try:
             return decode_answer(frame)
         except ProtocolViolation as violation:
@@ -505,8 +520,3 @@ class NetworkDriver:
         except Exception:
             log.exception("a bug in Hyperspace: please report it")
             self._metrics.failures_total.labels("l1", "bug").inc()
-
-
-def may_be_told(trust: Trust, peer: PeerId) -> bool:
-    """Whether a peer may have responses of scope `network`."""
-    return trust.admits(public_key_of(peer))

@@ -185,6 +185,11 @@ class NetworkNode:
         others = self._outbox.next_deadline_ms(), self.registry.next_deadline_ms()
         return min([*times, *(time for time in others if time is not None)])
 
+    def providers(self, name: bytes, now_ms: int) -> tuple[PeerId, ...]:
+        """Others that say they serve an id (request hash or row id); hints."""
+        told = (*self.hints.providers(name, now_ms), *self.registry.providers(name, now_ms))
+        return tuple(peer for peer in dict.fromkeys(told) if peer != self._me)
+
     # --- events ---------------------------------------------------------------------------------
 
     def _dispatch(self, event: NetworkEvent, now_ms: int) -> list[NetworkEffect]:
@@ -324,11 +329,7 @@ class NetworkNode:
             return [HintResponse(event.lookup, False), AnswerResponse(event.lookup, None, "none", "busy")]
         if not self.members.usable(now_ms):
             return [HintResponse(event.lookup, False), AnswerResponse(event.lookup, None, "none", "no_peers")]
-        told = (
-            *event.told,
-            *self.hints.providers(event.request_hash, now_ms),
-            *self.registry.providers(event.request_hash, now_ms),
-        )
+        told = (*event.told, *self.providers(event.request_hash, now_ms))
         providers = self._candidates(told, now_ms)
         lookup = ResponseLookup(event, providers, self._may_search(event.request_hash, now_ms), now_ms)
         self._lookups[event.lookup] = lookup
@@ -408,7 +409,7 @@ class NetworkNode:
         """Announce what was computed; what was fetched only while the popular want more copies than there are."""
         if not event.computed:
             self._popularity.add(event.request_hash, now_ms, event.popularity / 16)
-            copies = len(self._known_providers(event.request_hash, now_ms))
+            copies = len(self.providers(event.request_hash, now_ms))
             if copies >= replicas_wanted(self._popularity.requests(event.request_hash, now_ms)):
                 return []
         self._register(event.request_hash, event.expires_at_ms)
@@ -416,9 +417,6 @@ class NetworkNode:
         requests = self._popularity.requests(event.request_hash, now_ms)
         self._provide_later(requests, f"/cache/{event.request_hash.hex()}")
         return self._outbox.flush(now_ms)
-
-    def _known_providers(self, name: bytes, now_ms: int) -> set[PeerId]:
-        return {*self.hints.providers(name, now_ms), *self.registry.providers(name, now_ms)} - {self._me}
 
     def _rows_stored(self, event: RowsStored) -> list[NetworkEffect]:
         for row_id in event.row_ids:
