@@ -15,14 +15,15 @@ from nacl.signing import SigningKey
 
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records import wire
-from hyperspace_vllm.core.records.ids import ManifestDigest, RowId, network_id, sha256
+from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RowId, network_id, peer_id, sha256
 from hyperspace_vllm.core.records.limits import PEER_CONTROL_BYTES_MAX, PEER_REQUESTS_MAX, MiB
 from hyperspace_vllm.daemon.chunk_store import ChunkStore
-from hyperspace_vllm.daemon.chunk_transport import ChunkTransport
+from hyperspace_vllm.daemon.chunk_transport import LINKS_MAX, ChunkTransport
 from hyperspace_vllm.daemon.identity import Identity, curve_public_of
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.object_codec import ObjectRecord, encode_row, new_nonce, sign_record
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
+from hyperspace_vllm.daemon.zmq_pump import HANDSHAKE_MS
 
 from .nodes import peer_of, trust_of, until
 
@@ -58,9 +59,9 @@ class Side:
         self.identity = Identity.load(directory)
         self.store = ChunkStore(directory / "chunks", 64 * MiB)
         self.metrics = Metrics()
-        trust = trust_of(self.identity, peers)
+        self.trust = trust_of(self.identity, peers)
         self.transport = ChunkTransport(
-            Config(data_dir=directory, peers=peers), self.identity, self.store, self.metrics, trust
+            Config(data_dir=directory, peers=peers), self.identity, self.store, self.metrics, self.trust
         )
 
     @property
@@ -142,6 +143,159 @@ async def test_strangers_do_not_get_in(pair: tuple[Side, Side], tmp_path: Path) 
     assert server.metrics.failures_total.labels("l2", "unknown_peer")._value.get() >= 1
     await client.transport.find(server.identity.peer_id, (ROW_ID,), 5.0)
     await stranger.transport.close()
+
+
+# --- peers that come and go ---------------------------------------------------------------------
+
+
+@pytest.fixture
+async def strangers(tmp_path: Path) -> AsyncIterator[tuple[Side, Side]]:
+    """A server and a client that have never heard of each other."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    server, client = Side(tmp_path / "a"), Side(tmp_path / "b")
+    yield server, client
+    await client.transport.close()
+    await server.transport.close()
+
+
+def introduce(server: Side, client: Side) -> PeerId:
+    server.transport.admit([client.identity.peer_id])
+    client.transport.set_peers({server.identity.peer_id: server.transport.endpoint})
+    return server.identity.peer_id
+
+
+async def test_a_discovered_peer_is_asked_and_served_like_a_configured_one(strangers: tuple[Side, Side]) -> None:
+    server, client = strangers
+    record = put_object(server.store)
+    peer = introduce(server, client)
+    assert client.transport.peers == (peer,)
+    await until(lambda: client.transport.is_connected(peer))
+    assert len((await client.transport.find(peer, (ROW_ID,), 5.0)).offers) == 1
+    assert len(await fetch(client, server, record.digest, tuple(range(64)))) == 64
+
+
+async def test_a_peer_that_dials_before_it_is_admitted_gets_in_soon_after(strangers: tuple[Side, Side]) -> None:
+    server, client = strangers
+    peer = server.identity.peer_id
+    client.transport.set_peers({peer: server.transport.endpoint})
+    refused = server.metrics.failures_total.labels("l2", "unknown_peer")._value
+    await until(lambda: refused.get() >= 1)
+    assert not client.transport.is_connected(peer)
+    server.transport.admit([client.identity.peer_id])
+    await until(lambda: client.transport.is_connected(peer), 2 * HANDSHAKE_MS / 1000)
+    await client.transport.find(peer, (ROW_ID,), 1.0)
+
+
+async def test_who_is_admitted_no_more_is_answered_no_more(strangers: tuple[Side, Side]) -> None:
+    server, client = strangers
+    peer = introduce(server, client)
+    await client.transport.find(peer, (ROW_ID,), 5.0)
+    server.transport.admit(())
+    with pytest.raises(PeerFailed, match="timeout"):
+        await client.transport.find(peer, (ROW_ID,), 0.3)
+    server.transport.admit([client.identity.peer_id])
+    await client.transport.find(peer, (ROW_ID,), 5.0)
+    assert server.transport.charges == {}
+
+
+async def test_a_peer_that_nobody_knows_is_not_connected_and_fails_at_once(strangers: tuple[Side, Side]) -> None:
+    _, client = strangers
+    unknown = peer_id(SigningKey(bytes(32)).verify_key.encode())
+    assert not client.transport.is_connected(unknown)
+    with pytest.raises(PeerFailed, match="unreachable"):
+        await client.transport.find(unknown, (ROW_ID,), 5.0)
+    with pytest.raises(PeerFailed, match="unreachable"):
+        client.transport.chunks(unknown, ManifestDigest(bytes(32)), 0, (0,), CHUNK, 5.0)
+
+
+async def test_what_is_under_way_to_a_peer_that_vanishes_fails_at_once(strangers: tuple[Side, Side]) -> None:
+    server, client = strangers
+    record = put_object(server.store)
+    peer = introduce(server, client)
+    arrived: list[int] = []
+
+    async def take() -> None:
+        async with aclosing(client.transport.chunks(peer, record.digest, 0, (*range(64),), CHUNK, 30.0)) as arriving:
+            async for batch in arriving:
+                arrived.extend(column for column, _ in batch)
+                client.transport.set_peers({})
+
+    began = time.monotonic()
+    with pytest.raises(PeerFailed, match="unreachable"):
+        await take()
+    assert time.monotonic() - began < 2.0
+    assert 0 < len(arrived) < 64
+    assert client.transport.peers == ()
+    introduce(server, client)
+    waiting = asyncio.create_task(client.transport.find(peer, (ROW_ID,), 30.0))  # for the connection
+    await asyncio.sleep(0)
+    client.transport.set_peers({})
+    with pytest.raises(PeerFailed, match="unreachable"):
+        await waiting
+
+
+async def test_a_peer_that_has_moved_is_asked_where_it_is_now(strangers: tuple[Side, Side]) -> None:
+    server, client = strangers
+    server.transport.admit([client.identity.peer_id])
+    client.transport.set_peers({server.identity.peer_id: "127.0.0.1:1"})
+    await asyncio.sleep(0.05)
+    introduce(server, client)
+    await client.transport.find(server.identity.peer_id, (ROW_ID,), 5.0)
+
+
+async def test_configured_peers_stay_whatever_is_discovered(pair: tuple[Side, Side]) -> None:
+    server, client = pair
+    peer = server.identity.peer_id
+    for discovered in ({}, {peer: "127.0.0.1:1"}, {client.identity.peer_id: client.transport.endpoint}):
+        client.transport.set_peers(discovered)
+        server.transport.admit(())
+        assert client.transport.peers == (peer,)
+        assert client.transport.endpoint_of(peer) == server.transport.endpoint
+        await client.transport.find(peer, (ROW_ID,), 5.0)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["", ":", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:x", "0.0.0.0:80", "224.0.0.1:80", "*:80",
+     "example.org:80", "127.0.0.1:1;127.0.0.1:2", "eth0;127.0.0.1:2", "::1:80", "[127.0.0.1]:80", "127.0.0.1:٣",
+     "/etc/x:1"],
+)  # fmt: skip
+async def test_an_endpoint_that_is_no_number_is_never_dialled(strangers: tuple[Side, Side], endpoint: str) -> None:
+    server, client = strangers
+    client.transport.set_peers({server.identity.peer_id: endpoint})
+    assert client.transport.peers == ()
+
+
+async def test_links_are_bounded_and_the_least_recently_useful_makes_room(strangers: tuple[Side, Side]) -> None:
+    server, client = strangers
+    others = [peer_id(SigningKey(bytes([n]) * 32).verify_key.encode()) for n in range(1, 2 * LINKS_MAX)]
+    server.transport.admit([client.identity.peer_id])
+    absent = dict.fromkeys(others, "127.0.0.1:1")
+    client.transport.set_peers(absent | {server.identity.peer_id: server.transport.endpoint})
+    assert len(client.transport.peers) == 2 * LINKS_MAX
+    assert len(client.transport._links) == LINKS_MAX
+    await client.transport.find(server.identity.peer_id, (ROW_ID,), 5.0)  # had no link
+    for other in others[LINKS_MAX:]:
+        assert not client.transport.is_connected(other)
+        with pytest.raises(PeerFailed):
+            await client.transport.find(other, (ROW_ID,), 0.001)
+    assert len(client.transport._links) == LINKS_MAX
+    assert client.transport.is_connected(server.identity.peer_id)
+
+
+async def test_good_and_bad_service_make_a_reputation(pair: tuple[Side, Side]) -> None:
+    server, client = pair
+    peer, reputation = server.identity.peer_id, client.trust.reputation
+    now_ms = time.time_ns() // 1_000_000
+    newcomer = reputation.score(peer, now_ms)
+    client.transport.credit(peer)
+    assert reputation.score(peer, now_ms) > newcomer
+    client.transport.charge(peer, "bad_digest")
+    assert reputation.score(peer, now_ms) < newcomer * 1.1
+
+
+# --- bad manners --------------------------------------------------------------------------------
 
 
 async def test_a_server_with_another_key_is_never_asked(pair: tuple[Side, Side], tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from .peer_process import layout_of
 pytestmark = [pytest.mark.io, pytest.mark.asyncio(loop_scope="module")]
 
 KEYS = keys("document", 3)
+NETWORK_KEY = sha256(b"network key")
 ROWS_STORED = 3 * 2 * 2  # segments x parts x ranks
 ROWS_NEEDED = 3 * 2 + 2 * 2  # all of the full part, the last two segments of the window part
 FAULT_S = 0.5  # from a fault to the answer: FETCH_STALL_MS and the margin the issue allows
@@ -192,6 +193,121 @@ async def test_after_a_restart_b_is_served_from_its_own_disk_and_serves_others(p
     c = pair.node("c", (b.address, peer_of(a.identity)))
     await until(lambda: c.transport.is_connected(b.identity.peer_id))
     assert is_whole(c, await c.look_up(KEYS))
+
+
+# --- nodes that found each other ----------------------------------------------------------------
+
+
+def introduce(*nodes: TestNode) -> None:
+    """Everybody hears of everybody, as discovery would tell them."""
+    for node in nodes:
+        node.driver.set_peers(tuple(other.record for other in nodes if other is not node))
+
+
+async def has_document(node: TestNode) -> None:
+    node.stage(KEYS)
+    await until(lambda: node.store.rows == ROWS_STORED)
+
+
+async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair: Pair) -> None:
+    a, b = pair.node("a", (), network_key=NETWORK_KEY), pair.node("b", (), network_key=NETWORK_KEY)
+    await has_document(a)
+    introduce(a, b)
+    assert b.node.peers == (a.identity.peer_id,)
+    assert is_whole(b, await b.look_up(KEYS))
+    assert a.failures() == b.failures() == {}
+    assert b.trust.reputation.score(a.identity.peer_id, time.time_ns() // 1_000_000) > 0.1
+    # Both can tell others what they have: A of its objects, B of those that it keeps.
+    stored = {row for event in a.stored for row in event.row_ids}
+    assert len(stored) == ROWS_STORED
+    await until(lambda: {row for event in b.stored for row in event.row_ids} <= stored and len(b.stored) >= 4)
+    assert {event.manifest for event in b.stored} <= {event.manifest for event in a.stored}
+    b.driver.set_peers(())
+    assert b.node.peers == ()
+    assert (await b.look_up(keys("other", 3))).reason == "no_peers"
+
+
+async def test_what_the_disk_kept_is_reported_again_and_private_rows_never_are(pair: Pair) -> None:
+    a = pair.node("a", ())
+    a.stage(keys("secret", 2), shareable=False)
+    await has_document_besides(a, 2 * 2 * 2)
+    assert len({row for event in a.stored for row in event.row_ids}) == ROWS_STORED
+    await pair.stop(a)
+    a = pair.node("a", ())
+    assert a.stored == []
+    a.driver.report_stored()
+    assert len({row for event in a.stored for row in event.row_ids}) == ROWS_STORED
+
+
+async def has_document_besides(node: TestNode, rows: int) -> None:
+    node.stage(KEYS)
+    await until(lambda: node.store.rows == ROWS_STORED + rows)
+
+
+async def test_a_stranger_is_neither_served_nor_asked(pair: Pair) -> None:
+    a = pair.node("a", (), network_key=NETWORK_KEY)
+    await has_document(a)
+    for name, key in (("without", None), ("wrong", sha256(b"another network's key"))):
+        stranger = pair.node(name, (), network_key=key)
+        introduce(a, stranger)
+        assert a.node.peers == stranger.node.peers == ()
+        # It knows where A is, and would believe A's manifests.
+        believer = pair.node(f"{name}-b", (a.address,), network_key=key)
+        introduce(a, believer)
+        assert (await believer.look_up(KEYS)).end_segment == 0
+        assert a.failures()["unknown_peer"]
+
+
+async def test_a_manifest_outlives_its_producer_where_the_network_key_vouches_for_it(pair: Pair) -> None:
+    d_identity = Identity.load(pair._at("d"))
+    a = pair.node("a", (), network_key=NETWORK_KEY)
+    b = pair.node("b", (peer_of(d_identity),), network_key=NETWORK_KEY)
+    await has_document(a)
+    introduce(a, b)
+    assert is_whole(b, await b.look_up(KEYS))
+    await until(lambda: b.store.rows == ROWS_NEEDED)
+    await pair.stop(a)
+    c = pair.node("c", (), network_key=NETWORK_KEY)
+    introduce(b, c)
+    assert not c.trust.is_member(a.identity.public_key)
+    answer = await c.look_up(KEYS)
+    assert is_whole(c, answer)
+    assert answer.source == "network"
+    # After a restart, with nobody there to vouch for A, its rows still count: the tag is kept beside them.
+    await until(lambda: c.store.rows == ROWS_NEEDED)
+    await pair.stop(c)
+    c = pair.node("c", (), network_key=NETWORK_KEY)
+    assert is_whole(c, await c.look_up(KEYS))
+    # Under another key it is worth nothing, on the wire or on the disk.
+    d = pair.node("d", (b.address,), network_key=sha256(b"another network's key"))
+    await until(lambda: d.transport.is_connected(b.identity.peer_id))
+    await refused(b, d, "untrusted_producer")
+    await pair.stop(c)
+    c = pair.node("c", (), network_key=sha256(b"another network's key"))
+    assert c.store.rows == 0
+
+
+async def test_a_peer_that_is_dropped_in_the_middle_costs_no_more_than_a_stall(pair: Pair) -> None:
+    a = pair.node("a", (), store=Tampered, network_key=NETWORK_KEY)
+    b = pair.node("b", (), network_key=NETWORK_KEY)
+    await has_document(a)
+    introduce(a, b)
+    assert isinstance(a.store, Tampered)
+    a.store.stall_after = 40
+    looking = asyncio.create_task(b.look_up(KEYS))
+    await until(lambda: isinstance(a.store, Tampered) and a.store.stalled_at)
+    dropped_at = time.monotonic()
+    b.driver.set_peers(())
+    answer = await looking
+    assert time.monotonic() - dropped_at < FAULT_S
+    a.store.go_on.set()
+    assert answer.end_segment < len(KEYS)
+    assert "stalled" not in {reason for _, reason in b.transport.charges}
+    b.release()
+    await until(lambda: len(b.cache) * 64 * KiB <= b.arena.capacity_bytes - b.arena.free_bytes)
+
+
+# --- what stays at home -------------------------------------------------------------------------
 
 
 async def test_private_rows_serve_their_own_node_only(pair: Pair) -> None:

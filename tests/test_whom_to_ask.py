@@ -1,0 +1,62 @@
+"""Which peers a prefix lookup asks: at most eight, those with hints for the longest prefix first."""
+
+import random
+
+from hyperspace_vllm.core.node.effects import FindProviders
+from hyperspace_vllm.core.node.events import PrefixWanted, RowsFound
+from hyperspace_vllm.core.node.node import ASKED_MAX, Node
+from hyperspace_vllm.core.records.ids import PeerId, RowId, SegmentKey, network_id, row_id, row_key, sha256
+from hyperspace_vllm.core.records.layout import Layout, Part
+
+NETWORK = network_id("test")
+WINDOWED = Layout(bytes(32), 256, (Part(512, 1000), Part(0, 1000)), 1)  # the second part is the full one
+PEERS = tuple(PeerId(f"peer {number}") for number in range(50))
+KEYS = tuple(SegmentKey(sha256(bytes([number]))) for number in range(6))
+ROWS = tuple(row_id(NETWORK, row_key(key, 1, 0)) for key in KEYS)
+
+
+def asked(node: Node, lookup: int = 1, may_ask_peers: bool = True) -> tuple[PeerId, ...]:
+    """Whom the lookup of KEYS asks."""
+    wanted = PrefixWanted(lookup, WINDOWED, KEYS, 0, 0, 5000, may_ask_peers)
+    effects = node.handle(wanted, 0) + node.handle(RowsFound(lookup, frozenset(), frozenset()), 0)
+    return next((effect.peers for effect in effects if isinstance(effect, FindProviders)), ())
+
+
+def make(hints: dict[RowId, tuple[PeerId, ...]], peers: tuple[PeerId, ...] = PEERS) -> Node:
+    return Node(NETWORK, peers, "always", random.Random(1), lambda row: hints.get(row, ()))
+
+
+def test_without_hints_eight_peers_are_asked_and_not_always_the_same() -> None:
+    node = make({})
+    first, second = asked(node, 1), asked(node, 2)
+    assert len(set(first)) == len(set(second)) == ASKED_MAX
+    assert first != second
+
+
+def test_who_is_hinted_for_the_longest_prefix_is_asked_first() -> None:
+    hints = {ROWS[1]: PEERS[:3], ROWS[4]: PEERS[40:42], ROWS[0]: PEERS[3:4]}
+    peers = asked(make(hints))
+    assert peers[:6] == PEERS[40:42] + PEERS[:4]
+    assert len(set(peers)) == ASKED_MAX
+
+
+def test_more_hints_than_may_be_asked_leave_out_those_of_shorter_prefixes() -> None:
+    hints = {ROWS[5]: PEERS[10:15], ROWS[3]: PEERS[12:25], ROWS[0]: PEERS[:10]}
+    peers = asked(make(hints))
+    assert peers == PEERS[10 : 10 + ASKED_MAX]
+
+
+def test_a_hint_at_somebody_who_may_not_be_asked_is_ignored() -> None:
+    gone = PeerId("gone")
+    assert gone not in asked(make({ROWS[5]: (gone, PEERS[7])}))
+    assert asked(make({ROWS[5]: (gone, PEERS[7])}))[0] == PEERS[7]
+    assert asked(make({ROWS[5]: PEERS}), may_ask_peers=False) == ()
+
+
+def test_peers_that_come_and_go_are_asked_and_asked_no_more() -> None:
+    node = make({}, ())
+    assert asked(node, 1) == ()
+    node.set_peers(PEERS[:2])
+    assert set(asked(node, 2)) == set(PEERS[:2])
+    node.set_peers(PEERS[1:2])
+    assert asked(node, 3) == PEERS[1:2]
