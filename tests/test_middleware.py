@@ -6,262 +6,52 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from nacl.signing import SigningKey
 from prometheus_client import REGISTRY
-from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.responses import Response
 
 from hyperspace_vllm.api import coalesce
-from hyperspace_vllm.api.middleware import ResponseCacheMiddleware
-from hyperspace_vllm.api.options import ResponseCacheOptions
-from hyperspace_vllm.core.records.ids import network_id
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX, RESPONSE_TTL_MS
-from hyperspace_vllm.core.records.local import StoreResponse, TouchResponses
 from hyperspace_vllm.core.response.scope import RequestScope, tenant_of, verify_scope
-from hyperspace_vllm.daemon.response_store import ResponseStore, wall_clock_ms
+from hyperspace_vllm.daemon.response_store import wall_clock_ms
+
+from .cached_server import (
+    CHAT,
+    CHAT_PATH,
+    STREAM,
+    TEXT,
+    TEXT_PATH,
+    USAGE,
+    Bench,
+    MakeBench,
+    benches,
+    data_of,
+    text_of,
+    until,
+)
 
 pytestmark = pytest.mark.io
-
-CHAT = {"model": "base", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
-TEXT = {"model": "base", "prompt": "Once"}
-STREAM = {"stream": True}
-USAGE = {"stream_options": {"include_usage": True}}
-UNLIMITED = httpx.Limits(max_connections=None)
-CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
-
-
-def open_gate() -> asyncio.Event:
-    gate = asyncio.Event()
-    gate.set()
-    return gate
-
-
-@dataclass
-class Upstream:
-    """Stands where vLLM's routes stand, and answers each computation differently; `gate` is before the second frame."""
-
-    bodies: list[bytes] = field(default_factory=list)
-    gate: asyncio.Event = field(default_factory=open_gate)
-    disconnects: int = 0
-    frames_sent: int = 0
-    failures: list[str] = field(default_factory=list)  # how the next computations fail
-    words: int = 3
-    filler: str = ""
-
-    async def answer(self, request: Request) -> Response:
-        raw = await request.body()
-        self.bodies.append(raw)
-        number = len(self.bodies)
-        failure = self.failures.pop(0) if self.failures else ""
-        try:
-            body = json.loads(raw)
-        except ValueError:
-            return JSONResponse({"error": {"message": "bad JSON", "code": 400}}, 400)
-        if failure == "refuse":
-            return JSONResponse({"error": {"message": "overloaded", "code": 503}}, 503)
-        if failure == "stall":
-            await self._until_disconnect(request, asyncio.Event())
-        if body.get("stream"):
-            frames = self._frames(body, number, failure, chat=request.url.path.endswith("chat/completions"))
-            return StreamingResponse(frames, media_type="text/event-stream")
-        if not await self._until_disconnect(request, self.gate):
-            return Response(status_code=499)
-        if failure == "raise":
-            raise RuntimeError("engine died")
-        return JSONResponse(self._answer(number, chat=request.url.path.endswith("chat/completions")))
-
-    async def _until_disconnect(self, request: Request, gate: asyncio.Event) -> bool:
-        gone = asyncio.create_task(request.receive())
-        opened = asyncio.create_task(gate.wait())
-        await asyncio.wait([gone, opened], return_when=asyncio.FIRST_COMPLETED)
-        self.disconnects += not gate.is_set()
-        for task in (gone, opened):
-            task.cancel()
-        return gate.is_set()
-
-    def _text(self, number: int) -> list[str]:
-        return [f"w{number}.{at}{self.filler} " for at in range(self.words)]
-
-    def _answer(self, number: int, chat: bool) -> dict[str, Any]:
-        text = "".join(self._text(number))
-        shape = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        return {
-            "id": f"id-{number}",
-            "object": "chat.completion" if chat else "text_completion",
-            "created": 1,
-            "model": "base",
-            "choices": [{"index": 0, **shape, "logprobs": None, "finish_reason": "stop", "stop_reason": None}],
-            "system_fingerprint": "fp",
-            "usage": self._usage(),
-            "kv_transfer_params": None,
-        }
-
-    def _usage(self) -> dict[str, int]:
-        return {"prompt_tokens": 5, "total_tokens": 5 + self.words, "completion_tokens": self.words}
-
-    async def _frames(self, body: dict[str, Any], number: int, failure: str, chat: bool) -> AsyncIterator[str]:
-        usage = (body.get("stream_options") or {}).get("include_usage")
-        finished = False
-
-        def frame(shape: dict[str, Any] | None, finish: str | None = None, **more: object) -> str:
-            choices = [] if shape is None else [{"index": 0, **shape, "logprobs": None, "finish_reason": finish}]
-            kind = "chat.completion.chunk" if chat else "text_completion"
-            head = {"id": f"id-{number}", "object": kind, "created": 1, "model": "base", "choices": choices}
-            self.frames_sent += 1
-            return f"data: {json.dumps(head | more, separators=(',', ':'))}\n\n"
-
-        try:
-            if failure == "error frame":
-                yield 'data: {"error":{"message":"engine error","code":500}}\n\n'
-                yield "data: [DONE]\n\n"
-                finished = True
-                return
-            if chat:
-                yield frame({"delta": {"role": "assistant", "content": ""}})
-            for at, word in enumerate(self._text(number)):
-                if at == 1:
-                    await self.gate.wait()
-                    if failure == "raise":
-                        raise RuntimeError("engine died")
-                yield frame({"delta": {"content": word}} if chat else {"text": word})
-            last = {"delta": {"content": ""}} if chat else {"text": ""}
-            yield frame(last, "stop", **({} if usage else {"system_fingerprint": "fp"}))
-            if usage:
-                yield frame(None, usage=self._usage(), system_fingerprint="fp")
-            yield "data: [DONE]\n\n"
-            finished = True
-        finally:
-            self.disconnects += not finished
-
-
-@dataclass
-class Node:
-    """The real store, without the socket between."""
-
-    store: ResponseStore
-    connected: bool = True
-    keeps: bool = True
-    scopes: list[str] = field(default_factory=list)
-
-    def send(self, message: StoreResponse | TouchResponses) -> bool:
-        if isinstance(message, TouchResponses):
-            self.store.touch(message.request_keys)
-            return True
-        self.scopes.append(message.scope)
-        return self.connected and (not self.keeps or self.store.store(message))
-
-
-@dataclass(frozen=True)
-class Signer:
-    signing_key: SigningKey = field(default_factory=lambda: SigningKey(bytes(32)))
-
-
-@dataclass
-class Bench:
-    """One server with a cache, its upstream, its node, and a client."""
-
-    upstream: Upstream
-    node: Node
-    client: httpx.AsyncClient
-    cache: ResponseCacheMiddleware
-    port: int
-
-    async def ask(self, body: object, path: str = CHAT_PATH, **headers: str) -> httpx.Response:
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return await self.client.post(path, json=body, headers=named)
-
-    async def stored(self, count: int) -> None:
-        await until(lambda: self.node.store.stats()["stored"] >= count)
-
-
-async def until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "did not happen in time"
-        await asyncio.sleep(0.002)
-
-
-MakeBench = Callable[..., Awaitable[Bench]]
 
 
 @pytest.fixture
 async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
-    async with AsyncExitStack() as stack:
-
-        async def make(outside: list[Middleware] | None = None, **options: Any) -> Bench:
-            path = tmp_path / "responses.sqlite"
-            node = Node(ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test")))
-            stack.callback(node.store.close)
-            upstream = Upstream()
-            defaults = {
-                "db_path": path,
-                "model_digest": lambda: bytes(32),
-                "client": node,
-                "served_models": frozenset({"base"}),
-                "fleet_secret": b"fleet",
-                "process_secret": b"process",
-                "engine_version": "vllm 0.32.0",
-                "read_deadline_s": 5.0,  # not the subject here, and the machine may be busy
-            }
-            caches: list[ResponseCacheMiddleware] = []
-
-            def cached(app: Any) -> ResponseCacheMiddleware:
-                caches.append(ResponseCacheMiddleware(app, ResponseCacheOptions(**(defaults | options))))
-                return caches[-1]
-
-            routes = [Route(path, upstream.answer, methods=["POST"]) for path in (CHAT_PATH, TEXT_PATH)]
-            app = Starlette(routes=routes, middleware=[*(outside or []), Middleware(cached)])
-            app.middleware_stack = app.build_middleware_stack()
-            port = await stack.enter_async_context(served(app))
-            client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, limits=UNLIMITED)
-            await stack.enter_async_context(client)
-            return Bench(upstream, node, client, caches[0], port)
-
+    async with benches(tmp_path) as make:
         yield make
 
 
 @pytest.fixture
 async def bench(make_bench: MakeBench) -> Bench:
     return await make_bench()
-
-
-@asynccontextmanager
-async def served(app: Any) -> AsyncIterator[int]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
-    running = asyncio.create_task(server.serve())
-    await until(lambda: server.started)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = server.force_exit = True
-    await running
-
-
-def data_of(response: httpx.Response) -> list[Any]:
-    """The JSON of each frame of a stream that ended with [DONE]."""
-    *frames, done, rest = response.text.split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
-    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
-
-
-def text_of(response: httpx.Response) -> str:
-    if response.headers["content-type"] == "application/json":
-        (choice,) = response.json()["choices"]
-        return choice["message"]["content"] if "message" in choice else choice["text"]
-    choices = [choice for chunk in data_of(response) for choice in chunk["choices"]]
-    return "".join(c["delta"].get("content", "") if "delta" in c else c["text"] for c in choices)
 
 
 # --- hits ---------------------------------------------------------------------------------------

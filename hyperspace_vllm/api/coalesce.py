@@ -35,7 +35,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 logger = logging.getLogger(__name__)
 
 LAGGARD_S = 10.0
-_ABANDONED_GRACE_S = 5.0
+ABANDONED_GRACE_S = 5.0  # for an application to end by itself once it has been told of a disconnect
 
 
 class LeaderFailed(Exception):
@@ -100,7 +100,8 @@ class Flight:
     """One run of the application.
 
     `collector` sees every frame of a streamed 200 response; `body` gathers one that is not a stream. `on_end` is called
-    once, when the last byte has been sent or never will be.
+    once, when the last byte has been sent or never will be. `from_cache` is set by an application that answers with a
+    stored response, whose headers say so already.
     """
 
     def __init__(self, collector: Collector | None, table: "FlightTable | None" = None, key: object = None) -> None:
@@ -112,6 +113,7 @@ class Flight:
         self.status = 0
         self.body = bytearray()
         self.streams = False
+        self.from_cache = False
         self._table = table
         self._key = key
         self._log: deque[Piece] = deque()
@@ -126,7 +128,7 @@ class Flight:
 
     def start(self, app: App, scope: Scope, request_body: bytes) -> None:
         """Run the application on a request whose body has been read."""
-        silent = _spec_version(scope) < (2, 4)  # how the server would treat sends to a client that has gone
+        silent = drops_silently(scope)
         requests: list[Message] = [{"type": "http.request", "body": request_body, "more_body": False}]
 
         async def receive() -> Message:
@@ -168,7 +170,7 @@ class Flight:
         self.close()
         self._abandoned.set()
         if self._task is not None and not self.complete:
-            asyncio.get_running_loop().call_later(_ABANDONED_GRACE_S, self._task.cancel)
+            asyncio.get_running_loop().call_later(ABANDONED_GRACE_S, self._task.cancel)
 
     def read(self, reader: Reader) -> Piece | None:
         """The piece at the reader's position, if it has been sent."""
@@ -309,6 +311,7 @@ class FlightTable:
             del self._flights[key]
 
 
-def _spec_version(scope: Scope) -> tuple[int, ...]:
+def drops_silently(scope: Scope) -> bool:
+    """How the server treats sends to a client that has gone: it drops them, or (from ASGI 2.4 on) raises OSError."""
     version = scope.get("asgi", {}).get("spec_version", "2.0")
-    return tuple(int(part) for part in version.split("."))
+    return tuple(int(part) for part in version.split(".")) < (2, 4)

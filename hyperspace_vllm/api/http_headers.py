@@ -47,10 +47,10 @@ def parse_cache_control(value: str | None) -> Directives:
     )
 
 
-def hit_headers(age_s: int, ttl_s: int, proof: bytes) -> RawHeaders:
+def hit_headers(age_s: int, ttl_s: int, proof: bytes, detail: str = "") -> RawHeaders:
     """Headers of an answer from the cache; `proof` is the base64 of its CacheProof, empty while there is none."""
     headers = [
-        (b"cache-status", f"hyperspace; hit; ttl={ttl_s}".encode()),
+        (b"cache-status", f"hyperspace; hit; ttl={ttl_s}{f'; detail={detail}' if detail else ''}".encode()),
         (b"age", str(age_s).encode()),
         (b"cache-control", b"private"),
     ]
@@ -65,6 +65,12 @@ def forward_status(reason: str, stored: bool = False, collapsed: bool = False, d
     if collapsed:
         status += "; collapsed"
     return (status + (f"; detail={detail}" if detail else "")).encode()
+
+
+def quoted(text: str) -> str:
+    """A string of a structured header (RFC 9651 §3.3.3); what can't stand in one is left out."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{"".join(char for char in escaped if " " <= char <= "~")}"'
 
 
 def _seconds(text: str, otherwise: int) -> int:

@@ -65,32 +65,32 @@ class Lookup:
 
 
 class Recent:
-    """Answers just handed to the node, which its database may not show yet: a repeat at once is a hit too."""
+    """Answers that the node is about to store, whose database may not show them yet: a repeat at once is a hit too."""
 
     def __init__(self) -> None:
-        self._entries: dict[RequestKey, StoredResponse] = {}
+        self._entries: dict[RequestKey, tuple[int, StoredResponse]] = {}  # with when to forget it, the next one first
         self._bytes = 0
 
-    def add(self, key: RequestKey, entry: StoredResponse) -> None:
+    def add(self, key: RequestKey, entry: StoredResponse, now_ms: int) -> None:
         """Keep an entry for RECENT_MS, or until others need its room."""
         self._remove(key)
-        self._entries[key] = entry
+        self._entries[key] = (now_ms + RECENT_MS, entry)
         self._bytes += len(entry.body)
         while self._bytes > RECENT_BYTES_MAX:
             self._remove(next(iter(self._entries)))
 
     def newer(self, key: RequestKey, than: StoredResponse | None, now_ms: int) -> StoredResponse | None:
         """The entry of `key`, if it is newer than the database's; else the database's."""
-        while self._entries and now_ms >= (oldest := next(iter(self._entries.items())))[1].computed_at_ms + RECENT_MS:
+        while self._entries and now_ms >= (oldest := next(iter(self._entries.items())))[1][0]:
             self._remove(oldest[0])
-        entry = self._entries.get(key)
+        _, entry = self._entries.get(key, (0, None))
         if entry is None or entry.expires_at_ms <= now_ms or (than and than.computed_at_ms >= entry.computed_at_ms):
             return than
         return entry
 
     def _remove(self, key: RequestKey) -> None:
-        if (entry := self._entries.pop(key, None)) is not None:
-            self._bytes -= len(entry.body)
+        if (removed := self._entries.pop(key, None)) is not None:
+            self._bytes -= len(removed[1].body)
 
 
 class Touches:

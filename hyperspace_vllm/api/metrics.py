@@ -6,7 +6,9 @@ from prometheus_client import Counter, Histogram
 
 
 class L1Metrics:
-    """hyperspace_l1_*: lookups by result and reason, time of a hit inside the middleware, what became of answers."""
+    """hyperspace_l1_*: lookups by result and reason, time of a hit inside the middleware, what became of answers, and
+    what asking other nodes came to.
+    """
 
     def __init__(self) -> None:
         self.lookups = Counter(
@@ -16,8 +18,18 @@ class L1Metrics:
         )
         self.hit_seconds = Histogram(
             "hyperspace_l1_hit_seconds",
-            "Seconds from the arrival of a request's body to the last byte of an answer from the cache.",
+            "Seconds from the arrival of a request's body to the last byte of an answer from this node's cache.",
             buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0),
+        )
+        self.network = Counter(
+            "hyperspace_l1_network_lookups_total",
+            "Lookups in other nodes, by what they came to (see docs/operations.md).",
+            ("outcome",),
+        )
+        self.network_hit_seconds = Histogram(
+            "hyperspace_l1_network_hit_seconds",
+            "Seconds from the arrival of a request's body to the last byte of an answer from another node.",
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.5),
         )
         self.stored = Counter(
             "hyperspace_l1_stored_total",

@@ -5,41 +5,39 @@ A request takes one of these ways, each said in `Cache-Status`:
     bypass     it can't be named by its bytes, or may not be stored: vLLM answers, with a signed scope at most
     hit        the node's database has it: replayed as JSON, or as the frames of a stream
     collapsed  the same is being computed for somebody else: both read one computation's log
+    network    other nodes are asked first, or while vLLM computes (network_race.py): a hit if they answer in time
     miss       computed, passed on frame by frame, and handed to the node when it has finished cleanly
 
 Everything about a request lives in its `_Exchange`; the middleware itself keeps the table of computations that may be
 joined, the database reader, and what is on its way to the node (answers, hits), all bounded.
 """
 
-import base64
 import json
 import time
-from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-import msgspec
-
 from ..core.records.ids import RequestKey
-from ..core.records.local import StoreResponse
+from ..core.records.local import ResponseFound, StoreResponse
 from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
 from ..core.response.request_key import Endpoint, Uncacheable, parse_request, request_key
 from ..core.response.scope import DEFAULT_SCOPE, sign_scope, tenant_of
 from ..response_db import StoredResponse
 from .coalesce import App, Flight, FlightTable, Laggard, LeaderFailed, Message, Receive, Scope, Send
 from .collect import Collector
-from .http_headers import RawHeaders, forward_status, header, hit_headers, parse_cache_control
+from .http_headers import forward_status, header, parse_cache_control
 from .lookup import Lookup, Recent, Touches
 from .metrics import l1_metrics
+from .network_race import HITS, NetworkRace, Outcome
+from .node_lookup import NodeLookup, Pending
 from .options import ResponseCacheOptions
 from .relay import Relay, leaving_on_disconnect
-from .replay import frames
 from .request_body import read_body, read_rest, replayed, rewritten, with_content_length
+from .stored_answer import StoredAnswer, Wanted, entry_of, json_headers, origin_header, render
 
 _ENDPOINTS: dict[str, Endpoint] = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
 # After these (vLLM's development mode has them) nobody can say any more which weights answer.
 _WEIGHT_ROUTES = frozenset(("/collective_rpc", "/start_weight_update", "/update_weights", "/finish_weight_update"))
-_MESSAGE_BYTES = 65_536
-_EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")  # as Starlette writes it
 
 
 class ResponseCacheMiddleware:
@@ -52,6 +50,7 @@ class ResponseCacheMiddleware:
         self.lookup = Lookup(options.db_path, options.read_deadline_s) if options.db_path else None
         self.recent = Recent()
         self.touches = Touches(options.client)
+        self.node = NodeLookup(options.client)
         self.metrics = l1_metrics()
         self.weights_changed = False
 
@@ -133,7 +132,7 @@ class _Exchange:
                     return None
                 why = "stale"
         if self.wishes.only_if_cached:
-            return await self._not_cached(why)
+            return await self._find_or_refuse(key, why)
         return await self._compute(key, why)
 
     def _key(self) -> RequestKey | Uncacheable:
@@ -155,30 +154,27 @@ class _Exchange:
 
     async def _answer_from(self, key: RequestKey, entry: StoredResponse, now_ms: int) -> bool:
         """Replay an entry; False, with nothing sent, when it won't do."""
+        answer = self._render(entry, self.wants_usage, now_ms, "")
+        if answer is None:
+            return False
+        self.cache.metrics.lookups.labels("hit", "local").inc()
+        self.cache.touches.add(key)
+        for message in answer.messages():
+            await self.send(message)
+        self.cache.metrics.hit_seconds.observe(time.perf_counter() - self.started_s)
+        return True
+
+    def _render(self, entry: StoredResponse, usage: bool, now_ms: int, detail: str) -> StoredAnswer | None:
+        """The answer from an entry, if it is as fresh as this client wants it."""
         age_s = max(now_ms - entry.computed_at_ms, 0) // 1000
         ttl_s = max(entry.expires_at_ms - now_ms, 0) // 1000
         if not self.wishes.allows(age_s, ttl_s):
-            return False
-        headers = hit_headers(age_s, ttl_s, base64.b64encode(entry.proof))
-        if self.streams:
-            try:
-                messages = _grouped(frames(self.endpoint, msgspec.json.decode(entry.body), self.wants_usage))
-            except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
-                return False  # a body of another version's shape
-            headers.append(_EVENT_STREAM)
-        else:
-            messages = [entry.body]
-            headers += _json_headers(entry.body)
-        self.cache.metrics.lookups.labels("hit", "local").inc()
-        self.cache.touches.add(key)
-        took_ms = (time.perf_counter() - self.started_s) * 1000
-        headers.append((b"server-timing", f"hyperspace;dur={took_ms:.3f}".encode()))
-        await self.send({"type": "http.response.start", "status": 200, "headers": headers})
-        for at, message in enumerate(messages):
-            more = at + 1 < len(messages)
-            await self.send({"type": "http.response.body", "body": message, "more_body": more})
-        self.cache.metrics.hit_seconds.observe(time.perf_counter() - self.started_s)
-        return True
+            return None
+        answer = render(entry, Wanted(self.endpoint, self.streams, usage), age_s, ttl_s, detail)
+        if answer is not None:
+            took_ms = (time.perf_counter() - self.started_s) * 1000
+            answer.headers.append((b"server-timing", f"hyperspace;dur={took_ms:.3f}".encode()))
+        return answer
 
     async def _not_cached(self, why: str) -> None:
         """Answer `only-if-cached` as RFC 9111 §5.2.1.7 says, in the shape of vLLM's errors."""
@@ -191,9 +187,47 @@ class _Exchange:
         }
         body = json.dumps({"error": error}).encode()
         status = f"hyperspace; detail={why}".encode()
-        headers = [*_json_headers(body), (b"cache-status", status)]
+        headers = [*json_headers(body), (b"cache-status", status)]
         await self.send({"type": "http.response.start", "status": 504, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
+
+    # --- answers of other nodes -----------------------------------------------------------------
+
+    def _ask(self, key: RequestKey) -> Pending | None:
+        """Ask other nodes, unless the request must not leave this one, or wants to be computed."""
+        digest, deadline_s = self.options.model_digest(), self.options.network_deadline_s
+        if self.reach.scope == "private" or self.wishes.no_cache or digest is None or deadline_s <= 0:
+            return None
+        return self.cache.node.start(key, digest, deadline_s)
+
+    def _answer_found(self, key: RequestKey, usage: bool, found: ResponseFound) -> StoredAnswer | None:
+        """The answer from what another node had, if it is sound and fresh enough."""
+        now_ms = self.options.clock()
+        entry = entry_of(found, self.endpoint, self.body, now_ms)
+        answer = None if entry is None else self._render(entry, usage, now_ms, "network")
+        if entry is not None and answer is not None:
+            answer.headers.append(origin_header(found))
+            self.cache.recent.add(key, entry, now_ms)
+        return answer
+
+    def _count(self, outcome: Outcome) -> None:
+        self.cache.metrics.network.labels(outcome).inc()
+        if outcome in HITS:
+            self.cache.metrics.lookups.labels("hit", "network").inc()
+
+    async def _find_or_refuse(self, key: RequestKey, why: str) -> None:
+        """Wait for other nodes, and don't compute."""
+        if (lookup := self._ask(key)) is None:
+            return await self._not_cached(why)
+
+        async def refuse(*_: object) -> None:
+            await self._not_cached(why)
+
+        request = replayed([{"type": "http.request", "body": self.raw, "more_body": False}], self.receive)
+        find = partial(self._answer_found, key, self.wants_usage)
+        race = NetworkRace(refuse, lookup, find, self._count, waits=True)
+        await race(self.scope, request, self.send)
+        return None
 
     # --- answers from vLLM ----------------------------------------------------------------------
 
@@ -216,14 +250,19 @@ class _Exchange:
         storing = complete and self.options.client.connected
         # Usage is asked for on the client's behalf, and taken out again: without it the answer could only be streamed.
         asks_usage = self.wants_usage or (self.streams and storing)
-        shared = None if self.wishes.no_cache else (key, self.streams, asks_usage)
+        # What answers one may be a stored response of a certain age, so it answers those who want it no fresher.
+        freshness = (self.wishes.max_age_s, self.wishes.min_fresh_s)
+        shared = None if self.wishes.no_cache else (key, self.streams, asks_usage, freshness)
         flight = self.cache.flights.find(shared)
         if flight is not None and await self._follow(flight, why):
-            return
+            return None
         if flight is not None:
-            shared = None  # the leader failed us: from here on alone
-        self.cache.metrics.lookups.labels("miss", why if flight is None else "leader-failed").inc()
-        await self._lead(key, why, shared, storing, asks_usage)
+            # The leader failed us: from here on alone. Other nodes have been asked.
+            self.cache.metrics.lookups.labels("miss", "leader-failed").inc()
+            return await self._lead(key, why, None, storing, asks_usage, None)
+        if (lookup := self._ask(key)) is None:
+            self.cache.metrics.lookups.labels("miss", why).inc()
+        return await self._lead(key, why, shared, storing, asks_usage, lookup)
 
     async def _follow(self, flight: Flight, why: str) -> bool:
         """Read somebody else's computation; False, with nothing sent, when it came to nothing."""
@@ -239,10 +278,12 @@ class _Exchange:
                 raise flight.error from None  # as for the leader: the server ends the connection
         except Laggard:
             pass  # the server ends the connection of a response that is not complete
-        self.cache.metrics.lookups.labels("collapsed", why).inc()
+        self.cache.metrics.lookups.labels(*(("hit", "network") if flight.from_cache else ("collapsed", why))).inc()
         return True
 
-    async def _lead(self, key: RequestKey, why: str, shared: object, storing: bool, asks_usage: bool) -> None:
+    async def _lead(
+        self, key: RequestKey, why: str, shared: object, storing: bool, asks_usage: bool, lookup: Pending | None
+    ) -> None:
         collector = Collector(self.endpoint) if storing else None
         flight = Flight(collector) if shared is None else self.cache.flights.open(shared, collector)
         if storing:
@@ -250,7 +291,8 @@ class _Exchange:
         adds_usage = asks_usage and not self.wants_usage
         body = rewritten(self.raw, self.body, self._signed_scope(), adds_usage)
         leader = Relay(flight.join(), self.send, forward_status(why, stored=storing), adds_usage)
-        flight.start(self.cache.app, with_content_length(self.scope, len(body)), body)
+        app = self.cache.app if lookup is None else self._race(key, why, flight, lookup, asks_usage)
+        flight.start(app, with_content_length(self.scope, len(body)), body)
         try:
             async with leaving_on_disconnect(self.receive, leader.reader):
                 await leader.lead(forward_status(why))
@@ -259,6 +301,18 @@ class _Exchange:
                 raise flight.error from None
         except Laggard:
             pass
+        if flight.from_cache:
+            self.cache.metrics.network_hit_seconds.observe(time.perf_counter() - self.started_s)
+
+    def _race(self, key: RequestKey, why: str, flight: Flight, lookup: Pending, usage: bool) -> NetworkRace:
+        def decided(outcome: Outcome) -> None:
+            self._count(outcome)
+            if outcome in HITS:
+                flight.from_cache, flight.on_end = True, None  # the node stores it by itself
+            else:
+                self.cache.metrics.lookups.labels("miss", why).inc()
+
+        return NetworkRace(self.cache.app, lookup, partial(self._answer_found, key, usage), decided)
 
     def _store(self, key: RequestKey, flight: Flight) -> None:
         self.cache.metrics.stored.labels(self._hand_over(key, flight)).inc()
@@ -285,7 +339,7 @@ class _Exchange:
         now_ms = self.options.clock()
         if not self.options.client.send(message):
             return "dropped"
-        self.cache.recent.add(key, StoredResponse(answer.body, b"", now_ms, now_ms + self.options.ttl_ms))
+        self.cache.recent.add(key, StoredResponse(answer.body, b"", now_ms, now_ms + self.options.ttl_ms), now_ms)
         return "sent"
 
 
@@ -322,17 +376,3 @@ def _adding_status(send: Send, status: bytes) -> Send:
         await send(message)
 
     return send_with_status
-
-
-def _json_headers(body: bytes) -> RawHeaders:
-    return [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
-
-
-def _grouped(parts: Iterable[bytes]) -> list[bytes]:
-    """The frames in as few messages as their size allows."""
-    groups = [bytearray()]
-    for part in parts:
-        if len(groups[-1]) + len(part) > _MESSAGE_BYTES and groups[-1]:
-            groups.append(bytearray())
-        groups[-1] += part
-    return [bytes(group) for group in groups]

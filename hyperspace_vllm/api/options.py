@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..core.records.limits import RESPONSE_TTL_MS
-from ..core.records.local import StoreResponse, TouchResponses
+from ..core.records.local import FindResponse, NodeMessage, ReleaseResponse, StoreResponse, TouchResponses
 
 
 class NodeLink(Protocol):
@@ -17,8 +17,15 @@ class NodeLink(Protocol):
     def connected(self) -> bool:
         """Whether a node is there to store anything."""
 
-    def send(self, message: StoreResponse | TouchResponses) -> bool:
+    @property
+    def epoch(self) -> int:
+        """Changes with every new session."""
+
+    def send(self, message: StoreResponse | TouchResponses | FindResponse | ReleaseResponse) -> bool:
         """Queue a message; False when it was dropped."""
+
+    def receive(self) -> list[NodeMessage]:
+        """What the node has sent since the last call."""
 
 
 def wall_clock_ms() -> int:
@@ -48,5 +55,6 @@ class ResponseCacheOptions:
     store_streams: bool = True  # False where a stream lacks what a JSON answer has (--enable-return-routed-experts)
     ttl_ms: int = RESPONSE_TTL_MS
     read_deadline_s: float = 0.25  # for the database; a disk that hangs is a miss
+    network_deadline_s: float = 0.3  # for other nodes, where a request waits for them; 0: they aren't asked
     follow_deadline_s: float = 30.0  # without a frame from the computation that a request waits for
     clock: Callable[[], int] = wall_clock_ms

@@ -52,7 +52,9 @@ class Relay:
     async def _give(self, piece: Piece) -> None:
         if piece.start is not None:
             self.started = True
-            headers = [*piece.start.get("headers", ()), (b"cache-status", self._status)]
+            headers = list(piece.start.get("headers", ()))
+            if not self.reader.flight.from_cache:
+                headers.append((b"cache-status", self._status))
             await self._send({**piece.start, "headers": headers})
             return
         if self._strips_usage and piece.kind == "usage":

@@ -1,0 +1,159 @@
+"""Other nodes and the engine, whichever answers first: an ASGI application around vLLM's, for one computation.
+
+With a hint the request waits for the other nodes until the lookup's deadline, and the engine starts only after that.
+Without one the engine starts at once, and the first body frame wins: the engine's start is held back until then, its
+body never. The loser hears of it, the lookup by its release, the engine as of a client's disconnect.
+
+It runs inside a flight, so everybody who waits for the same computation gets the winner's answer, and a disconnect is
+one of them all.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Literal
+
+from ..core.records.local import ResponseFound
+from .coalesce import ABANDONED_GRACE_S, App, Message, Receive, Scope, Send, drops_silently
+from .node_lookup import Pending
+from .stored_answer import StoredAnswer
+
+logger = logging.getLogger(__name__)
+
+Outcome = Literal[
+    "waited_hit",  # hinted (or only-if-cached), and worth the wait
+    "waited_miss",
+    "network_won",
+    "engine_won",
+    "not_found",  # the others said no before the engine said anything
+    "unusable",  # found, but not what its proof speaks of, or not what the client wants
+    "left",  # the last client went before anything was decided
+]
+HITS: tuple[Outcome, ...] = ("waited_hit", "network_won")
+
+
+class NetworkRace:
+    """Runs once. `find` makes the answer of what was found (None: it won't do).
+
+    `decided` is called exactly once, before anything of the answer is sent. `waits`: as if there were a hint.
+    """
+
+    def __init__(
+        self,
+        engine: App,
+        lookup: Pending,
+        find: Callable[[ResponseFound], StoredAnswer | None],
+        decided: Callable[[Outcome], None],
+        waits: bool = False,
+    ) -> None:
+        self._engine = engine
+        self._lookup = lookup
+        self._find = find
+        self._decided = decided
+        self._waits = waits
+        self._outcome: Outcome | None = None
+        self._held: Message | None = None  # the engine's start
+        self._gone = asyncio.Event()  # the engine has nobody to answer to
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, whose body comes in one message."""
+        requests = [await receive()]
+        watcher = asyncio.create_task(self._watch(receive), name="hyperspace-race-disconnect")
+
+        async def receive_for_engine() -> Message:
+            if requests:
+                return requests.pop()
+            await self._gone.wait()
+            return {"type": "http.disconnect"}
+
+        try:
+            if self._waits or await self._lookup.hint:
+                await self._wait(send)
+            if not self._gone.is_set():
+                await self._race(scope, receive_for_engine, send)
+        finally:
+            watcher.cancel()
+            self._decide("left")
+            self._lookup.release()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._decide("left")
+        self._gone.set()
+        self._lookup.release()
+
+    async def _wait(self, send: Send) -> None:
+        """Send what the lookup brings; if it won't do, the engine has to answer."""
+        found = await self._lookup.answer
+        answer = self._find(found) if found is not None and not self._gone.is_set() else None
+        if answer is None:
+            self._decide("waited_miss" if found is None else "unusable")
+            return
+        self._decide("waited_hit")
+        self._gone.set()
+        await _send_all(answer, send)
+
+    async def _race(self, scope: Scope, receive: Receive, send: Send) -> None:
+        silent = drops_silently(scope)
+
+        async def send_from_engine(message: Message) -> None:
+            if self._outcome in HITS:
+                if not silent:
+                    raise OSError("client disconnected")
+            elif self._outcome is None and message["type"] == "http.response.start":
+                self._held = message
+            else:
+                self._decide("engine_won")
+                self._lookup.release()
+                await self._let_start(send)
+                await send(message)
+
+        patience = asyncio.timeout(None)
+        replay = asyncio.create_task(self._replay(send, patience), name="hyperspace-network-replay")
+        try:
+            async with patience:
+                await self._engine(scope, receive, send_from_engine)
+        except Exception:
+            if self._outcome not in HITS:
+                raise
+            logger.debug("the engine failed after its request had been answered", exc_info=True)
+        finally:
+            if self._outcome not in HITS:
+                replay.cancel()
+        if self._outcome in HITS:
+            await replay
+        else:
+            await self._let_start(send)
+
+    async def _replay(self, send: Send, patience: asyncio.Timeout) -> None:
+        """Answer with what the lookup brings, if that is before the engine's first frame."""
+        found = await self._lookup.answer
+        if self._outcome is not None:
+            return
+        answer = None if found is None else self._find(found)
+        if answer is None:
+            self._decide("not_found" if found is None else "unusable")
+            await self._let_start(send)
+            return
+        self._decide("network_won")
+        self._gone.set()
+        patience.reschedule(asyncio.get_running_loop().time() + ABANDONED_GRACE_S)
+        await _send_all(answer, send)
+
+    async def _let_start(self, send: Send) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            await send(held)
+
+    def _decide(self, outcome: Outcome) -> None:
+        if self._outcome is None:
+            self._outcome = outcome
+            self._decided(outcome)
+
+
+async def _send_all(answer: StoredAnswer, send: Send) -> None:
+    with suppress(OSError):  # its clients have gone
+        for message in answer.messages():
+            await send(message)

@@ -1,0 +1,160 @@
+"""Asking the node for a response that others may have, without ever costing a request more than its deadline.
+
+The node's socket can only be looked at (a heartbeat reads from it as well, so nobody would be woken), so while lookups
+are pending one task looks: each millisecond while an answer may come any moment, less often once a lookup has lasted.
+
+A node that has nobody to ask says so, and isn't asked for a second. After that, and after one that said nothing in
+time, a lookup begins without waiting for its hint: a lone or frozen node costs a request nothing.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from itertools import count
+
+from ..core.records.ids import RequestKey
+from ..core.records.limits import RESPONSE_LOOKUPS_MAX
+from ..core.records.local import (
+    FindResponse,
+    NodeMessage,
+    Rejected,
+    ReleaseResponse,
+    ResponseFound,
+    ResponseHint,
+    ResponseNotFound,
+)
+from .options import NodeLink
+
+logger = logging.getLogger(__name__)
+
+HINT_S = 0.01  # a node that is well says within a millisecond or two whether it has a hint
+_USELESS_S = 1.0  # between lookups in a node that has nobody to ask
+_USELESS = ("off", "alone", "no_peers")
+_EAGER_S, _EAGER_FOR_S = 0.001, 0.03  # most answers of peers nearby come in that time
+_CALM_S = 0.003
+
+
+class Pending:
+    """One lookup. Both futures are done by its deadline at the latest; `release` does them at once."""
+
+    def __init__(self, lookups: "NodeLookup", number: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.number = number
+        self.hint: asyncio.Future[bool] = loop.create_future()  # is it worth waiting for the answer?
+        self.answer: asyncio.Future[ResponseFound | None] = loop.create_future()
+        self.timers: list[asyncio.TimerHandle] = []
+        self._lookups = lookups
+
+    def release(self) -> None:
+        """Nobody waits any more. Once it has ended this does nothing."""
+        self._lookups.release(self)
+
+    def end(self, found: ResponseFound | None) -> None:
+        """The answer is here, or there is none."""
+        for timer in self.timers:
+            timer.cancel()
+        self.say_hint(found is not None)
+        if not self.answer.done():
+            self.answer.set_result(found)
+
+    def say_hint(self, hinted: bool) -> None:
+        """The first word counts."""
+        if not self.hint.done():
+            self.hint.set_result(hinted)
+
+
+class NodeLookup:
+    """The pending lookups of one process; they belong to one event loop."""
+
+    def __init__(self, client: NodeLink) -> None:
+        self._client = client
+        self._numbers = count(1)
+        self._pending: dict[int, Pending] = {}
+        self._epoch = 0  # of the session that the pending ones belong to
+        self._silent = False  # the last one that should have had a hint got none in time, or was useless
+        self._not_before_s = 0.0
+        self._eager_until_s = 0.0
+        self._poller: asyncio.Task[None] | None = None
+
+    @property
+    def pending(self) -> int:
+        """How many lookups are unfinished."""
+        return len(self._pending)
+
+    def start(self, key: RequestKey, model_digest: bytes, deadline_s: float) -> Pending | None:
+        """Ask the node; None when it is absent, has nobody to ask, or has too much to do."""
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        if now_s < self._not_before_s or len(self._pending) >= RESPONSE_LOOKUPS_MAX or not self._client.connected:
+            return None
+        if (epoch := self._client.epoch) != self._epoch:
+            self._end_all()
+            self._epoch = epoch
+        number = next(self._numbers) % (1 << 32)
+        if not self._client.send(FindResponse(number, key, model_digest, max(round(deadline_s * 1000), 1))):
+            return None
+        pending = self._pending[number] = Pending(self, number)
+        if self._silent:
+            pending.say_hint(False)
+        else:
+            pending.timers.append(loop.call_later(min(HINT_S, deadline_s), self._hint_overdue, pending))
+        pending.timers.append(loop.call_later(deadline_s, self._overdue, pending))
+        self._eager_until_s = now_s + _EAGER_FOR_S
+        if self._poller is None or self._poller.done():
+            self._poller = loop.create_task(self._poll(), name="hyperspace-node-lookup")
+        return pending
+
+    def release(self, pending: Pending) -> None:
+        """End a lookup without its answer, and tell the node; one that has ended is left alone."""
+        if self._pending.pop(pending.number, None) is not None:
+            self._client.send(ReleaseResponse(pending.number))
+            pending.end(None)
+
+    def _hint_overdue(self, pending: Pending) -> None:
+        self._take(self._client.receive())  # a loop that was busy itself must not blame the node
+        if not pending.hint.done():
+            self._silent = True
+            pending.say_hint(False)
+
+    def _overdue(self, pending: Pending) -> None:
+        self._take(self._client.receive())
+        if pending.number in self._pending and self._silent:
+            # Not a word in all this time. Its lease will tell; until then it is asked seldom.
+            self._not_before_s = asyncio.get_running_loop().time() + _USELESS_S
+        self.release(pending)
+
+    async def _poll(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._pending:
+            await asyncio.sleep(_EAGER_S if loop.time() < self._eager_until_s else _CALM_S)
+            self._take(self._client.receive())
+            if not self._client.connected or self._client.epoch != self._epoch:
+                self._end_all()  # the node that knew of them is gone
+
+    def _take(self, messages: Iterable[NodeMessage]) -> None:
+        for message in messages:
+            match message:
+                case ResponseHint(number, hinted):
+                    self._silent = False
+                    if (pending := self._pending.get(number)) is not None:
+                        pending.say_hint(hinted)
+                case ResponseFound(number):
+                    self._silent = False
+                    self._end(number, message)
+                case ResponseNotFound(number, reason):
+                    self._silent = reason in _USELESS
+                    if self._silent:
+                        self._not_before_s = asyncio.get_running_loop().time() + _USELESS_S
+                    self._end(number, None)
+                case Rejected():
+                    pass  # the client has logged it
+                case _:
+                    logger.debug("hyperspace node: unexpected %s", type(message).__name__)
+
+    def _end(self, number: int, found: ResponseFound | None) -> None:
+        if (pending := self._pending.pop(number, None)) is not None:
+            pending.end(found)
+
+    def _end_all(self) -> None:
+        for number in list(self._pending):
+            self._end(number, None)
