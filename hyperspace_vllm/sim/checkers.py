@@ -1,0 +1,170 @@
+"""What must hold in every run, whatever the network does and whoever lies.
+
+Safety: no client gets a wrong or an expired response; every lookup is hinted once and answered once, by its deadline;
+tables and what one event causes stay within bounds; every request of a peer is answered at once; no honest node is
+charged by another. Liveness: a request is a hit, hinted and within its deadline, when an honest node that had said so
+SPREAD_MS ago could be reached all the while. Lost segments between the two excuse a miss, and so does a freeze.
+"""
+
+from collections.abc import Iterator, Mapping, Sized
+from typing import TYPE_CHECKING
+
+from ..core.node.network import (
+    AVOIDED_MAX,
+    LOOKUPS_MAX,
+    NOT_FOUND_MAX,
+    PROVIDES_MAX,
+    REQUESTS_MAX,
+)
+from ..core.node.network_effects import AnswerResponse, FetchResponse, NetworkEffect
+from ..core.node.network_events import NetworkEvent
+from ..core.records.ids import RequestKey
+from ..core.records.limits import PEERS_KNOWN_MAX, PROVIDERS_MAX
+from ..core.records.peer_wire import PeerRequest
+from ..core.response.lookup import ATTEMPTS_MAX, IN_FLIGHT_MAX, RACE_MS
+from .responses import right_body
+
+if TYPE_CHECKING:
+    from .fleet import Fleet
+    from .host import Request, SimHost
+
+LATE_MS = 1  # virtual milliseconds are whole
+TICKS_MAX = 10  # at one moment
+TABLE_MAX = 4_096  # of what isn't named below
+TABLES = {
+    "_peers": PEERS_KNOWN_MAX,
+    "_asked": REQUESTS_MAX,
+    "_lookups": LOOKUPS_MAX,
+    "_avoid_until_ms": AVOIDED_MAX,
+    "_not_found_until_ms": NOT_FOUND_MAX,
+    "_provides": PROVIDES_MAX,
+    "_owners": PEERS_KNOWN_MAX,
+}
+
+
+class Checker:
+    """Hears of everything; `violations` is what was wrong, in words."""
+
+    def __init__(self, fleet: "Fleet") -> None:
+        self._fleet = fleet
+        self._effects_max = 64 + 4 * len(fleet.network)
+        self._ticks: dict[int, tuple[int, int]] = {}  # host -> when, and how often then
+        self._fetches: dict[tuple[int, int, int], int] = {}
+        self.violations: list[str] = []
+
+    def violated(self, host: int, what: str) -> None:
+        """Note what was wrong, where and when, and how to see it again."""
+        fleet = self._fleet
+        self.violations.append(f"seed {fleet.seed}, {fleet.agenda.now_ms} ms, node {host}: {what}")
+
+    # --- safety ---------------------------------------------------------------------------------
+
+    def on_served(self, host: "SimHost", key: RequestKey, body: bytes, expires_at_ms: int) -> None:
+        """A client gets `body`."""
+        if body != right_body(key):
+            self.violated(host.number, f"served a wrong response: {body[:40]!r}")
+        if expires_at_ms <= host.now_ms:
+            self.violated(host.number, f"served a response that expired {host.now_ms - expires_at_ms} ms ago")
+
+    def on_effects(self, host: "SimHost", event: NetworkEvent, effects: list[NetworkEffect]) -> None:
+        """A core has handled an event."""
+        if len(effects) > self._effects_max:
+            self.violated(host.number, f"{len(effects)} effects of one {type(event).__name__}")
+
+    def on_request_handled(self, host: "SimHost", message: PeerRequest, unanswered: bool) -> None:
+        """A core has handled a peer's request."""
+        if unanswered:
+            self.violated(host.number, f"{type(message).__name__} of a peer left without an answer")
+
+    def on_hint(self, host: "SimHost", request: "Request") -> None:
+        """A lookup was hinted."""
+        if request.asked_ms != self._fleet.agenda.now_ms:
+            self.violated(host.number, f"lookup {request.lookup}: the hint came late, or twice")
+
+    def on_fetch(self, host: "SimHost", effect: FetchResponse, in_flight: int) -> None:
+        """A provider is asked."""
+        lookup = host.number, self._fleet.network.life(host.number), effect.lookup
+        self._fetches[lookup] = self._fetches.get(lookup, 0) + 1
+        if in_flight > IN_FLIGHT_MAX or self._fetches[lookup] > ATTEMPTS_MAX:
+            self.violated(host.number, f"lookup {effect.lookup}: {self._fetches[lookup]} fetches, {in_flight} at once")
+
+    def on_answer(self, host: "SimHost", effect: AnswerResponse, request: "Request | None") -> None:
+        """A lookup ends."""
+        if request is None:
+            self.violated(host.number, f"lookup {effect.lookup} answered twice")
+            return
+        if request.hinted is None:
+            self.violated(host.number, f"lookup {effect.lookup} answered before its hint")
+        now_ms = self._fleet.agenda.now_ms
+        late_ms = now_ms - request.asked_ms - self._fleet.allowed_ms(request)
+        if late_ms > LATE_MS and self._fleet.network.since_ms(host.number) <= request.asked_ms:
+            self.violated(host.number, f"lookup {effect.lookup} answered {late_ms} ms after its deadline")
+
+    def on_tick(self, host: "SimHost", due_ms: int | None) -> None:
+        """A core has handled a tick, and wants the next one at `due_ms` of its clock."""
+        now_ms = self._fleet.agenda.now_ms
+        at_ms, count = self._ticks.get(host.number, (-1, 0))
+        count = count + 1 if at_ms == now_ms else 1
+        self._ticks[host.number] = now_ms, count
+        if count > TICKS_MAX and due_ms is not None and due_ms <= host.now_ms:
+            raise RuntimeError(f"seed {self._fleet.seed}, {now_ms} ms, node {host.number}: ticks settle nothing")
+
+    def on_charge(self, host: "SimHost", peer: str, reason: str) -> None:
+        """A core blames a peer."""
+        accused = self._fleet.number_of(peer)
+        if host.liar is None and accused >= 0 and self._fleet.hosts[accused].liar is None:
+            self.violated(host.number, f"charged the honest node {accused}: {reason}")
+
+    def check_tables(self) -> None:
+        """Look at every table of every honest core."""
+        for host in self._fleet.hosts:
+            if host.liar is None and self._fleet.network.up(host.number):
+                for name, size in _tables(host.core, "core", set()):
+                    if size > TABLES.get(name.rpartition(".")[2], TABLE_MAX):
+                        self.violated(host.number, f"{name} has {size} entries")
+
+    # --- at the end -----------------------------------------------------------------------------
+
+    def check_requests(self) -> None:
+        """Every request was answered; what was promised came."""
+        fleet = self._fleet
+        for request in fleet.requests:
+            if not self._lived_through(request):
+                continue
+            if request.answered_ms < 0:
+                if request.asked_ms + RACE_MS + LATE_MS < fleet.agenda.now_ms:
+                    self.violated(request.host, f"lookup {request.lookup} of {request.asked_ms} ms never answered")
+            elif not (request.hit and request.waiting) and request.promised:
+                how = {None: "no hint", True: "hinted", False: "unhinted"}[request.hinted]
+                self.violated(
+                    request.host,
+                    f"lookup {request.lookup} of {request.asked_ms} ms, {how}: {request.reason} after "
+                    f"{request.answered_ms - request.asked_ms} ms, though nodes {list(request.promised)} have it",
+                )
+
+    def _lived_through(self, request: "Request") -> bool:
+        """Whether the asker was there and not frozen all the while."""
+        network = self._fleet.network
+        same_life = network.acts(request.host) and network.life(request.host) == request.life
+        return same_life and network.since_ms(request.host) <= request.asked_ms
+
+
+def _tables(thing: object, name: str, seen: set[int]) -> Iterator[tuple[str, int]]:
+    """Names and sizes of the containers that hang on an object of ours, at any depth."""
+    if id(thing) in seen or isinstance(thing, str | bytes | int | float | None):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Sized) and not hasattr(thing, "__dict__"):
+        yield name, len(thing)
+    if isinstance(thing, Mapping):
+        for value in thing.values():
+            yield from _tables(value, f"{name}[]", seen)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from _tables(value, f"{name}[]", seen)
+    elif type(thing).__module__.startswith("hyperspace_vllm."):
+        for attribute in (*getattr(thing, "__dict__", ()), *getattr(thing, "__slots__", ())):
+            yield from _tables(getattr(thing, attribute, None), f"{name}.{attribute}", seen)
+
+
+assert PROVIDERS_MAX <= TABLE_MAX

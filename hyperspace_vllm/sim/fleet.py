@@ -1,0 +1,144 @@
+"""A whole simulated network: hosts, their connections, gossip and DHT on one virtual clock, and the truth about them.
+
+The truth is what no node knows: who has which response, who lies, and who can reach whom. Checkers judge by it.
+"""
+
+import random
+from hashlib import sha256
+
+from nacl.signing import SigningKey
+
+from ..core.records.ids import RequestKey, network_id
+from ..core.response.cache_proof import request_hash
+from ..core.response.lookup import RACE_MS
+from .agenda import Agenda
+from .checkers import Checker
+from .dht import Dht
+from .gossip import Gossip
+from .host import CLOCK_SKEW_MS, DEADLINE_MS, Request, SimHost
+from .liars import Kind, Liar
+from .network import Network
+from .responses import request_key
+from .trace import Trace
+
+EPOCH_MS = 1_700_000_000_000
+SPREAD_MS = 10_000
+LOSS = 0.002
+NETWORK_KEY = sha256(b"the key of a simulated network").digest()
+NETWORK = network_id("simulation")
+
+
+class Fleet:
+    """`size` hosts, none of them booted; host 0 is whom everybody knows. `liars` says which ones lie, and how."""
+
+    def __init__(self, size: int, seed: int, liars: dict[int, Kind]) -> None:
+        self.seed = seed
+        self.rng = random.Random(f"{seed}/fleet")
+        self.network_id = NETWORK
+        self.agenda = Agenda()
+        self.trace = Trace()
+        self.network = Network(self.agenda, random.Random(f"{seed}/network"), size, LOSS)
+        self.gossip = Gossip(self.network, random.Random(f"{seed}/gossip"), self._now_ms, self._gossip_arrives)
+        self.dht = Dht(self.network, random.Random(f"{seed}/dht"), self._now_ms, size)
+        self.checker = Checker(self)
+        self.hosts = [self._host(number, liars.get(number)) for number in range(size)]
+        self.bootstrap = self.hosts[:1]
+        self.keys: dict[bytes, RequestKey] = {}  # by request hash, of every response that anybody asks for
+        self.requests: list[Request] = []
+        self._numbers: dict[str, int] = {host.peer: host.number for host in self.hosts}
+        self._addresses = {host.address: host.number for host in self.hosts}
+        self._holders: dict[bytes, dict[int, int]] = {}  # request hash -> honest host -> since when
+        self._announced: dict[bytes, dict[int, int]] = {}  # those of them that have said so
+
+    def _host(self, number: int, kind: Kind | None) -> SimHost:
+        network_key = None if kind == "stranger" else NETWORK_KEY
+        host = SimHost(self, number, SigningKey(sha256(b"host/%d" % number).digest()), network_key)
+        host.liar = Liar(host, kind) if kind is not None else None
+        self.network.add(host)
+        return host
+
+    @property
+    def wall_ms(self) -> int:
+        """The time of day, which hosts' clocks show more or less."""
+        return EPOCH_MS + self.agenda.now_ms
+
+    @property
+    def honest(self) -> list[SimHost]:
+        """Those who don't lie."""
+        return [host for host in self.hosts if host.liar is None]
+
+    def number_of(self, peer: str) -> int:
+        """The host with this peer id, or -1."""
+        return self._numbers.get(peer, -1)
+
+    def at(self, address: str, peer: str) -> int | None:
+        """The host that answers as `peer` at an address."""
+        number = self._addresses.get(address)
+        return number if number is not None and self.hosts[number].peer == peer else None
+
+    def key(self, number: int) -> RequestKey:
+        """The `number`th request's key; from now on it is known that somebody asks for it."""
+        key = request_key(number)
+        self.keys.setdefault(request_hash(self.network_id, key), key)
+        return key
+
+    # --- the truth ------------------------------------------------------------------------------
+
+    def kept(self, host: int, name: bytes) -> None:
+        """A host can serve a response from now on."""
+        if self.hosts[host].liar is None:
+            self._holders.setdefault(name, {}).setdefault(host, self.agenda.now_ms)
+
+    def announced(self, host: int, name: bytes) -> None:
+        """It has written so into its registry."""
+        self._announced.setdefault(name, {}).setdefault(host, self.agenda.now_ms)
+
+    def unkept(self, host: int, names: tuple[bytes, ...] | list[bytes]) -> None:
+        """It can't any more."""
+        for name in names:
+            self._holders.get(name, {}).pop(host, None)
+            self._announced.get(name, {}).pop(host, None)
+
+    def died(self, host: int) -> None:
+        """What it announced it has to announce again."""
+        for hosts in self._announced.values():
+            hosts.pop(host, None)
+
+    def providers_for(self, asker: int, name: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Honest hosts that have a response and can be reached; and those of them that have said so long enough ago."""
+        here = tuple(host for host in self._holders.get(name, {}) if host != asker and self._serves(asker, host, name))
+        said = self._announced.get(name, {})
+        return here, tuple(host for host in here if host in said and self._has_spread(asker, host, said[host]))
+
+    def kept_promises(self, request: Request) -> tuple[int, ...]:
+        """Those of a request's promised providers that nothing came between."""
+        return tuple(host for host in request.promised if self._undisturbed(request, host))
+
+    def allowed_ms(self, request: Request) -> int:
+        """How long a lookup may take."""
+        return DEADLINE_MS if request.hinted else max(DEADLINE_MS, RACE_MS)
+
+    def _has_spread(self, asker: int, host: int, since_ms: int) -> bool:
+        starts_ms = (since_ms, self.network.since_ms(asker), self.network.since_ms(host), self.network.split_changed_ms)
+        return max(starts_ms) + SPREAD_MS <= self.agenda.now_ms
+
+    def _undisturbed(self, request: Request, host: int) -> bool:
+        """From the question to the answer, as far as the host, its store and the way to it go."""
+        pair = min(request.host, host), max(request.host, host)
+        return (
+            self._serves(request.host, host, request.request_hash)
+            and self.network.since_ms(host) <= request.asked_ms
+            and self.network.split_changed_ms <= request.asked_ms
+            and self.network.disturbed_ms.get(pair, -1) < request.asked_ms
+        )
+
+    def _serves(self, asker: int, host: int, name: bytes) -> bool:
+        expires_at_ms = self.hosts[host].shelf.expires_at_ms(name)
+        reached = self.network.acts(host) and self.network.reaches(asker, host)
+        return reached and expires_at_ms > self.wall_ms + 2 * CLOCK_SKEW_MS
+
+    def _gossip_arrives(self, host: int, relay: int, topic: str, payload: bytes) -> None:
+        self.hosts[host].heard_gossip(relay, topic, payload)
+
+    def _now_ms(self) -> int:
+        return self.agenda.now_ms

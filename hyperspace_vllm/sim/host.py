@@ -1,0 +1,511 @@
+"""A simulated node: the real core, with effects performed against the simulated network, DHT and clock.
+
+It does what the daemon does, and no more: nothing here decides. Its clients ask for responses, wait or race their
+engine as the middleware does, and store what was computed.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, assert_never
+
+from nacl.signing import SigningKey
+
+from ..core.node.network import NetworkNode, NetworkOptions
+from ..core.node.network_effects import (
+    AnswerResponse,
+    ChargePeer,
+    Connect,
+    Disconnect,
+    FetchResponse,
+    FindProviders,
+    ForgetOwner,
+    HintResponse,
+    ImportDeltas,
+    NetworkEffect,
+    PeersChanged,
+    Provide,
+    Publish,
+    Reply,
+    Send,
+    ServeResponse,
+    WriteRegistry,
+)
+from ..core.node.network_events import (
+    Answered,
+    ConnectFailed,
+    GossipReceived,
+    NetworkEvent,
+    NetworkTick,
+    PeerConnected,
+    PeerDisconnected,
+    ProvidersFound,
+    RequestFailed,
+    RequestReceived,
+    ResponseFetched,
+    ResponseRefused,
+    ResponseReleased,
+    ResponsesGone,
+    ResponseStored,
+    ResponsesUsed,
+    ResponseWanted,
+)
+from ..core.peers.reputation import Reputation
+from ..core.peers.trust import Trust
+from ..core.records.errors import ProtocolViolation, Refused
+from ..core.records.ids import PeerId, RequestKey, peer_id
+from ..core.records.peer_wire import (
+    Hit,
+    Miss,
+    PeerAnswer,
+    Query,
+    Refusal,
+    decode_answer,
+    decode_request,
+    encode,
+)
+from ..core.records.signing import NO_MEMBER_TAG, member_tag
+from ..core.response.cache_proof import request_hash
+from ..core.response.exchange import LIES, Opened, make_hit, open_hit
+from .documents import Documents
+from .responses import MODEL_DIGEST, Response, Shelf, compute, right_body
+
+if TYPE_CHECKING:
+    from .fleet import Fleet
+    from .liars import Liar
+
+FRAME_BYTES = 64  # a frame's length, Yamux, Noise, TCP and IP
+SERVE_MS = 2.0  # a stream's request, in py-libp2p and SQLite; one after another
+DEADLINE_MS = 300
+STORE_MS = 5  # until the writer has committed
+LORO_MS = 10
+EXPIRE_EVERY_MS = 5_000
+CLOCK_SKEW_MS = 1_000
+ENGINE_FIRST_MS = (150, 800)  # until the first frame
+ENGINE_REST_MS = (100, 1_500)  # until the last one
+
+Answer = Callable[[bytes], None]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A client's request that its node had no answer to. Times are virtual, -1: not yet."""
+
+    host: int
+    lookup: int
+    key: RequestKey
+    request_hash: bytes
+    asked_ms: int
+    providers: tuple[int, ...]  # honest hosts that had it then, and could be reached
+    promised: tuple[int, ...]  # those of them whose word had time to spread
+    hinted: bool | None = None
+    answered_ms: int = -1
+    reason: str = ""
+    hit: bool = False
+    waiting: bool = True  # for the network: the engine hasn't won
+    life: int = 0  # the host's
+    fetched: dict[PeerId, tuple[Opened, int]] = field(default_factory=dict)  # what it sent, and how popular it says
+
+
+class SimHost:
+    """Host `number` of a fleet; `liar` says how it departs from the honest."""
+
+    def __init__(self, fleet: "Fleet", number: int, key: SigningKey, network_key: bytes | None) -> None:
+        self.fleet = fleet
+        self.number = number
+        self.key = key
+        self.network_key = network_key
+        self.public_key = key.verify_key.encode()
+        self.peer = peer_id(self.public_key)
+        self.tag = member_tag(network_key, self.public_key) if network_key else NO_MEMBER_TAG
+        self.rng = random.Random(f"{fleet.seed}/host/{number}")
+        self.skew_ms = self.rng.randint(-CLOCK_SKEW_MS, CLOCK_SKEW_MS)
+        self.address = f"10.0.{number // 250}.{number % 250 + 1}:4001"
+        self.liar: Liar | None = None
+        self.shelf = Shelf()
+        self.core: NetworkNode
+
+    @property
+    def now_ms(self) -> int:
+        """This host's wall clock."""
+        return self.fleet.wall_ms + self.skew_ms
+
+    def boot(self) -> None:
+        """Start the node, with what is on the shelf."""
+        self.fleet.network.boot(self.number)
+        self.requests: dict[int, Request] = {}  # the core hasn't answered them
+        self._sends: dict[int, PeerId] = {}
+        self._tokens: dict[int, Answer] = {}
+        self._fetches: dict[tuple[int, PeerId], int] = {}  # (lookup, peer) -> number of the fetch
+        self._busy: dict[bytes, None] = {}  # request hashes that somebody here asks for or computes
+        self._numbers = 0
+        self._free_ms = 0.0
+        self._tick_at_ms: int | None = None
+        self._documents = Documents(self.fleet.network_id, self.key)
+        reputation = Reputation()
+        own = frozenset({self.public_key})
+        self.trust = Trust("members", self.public_key, own, frozenset(), self.network_key, reputation)
+        bootstrap = tuple((host.peer, host.address) for host in self.fleet.bootstrap if host is not self)
+        options = NetworkOptions(self.fleet.network_id, self.address, "", bootstrap, self.network_key)
+        self.core = NetworkNode(options, self.key, self.trust, random.Random(self.rng.random()), self.now_ms)
+        self._perform_all(self.core.start(self.now_ms))
+        for response in self.shelf.all():
+            if response.expires_at_ms > self.now_ms:
+                self.fleet.kept(self.number, response.request_hash)
+                self.tell(ResponseStored(response.request_hash, response.expires_at_ms, True, 0))
+        self.later(EXPIRE_EVERY_MS, self._expire)
+        if self.liar is not None:
+            self.liar.begin()
+
+    def die(self, politely: bool, keep_shelf: bool) -> None:
+        """End the process."""
+        self.fleet.network.kill(self.number, politely)
+        self.fleet.dht.forget(self.number)
+        self.fleet.died(self.number)
+        if not keep_shelf:
+            self.fleet.unkept(self.number, [response.request_hash for response in self.shelf.all()])
+            self.shelf = Shelf()
+
+    def later(self, delay_ms: float, act: Callable[[], None]) -> None:
+        """In this life, not while frozen."""
+        self.fleet.network.on(self.number, delay_ms, act)
+
+    def tell(self, event: NetworkEvent) -> None:
+        """Hand an event to the core and perform what it decides."""
+        now_ms = self.now_ms
+        self.fleet.trace.add(self.fleet.agenda.now_ms, self.number, event)
+        effects = self.core.handle(event, now_ms)
+        if self.liar is None:
+            self.fleet.checker.on_effects(self, event, effects)
+        self._perform_all(effects)
+
+    # --- clients --------------------------------------------------------------------------------
+
+    def ask(self, key: RequestKey) -> None:
+        """A client asks: the node's own database, then the network, and the engine."""
+        wanted = request_hash(self.fleet.network_id, key)
+        kept = self.shelf.get(wanted, self.now_ms)
+        if kept is not None:
+            self.fleet.checker.on_served(self, key, kept.body, kept.expires_at_ms)
+            self.tell(ResponsesUsed((wanted,)))
+            return
+        if wanted in self._busy:
+            return  # joins the one under way
+        self._busy[wanted] = None
+        lookup = self._number()
+        providers, promised = self.fleet.providers_for(self.number, wanted)
+        request = Request(self.number, lookup, key, wanted, self.fleet.agenda.now_ms, providers, promised)
+        request.life = self.fleet.network.life(self.number)
+        self.requests[lookup] = request
+        self.fleet.requests.append(request)
+        self.tell(ResponseWanted(lookup, wanted, DEADLINE_MS))
+
+    def _hinted(self, effect: HintResponse) -> None:
+        request = self.requests[effect.lookup]
+        request.hinted = effect.hinted
+        self.fleet.checker.on_hint(self, request)
+        if not effect.hinted:
+            self.later(self.rng.uniform(*ENGINE_FIRST_MS), partial(self._engine_first, request))
+
+    def _engine_first(self, request: Request) -> None:
+        if request.hit and request.waiting:
+            return  # the network won, and the engine's request was cancelled
+        if request.lookup in self.requests:
+            request.waiting = False
+            self.tell(ResponseReleased(request.lookup))
+        self.later(self.rng.uniform(*ENGINE_REST_MS), partial(self._computed, request))
+
+    def _computed(self, request: Request) -> None:
+        self._busy.pop(request.request_hash, None)
+        self.put(compute(self.key, self.fleet.network_id, request.key, right_body(request.key), self.tag, self.now_ms))
+
+    def put(self, response: Response, computed: bool = True, popularity: int = 0) -> None:
+        """Keep a response, and tell the core once it is there."""
+
+        def committed() -> None:
+            gone = self.shelf.put(response)
+            self.fleet.kept(self.number, response.request_hash)
+            self.tell(ResponseStored(response.request_hash, response.expires_at_ms, computed, popularity))
+            self._gone(gone)
+
+        self.later(STORE_MS, committed)
+
+    def _gone(self, names: tuple[bytes, ...]) -> None:
+        if names:
+            self.fleet.unkept(self.number, names)
+            self.tell(ResponsesGone(names))
+
+    def _expire(self) -> None:
+        self._gone(self.shelf.expire(self.now_ms))
+        self.later(EXPIRE_EVERY_MS, self._expire)
+
+    def _answered(self, effect: AnswerResponse) -> None:
+        request = self.requests.pop(effect.lookup, None)
+        self.fleet.checker.on_answer(self, effect, request)
+        if request is None:
+            return
+        for fetch in [fetch for fetch in self._fetches if fetch[0] == effect.lookup]:
+            del self._fetches[fetch]
+        request.answered_ms, request.reason = self.fleet.agenda.now_ms, effect.reason
+        request.promised = self.fleet.kept_promises(request)
+        if effect.peer is None:
+            if request.hinted:
+                self.later(self.rng.uniform(*ENGINE_FIRST_MS), partial(self._engine_first, request))
+            return
+        opened, popularity = request.fetched[effect.peer]
+        request.hit = True
+        if request.waiting:
+            self._busy.pop(request.request_hash, None)
+            self.fleet.checker.on_served(self, request.key, opened.body, opened.expires_at_ms)
+        member = self.trust.vouch(opened.proof.signer)
+        self.put(
+            Response(request.key, request.request_hash, opened.body, opened.raw_proof, member, opened.expires_at_ms),
+            computed=False,
+            popularity=popularity,
+        )
+
+    # --- what the network tells -----------------------------------------------------------------
+
+    def opened(self, peer: int) -> None:
+        """A connection is there."""
+        self.tell(PeerConnected(self.fleet.hosts[peer].peer))
+
+    def closed(self, peer: int) -> None:
+        """It has gone, and what was asked over it will not be answered."""
+        gone = self.fleet.hosts[peer].peer
+        self.tell(PeerDisconnected(gone))
+        for request in [request for request, target in self._sends.items() if target == gone]:
+            self._failed(request, "unreachable")
+        for lookup, fetch in [(lookup, fetch) for (lookup, target), fetch in self._fetches.items() if target == gone]:
+            self._refuse(lookup, gone, fetch, "unreachable", False)
+
+    def heard_gossip(self, relay: int, topic: str, payload: bytes) -> None:
+        """GossipSub delivers."""
+        if self.liar is not None:
+            self.liar.overhear(topic, payload)
+        self.tell(GossipReceived(topic, self.fleet.hosts[relay].peer, payload))
+
+    def asked(self, asker: int, frame: bytes, answer: Answer) -> None:
+        """A request arrives; hosts serve one after another."""
+        self._free_ms = max(self._free_ms, self.fleet.agenda.now_ms) + SERVE_MS
+        self.later(self._free_ms - self.fleet.agenda.now_ms, partial(self._serve, asker, frame, answer))
+
+    def _serve(self, asker: int, frame: bytes, answer: Answer) -> None:
+        try:
+            message = decode_request(frame)
+        except ProtocolViolation:
+            answer(encode(Refusal("protocol")))
+            return
+        lie = self.liar.answer(message) if self.liar is not None else None
+        if lie is not None:
+            if lie:
+                answer(lie)
+            return
+        token = self._number()
+        self._tokens[token] = answer
+        self.tell(RequestReceived(token, self.fleet.hosts[asker].peer, message))
+        if self.liar is None:
+            self.fleet.checker.on_request_handled(self, message, token in self._tokens)
+
+    # --- performing effects ---------------------------------------------------------------------
+
+    def _perform_all(self, effects: list[NetworkEffect]) -> None:
+        for effect in effects:
+            self.fleet.trace.add(self.fleet.agenda.now_ms, self.number, effect)
+            self._perform(effect)
+        self._arm()
+
+    def _perform(self, effect: NetworkEffect) -> None:
+        match effect:
+            case Connect():
+                self._connect(effect)
+            case Disconnect(peer):
+                self.fleet.network.hang_up(self.number, self.fleet.number_of(peer))
+            case Send():
+                self._send(effect)
+            case Reply(token, message):
+                self._reply(token, message)
+            case ServeResponse():
+                self._serve_response(effect)
+            case Publish(topic, payload):
+                self.fleet.gossip.publish(self.number, topic, payload)
+            case Provide(key):
+                self.fleet.dht.provide(self.number, key)
+            case FindProviders():
+                self._find(effect)
+            case HintResponse():
+                self._hinted(effect)
+            case FetchResponse():
+                self._fetch(effect)
+            case AnswerResponse():
+                self._answered(effect)
+            case ChargePeer(peer, reason):
+                self.fleet.checker.on_charge(self, peer, reason)
+            case WriteRegistry():
+                self.later(LORO_MS, partial(self._write, effect))
+            case ImportDeltas():
+                self.later(LORO_MS, lambda: self.tell(self._documents.take(effect)))
+            case ForgetOwner(owner):
+                self._documents.forget(owner)
+            case PeersChanged():
+                pass
+            case _:
+                assert_never(effect)
+
+    def _write(self, effect: WriteRegistry) -> None:
+        self.tell(self._documents.write(effect, self.now_ms))
+        for name, _ in effect.added:
+            self.fleet.announced(self.number, name)
+
+    def _connect(self, effect: Connect) -> None:
+        def done(failed: str | None) -> None:
+            if failed is not None:
+                self.tell(ConnectFailed(effect.peer, failed))
+
+        target = self.fleet.at(effect.address, effect.peer)
+        self.fleet.network.dial(self.number, target, effect.timeout_ms, done)
+
+    def _send(self, effect: Send) -> None:
+        target = self.fleet.number_of(effect.peer)
+        self._sends[effect.request] = effect.peer
+
+        def answered(frame: bytes) -> None:
+            if effect.request not in self._sends:
+                return
+            try:
+                message = decode_answer(frame)
+            except ProtocolViolation:
+                self._failed(effect.request, "protocol")
+                return
+            del self._sends[effect.request]
+            self.tell(Answered(effect.request, effect.peer, message))
+
+        if self._call(target, encode(effect.message), answered):
+            self.later(effect.timeout_ms, partial(self._failed, effect.request, "timeout"))
+        else:
+            self.later(0, partial(self._failed, effect.request, "unreachable"))
+
+    def _call(self, target: int, frame: bytes, answered: Answer) -> bool:
+        """Ask `target`, if there is a connection to it."""
+        network, hosts = self.fleet.network, self.fleet.hosts
+
+        def answer(reply: bytes) -> None:
+            network.send(target, self.number, FRAME_BYTES + len(reply), partial(answered, reply))
+
+        act = partial(hosts[target].asked, self.number, frame, answer) if target >= 0 else None
+        return act is not None and network.send(self.number, target, FRAME_BYTES + len(frame), act)
+
+    def _failed(self, request: int, reason: str) -> None:
+        peer = self._sends.pop(request, None)
+        if peer is not None:
+            self.tell(RequestFailed(request, peer, reason))
+
+    def _reply(self, token: int, message: PeerAnswer) -> None:
+        self._tokens.pop(token)(encode(message))
+
+    def _serve_response(self, effect: ServeResponse) -> None:
+        response = self.shelf.get(effect.request_hash, self.now_ms)
+        if response is None:
+            self._reply(effect.token, Miss("unknown"))
+            return
+        nonce = self.rng.randbytes(12)
+        hit = make_hit(
+            response.key,
+            self.fleet.network_id,
+            nonce,
+            response.body,
+            response.proof,
+            response.member,
+            effect.popularity,
+        )
+        self._reply(effect.token, hit)
+
+    def _find(self, effect: FindProviders) -> None:
+        takes_ms, found = self.fleet.dht.search(self.number, f"/cache/{effect.request_hash.hex()}")
+        if takes_ms >= effect.timeout_ms:
+            takes_ms, found = effect.timeout_ms, ()
+        peers = tuple(self.fleet.hosts[host].peer for host in found)
+        cost_ms = self.rng.uniform(20, 400)
+
+        def tell() -> None:
+            if effect.lookup in self.requests:
+                self.tell(ProvidersFound(effect.lookup, peers, cost_ms))
+
+        self.later(takes_ms, tell)
+
+    def _fetch(self, effect: FetchResponse) -> None:
+        target = self.fleet.number_of(effect.peer)
+        fetch = self._fetches[effect.lookup, effect.peer] = self._number()
+        self.fleet.checker.on_fetch(self, effect, sum(lookup == effect.lookup for lookup, _ in self._fetches))
+        refuse = partial(self._refuse, effect.lookup, effect.peer, fetch)
+        self.later(effect.timeout_ms, partial(refuse, "timeout", False))
+
+        def query(failed: str | None = None) -> None:
+            if failed is not None:
+                refuse(failed, False)
+            elif self._fetches.get((effect.lookup, effect.peer)) == fetch:
+                answered = partial(self._fetched, effect, fetch)
+                if not self._call(target, encode(Query(effect.request_hash)), answered):
+                    refuse("unreachable", False)
+
+        if self.fleet.network.connected(self.number, target):
+            query()
+        else:
+            at = self.fleet.at(effect.address, effect.peer)
+            self.fleet.network.dial(self.number, at, effect.timeout_ms, query)
+
+    def _fetched(self, effect: FetchResponse, fetch: int, frame: bytes) -> None:
+        lookup, peer = effect.lookup, effect.peer
+        if self._fetches.get((lookup, peer)) != fetch:
+            return
+        try:
+            message = decode_answer(frame)
+            if isinstance(message, Miss | Refusal):
+                reason = "miss" if message.reason == "unknown" else message.reason
+                self._refuse(lookup, peer, fetch, reason, reason == "protocol")
+                return
+            if not isinstance(message, Hit):
+                raise ProtocolViolation("a query's answer is a hit or a miss")
+            opened = self.open(message, self.requests[lookup])
+        except ProtocolViolation:
+            self._refuse(lookup, peer, fetch, "protocol", True)
+            return
+        except Refused as refused:
+            self._refuse(lookup, peer, fetch, refused.reason, refused.reason in LIES)
+            return
+        del self._fetches[lookup, peer]
+        self.requests[lookup].fetched[peer] = opened, message.popularity
+        self.tell(ResponseFetched(lookup, peer, len(opened.body), opened.expires_at_ms, message.popularity))
+
+    def open(self, hit: Hit, request: Request) -> Opened:
+        """What a hit holds, judged as the daemon judges it."""
+
+        def trusts(signer: bytes) -> bool:
+            return self.trust.trusts(signer, self.now_ms)
+
+        return open_hit(hit, request.key, self.fleet.network_id, MODEL_DIGEST, trusts, self.trust.meet, self.now_ms)
+
+    def _refuse(self, lookup: int, peer: PeerId, fetch: int, reason: str, lied: bool) -> None:
+        if self._fetches.get((lookup, peer)) == fetch:
+            del self._fetches[lookup, peer]
+            self.tell(ResponseRefused(lookup, peer, reason, lied))
+
+    # --- leaves ---------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """Keep one timer, as the driver does; one that was moved comes and goes."""
+        due_ms = self.core.next_deadline_ms()
+        if due_ms is not None and due_ms != self._tick_at_ms:
+            self.later(due_ms - self.now_ms, partial(self._tick, due_ms))
+        self._tick_at_ms = due_ms
+
+    def _tick(self, due_ms: int) -> None:
+        if self._tick_at_ms == due_ms:
+            self._tick_at_ms = None
+            self.tell(NetworkTick())
+            self.fleet.checker.on_tick(self, self._tick_at_ms)
+
+    def _number(self) -> int:
+        self._numbers += 1
+        return self._numbers

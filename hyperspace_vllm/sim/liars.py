@@ -1,0 +1,170 @@
+"""Hosts that lie. A liar runs the real core, so that it is found, trusted with the network key and connected to, and
+then departs from it in one way; all of them announce the responses that they hear of as their own, to be asked.
+
+They know every prompt (the worst case), so what they send is sealed as it should be. What a member that signs a wrong
+answer of its own does can't be told from an honest one's mistake (DESIGN §5: a signature only proves who said it), so
+the forgers' proofs are signed by keys of no member. Strangers don't hold the network key; their proofs are their own.
+"""
+
+import random
+from hashlib import sha256
+from typing import TYPE_CHECKING, Literal, get_args
+
+from nacl.signing import SigningKey
+
+from ..core.node.network_events import ResponseStored
+from ..core.records.announcement import ResponseEntry, decode_announcement
+from ..core.records.errors import ProtocolViolation
+from ..core.records.ids import RequestKey
+from ..core.records.limits import CLOCK_SKEW_MS, PEER_RECORD_TTL_MS, RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX
+from ..core.records.peer_record import PeerRecord
+from ..core.records.peer_wire import Greet, Hit, PeerRequest, Peers, Ping, Query, WantPeers, encode
+from ..core.records.signing import NO_MEMBER_TAG, member_tag
+from ..core.response.exchange import make_hit
+from .responses import Response, compute, right_body
+
+if TYPE_CHECKING:
+    from .host import SimHost
+
+Kind = Literal[
+    "altered",  # the right proof, another body
+    "forged",  # a proof signed by a key of no member
+    "replayed",  # another request's hit
+    "expired",  # a proof that was good yesterday
+    "garbled",  # bytes that are no message, on streams and in gossip
+    "oversized",  # a frame longer than any may be
+    "mute",  # nothing at all after its greeting
+    "boastful",  # announces what it hasn't, and says so when asked
+    "flatterer",  # serves well, and says that everything is wildly popular
+    "crowd",  # brings a hundred nodes along that don't exist
+    "echo",  # publishes others' gossip again
+    "stranger",  # outside the network, with forged proofs
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+BOAST_EVERY_MS = 1_000
+BOASTS = 20
+HEARD_MAX = 500
+GHOSTS = 100
+GHOSTS_AT_ONCE = 16
+SILENCE = b""
+
+
+class Liar:
+    """How `host` departs from the honest."""
+
+    def __init__(self, host: "SimHost", kind: Kind) -> None:
+        self.kind: Kind = kind
+        self._host = host
+        self._rng = random.Random(f"{host.fleet.seed}/liar/{host.number}")
+        self._key = SigningKey(sha256(b"forger/%d" % host.number).digest())
+        self._heard: dict[bytes, None] = {}
+        self._gossip: list[tuple[str, bytes]] = []
+
+    def begin(self) -> None:
+        """Whenever the host has booted."""
+        self._host.later(BOAST_EVERY_MS, self._boast)
+
+    def overhear(self, topic: str, payload: bytes) -> None:
+        """Gossip comes by: what others have is worth claiming."""
+        if len(self._gossip) < HEARD_MAX:
+            self._gossip.append((topic, payload))
+        try:
+            batch = decode_announcement(payload)
+        except ProtocolViolation:
+            return
+        for entry in batch.entries:
+            if isinstance(entry, ResponseEntry) and len(self._heard) < HEARD_MAX:
+                self._heard[entry.request_hash] = None
+
+    def answer(self, message: PeerRequest) -> bytes | None:
+        """A lie, SILENCE, or None: be honest this time."""
+        match message:
+            case Greet():
+                return None
+            case Query(wanted):
+                return self._answer_query(wanted)
+            case WantPeers() if self.kind == "crowd":
+                return encode(Peers(self._ghosts()))
+            case Ping() if self.kind != "mute":
+                return None
+            case _ if self.kind == "mute":
+                return SILENCE
+            case _ if self.kind == "garbled":
+                return self._rng.randbytes(100)
+            case _:
+                return None
+
+    def _answer_query(self, wanted: bytes) -> bytes | None:
+        key = self._host.fleet.keys.get(wanted)
+        if key is None or self.kind in ("boastful", "crowd", "echo"):
+            return None
+        match self.kind:
+            case "mute":
+                return SILENCE
+            case "garbled":
+                return self._rng.randbytes(100)
+            case "oversized":
+                return bytes(STREAM_FRAME_BYTES_MAX + 1)
+            case _:
+                return encode(self._false_hit(key))
+
+    def _false_hit(self, key: RequestKey) -> Hit:
+        host, now_ms = self._host, self._host.now_ms
+        response = self._made(right_body(key), key, now_ms)
+        match self.kind:
+            case "altered":
+                return self._hit(key, b"altered " + response.body, response)
+            case "forged" | "stranger":
+                signer = self._key if self.kind == "forged" else host.key
+                forged = compute(signer, host.fleet.network_id, key, b"forged", host.tag, now_ms)
+                return self._hit(key, forged.body, forged)
+            case "replayed":
+                other = self._rng.choice(list(host.fleet.keys.values()))
+                replayed = self._made(right_body(other), other, now_ms)
+                return self._hit(self._rng.choice((key, other)), replayed.body, replayed)
+            case "expired":
+                old = self._made(b"yesterday", key, now_ms - RESPONSE_TTL_MS - self._rng.choice((1, 5)) * CLOCK_SKEW_MS)
+                return self._hit(key, old.body, old)
+            case _:
+                return self._hit(key, response.body, response, popularity=(1 << 32) - 1)
+
+    def _made(self, body: bytes, key: RequestKey, computed_at_ms: int) -> Response:
+        host = self._host
+        return compute(host.key, host.fleet.network_id, key, body, host.tag, computed_at_ms)
+
+    def _hit(self, key: RequestKey, body: bytes, response: Response, popularity: int = 0) -> Hit:
+        nonce = self._rng.randbytes(12)
+        network = self._host.fleet.network_id
+        return make_hit(key, network, nonce, body, response.proof, response.member, popularity)
+
+    def _boast(self) -> None:
+        host = self._host
+        host.later(BOAST_EVERY_MS, self._boast)
+        expires_at_ms = host.now_ms + RESPONSE_TTL_MS
+        for name in self._rng.sample(list(self._heard), min(len(self._heard), BOASTS)):
+            host.tell(ResponseStored(name, expires_at_ms, True, 0))
+        if self._gossip and self.kind in ("echo", "garbled"):
+            topic, payload = self._rng.choice(self._gossip)
+            said = payload if self.kind == "echo" else self._rng.randbytes(len(payload))
+            host.fleet.gossip.publish(host.number, topic, said)
+
+    def _ghosts(self) -> tuple[bytes, ...]:
+        """Records of nodes that nobody is, signed as they should be."""
+        host = self._host
+        records = []
+        first = self._rng.randrange(GHOSTS)
+        for number in range(first, first + GHOSTS_AT_ONCE):
+            key = SigningKey(sha256(b"ghost/%d/%d" % (host.number, number % GHOSTS)).digest())
+            expires_at_ms = host.now_ms + PEER_RECORD_TTL_MS
+            public_key = key.verify_key.encode()
+            address = f"10.9.{number % 250}.1:4001"
+            record = PeerRecord(
+                host.fleet.network_id, public_key, host.now_ms, expires_at_ms, address, "", self._tag_of(public_key)
+            )
+            records.append(record.sign(key).encode())
+        return tuple(records)
+
+    def _tag_of(self, public_key: bytes) -> bytes:
+        """Whoever holds the network key can vouch for anybody."""
+        key = self._host.network_key
+        return member_tag(key, public_key) if key else NO_MEMBER_TAG

@@ -1,0 +1,135 @@
+"""What happens in a simulation: who boots, asks, dies, freezes, is cut off and lies, and when.
+
+Seeds that once found a bug are in tests/test_sim_network.py.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+from ..core.records.limits import RESPONSE_TTL_MS
+from .fleet import EPOCH_MS, Fleet
+from .host import SimHost
+from .liars import KINDS, Kind
+from .responses import compute, right_body
+
+RUN_MS = 60_000
+BOOT_MS = 2_000  # within which all hosts start
+WARM_MS = 15_000  # before the first fault
+ASK_EVERY_MS = 2_000  # a client of a host, on average
+REQUESTS_PER_HOST = 5  # distinct ones, the first asked for most (Zipf)
+CHECK_EVERY_MS = 10_000
+FLASH = 1_000_000  # numbers of requests that nobody asks for but in a flash crowd
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """`begin` sets everything that happens beside the usual requests; some hosts lie; `kept` is how many responses a
+    host brings along from an earlier life, a few of them about to expire."""
+
+    name: str
+    text: str
+    begin: Callable[[Fleet], None]
+    liars: float = 0.0
+    kept: int = 3
+    first_ask_ms: int = 5_000
+
+
+def build(scenario: Scenario, nodes: int, seed: int) -> Fleet:
+    """A fleet in which the scenario will happen when its agenda runs."""
+    count = round(nodes * scenario.liars)
+    step = max(nodes // count, 1) if count else 0
+    liars: dict[int, Kind] = {1 + index * step: KINDS[(index + seed) % len(KINDS)] for index in range(count)}
+    fleet = Fleet(nodes, seed, {number: kind for number, kind in liars.items() if number < nodes})
+    requests = nodes * REQUESTS_PER_HOST
+    for host in fleet.honest:
+        for _ in range(scenario.kept):
+            _keep(fleet, host, fleet.rng.randrange(requests))
+    for host in fleet.hosts:
+        fleet.agenda.after(0 if host.number == 0 else fleet.rng.uniform(0, BOOT_MS), host.boot)
+    weights = list(accumulate(1 / (rank + 1) for rank in range(requests)))
+    for host in fleet.honest:
+        first_ms = scenario.first_ask_ms + fleet.rng.expovariate(1 / ASK_EVERY_MS)
+        fleet.agenda.after(first_ms, partial(_ask_again, fleet, host, weights))
+    fleet.agenda.after(CHECK_EVERY_MS, partial(_check_again, fleet))
+    scenario.begin(fleet)
+    return fleet
+
+
+def _keep(fleet: Fleet, host: SimHost, number: int) -> None:
+    """Put a response on a host's shelf; one in five expires while the scenario runs."""
+    key = fleet.key(number)
+    left_ms = (
+        fleet.rng.uniform(0, RUN_MS) if not fleet.rng.randrange(5) else fleet.rng.uniform(0.1, 1) * RESPONSE_TTL_MS
+    )
+    computed_at_ms = EPOCH_MS - RESPONSE_TTL_MS + round(left_ms)
+    response = compute(host.key, fleet.network_id, key, right_body(key), host.tag, computed_at_ms)
+    host.shelf.put(response)
+
+
+def _ask_again(fleet: Fleet, host: SimHost, weights: list[float]) -> None:
+    (number,) = fleet.rng.choices(range(len(weights)), cum_weights=weights)
+    key = fleet.key(number)
+    if fleet.network.acts(host.number):
+        host.ask(key)
+    fleet.agenda.after(fleet.rng.expovariate(1 / ASK_EVERY_MS), partial(_ask_again, fleet, host, weights))
+
+
+def _check_again(fleet: Fleet) -> None:
+    fleet.checker.check_tables()
+    fleet.agenda.after(CHECK_EVERY_MS, partial(_check_again, fleet))
+
+
+# --- the scenarios ------------------------------------------------------------------------------
+
+
+def _cold_start(fleet: Fleet) -> None:
+    pass
+
+
+def _flash_crowd(fleet: Fleet) -> None:
+    """One node has an answer; seconds later everybody asks for it at once. Then three answers more."""
+    for flash, (at_ms, count) in enumerate(((20_000, 1), (40_000, 3))):
+        for index in range(count):
+            key = fleet.key(FLASH + 10 * flash + index)
+            fleet.agenda.after(at_ms, partial(fleet.rng.choice(fleet.honest).ask, key))
+            for host in fleet.honest:
+                fleet.agenda.after(at_ms + 5_000 + fleet.rng.uniform(0, 500), partial(host.ask, key))
+
+
+def _partition_heals(fleet: Fleet) -> None:
+    """Two random halves, for longer than any connection lasts."""
+    sides = [index % 2 for index in range(len(fleet.hosts))]
+    fleet.rng.shuffle(sides)
+    fleet.agenda.after(WARM_MS, partial(fleet.network.split, sides))
+    fleet.agenda.after(WARM_MS + 22_000, partial(fleet.network.split, [0] * len(sides)))
+
+
+def _churn(fleet: Fleet) -> None:
+    """Three in ten die, by crash or by power cut, and most come back, with their responses or without."""
+    for host in fleet.rng.sample(fleet.hosts, round(len(fleet.hosts) * 0.3)):
+        dies_ms = WARM_MS + fleet.rng.uniform(0, 30_000)
+        keeps = fleet.rng.random() < 0.5
+        fleet.agenda.after(dies_ms, partial(host.die, fleet.rng.random() < 0.5, keeps))
+        if fleet.rng.random() < 0.7:
+            fleet.agenda.after(dies_ms + fleet.rng.uniform(2_000, 12_000), host.boot)
+
+
+def _freeze(fleet: Fleet) -> None:
+    """One in ten stops for a while, without a word."""
+    for host in fleet.rng.sample(fleet.hosts, round(len(fleet.hosts) * 0.1)):
+        freezes_ms = WARM_MS + fleet.rng.uniform(0, 20_000)
+        fleet.agenda.after(freezes_ms, partial(fleet.network.freeze, host.number))
+        fleet.agenda.after(freezes_ms + fleet.rng.uniform(8_000, 25_000), partial(fleet.network.thaw, host.number))
+
+
+_ALL = (
+    Scenario("cold_start", "Everybody starts at once, with nothing.", _cold_start, kept=0, first_ask_ms=2_000),
+    Scenario("flash_crowd", "Everybody asks for one new answer at once.", _flash_crowd),
+    Scenario("partition_heals", "Two halves lose each other for 22 s.", _partition_heals),
+    Scenario("liars_20pct", "One node in five lies, in twelve ways.", _cold_start, liars=0.2),
+    Scenario("churn_30pct", "Three nodes in ten die, most come back.", _churn),
+    Scenario("frozen_10pct", "One node in ten stops for 8 to 25 s.", _freeze),
+)
+SCENARIOS: Mapping[str, Scenario] = {scenario.name: scenario for scenario in _ALL}
