@@ -20,6 +20,7 @@ from .signing import SIGNATURE_BYTES, sign, verify
 
 _TAG = b"hyperspace/registry-delta/1"
 _HEAD_BYTES = 32 + 32 + 8 + 8 + 1 + 8 + 4
+DELTA_OVERHEAD_BYTES = _HEAD_BYTES + SIGNATURE_BYTES  # beside the payload
 
 
 @dataclass(frozen=True, slots=True)
