@@ -22,16 +22,28 @@ from types import FunctionType
 
 import blake3
 import msgspec
+from nacl.signing import SigningKey
 
 from hyperspace_vllm.api.collect import Collector
 from hyperspace_vllm.config import Config, ConfigError, load_config
-from hyperspace_vllm.core.records import local, wire
-from hyperspace_vllm.core.records.errors import ProtocolViolation
+from hyperspace_vllm.core.records import local, peer_wire, wire
+from hyperspace_vllm.core.records.announcement import (
+    Announcement,
+    PrefixEntry,
+    ResponseEntry,
+    check_announcement,
+    decode_announcement,
+    encode_announcement,
+)
+from hyperspace_vllm.core.records.errors import ProtocolViolation, Refused
 from hyperspace_vllm.core.records.ids import peer_id, public_key_of
 from hyperspace_vllm.core.records.limits import OBJECT_ROWS_MAX
 from hyperspace_vllm.core.records.manifest import Manifest, RowEntry, decode_manifest, digest_blob
+from hyperspace_vllm.core.records.peer_record import PeerRecord, check_peer_record, decode_peer_record
+from hyperspace_vllm.core.records.registry_delta import RegistryDelta, check_delta, decode_delta, encode_delta
 from hyperspace_vllm.core.response.admission import NotStored
-from hyperspace_vllm.core.response.cache_proof import CacheProof, decode_proof
+from hyperspace_vllm.core.response.cache_proof import CacheProof, decode_proof, make_proof
+from hyperspace_vllm.core.response.exchange import make_hit, open_hit
 from hyperspace_vllm.core.response.request_key import Uncacheable, choice_count, parse_request, request_key
 from hyperspace_vllm.core.response.scope import RequestScope, sign_scope, verify_scope
 from hyperspace_vllm.daemon.chunk_store import ChunkStore
@@ -39,6 +51,7 @@ from hyperspace_vllm.daemon.chunk_store import ChunkStore
 Target = Callable[[bytes], None]
 KEY = bytes(range(32))
 SECRET = b"secret"
+AUTHOR = SigningKey(KEY)
 
 
 # --- one function a decoder: returns, or raises what is a bug ---------------------------------------
@@ -62,6 +75,46 @@ def peer_request(raw: bytes) -> None:
 def peer_reply(raw: bytes) -> None:
     with suppress(ProtocolViolation):
         assert wire.decode_reply(wire.encode(message := wire.decode_reply(raw))) == message
+
+
+def stream_request(raw: bytes) -> None:
+    with suppress(ProtocolViolation):
+        message = peer_wire.decode_request(raw)
+        assert peer_wire.decode_request(peer_wire.encode(message)) == message
+
+
+def stream_answer(raw: bytes) -> None:
+    """An answer on a libp2p stream; a hit is opened, too."""
+    with suppress(ProtocolViolation, Refused):
+        message = peer_wire.decode_answer(raw)
+        assert peer_wire.decode_answer(peer_wire.encode(message)) == message
+        if isinstance(message, peer_wire.Hit):
+            opened = open_hit(message, KEY, KEY, KEY, lambda signer: True, lambda signer, tag: None, 1)  # type: ignore[arg-type]
+            assert opened.body == b"{}"
+
+
+def peer_record(raw: bytes) -> None:
+    with suppress(ProtocolViolation, Refused):
+        record = decode_peer_record(raw)
+        assert record.encode() == raw
+        check_peer_record(record, KEY, 1)  # type: ignore[arg-type]
+        assert record == _peer_record()
+
+
+def announcement(raw: bytes) -> None:
+    with suppress(ProtocolViolation, Refused):
+        batch = decode_announcement(raw)
+        assert encode_announcement(batch, AUTHOR)[:-64] == raw[:-64]
+        check_announcement(raw, batch, KEY, 1)  # type: ignore[arg-type]
+        assert raw in ANNOUNCEMENTS
+
+
+def registry_delta(raw: bytes) -> None:
+    with suppress(ProtocolViolation, Refused):
+        delta = decode_delta(raw)
+        assert encode_delta(delta, AUTHOR)[:-64] == raw[:-64]
+        check_delta(raw, delta, KEY, 1)  # type: ignore[arg-type]
+        assert raw in DELTAS
 
 
 def manifest(raw: bytes) -> None:
@@ -156,6 +209,33 @@ def _manifest(rows: int = 1) -> Manifest:
     return Manifest(KEY, KEY, 768, bytes(12), bytes(48), KEY, 1, entries, bytes(64))  # type: ignore[arg-type]
 
 
+def _peer_record() -> PeerRecord:
+    known = {"models": (KEY,), "fingerprints": (KEY, KEY), "vram_digest": b"bloom"}
+    return PeerRecord(KEY, AUTHOR.verify_key.encode(), 1, 2, "h:1", "h:2", **known).sign(AUTHOR)  # type: ignore[arg-type]
+
+
+def _announcement(*entries: object) -> bytes:
+    return encode_announcement(Announcement(KEY, AUTHOR.verify_key.encode(), 1, 1, entries), AUTHOR)  # type: ignore[arg-type]
+
+
+def _delta(sequence: int) -> bytes:
+    kind = "update" if sequence else "snapshot"
+    delta = RegistryDelta(KEY, AUTHOR.verify_key.encode(), 1, sequence, kind, 2, b"loro")  # type: ignore[arg-type]
+    return encode_delta(delta, AUTHOR)
+
+
+def _hit() -> peer_wire.Hit:
+    proof = make_proof(AUTHOR, KEY, KEY, b"{}", KEY, "vllm", 1)  # type: ignore[arg-type]
+    return make_hit(KEY, KEY, bytes(12), b"{}", proof.encode(), bytes(32), 16)  # type: ignore[arg-type]
+
+
+ANNOUNCEMENTS = [
+    _announcement(ResponseEntry(KEY, 2), ResponseEntry(KEY, 3)),
+    _announcement(PrefixEntry(KEY, KEY, bytes(48), 2)),
+]
+DELTAS = [_delta(0), _delta(1)]
+
+
 def _sidecar_sample() -> bytes:
     fields = [1, _manifest().encode(), bytes(64 * 32), bytes(48), True, [b"\xff" * 8]]
     return b"\xff" + msgspec.msgpack.encode(fields)
@@ -215,6 +295,37 @@ TARGETS: dict[str, tuple[Target, list[bytes]]] = {
             wire.encode(wire.NotHere(1, "busy", (1,))),
         ],
     ),
+    "stream_request": (
+        stream_request,
+        [
+            peer_wire.encode(message)
+            for message in (
+                peer_wire.Query(KEY),
+                peer_wire.Greet(b"record"),
+                peer_wire.Ping(),
+                peer_wire.WantPeers(bytes(32)),
+                peer_wire.WantDeltas((peer_wire.RegistryHead(KEY, 1, 2),)),
+            )
+        ],
+    ),
+    "stream_answer": (
+        stream_answer,
+        [
+            peer_wire.encode(message)
+            for message in (
+                _hit(),
+                peer_wire.Miss("busy"),
+                peer_wire.Greeting(b"record"),
+                peer_wire.Pong(),
+                peer_wire.Peers((b"record", b"record")),
+                peer_wire.Deltas((b"delta",), (peer_wire.RegistryHead(KEY, 1, 2),), True),
+                peer_wire.Refusal("stranger"),
+            )
+        ],
+    ),
+    "peer_record": (peer_record, [_peer_record().encode()]),
+    "announcement": (announcement, ANNOUNCEMENTS),
+    "registry_delta": (registry_delta, DELTAS),
     "manifest": (manifest, [_manifest().encode(), _manifest(3).encode()]),
     "digest_table": (digest_table, [b"\x01" + bytes(64 * 32)]),
     "peer": (peer, [peer_id(KEY).encode(), "1é".encode()]),
