@@ -19,6 +19,7 @@ REQUESTS = (
 REPLIES = (
     wire.HaveReply(1, (wire.Offer(0, bytes(32), 1, bytes(8)),)),
     wire.ManifestReply(1, bytes(300), bytes(2048), bytes(48)),
+    wire.ManifestReply(1, bytes(300), bytes(2048), bytes(48), b"m" * 32),
     wire.Chunk(1, 2, 3),
     wire.NotHere(1, "busy", (1, 2)),
 )
@@ -51,6 +52,7 @@ def test_messages_survive_the_trip(message: wire.PeerRequest | wire.PeerReply) -
         wire.Chunk(1, 0, 1 << 40),
         wire.ManifestReply(1, bytes(5000), b"", bytes(48)),
         wire.ManifestReply(1, b"", b"", bytes(47)),
+        wire.ManifestReply(1, b"", b"", bytes(48), bytes(31)),
         wire.NotHere(1, "because"),  # type: ignore[arg-type]
         wire.HaveReply(1, (wire.Offer(LOOKUP_ROWS_MAX, bytes(32), 0, bytes(8)),)),
     ],
