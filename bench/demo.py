@@ -30,9 +30,9 @@ from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof,
 from hyperspace_vllm.response_db import database_path
 
 from .documents import document, prompt
-from .servers import MODELS, ROOT, Completion, Server, free_port, introduce
+from .servers import MODELS, ROOT, Completion, Server, found_network, free_port
 
-FULL, L1, L2 = "full inference", "L1 local", "L2 network"
+FULL, L1, L1_NETWORK, L2 = "full inference", "L1 local", "L1 network", "L2 network"
 QUESTIONS = {
     "LICENSE": (
         "May I sell a modified version of this software?",
@@ -78,20 +78,22 @@ class Demo:
                 self._ask(f"{name}: same question", self.a, ask_first, L1, live)
                 warm = self._ask(f"{name}: second question", self.b, ask_second, L2, live)
                 self._compare(name, ask_second, warm)
+                self._ask(f"{name}: A's question", self.b, ask_first, L1_NETWORK, live)
 
     def _ask(self, name: str, server: Server, text: str, expected: str, live: Live) -> Completion:
         loaded_before = network_hits(server)
         answer = server.complete(text, max_tokens=ANSWER_TOKENS, logprobs=2)
-        layer, verified = served_by(server, answer, loaded_before)
+        layer, verified = served_by(server, answer, loaded_before, (self.a, self.b))
         self.rows.append(
             Row(
                 name, server.name, layer, round(answer.ttft_ms, 1), round(answer.total_ms, 1), answer.prompt_tokens,
-                answer.cached_tokens if layer == L2 else answer.prompt_tokens if layer == L1 else 0, verified,
+                {L2: answer.cached_tokens, FULL: 0}.get(layer, answer.prompt_tokens), verified,
                 expected, answer.text,
             )
         )  # fmt: skip
         if layer != expected:
-            last = server.node_status()["last_lookup"]
+            node = server.node_status()
+            last = node["p2p"] if expected == L1_NETWORK else node["last_lookup"]
             self.problems.append(f"{name} on {server.name}: expected {expected}, was {layer}; last lookup {last}")
         live.update(self.table())
         return answer
@@ -128,7 +130,11 @@ class Demo:
             table.add_column(column, justify="right")
         table.add_column("verified by", no_wrap=True)
         for row in self.rows:
-            colour = {FULL: "yellow", L1: "green", L2: "cyan"}[row.layer] if row.layer == row.expected else "red"
+            colour = (
+                {FULL: "yellow", L1: "green", L1_NETWORK: "green", L2: "cyan"}[row.layer]
+                if row.layer == row.expected
+                else "red"
+            )
             table.add_row(
                 row.name, row.server, f"[{colour}]{row.layer}[/]", f"{row.ttft_ms:,.1f}", f"{row.total_ms:,.1f}",
                 str(row.prompt_tokens), str(row.cached_tokens), row.verified,
@@ -141,10 +147,11 @@ def network_hits(server: Server) -> float:
     return server.metric("hyperspace_l2_lookups_total", 'result="hit"', 'reason="network"')
 
 
-def served_by(server: Server, answer: Completion, loaded_before: float) -> tuple[str, str]:
+def served_by(server: Server, answer: Completion, loaded_before: float, servers: tuple[Server, ...]) -> tuple[str, str]:
     """(layer, how it was verified), from the answer's headers and the server's own counters."""
-    if "hit" in answer.headers.get("cache-status", "").split("; "):
-        return L1, check_response(server, answer)
+    status = answer.headers.get("cache-status", "").split("; ")
+    if "hit" in status:
+        return L1_NETWORK if "detail=network" in status else L1, check_response(server, answer, servers)
     if network_hits(server) > loaded_before and answer.cached_tokens:
         last = server.node_status()["last_lookup"]
         assert isinstance(last, dict)
@@ -152,20 +159,41 @@ def served_by(server: Server, answer: Completion, loaded_before: float) -> tuple
     return FULL, ""
 
 
-def check_response(server: Server, answer: Completion) -> str:
-    """Check the CacheProof that came with a hit, as a stranger would: against the stored answer and the node's name."""
+def check_response(server: Server, answer: Completion, servers: tuple[Server, ...]) -> str:
+    """Check the CacheProof that came with a hit, as a stranger would: by the stored answer and its signer."""
     encoded = answer.headers.get("hyperspace-proof")
     if encoded is None:
         return "not signed yet"
     raw = base64.b64decode(encoded)
+    proof = decode_proof(raw)
+    key, body = stored_under(server, raw)
+    status = server.node_status()
+    asked = request_hash(network_id(str(status["network"])), RequestKey(key))
+    signers = {public_key_of(str(each.node_status()["peer_id"])): each.name for each in servers}
+    check_proof(proof, asked, body, proof.model_digest, signers.__contains__, time.time_ns() // 1_000_000)
+    return f"ed25519 CacheProof of {signers[proof.signer]}, who computed it"
+
+
+def stored_under(server: Server, proof: bytes, timeout_s: float = 10) -> tuple[bytes, bytes]:
+    """(request key, body) of the entry with this proof; what was fetched is stored a moment after it was served."""
+    deadline = time.monotonic() + timeout_s
     with closing(sqlite3.connect(f"file:{database_path(server.data_dir)}?mode=ro", uri=True)) as database:
         query = "SELECT request_key, body FROM entries JOIN bodies USING (id) WHERE proof = ?"
-        key, body = database.execute(query, (raw,)).fetchone()
-    status, proof = server.node_status(), decode_proof(raw)
-    asked = request_hash(network_id(str(status["network"])), RequestKey(key))
-    signer = public_key_of(str(status["peer_id"]))
-    check_proof(proof, asked, body, proof.model_digest, signer.__eq__, time.time_ns() // 1_000_000)
-    return "ed25519 CacheProof"
+        while (row := database.execute(query, (proof,)).fetchone()) is None:
+            assert time.monotonic() < deadline, f"{server.name} has not stored what it served"
+            time.sleep(0.05)
+    key, body = row
+    return key, body
+
+
+def wait_discovered(console: Console, servers: list[Server], timeout_s: float = 60) -> None:
+    """Until every node has found all the others; each knows the first one's address at most."""
+    with console.status("the nodes find each other"):
+        deadline = time.monotonic() + timeout_s
+        while any(len(server.node_status()["peers"]) < len(servers) - 1 for server in servers):  # type: ignore[arg-type]
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not discovered within {timeout_s:.0f} s: {servers[0].node_status()['p2p']}")
+            time.sleep(0.1)
 
 
 def node_idle(server: Server) -> bool:
@@ -216,7 +244,7 @@ def summary(console: Console, rows: list[Row]) -> None:
         times = [row.ttft_ms for row in rows if row.layer == layer]
         return statistics.mean(times) if times else 0.0
 
-    for layer in (L1, L2):
+    for layer in (L1, L1_NETWORK, L2):
         if mean_ms(layer):
             console.print(f"{layer}: first token {mean_ms(FULL) / mean_ms(layer):,.0f} times as soon as {FULL}")
 
@@ -234,7 +262,7 @@ def main() -> int:
     directories = [work / "a", work / "b"]
     for directory in directories:
         directory.mkdir(parents=True, mode=0o700)
-    environments = introduce(directories, [free_port(), free_port()])
+    environments = found_network(directories, free_port())
     settings = {"HYPERSPACE_ARENA_BYTES": str(512 << 20), "HYPERSPACE_DISK_BYTES": str(2 << 30)}
     if (os.cpu_count() or 1) < 4:  # left to itself, vLLM puts both servers on the first core
         environments = [{**e, "VLLM_CPU_OMP_THREADS_BIND": str(core)} for core, e in enumerate(environments)]
@@ -246,6 +274,7 @@ def main() -> int:
     words = 1250 if options.model == "gemma" else 400
     try:
         start(console, servers)
+        wait_discovered(console, servers)
         warm_up(console, servers, document("docs/protocol.md", words))
         demo = Demo(console, servers[0], servers[1], options.model == "gemma", words)
         demo.run()

@@ -6,6 +6,7 @@ Each server is a process group of its own with its own data directory, so its no
 import fcntl
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -250,4 +251,17 @@ def introduce(directories: Sequence[Path], ports: Sequence[int]) -> list[dict[st
             "HYPERSPACE_PEERS": ",".join(a for a in addresses if a != address),
         }
         for address, port in zip(addresses, ports, strict=True)
+    ]
+
+
+def found_network(directories: Sequence[Path], port: int) -> list[dict[str, str]]:
+    """Environments of a private network: every node holds its key, and knows of the first one's address only."""
+    key_file = directories[0].parent / "network.key"
+    key_file.touch(0o600)
+    key_file.write_text(secrets.token_hex(32))
+    first = f"{hyperspace('id', data_dir=directories[0]).strip()}@127.0.0.1:{port}"
+    joining = {"HYPERSPACE_NETWORK_KEY_FILE": str(key_file)}
+    return [
+        {**joining, "HYPERSPACE_P2P_LISTEN": f"127.0.0.1:{port}"},
+        *({**joining, "HYPERSPACE_BOOTSTRAP": first} for _ in directories[1:]),
     ]
