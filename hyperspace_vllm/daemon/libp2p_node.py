@@ -1,0 +1,260 @@
+"""The trio side of the libp2p host: py-libp2p's parts put together, and what may be asked of them.
+
+Runs inside the host's thread (libp2p_host.py); everything here is trio. Nothing waits without a deadline, except for
+the end.
+"""
+
+import ipaddress
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import trio
+from libp2p import generate_peer_id_from
+from libp2p.abc import INetStream
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as new_noise_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.exceptions import SwarmException
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from multiaddr import Multiaddr
+from nacl.signing import SigningKey
+
+from ..core.records.errors import ProtocolViolation
+from ..core.records.ids import PeerId, public_key_of, sha256
+from . import libp2p_overrides as overrides
+from .libp2p_overrides import NodeDht, NodeGossip, NodeHost, NodePeerStore, NodePubsub, NodeSwarm, NodeTransport
+from .libp2p_streams import Answerer, Asker
+from .libp2p_yamux import PROTOCOL as YAMUX
+from .libp2p_yamux import YamuxConnection
+from .peer_failed import PeerFailed
+
+_SHA2_256 = b"\x12\x20"  # multihash: code and length
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """What makes a node: see `Libp2pHost`."""
+
+    signing_key: SigningKey
+    listen: str
+    network_key: bytes | None
+    protocols: tuple[str, ...]
+    topics: tuple[str, ...]
+
+
+class NodeEvents(Protocol):
+    """What a node tells; called in the trio thread, must not block."""
+
+    async def answer(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None: ...
+    def gossip(self, topic: str, relay: PeerId, payload: bytes) -> None: ...
+    def peer_changed(self, peer: PeerId, connected: bool) -> None: ...
+
+
+def dht_key(key: str) -> bytes:
+    """The multihash (sha2-256) under which a key string stands in the DHT: a CID can name it, of any length."""
+    return _SHA2_256 + sha256(key.encode())
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port`; ValueError. IPv6 stands in brackets."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isascii() or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"address {address!r}: expected host:port")
+    if host.startswith("[") and host.endswith("]"):
+        return str(ipaddress.IPv6Address(host[1:-1])), int(port)
+    if not host or ":" in host or "/" in host or len(host) > 253:
+        raise ValueError(f"address {address!r}: expected host:port")
+    return host, int(port)
+
+
+def _multiaddr(host: str, port: int) -> Multiaddr:
+    return Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")
+
+
+async def _resolve(address: str) -> list[Multiaddr]:
+    host, port = split_address(address)
+    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    hosts = dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found)
+    return [_multiaddr(each, port) for each in list(hosts)[: overrides.ADDRESSES_PER_PEER_MAX]]
+
+
+class Libp2pNode:
+    """A running node. All methods are for the trio thread."""
+
+    def __init__(self, settings: NodeSettings, events: NodeEvents) -> None:
+        overrides.patch_library()
+        self._events = events
+        key_pair = create_new_key_pair(settings.signing_key.encode())
+        own_id = generate_peer_id_from(key_pair)
+        self._own_id = own_id
+        topics = frozenset(settings.topics)
+        store = NodePeerStore(lambda peer_id: peer_id == own_id or bool(self._swarm.live(peer_id)))
+        store.add_key_pair(own_id, key_pair)
+        transport = NodeTransport()
+        self._swarm = NodeSwarm(
+            own_id,
+            store,
+            overrides.NodeUpgrader(
+                {NOISE: NoiseTransport(key_pair, noise_privkey=new_noise_key_pair().private_key)},
+                {TProtocol(YAMUX): YamuxConnection},
+                overrides.NEGOTIATION_S,
+            ),
+            transports=[transport],
+            retry_config=RetryConfig(max_retries=0),
+            connection_config=_connection_config(),
+            psk=settings.network_key.hex() if settings.network_key is not None else None,
+        )
+        transport.swarm = self._swarm
+        self._swarm.on_peer = self._on_peer
+        self._host = NodeHost(
+            self._swarm,
+            negotiate_timeout=overrides.NEGOTIATION_S,
+            disable_identify_address_discovery=True,
+        )
+        # One failing inbound stream must not end the connection, let alone the host.
+        self._swarm.set_stream_handler(_guarded(self._host._swarm_stream_handler))
+        self._dht = NodeDht(self._host)
+        self._host.dht = self._dht
+        self._gossip = NodeGossip(topics)
+        self._pubsub = NodePubsub(self._host, self._gossip, topics, self._on_message)
+        self._topics = settings.topics
+        self._listen = settings.listen
+        self._asker = Asker(self._host, lambda peer_id: bool(self._swarm.live(peer_id)))
+        self._answerer = Answerer(self._on_request)
+        self._dialling: dict[ID, trio.Lock] = {}
+        for protocol in settings.protocols:
+            self._host.set_stream_handler(TProtocol(protocol), partial(self._answerer.serve, protocol=protocol))
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[str]:
+        """Run until the block ends; the address it listens on. OSError when that is taken."""
+        try:
+            async with AsyncExitStack() as stack:
+                # Before the swarm: a peer that connects at once would find no pubsub, and nobody looks again.
+                await stack.enter_async_context(overrides.running(self._pubsub))
+                await stack.enter_async_context(overrides.running(self._gossip))
+                await stack.enter_async_context(overrides.running(self._swarm))
+                host, port = split_address(self._listen)
+                if not await self._swarm.listen(_multiaddr(host, port)):
+                    raise self._swarm.listen_error or OSError(f"cannot listen on {self._listen}")
+                await stack.enter_async_context(overrides.running(self._dht))
+                for topic in self._topics:
+                    await self._pubsub.subscribe(topic)
+                (bound,) = self._host.get_transport_addrs()
+                port = int(bound.value_for_protocol("tcp"))
+                yield f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        finally:
+            self._pubsub.seen_messages.stop()
+            self._swarm.close_sockets()
+
+    async def connect(self, peer: PeerId, address: str) -> None:
+        """Dial, unless connected; PeerFailed("unreachable"), also when somebody else answers there."""
+        peer_id = ID.from_base58(peer)
+        lock = self._dialling.setdefault(peer_id, trio.Lock())
+        try:
+            async with lock:
+                if not self._swarm.live(peer_id):
+                    await self._dial(peer_id, address)
+        finally:
+            if not lock.locked():
+                self._dialling.pop(peer_id, None)
+
+    async def _dial(self, peer_id: ID, address: str) -> None:
+        try:
+            candidates = await _resolve(address)
+        except (OSError, ValueError, UnicodeError) as error:
+            raise PeerFailed("unreachable") from error
+        for candidate in candidates:
+            with suppress(SwarmException):
+                # Not host.connect(): that takes 250 ms at least, and refuses for a minute after one failure.
+                await self._swarm.dial_addr(candidate, peer_id)
+                self._host.get_peerstore().add_addrs(peer_id, [candidate], 0)
+                await self._dht.routing_table.add_peer(PeerInfo(peer_id, [candidate]), skip_server_mode_check=True)
+                return
+        raise PeerFailed("unreachable")
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """End every connection to a peer."""
+        peer_id = ID.from_base58(peer)
+        for conn in self._swarm.drop(peer_id):
+            await conn.event_closed.wait()
+
+    async def request(self, peer: PeerId, protocol: str, frame: bytes) -> bytes:
+        """A peer's answer; PeerFailed."""
+        return await self._asker.ask(ID.from_base58(peer), protocol, frame)
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        """Send to the topic's mesh."""
+        await self._pubsub.publish(topic, payload)
+
+    async def provide(self, key: str) -> bool:
+        """Become a provider of a key; whether anybody was told."""
+        return await self._dht.provider_store.provide(dht_key(key))
+
+    async def find_providers(self, key: str, count: int) -> tuple[tuple[PeerId, ...], float]:
+        """Who provides a key, and what the search cost in milliseconds of this thread's CPU time."""
+        began = time.thread_time()
+        found = await self._dht.provider_store.find_providers(dht_key(key), count)
+        peers = tuple(PeerId(info.peer_id.to_base58()) for info in found)
+        return tuple(peer for peer in peers if _is_node(peer)), (time.thread_time() - began) * 1000
+
+    def _on_peer(self, peer_id: ID, connected: bool) -> None:
+        if not connected:
+            self._asker.forget(peer_id)
+            self._pubsub.forget(peer_id)
+            self._dht.routing_table.remove_peer(peer_id)
+        peer = PeerId(peer_id.to_base58())
+        if _is_node(peer):
+            self._events.peer_changed(peer, connected)
+
+    def _on_message(self, topic: str, relay: ID, payload: bytes) -> None:
+        self._events.gossip(topic, PeerId(relay.to_base58()), payload)
+
+    async def _on_request(self, peer_id: ID, protocol: str, frame: bytes) -> bytes | None:
+        peer = PeerId(peer_id.to_base58())
+        return await self._events.answer(peer, protocol, frame) if _is_node(peer) else None
+
+
+def _is_node(peer: PeerId) -> bool:
+    # libp2p peers may have keys of other kinds; our nodes don't.
+    try:
+        public_key_of(peer)
+    except ProtocolViolation:
+        return False
+    return True
+
+
+def _guarded(handle: Callable[[INetStream], Awaitable[None]]) -> Callable[[INetStream], Awaitable[None]]:
+    async def guarded(stream: INetStream) -> None:
+        try:
+            await handle(stream)
+        except Exception as error:
+            overrides.logger.debug("stream of %s failed: %r", stream.muxed_conn.peer_id, error)
+            with suppress(Exception):
+                await stream.reset()
+
+    return guarded
+
+
+def _connection_config() -> ConnectionConfig:
+    return ConnectionConfig(
+        max_connections=overrides.CONNECTIONS_MAX,
+        min_connections=0,
+        low_watermark=0,
+        high_watermark=overrides.CONNECTIONS_MAX,
+        max_connections_per_peer=overrides.CONNECTIONS_PER_PEER_MAX,
+        dial_timeout=overrides.UPGRADE_S,
+        inbound_upgrade_timeout=overrides.UPGRADE_S,
+        outbound_upgrade_timeout=overrides.UPGRADE_S,
+        outbound_stream_protocol_negotiation_timeout=overrides.NEGOTIATION_S,
+        inbound_stream_protocol_negotiation_timeout=overrides.NEGOTIATION_S,
+    )

@@ -1,0 +1,244 @@
+"""Requests and answers on libp2p streams: frames, the asking side's pool of streams, the answering side's bounds.
+
+    frame = length u32 big-endian || payload; an answer of length 0 says `busy`
+
+A stream carries any number of request/answer pairs in turn, because opening one costs two round trips and more CPU time
+than the request.
+"""
+
+import struct
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Protocol
+
+import trio
+from libp2p.abc import INetStream
+from libp2p.custom_types import TProtocol
+from libp2p.io.exceptions import IOException
+from libp2p.network.stream.exceptions import StreamError
+from libp2p.peer.id import ID
+
+from ..core.records.limits import STREAM_FRAME_BYTES_MAX, KiB, MiB
+from .peer_failed import PeerFailed
+
+REQUESTS_PER_PEER_MAX = 64  # in flight, either way
+REQUESTS_MAX = 512
+FRAME_BYTES_IN_PER_PEER_MAX = 2 * STREAM_FRAME_BYTES_MAX
+FRAME_BYTES_IN_MAX = 64 * MiB
+ANSWER_BYTES_PER_PEER_MAX = 4 * STREAM_FRAME_BYTES_MAX  # answers that a peer has not taken yet
+ANSWER_BYTES_MAX = 128 * MiB
+SPARE_STREAMS_MAX = 4  # kept open for the next request, by peer and protocol
+READ_BYTES = 64 * KiB
+
+IDLE_S = 30.0  # between requests
+SPARE_S = 20.0  # less than the other side's IDLE_S
+FRAME_S = 5.0  # from a request's first byte to its last
+ANSWER_S = 15.0  # for a peer to take an answer
+
+_LENGTH = struct.Struct("!I")
+_BROKEN = (IOException, StreamError)  # what the library raises for streams and connections that ended
+
+
+class _BrokenRule(Exception):
+    """The peer's frame is too long, or too much at once."""
+
+
+class _Room:
+    """Bytes that may be held, in all and by peer."""
+
+    def __init__(self, peer_bytes_max: int, bytes_max: int) -> None:
+        self._peer_bytes_max = peer_bytes_max
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._by_peer: dict[ID, int] = {}
+
+    def take(self, peer_id: ID, size: int) -> bool:
+        mine = self._by_peer.get(peer_id, 0) + size
+        if mine > self._peer_bytes_max or self._bytes + size > self._bytes_max:
+            return False
+        self._by_peer[peer_id] = mine
+        self._bytes += size
+        return True
+
+    def give_back(self, peer_id: ID, size: int) -> None:
+        self._bytes -= size
+        self._by_peer[peer_id] -= size
+        if not self._by_peer[peer_id]:
+            del self._by_peer[peer_id]
+
+
+async def read_frame(stream: INetStream, first_byte_s: float, frame_s: float, room: Callable[[int], bool]) -> bytes:
+    """One frame's payload; `room` is asked before each piece is taken. TooSlowError, StreamError, _BrokenRule."""
+    head = bytearray()
+    with trio.fail_after(first_byte_s):
+        head += await _read(stream, _LENGTH.size)
+    with trio.fail_after(frame_s):
+        while len(head) < _LENGTH.size:
+            head += await _read(stream, _LENGTH.size - len(head))
+        (length,) = _LENGTH.unpack(head)
+        if length > STREAM_FRAME_BYTES_MAX:
+            raise _BrokenRule("frame too long")
+        payload = bytearray()
+        while len(payload) < length:
+            # As it comes: announcing a length costs the sender nothing, so nothing is set aside for it.
+            piece = await _read(stream, min(length - len(payload), READ_BYTES))
+            if not room(len(piece)):
+                raise _BrokenRule("too much at once")
+            payload += piece
+    return bytes(payload)
+
+
+async def _read(stream: INetStream, size: int) -> bytes:
+    data = await stream.read(size)
+    if not data:
+        raise StreamError("ended")
+    return data
+
+
+async def write_frame(stream: INetStream, payload: bytes) -> None:
+    """Send one frame."""
+    await stream.write(_LENGTH.pack(len(payload)) + payload)
+
+
+class Answerer:
+    """Serves inbound streams: reads requests, asks `answer` and writes what it says."""
+
+    def __init__(self, answer: Callable[[ID, str, bytes], Awaitable[bytes | None]]) -> None:
+        self._answer = answer
+        self._requests = 0
+        self._requests_of: dict[ID, int] = {}
+        self._incoming = _Room(FRAME_BYTES_IN_PER_PEER_MAX, FRAME_BYTES_IN_MAX)
+        self._outgoing = _Room(ANSWER_BYTES_PER_PEER_MAX, ANSWER_BYTES_MAX)
+
+    async def serve(self, stream: INetStream, protocol: str) -> None:
+        """Serve one stream until it ends, breaks a rule or is idle for too long."""
+        peer_id = stream.muxed_conn.peer_id
+        try:
+            while await self._serve_one(stream, peer_id, protocol):
+                pass
+            await stream.reset()
+        except _BROKEN:
+            with suppress(Exception):
+                await stream.close()
+        except (trio.TooSlowError, _BrokenRule):
+            await stream.reset()
+
+    async def _serve_one(self, stream: INetStream, peer_id: ID, protocol: str) -> bool:
+        held = 0
+
+        def room(size: int) -> bool:
+            nonlocal held
+            if not self._incoming.take(peer_id, size):
+                return False
+            held += size
+            return True
+
+        try:
+            request = await read_frame(stream, IDLE_S, FRAME_S, room)
+            answer = await self._ask(peer_id, protocol, request)
+        finally:
+            if held:
+                self._incoming.give_back(peer_id, held)
+        if answer is None:
+            return False
+        if not self._outgoing.take(peer_id, len(answer)):
+            answer = b""
+        try:
+            with trio.fail_after(ANSWER_S):
+                await write_frame(stream, answer)
+        finally:
+            if answer:
+                self._outgoing.give_back(peer_id, len(answer))
+        return True
+
+    async def _ask(self, peer_id: ID, protocol: str, request: bytes) -> bytes | None:
+        mine = self._requests_of.get(peer_id, 0)
+        if mine >= REQUESTS_PER_PEER_MAX or self._requests >= REQUESTS_MAX:
+            return b""
+        self._requests += 1
+        self._requests_of[peer_id] = mine + 1
+        try:
+            return await self._answer(peer_id, protocol, request)
+        finally:
+            self._requests -= 1
+            self._requests_of[peer_id] -= 1
+            if not self._requests_of[peer_id]:
+                del self._requests_of[peer_id]
+
+
+class _Network(Protocol):
+    async def new_stream(self, peer_id: ID, protocol_ids: list[TProtocol]) -> INetStream: ...
+
+
+class Asker:
+    """Sends requests on streams that it keeps open for the next one. Deadlines are the caller's (trio.fail_after)."""
+
+    def __init__(self, host: _Network, is_connected: Callable[[ID], bool]) -> None:
+        self._host = host
+        self._is_connected = is_connected
+        self._spare: dict[tuple[ID, str], list[tuple[INetStream, float]]] = {}
+        self._requests_of: dict[ID, int] = {}
+
+    async def ask(self, peer_id: ID, protocol: str, request: bytes) -> bytes:
+        """The answer; PeerFailed(unreachable | protocol | busy)."""
+        if not self._is_connected(peer_id):
+            raise PeerFailed("unreachable")
+        mine = self._requests_of.get(peer_id, 0)
+        if mine >= REQUESTS_PER_PEER_MAX:
+            raise PeerFailed("busy")
+        self._requests_of[peer_id] = mine + 1
+        try:
+            return await self._ask(peer_id, protocol, request)
+        finally:
+            self._requests_of[peer_id] -= 1
+            if not self._requests_of[peer_id]:
+                del self._requests_of[peer_id]
+
+    def forget(self, peer_id: ID) -> None:
+        """The peer is gone, and its streams with it."""
+        for key in [key for key in self._spare if key[0] == peer_id]:
+            del self._spare[key]
+
+    async def _ask(self, peer_id: ID, protocol: str, request: bytes) -> bytes:
+        spare = await self._take_spare(peer_id, protocol)
+        if spare is not None:
+            with suppress(*_BROKEN):  # the other side closed it meanwhile: nothing has been asked
+                return await self._exchange(spare, peer_id, protocol, request)
+        try:
+            stream = await self._host.new_stream(peer_id, [TProtocol(protocol)])
+        except Exception as error:  # the library raises a dozen kinds
+            raise PeerFailed("protocol" if self._is_connected(peer_id) else "unreachable") from error
+        try:
+            return await self._exchange(stream, peer_id, protocol, request)
+        except _BROKEN as error:
+            raise PeerFailed("protocol" if self._is_connected(peer_id) else "unreachable") from error
+
+    async def _take_spare(self, peer_id: ID, protocol: str) -> INetStream | None:
+        spares = self._spare.get((peer_id, protocol), [])
+        while spares:
+            stream, since = spares.pop()
+            if trio.current_time() - since < SPARE_S:
+                return stream
+            await stream.reset()
+        return None
+
+    async def _exchange(self, stream: INetStream, peer_id: ID, protocol: str, request: bytes) -> bytes:
+        try:
+            await write_frame(stream, request)
+            answer = await read_frame(stream, float("inf"), float("inf"), lambda size: True)
+        except _BrokenRule as error:
+            await stream.reset()
+            raise PeerFailed("protocol") from error
+        except BaseException:  # the deadline, or the stream broke
+            with trio.CancelScope(shield=True), suppress(Exception):
+                await stream.reset()
+            raise
+        if self._is_connected(peer_id):
+            spares = self._spare.setdefault((peer_id, protocol), [])
+            if len(spares) < SPARE_STREAMS_MAX:
+                spares.append((stream, trio.current_time()))
+            else:
+                await stream.close()
+        if not answer:
+            raise PeerFailed("busy")
+        return answer
