@@ -5,6 +5,7 @@ the end.
 """
 
 import ipaddress
+import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -30,12 +31,17 @@ from nacl.signing import SigningKey
 
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import PeerId, public_key_of, sha256
-from . import libp2p_overrides as overrides
-from .libp2p_overrides import NodeDht, NodeGossip, NodeHost, NodePeerStore, NodePubsub, NodeSwarm, NodeTransport
+from . import libp2p_swarm as swarm
+from .libp2p_dht import NodeDht
+from .libp2p_gossip import NodeGossip, NodePubsub
+from .libp2p_overrides import patch_library, running
 from .libp2p_streams import Answerer, Asker
+from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeTransport, NodeUpgrader
 from .libp2p_yamux import PROTOCOL as YAMUX
 from .libp2p_yamux import YamuxConnection
 from .peer_failed import PeerFailed
+
+logger = logging.getLogger(__name__)
 
 _SHA2_256 = b"\x12\x20"  # multihash: code and length
 
@@ -84,14 +90,14 @@ async def _resolve(address: str) -> list[Multiaddr]:
     host, port = split_address(address)
     found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     hosts = dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found)
-    return [_multiaddr(each, port) for each in list(hosts)[: overrides.ADDRESSES_PER_PEER_MAX]]
+    return [_multiaddr(each, port) for each in list(hosts)[: swarm.ADDRESSES_PER_PEER_MAX]]
 
 
 class Libp2pNode:
     """A running node. All methods are for the trio thread."""
 
     def __init__(self, settings: NodeSettings, events: NodeEvents) -> None:
-        overrides.patch_library()
+        patch_library()
         self._events = events
         key_pair = create_new_key_pair(settings.signing_key.encode())
         own_id = generate_peer_id_from(key_pair)
@@ -103,10 +109,10 @@ class Libp2pNode:
         self._swarm = NodeSwarm(
             own_id,
             store,
-            overrides.NodeUpgrader(
+            NodeUpgrader(
                 {NOISE: NoiseTransport(key_pair, noise_privkey=new_noise_key_pair().private_key)},
                 {TProtocol(YAMUX): YamuxConnection},
-                overrides.NEGOTIATION_S,
+                swarm.NEGOTIATION_S,
             ),
             transports=[transport],
             retry_config=RetryConfig(max_retries=0),
@@ -117,7 +123,7 @@ class Libp2pNode:
         self._swarm.on_peer = self._on_peer
         self._host = NodeHost(
             self._swarm,
-            negotiate_timeout=overrides.NEGOTIATION_S,
+            negotiate_timeout=swarm.NEGOTIATION_S,
             disable_identify_address_discovery=True,
         )
         # One failing inbound stream must not end the connection, let alone the host.
@@ -140,13 +146,13 @@ class Libp2pNode:
         try:
             async with AsyncExitStack() as stack:
                 # Before the swarm: a peer that connects at once would find no pubsub, and nobody looks again.
-                await stack.enter_async_context(overrides.running(self._pubsub))
-                await stack.enter_async_context(overrides.running(self._gossip))
-                await stack.enter_async_context(overrides.running(self._swarm))
+                await stack.enter_async_context(running(self._pubsub))
+                await stack.enter_async_context(running(self._gossip))
+                await stack.enter_async_context(running(self._swarm))
                 host, port = split_address(self._listen)
                 if not await self._swarm.listen(_multiaddr(host, port)):
                     raise self._swarm.listen_error or OSError(f"cannot listen on {self._listen}")
-                await stack.enter_async_context(overrides.running(self._dht))
+                await stack.enter_async_context(running(self._dht))
                 for topic in self._topics:
                     await self._pubsub.subscribe(topic)
                 (bound,) = self._host.get_transport_addrs()
@@ -238,7 +244,7 @@ def _guarded(handle: Callable[[INetStream], Awaitable[None]]) -> Callable[[INetS
         try:
             await handle(stream)
         except Exception as error:
-            overrides.logger.debug("stream of %s failed: %r", stream.muxed_conn.peer_id, error)
+            logger.debug("stream of %s failed: %r", stream.muxed_conn.peer_id, error)
             with suppress(Exception):
                 await stream.reset()
 
@@ -247,14 +253,14 @@ def _guarded(handle: Callable[[INetStream], Awaitable[None]]) -> Callable[[INetS
 
 def _connection_config() -> ConnectionConfig:
     return ConnectionConfig(
-        max_connections=overrides.CONNECTIONS_MAX,
+        max_connections=swarm.CONNECTIONS_MAX,
         min_connections=0,
         low_watermark=0,
-        high_watermark=overrides.CONNECTIONS_MAX,
-        max_connections_per_peer=overrides.CONNECTIONS_PER_PEER_MAX,
-        dial_timeout=overrides.UPGRADE_S,
-        inbound_upgrade_timeout=overrides.UPGRADE_S,
-        outbound_upgrade_timeout=overrides.UPGRADE_S,
-        outbound_stream_protocol_negotiation_timeout=overrides.NEGOTIATION_S,
-        inbound_stream_protocol_negotiation_timeout=overrides.NEGOTIATION_S,
+        high_watermark=swarm.CONNECTIONS_MAX,
+        max_connections_per_peer=swarm.CONNECTIONS_PER_PEER_MAX,
+        dial_timeout=swarm.UPGRADE_S,
+        inbound_upgrade_timeout=swarm.UPGRADE_S,
+        outbound_upgrade_timeout=swarm.UPGRADE_S,
+        outbound_stream_protocol_negotiation_timeout=swarm.NEGOTIATION_S,
+        inbound_stream_protocol_negotiation_timeout=swarm.NEGOTIATION_S,
     )

@@ -1,0 +1,200 @@
+"""GossipSub for py-libp2p: our topics only, with a bound for each neighbour instead of the library's.
+
+The library passes ten messages a second and peer, loses bursts of more than 32 without a word, keeps a time stamp for
+every message and an entry for every topic that anybody names, and connects to whomever a PRUNE lists.
+"""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from libp2p.abc import IHost
+from libp2p.custom_types import TProtocol
+from libp2p.peer.id import ID
+from libp2p.pubsub.gossipsub import GossipSub
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.pubsub.rpc_queue import RpcQueue
+from libp2p.pubsub.utils import maybe_consume_signed_record
+
+from ..core.records.limits import KiB, MiB
+from .libp2p_swarm import PEER_ENVELOPE_BYTES_MAX, PEERS_KEPT_MAX
+
+GOSSIP_BYTES_MAX = 64 * KiB
+GOSSIP_RPC_BYTES_MAX = 256 * KiB
+GOSSIP_PER_S = 50.0  # new messages of one neighbour
+GOSSIP_BURST = 200.0
+GOSSIP_BYTES_PER_S = 1.0 * MiB
+GOSSIP_BYTES_BURST = 4.0 * MiB
+GOSSIP_QUEUE_MAX = 128
+GOSSIP_QUEUE_BYTES_MAX = 2 * MiB
+CONTROL_ENTRIES_MAX = 64
+CONTROL_IDS_MAX = 1_000
+HEARTBEAT_S = 1
+
+logger = logging.getLogger(__name__)
+
+
+class GossipQueue(RpcQueue):
+    """A neighbour's outgoing messages, bounded in number and bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(max_size=GOSSIP_QUEUE_MAX, max_message_size=GOSSIP_RPC_BYTES_MAX)
+        self._bytes = 0
+
+    def push(self, rpc: rpc_pb2.RPC, priority: bool = False) -> bool:
+        """Queue it, unless there is no room."""
+        size = rpc.ByteSize()
+        if self._bytes + size > GOSSIP_QUEUE_BYTES_MAX or not super().push(rpc, priority):
+            return False
+        self._bytes += size
+        return True
+
+    async def pop(self) -> rpc_pb2.RPC | None:
+        """The next one."""
+        rpc = await super().pop()
+        if rpc is not None:
+            self._bytes -= rpc.ByteSize()
+        return rpc
+
+
+class NodeGossip(GossipSub):
+    """GossipSub 1.1 on our topics only; peer exchange and adaptive features off."""
+
+    def __init__(self, topics: frozenset[str]) -> None:
+        super().__init__(
+            protocols=[TProtocol("/meshsub/1.1.0")],
+            degree=6,
+            degree_low=4,
+            degree_high=12,
+            heartbeat_interval=HEARTBEAT_S,
+            do_px=False,
+            adaptive_gossip_enabled=False,
+            spam_protection_enabled=False,  # ten messages a second; TokenBucket bounds neighbours instead
+            eclipse_protection_enabled=False,
+            max_pending_messages_per_peer=8,
+        )
+        self._topics = topics
+
+    async def handle_rpc(self, rpc: rpc_pb2.RPC, sender_peer_id: ID) -> None:
+        """Handle a neighbour's control messages, as far as they are about our topics and not too many."""
+        control: Any = rpc.control
+        for field in (control.graft, control.prune, control.ihave):
+            kept = [entry for entry in field[:CONTROL_ENTRIES_MAX] if entry.topicID in self._topics]
+            if len(kept) != len(field):
+                del field[:]
+                field.extend(kept)
+        for field in (control.ihave, control.iwant, control.idontwant):
+            del field[CONTROL_ENTRIES_MAX:]
+            for entry in field:
+                del entry.messageIDs[CONTROL_IDS_MAX:]
+        await super().handle_rpc(rpc, sender_peer_id)
+
+    async def _do_px(self, px_peers: Any) -> None:
+        return
+
+    def _check_equivocation(self, msg: rpc_pb2.Message) -> bool:
+        return True  # it keeps 1,000 messages; the seen cache drops the second one
+
+    async def publish(self, msg_forwarder: ID, pubsub_msg: rpc_pb2.Message) -> None:
+        """Pass a message on."""
+        await super().publish(msg_forwarder, pubsub_msg)
+        self.recent_message_deliveries.clear()  # a time stamp per message, for a feature that is off
+
+
+class NodePubsub(Pubsub):
+    """Messages of bounded size and rate, on our topics, handed to `on_message(topic, relay, payload)`."""
+
+    def __init__(
+        self, host: IHost, router: NodeGossip, topics: frozenset[str], on_message: Callable[[str, ID, bytes], None]
+    ) -> None:
+        super().__init__(
+            host,
+            router,
+            max_inbound_rpc_size=GOSSIP_RPC_BYTES_MAX,
+            max_subscriptions_per_rpc=CONTROL_ENTRIES_MAX,
+            max_subscriptions_per_peer=len(topics),
+            allowed_topics=topics,
+        )
+        self._topics = topics
+        self._buckets: dict[ID, tuple[TokenBucket, TokenBucket]] = {}
+        self._on_message = on_message
+        for topic in topics:
+            self.set_topic_validator(topic, self._deliver, False)
+
+    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        """Take a message from a neighbour (or ourselves), check it, deliver it and pass it on."""
+        if len(msg.topicIDs) != 1 or msg.topicIDs[0] not in self._topics or len(msg.data) > GOSSIP_BYTES_MAX:
+            return
+        if len(msg.from_id) > 64 or len(msg.seqno) > 16 or self._is_msg_seen(msg):
+            return
+        if msg_forwarder != self.my_id and not self._may_pass(msg_forwarder, len(msg.data)):
+            return
+        try:
+            await super().push_msg(msg_forwarder, msg)
+        except Exception as error:
+            logger.debug("message from %s refused: %r", msg_forwarder, error)
+
+    def forget(self, peer_id: ID) -> None:
+        """The neighbour is gone."""
+        self._buckets.pop(peer_id, None)
+
+    def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
+        """Nobody reads the library's queues of 32."""
+
+    def _may_pass(self, peer_id: ID, size: int) -> bool:
+        buckets = self._buckets.get(peer_id)
+        if buckets is None:
+            buckets = TokenBucket(GOSSIP_PER_S, GOSSIP_BURST), TokenBucket(GOSSIP_BYTES_PER_S, GOSSIP_BYTES_BURST)
+            self._buckets[peer_id] = buckets
+        return buckets[0].take(1) and buckets[1].take(size)
+
+    def _deliver(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> bool:
+        # Called once a message, after its signature was checked; tells who passed it on, which a subscription doesn't.
+        if msg_forwarder != self.my_id and ID(msg.from_id) != self.my_id:
+            self._on_message(msg.topicIDs[0], msg_forwarder, bytes(msg.data))
+        return True
+
+
+class TokenBucket:
+    """At most `burst` at once and `per_s` a second in the long run."""
+
+    def __init__(self, per_s: float, burst: float) -> None:
+        self._per_s = per_s
+        self._burst = burst
+        self._tokens = burst
+        self._at = time.monotonic()
+
+    def take(self, amount: float) -> bool:
+        """Whether `amount` may pass now."""
+        now = time.monotonic()
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_s)
+        self._at = now
+        if amount > self._tokens:
+            return False
+        self._tokens -= amount
+        return True
+
+
+class _Once:
+    """Checks a sender's signed addresses once: the library verifies them twice for every gossip message."""
+
+    def __init__(self, check: Callable[..., bool]) -> None:
+        self._check = check
+        self._known: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
+
+    def __call__(self, msg: rpc_pb2.RPC, host: IHost, peer_id: ID) -> bool:
+        key = peer_id.to_bytes(), msg.senderRecord
+        if key in self._known:
+            return True
+        if len(msg.senderRecord) > PEER_ENVELOPE_BYTES_MAX or not self._check(msg, host, peer_id):
+            return False
+        self._known[key] = None
+        if len(self._known) > PEERS_KEPT_MAX:
+            self._known.popitem(last=False)
+        return True
+
+
+check_record = _Once(maybe_consume_signed_record)

@@ -1,0 +1,290 @@
+"""Connections for py-libp2p: TCP, Noise and our yamux, counted and bounded; and what is kept of peers.
+
+The library listens on a port that another process has, holds a slot for every inbound connection until the process
+ends, refuses a peer for a minute after one failed dial, dials whomever it hears of, and evicts its own keys once it
+knows a thousand peers.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import trio
+from libp2p.abc import IMuxedConn, INetConn, INetStream, IRawConnection, ISecureConn
+from libp2p.host.basic_host import BasicHost
+from libp2p.io.abc import ReadWriteCloser
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.auto_connector import AutoConnector
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.swarm import Swarm
+from libp2p.peer.envelope import Envelope
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore
+from libp2p.transport.exceptions import MuxerUpgradeFailure, OpenConnectionError
+from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr
+
+from ..core.records.limits import KiB
+from .libp2p_yamux import YamuxConnection
+
+if TYPE_CHECKING:
+    from .libp2p_dht import NodeDht
+
+CONNECTIONS_MAX = 64
+CONNECTIONS_INBOUND_MAX = 48  # the rest is for peers that this node chose
+CONNECTIONS_PER_PEER_MAX = 3  # two when both sides dial at once
+HANDSHAKES_MAX = 16
+UPGRADE_S = 5.0
+NEGOTIATION_S = 5
+PROTOCOL_NAME_BYTES_MAX = 256
+
+PEERS_KEPT_MAX = 512
+ADDRESSES_PER_PEER_MAX = 4
+PROTOCOLS_PER_PEER_MAX = 32
+PEER_ENVELOPE_BYTES_MAX = 2 * KiB
+FOREVER_S = 10 * 365 * 24 * 3600  # peers are forgotten by number, not by age
+
+logger = logging.getLogger(__name__)
+
+
+class _Listener:
+    """A TCP listener that fails when the port is taken: the library's shares it (SO_REUSEPORT)."""
+
+    def __init__(self, handler: Callable[[ReadWriteCloser], Awaitable[None]], swarm: "NodeSwarm") -> None:
+        self._handler = handler
+        self._swarm = swarm
+        self._listeners: list[trio.SocketListener] = []
+
+    async def listen(self, maddr: Multiaddr) -> None:
+        """Bind and accept in the background."""
+        host = maddr.value_for_protocol(maddr.protocols()[0].name)
+        try:
+            opened = await trio.open_tcp_listeners(int(maddr.value_for_protocol("tcp")), host=host)
+            self._listeners = list(opened)
+        except OSError as error:
+            self._swarm.listen_error = error
+            raise
+        for listener in self._listeners:
+            self._swarm.manager.run_task(trio.serve_listeners, self._accept, [listener])
+
+    async def _accept(self, stream: trio.SocketStream) -> None:
+        with suppress(Exception):
+            await self._handler(TrioTCPStream(stream))
+
+    def get_addrs(self) -> tuple[Multiaddr, ...]:
+        """The addresses it listens on."""
+        addresses = []
+        for listener in self._listeners:
+            host, port = listener.socket.getsockname()[:2]
+            addresses.append(Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"))
+        return tuple(addresses)
+
+    async def close(self) -> None:
+        """Stop listening."""
+        for listener in self._listeners:
+            listener.socket.close()
+
+
+class NodeTransport(TCP):
+    """TCP by address only; names are resolved by us, with a deadline."""
+
+    swarm: "NodeSwarm"
+
+    async def dial(self, maddr: Multiaddr) -> IRawConnection:
+        """Connect to an ip4 or ip6 address."""
+        host = maddr.value_for_protocol(maddr.protocols()[0].name)
+        try:
+            stream = await trio.open_tcp_stream(host, int(maddr.value_for_protocol("tcp")))
+        except (OSError, ValueError) as error:
+            raise OpenConnectionError(f"{maddr}: {error}") from error
+        self.swarm.sockets.add(stream)
+        return RawConnection(TrioTCPStream(stream), True)
+
+    def create_listener(self, handler_function: Any) -> Any:
+        """A listener for the swarm."""
+        return _Listener(handler_function, self.swarm)
+
+    def can_dial(self, maddr: Multiaddr) -> bool:
+        """Plain /ip4|ip6/…/tcp/…, with or without /p2p/…."""
+        names = [protocol.name for protocol in maddr.protocols()]
+        return names[:2] in (["ip4", "tcp"], ["ip6", "tcp"]) and names[2:] in ([], ["p2p"])
+
+
+class NodeUpgrader(TransportUpgrader):
+    """Noise, then our own yamux."""
+
+    async def upgrade_connection(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        """Agree on yamux."""
+        try:
+            with trio.fail_after(UPGRADE_S):
+                await self.muxer_multistream.select_transport(conn)
+        except Exception as error:
+            raise MuxerUpgradeFailure("yamux") from error
+        return YamuxConnection(conn, peer_id)
+
+
+class _NoAutoConnector(AutoConnector):
+    """The core decides whom to connect to; the library's dials whomever it has heard of."""
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None:
+        """Nothing."""
+
+    async def maybe_connect(self) -> None:
+        """Nothing."""
+
+    def record_disconnect(self, peer_id: ID) -> None:
+        """Nothing."""
+
+
+class NodeSwarm(Swarm):
+    """Connections, counted and bounded; tells `on_peer(peer, connected)` when the first opens and the last closes."""
+
+    on_peer: Callable[[ID, bool], None]
+    listen_error: OSError | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.auto_connector = _NoAutoConnector(self)
+        self.notifees.clear()  # a store of tags that nobody reads
+        self.sockets: set[trio.SocketStream] = set()
+        self._handshakes = trio.CapacityLimiter(HANDSHAKES_MAX)
+        self._inbound = 0
+        self._open: dict[ID, set[int]] = {}
+
+    def live(self, peer_id: ID) -> list[SwarmConn]:
+        """The peer's open connections."""
+        return [conn for conn in self.connections.get(peer_id, []) if not conn.is_closed]  # type: ignore[misc]
+
+    def drop(self, peer_id: ID) -> list[SwarmConn]:
+        """End every connection to a peer, without waiting for anything; those that are ending."""
+        ending = self.live(peer_id)
+        for conn in ending:
+            conn.muxed_conn.stop()  # type: ignore[attr-defined]
+        return ending
+
+    async def _handle_inbound_connection(self, read_write_closer: ReadWriteCloser, maddr: Multiaddr) -> None:
+        # The library's holds a slot (and this task) until the swarm ends, however early the connection does.
+        if self._inbound >= CONNECTIONS_INBOUND_MAX or self._handshakes.available_tokens < 1:
+            return
+        self._inbound += 1
+        stream = read_write_closer.stream  # type: ignore[attr-defined]
+        self.sockets.add(stream)
+        try:
+            async with self._handshakes:
+                muxed = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
+            await muxed.event_closed.wait()  # type: ignore[attr-defined]
+        finally:
+            self._inbound -= 1
+            self.sockets.discard(stream)
+
+    async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
+        """Register a connection, unless the peer has enough."""
+        peer_id = muxed_conn.peer_id
+        if peer_id == self.self_id or len(self.live(peer_id)) >= CONNECTIONS_PER_PEER_MAX:
+            await muxed_conn.close()
+            raise SwarmException("enough connections to this peer")
+        return await super().add_conn(muxed_conn, direction)
+
+    def remove_conn(self, swarm_conn: SwarmConn) -> None:
+        """Forget a connection."""
+        super().remove_conn(swarm_conn)
+        peer_id = swarm_conn.muxed_conn.peer_id
+        with suppress(AttributeError):
+            self.sockets.discard(swarm_conn.muxed_conn.secured_conn.conn.read_writer.read_write_closer.stream.stream)  # type: ignore[attr-defined]
+        ids = self._open.get(peer_id)
+        if ids is not None and id(swarm_conn) in ids:
+            ids.discard(id(swarm_conn))
+            if not ids:
+                del self._open[peer_id]
+                self.on_peer(peer_id, False)
+
+    async def notify_connected(self, conn: INetConn) -> None:
+        """A connection is ready."""
+        peer_id = conn.muxed_conn.peer_id
+        if not conn.is_closed:
+            ids = self._open.setdefault(peer_id, set())
+            ids.add(id(conn))
+            if len(ids) == 1:
+                self.on_peer(peer_id, True)
+        await super().notify_connected(conn)
+
+    async def notify_opened_stream(self, stream: INetStream) -> None:
+        """Nobody wants to know; the library starts a task per notifee."""
+
+    async def notify_closed_stream(self, stream: INetStream) -> None:
+        """Nobody wants to know."""
+        stream._resource_released = True  # type: ignore[attr-defined]
+
+    def _schedule_auto_connect(self) -> None:
+        return
+
+    def close_sockets(self) -> None:
+        """Close everything at once: peers notice."""
+        for stream in self.sockets:
+            stream.socket.close()
+        self.sockets.clear()
+
+
+class NodePeerStore(PeerStore):
+    """Addresses and protocols of a bounded number of peers; the library's evicts its own keys when it is full."""
+
+    def __init__(self, keep: Callable[[ID], bool]) -> None:
+        super().__init__(max_peers=PEERS_KEPT_MAX)
+        self._keep = keep  # the node itself, and whoever is connected
+
+    def add_addrs(self, peer_id: ID, addrs: Sequence[Multiaddr], ttl: int = 0) -> None:
+        """Remember the newest few of a peer's addresses."""
+        super().add_addrs(peer_id, addrs[:ADDRESSES_PER_PEER_MAX], FOREVER_S)
+        data = self.peer_data_map.get(peer_id)
+        if data is not None and len(data.addrs) > ADDRESSES_PER_PEER_MAX:
+            data.addrs = data.addrs[-ADDRESSES_PER_PEER_MAX:]
+
+    def add_protocols(self, peer_id: ID, protocols: Sequence[str]) -> None:
+        """Remember what a peer says it speaks."""
+        self.set_protocols(peer_id, protocols)
+
+    def set_protocols(self, peer_id: ID, protocols: Sequence[str]) -> None:
+        """Remember what a peer says it speaks."""
+        short = [name for name in protocols[:PROTOCOLS_PER_PEER_MAX] if len(name) <= PROTOCOL_NAME_BYTES_MAX]
+        super().set_protocols(peer_id, short)
+        self._enforce_peer_limit()
+
+    def consume_peer_record(self, envelope: Envelope, ttl: int) -> bool:
+        """Take a signed record of addresses."""
+        if len(envelope.raw_payload) > PEER_ENVELOPE_BYTES_MAX:
+            return False
+        return super().consume_peer_record(envelope, ttl)
+
+    def _enforce_peer_limit(self) -> None:
+        if len(self.peer_data_map) <= self.max_peers:
+            return
+        for peer_id in [peer_id for peer_id in self.peer_data_map if not self._keep(peer_id)]:
+            if len(self.peer_data_map) <= self.max_peers * 9 // 10:
+                break
+            del self.peer_data_map[peer_id]
+            self.peer_record_map.pop(peer_id, None)
+
+
+class NodeHost(BasicHost):
+    """Identify in the background; a peer that speaks the DHT's protocol enters the routing table."""
+
+    dht: "NodeDht"
+
+    async def _identify_task_entry(self, peer_id: ID, reason: str) -> None:
+        # It runs as a system task, where an exception ends trio itself.
+        try:
+            with trio.move_on_after(2 * NEGOTIATION_S):
+                await self._identify_peer(peer_id, reason=reason)
+                if peer_id in self._identified_peers:
+                    await self.dht.add_peer(peer_id)
+        except Exception as error:
+            logger.debug("identify %s failed: %r", peer_id, error)
+        finally:
+            self._identify_inflight.discard(peer_id)
+
+    async def _push_identify_to_all_peers(self) -> None:
+        return
