@@ -7,6 +7,9 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 ENGINE ?= auto
 MODEL ?= gemma
+SCENARIO ?= all
+NODES ?= 20
+SEED ?= 1
 TESTS ?= not soak
 ARGS ?=
 BIN := .venv/bin
@@ -15,7 +18,7 @@ BIN := .venv/bin
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 	@echo
-	@echo "  Options: PYTHON=python3.12  ENGINE=auto|cpu|gpu  MODEL=gemma|tiny  ARGS='...' (handed to pytest, demo, bench)"
+	@echo "  Options: PYTHON=python3.12  ENGINE=auto|cpu|gpu  MODEL=gemma|tiny  ARGS='...' (handed to pytest, demo, sim, bench)"
 
 .PHONY: setup
 setup: ## Make .venv with vLLM and this project, and prepare the models (quick once done)
@@ -46,6 +49,14 @@ format: setup ## Format Python and C++ as `make check` wants it
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+.PHONY: sim
+sim: setup ## Simulate a network of nodes (SEED=123 SCENARIO=liars_20pct NODES=20; the same seed replays the same run)
+	@$(BIN)/hyperspace sim --scenario $(SCENARIO) --nodes $(NODES) --seed $(SEED) $(ARGS)
+
+.PHONY: sim-full
+sim-full: setup ## All scenarios with 100 nodes and 50 seeds on all cores (about two CPU-hours), into build/sim.json
+	@$(BIN)/hyperspace sim --nodes 100 --seed $(SEED) --seeds 50 --output build/sim.json $(ARGS)
 
 .PHONY: bench
 bench: setup ## Measure time to first token: cold, from the network, from the response cache; and the cost of a miss

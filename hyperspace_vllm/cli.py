@@ -46,7 +46,21 @@ def _parser() -> argparse.ArgumentParser:
     status = command("status", _status, "Show the running node, its peers, store and hit rates.")
     status.add_argument("--json", action="store_true", help="print one JSON object")
     command("config", _config, "Print the effective settings and where each came from.")
+    sim = command("sim", _sim, "Simulate a network of nodes on a virtual clock; the same seed, the same run.")
+    sim.add_argument("--scenario", default="all", metavar="S", help="one by name, or all")
+    sim.add_argument("--nodes", type=_positive, default=20, metavar="N", help="how many (20)")
+    sim.add_argument("--seed", type=int, default=1, metavar="N", help="the first seed (1)")
+    sim.add_argument("--seeds", type=_positive, default=1, metavar="K", help="how many seeds, one after another (1)")
+    sim.add_argument("--workers", type=_positive, default=os.cpu_count(), metavar="W", help="processes (every core)")
+    sim.add_argument("--output", type=Path, metavar="F", help="write the runs to a JSON file as they come in")
+    sim.add_argument("--json", action="store_true", help="print one JSON object a run")
     return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected 1 or more")
+    return number
 
 
 def _node(config: Config, options: argparse.Namespace, origins: dict[str, str]) -> int:
@@ -71,6 +85,12 @@ def _config(config: Config, options: argparse.Namespace, origins: dict[str, str]
         value = setting.text_of(getattr(config, setting.name))
         print(f"{setting.name} = {value or '(none)'}  # {origins[setting.name]}")
     return 0
+
+
+def _sim(config: Config, options: argparse.Namespace, origins: dict[str, str]) -> int:
+    from .sim.command import simulate
+
+    return simulate(options)
 
 
 def _status(config: Config, options: argparse.Namespace, origins: dict[str, str]) -> int:

@@ -19,7 +19,7 @@ BOOT_MS = 2_000  # within which all hosts start
 WARM_MS = 15_000  # before the first fault
 ASK_EVERY_MS = 2_000  # a client of a host, on average
 REQUESTS_PER_HOST = 5  # distinct ones, the first asked for most (Zipf)
-CHECK_EVERY_MS = 10_000
+CHECK_EVERY_MS = 25_000
 FLASH = 1_000_000  # numbers of requests that nobody asks for but in a flash crowd
 
 

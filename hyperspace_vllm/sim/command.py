@@ -1,0 +1,108 @@
+"""`hyperspace sim`: run scenarios, show how far it is, and print the figures."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+
+from .run import Result, run
+from .scenarios import SCENARIOS
+
+SHOW_PROGRESS_AFTER_S = 2.0
+VIOLATIONS_SHOWN = 20
+
+
+def simulate(options: argparse.Namespace) -> int:
+    """Run what was asked for; 1 if anything was violated, 2 if there is no such scenario."""
+    if options.scenario not in (*SCENARIOS, "all"):
+        known = "\n".join(f"  {scenario.name:<16} {scenario.text}" for scenario in SCENARIOS.values())
+        print(f"hyperspace: no scenario {options.scenario!r}; there are\n{known}\n  all", file=sys.stderr)
+        return 2
+    scenarios = list(SCENARIOS) if options.scenario == "all" else [options.scenario]
+    jobs = [
+        (scenario, options.nodes, seed)
+        for scenario in scenarios
+        for seed in range(options.seed, options.seed + options.seeds)
+    ]
+    results: list[Result] = []
+    for result in _with_progress(_results(jobs, options.workers), len(jobs)):
+        results.append(result)
+        if options.output is not None:
+            _write(options.output, sorted(results, key=lambda each: (scenarios.index(each.scenario), each.seed)))
+    results.sort(key=lambda each: (scenarios.index(each.scenario), each.seed))
+    if options.json:
+        for result in results:
+            print(json.dumps(asdict(result)))
+    else:
+        _print_table(results)
+    return int(any(result.violations for result in results))
+
+
+def _results(jobs: list[tuple[str, int, int]], workers: int) -> Iterator[Result]:
+    if len(jobs) == 1 or workers == 1:
+        yield from (run(*job) for job in jobs)
+        return
+    with ProcessPoolExecutor(min(workers, len(jobs))) as pool:
+        for done in as_completed([pool.submit(run, *job) for job in jobs]):
+            yield done.result()
+
+
+def _with_progress(results: Iterator[Result], total: int) -> Iterator[Result]:
+    """Pass results on; a bar appears on stderr's terminal once it takes a while."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = progress.add_task("runs", total=total)
+    began_s = time.monotonic()
+    try:
+        for result in results:
+            progress.advance(task)
+            if not progress.live.is_started and time.monotonic() - began_s > SHOW_PROGRESS_AFTER_S:
+                progress.start()
+            yield result
+    finally:
+        progress.stop()
+
+
+def _print_table(results: list[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{results[0].nodes} nodes")
+    for column in ("scenario", "seeds", "requests", "hit rate", "p95 ms", "deadline misses", "violations", "digest"):
+        table.add_column(column, justify="left" if column in ("scenario", "digest") else "right")
+    for scenario in dict.fromkeys(result.scenario for result in results):
+        runs = [result for result in results if result.scenario == scenario]
+        requests = sum(result.requests for result in runs)
+        hits = sum(result.hit_rate * result.requests for result in runs)
+        table.add_row(
+            scenario,
+            str(len(runs)),
+            f"{requests:,}",
+            f"{hits / max(requests, 1):.2%}",
+            str(sorted(result.p95_ms for result in runs)[len(runs) // 2]),
+            str(sum(result.deadline_misses for result in runs)),
+            str(sum(len(result.violations) for result in runs)),
+            runs[0].trace_digest[:16] if len(runs) == 1 else "",
+        )
+    console = Console()
+    Console(width=None if console.is_terminal else 120).print(table)
+    violations = [f"{result.scenario}: {violation}" for result in results for violation in result.violations]
+    for violation in violations[:VIOLATIONS_SHOWN]:
+        print(violation, file=sys.stderr)
+    if len(violations) > VIOLATIONS_SHOWN:
+        print(f"... and {len(violations) - VIOLATIONS_SHOWN} more", file=sys.stderr)
+
+
+def _write(path: Path, results: list[Result]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(".part")
+    staged.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    staged.replace(path)
