@@ -124,6 +124,7 @@ class _Server:
             force_include_usage=bool(args.enable_force_include_usage),
             store_streams=not getattr(args, "enable_return_routed_experts", False),
             ttl_ms=config.response_ttl_s * 1000,
+            network_deadline_s=config.network_deadline_ms / 1000,
         )
 
     def _tenant_keys(self) -> tuple[str, ...]:

@@ -43,11 +43,13 @@ LIES = frozenset(  # what takes intent, or a disk that nobody should believe eit
     {
         "bad_digest",
         "bad_proof",
+        "bad_seal",
         "bad_signature",
         "condemned",
         "damaged",
         "false_offer",
         "forged",
+        "long_expired",
         "replayed",
         "wrong_model",
         "wrong_request",
