@@ -38,6 +38,9 @@ def needed(engine_name: str, pyproject_text: str) -> list[Need]:
     ]
     if engine_name == "cpu":
         needs.append(Need("libnuma1", "vLLM's CPU kernels are linked against it", has_numa))
+    if "redis>=" in pyproject_text:
+        # Not the package redis-server, which starts a service.
+        needs.append(Need("redis-tools", "its redis-check-rdb is redis-server too: tests run one", has_redis))
     if "libp2p" in pyproject_text:
         needs.append(Need("libgmp-dev", "libp2p's fastecdsa compiles against it", has_gmp_header))
     return needs
@@ -101,6 +104,10 @@ def has_numa() -> bool:
     except OSError:
         return False
     return True
+
+
+def has_redis() -> bool:
+    return any(shutil.which(name) for name in ("redis-server", "redis-check-rdb"))
 
 
 def has_gmp_header() -> bool:

@@ -23,7 +23,7 @@ import msgspec
 from ..core.records.limits import REGISTRY_ENTRIES_MAX, MiB
 
 MEMORY_BYTES_MAX = 120 * MiB  # resident, between two jobs; 500 B an entry and 12 MiB for Python and loro
-ADDRESS_SPACE_BYTES = 512 * MiB  # what a bomb gets before the allocation fails and the process dies
+ADDRESS_SPACE_BYTES = 320 * MiB  # what a bomb gets before the allocation fails and the process dies
 _ENTRIES_MAX = 80_000  # of the documents held: 40 MiB
 
 READY = b"r"
@@ -125,7 +125,7 @@ def resident_bytes(pid: str = "self") -> int:
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 
-class _Document:
+class PeerDocument:
     """Another owner's document. loro raises BaseException itself, and Rust's panics are no Exceptions either."""
 
     def __init__(self, epoch: int) -> None:
@@ -256,7 +256,7 @@ class _Documents:
         import loro  # noqa: F401  # before READY: loading takes a while
 
         self._own: OwnDocument | None = None
-        self._others: OrderedDict[bytes, _Document] = OrderedDict()  # least recently used first
+        self._others: OrderedDict[bytes, PeerDocument] = OrderedDict()  # least recently used first
 
     def perform(self, request: Request) -> Reply:
         match request:
@@ -274,7 +274,7 @@ class _Documents:
     def _import(self, request: Import) -> Imported | Failed:
         document = self._others.pop(request.owner, None)
         if request.starts_with_snapshot:
-            document = _Document(request.epoch)
+            document = PeerDocument(request.epoch)
         if document is None or document.epoch != request.epoch:
             return Failed("worker")
         try:
