@@ -190,12 +190,13 @@ class NetworkDriver:
 
     def status(self) -> dict[str, object]:
         """What `hyperspace status` shows of the network."""
+        registry = self._node.registry.stats()
         return {
             "address": self.host.address,
             "connected": sorted(self.host.connected),
             "known_peers": len(self.known),
             "usable": [record.peer for record in self.known],
-            "registry_entries": self._node.registry.entries,
+            "registry_entries": registry.entries + registry.own_entries,
             "hints": len(self._node.hints),
             "gossip_refused": dict(self._node.gossip_refused),
             "last_response_lookup": self.last_lookup,
