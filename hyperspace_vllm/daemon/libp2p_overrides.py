@@ -14,6 +14,7 @@ import libp2p.kad_dht.kad_dht as kad_module
 import libp2p.kad_dht.peer_routing as peer_routing_module
 import libp2p.kad_dht.provider_store as provider_module
 import libp2p.network.connection.swarm_connection as swarm_connection_module
+import libp2p.network.swarm as swarm_module
 import libp2p.protocol_muxer.multiselect_communicator as communicator_module
 import libp2p.pubsub.gossipsub as gossipsub_module
 import libp2p.pubsub.pubsub as pubsub_module
@@ -27,6 +28,7 @@ from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
 from .libp2p_dht import DHT_MESSAGE_BYTES_MAX, PROVIDER_RENEWAL_S, PROVIDER_TTL_S, QUERY_S
 from .libp2p_gossip import GossipQueue, check_record
+from .libp2p_pnet import PrivateConnection
 from .libp2p_swarm import PROTOCOL_NAME_BYTES_MAX
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ def patch_library() -> None:
         "PROVIDER_RECORD_REPUBLISH_INTERVAL": PROVIDER_RENEWAL_S,
         "RpcQueue": GossipQueue,  # 32 messages otherwise, lost silently beyond
         "read_delim": _read_protocol_name,
+        "new_protected_conn": PrivateConnection,  # a cipher of its own otherwise, that no other libp2p speaks
         "maybe_consume_signed_record": check_record,
         # It logs through the root logger, which thereby gets a handler that writes to stderr.
         "logging": logging.getLogger("libp2p.network.connection"),
@@ -68,6 +71,7 @@ _REPLACED_IN: tuple[tuple[ModuleType, tuple[str, ...]], ...] = (
     (gossipsub_module, ("maybe_consume_signed_record",)),
     (communicator_module, ("read_delim",)),
     (swarm_connection_module, ("logging",)),
+    (swarm_module, ("new_protected_conn",)),
 )
 
 
@@ -79,10 +83,10 @@ class _Manager(TrioManager):
     ) -> None:
         if _internal:  # the service itself
             super().run_task(async_fn, *args, daemon=daemon, name=name, _internal=True)
-        elif daemon:
-            super().run_task(_forever, async_fn, args, daemon=True, name=name)
         else:
-            super().run_task(_once, async_fn, args, name=name or "task")
+            assert self._task_nursery is not None
+            # Without the library's tree of tasks, which it searches for every gossip message.
+            self._task_nursery.start_soon(_forever if daemon else _once, async_fn, args)
 
 
 async def _once(async_fn: Callable[..., Awaitable[None]], args: tuple[Any, ...]) -> None:

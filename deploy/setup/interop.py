@@ -1,0 +1,63 @@
+"""Installs what the interop test's js-libp2p program runs on into `tests/interop/node_modules`, Node.js included.
+
+Exactly what `package-lock.json` lists, from wherever npm is configured to look; no package runs a script of its own.
+Run as a script, it prints the path of the Node.js, which may be newer than the machine's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import platform
+import sys
+from pathlib import Path
+
+from engine import Failed, run
+from progress import step
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "tests" / "interop"
+MACHINES = {"x86_64": "x64", "aarch64": "arm64"}
+
+
+def install() -> Path:
+    """Install unless that is done; the Node.js to run the program with. `Failed` says what npm said."""
+    machine = MACHINES.get(platform.machine(), platform.machine())
+    node = PROGRAM / "node_modules" / f"node-linux-{machine}" / "bin" / "node"
+    lock = ROOT / "build" / "interop.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # tests may run in parallel
+        if not is_current():
+            with step("Installing js-libp2p for the interop test"):
+                run(["npm", "ci", "--ignore-scripts", "--no-progress", "--prefix", str(PROGRAM)])
+            _stamp().write_text(_wanted())
+    if not node.exists():
+        raise Failed(f"no Node.js for this machine ({machine}) among the packages of {PROGRAM}")
+    return node
+
+
+def is_current() -> bool:
+    """Whether what is installed is what the lock file lists now."""
+    return _stamp().exists() and _stamp().read_text() == _wanted()
+
+
+def _stamp() -> Path:
+    return PROGRAM / "node_modules" / ".hyperspace"  # `npm ci` begins by removing the directory
+
+
+def _wanted() -> str:
+    return hashlib.sha256((PROGRAM / "package-lock.json").read_bytes()).hexdigest()
+
+
+def main() -> int:
+    try:
+        print(install())
+    except Failed as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
