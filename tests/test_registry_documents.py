@@ -12,6 +12,7 @@ import loro
 import pytest
 from nacl.signing import SigningKey
 
+from bench.registry_growth import measure
 from hyperspace_vllm.core.node.network_effects import ImportDeltas, WriteRegistry
 from hyperspace_vllm.core.node.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
 from hyperspace_vllm.core.peers.registry import Registry
@@ -265,6 +266,37 @@ async def test_more_than_10000_entries_and_many_updates_stay_within_150_mib(docu
     assert documents.worker_pid == first
     print(f"worker's resident memory at most {peak / MiB:.0f} MiB")
     assert peak < 150 * MiB
+
+
+@pytest.mark.parametrize("what", ["one long value", "many keys"])
+async def test_a_bomb_costs_at_most_the_worker_and_never_its_bound_of_memory(
+    documents: RegistryDocuments, what: str
+) -> None:
+    def write(document: loro.LoroDoc) -> None:
+        entries = document.get_map("entries")
+        if what == "one long value":
+            entries.insert(HEX, "\0" * (150 * MiB))  # 1.2 MB when exported
+        else:
+            for number in range(140_000):
+                entries.insert(f"{number:064x}", 1)
+
+    bomb = exported(write)
+    del write
+    assert len(bomb) < 2.5 * MiB
+    refused = await documents.import_deltas(snapshot(bomb))
+    assert isinstance(refused, DeltasRefused)
+    good = OwnDocument(entries(3)).snapshot()
+    results = [await documents.import_deltas(snapshot(good)) for _ in range(2)]
+    assert isinstance(results[-1], DeltasImported)  # the first may have found a worker that was about to end
+    assert documents.worker_pid is not None
+    assert resident_bytes(str(documents.worker_pid)) < 150 * MiB
+
+
+def test_a_document_stays_small_over_many_updates_and_holds_what_its_owner_holds() -> None:
+    growth = measure(updates=40_000, live=1_000)  # checks the contents itself
+    sizes = [size for _, size, _ in growth.curve]
+    assert growth.log_bytes_max < 300_000 < growth.written_bytes
+    assert max(sizes[len(sizes) // 2 :]) <= 1.3 * max(sizes[: len(sizes) // 2])
 
 
 async def test_closing_ends_the_process_and_refuses_what_waits(documents: RegistryDocuments) -> None:

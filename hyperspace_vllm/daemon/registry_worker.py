@@ -102,6 +102,8 @@ def main() -> None:
     documents = _Documents()
     sys.stdout.buffer.write(READY)
     sys.stdout.buffer.flush()
+    # Rust prints a page for each panic: nobody shall fill the node's log with hostile documents.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     _serve(documents, sys.stdin.buffer, sys.stdout.buffer)
 
 
