@@ -47,10 +47,15 @@ def open_gate() -> asyncio.Event:
 
 @dataclass
 class Upstream:
-    """Stands where vLLM's routes stand, and answers each computation differently; `gate` is before the second frame."""
+    """Stands where vLLM's routes stand, and answers each computation differently.
+
+    A stream's start goes out at once; `first` is before its first frame, `gate` before the second and before JSON.
+    """
 
     bodies: list[bytes] = field(default_factory=list)
+    first: asyncio.Event = field(default_factory=open_gate)
     gate: asyncio.Event = field(default_factory=open_gate)
+    streaming: int = 0
     disconnects: int = 0
     frames_sent: int = 0
     failures: list[str] = field(default_factory=list)  # how the next computations fail
@@ -120,6 +125,8 @@ class Upstream:
             return f"data: {json.dumps(head | more, separators=(',', ':'))}\n\n"
 
         try:
+            self.streaming += 1
+            await self.first.wait()
             if failure == "error frame":
                 yield 'data: {"error":{"message":"engine error","code":500}}\n\n'
                 yield "data: [DONE]\n\n"

@@ -4,13 +4,14 @@ import asyncio
 import os
 import signal
 import stat
+import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from hyperspace_vllm.api.node_lookup import HINT_S, NodeLookup
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.node.events import (
@@ -29,11 +31,12 @@ from hyperspace_vllm.core.node.events import (
     RowArrived,
     SegmentKeyKnown,
 )
-from hyperspace_vllm.core.records.ids import RowKey, SegmentKey, network_id, row_key
+from hyperspace_vllm.core.records.ids import RequestKey, RowKey, SegmentKey, network_id, row_key
 from hyperspace_vllm.core.records.layout import Layout, Part
-from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, MiB
+from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, RESPONSE_BYTES_MAX, MiB
 from hyperspace_vllm.core.records.local import (
     LOCAL_PROTOCOL,
+    FindResponse,
     GetStatus,
     Hello,
     LeaseLost,
@@ -44,7 +47,11 @@ from hyperspace_vllm.core.records.local import (
     RegisterLayout,
     Rejected,
     ReleaseLookup,
+    ReleaseResponse,
     RequestEnded,
+    ResponseFound,
+    ResponseHint,
+    ResponseNotFound,
     RowStaged,
     SegmentNamed,
     Slab,
@@ -62,6 +69,7 @@ from hyperspace_vllm.daemon.arena import PAGE_BYTES, Arena
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.local_server import LocalServer
 from hyperspace_vllm.daemon.metrics import Metrics
+from hyperspace_vllm.daemon.response_lookups import FoundResponse
 from hyperspace_vllm.daemon.row_cache import RowCache
 
 pytestmark = pytest.mark.io
@@ -70,6 +78,20 @@ ROW_BYTES = 2 * PAGE_BYTES
 LAYOUT = Layout(bytes(32), 256, (Part(0, ROW_BYTES), Part(512, PAGE_BYTES)), 1)
 KEY = SegmentKey(bytes(range(32)))
 M = TypeVar("M")
+
+
+@dataclass
+class Finder:
+    """Whoever asks other nodes: the tests answer in its place."""
+
+    wanted: list[tuple[int, bytes, bytes, int]] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)
+
+    def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
+        self.wanted.append((lookup, request_key, model_digest, deadline_ms))
+
+    def release(self, lookup: int) -> None:
+        self.released.append(lookup)
 
 
 @dataclass
@@ -83,13 +105,22 @@ class SmallNode:
     stored: list[StoreResponse] = field(default_factory=list)
     touched: list[bytes] = field(default_factory=list)
     answers: bool = True
+    finder: Finder | None = field(default_factory=Finder)
     lease_ms: int = 1_000
     _staged: dict[tuple[str, int], RowArrived] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         identity = Identity.load(self.config.data_dir)
         self.server = LocalServer(
-            self.config, identity, self.cache, self.submit, self, lambda: b"{}", self.metrics, None, self.lease_ms
+            self.config,
+            identity,
+            self.cache,
+            self.submit,
+            self,
+            lambda: b"{}",
+            self.metrics,
+            self.finder,
+            self.lease_ms,
         )
 
     def store(self, message: StoreResponse) -> bool:
@@ -125,10 +156,12 @@ class SmallNode:
 
 
 @asynccontextmanager
-async def small_node(tmp_path: Path, kv_cache: bool = True, size: int = 4 * MiB) -> AsyncIterator[SmallNode]:
+async def small_node(
+    tmp_path: Path, kv_cache: bool = True, size: int = 4 * MiB, finds: bool = True
+) -> AsyncIterator[SmallNode]:
     config = Config(data_dir=tmp_path, kv_cache=kv_cache)
     arena = Arena.create(tmp_path, size)
-    node = SmallNode(config, RowCache(arena))
+    node = SmallNode(config, RowCache(arena), finder=Finder() if finds else None)
     serving = asyncio.create_task(node.server.run())
     try:
         yield node
@@ -284,6 +317,152 @@ async def test_a_miss_ends_its_lookup(node: SmallNode) -> None:
         for _ in range(3):  # the same number again
             scheduler.send(lookup(1))
             assert (await next_message(scheduler, PrefixAnswer)).end_segment == 0
+
+
+# --- responses of other nodes ---------------------------------------------------------------------
+
+FOUND = FoundResponse(b"{}", b"proof", 1, 2, "12D3KooW", "gossip", "members")
+
+
+def find(number: int) -> FindResponse:
+    return FindResponse(number, bytes(32), bytes([1]) * 32, 300)
+
+
+async def wanted(node: SmallNode, count: int = 1) -> Finder:
+    finder = node.finder
+    assert finder is not None
+    await until(lambda: len(finder.wanted) >= count)
+    return finder
+
+
+async def test_a_client_hears_of_the_hint_and_of_the_answer_under_its_own_number(node: SmallNode) -> None:
+    async with connected(node, "api", layout=None) as one, connected(node, "api", layout=None) as other:
+        for client in (one, other):
+            client.send(find(7))
+        finder = await wanted(node, 2)
+        (first, *rest), (second, *_) = finder.wanted
+        assert rest == [bytes(32), bytes([1]) * 32, 300]
+        assert first != second
+        node.server.hint_response(first, True)
+        node.server.hint_response(second, False)
+        hints = [await next_message(client, ResponseHint) for client in (one, other)]
+        assert sorted((hint.lookup, hint.hinted) for hint in hints) == [(7, False), (7, True)]
+        node.server.answer_response(first, FOUND, "hit")
+        node.server.answer_response(second, None, "not_found")
+        hinted, unhinted = (one, other) if hints[0].hinted else (other, one)
+        answer = await next_message(hinted, ResponseFound)
+        assert answer == ResponseFound(7, b"{}", b"proof", 1, 2, "12D3KooW", "gossip", "members")
+        assert await next_message(unhinted, ResponseNotFound) == ResponseNotFound(7, "not_found")
+        node.server.answer_response(first, FOUND, "twice")
+        one.send(find(7))  # the number is free again
+        await wanted(node, 3)
+        assert finder.released == []
+
+
+async def test_the_largest_response_crosses_the_socket(node: SmallNode) -> None:
+    async with connected(node, "api", layout=None) as client:
+        client.send(find(1))
+        ((lookup, *_),) = (await wanted(node)).wanted
+        body = os.urandom(RESPONSE_BYTES_MAX)
+        node.server.answer_response(lookup, replace(FOUND, body=body, source="s" * 1000), "hit")
+        answer = await next_message(client, ResponseFound)
+        assert (answer.body, answer.source) == (body, "s" * 256)
+
+
+async def test_a_node_that_asks_nobody_says_so(tmp_path: Path) -> None:
+    async with small_node(tmp_path, finds=False) as node, connected(node, "api", layout=None) as client:
+        client.send(find(1))
+        assert await next_message(client, ResponseNotFound) == ResponseNotFound(1, "off")
+        client.send(ReleaseResponse(1))
+        client.send(GetStatus())
+        await next_message(client, Status)
+
+
+async def test_a_released_lookup_is_neither_hinted_nor_answered(node: SmallNode) -> None:
+    async with connected(node, "api", layout=None) as client:
+        client.send(find(1))
+        client.send(ReleaseResponse(1))
+        client.send(ReleaseResponse(1))
+        finder = await wanted(node)
+        await until(lambda: finder.released == [finder.wanted[0][0]])
+        node.server.hint_response(finder.wanted[0][0], True)
+        node.server.answer_response(finder.wanted[0][0], FOUND, "late")
+        client.send(GetStatus())
+        await next_message(client, Status)
+
+
+@pytest.mark.parametrize("goes", ["goodbye", "silence"])
+async def test_a_client_that_goes_releases_its_lookups(node: SmallNode, goes: str) -> None:
+    if goes == "goodbye":
+        async with connected(node, "api", layout=None) as client:
+            client.send(find(1))
+            client.send(find(2))
+            finder = await wanted(node, 2)
+    else:
+        async with raw_socket(node) as socket:
+            await socket.send(encode(Hello(LOCAL_PROTOCOL, "api", bytes(16), "n")))
+            for number in (1, 2):
+                await socket.send(encode(find(number)))
+            finder = await wanted(node, 2)
+            await until(lambda: node.server.engine_leases == 0)
+    await until(lambda: sorted(finder.released) == [lookup for lookup, *_ in finder.wanted])
+    for lookup in finder.released:
+        node.server.answer_response(lookup, FOUND, "late")
+
+
+async def test_response_lookups_beyond_the_bound_are_answered_busy(node: SmallNode) -> None:
+    async with connected(node, "api", layout=None) as client:
+        for number in range(LOOKUPS_PER_CLIENT_MAX + 1):
+            await until(lambda n=number: client.send(find(n)))  # type: ignore[misc]
+        assert await next_message(client, ResponseNotFound) == ResponseNotFound(LOOKUPS_PER_CLIENT_MAX, "busy")
+        client.send(ReleaseResponse(0))
+        client.send(find(LOOKUPS_PER_CLIENT_MAX))
+        await wanted(node, LOOKUPS_PER_CLIENT_MAX + 1)
+
+
+async def test_a_response_lookup_under_way_keeps_its_number(node: SmallNode) -> None:
+    async with connected(node, "api", layout=None) as client:
+        client.send(find(1))
+        client.send(find(1))
+        assert "under way" in (await next_message(client, Rejected)).detail
+        assert len((await wanted(node)).wanted) == 1
+
+
+async def test_an_api_server_learns_of_hint_and_answer_while_its_heartbeat_reads_the_socket_too(
+    node: SmallNode,
+) -> None:
+    async with connected(node, "api", layout=None) as client:
+        lookups = NodeLookup(client)
+        hints_s: list[float] = []
+        for number in range(1, 101):
+            began = time.perf_counter()
+            pending = lookups.start(RequestKey(bytes(32)), bytes(32), 30.0)
+            assert pending is not None
+            lookup, *_ = (await wanted(node, number)).wanted[-1]
+            node.server.hint_response(lookup, True)
+            await pending.hint
+            hints_s.append(time.perf_counter() - began)
+            node.server.answer_response(lookup, FOUND, "hit")
+            answer = await pending.answer
+            assert answer is not None
+            assert answer.body == b"{}"
+        print(f"hint p50: {statistics.median(hints_s) * 1000:.2f} ms")  # the loop is the node's as well, and polls
+        assert statistics.median(hints_s) < HINT_S
+
+
+async def test_a_node_that_dies_is_not_waited_for(tmp_path: Path) -> None:
+    client = NodeClient(Config(data_dir=tmp_path), "api", "n")
+    lookups = NodeLookup(client)
+    assert lookups.start(RequestKey(bytes(32)), bytes(32), 30.0) is None
+    async with small_node(tmp_path) as node:
+        await until(lambda: client.connected)
+        pending = lookups.start(RequestKey(bytes(32)), bytes(32), 60.0)
+        assert pending is not None
+        await wanted(node)
+    async with small_node(tmp_path):  # it comes back, and knows of nothing
+        async with asyncio.timeout(30):
+            assert await pending.answer is None
+    client.close()
 
 
 async def test_staging_never_takes_more_than_half_of_the_arena(node: SmallNode) -> None:
@@ -448,6 +627,7 @@ async def test_a_thousand_cycles_of_staging_and_leasing_leak_nothing(tmp_path: P
 CLIENT = """
 import sys, time
 from pathlib import Path
+from hyperspace_vllm.api.node_lookup import HINT_S, NodeLookup
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.layout import Layout, Part

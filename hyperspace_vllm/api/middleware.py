@@ -227,6 +227,8 @@ class _Exchange:
         find = partial(self._answer_found, key, self.wants_usage)
         race = NetworkRace(refuse, lookup, find, self._count, waits=True)
         await race(self.scope, request, self.send)
+        if race.outcome in HITS:
+            self.cache.metrics.network_hit_seconds.observe(time.perf_counter() - self.started_s)
         return None
 
     # --- answers from vLLM ----------------------------------------------------------------------

@@ -36,7 +36,8 @@ HITS: tuple[Outcome, ...] = ("waited_hit", "network_won")
 class NetworkRace:
     """Runs once. `find` makes the answer of what was found (None: it won't do).
 
-    `decided` is called exactly once, before anything of the answer is sent. `waits`: as if there were a hint.
+    `decided` is called exactly once, before anything of the answer is sent; `outcome` is None until then.
+    `waits`: as if there were a hint.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class NetworkRace:
         self._find = find
         self._decided = decided
         self._waits = waits
-        self._outcome: Outcome | None = None
+        self.outcome: Outcome | None = None
         self._held: Message | None = None  # the engine's start
         self._gone = asyncio.Event()  # the engine has nobody to answer to
 
@@ -99,10 +100,10 @@ class NetworkRace:
         silent = drops_silently(scope)
 
         async def send_from_engine(message: Message) -> None:
-            if self._outcome in HITS:
+            if self.outcome in HITS:
                 if not silent:
                     raise OSError("client disconnected")
-            elif self._outcome is None and message["type"] == "http.response.start":
+            elif self.outcome is None and message["type"] == "http.response.start":
                 self._held = message
             else:
                 self._decide("engine_won")
@@ -116,13 +117,13 @@ class NetworkRace:
             async with patience:
                 await self._engine(scope, receive, send_from_engine)
         except Exception:
-            if self._outcome not in HITS:
+            if self.outcome not in HITS:
                 raise
             logger.debug("the engine failed after its request had been answered", exc_info=True)
         finally:
-            if self._outcome not in HITS:
+            if self.outcome not in HITS:
                 replay.cancel()
-        if self._outcome in HITS:
+        if self.outcome in HITS:
             await replay
         else:
             await self._let_start(send)
@@ -130,7 +131,7 @@ class NetworkRace:
     async def _replay(self, send: Send, patience: asyncio.Timeout) -> None:
         """Answer with what the lookup brings, if that is before the engine's first frame."""
         found = await self._lookup.answer
-        if self._outcome is not None:
+        if self.outcome is not None:
             return
         answer = None if found is None else self._find(found)
         if answer is None:
@@ -148,8 +149,8 @@ class NetworkRace:
             await send(held)
 
     def _decide(self, outcome: Outcome) -> None:
-        if self._outcome is None:
-            self._outcome = outcome
+        if self.outcome is None:
+            self.outcome = outcome
             self._decided(outcome)
 
 

@@ -51,7 +51,7 @@ def render(entry: StoredResponse, wanted: Wanted, age_s: int, ttl_s: int, detail
         return StoredAnswer(headers + json_headers(entry.body), [entry.body])
     try:
         parts = _grouped(frames(wanted.endpoint, msgspec.json.decode(entry.body), wanted.usage))
-    except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
+    except (msgspec.MsgspecError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return None
     return StoredAnswer([*headers, _EVENT_STREAM], parts)
 
