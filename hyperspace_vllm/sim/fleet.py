@@ -10,19 +10,20 @@ from nacl.signing import SigningKey
 
 from ..core.records.ids import RequestKey, network_id
 from ..core.response.cache_proof import request_hash
-from ..core.response.lookup import RACE_MS
+from ..core.response.lookup import HEDGE_MS_MAX, RACE_MS
 from .agenda import Agenda
 from .checkers import Checker
 from .dht import Dht
 from .gossip import Gossip
 from .host import CLOCK_SKEW_MS, DEADLINE_MS, Request, SimHost
 from .liars import Kind, Liar
-from .network import Network
+from .network import HANDSHAKE_CPU_MS, HANDSHAKE_TRIPS, Network
 from .responses import request_key
 from .trace import Trace
 
 EPOCH_MS = 1_700_000_000_000
 SPREAD_MS = 10_000
+SLACK_MS = 50  # jitter, queues
 LOSS = 0.002
 NETWORK_KEY = sha256(b"the key of a simulated network").digest()
 NETWORK = network_id("simulation")
@@ -108,7 +109,8 @@ class Fleet:
         """Honest hosts that have a response and can be reached; and those of them that have said so long enough ago."""
         here = tuple(host for host in self._holders.get(name, {}) if host != asker and self._serves(asker, host, name))
         said = self._announced.get(name, {})
-        return here, tuple(host for host in here if host in said and self._has_spread(asker, host, said[host]))
+        promised = [host for host in here if host in said and self._has_spread(asker, host, said[host])]
+        return here, tuple(host for host in promised if self._is_near(asker, host))
 
     def kept_promises(self, request: Request) -> tuple[int, ...]:
         """Those of a request's promised providers that nothing came between."""
@@ -121,6 +123,13 @@ class Fleet:
     def _has_spread(self, asker: int, host: int, since_ms: int) -> bool:
         starts_ms = (since_ms, self.network.since_ms(asker), self.network.since_ms(host), self.network.split_changed_ms)
         return max(starts_ms) + SPREAD_MS <= self.agenda.now_ms
+
+    def _is_near(self, asker: int, host: int) -> bool:
+        """Whether a host answers in time, even if it is the second one asked and a connection has to be opened."""
+        takes_ms = self.network.trip_ms(asker, host) + SLACK_MS
+        if not self.network.connected(asker, host):
+            takes_ms += self.network.trip_ms(asker, host) * HANDSHAKE_TRIPS + HANDSHAKE_CPU_MS
+        return takes_ms + HEDGE_MS_MAX <= DEADLINE_MS
 
     def _undisturbed(self, request: Request, host: int) -> bool:
         """From the question to the answer, as far as the host, its store and the way to it go."""
