@@ -1,4 +1,4 @@
-"""A js-libp2p program (tests/interop/) in a network of our nodes: it shares no code with us, only docs/protocol.md."""
+"""A js-libp2p program (tests/interop/) in a network of our nodes: it shares no code with us, only the protocol."""
 
 import json
 import secrets

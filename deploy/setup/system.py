@@ -43,6 +43,7 @@ def needed(engine_name: str, pyproject_text: str) -> list[Need]:
         needs.append(Need("redis-tools", "its redis-check-rdb is redis-server too: tests run one", has_redis))
     if "libp2p" in pyproject_text:
         needs.append(Need("libgmp-dev", "libp2p's fastecdsa compiles against it", has_gmp_header))
+        needs.append(Need("npm", "installs js-libp2p, for the test of interoperation with it", has_npm))
     return needs
 
 
@@ -108,6 +109,10 @@ def has_numa() -> bool:
 
 def has_redis() -> bool:
     return any(shutil.which(name) for name in ("redis-server", "redis-check-rdb"))
+
+
+def has_npm() -> bool:
+    return shutil.which("npm") is not None
 
 
 def has_gmp_header() -> bool:

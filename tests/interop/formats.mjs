@@ -1,4 +1,4 @@
-// Hyperspace's records and seals, written from docs/protocol.md with Node's own crypto. All integers are big-endian.
+// Hyperspace's records and seals as docs/protocol.md has them, with Node's own crypto. All integers are big-endian.
 
 import {
   createDecipheriv,
