@@ -18,14 +18,14 @@ from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.kad_dht.routing_table import RoutingTable
-from libp2p.kad_dht.utils import sort_peer_ids_by_distance
+from libp2p.kad_dht.utils import maybe_consume_signed_record, sort_peer_ids_by_distance
 from libp2p.kad_dht.value_store import ValueStore
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 
 from ..core.records.limits import KiB
-from .libp2p_swarm import ADDRESSES_PER_PEER_MAX
+from .libp2p_swarm import ADDRESSES_PER_PEER_MAX, PEER_ID_BYTES_MAX
 
 QUERY_S = 1.5  # a frozen peer costs a lookup this much, once
 PROVIDER_TTL_S = 15 * 60  # three missed renewals
@@ -43,6 +43,9 @@ REPLICAS = 8  # peers that hold a provider record
 DHT_ASKED_MAX = 16
 DHT_DIALS_MAX = 4  # of one lookup, to peers that others claim exist
 DHT_PARALLEL = 4
+
+
+_Answer = tuple[dict[ID, Message.Peer], bool]  # closer peers, as told; whether that is enough
 
 
 class _ConnectedOnly(RoutingTable):
@@ -161,11 +164,11 @@ class NodeProviders(ProviderStore):
         """Who provides a key: known here first, then asked from the closest peers outwards until `count` are found."""
         found = {info.peer_id: info for info in self.get_providers(key) if info.peer_id != self.local_peer_id}
 
-        async def ask(peer_id: ID) -> tuple[list[ID], bool]:
+        async def ask(peer_id: ID) -> _Answer:
             answer = await self._query(peer_id, Message(type=Message.MessageType.GET_PROVIDERS, key=key))
             for provider in answer.providerPeers[:BUCKET_SIZE]:
                 found_id = ID(provider.id)
-                if found_id != self.local_peer_id:
+                if found_id != self.local_peer_id and len(provider.id) <= PEER_ID_BYTES_MAX:
                     found.setdefault(found_id, PeerInfo(found_id, []))
             return _closer_peers(answer), len(found) >= count
 
@@ -173,8 +176,8 @@ class NodeProviders(ProviderStore):
             await self._walk(key, self._table.find_local_closest_peers(key, BUCKET_SIZE), ask)
         return list(found.values())[:count]
 
-    def _ask_closer(self, key: bytes) -> Callable[[ID], Awaitable[tuple[list[ID], bool]]]:
-        async def ask(peer_id: ID) -> tuple[list[ID], bool]:
+    def _ask_closer(self, key: bytes) -> Callable[[ID], Awaitable[_Answer]]:
+        async def ask(peer_id: ID) -> _Answer:
             answer = await self._query(peer_id, Message(type=Message.MessageType.FIND_NODE, key=key))
             return _closer_peers(answer), False
 
@@ -218,17 +221,19 @@ class NodeProviders(ProviderStore):
                 nursery.start_soon(tell, peer_id, keys)
         return told
 
-    async def _walk(
-        self, key: bytes, near: list[ID], ask: Callable[[ID], Awaitable[tuple[list[ID], bool]]]
-    ) -> list[ID]:
+    def _learn_addresses(self, peer: Message.Peer | None) -> bool:
+        return peer is not None and peer.HasField("signedRecord") and maybe_consume_signed_record(peer, self.host)
+
+    async def _walk(self, key: bytes, near: list[ID], ask: Callable[[ID], Awaitable[_Answer]]) -> list[ID]:
         # The closest peers found: from the closest outwards, DHT_PARALLEL at a time, and whom those asked know.
         network: Any = self.host.get_network()
         asked: set[ID] = set()
+        told: dict[ID, Message.Peer] = {}
         dials = 0
-        answers_in, answers_out = trio.open_memory_channel[tuple[list[ID], bool]](DHT_ASKED_MAX)
+        answers_in, answers_out = trio.open_memory_channel[_Answer](DHT_ASKED_MAX)
 
         async def one(peer_id: ID) -> None:
-            answer: tuple[list[ID], bool] = [], False
+            answer: _Answer = {}, False
             with suppress(Exception), trio.move_on_after(QUERY_S):
                 answer = await ask(peer_id)
             answers_in.send_nowait(answer)
@@ -242,7 +247,8 @@ class NodeProviders(ProviderStore):
                     if peer_id in asked or peer_id == self.local_peer_id:
                         continue
                     if not network.live(peer_id):
-                        if dials >= DHT_DIALS_MAX:
+                        # Only where the peer itself says that it is, signed: nobody makes us dial just anything.
+                        if dials >= DHT_DIALS_MAX or not self._learn_addresses(told.get(peer_id)):
                             continue
                         dials += 1
                     asked.add(peer_id)
@@ -255,13 +261,14 @@ class NodeProviders(ProviderStore):
                 if done:
                     nursery.cancel_scope.cancel()
                     return near
-                fresh = [peer_id for peer_id in closer[:BUCKET_SIZE] if peer_id not in near]
+                fresh = [peer_id for peer_id in closer if peer_id not in near]
+                told |= {peer_id: closer[peer_id] for peer_id in fresh if len(told) < 2 * DHT_ASKED_MAX * BUCKET_SIZE}
                 if fresh:
                     near = sort_peer_ids_by_distance(key, [*near, *fresh])[:BUCKET_SIZE]
 
 
-def _closer_peers(answer: Message) -> list[ID]:
-    return [ID(peer.id) for peer in answer.closerPeers[:BUCKET_SIZE] if 34 <= len(peer.id) <= 64]
+def _closer_peers(answer: Message) -> dict[ID, Message.Peer]:
+    return {ID(peer.id): peer for peer in answer.closerPeers[:BUCKET_SIZE] if len(peer.id) <= PEER_ID_BYTES_MAX}
 
 
 class NodeDht(KadDHT):

@@ -21,7 +21,9 @@ from typing import Protocol, TypeVar
 import trio
 from nacl.signing import SigningKey
 
-from ..core.records.ids import PeerId
+from ..core.records.ids import PeerId, peer_id
+from ..core.records.limits import STREAM_FRAME_BYTES_MAX
+from .libp2p_mdns import Mdns
 from .libp2p_node import Libp2pNode, NodeSettings
 from .peer_failed import PeerFailed
 
@@ -76,7 +78,8 @@ class Libp2pHost:
         assert network_key is None or len(network_key) == 32
         self.address = listen
         self._settings = NodeSettings(signing_key, listen, network_key, protocols, topics)
-        self._mdns = mdns
+        self._mdns_wanted = mdns
+        self._mdns: Mdns | None = None
         self._handler = handler
         self._connected: set[PeerId] = set()
         self._calls: set[asyncio.Future[object]] = set()
@@ -98,6 +101,10 @@ class Libp2pHost:
         except BaseException:
             await self.close()
             raise
+        if self._mdns_wanted:
+            own_id = peer_id(self._settings.signing_key.verify_key.encode())
+            self._mdns = Mdns(own_id, self.address, self._settings.network_key, self._handler.on_discovered)
+            await self._mdns.start()
 
     @property
     def connected(self) -> frozenset[PeerId]:
@@ -115,6 +122,7 @@ class Libp2pHost:
 
     async def request(self, peer: PeerId, protocol: str, frame: bytes, timeout_s: float) -> bytes:
         """What a connected peer answers; PeerFailed(timeout | unreachable | protocol | busy)."""
+        assert len(frame) <= STREAM_FRAME_BYTES_MAX
         return await self._call(lambda node: node.request(peer, protocol, frame), timeout_s)
 
     def publish(self, topic: str, payload: bytes) -> bool:
@@ -152,6 +160,8 @@ class Libp2pHost:
 
     async def close(self) -> None:
         """Stop; takes CLOSE_S at most."""
+        if self._mdns is not None:
+            await self._mdns.close()
         self._closing.set()
         link = self._link
         if link is not None:

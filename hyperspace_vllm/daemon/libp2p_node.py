@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import ifaddr
 import trio
 from libp2p import generate_peer_id_from
 from libp2p.abc import INetStream
@@ -36,7 +37,7 @@ from .libp2p_dht import NodeDht
 from .libp2p_gossip import NodeGossip, NodePubsub
 from .libp2p_overrides import patch_library, running
 from .libp2p_streams import Answerer, Asker
-from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeTransport, NodeUpgrader
+from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeTransport, NodeUpgrader, multiaddr_of
 from .libp2p_yamux import PROTOCOL as YAMUX
 from .libp2p_yamux import YamuxConnection
 from .peer_failed import PeerFailed
@@ -82,15 +83,25 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _multiaddr(host: str, port: int) -> Multiaddr:
-    return Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")
+def reachable_hosts(host: str) -> list[str]:
+    """Where a node that listens on `host` can be dialled: for a wildcard the machine's own addresses, a few of them."""
+    address = ipaddress.ip_address(host)
+    if not address.is_unspecified:
+        return [host]
+    found = []
+    for adapter in ifaddr.get_adapters():
+        for each in adapter.ips:
+            own = ipaddress.ip_address(each.ip if isinstance(each.ip, str) else each.ip[0])
+            if not own.is_loopback and not own.is_link_local and (own.version == 4 or address.version == 6):
+                found.append(str(own))
+    return found[: swarm.ADDRESSES_PER_PEER_MAX] or ["::1" if address.version == 6 else "127.0.0.1"]
 
 
 async def _resolve(address: str) -> list[Multiaddr]:
     host, port = split_address(address)
     found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     hosts = dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found)
-    return [_multiaddr(each, port) for each in list(hosts)[: swarm.ADDRESSES_PER_PEER_MAX]]
+    return [multiaddr_of(each, port) for each in list(hosts)[: swarm.ADDRESSES_PER_PEER_MAX]]
 
 
 class Libp2pNode:
@@ -125,6 +136,7 @@ class Libp2pNode:
             self._swarm,
             negotiate_timeout=swarm.NEGOTIATION_S,
             disable_identify_address_discovery=True,
+            addrs_factory=_announced,
         )
         # One failing inbound stream must not end the connection, let alone the host.
         self._swarm.set_stream_handler(_guarded(self._host._swarm_stream_handler))
@@ -150,7 +162,7 @@ class Libp2pNode:
                 await stack.enter_async_context(running(self._gossip))
                 await stack.enter_async_context(running(self._swarm))
                 host, port = split_address(self._listen)
-                if not await self._swarm.listen(_multiaddr(host, port)):
+                if not await self._swarm.listen(multiaddr_of(host, port)):
                     raise self._swarm.listen_error or OSError(f"cannot listen on {self._listen}")
                 await stack.enter_async_context(running(self._dht))
                 for topic in self._topics:
@@ -228,6 +240,14 @@ class Libp2pNode:
     async def _on_request(self, peer_id: ID, protocol: str, frame: bytes) -> bytes | None:
         peer = PeerId(peer_id.to_base58())
         return await self._events.answer(peer, protocol, frame) if _is_node(peer) else None
+
+
+def _announced(bound: list[Multiaddr]) -> list[Multiaddr]:
+    announced = []
+    for each in bound:
+        host = each.value_for_protocol(each.protocols()[0].name)
+        announced += [multiaddr_of(own, int(each.value_for_protocol("tcp"))) for own in reachable_hosts(host)]
+    return announced
 
 
 def _is_node(peer: PeerId) -> bool:

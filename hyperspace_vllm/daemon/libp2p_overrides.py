@@ -19,9 +19,12 @@ import libp2p.protocol_muxer.multiselect_communicator as communicator_module
 import libp2p.pubsub.gossipsub as gossipsub_module
 import libp2p.pubsub.pubsub as pubsub_module
 import trio
+from libp2p.crypto.keys import KeyType
+from libp2p.crypto.serialization import key_type_to_public_key_deserializer
 from libp2p.exceptions import ParseError
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import MessageTooLarge
+from libp2p.peer.id import ID
 from libp2p.tools.anyio_service import Service
 from libp2p.tools.anyio_service.trio_manager import TrioManager
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
@@ -29,7 +32,7 @@ from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from .libp2p_dht import DHT_MESSAGE_BYTES_MAX, PROVIDER_RENEWAL_S, PROVIDER_TTL_S, QUERY_S
 from .libp2p_gossip import GossipQueue, check_record
 from .libp2p_pnet import PrivateConnection
-from .libp2p_swarm import PROTOCOL_NAME_BYTES_MAX
+from .libp2p_swarm import PEER_ID_BYTES_MAX, PROTOCOL_NAME_BYTES_MAX
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ def patch_library() -> None:
     """Set what can only be set for the whole process; safe to call again."""
     replaced: dict[str, Any] = {
         "QUERY_TIMEOUT": QUERY_S,
+        "ID": _ShortId,
         "MAX_DHT_MESSAGE_SIZE": DHT_MESSAGE_BYTES_MAX,
         "PROVIDER_RECORD_EXPIRATION_INTERVAL": PROVIDER_TTL_S,
         "PROVIDER_RECORD_REPUBLISH_INTERVAL": PROVIDER_RENEWAL_S,
@@ -52,6 +56,9 @@ def patch_library() -> None:
         for name in names:
             assert hasattr(module, name), f"py-libp2p has changed: no {name} in {module.__name__}"
             setattr(module, name, replaced[name])
+    # An RSA key of 400,000 bits in a handshake costs minutes; our nodes have Ed25519 keys.
+    for kind in (KeyType.RSA, KeyType.Secp256k1):
+        key_type_to_public_key_deserializer.pop(kind.value, None)
     library = logging.getLogger("libp2p")
     library.setLevel(logging.CRITICAL)
     library.propagate = False
@@ -61,7 +68,7 @@ def patch_library() -> None:
 
 _DHT_NAMES = ("QUERY_TIMEOUT", "MAX_DHT_MESSAGE_SIZE")
 _REPLACED_IN: tuple[tuple[ModuleType, tuple[str, ...]], ...] = (
-    (kad_module, _DHT_NAMES),
+    (kad_module, (*_DHT_NAMES, "ID")),
     (peer_routing_module, _DHT_NAMES),
     (
         provider_module,
@@ -73,6 +80,14 @@ _REPLACED_IN: tuple[tuple[ModuleType, tuple[str, ...]], ...] = (
     (swarm_connection_module, ("logging",)),
     (swarm_module, ("new_protected_conn",)),
 )
+
+
+class _ShortId(ID):
+    # The library writes ids that it was sent into its log: base58 of 64 KiB takes a second.
+    def __init__(self, peer_id_bytes: bytes) -> None:
+        if len(peer_id_bytes) > PEER_ID_BYTES_MAX:
+            raise ValueError("peer id")
+        super().__init__(peer_id_bytes)
 
 
 class _Manager(TrioManager):

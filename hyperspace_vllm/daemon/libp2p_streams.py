@@ -33,6 +33,7 @@ READ_BYTES = 64 * KiB
 IDLE_S = 30.0  # between requests
 SPARE_S = 20.0  # less than the other side's IDLE_S
 FRAME_S = 5.0  # from a request's first byte to its last
+HANDLE_S = 30.0  # for this node to find an answer
 ANSWER_S = 15.0  # for a peer to take an answer
 
 _LENGTH = struct.Struct("!I")
@@ -158,7 +159,8 @@ class Answerer:
         self._requests += 1
         self._requests_of[peer_id] = mine + 1
         try:
-            return await self._answer(peer_id, protocol, request)
+            with trio.fail_after(HANDLE_S):
+                return await self._answer(peer_id, protocol, request)
         finally:
             self._requests -= 1
             self._requests_of[peer_id] -= 1

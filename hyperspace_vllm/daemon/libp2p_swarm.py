@@ -6,9 +6,10 @@ knows a thousand peers.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import trio
 from libp2p.abc import IMuxedConn, INetConn, INetStream, IRawConnection, ISecureConn
@@ -38,9 +39,11 @@ CONNECTIONS_MAX = 64
 CONNECTIONS_INBOUND_MAX = 48  # the rest is for peers that this node chose
 CONNECTIONS_PER_PEER_MAX = 3  # two when both sides dial at once
 HANDSHAKES_MAX = 16
+HANDSHAKES_PER_HOST_MAX = 8  # of one address, unless it is this machine
 UPGRADE_S = 5.0
 NEGOTIATION_S = 5
 PROTOCOL_NAME_BYTES_MAX = 256
+PEER_ID_BYTES_MAX = 64  # of an Ed25519 key: 38
 
 PEERS_KEPT_MAX = 512
 ADDRESSES_PER_PEER_MAX = 4
@@ -51,6 +54,11 @@ FOREVER_S = 10 * 365 * 24 * 3600  # peers are forgotten by number, not by age
 logger = logging.getLogger(__name__)
 
 
+def multiaddr_of(host: str, port: int) -> Multiaddr:
+    """/ip4|ip6/host/tcp/port."""
+    return Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")
+
+
 class _Listener:
     """A TCP listener that fails when the port is taken: the library's shares it (SO_REUSEPORT)."""
 
@@ -58,6 +66,7 @@ class _Listener:
         self._handler = handler
         self._swarm = swarm
         self._listeners: list[trio.SocketListener] = []
+        self._addresses: tuple[Multiaddr, ...] = ()
 
     async def listen(self, maddr: Multiaddr) -> None:
         """Bind and accept in the background."""
@@ -68,8 +77,9 @@ class _Listener:
         except OSError as error:
             self._swarm.listen_error = error
             raise
+        self._addresses = tuple(multiaddr_of(*each.socket.getsockname()[:2]) for each in opened)
         for listener in self._listeners:
-            self._swarm.manager.run_task(trio.serve_listeners, self._accept, [listener])
+            self._swarm.manager.run_daemon_task(trio.serve_listeners, self._accept, [listener])
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         with suppress(Exception):
@@ -77,11 +87,7 @@ class _Listener:
 
     def get_addrs(self) -> tuple[Multiaddr, ...]:
         """The addresses it listens on."""
-        addresses = []
-        for listener in self._listeners:
-            host, port = listener.socket.getsockname()[:2]
-            addresses.append(Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}"))
-        return tuple(addresses)
+        return self._addresses
 
     async def close(self) -> None:
         """Stop listening."""
@@ -150,14 +156,16 @@ class NodeSwarm(Swarm):
         super().__init__(*args, **options)
         self.auto_connector = _NoAutoConnector(self)
         self.notifees.clear()  # a store of tags that nobody reads
-        self.sockets: set[trio.SocketStream] = set()
+        self.sockets: WeakSet[trio.SocketStream] = WeakSet()
         self._handshakes = trio.CapacityLimiter(HANDSHAKES_MAX)
+        self._handshakes_of: dict[str, int] = {}
         self._inbound = 0
-        self._open: dict[ID, set[int]] = {}
+        self._open: dict[ID, set[INetConn]] = {}
 
     def live(self, peer_id: ID) -> list[SwarmConn]:
         """The peer's open connections."""
-        return [conn for conn in self.connections.get(peer_id, []) if not conn.is_closed]  # type: ignore[misc]
+        conns = self.connections.get(peer_id, [])
+        return [conn for conn in conns if not conn.is_closed and conn.muxed_conn.is_established]  # type: ignore[misc]
 
     def drop(self, peer_id: ID) -> list[SwarmConn]:
         """End every connection to a peer, without waiting for anything; those that are ending."""
@@ -168,18 +176,31 @@ class NodeSwarm(Swarm):
 
     async def _handle_inbound_connection(self, read_write_closer: ReadWriteCloser, maddr: Multiaddr) -> None:
         # The library's holds a slot (and this task) until the swarm ends, however early the connection does.
-        if self._inbound >= CONNECTIONS_INBOUND_MAX or self._handshakes.available_tokens < 1:
+        host = (read_write_closer.get_remote_address() or ("",))[0]
+        if self._inbound >= CONNECTIONS_INBOUND_MAX or self._handshakes_of.get(host, 0) >= HANDSHAKES_PER_HOST_MAX:
             return
         self._inbound += 1
-        stream = read_write_closer.stream  # type: ignore[attr-defined]
-        self.sockets.add(stream)
+        self.sockets.add(read_write_closer.stream)  # type: ignore[attr-defined]
         try:
-            async with self._handshakes:
-                muxed = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
+            with self._handshaking(host):
+                async with self._handshakes:
+                    muxed = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
             await muxed.event_closed.wait()  # type: ignore[attr-defined]
         finally:
             self._inbound -= 1
-            self.sockets.discard(stream)
+
+    @contextmanager
+    def _handshaking(self, host: str) -> Iterator[None]:
+        if host in ("", "::1") or host.startswith("127."):
+            yield
+            return
+        self._handshakes_of[host] = self._handshakes_of.get(host, 0) + 1
+        try:
+            yield
+        finally:
+            self._handshakes_of[host] -= 1
+            if not self._handshakes_of[host]:
+                del self._handshakes_of[host]
 
     async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
         """Register a connection, unless the peer has enough."""
@@ -193,12 +214,10 @@ class NodeSwarm(Swarm):
         """Forget a connection."""
         super().remove_conn(swarm_conn)
         peer_id = swarm_conn.muxed_conn.peer_id
-        with suppress(AttributeError):
-            self.sockets.discard(swarm_conn.muxed_conn.secured_conn.conn.read_writer.read_write_closer.stream.stream)  # type: ignore[attr-defined]
-        ids = self._open.get(peer_id)
-        if ids is not None and id(swarm_conn) in ids:
-            ids.discard(id(swarm_conn))
-            if not ids:
+        conns = self._open.get(peer_id)
+        if conns is not None and swarm_conn in conns:
+            conns.discard(swarm_conn)
+            if not conns:
                 del self._open[peer_id]
                 self.on_peer(peer_id, False)
 
@@ -206,9 +225,9 @@ class NodeSwarm(Swarm):
         """A connection is ready."""
         peer_id = conn.muxed_conn.peer_id
         if not conn.is_closed:
-            ids = self._open.setdefault(peer_id, set())
-            ids.add(id(conn))
-            if len(ids) == 1:
+            conns = self._open.setdefault(peer_id, set())
+            conns.add(conn)
+            if len(conns) == 1:
                 self.on_peer(peer_id, True)
         await super().notify_connected(conn)
 
@@ -224,9 +243,8 @@ class NodeSwarm(Swarm):
 
     def close_sockets(self) -> None:
         """Close everything at once: peers notice."""
-        for stream in self.sockets:
+        for stream in list(self.sockets):
             stream.socket.close()
-        self.sockets.clear()
 
 
 class NodePeerStore(PeerStore):
@@ -273,6 +291,13 @@ class NodeHost(BasicHost):
     """Identify in the background; a peer that speaks the DHT's protocol enters the routing table."""
 
     dht: "NodeDht"
+    _announced: tuple[Multiaddr, ...] = ()
+
+    def get_addrs(self) -> list[Multiaddr]:
+        """The addresses that peers are told: found once, because every gossip message asks for them."""
+        if not self._announced:
+            self._announced = tuple(super().get_addrs())
+        return list(self._announced)
 
     async def _identify_task_entry(self, peer_id: ID, reason: str) -> None:
         # It runs as a system task, where an exception ends trio itself.

@@ -22,6 +22,7 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF,
 from multiaddr import Multiaddr
 
 from ..core.records.limits import KiB, MiB
+from .token_bucket import TokenBucket
 
 PROTOCOL = "/yamux/1.0.0"
 WINDOW_BYTES = 256 * KiB  # what the protocol starts with
@@ -30,6 +31,8 @@ INBOUND_STREAMS_MAX = 96  # of one connection: 64 requests, and what identify, g
 OUTBOUND_STREAMS_MAX = 256
 UNREAD_BYTES_MAX = 16 * MiB  # of one connection: 64 streams with a window of 256 KiB each
 QUEUED_BYTES_MAX = 256 * KiB  # data frames waiting to be written; beyond it the streams' writers wait
+OPENED_PER_S = 500.0  # streams, by the peer
+PINGS_PER_S = 10.0
 CONTROL_FRAMES_MAX = 4096  # acks, updates, pings: a peer that makes us owe it more doesn't read
 MESSAGE_BYTES = 60 * KiB  # into one Noise message of at most 65,519
 DATA_BYTES = 16 * KiB  # of one frame: streams take turns
@@ -64,6 +67,7 @@ class YamuxStream(IMuxedStream):
         self._consumed = 0
         self._ended = False  # the peer's FIN
         self._closed = False  # ours
+        self._turn = trio.Lock()  # the library writes to a gossip stream from several tasks
         self._reset = False
         self.closed_at = 0.0
 
@@ -89,6 +93,10 @@ class YamuxStream(IMuxedStream):
 
     async def write(self, data: bytes) -> None:
         """Return when all of it is queued; the queue is short."""
+        async with self._turn:
+            await self._write(data)
+
+    async def _write(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
             if self._reset:
@@ -105,7 +113,6 @@ class YamuxStream(IMuxedStream):
                 self._send_window -= size
                 self._conn.queue(_HEAD.pack(0, _DATA, 0, self.stream_id, size) + view[:size], data=True)
                 view = view[size:]
-        await trio.lowlevel.checkpoint()
 
     async def close(self) -> None:
         """Say that nothing follows, and take nothing more."""
@@ -209,6 +216,8 @@ class YamuxConnection(IMuxedConn):
         self._due = trio.Event()
         self._room = trio.Event()
         self._stop = trio.Event()
+        self._may_open = TokenBucket(OPENED_PER_S, 2 * OPENED_PER_S)
+        self._may_ping = TokenBucket(PINGS_PER_S, 10 * PINGS_PER_S)
         self._heard_at = trio.current_time()
 
     async def start(self) -> None:
@@ -384,6 +393,8 @@ class YamuxConnection(IMuxedConn):
 
     def _on_frame(self, kind: int, flags: int, stream_id: int, length: int, data: bytes) -> None:
         if kind == _PING:
+            if not self._may_ping.take(1):
+                raise _BrokenRule("too many pings")
             if flags & _SYN:
                 self.control(_PING, _ACK, 0, length)
             return
@@ -408,6 +419,8 @@ class YamuxConnection(IMuxedConn):
         ours = self._next_id & 1
         if stream_id == 0 or stream_id & 1 == ours or stream_id in self._streams:
             raise _BrokenRule("stream id")
+        if not self._may_open.take(1):
+            raise _BrokenRule("too many streams at once")
         if sum(each & 1 != ours for each in self._streams) >= INBOUND_STREAMS_MAX:
             self.control(_WINDOW, _RST, stream_id, 0)
             return None
@@ -439,7 +452,7 @@ class YamuxConnection(IMuxedConn):
         self.event_closed.set()
         self._room.set()
         if self.on_close is not None:
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True), trio.move_on_after(5):
                 await self.on_close()
 
     async def _farewell(self, message: bytes) -> None:
