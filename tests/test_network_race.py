@@ -232,6 +232,30 @@ async def test_the_network_wins_before_the_engines_first_frame(bench: Bench, ask
     await until(lambda: counts.since() == {"network_won": 1, "hit": 1, "timed": 1})
 
 
+async def test_a_race_outlasts_the_deadline_of_those_who_wait(make_bench: MakeBench) -> None:
+    bench = await make_bench(network_deadline_s=0.05)
+    bench.node.others = Says(hinted=False)
+    bench.upstream.first.clear()
+    bench.upstream.gate.clear()
+    asking = asyncio.create_task(bench.ask(CHAT))
+    lookup = await asked(bench)
+    await asyncio.sleep(0.15)
+    assert bench.node.released == []
+    bench.node.inbox.append(found(lookup))
+    assert text_of(await asking) == "from afar"
+
+
+async def test_a_race_ends_by_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_lookup, "RACE_S", 0.1)
+    bench.node.others = Says(hinted=False)
+    bench.upstream.first.clear()
+    asking = asyncio.create_task(bench.ask(CHAT))
+    lookup = await asked(bench)
+    await until(lambda: bench.node.released == [lookup.lookup])
+    bench.upstream.first.set()
+    assert text_of(await asking).startswith("w1.0")
+
+
 @as_json_and_streams
 async def test_the_engine_wins_with_its_first_frame(bench: Bench, asked_as: dict[str, Any]) -> None:
     bench.node.others = Says(hinted=False)

@@ -72,6 +72,7 @@ class NetworkRace:
             if self._waits or await self._lookup.hint:
                 await self._wait(send)
             if not self._gone.is_set():
+                self._lookup.race()
                 await self._race(scope, receive_for_engine, send)
         finally:
             watcher.cancel()

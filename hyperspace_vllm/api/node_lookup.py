@@ -28,6 +28,7 @@ from .options import NodeLink
 logger = logging.getLogger(__name__)
 
 HINT_S = 0.01  # a node that is well says within a millisecond or two whether it has a hint
+RACE_S = 3.0  # as long as the node goes on searching
 _USELESS_S = 1.0  # between lookups in a node that has nobody to ask
 _USELESS = ("off", "alone", "no_peers")
 _EAGER_S, _EAGER_FOR_S = 0.001, 0.03  # most answers of peers nearby come in that time
@@ -35,15 +36,26 @@ _CALM_S = 0.003
 
 
 class Pending:
-    """One lookup. Both futures are done by its deadline at the latest; `release` does them at once."""
+    """One lookup. Both futures are done by its deadline at the latest; `release` does them at once.
+
+    A lookup that the node has no hint for races the engine and holds nobody up: `race` gives it RACE_S instead.
+    """
 
     def __init__(self, lookups: "NodeLookup", number: int) -> None:
         loop = asyncio.get_running_loop()
         self.number = number
         self.hint: asyncio.Future[bool] = loop.create_future()  # is it worth waiting for the answer?
         self.answer: asyncio.Future[ResponseFound | None] = loop.create_future()
-        self.timers: list[asyncio.TimerHandle] = []
+        self.timers: list[asyncio.TimerHandle] = []  # the last one is that of the deadline
+        self.raced_by: float | None = None  # set once the node has said that it searches without a hint
         self._lookups = lookups
+
+    def race(self) -> None:
+        """Nobody waits for the answer but an engine's first frame."""
+        if not self.answer.done() and self.raced_by is not None:
+            self.timers.pop().cancel()
+            loop = asyncio.get_running_loop()
+            self.timers.append(loop.call_at(self.raced_by, self._lookups.overdue, self))
 
     def release(self) -> None:
         """Nobody waits any more. Once it has ended this does nothing."""
@@ -98,7 +110,7 @@ class NodeLookup:
             pending.say_hint(False)
         else:
             pending.timers.append(loop.call_later(min(HINT_S, deadline_s), self._hint_overdue, pending))
-        pending.timers.append(loop.call_later(deadline_s, self._overdue, pending))
+        pending.timers.append(loop.call_later(deadline_s, self.overdue, pending))
         self._eager_until_s = now_s + _EAGER_FOR_S
         if self._poller is None or self._poller.done():
             self._poller = loop.create_task(self._poll(), name="hyperspace-node-lookup")
@@ -116,7 +128,8 @@ class NodeLookup:
             self._silent = True
             pending.say_hint(False)
 
-    def _overdue(self, pending: Pending) -> None:
+    def overdue(self, pending: Pending) -> None:
+        """Its time is up."""
         self._take(self._client.receive())
         if pending.number in self._pending and self._silent:
             # Not a word in all this time. Its lease will tell; until then it is asked seldom.
@@ -137,6 +150,8 @@ class NodeLookup:
                 case ResponseHint(number, hinted):
                     self._silent = False
                     if (pending := self._pending.get(number)) is not None:
+                        if not hinted:
+                            pending.raced_by = asyncio.get_running_loop().time() + RACE_S
                         pending.say_hint(hinted)
                 case ResponseFound(number):
                     self._silent = False

@@ -166,6 +166,7 @@ class NetworkDriver:
         self._background: set[asyncio.Task[None]] = set()
         self.known: tuple[PeerRecord, ...] = ()
         self.last_lookup: dict[str, object] = {}
+        self._provided = 0
 
     def start(self) -> None:
         """Begin to join the network; `host` has started."""
@@ -198,6 +199,7 @@ class NetworkDriver:
             "usable": [record.peer for record in self.known],
             "registry_entries": registry.entries + registry.own_entries,
             "hints": len(self._node.hints),
+            "provided": self._provided,
             "gossip_refused": dict(self._node.gossip_refused),
             "last_response_lookup": self.last_lookup,
         }
@@ -475,7 +477,7 @@ class NetworkDriver:
     # --- DHT and registry -----------------------------------------------------------------------
 
     async def _provide(self, key: str) -> None:
-        await self.host.provide(key, PROVIDE_S)
+        self._provided += await self.host.provide(key, PROVIDE_S)
 
     async def _write(self, effect: WriteRegistry) -> None:
         if self._documents is not None:
