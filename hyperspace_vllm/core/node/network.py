@@ -5,20 +5,20 @@ up. The L2 core (node.py) is told of usable peers by the shell, through PeersCha
 """
 
 import random
-from collections import OrderedDict
 from dataclasses import dataclass
-from heapq import heappop, heappush
-from typing import TypeVar, assert_never
+from functools import partial
+from typing import assert_never
 
 from nacl.signing import SigningKey
 
-from ..peers.membership import Membership
+from ..peers.avoidance import Avoidance
+from ..peers.membership import GREET_MS, Membership
 from ..peers.registry import Registry
 from ..peers.trust import Trust
 from ..records.announcement import PrefixEntry, ResponseEntry
 from ..records.errors import Refused
 from ..records.ids import NetworkId, PeerId, peer_id
-from ..records.limits import REGISTRY_TTL_MS
+from ..records.limits import CLOCK_SKEW_MS, REGISTRY_TTL_MS
 from ..records.peer_record import PeerRecord
 from ..records.peer_wire import (
     Deltas,
@@ -35,6 +35,7 @@ from ..records.peer_wire import (
 )
 from ..records.signing import NO_MEMBER_TAG, member_tag
 from ..response.announcer import Inbox, Outbox
+from ..response.dht_use import ProvideQueue, SearchBudget
 from ..response.hints import Hints
 from ..response.lookup import Candidate, ResponseLookup
 from ..response.popularity import Popularity, replicas_wanted
@@ -42,6 +43,7 @@ from .network_effects import (
     AnswerResponse,
     ChargePeer,
     Disconnect,
+    FetchResponse,
     HintResponse,
     NetworkEffect,
     PeersChanged,
@@ -74,23 +76,10 @@ from .network_events import (
     RowsStored,
 )
 
-K = TypeVar("K")
-
 LOOKUPS_MAX = 1_024
 REQUESTS_MAX = 4_096  # of ours, unanswered
-AVOID_LIAR_MS = 60_000
-AVOID_SILENT_MS = 3_000
-AVOIDED_MAX = 1_024
 SYNC_MS = 2_000  # the registry, with one neighbour
 SYNC_TIMEOUT_MS = 3_000
-PROVIDE_EVERY_MS = 5_000  # a DHT record costs as much as a lookup
-PROVIDES_MAX = 1_024
-# What searching the DHT may cost: 5 % of a core. A search costs tens to hundreds of CPU-ms (DESIGN §9).
-SEARCH_SHARE = 0.05
-SEARCH_BURST_MS = 2_000.0
-SEARCH_COST_MS = 100.0  # before one was measured
-NOT_FOUND_MS = 10_000
-NOT_FOUND_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +139,11 @@ class NetworkNode:
         self._inbox = Inbox(options.network, self._public_key, self._counts)
         self._popularity = Popularity()
         self._lookups: dict[int, ResponseLookup] = {}
-        self._avoid_until_ms: OrderedDict[PeerId, int] = OrderedDict()
-        self._not_found_until_ms: OrderedDict[bytes, int] = OrderedDict()
+        self._avoidance = Avoidance()
+        self._searches = SearchBudget(now_ms)
+        self._provides = ProvideQueue(now_ms)
         self._sync_at_ms = now_ms + SYNC_MS
-        self._provides: list[tuple[float, str]] = []  # a heap: the most popular first
-        self._provide_at_ms = now_ms
-        self._search_cost_ms = SEARCH_COST_MS
-        self._search_budget_ms = SEARCH_BURST_MS
-        self._search_budget_at_ms = now_ms
+        self._told: tuple[tuple[PeerId, str, str], ...] = ()  # by the last PeersChanged
         self.gossip_refused: dict[str, int] = {}
 
     def start(self, now_ms: int) -> list[NetworkEffect]:
@@ -166,23 +152,21 @@ class NetworkNode:
 
     def handle(self, event: NetworkEvent, now_ms: int) -> list[NetworkEffect]:
         """What to do about `event`."""
+        if now_ms < self._now_ms:
+            self._clock_set_back(now_ms - self._now_ms)
         self._now_ms = now_ms
         effects = self._dispatch(event, now_ms)
-        for effect in effects:
-            if isinstance(effect, ChargePeer):
-                self._avoid(effect.peer, now_ms + AVOID_LIAR_MS)
+        effects += [consequence for effect in effects for consequence in self._charged(effect, now_ms)]
         if self.members.changed:
             self.members.changed = False
-            records = [each.record for each in self.members.usable(now_ms)]
-            effects.append(PeersChanged(tuple(record for record in records if record is not None)))
+            effects += self._tell_peers(now_ms)
         return effects
 
     def next_deadline_ms(self) -> int | None:
         """When to call `handle(NetworkTick())`, if nothing else happens before."""
         times = [lookup.next_deadline_ms() for lookup in self._lookups.values()]
         times += [self.members.next_deadline_ms(), self._sync_at_ms]
-        times += [self._provide_at_ms] if self._provides else []
-        others = self._outbox.next_deadline_ms(), self.registry.next_deadline_ms()
+        others = self._outbox.next_deadline_ms(), self.registry.next_deadline_ms(), self._provides.next_deadline_ms()
         return min([*times, *(time for time in others if time is not None)])
 
     def providers(self, name: bytes, now_ms: int) -> tuple[PeerId, ...]:
@@ -222,6 +206,8 @@ class NetworkNode:
                 return self._stored(event, now_ms)
             case ResponsesGone(hashes):
                 self.registry.note_gone(hashes)
+                self._outbox.remove(frozenset(hashes))
+                self._provides.remove(_dht_key(request_hash) for request_hash in hashes)
                 return []
             case ResponsesUsed(hashes):
                 for request_hash in hashes:
@@ -252,9 +238,9 @@ class NetworkNode:
         if now_ms >= self._sync_at_ms:
             self._sync_at_ms = now_ms + SYNC_MS
             effects += self._sync()
-        if self._provides and now_ms >= self._provide_at_ms:
-            self._provide_at_ms = now_ms + PROVIDE_EVERY_MS
-            effects.append(Provide(heappop(self._provides)[1]))
+        key = self._provides.due(now_ms)
+        if key is not None:
+            effects.append(Provide(key))
         if self.members.next_deadline_ms() <= now_ms:
             effects += self.members.on_tick(now_ms)
         return effects
@@ -263,14 +249,16 @@ class NetworkNode:
 
     def _received(self, event: RequestReceived, now_ms: int) -> list[NetworkEffect]:
         peer, token, message = event.peer, event.token, event.message
-        self.members.heard(peer, now_ms)
+        self._heard(peer, now_ms)
         if isinstance(message, Query):
+            self.members.used(peer, now_ms)
             self._popularity.add(message.id, now_ms)
             return [ServeResponse(token, message.id, self._popularity.sixteenths(message.id, now_ms))]
         if isinstance(message, Greet):
-            effects = self.members.on_record(message.record, peer, now_ms, own_word=True)
-            if effects:
-                return [*effects, Reply(token, Refusal("protocol")), Disconnect(peer)]
+            charges = self.members.on_record(message.record, peer, now_ms, own_word=True)
+            if charges or not self.members.greeted(peer):
+                reason = Refusal("protocol" if charges else "stranger")
+                return [*charges, Reply(token, reason), Disconnect(peer)]
             return [Reply(token, Greeting(self.members.own_raw))]
         if isinstance(message, Ping):
             return [Reply(token, Pong())]
@@ -284,18 +272,23 @@ class NetworkNode:
         asked = self._asked.pop(event.request, None)
         if asked is None or asked.peer != event.peer:
             return []
-        self.members.heard(event.peer, now_ms, now_ms - asked.at_ms)
+        self._heard(event.peer, now_ms, now_ms - asked.at_ms)
         match asked.message, event.message:
             case Greet(), Greeting(record):
-                effects = self.members.on_record(record, event.peer, now_ms, own_word=True)
-                return effects + self.members.on_greeted(event.peer, now_ms) + self._sync_with(event.peer)
+                charges = self.members.on_record(record, event.peer, now_ms, own_word=True)
+                effects = self.members.on_greeted(event.peer)
+                return charges + effects + (self._sync_with(event.peer) if self.members.greeted(event.peer) else [])
             case WantPeers(), Peers():
                 return self.members.on_peers(event.peer, event.message, now_ms)
             case WantDeltas(), Deltas():
                 effects = self.registry.on_deltas(event.peer, event.message, self._counts, now_ms)
-                return effects + (self._sync_with(event.peer) if event.message.more and effects else [])
+                charged = any(isinstance(effect, ChargePeer) for effect in effects)
+                goes_on = event.message.more and effects and not charged
+                return effects + (self._sync_with(event.peer) if goes_on else [])
             case Ping(), Pong():
                 return []
+            case WantPeers() | WantDeltas(), Refusal("stranger"):
+                return [self._ask(event.peer, Greet(self.members.own_raw), GREET_MS)]  # it has forgotten us
             case _, Refusal():
                 return []
             case _:
@@ -305,8 +298,11 @@ class NetworkNode:
         asked = self._asked.pop(event.request, None)
         if asked is None:
             return []
-        charge: list[NetworkEffect] = [ChargePeer(event.peer, "protocol")] if event.reason == "protocol" else []
-        return charge + self.members.unanswered(event.peer, asked.message, now_ms)
+        if event.reason == "protocol":
+            return [ChargePeer(asked.peer, "protocol")]
+        if event.reason != "busy":
+            self.members.unanswered(asked.peer, asked.message, now_ms)
+        return []
 
     def _gossip(self, event: GossipReceived, now_ms: int) -> list[NetworkEffect]:
         batch = self._inbox.open(event.topic, event.payload, now_ms)
@@ -315,9 +311,9 @@ class NetworkNode:
             return []
         sender = peer_id(batch.sender)
         for entry in batch.entries:
-            if now_ms < entry.expires_at_ms <= now_ms + REGISTRY_TTL_MS:
+            if now_ms < entry.expires_at_ms <= now_ms + REGISTRY_TTL_MS + CLOCK_SKEW_MS:
                 name = entry.request_hash if isinstance(entry, ResponseEntry) else entry.row_id
-                self.hints.add(name, sender, entry.expires_at_ms)
+                self.hints.add(name, sender, entry.expires_at_ms, now_ms)
         return []
 
     # --- lookups --------------------------------------------------------------------------------
@@ -331,7 +327,7 @@ class NetworkNode:
             return [HintResponse(event.lookup, False), AnswerResponse(event.lookup, None, "none", "no_peers")]
         told = (*event.told, *self.providers(event.request_hash, now_ms))
         providers = self._candidates(told, now_ms)
-        lookup = ResponseLookup(event, providers, self._may_search(event.request_hash, now_ms), now_ms)
+        lookup = ResponseLookup(event, providers, partial(self._may_search, event.request_hash), now_ms)
         self._lookups[event.lookup] = lookup
         return self._settle(lookup, lookup.start(now_ms), now_ms)
 
@@ -344,27 +340,30 @@ class NetworkNode:
 
     def _fetched(self, event: ResponseFetched, now_ms: int) -> list[NetworkEffect]:
         self._trust.reputation.served(event.peer, now_ms)
-        self.members.heard(event.peer, now_ms)
+        self._avoidance.served(event.peer)
+        self._heard(event.peer, now_ms)
         lookup = self._lookups.get(event.lookup)
         return [] if lookup is None else self._settle(lookup, lookup.on_fetched(event), now_ms)
 
     def _refused(self, event: ResponseRefused, now_ms: int) -> list[NetworkEffect]:
-        effects: list[NetworkEffect] = []
+        charges: list[NetworkEffect] = []
         if event.lied:
-            effects.append(ChargePeer(event.peer, event.reason))
+            charges.append(ChargePeer(event.peer, event.reason))
         if event.lied or event.reason in ("timeout", "unreachable"):
             self._trust.reputation.failed(event.peer, event.reason, now_ms)
-            self._avoid(event.peer, now_ms + AVOID_SILENT_MS)
         lookup = self._lookups.get(event.lookup)
+        if event.reason in ("timeout", "unreachable"):
+            self._avoidance.failed(event.peer, now_ms)
+        elif event.reason == "miss":
+            self._avoidance.missed(event.peer, now_ms)
         if lookup is None:
-            return effects
-        if event.reason == "miss":
+            return charges
+        if event.reason not in ("timeout", "unreachable", "busy"):
             self.hints.remove(lookup.request_hash, event.peer)
-        return effects + self._settle(lookup, lookup.on_refused(event, now_ms), now_ms)
+        return charges + self._settle(lookup, lookup.on_refused(event, now_ms), now_ms)
 
     def _found(self, event: ProvidersFound, now_ms: int) -> list[NetworkEffect]:
-        if event.cost_ms:
-            self._search_cost_ms = 0.8 * self._search_cost_ms + 0.2 * event.cost_ms
+        self._searches.cost(event.cost_ms)
         lookup = self._lookups.get(event.lookup)
         if lookup is None:
             return []
@@ -372,18 +371,29 @@ class NetworkNode:
         return self._settle(lookup, lookup.on_providers(event, candidates, now_ms), now_ms)
 
     def _settle(self, lookup: ResponseLookup, effects: list[NetworkEffect], now_ms: int) -> list[NetworkEffect]:
-        if lookup.over:
-            self._lookups.pop(lookup.number, None)
-            if any(isinstance(effect, AnswerResponse) and effect.peer is None for effect in effects):
-                _remember(self._not_found_until_ms, lookup.request_hash, now_ms + NOT_FOUND_MS, NOT_FOUND_MAX)
+        for effect in effects:
+            if isinstance(effect, FetchResponse):
+                self.members.used(effect.peer, now_ms)
+            elif isinstance(effect, AnswerResponse):
+                self._over(lookup, effect, now_ms)
         return effects
+
+    def _over(self, lookup: ResponseLookup, answer: AnswerResponse, now_ms: int) -> None:
+        self._lookups.pop(lookup.number, None)
+        if answer.reason == "deadline":
+            for peer in lookup.in_flight:
+                known = self.members.get(peer)
+                if known is None or not known.connected:  # heartbeats say it of those that are
+                    self._avoidance.failed(peer, now_ms)
+        elif answer.peer is None and lookup.searched:
+            self._searches.not_found(lookup.request_hash, now_ms)
 
     def _candidates(self, told: tuple[PeerId, ...], now_ms: int) -> list[Candidate]:
         """Providers that can be asked now, the best first: good ones, connected ones, near ones."""
         found = []
         for peer in dict.fromkeys(told):
             known = self.members.get(peer)
-            if peer == self._me or known is None or known.silent or self._avoid_until_ms.get(peer, 0) > now_ms:
+            if peer == self._me or known is None or known.silent or self._avoidance.avoids(peer, now_ms):
                 continue
             if known.connected or known.address:
                 score = round(self._trust.reputation.score(peer, now_ms), 1)
@@ -392,30 +402,21 @@ class NetworkNode:
         return [Candidate(known.peer, known.address, known.rtt_ms) for _, known in found]
 
     def _may_search(self, request_hash: bytes, now_ms: int) -> bool:
-        """Whether the DHT is worth asking: its CPU budget isn't spent, and it didn't just say no."""
-        earned = (now_ms - self._search_budget_at_ms) * SEARCH_SHARE
-        self._search_budget_ms = min(self._search_budget_ms + max(earned, 0), SEARCH_BURST_MS)
-        self._search_budget_at_ms = now_ms
-        if self._not_found_until_ms.get(request_hash, 0) > now_ms or self._search_budget_ms < self._search_cost_ms:
-            return False
-        if not self.members.neighbours():
-            return False
-        self._search_budget_ms -= self._search_cost_ms
-        return True
+        return bool(self.members.neighbours()) and self._searches.take(request_hash, now_ms)
 
     # --- what this node has ---------------------------------------------------------------------
 
     def _stored(self, event: ResponseStored, now_ms: int) -> list[NetworkEffect]:
         """Announce what was computed; what was fetched only while the popular want more copies than there are."""
         if not event.computed:
-            self._popularity.add(event.request_hash, now_ms, event.popularity / 16)
+            self._popularity.claimed(event.request_hash, now_ms, event.popularity / 16)
             copies = len(self.providers(event.request_hash, now_ms))
             if copies >= replicas_wanted(self._popularity.requests(event.request_hash, now_ms)):
                 return []
         self._register(event.request_hash, event.expires_at_ms)
         self._outbox.add(ResponseEntry(event.request_hash, event.expires_at_ms))
         requests = self._popularity.requests(event.request_hash, now_ms)
-        self._provide_later(requests, f"/cache/{event.request_hash.hex()}")
+        self._provides.add(_dht_key(event.request_hash), requests)
         return self._outbox.flush(now_ms)
 
     def _rows_stored(self, event: RowsStored) -> list[NetworkEffect]:
@@ -427,11 +428,6 @@ class NetworkNode:
     def _register(self, name: bytes, expires_at_ms: int) -> None:
         if self._options.registry:
             self.registry.note_stored(name, expires_at_ms)
-
-    def _provide_later(self, requests: float, key: str) -> None:
-        heappush(self._provides, (-requests, key))
-        if len(self._provides) > PROVIDES_MAX:
-            self._provides = sorted(self._provides)[: PROVIDES_MAX // 2]  # sorted is a heap
 
     # --- leaves ---------------------------------------------------------------------------------
 
@@ -473,12 +469,41 @@ class NetworkNode:
             self.fingerprints,
         ).sign(self._key)
 
-    def _avoid(self, peer: PeerId, until_ms: int) -> None:
-        _remember(self._avoid_until_ms, peer, max(until_ms, self._avoid_until_ms.get(peer, 0)), AVOIDED_MAX)
+    def _heard(self, peer: PeerId, now_ms: int, rtt_ms: int | None = None) -> None:
+        known = self.members.get(peer)
+        if known is not None and known.silent:
+            self._avoidance.back(peer)
+        self.members.heard(peer, now_ms, rtt_ms)
+
+    def _charged(self, effect: NetworkEffect, now_ms: int) -> list[NetworkEffect]:
+        """Leave a peer alone that broke a rule; cut it off when it goes on."""
+        if not isinstance(effect, ChargePeer):
+            return []
+        goes_on = self._avoidance.avoids(effect.peer, now_ms)
+        if effect.reason == "protocol":
+            self._avoidance.failed(effect.peer, now_ms)  # perhaps only its stream broke
+        else:
+            self._avoidance.lied(effect.peer, now_ms)
+        return self.members.shun(effect.peer, now_ms) if goes_on else []
+
+    def _tell_peers(self, now_ms: int) -> list[NetworkEffect]:
+        usable = self.members.usable(now_ms)
+        told = tuple((record.peer, record.address, record.endpoint) for record in usable)
+        if told == self._told:
+            return []
+        self._told = told
+        return [PeersChanged(usable)]
+
+    def _clock_set_back(self, by_ms: int) -> None:
+        """Timers run on as before; what carries a date of its own is judged by the new clock."""
+        self._sync_at_ms += by_ms
+        for lookup in self._lookups.values():
+            lookup.shift(by_ms)
+        self.members.shift(by_ms)
+        self.registry.shift(by_ms)
+        self._outbox.shift(by_ms)
+        self._provides.shift(by_ms)
 
 
-def _remember(table: OrderedDict[K, int], key: K, until_ms: int, at_most: int) -> None:
-    table[key] = until_ms
-    table.move_to_end(key)
-    if len(table) > at_most:
-        table.popitem(last=False)
+def _dht_key(request_hash: bytes) -> str:
+    return f"/cache/{request_hash.hex()}"

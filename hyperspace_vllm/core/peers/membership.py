@@ -7,11 +7,14 @@ stranger pays for a handshake.
 
 A neighbour that has been silent for HEARTBEAT_MS is pinged. One ping without answer and it is not used (and not
 recommended) any more, until it is heard again; a peer that freezes is noticed within HEARTBEAT_MS + a tick + PING_MS.
+
+OUTBOUND_MIN neighbours are of this node's own choice, so that strangers who connect to it can't be all that it knows;
+and every EXPLORE_MS it dials one more, because two halves of a parted network may each have neighbours enough.
+Connections beyond NEIGHBOURS_MAX that nobody uses are closed.
 """
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ..node.network_effects import ChargePeer, Connect, Disconnect, NetworkEffect, Send
 from ..records.errors import ProtocolViolation, Refused
@@ -19,42 +22,35 @@ from ..records.ids import NetworkId, PeerId
 from ..records.limits import PEER_RECORD_TTL_MS, PEERS_KNOWN_MAX, PEX_RECORDS_MAX
 from ..records.peer_record import PeerRecord, check_peer_record, decode_peer_record
 from ..records.peer_wire import KNOWN_BYTES, Greet, PeerRequest, Peers, Ping, WantPeers
+from .address import may_dial
+from .peer_table import Peer, PeerTable
 
 TARGET_NEIGHBOURS = 8
+OUTBOUND_MIN = 4
+NEIGHBOURS_MAX = 24
 HEARTBEAT_MS = 1_000
 PING_MS = 1_500
 SILENT_DISCONNECT_MS = 20_000
 CONNECT_MS = 3_000
 GREET_MS = 3_000
+GREET_BY_MS = 2 * GREET_MS  # a connection without a record is closed
+UNUSED_MS = 10_000  # an unused connection may be closed
 RENEW_MS = PEER_RECORD_TTL_MS // 5
 EXCHANGE_MS = 5_000
 EXCHANGE_SOON_MS = 1_000  # while the last exchange brought something new
+EXPLORE_MS = 10_000
 DIAL_AGAIN_MS = 2_000  # doubled for every failure
-DIAL_AGAIN_MS_MAX = 60_000
-BOOTSTRAP_AGAIN_MS_MAX = 10_000
-DIALS_MAX = 4  # at once
+DIAL_AGAIN_MS_MAX = 10_000  # a network that was parted finds itself again within seconds
+SHUN_MS = 60_000
+DIALS_MAX = 4  # at once, and in a heartbeat: records of peers that don't exist must not make it a port scanner
 
 Ask = Callable[[PeerId, PeerRequest, int], Send]
 Meet = Callable[[bytes, bytes], bool]
 
 
-@dataclass(slots=True)
-class Peer:
-    """What is known of one other node."""
-
-    peer: PeerId
-    address: str
-    record: PeerRecord | None = None
-    raw: bytes = b""
-    bootstrap: bool = False
-    connected: bool = False
-    dialling: bool = False
-    silent: bool = False  # it left a ping unanswered
-    heard_at_ms: int = 0
-    pinged: bool = False
-    dial_at_ms: int = 0
-    failures: int = 0
-    rtt_ms: float = 0.0
+def dial_delay_ms(failures: int) -> int:
+    """How long to leave a peer alone after so many failures in a row."""
+    return min(DIAL_AGAIN_MS << min(failures, 10), DIAL_AGAIN_MS_MAX)
 
 
 class Membership:
@@ -79,15 +75,18 @@ class Membership:
         self._ask = ask
         self._members_only = members_only
         self._rng = rng
-        self._peers: dict[PeerId, Peer] = {}
+        self._peers = PeerTable()
+        self._renew_at_ms = now_ms
         self._sequence = now_ms  # greater than in an earlier life
         self._renew(now_ms)
         self._exchange_at_ms = now_ms + EXCHANGE_SOON_MS
+        self._explore_at_ms = now_ms + EXPLORE_MS
         self._beat_at_ms = now_ms + HEARTBEAT_MS
-        self.changed = True  # since somebody last asked for `usable`
+        self._dials_left = DIALS_MAX
+        self.changed = False  # `usable` may differ from what it was
         for peer, address in bootstrap:
             if peer != me:
-                self._peers[peer] = Peer(peer, address, bootstrap=True)
+                self._peers.add(Peer(peer, configured=address))
 
     @property
     def own_raw(self) -> bytes:
@@ -107,17 +106,17 @@ class Membership:
         known = self._peers.get(peer)
         return known is not None and known.record is not None
 
-    def usable(self, now_ms: int) -> tuple[Peer, ...]:
-        """Peers with a valid record that don't keep silent, in the order in which they were met."""
+    def usable(self, now_ms: int) -> tuple[PeerRecord, ...]:
+        """Valid records of peers that don't keep silent, in the order in which they were met."""
         return tuple(
-            known
-            for known in self._peers.values()
+            known.record
+            for known in self._peers
             if known.record is not None and known.record.expires_at_ms > now_ms and not known.silent
         )
 
     def neighbours(self) -> list[Peer]:
         """Connected peers that have greeted and don't keep silent."""
-        return [known for known in self._peers.values() if known.connected and known.record and not known.silent]
+        return [known for known in self._peers if known.connected and known.record and not known.silent]
 
     # --- connections ----------------------------------------------------------------------------
 
@@ -125,10 +124,12 @@ class Membership:
         """Greet it."""
         known = self._peers.get(peer)
         if known is None:
-            known = self._add(Peer(peer, ""), now_ms)
-            if known is None:
+            known = Peer(peer)
+            if peer == self._me or not self._peers.add(known):
                 return [Disconnect(peer)]
-        known.connected, known.dialling, known.failures = True, False, 0
+        if not known.connected:
+            known.outbound, known.connected_at_ms = known.dialling, now_ms
+        known.connected, known.dialling = True, False
         self._heard(known, now_ms)
         return [self._ask(peer, Greet(self._own_raw), GREET_MS)]
 
@@ -137,10 +138,14 @@ class Membership:
         known = self._peers.get(peer)
         if known is None:
             return []
-        known.connected = known.dialling = known.pinged = False
-        known.dial_at_ms = now_ms + DIAL_AGAIN_MS
+        # One that takes connections only to close them is left alone for longer and longer.
+        lasted = known.connected and now_ms - known.connected_at_ms >= UNUSED_MS
+        known.failures = 0 if lasted else known.failures + 1
+        known.connected = known.outbound = known.dialling = False
+        known.pinged_at_ms = 0
+        self._dial_later(known, now_ms)
         if known.record is None and not known.bootstrap:
-            del self._peers[peer]
+            self._peers.remove(peer)
         return self._dial(now_ms)
 
     def on_connect_failed(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
@@ -148,11 +153,7 @@ class Membership:
         known = self._peers.get(peer)
         if known is None or known.connected:
             return []
-        known.dialling = False
-        known.failures += 1
-        longest = BOOTSTRAP_AGAIN_MS_MAX if known.bootstrap else DIAL_AGAIN_MS_MAX
-        known.dial_at_ms = now_ms + min(DIAL_AGAIN_MS << min(known.failures, 10), longest)
-        self._set_silent(known)
+        self._dial_failed(known, now_ms)
         return self._dial(now_ms)
 
     # --- messages -------------------------------------------------------------------------------
@@ -165,18 +166,26 @@ class Membership:
             if rtt_ms is not None:
                 known.rtt_ms = rtt_ms if not known.rtt_ms else 0.8 * known.rtt_ms + 0.2 * rtt_ms
 
-    def unanswered(self, peer: PeerId, message: PeerRequest, now_ms: int) -> list[NetworkEffect]:
-        """A request of ours failed; a ping of a silent neighbour goes on until it is given up."""
+    def used(self, peer: PeerId, now_ms: int) -> None:
+        """The connection to the peer serves a purpose."""
+        known = self._peers.get(peer)
+        if known is not None:
+            known.used_at_ms = now_ms
+
+    def unanswered(self, peer: PeerId, message: PeerRequest, now_ms: int) -> None:
+        """The peer left a request of ours without an answer."""
+        known = self._peers.get(peer)
+        if known is not None and isinstance(message, Ping | Greet):
+            known.pinged_at_ms = 0
+            self._set_silent(known, now_ms)
+
+    def shun(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
+        """The peer goes on breaking rules: have nothing to do with it for a while."""
         known = self._peers.get(peer)
         if known is None:
             return []
-        known.pinged = False
-        if isinstance(message, Ping | Greet):
-            self._set_silent(known)
-        if known.connected and known.silent and now_ms - known.heard_at_ms > SILENT_DISCONNECT_MS:
-            known.dial_at_ms = now_ms + DIAL_AGAIN_MS_MAX
-            return [Disconnect(peer)]
-        return []
+        known.dial_at_ms = now_ms + SHUN_MS
+        return [Disconnect(peer)] if known.connected else []
 
     def on_record(self, raw: bytes, peer: PeerId, now_ms: int, own_word: bool) -> list[NetworkEffect]:
         """A record from `peer`; `own_word`: it must be the peer's own (a greeting), as against one passed on."""
@@ -184,32 +193,33 @@ class Membership:
             record = decode_peer_record(raw)
             if own_word and record.peer != peer:
                 raise ProtocolViolation("peer record: expected the sender's own")
-            if record.peer != self._me and self._is_newer(record):
+            if record.peer == self._me:
+                self._outbid(record, now_ms)
+            elif self._is_newer(record):
                 check_peer_record(record, self._network, now_ms)
-                self._accept(record, raw, now_ms)
+                self._accept(record, raw, None if own_word else peer, now_ms)
         except ProtocolViolation:
             return [ChargePeer(peer, "protocol")]
         except Refused as refused:
-            # Who passes a record on has checked it; it may have expired since.
-            return [] if refused.reason in ("expired", "stranger") else [ChargePeer(peer, refused.reason)]
+            # Clocks differ, and who passes a record on has checked it by its own; but not even it can forge one.
+            return [ChargePeer(peer, refused.reason)] if refused.reason in ("bad_signature", "other_network") else []
         return []
 
-    def on_greeted(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
+    def on_greeted(self, peer: PeerId) -> list[NetworkEffect]:
         """A neighbour's record has come: it may know others."""
-        known = self._peers.get(peer)
-        if known is None or known.record is None:
-            return [Disconnect(peer)]
-        return [self._want_peers(peer)]
+        return [self._want_peers(peer)] if self.greeted(peer) else [Disconnect(peer)]
 
     def answer_peers(self, want: WantPeers, now_ms: int) -> Peers:
         """Some records that the asker lacks."""
         size = KNOWN_BYTES
-        known = {want.known[at : at + 8]: want.known[at + 8 : at + size] for at in range(0, len(want.known), size)}
+        theirs = {want.known[at : at + 8]: want.known[at + 8 : at + size] for at in range(0, len(want.known), size)}
         lacking = [
-            each.raw
-            for each in self.usable(now_ms)
-            if each.record is not None
-            and known.get(each.record.public_key[:8], b"") < each.record.sequence.to_bytes(8, "big")
+            known.raw
+            for known in self._peers
+            if known.record is not None
+            and known.record.expires_at_ms > now_ms
+            and not known.silent
+            and theirs.get(known.record.public_key[:8], b"") < known.record.sequence.to_bytes(8, "big")
         ]
         if len(lacking) > PEX_RECORDS_MAX:
             lacking = self._rng.sample(lacking, PEX_RECORDS_MAX)
@@ -217,17 +227,20 @@ class Membership:
 
     def on_peers(self, peer: PeerId, answer: Peers, now_ms: int) -> list[NetworkEffect]:
         """Take in what a neighbour knows."""
-        before = len(self._peers)
-        effects = [effect for raw in answer.records for effect in self.on_record(raw, peer, now_ms, own_word=False)]
-        if len(self._peers) > before:
+        before = {known.peer for known in self._peers}
+        for raw in answer.records:
+            charge = self.on_record(raw, peer, now_ms, own_word=False)
+            if charge:
+                return charge
+        if any(known.peer not in before for known in self._peers):
             self._exchange_at_ms = min(self._exchange_at_ms, now_ms + EXCHANGE_SOON_MS)
-        return effects + self._dial(now_ms)
+        return self._dial(now_ms)
 
     # --- time -----------------------------------------------------------------------------------
 
     def next_deadline_ms(self) -> int:
         """When `on_tick` has something to do."""
-        return min(self._beat_at_ms, self._exchange_at_ms, self._renew_at_ms)
+        return min(self._beat_at_ms, self._exchange_at_ms, self._explore_at_ms, self._renew_at_ms)
 
     def on_tick(self, now_ms: int) -> list[NetworkEffect]:
         """Heartbeats, dials, exchange, renewal."""
@@ -237,7 +250,11 @@ class Membership:
             effects += [self._ask(each.peer, Greet(self._own_raw), GREET_MS) for each in self.neighbours()]
         if now_ms >= self._beat_at_ms:
             self._beat_at_ms = now_ms + HEARTBEAT_MS
-            effects += self._beat(now_ms)
+            self._dials_left = DIALS_MAX
+            effects += self._beat(now_ms) + self._trim(now_ms) + self._dial(now_ms)
+        if now_ms >= self._explore_at_ms:
+            self._explore_at_ms = now_ms + EXPLORE_MS
+            effects += self._explore(now_ms)
         if now_ms >= self._exchange_at_ms:
             self._exchange_at_ms = now_ms + EXCHANGE_MS
             neighbours = self.neighbours()
@@ -245,88 +262,158 @@ class Membership:
                 effects.append(self._want_peers(self._rng.choice(neighbours).peer))
         return effects
 
-    # --- leaves ---------------------------------------------------------------------------------
+    def shift(self, by_ms: int) -> None:
+        """The clock was set; records keep their own time."""
+        self._beat_at_ms += by_ms
+        self._exchange_at_ms += by_ms
+        self._explore_at_ms += by_ms
+        self._renew_at_ms += by_ms
+        for known in self._peers:
+            known.shift(by_ms)
 
     def _beat(self, now_ms: int) -> list[NetworkEffect]:
         effects: list[NetworkEffect] = []
-        for known in list(self._peers.values()):
-            if known.connected and not known.pinged and now_ms - known.heard_at_ms >= HEARTBEAT_MS:
-                known.pinged = True
-                effects.append(self._ask(known.peer, Ping(), PING_MS))
+        for known in self._peers:
+            if known.connected:
+                effects += self._check_connected(known, now_ms)
+            elif known.dialling and now_ms - known.dialled_at_ms > 2 * CONNECT_MS:
+                self._dial_failed(known, now_ms)  # perhaps a connection was there already
             if known.record is not None and known.record.expires_at_ms <= now_ms:
-                known.record, known.raw = None, b""
+                known.record, known.raw, known.advertised = None, b"", ""
                 self.changed = True
-                if not known.connected and not known.bootstrap:
-                    del self._peers[known.peer]
-        return effects + self._dial(now_ms)
+                if not (known.connected or known.dialling or known.bootstrap):
+                    self._peers.remove(known.peer)
+        return effects
+
+    def _check_connected(self, known: Peer, now_ms: int) -> list[NetworkEffect]:
+        if known.record is None and now_ms - known.connected_at_ms > GREET_BY_MS:
+            return [Disconnect(known.peer)]
+        if known.silent and now_ms - known.silent_at_ms > SILENT_DISCONNECT_MS:
+            return [Disconnect(known.peer)]
+        if known.pinged_at_ms:
+            if now_ms - known.pinged_at_ms < PING_MS:
+                return []
+            self._set_silent(known, now_ms)
+        if now_ms - known.heard_at_ms < HEARTBEAT_MS:
+            return []
+        known.pinged_at_ms = now_ms
+        return [self._ask(known.peer, Ping(), PING_MS)]
+
+    # --- connections of this node's choice ------------------------------------------------------
 
     def _dial(self, now_ms: int) -> list[NetworkEffect]:
-        """Connect to as many more as are wanted; the bootstrap list first."""
-        connected = sum(known.connected and not known.silent for known in self._peers.values())
-        dialling = sum(known.dialling for known in self._peers.values())
-        wanted = min(TARGET_NEIGHBOURS - connected - dialling, DIALS_MAX - dialling)
+        """Connect to as many more as are wanted; the bootstrap list first, then members and those once heard."""
+        linked = [known for known in self._peers if known.connected and not known.silent]
+        dialling = sum(known.dialling for known in self._peers)
+        lacking = max(TARGET_NEIGHBOURS - len(linked), OUTBOUND_MIN - sum(known.outbound for known in linked))
+        wanted = min(lacking - dialling, DIALS_MAX - dialling, self._dials_left)
         if wanted <= 0:
             return []
-        ready = [
+        ready = self._ready(now_ms)
+        self._rng.shuffle(ready)
+        ready.sort(key=lambda each: (not each.bootstrap, each.failures, not each.member, not each.heard_at_ms))
+        return [self._connect(known, now_ms) for known in ready[:wanted]]
+
+    def _explore(self, now_ms: int) -> list[NetworkEffect]:
+        ready = self._ready(now_ms)
+        if not ready or self._dials_left <= 0 or sum(known.dialling for known in self._peers) >= DIALS_MAX:
+            return []
+        return [self._connect(self._rng.choice(ready), now_ms)]
+
+    def _ready(self, now_ms: int) -> list[Peer]:
+        return [
             known
-            for known in self._peers.values()
+            for known in self._peers
             if known.address and not known.connected and not known.dialling and known.dial_at_ms <= now_ms
         ]
-        self._rng.shuffle(ready)
-        ready.sort(key=lambda known: (not known.bootstrap, known.failures))
-        for known in ready[:wanted]:
-            known.dialling = True
-        return [Connect(known.peer, known.address, CONNECT_MS) for known in ready[:wanted]]
 
-    def _accept(self, record: PeerRecord, raw: bytes, now_ms: int) -> None:
+    def _connect(self, known: Peer, now_ms: int) -> Connect:
+        known.dialling, known.dialled_at_ms = True, now_ms
+        self._dials_left -= 1
+        return Connect(known.peer, known.address, CONNECT_MS)
+
+    def _dial_failed(self, known: Peer, now_ms: int) -> None:
+        known.dialling = False
+        known.failures += 1
+        self._dial_later(known, now_ms)
+        self._set_silent(known, now_ms)
+
+    def _dial_later(self, known: Peer, now_ms: int) -> None:
+        delay_ms = dial_delay_ms(known.failures)  # less a little, so that not all who lost a peer come back at once
+        known.dial_at_ms = max(known.dial_at_ms, now_ms + round(delay_ms * self._rng.uniform(0.5, 1.0)))
+
+    def _trim(self, now_ms: int) -> list[NetworkEffect]:
+        connected = [known for known in self._peers if known.connected]
+        excess = min(len(connected) - NEIGHBOURS_MAX, DIALS_MAX)
+        if excess <= 0:
+            return []
+        unused = [
+            known
+            for known in connected
+            if not known.bootstrap and now_ms - max(known.connected_at_ms, known.used_at_ms) > UNUSED_MS
+        ]
+        self._rng.shuffle(unused)
+        unused.sort(key=lambda known: known.outbound)
+        return [Disconnect(known.peer) for known in unused[:excess]]
+
+    # --- leaves ---------------------------------------------------------------------------------
+
+    def _accept(self, record: PeerRecord, raw: bytes, told_by: PeerId | None, now_ms: int) -> None:
         is_member = self._meet(record.public_key, record.member_tag)
         if self._members_only and not is_member:
             raise Refused("stranger")
-        known = self._peers.get(record.peer) or self._add(Peer(record.peer, record.address), now_ms)
+        known = self._peers.get(record.peer)
         if known is None:
-            return
-        before = known.record
-        known.record, known.raw = record, raw
-        if not known.bootstrap or record.address:
-            known.address = record.address
-        if before is None or (before.address, before.endpoint) != (record.address, record.endpoint):
-            self.changed = True
+            known = Peer(record.peer, told_by=told_by)
+            if not self._peers.add(known):
+                return
+        moved = known.record is not None and known.record.address != record.address
+        known.record, known.raw, known.member = record, raw, is_member
+        known.advertised = record.address if self._may_dial(record.address) else ""
+        if not known.connected:
+            known.silent = False  # it has spoken since
+            if moved:
+                known.failures = 0
+                known.dial_at_ms = now_ms
+        self.changed = True
+
+    def _may_dial(self, address: str) -> bool:
+        return may_dial(address, self._own.address)
+
+    def _outbid(self, record: PeerRecord, now_ms: int) -> None:
+        """Of an earlier life, with a clock that was ahead: say something that counts as newer."""
+        if record.sequence > self._sequence:
+            check_peer_record(record, self._network, now_ms)
+            self._sequence = record.sequence
+            self._renew_at_ms = min(self._renew_at_ms, now_ms + HEARTBEAT_MS)
 
     def _is_newer(self, record: PeerRecord) -> bool:
         known = self._peers.get(record.peer)
         return known is None or known.record is None or known.record.sequence < record.sequence
 
-    def _add(self, peer: Peer, now_ms: int) -> Peer | None:
-        """None when the table is full of peers that are better known."""
-        if len(self._peers) >= PEERS_KNOWN_MAX:
-            idle = [p for p in self._peers.values() if not (p.connected or p.bootstrap or p.dialling)]
-            if not idle:
-                return None
-            oldest = min(idle, key=lambda p: (p.heard_at_ms, p.record.expires_at_ms if p.record else 0))
-            del self._peers[oldest.peer]
-        self._peers[peer.peer] = peer
-        return peer
-
     def _heard(self, known: Peer, now_ms: int) -> None:
         known.heard_at_ms = now_ms
-        known.pinged = False
+        known.pinged_at_ms = 0
         if known.silent:
             known.silent = False
             self.changed = True
 
-    def _set_silent(self, known: Peer) -> None:
+    def _set_silent(self, known: Peer, now_ms: int) -> None:
         if not known.silent:
-            known.silent = True
+            known.silent, known.silent_at_ms = True, now_ms
             self.changed = True
 
     def _want_peers(self, peer: PeerId) -> Send:
-        known = [each.record for each in self._peers.values() if each.record is not None]
-        if len(known) > PEERS_KNOWN_MAX:
-            known = known[-PEERS_KNOWN_MAX:]
-        pieces = [record.public_key[:8] + record.sequence.to_bytes(8, "big") for record in known]
+        known = [(each.record.public_key, each.record.sequence) for each in self._peers if each.record is not None]
+        known.append((self._own.public_key, self._sequence))
+        pieces = [public_key[:8] + sequence.to_bytes(8, "big") for public_key, sequence in known[-PEERS_KNOWN_MAX:]]
         return self._ask(peer, WantPeers(b"".join(pieces)), GREET_MS)
 
     def _renew(self, now_ms: int) -> None:
         self._sequence += 1
         self._renew_at_ms = now_ms + RENEW_MS
-        self._own_raw = self._sign_own(self._sequence, now_ms + PEER_RECORD_TTL_MS).encode()
+        self._own = self._sign_own(self._sequence, now_ms + PEER_RECORD_TTL_MS)
+        self._own_raw = self._own.encode()
+
+
+assert OUTBOUND_MIN <= TARGET_NEIGHBOURS < NEIGHBOURS_MAX < PEERS_KNOWN_MAX

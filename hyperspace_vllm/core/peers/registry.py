@@ -131,6 +131,14 @@ class Registry:
         write = self._own.next_write(now_ms)
         return effects + ([write] if write else []) + self._start_imports()
 
+    def shift(self, by_ms: int) -> None:
+        """The clock was set."""
+        self._now_ms += by_ms
+        self._own.shift(by_ms)
+        self._retries = {key: at + by_ms for key, at in self._retries.items()}
+        if self._sweep_at_ms is not None:
+            self._sweep_at_ms += by_ms
+
     def _sweep(self, now_ms: int) -> list[NetworkEffect]:
         effects: list[NetworkEffect] = []
         for owner in list(self._owners.values()):

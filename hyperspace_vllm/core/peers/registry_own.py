@@ -95,6 +95,12 @@ class OwnEntries:
         self._compacted_at_ms = None
         self._write_at_ms = now_ms + _RETRY_MS
 
+    def shift(self, by_ms: int) -> None:
+        """The clock was set."""
+        self._write_at_ms += by_ms
+        if self._compacted_at_ms is not None:
+            self._compacted_at_ms += by_ms
+
     def _must_compact(self, now_ms: int) -> bool:
         if self._compacted_at_ms is None or self.log is None or now_ms >= self._compact_by_ms:
             return True

@@ -6,6 +6,7 @@ before, and within ENTRIES_PER_S of its sender. Whoever relayed a bad batch is n
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from nacl.signing import SigningKey
 
@@ -48,6 +49,16 @@ class Outbox:
         else:
             self._prefixes.append(entry)
 
+    def remove(self, names: frozenset[bytes]) -> None:
+        """These responses have gone: don't announce them any more."""
+        if any(entry.request_hash in names for entry in self._responses):
+            kept = [entry for entry in self._responses if entry.request_hash not in names]
+            self._responses = deque(kept, maxlen=QUEUED_MAX)
+
+    def shift(self, by_ms: int) -> None:
+        """The clock was set."""
+        self._flush_at_ms += by_ms
+
     def next_deadline_ms(self) -> int | None:
         """When the next batch may go."""
         return self._flush_at_ms if self._responses or self._prefixes else None
@@ -70,6 +81,16 @@ class Outbox:
         return effects
 
 
+@dataclass(slots=True)
+class _Sender:
+    """What is kept of one: recent sequence numbers, the greatest of those forgotten, and how much it may still say."""
+
+    seen: OrderedDict[int, None]
+    floor: int
+    entries_left: float
+    at_ms: int
+
+
 class Inbox:
     """Others' batches. `known(public key)`: whether this sender counts."""
 
@@ -77,8 +98,7 @@ class Inbox:
         self._network = network
         self._own_key = own_key
         self._known = known
-        self._seen: OrderedDict[bytes, OrderedDict[int, None]] = OrderedDict()
-        self._allowance: dict[bytes, tuple[float, int]] = {}  # of entries, and as of when
+        self._senders: OrderedDict[bytes, _Sender] = OrderedDict()
 
     def open(self, topic: str, payload: bytes, now_ms: int) -> Announcement | Refused:
         """The batch, if it counts; else why not (the reason is a metric label)."""
@@ -92,31 +112,38 @@ class Inbox:
             return Refused("own")
         if not self._known(batch.sender):
             return Refused("stranger")
-        if batch.sequence in self._seen.get(batch.sender, ()):
+        sender = self._senders.get(batch.sender)
+        if sender is not None and (batch.sequence in sender.seen or batch.sequence <= sender.floor):
             return Refused("duplicate")
         try:
             check_announcement(payload, batch, self._network, now_ms)
         except Refused as refused:
             return refused
-        self._remember(batch)
-        return batch if self._spend(batch.sender, len(batch.entries), now_ms) else Refused("rate")
+        sender = self._remember(batch, now_ms)
+        return batch if _spend(sender, len(batch.entries), now_ms) else Refused("rate")
 
-    def _remember(self, batch: Announcement) -> None:
-        sequences = self._seen.setdefault(batch.sender, OrderedDict())
-        self._seen.move_to_end(batch.sender)
-        sequences[batch.sequence] = None
-        if len(sequences) > SEQUENCES_KEPT:
-            sequences.popitem(last=False)
-        if len(self._seen) > PEERS_KNOWN_MAX:
-            sender, _ = self._seen.popitem(last=False)
-            self._allowance.pop(sender, None)
+    def _remember(self, batch: Announcement, now_ms: int) -> _Sender:
+        sender = self._senders.get(batch.sender)
+        if sender is None:
+            sender = self._senders[batch.sender] = _Sender(OrderedDict(), -1, float(ENTRIES_BURST), now_ms)
+        self._senders.move_to_end(batch.sender)
+        sender.seen[batch.sequence] = None
+        if len(sender.seen) > SEQUENCES_KEPT:
+            forgotten, _ = sender.seen.popitem(last=False)
+            sender.floor = max(sender.floor, forgotten)
+        if len(self._senders) > PEERS_KNOWN_MAX:
+            self._senders.popitem(last=False)
+        return sender
 
-    def _spend(self, sender: bytes, entries: int, now_ms: int) -> bool:
-        left, at_ms = self._allowance.get(sender, (float(ENTRIES_BURST), now_ms))
-        left = min(left + (now_ms - at_ms) * ENTRIES_PER_S / 1000, ENTRIES_BURST)
-        enough = left >= entries
-        self._allowance[sender] = left - entries if enough else left, now_ms
-        return enough
+
+def _spend(sender: _Sender, entries: int, now_ms: int) -> bool:
+    earned = max(now_ms - sender.at_ms, 0) * ENTRIES_PER_S / 1000  # the clock may have been set back
+    sender.entries_left = min(sender.entries_left + earned, ENTRIES_BURST)
+    sender.at_ms = now_ms
+    if sender.entries_left < entries:
+        return False
+    sender.entries_left -= entries
+    return True
 
 
 def _take(queue: "deque[ResponseEntry] | deque[PrefixEntry]") -> tuple:  # type: ignore[type-arg]

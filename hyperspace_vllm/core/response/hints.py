@@ -1,61 +1,78 @@
-"""What gossip has said about who serves what. Hints only: each is checked by asking."""
+"""What gossip has said about who serves what. Hints only: each is checked by asking.
+
+Who says most loses first: a peer's own oldest hints make room for its newest, and where all have said too much the
+oldest of whoever has said most. So nobody pushes out what others said. Of the providers of one id the first to come
+stay, because whoever claims what others have is heard after them.
+"""
 
 from collections import OrderedDict
+from itertools import islice
 
 from ..records.ids import PeerId
 from ..records.limits import PROVIDERS_MAX, RESPONSE_HINTS_MAX
 
 HINTS_PER_PEER_MAX = 20_000
+_THINNED = 64  # at once: finding out who has said most costs a look at every peer
 
 
 class Hints:
-    """Providers by id (request hash or row id); the ids that were announced longest ago make room."""
+    """Providers by id (request hash or row id)."""
 
     def __init__(self) -> None:
-        self._providers: OrderedDict[bytes, dict[PeerId, int]] = OrderedDict()
-        self._counts: dict[PeerId, int] = {}
+        self._providers: dict[bytes, dict[PeerId, int]] = {}
+        self._said: dict[PeerId, OrderedDict[bytes, None]] = {}  # by each peer, the oldest first
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._providers)
+        """Pairs of provider and id."""
+        return self._count
 
-    def add(self, name: bytes, peer: PeerId, expires_at_ms: int) -> None:
+    def add(self, name: bytes, peer: PeerId, expires_at_ms: int, now_ms: int) -> None:
         """`peer` says that it serves `name` until then."""
-        providers = self._providers.get(name)
-        if providers is None:
-            providers = self._providers[name] = {}
-        self._providers.move_to_end(name)
+        if peer not in self._providers.get(name, ()) and not self._make_room(name, peer, now_ms):
+            return
+        providers = self._providers.setdefault(name, {})
         if peer not in providers:
-            if self._counts.get(peer, 0) >= HINTS_PER_PEER_MAX or len(providers) >= PROVIDERS_MAX:
-                if not providers:
-                    del self._providers[name]
-                return
-            self._counts[peer] = self._counts.get(peer, 0) + 1
+            self._count += 1
         providers[peer] = expires_at_ms
-        if len(self._providers) > RESPONSE_HINTS_MAX:
-            self._forget(next(iter(self._providers)))
+        said = self._said.setdefault(peer, OrderedDict())
+        said[name] = None
+        said.move_to_end(name)
 
     def providers(self, name: bytes, now_ms: int) -> tuple[PeerId, ...]:
         """Who said so and hasn't expired, in the order in which they first did."""
-        providers = self._providers.get(name)
-        if providers is None:
-            return ()
-        for peer in [peer for peer, expires_at_ms in providers.items() if expires_at_ms <= now_ms]:
-            self.remove(name, peer)
+        self._forget_expired(name, now_ms)
         return tuple(self._providers.get(name, ()))
 
     def remove(self, name: bytes, peer: PeerId) -> None:
         """It doesn't serve it after all."""
         providers = self._providers.get(name)
-        if providers is not None and providers.pop(peer, None) is not None:
-            self._uncount(peer)
-            if not providers:
-                del self._providers[name]
+        if providers is None or providers.pop(peer, None) is None:
+            return
+        self._count -= 1
+        if not providers:
+            del self._providers[name]
+        said = self._said[peer]
+        del said[name]
+        if not said:
+            del self._said[peer]
 
-    def _forget(self, name: bytes) -> None:
-        for peer in self._providers.pop(name):
-            self._uncount(peer)
+    def _make_room(self, name: bytes, peer: PeerId, now_ms: int) -> bool:
+        if len(self._providers.get(name, ())) >= PROVIDERS_MAX:
+            self._forget_expired(name, now_ms)
+            if len(self._providers.get(name, ())) >= PROVIDERS_MAX:
+                return False
+        if len(self._said.get(peer, ())) >= HINTS_PER_PEER_MAX:
+            self._forget_oldest(peer, 1)
+        if self._count >= RESPONSE_HINTS_MAX:
+            self._forget_oldest(max(self._said, key=lambda other: len(self._said[other])), _THINNED)
+        return True
 
-    def _uncount(self, peer: PeerId) -> None:
-        self._counts[peer] -= 1
-        if not self._counts[peer]:
-            del self._counts[peer]
+    def _forget_expired(self, name: bytes, now_ms: int) -> None:
+        providers = self._providers.get(name, {})
+        for peer in [peer for peer, expires_at_ms in providers.items() if expires_at_ms <= now_ms]:
+            self.remove(name, peer)
+
+    def _forget_oldest(self, peer: PeerId, count: int) -> None:
+        for name in list(islice(self._said[peer], count)):
+            self.remove(name, peer)

@@ -3,10 +3,13 @@
     start ── providers known ──▶ hinted: ask the best, hedge to the next, at most IN_FLIGHT_MAX at once; then the DHT
       └───── none known ───────▶ unhinted: the DHT, while the engine computes
 
-A hinted lookup ends by its request's deadline. An unhinted one holds nobody up, so it may take RACE_MS; what it finds
-after the engine has won is stored for the next request.
+Who refuses makes room for the next at once; who keeps silent is hedged, first after `hedge_delay_ms`, and once more at
+half time, since by then the first two are more likely frozen than slow. A hinted lookup ends by its request's deadline.
+An unhinted one holds nobody up, so it may take RACE_MS; what it finds after the engine has won is stored for the next
+request.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..node.network_effects import (
@@ -18,11 +21,12 @@ from ..node.network_effects import (
 )
 from ..node.network_events import ProvidersFound, ResponseFetched, ResponseRefused, ResponseWanted
 from ..records.ids import PeerId
+from ..records.limits import PROVIDERS_MAX
 
 RACE_MS = 3_000
 DHT_MS = 1_500
-IN_FLIGHT_MAX = 2
-ATTEMPTS_MAX = 4
+IN_FLIGHT_MAX = 3
+ATTEMPTS_MAX = PROVIDERS_MAX
 HEDGE_MS_MIN, HEDGE_MS_MAX = 25, 120
 
 
@@ -41,15 +45,23 @@ class Candidate:
 
 
 class ResponseLookup:
-    """One ResponseWanted, until its AnswerResponse. `providers` are the known ones, best first."""
+    """One ResponseWanted, until its AnswerResponse. `providers` are the known ones, best first.
 
-    def __init__(self, wanted: ResponseWanted, providers: list[Candidate], may_search: bool, now_ms: int) -> None:
+    `may_search(now)` is asked once, when the DHT is wanted; saying yes pays for the search.
+    """
+
+    def __init__(
+        self, wanted: ResponseWanted, providers: list[Candidate], may_search: Callable[[int], bool], now_ms: int
+    ) -> None:
         self.number = wanted.lookup
         self.request_hash = wanted.request_hash
         self.hinted = bool(providers)
         self.over = False
-        self._deadline_ms = now_ms + (wanted.deadline_ms if self.hinted else max(wanted.deadline_ms, RACE_MS))
-        self._waiting = providers
+        self.searched = False  # the DHT has answered
+        may_take_ms = wanted.deadline_ms if self.hinted else max(wanted.deadline_ms, RACE_MS)
+        self._deadline_ms = now_ms + may_take_ms
+        self._half_time_ms = now_ms + may_take_ms // 2
+        self._waiting = list(providers)
         self._in_flight: set[PeerId] = set()
         self._asked: set[PeerId] = set()
         self._may_search = may_search
@@ -57,6 +69,11 @@ class ResponseLookup:
         self._hedge_at_ms: int | None = None
         self._source = "hint"
         self._reason = "not_found"
+
+    @property
+    def in_flight(self) -> frozenset[PeerId]:
+        """Who was asked and hasn't answered."""
+        return frozenset(self._in_flight)
 
     def start(self, now_ms: int) -> list[NetworkEffect]:
         """The hint, and the first question."""
@@ -81,39 +98,54 @@ class ResponseLookup:
 
     def on_refused(self, event: ResponseRefused, now_ms: int) -> list[NetworkEffect]:
         """The next one."""
+        if event.peer not in self._in_flight:
+            return []
         self._in_flight.discard(event.peer)
         self._reason = event.reason if event.reason != "miss" else self._reason
         return self._go_on(now_ms)
 
     def on_providers(self, event: ProvidersFound, candidates: list[Candidate], now_ms: int) -> list[NetworkEffect]:
         """What the DHT knows, as far as it can be asked."""
-        self._searching = False
+        if not self._searching:
+            return []
+        self._searching, self.searched = False, True
         self._source = "dht"
-        self._waiting = [c for c in candidates if c.peer not in self._asked]
+        self._waiting = [candidate for candidate in candidates if candidate.peer not in self._asked]
         return self._go_on(now_ms)
 
+    def shift(self, by_ms: int) -> None:
+        """The clock was set."""
+        self._deadline_ms += by_ms
+        self._half_time_ms += by_ms
+        if self._hedge_at_ms is not None:
+            self._hedge_at_ms += by_ms
+
     def _go_on(self, now_ms: int) -> list[NetworkEffect]:
-        if self._in_flight or self._searching:
-            return self._ask(now_ms) if self._hedge_at_ms is not None and now_ms >= self._hedge_at_ms else []
-        if self._waiting and len(self._asked) < ATTEMPTS_MAX:
-            return self._ask(now_ms)
-        if self._may_search:
-            self._may_search, self._searching = False, True
+        if now_ms >= self._deadline_ms:
+            return self._end(None, "deadline")
+        effects = self._ask(now_ms)
+        if effects or self._in_flight or self._searching:
+            return effects
+        if not self.searched and len(self._asked) < ATTEMPTS_MAX and self._may_search(now_ms):
+            self._searching = True
             left_ms = self._deadline_ms - now_ms
             return [FindProviders(self.number, self.request_hash, min(left_ms, DHT_MS))]
         return self._end(None, self._reason)
 
     def _ask(self, now_ms: int) -> list[NetworkEffect]:
-        self._hedge_at_ms = None
         if not self._waiting or len(self._in_flight) >= IN_FLIGHT_MAX or len(self._asked) >= ATTEMPTS_MAX:
+            self._hedge_at_ms = None
             return []
         candidate = self._waiting.pop(0)
         self._asked.add(candidate.peer)
         self._in_flight.add(candidate.peer)
-        if self._waiting:
-            self._hedge_at_ms = now_ms + hedge_delay_ms(candidate.rtt_ms)
+        self._hedge_at_ms = self._hedge_after(candidate, now_ms) if self._waiting else None
         left_ms = self._deadline_ms - now_ms
         return [FetchResponse(self.number, candidate.peer, candidate.address, self.request_hash, left_ms)]
+
+    def _hedge_after(self, candidate: Candidate, now_ms: int) -> int:
+        soon_ms = now_ms + hedge_delay_ms(candidate.rtt_ms)
+        return soon_ms if len(self._in_flight) == 1 else max(soon_ms, self._half_time_ms)
 
     def _end(self, peer: PeerId | None, reason: str) -> list[NetworkEffect]:
         self.over = True

@@ -6,6 +6,7 @@ from math import ceil, log2
 HALF_LIFE_MS = 600_000
 TRACKED_MAX = 20_000
 REPLICAS_MAX = 8
+CLAIM_MAX = float(1 << REPLICAS_MAX)  # what a peer may claim: enough for every copy, forgotten within hours
 
 
 def replicas_wanted(requests: float) -> int:
@@ -30,6 +31,12 @@ class Popularity:
         self._counts.move_to_end(request_hash)
         if len(self._counts) > TRACKED_MAX:
             self._counts.popitem(last=False)
+
+    def claimed(self, request_hash: bytes, now_ms: int, requests: float) -> None:
+        """A provider says so. Its count and ours are of the same requests in part, so they don't add up."""
+        more = min(requests, CLAIM_MAX) - self.requests(request_hash, now_ms)
+        if more > 0:
+            self.add(request_hash, now_ms, more)
 
     def requests(self, request_hash: bytes, now_ms: int) -> float:
         """How often, decayed."""
