@@ -310,6 +310,7 @@ class NetworkNode:
             self.gossip_refused[batch.reason] = self.gossip_refused.get(batch.reason, 0) + 1
             return []
         sender = peer_id(batch.sender)
+        self.members.is_alive(sender)
         for entry in batch.entries:
             if now_ms < entry.expires_at_ms <= now_ms + REGISTRY_TTL_MS + CLOCK_SKEW_MS:
                 name = entry.request_hash if isinstance(entry, ResponseEntry) else entry.row_id
@@ -393,11 +394,15 @@ class NetworkNode:
         found = []
         for peer in dict.fromkeys(told):
             known = self.members.get(peer)
-            if peer == self._me or known is None or known.silent or self._avoidance.avoids(peer, now_ms):
+            if (
+                peer == self._me
+                or known is None
+                or not known.may_be_asked(now_ms)
+                or self._avoidance.avoids(peer, now_ms)
+            ):
                 continue
-            if known.connected or known.address:
-                score = round(self._trust.reputation.score(peer, now_ms), 1)
-                found.append(((-score, not known.connected, known.rtt_ms, self._rng.random()), known))
+            score = round(self._trust.reputation.score(peer, now_ms), 1)
+            found.append(((known.silent, -score, not known.connected, known.rtt_ms, self._rng.random()), known))
         found.sort(key=lambda each: each[0])
         return [Candidate(known.peer, known.address, known.rtt_ms) for _, known in found]
 

@@ -166,6 +166,13 @@ class Membership:
             if rtt_ms is not None:
                 known.rtt_ms = rtt_ms if not known.rtt_ms else 0.8 * known.rtt_ms + 0.2 * rtt_ms
 
+    def is_alive(self, peer: PeerId) -> None:
+        """Something fresh of the peer's came through others: if it couldn't be dialled, it can perhaps now."""
+        known = self._peers.get(peer)
+        if known is not None and known.silent and not known.connected:
+            known.silent = False
+            self.changed = True
+
     def used(self, peer: PeerId, now_ms: int) -> None:
         """The connection to the peer serves a purpose."""
         known = self._peers.get(peer)
@@ -370,12 +377,10 @@ class Membership:
         moved = known.record is not None and known.record.address != record.address
         known.record, known.raw, known.member = record, raw, is_member
         known.advertised = record.address if self._may_dial(record.address) else ""
-        if not known.connected:
-            known.silent = False  # it has spoken since
-            if moved:
-                known.failures = 0
-                known.dial_at_ms = now_ms
+        if moved and not known.connected:
+            known.failures, known.dial_at_ms = 0, now_ms
         self.changed = True
+        self.is_alive(record.peer)
 
     def _may_dial(self, address: str) -> bool:
         return may_dial(address, self._own.address)

@@ -51,6 +51,12 @@ class Peer:
             return self.configured
         return self.advertised
 
+    def may_be_asked(self, now_ms: int) -> bool:
+        """Over its connection, or over a new one; one that could not be dialled, when it may be dialled again."""
+        if self.connected:
+            return not self.silent
+        return bool(self.address) and (not self.silent or self.dial_at_ms <= now_ms)
+
     def shift(self, by_ms: int) -> None:
         """The clock was set."""
         self.connected_at_ms += by_ms
