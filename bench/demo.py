@@ -171,7 +171,7 @@ def check_response(server: Server, answer: Completion, servers: tuple[Server, ..
     asked = request_hash(network_id(str(status["network"])), RequestKey(key))
     signers = {public_key_of(str(each.node_status()["peer_id"])): each.name for each in servers}
     check_proof(proof, asked, body, proof.model_digest, signers.__contains__, time.time_ns() // 1_000_000)
-    return f"ed25519 CacheProof of {signers[proof.signer]}, who computed it"
+    return f"CacheProof, computed by {signers[proof.signer]}"
 
 
 def stored_under(server: Server, proof: bytes, timeout_s: float = 10) -> tuple[bytes, bytes]:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.node import network
 from hyperspace_vllm.core.node.network import NetworkNode, NetworkOptions
 from hyperspace_vllm.core.peers.reputation import Reputation
 from hyperspace_vllm.core.peers.trust import Trust
@@ -36,6 +35,7 @@ from hyperspace_vllm.core.records.peer_wire import (
     protocol_of,
 )
 from hyperspace_vllm.core.records.signing import member_tag
+from hyperspace_vllm.core.response import dht_use
 from hyperspace_vllm.core.response.cache_proof import request_hash
 from hyperspace_vllm.daemon.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.metrics import Metrics
@@ -120,7 +120,7 @@ def now_ms() -> int:
 async def test_the_dht_alone_finds_what_was_provided(
     nodes: list[NetworkedNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network, "SEARCH_SHARE", 1.0)  # searches one after another, each whatever it costs
+    monkeypatch.setattr(dht_use, "SEARCH_SHARE", 1.0)  # searches one after another, each whatever it costs
     for number, node in enumerate(nodes):
         for each in range(PER_NODE):
             node.store(f"{number}/{each}")
