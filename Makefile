@@ -24,13 +24,14 @@ help: ## Show this list
 setup: ## Make .venv with vLLM and this project, and prepare the models (quick once done)
 	@test -n "$(PYTHON)" || { echo "Hyperspace needs Python 3.11 or newer, and no python3 here is." \
 		"Install one (sudo apt-get install -y python3 python3-venv), or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) deploy/setup --engine $(ENGINE)
+	@$(PYTHON) deploy/setup --engine $(ENGINE) $(SETUP_ARGS)
 
 .PHONY: demo
 demo: setup ## Two vLLM servers share a prefix: who served what, and how fast (MODEL=tiny: random weights, quicker)
 	@$(BIN)/python -m bench.demo --model $(MODEL) $(ARGS)
 
 .PHONY: test
+test: SETUP_ARGS = --tests
 test: setup ## Run all tests but the long soak runs (TESTS="not soak and not vllm": no real servers)
 	@$(BIN)/python -m pytest -m "$(TESTS)" $(ARGS)
 

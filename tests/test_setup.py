@@ -243,7 +243,7 @@ def test_root_installs_what_is_missing_and_nothing_else(
 
 def test_only_the_cpu_build_needs_libnuma_and_only_libp2p_needs_gmp(setup: SimpleNamespace) -> None:
     def packages(engine: str, pyproject: str) -> set[str]:
-        return {need.package for need in setup.system.needed(engine, pyproject)}
+        return {need.package for need in setup.system.needed(engine, pyproject, tests=False)}
 
     assert "libnuma1" in packages("cpu", "")
     assert "libnuma1" not in packages("gpu", "")
@@ -254,13 +254,16 @@ def test_only_the_cpu_build_needs_libnuma_and_only_libp2p_needs_gmp(setup: Simpl
 def test_this_machine_has_what_it_needs(setup: SimpleNamespace) -> None:
     """`make test` ran the set-up: every probe must now see what it looks for."""
     pyproject = (ROOT / "pyproject.toml").read_text()
-    needs = setup.system.needed(setup.engine.choose("auto").name, pyproject)
+    needs = setup.system.needed(setup.engine.choose("auto").name, pyproject, tests=True)
     assert [need.package for need in needs if not need.present()] == []
 
 
-def test_npm_is_needed_where_libp2p_is(setup: SimpleNamespace) -> None:
-    assert "npm" in [need.package for need in setup.system.needed("cpu", 'node = ["libp2p==0.8.1"]')]
-    assert "npm" not in [need.package for need in setup.system.needed("cpu", "")]
+def test_only_the_tests_need_npm_and_redis(setup: SimpleNamespace) -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    for tests in (False, True):
+        packages = {need.package for need in setup.system.needed("cpu", pyproject, tests)}
+        assert (packages >= {"npm", "redis-tools"}) is tests
+        assert bool(packages & {"npm", "redis-tools"}) is tests
 
 
 # --------------------------------------------------------------------------------------------- js-libp2p
@@ -445,7 +448,7 @@ def test_setup_with_nothing_to_do_does_nothing(setup: SimpleNamespace, monkeypat
     monkeypatch.setattr(setup.main.Stamps, "write", lambda *written: None)
     for installer in ("install", "run_models", "run"):
         monkeypatch.setattr(setup.engine, installer, lambda *what, name=installer: pytest.fail(f"{name}{what}"))
-    setup.main.set_up(chosen)
+    setup.main.set_up(chosen, tests=True)
 
 
 def test_make_without_a_python_says_what_to_install() -> None:

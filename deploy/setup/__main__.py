@@ -1,4 +1,6 @@
-"""`make setup`: makes `.venv`, chooses and installs vLLM, builds the project into it, prepares models and js-libp2p.
+"""`make setup`: makes `.venv`, chooses and installs vLLM, builds the project into it, prepares the models.
+
+For the tests it also gets what only they need: a Redis server, and js-libp2p with its Node.js.
 
 Each step leaves a stamp in `.venv/setup.json`: a hash of all that the step depends on. A step whose stamp agrees is
 skipped, so running it again costs under a second.
@@ -35,11 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run whatever has not been done yet; 0, or 1 with the reason on stderr."""
     parser = argparse.ArgumentParser(prog="make setup", description=__doc__)
     parser.add_argument("--engine", choices=("auto", "cpu", "gpu"), default="auto", help="which build of vLLM")
+    parser.add_argument("--tests", action="store_true", help="get what only the tests need as well")
     args = parser.parse_args(argv)
     chosen = engine.choose(args.engine)
     try:
         with only_one_at_a_time(ROOT / "build" / "setup.lock"):
-            set_up(chosen)
+            set_up(chosen, args.tests)
     except (system.Missing, engine.Failed) as problem:
         print(f"\n{problem}", file=sys.stderr)
         return 1
@@ -47,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def set_up(chosen: engine.Engine) -> None:
+def set_up(chosen: engine.Engine, tests: bool) -> None:
     pyproject = ROOT / "pyproject.toml"
-    system.ensure(system.needed(chosen.name, pyproject.read_text()))
+    system.ensure(system.needed(chosen.name, pyproject.read_text(), tests))
 
     venv = engine.Venv(ROOT / ".venv")
     stamps = Stamps(venv.root / "setup.json")
@@ -73,6 +76,8 @@ def set_up(chosen: engine.Engine) -> None:
     if missing:
         engine.run_models(venv, missing)
 
+    if not tests:
+        return
     try:
         interop.install()
     except engine.Failed as problem:  # one test needs it, and tries again; the product doesn't

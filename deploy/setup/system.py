@@ -29,8 +29,8 @@ class Need:
     present: Callable[[], bool]
 
 
-def needed(engine_name: str, pyproject_text: str) -> list[Need]:
-    """What this machine needs for that build of vLLM and these requirements."""
+def needed(engine_name: str, pyproject_text: str, tests: bool) -> list[Need]:
+    """What this machine needs for that build of vLLM, these requirements, and (`tests`) for running the tests."""
     needs = [
         Need("g++", "compiles the native codec", has_compiler),
         Need(f"python{own_version()}-dev", "Python's headers, for the native codec", has_python_headers),
@@ -38,11 +38,11 @@ def needed(engine_name: str, pyproject_text: str) -> list[Need]:
     ]
     if engine_name == "cpu":
         needs.append(Need("libnuma1", "vLLM's CPU kernels are linked against it", has_numa))
-    if "redis>=" in pyproject_text:
-        # Not the package redis-server, which starts a service.
-        needs.append(Need("redis-tools", "its redis-check-rdb is redis-server too: tests run one", has_redis))
     if "libp2p" in pyproject_text:
         needs.append(Need("libgmp-dev", "libp2p's fastecdsa compiles against it", has_gmp_header))
+    if tests:
+        # Not the package redis-server, which starts a service.
+        needs.append(Need("redis-tools", "its redis-check-rdb is redis-server too: tests run one", has_redis))
         needs.append(Need("npm", "installs js-libp2p, for the test of interoperation with it", has_npm))
     return needs
 
