@@ -35,6 +35,7 @@ import {
   openHit,
   openPeerRecord,
   requestHash,
+  sha256,
   signer,
 } from "./formats.mjs";
 import { answerPeers, ask } from "./streams.mjs";
@@ -209,7 +210,8 @@ async function fetchFrom(providers) {
     const { body, proof } = openHit(hit, network, bytes(options.request_key), bytes(options.model_digest), trusts, Date.now());
     return {
       from: id.toString(),
-      body: body.toString(),
+      bytes: body.length,
+      body_sha256: hex(sha256(body)),
       popularity: hit.popularity,
       proof: {
         signer: hex(proof.signer),
