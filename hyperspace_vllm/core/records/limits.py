@@ -63,7 +63,7 @@ REGISTRY_LOGS_BYTES_MAX = 64 * MiB  # of all owners
 REGISTRY_INDEX_MAX = 200_000  # entries of all owners: 50 MiB in the node
 REGISTRY_IMPORTS_MAX = 8  # under way
 STREAM_FRAME_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB
-RESPONSE_HINTS_MAX = 100_000  # responses of others that a node remembers
+RESPONSE_HINTS_MAX = 100_000  # pairs of an id and a provider that a node remembers from gossip: 40 MiB
 PROVIDERS_MAX = 8  # of one response
 
 # --- time ---------------------------------------------------------------------------------------
