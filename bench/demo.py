@@ -186,11 +186,11 @@ def stored_under(server: Server, proof: bytes, timeout_s: float = 10) -> tuple[b
     return key, body
 
 
-def wait_discovered(console: Console, servers: list[Server], timeout_s: float = 60) -> None:
-    """Until every node has found all the others; each knows the first one's address at most."""
+def wait_discovered(console: Console, servers: list[Server], others: int, timeout_s: float = 60) -> None:
+    """Until the node of each has found that many; every node knows the first one's address at most."""
     with console.status("the nodes find each other"):
         deadline = time.monotonic() + timeout_s
-        while any(len(server.node_status()["peers"]) < len(servers) - 1 for server in servers):  # type: ignore[arg-type]
+        while any(len(server.node_status()["peers"]) < others for server in servers):  # type: ignore[arg-type]
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not discovered within {timeout_s:.0f} s: {servers[0].node_status()['p2p']}")
             time.sleep(0.1)
@@ -274,7 +274,7 @@ def main() -> int:
     words = 1250 if options.model == "gemma" else 400
     try:
         start(console, servers)
-        wait_discovered(console, servers)
+        wait_discovered(console, servers, len(servers) - 1)
         warm_up(console, servers, document("docs/protocol.md", words))
         demo = Demo(console, servers[0], servers[1], options.model == "gemma", words)
         demo.run()

@@ -19,9 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from .demo import environment, network_hits, node_idle, start, warm_up
+from .demo import environment, network_hits, node_idle, start, wait_discovered, warm_up
 from .documents import document, prompt
-from .servers import MODELS, ROOT, Server, free_port, introduce
+from .servers import MODELS, ROOT, Server, found_network, free_port
 
 QUESTION, OTHER_QUESTION = "What may I do with this software?", "Who may use the trademarks?"
 HITS = 200
@@ -88,7 +88,7 @@ def ready(servers: list[Server], warm_text: str, console: Console) -> None:
 
 
 def measure_misses(a: Server, plain: Server, questions: list[str], console: Console) -> dict[str, object]:
-    """Cold prompts with the connector (A, asking B's node in vain) and without (P), in turn."""
+    """Cold prompts with the connector (A, asking B's node for response and KV in vain) and without (P), in turn."""
     on: list[float] = []
     off: list[float] = []
     tokens: list[int] = []
@@ -108,11 +108,22 @@ def measure_misses(a: Server, plain: Server, questions: list[str], console: Cons
         "miss_overhead_ratio": round(statistics.median(ratios), 4),
         "miss_overhead_interval": [round(x, 4) for x in bootstrap_interval(ratios)],
         "copies_per_stored_byte": round(copies_per_stored_byte(a), 2),
+        **search_cost(a),
     }
 
 
-def measure_hits(a: Server, b: Server, others: list[str], question: str, console: Console) -> dict[str, object]:
-    """B asks other questions about what A has computed; then A is asked the same again and again."""
+def search_cost(server: Server) -> dict[str, object]:
+    """How many misses made the server's node search the DHT, and the CPU time of libp2p's thread in one search."""
+    status = server.node_status()["metrics"]
+    assert isinstance(status, list)
+    values = {m["name"]: m["value"] for m in status if m["name"].startswith("hyperspace_search_cpu_seconds_")}
+    searches = int(values["hyperspace_search_cpu_seconds_count"])
+    total_ms = 1000 * values["hyperspace_search_cpu_seconds_sum"]
+    return {"dht_searches": searches, "dht_search_cpu_ms": round(total_ms / searches, 2) if searches else None}
+
+
+def measure_hits(a: Server, b: Server, others: list[str], questions: list[str], console: Console) -> dict[str, object]:
+    """B asks other questions about what A has computed, then A's own; then A is asked the same again and again."""
     network: list[float] = []
     with Progress(console=console, transient=True) as progress:
         for other in progress.track(others, description="from the network"):
@@ -121,10 +132,14 @@ def measure_hits(a: Server, b: Server, others: list[str], question: str, console
             if network_hits(b) > before:
                 network.append(answer.ttft_ms)
             drain(b)
-    hits = [server_timing_ms(a.complete(question, max_tokens=2).headers) for _ in range(HITS)]
+    responses = [b.complete(question, max_tokens=2) for question in questions]
+    fetched = [each.ttft_ms for each in responses if "detail=network" in each.headers["cache-status"]]
+    hits = [server_timing_ms(a.complete(questions[-1], max_tokens=2).headers) for _ in range(HITS)]
     return {
         "l2_network_ttft_ms": round(statistics.median(network), 1) if network else None,
         "l2_network_hits": len(network),
+        "l1_network_ttft_ms": round(statistics.median(fetched), 1) if fetched else None,
+        "l1_network_hits": len(fetched),
         "l1_hit_p50_ms": round(statistics.median(hits), 3),
     }
 
@@ -142,7 +157,7 @@ def main() -> int:
     directories = [work / name for name in "abp"]
     for directory in directories:
         directory.mkdir(parents=True, mode=0o700)
-    environment_a, environment_b = introduce(directories[:2], [free_port(), free_port()])
+    environment_a, environment_b = found_network(directories[:2], free_port())
     settings = {"HYPERSPACE_ARENA_BYTES": str(512 << 20), "VLLM_CPU_OMP_THREADS_BIND": "0"}
     model, chat = MODELS[options.model], options.model == "gemma"
     body = document("LICENSE", 950 if chat else 280)
@@ -155,13 +170,14 @@ def main() -> int:
         with Server("A", model, directories[0], environment={**settings, **environment_a}) as a:
             with Server("P", model, directories[2], connector=False, environment=settings) as plain:
                 ready([a, plain], others[-1], console)
+                wait_discovered(console, [a], 1)
                 for directory in directories[:2]:
                     give_core(directory, 1)
                 drain(a)
                 figures = measure_misses(a, plain, questions[:-1], console)
             with Server("B", model, directories[1], environment={**settings, **environment_b}) as b:
                 ready([b], f"B alone: {others[-1]}", console)
-                figures |= measure_hits(a, b, others[:-1], questions[-2], console)
+                figures |= measure_hits(a, b, others[:-1], questions[:-1], console)
     finally:
         node_b.terminate()
         node_b.wait(30)
