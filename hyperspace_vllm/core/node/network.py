@@ -80,6 +80,7 @@ LOOKUPS_MAX = 1_024
 REQUESTS_MAX = 4_096  # of ours, unanswered
 SYNC_MS = 2_000  # the registry, with one neighbour
 SYNC_TIMEOUT_MS = 3_000
+FAIR_MS = 150  # half a deadline; a handshake with somebody far away takes longer than what others left of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,10 +351,12 @@ class NetworkNode:
         charges: list[NetworkEffect] = []
         if event.lied:
             charges.append(ChargePeer(event.peer, event.reason))
-        if event.lied or event.reason in ("timeout", "unreachable"):
-            self._trust.reputation.failed(event.peer, event.reason, now_ms)
         lookup = self._lookups.get(event.lookup)
-        if event.reason in ("timeout", "unreachable"):
+        timed_out = event.reason == "timeout" and self._had_time(event.peer, lookup, now_ms)
+        silent = event.reason == "unreachable" or timed_out
+        if event.lied or silent:
+            self._trust.reputation.failed(event.peer, event.reason, now_ms)
+        if silent:
             self._avoidance.failed(event.peer, now_ms)
         elif event.reason == "miss":
             self._avoidance.missed(event.peer, now_ms)
@@ -384,10 +387,19 @@ class NetworkNode:
         if answer.reason == "deadline":
             for peer in lookup.in_flight:
                 known = self.members.get(peer)
-                if known is None or not known.connected:  # heartbeats say it of those that are
+                # Heartbeats say it of those that are connected.
+                if (known is None or not known.connected) and self._had_time(peer, lookup, now_ms):
                     self._avoidance.failed(peer, now_ms)
         elif answer.peer is None and lookup.searched:
             self._searches.not_found(lookup.request_hash, now_ms)
+
+    def _had_time(self, peer: PeerId, lookup: ResponseLookup | None, now_ms: int) -> bool:
+        """Whether a peer's silence means something: it had FAIR_MS, and since a connection was open, if one is."""
+        since_ms = lookup.in_flight.get(peer, now_ms) if lookup is not None else now_ms
+        known = self.members.get(peer)
+        if known is not None and known.connected:
+            since_ms = max(since_ms, known.connected_at_ms)
+        return now_ms - since_ms >= FAIR_MS
 
     def _candidates(self, told: tuple[PeerId, ...], now_ms: int) -> list[Candidate]:
         """Providers that can be asked now, the best first: good ones, connected ones, near ones."""

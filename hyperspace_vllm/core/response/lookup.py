@@ -62,7 +62,7 @@ class ResponseLookup:
         self._deadline_ms = now_ms + may_take_ms
         self._half_time_ms = now_ms + may_take_ms // 2
         self._waiting = list(providers)
-        self._in_flight: set[PeerId] = set()
+        self._in_flight: dict[PeerId, int] = {}  # since when
         self._asked: set[PeerId] = set()
         self._may_search = may_search
         self._searching = False
@@ -71,9 +71,9 @@ class ResponseLookup:
         self._reason = "not_found"
 
     @property
-    def in_flight(self) -> frozenset[PeerId]:
-        """Who was asked and hasn't answered."""
-        return frozenset(self._in_flight)
+    def in_flight(self) -> dict[PeerId, int]:
+        """Who was asked and hasn't answered, and since when."""
+        return dict(self._in_flight)
 
     def start(self, now_ms: int) -> list[NetworkEffect]:
         """The hint, and the first question."""
@@ -100,7 +100,7 @@ class ResponseLookup:
         """The next one."""
         if event.peer not in self._in_flight:
             return []
-        self._in_flight.discard(event.peer)
+        del self._in_flight[event.peer]
         self._reason = event.reason if event.reason != "miss" else self._reason
         return self._go_on(now_ms)
 
@@ -119,6 +119,7 @@ class ResponseLookup:
         self._half_time_ms += by_ms
         if self._hedge_at_ms is not None:
             self._hedge_at_ms += by_ms
+        self._in_flight = {peer: since_ms + by_ms for peer, since_ms in self._in_flight.items()}
 
     def _go_on(self, now_ms: int) -> list[NetworkEffect]:
         if now_ms >= self._deadline_ms:
@@ -138,14 +139,15 @@ class ResponseLookup:
             return []
         candidate = self._waiting.pop(0)
         self._asked.add(candidate.peer)
-        self._in_flight.add(candidate.peer)
+        self._in_flight[candidate.peer] = now_ms
         self._hedge_at_ms = self._hedge_after(candidate, now_ms) if self._waiting else None
         left_ms = self._deadline_ms - now_ms
         return [FetchResponse(self.number, candidate.peer, candidate.address, self.request_hash, left_ms)]
 
     def _hedge_after(self, candidate: Candidate, now_ms: int) -> int:
-        soon_ms = now_ms + hedge_delay_ms(candidate.rtt_ms)
-        return soon_ms if len(self._in_flight) == 1 else max(soon_ms, self._half_time_ms)
+        if len(self._in_flight) == 1:
+            return now_ms + hedge_delay_ms(candidate.rtt_ms)
+        return max(now_ms + HEDGE_MS_MIN, self._half_time_ms)
 
     def _end(self, peer: PeerId | None, reason: str) -> list[NetworkEffect]:
         self.over = True
