@@ -105,6 +105,7 @@ class Request:
     hit: bool = False
     waiting: bool = True  # for the network: the engine hasn't won
     life: int = 0  # the host's
+    asked: list[int] = field(default_factory=list)  # hosts, -1 for ones that don't exist
     fetched: dict[PeerId, tuple[Opened, int]] = field(default_factory=dict)  # what it sent, and how popular it says
 
 
@@ -437,6 +438,7 @@ class SimHost:
     def _fetch(self, effect: FetchResponse) -> None:
         target = self.fleet.number_of(effect.peer)
         fetch = self._fetches[effect.lookup, effect.peer] = self._number()
+        self.requests[effect.lookup].asked.append(target)
         self.fleet.checker.on_fetch(self, effect, sum(lookup == effect.lookup for lookup, _ in self._fetches))
         refuse = partial(self._refuse, effect.lookup, effect.peer, fetch)
         self.later(effect.timeout_ms, partial(refuse, "timeout", False))
