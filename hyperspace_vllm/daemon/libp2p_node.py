@@ -24,7 +24,6 @@ from libp2p.custom_types import TProtocol
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
-from libp2p.peer.peerinfo import PeerInfo
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from multiaddr import Multiaddr
@@ -196,7 +195,6 @@ class Libp2pNode:
                 # Not host.connect(): that takes 250 ms at least, and refuses for a minute after one failure.
                 await self._swarm.dial_addr(candidate, peer_id)
                 self._host.get_peerstore().add_addrs(peer_id, [candidate], 0)
-                await self._dht.routing_table.add_peer(PeerInfo(peer_id, [candidate]), skip_server_mode_check=True)
                 return
         raise PeerFailed("unreachable")
 
@@ -226,7 +224,10 @@ class Libp2pNode:
         return tuple(peer for peer in peers if _is_node(peer)), (time.thread_time() - began) * 1000
 
     def _on_peer(self, peer_id: ID, connected: bool) -> None:
-        if not connected:
+        if connected:
+            # Before identify has said so: our nodes all serve the DHT, and others are taken out again.
+            self._swarm.manager.run_task(partial(self._dht.add_peer, peer_id, skip_server_mode_check=True))
+        else:
             self._asker.forget(peer_id)
             self._pubsub.forget(peer_id)
             self._dht.routing_table.remove_peer(peer_id)

@@ -288,7 +288,7 @@ class NodePeerStore(PeerStore):
 
 
 class NodeHost(BasicHost):
-    """Identify in the background; a peer that speaks the DHT's protocol enters the routing table."""
+    """Identify in the background; a peer that doesn't speak the DHT's protocol leaves the routing table."""
 
     dht: "NodeDht"
     _announced: tuple[Multiaddr, ...] = ()
@@ -304,8 +304,8 @@ class NodeHost(BasicHost):
         try:
             with trio.move_on_after(2 * NEGOTIATION_S):
                 await self._identify_peer(peer_id, reason=reason)
-                if peer_id in self._identified_peers:
-                    await self.dht.add_peer(peer_id)
+                if peer_id in self._identified_peers and not await self.dht.add_peer(peer_id):
+                    self.dht.routing_table.remove_peer(peer_id)
         except Exception as error:
             logger.debug("identify %s failed: %r", peer_id, error)
         finally:

@@ -1,0 +1,898 @@
+"""The libp2p host over real sockets: what it delivers, what garbage, silence and death cost, what is kept of peers."""
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from importlib.metadata import version
+from itertools import pairwise
+
+import libp2p.kad_dht.kad_dht as kad_module
+import libp2p.kad_dht.provider_store as provider_module
+import pytest
+import trio
+from libp2p.abc import INetStream
+from libp2p.custom_types import TProtocol
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
+from nacl.signing import SigningKey
+
+from hyperspace_vllm.core.records.ids import PeerId, peer_id
+from hyperspace_vllm.core.records.limits import STREAM_FRAME_BYTES_MAX, MiB
+from hyperspace_vllm.daemon import libp2p_dht, libp2p_gossip, libp2p_node, libp2p_streams, libp2p_swarm, libp2p_yamux
+from hyperspace_vllm.daemon.libp2p_host import Libp2pHost
+from hyperspace_vllm.daemon.libp2p_mdns import peers_in
+from hyperspace_vllm.daemon.libp2p_node import Libp2pNode, NodeSettings, dht_key, reachable_hosts, split_address
+from hyperspace_vllm.daemon.peer_failed import PeerFailed
+from hyperspace_vllm.daemon.token_bucket import TokenBucket
+
+pytestmark = pytest.mark.io
+PROTOCOL = "/hyperspace/cache/1.0.0"
+TOPIC = "hyperspace/test"
+
+
+class Member:
+    """A host with a handler that notes what happens and answers with what it was asked."""
+
+    def __init__(self, network_key: bytes | None = None, mdns: bool = False, listen: str = "127.0.0.1:0") -> None:
+        self.key = SigningKey.generate()
+        self.peer = peer_id(self.key.verify_key.encode())
+        self.host = Libp2pHost(self.key, listen, network_key, mdns, (PROTOCOL,), (TOPIC,), self)
+        self.gossip: list[tuple[PeerId, bytes]] = []
+        self.changes: list[tuple[PeerId, bool]] = []
+        self.discovered: dict[PeerId, str] = {}
+        self.answer: Callable[[bytes], Awaitable[bytes | None]] = self.echo
+        self.answering = 0
+
+    async def echo(self, frame: bytes) -> bytes | None:
+        return frame
+
+    async def on_request(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None:
+        assert protocol == PROTOCOL
+        self.answering += 1
+        try:
+            return await self.answer(frame)
+        finally:
+            self.answering -= 1
+
+    def on_gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
+        assert topic == TOPIC
+        self.gossip.append((relay, payload))
+
+    def on_connected(self, peer: PeerId) -> None:
+        self.changes.append((peer, True))
+
+    def on_disconnected(self, peer: PeerId) -> None:
+        self.changes.append((peer, False))
+
+    def on_discovered(self, peer: PeerId, address: str) -> None:
+        self.discovered[peer] = address
+
+    async def meet(self, *others: "Member") -> None:
+        for other in others:
+            await self.host.connect(other.peer, other.host.address, 5)
+
+    async def ask(self, other: "Member", frame: bytes = b"?", timeout_s: float = 5) -> bytes:
+        return await self.host.request(other.peer, PROTOCOL, frame, timeout_s)
+
+
+Members = Callable[..., Awaitable[list[Member]]]
+
+
+@pytest.fixture
+async def members() -> AsyncIterator[Members]:
+    """Starts hosts; with `meet` every one of them is connected to every other."""
+    all_of_them: list[Member] = []
+
+    async def start(count: int, meet: bool = True, **options: object) -> list[Member]:
+        started = [Member(**options) for _ in range(count)]  # type: ignore[arg-type]
+        all_of_them.extend(started)
+        for member in started:
+            await member.host.start()
+        if meet:
+            for number, member in enumerate(started):
+                await member.meet(*started[:number])
+        return started
+
+    yield start
+    await asyncio.gather(*(member.host.close() for member in all_of_them))
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 10) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 (what is waited for is in other threads and processes)
+            await asyncio.sleep(0.02)
+
+
+def connections(member: Member, other: Member) -> int:
+    link = member.host._link
+    return len(link.node._swarm.live(ID.from_base58(other.peer))) if link is not None else 0
+
+
+async def failure(call: Awaitable[object]) -> str:
+    with pytest.raises(PeerFailed) as caught:
+        await call
+    return caught.value.reason
+
+
+class Silent:
+    """The events of a node that nobody listens to."""
+
+    async def answer(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None:
+        return None
+
+    def gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
+        pass
+
+    def peer_changed(self, peer: PeerId, connected: bool) -> None:
+        pass
+
+
+async def attack(victim: Member, deed: Callable[[Libp2pNode, ID], Awaitable[None]], *also: Member) -> None:
+    """Run `deed(node, victim's id)` as a stranger who is connected to the victim."""
+
+    async def main() -> None:
+        node = Libp2pNode(NodeSettings(SigningKey.generate(), "127.0.0.1:0", None, (), (TOPIC,)), Silent())
+        with trio.fail_after(30):
+            async with node.running():
+                for member in (victim, *also):
+                    await node.connect(member.peer, member.host.address)
+                await deed(node, ID.from_base58(victim.peer))
+
+    await asyncio.to_thread(trio.run, main)
+
+
+async def open_stream(node: Libp2pNode, victim: ID, protocol: str = PROTOCOL) -> INetStream:
+    return await node._host.new_stream(victim, [TProtocol(protocol)])
+
+
+async def wait_closed(stream: INetStream, timeout_s: float) -> None:
+    with trio.fail_after(timeout_s), suppress(Exception):
+        while await stream.read(65536):
+            pass
+
+
+# --- connections --------------------------------------------------------------------------------
+
+
+async def test_the_hosts_libp2p_identity_is_the_nodes(members: Members) -> None:
+    a, b = await members(2)
+    assert a.host.connected == {b.peer}
+    assert b.host.connected == {a.peer}
+    assert ID.from_base58(a.peer).to_base58() == a.peer
+
+
+async def test_connect_proves_who_is_there(members: Members) -> None:
+    a, b = await members(2, meet=False)
+    stranger = Member().peer
+    assert await failure(a.host.connect(stranger, b.host.address, 5)) == "unreachable"
+    assert a.host.connected == frozenset()
+    await a.meet(b)  # the failure is not held against the address
+    assert a.host.connected == {b.peer}
+
+
+async def test_connect_fails_within_its_deadline(members: Members) -> None:
+    (a,) = await members(1)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        began = time.monotonic()
+        assert await failure(a.host.connect(Member().peer, address, 0.5)) == "timeout"
+        assert time.monotonic() - began < 1
+    for nowhere in (address, "no-such-host.invalid:1", "127.0.0.1", "127.0.0.1:99999", "[::zz]:1", "a/b:1"):
+        assert await failure(a.host.connect(Member().peer, nowhere, 5)) in ("unreachable", "timeout"), nowhere
+
+
+async def test_names_and_ipv6_addresses_are_dialled(members: Members) -> None:
+    a, b = await members(2, meet=False)
+    await a.host.connect(b.peer, "localhost:" + b.host.address.rpartition(":")[2], 5)
+    try:
+        (c,) = await members(1, listen="[::1]:0")
+    except OSError:
+        pytest.skip("no IPv6 here")
+    assert c.host.address.startswith("[::1]:")
+    await a.meet(c)
+    assert a.host.connected == {b.peer, c.peer}
+
+
+async def test_an_address_in_use_is_an_error(members: Members) -> None:
+    (a,) = await members(1)
+    second = Member(listen=a.host.address)
+    with pytest.raises(OSError, match="in use"):
+        await second.host.start()
+    await second.host.close()
+
+
+async def test_connections_are_told_exactly_when_both_sides_dial(members: Members) -> None:
+    a, b = await members(2, meet=False)
+    for turn in range(5):
+        await asyncio.gather(a.meet(b), b.meet(a), a.meet(b))
+        # A dial that only one side has finished would survive the disconnecting.
+        await until(lambda: connections(a, b) == connections(b, a) > 0)
+        await (a if turn % 2 else b).host.disconnect((b if turn % 2 else a).peer)
+        await until(lambda: not a.host.connected and not b.host.connected)
+    assert a.changes == [(b.peer, True), (b.peer, False)] * 5
+    assert b.changes == [(a.peer, True), (a.peer, False)] * 5
+
+
+async def test_a_closed_host_is_noticed_and_gives_its_port_back(members: Members) -> None:
+    a, b = await members(2)
+    began = time.monotonic()
+    await b.host.close()
+    assert time.monotonic() - began < 2
+    await until(lambda: not a.host.connected, 2)
+    assert b.changes == [(a.peer, True), (a.peer, False)]
+    assert await failure(a.ask(b)) == "unreachable"
+    assert await failure(b.ask(a)) == "unreachable"
+    assert not b.host.publish(TOPIC, b"late")
+    with socket.create_server(("127.0.0.1", int(b.host.address.rpartition(":")[2]))):
+        pass
+    await b.host.close()  # twice is no error
+
+
+async def test_only_holders_of_the_network_key_get_in(members: Members) -> None:
+    a, b = await members(2, network_key=bytes(32))
+    (wrong,) = await members(1, network_key=bytes(31) + b"\x01")
+    (none,) = await members(1)
+    assert await a.ask(b) == b"?"
+    for outsider in (wrong, none):
+        assert await failure(outsider.host.connect(a.peer, a.host.address, 2)) in ("unreachable", "timeout")
+    assert a.host.connected == {b.peer}
+
+
+async def test_connections_are_bounded_by_peer_and_in_all(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libp2p_swarm, "CONNECTIONS_INBOUND_MAX", 4)
+    (a,) = await members(1)
+
+    async def dial_again(node: Libp2pNode, victim: ID) -> None:
+        (address,) = await libp2p_node._resolve(a.host.address)
+        for _ in range(6):
+            with suppress(Exception):
+                await node._swarm.dial_addr(address, victim)
+        await trio.sleep(0.3)
+        assert len(node._swarm.live(victim)) <= libp2p_swarm.CONNECTIONS_PER_PEER_MAX
+
+    await attack(a, dial_again)
+    await until(lambda: not a.host.connected)
+    others = await members(6, meet=False)
+    results = await asyncio.gather(*(other.meet(a) for other in others), return_exceptions=True)
+    assert sum(result is None for result in results) == 4
+    await until(lambda: len(a.host.connected) == 4)
+
+
+# --- requests -----------------------------------------------------------------------------------
+
+
+async def test_requests_of_every_size_are_answered(members: Members) -> None:
+    a, b = await members(2)
+    frames = [secrets.token_bytes(size) for size in (1, 1000, 16 * 1024, 300_000, STREAM_FRAME_BYTES_MAX)]
+    for frame in frames:
+        assert await a.ask(b, frame, 10) == frame
+    several = frames[:-1] * 8 + frames[-1:]
+    assert await asyncio.gather(*(b.ask(a, frame, 20) for frame in several)) == several
+
+
+async def test_a_stream_is_used_again(members: Members) -> None:
+    a, b = await members(2)
+    await a.ask(b)
+    began = time.monotonic()
+    for _ in range(50):
+        await a.ask(b)
+    assert (time.monotonic() - began) / 50 < 0.05
+    assert len(a.host._link.node._swarm.live(ID.from_base58(b.peer))[0].streams) <= 4  # type: ignore[union-attr]
+
+
+async def test_a_handler_may_refuse_fail_and_be_slow(members: Members) -> None:
+    a, b = await members(2)
+
+    async def refuse(frame: bytes) -> bytes | None:
+        return None
+
+    async def fail(frame: bytes) -> bytes | None:
+        raise RuntimeError("a bug")
+
+    async def sleep(frame: bytes) -> bytes | None:
+        await asyncio.sleep(60)
+        return frame
+
+    for answer, reason in ((refuse, "protocol"), (fail, "protocol"), (sleep, "timeout")):
+        b.answer = answer
+        assert await failure(a.ask(b, timeout_s=0.5)) == reason
+    b.answer = b.echo
+    assert await a.ask(b) == b"?"
+    assert await failure(a.host.request(b.peer, "/nobody/speaks/this", b"?", 5)) == "protocol"
+    assert await failure(a.host.request(Member().peer, PROTOCOL, b"?", 5)) == "unreachable"
+
+
+async def test_more_requests_than_a_peer_may_have_are_refused_as_busy(members: Members) -> None:
+    a, b = await members(2)
+    gate = asyncio.Event()
+
+    async def wait(frame: bytes) -> bytes | None:
+        await gate.wait()
+        return frame
+
+    b.answer = wait
+    asked = [asyncio.create_task(a.ask(b, timeout_s=10)) for _ in range(libp2p_streams.REQUESTS_PER_PEER_MAX)]
+    await until(lambda: b.answering == libp2p_streams.REQUESTS_PER_PEER_MAX)
+    assert await failure(a.ask(b)) == "busy"
+
+    async def ask_too_much(node: Libp2pNode, victim: ID) -> None:  # one who doesn't count his own
+        streams = [await open_stream(node, victim) for _ in range(libp2p_streams.REQUESTS_PER_PEER_MAX + 5)]
+        for stream in streams:
+            await libp2p_streams.write_frame(stream, b"?")
+        refused: list[bytes] = []
+
+        async def read(stream: INetStream) -> None:
+            refused.append(await stream.read(4))
+
+        with trio.move_on_after(1):
+            async with trio.open_nursery() as nursery:
+                for stream in streams:
+                    nursery.start_soon(read, stream)
+        assert refused == [bytes(4)] * 5
+
+    await attack(b, ask_too_much)
+    gate.set()
+    assert await asyncio.gather(*asked) == [b"?"] * len(asked)
+    assert await a.ask(b) == b"?"
+
+
+async def test_a_cancelled_request_leaves_the_connection_whole(members: Members) -> None:
+    a, b = await members(2)
+    big = bytes(4 * MiB)
+    for _ in range(20):
+        request = asyncio.create_task(a.ask(b, big))
+        await asyncio.sleep(0.005)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+    assert await a.ask(b) == b"?"
+    assert (b.peer, False) not in a.changes
+
+
+# --- gossip -------------------------------------------------------------------------------------
+
+
+async def meshed(*group: Member) -> None:
+    """Until what anybody says reaches everybody."""
+    for speaker in group:
+        probe = secrets.token_bytes(8)
+
+        def heard(probe: bytes = probe, speaker: Member = speaker) -> bool:
+            return all(any(payload == probe for _, payload in each.gossip) for each in group if each is not speaker)
+
+        async with asyncio.timeout(15):
+            while not heard():
+                assert speaker.host.publish(TOPIC, probe)
+                await asyncio.sleep(0.1)
+    for each in group:
+        each.gossip.clear()
+
+
+async def test_gossip_reaches_everybody_once(members: Members) -> None:
+    group = await members(5, meet=False)
+    for left, right in pairwise(group):  # a chain: it has to be passed on
+        await left.meet(right)
+    await meshed(*group)
+    payloads = [secrets.token_bytes(30_000) for _ in range(5)]
+    for payload in payloads:
+        assert group[0].host.publish(TOPIC, payload)
+    await until(lambda: all(len(each.gossip) == 5 for each in group[1:]))
+    assert sorted(payload for _, payload in group[4].gossip) == sorted(payloads)
+    assert {relay for relay, _ in group[4].gossip} == {group[3].peer}  # the neighbour, not the author
+    assert group[0].gossip == []
+
+
+async def test_a_burst_is_not_lost(members: Members) -> None:
+    a, b = await members(2)
+    await meshed(a, b)
+    sent = 0
+    while sent < 100:
+        sent += a.host.publish(TOPIC, sent.to_bytes(4, "big"))
+        await asyncio.sleep(0)
+    await until(lambda: len(b.gossip) == 100)
+
+
+async def test_a_neighbours_flood_is_cut_off_and_others_still_pass(members: Members) -> None:
+    a, b = await members(2)
+    await meshed(a, b)
+
+    async def flood(node: Libp2pNode, victim: ID) -> None:
+        await trio.sleep(1.5)  # until the mesh has taken it in
+        for number in range(1000):
+            await node.publish(TOPIC, b"flood" + number.to_bytes(4, "big"))
+            if number % 50 == 0:
+                await trio.sleep(0.02)
+        with suppress(Exception):
+            await node.publish(TOPIC, bytes(libp2p_gossip.GOSSIP_BYTES_MAX + 1))
+        await trio.sleep(0.5)
+
+    await attack(a, flood)
+    flooded = [payload for _, payload in a.gossip if payload.startswith(b"flood")]
+    assert 0 < len(flooded) < libp2p_gossip.GOSSIP_BURST + 6 * libp2p_gossip.GOSSIP_PER_S
+    assert all(len(payload) <= libp2p_gossip.GOSSIP_BYTES_MAX for _, payload in a.gossip)
+    b.host.publish(TOPIC, b"hello")
+    await until(lambda: (b.peer, b"hello") in a.gossip)
+
+
+def test_a_bucket_lets_pass_a_burst_and_then_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    bucket = TokenBucket(10, 20)
+    assert [bucket.take(1) for _ in range(21)] == [True] * 20 + [False]
+    now += 0.5
+    assert [bucket.take(1) for _ in range(6)] == [True] * 5 + [False]
+    now += 1000
+    assert not bucket.take(21)
+    assert bucket.take(20)
+
+
+# --- DHT ----------------------------------------------------------------------------------------
+
+
+async def test_providers_are_found_by_any_key_string(members: Members) -> None:
+    group = await members(4)
+    keys = ("/cache/" + "ab" * 32, "/kv-prefix/" + "cd" * 32 + "/" + "ef" * 32)
+    for key in keys:
+        assert await group[0].host.provide(key, 5)
+        for member in group[1:]:
+            peers, cost_ms = await member.host.find_providers(key, 2, 5)
+            assert peers == (group[0].peer,)
+            assert 0 <= cost_ms < 1000
+    assert (await group[0].host.find_providers(keys[0], 2, 5))[0] == ()  # oneself is no provider to oneself
+    assert (await group[1].host.find_providers("/cache/unknown", 2, 5))[0] == ()
+    (alone,) = await members(1)
+    assert not await alone.host.provide(keys[0], 5)
+    assert (await alone.host.find_providers(keys[0], 2, 5))[0] == ()
+
+
+async def test_providers_are_renewed_and_expire(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = await members(2)
+    assert await a.host.provide("/cache/1", 5)
+    store = b.host._link.node._dht.provider_store  # type: ignore[union-attr]
+    monkeypatch.setattr(libp2p_dht, "PROVIDER_RENEWAL_S", 0)
+    store._forget(ID.from_base58(a.peer), dht_key("/cache/1"))
+    assert (await b.host.find_providers("/cache/1", 1, 5))[0] == (a.peer,)  # a itself still says so
+    renewing = a.host._link.node._dht.provider_store  # type: ignore[union-attr]
+    assert await a.host._call(lambda node: _renew(renewing), 5)
+    await until(lambda: store.get_providers(dht_key("/cache/1")))
+    monkeypatch.setattr(provider_module, "PROVIDER_RECORD_EXPIRATION_INTERVAL", 0)
+    store.cleanup_expired()
+    assert not store.providers
+    assert not store._keys_of
+
+
+async def _renew(store: libp2p_dht.NodeProviders) -> bool:
+    await store.renew()
+    return True
+
+
+async def test_provider_records_are_bounded_by_peer_and_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libp2p_dht, "PROVIDERS_PER_PEER_MAX", 10)
+    monkeypatch.setattr(libp2p_dht, "PROVIDERS_MAX", 25)
+
+    async def main() -> None:
+        node = Libp2pNode(NodeSettings(SigningKey.generate(), "127.0.0.1:0", None, (), (TOPIC,)), Silent())
+        store = node._dht.provider_store
+        peers = [ID.from_base58(Member().peer) for _ in range(30)]
+        for number in range(1000):
+            store.add_provider(number.to_bytes(4, "big"), PeerInfo(peers[0], []))
+        assert len(store.providers) == 10
+        assert (999).to_bytes(4, "big") in store.providers  # the newest stay
+        for number, peer in enumerate(peers):
+            for turn in range(8):
+                store.add_provider(b"x" + bytes([number, turn]), PeerInfo(peer, []))
+        assert sum(len(records) for records in store.providers.values()) == 25
+        assert sum(len(keys) for keys in store._keys_of.values()) == store._count == 25
+        for peer in peers:
+            store.add_provider(b"popular", PeerInfo(peer, []))
+        assert len(store.providers[b"popular"]) <= kad_module.BUCKET_SIZE
+        assert sum(len(keys) for keys in store._keys_of.values()) == store._count <= 25
+        node._pubsub.seen_messages.stop()
+
+    await asyncio.to_thread(trio.run, main)
+
+
+async def test_what_is_kept_of_peers_is_bounded_and_never_the_nodes_own_key() -> None:
+    async def main() -> None:
+        node = Libp2pNode(NodeSettings(SigningKey.generate(), "127.0.0.1:0", None, (), (TOPIC,)), Silent())
+        store = node._host.get_peerstore()
+        addresses = [libp2p_swarm.multiaddr_of("127.0.0.1", port) for port in range(1, 50)]
+        for _ in range(libp2p_swarm.PEERS_KEPT_MAX + 100):
+            peer = ID(b"\x00\x24\x08\x01\x12\x20" + os.urandom(32))
+            store.add_addrs(peer, addresses, 60)
+            store.add_protocols(peer, [f"/p/{number}" for number in range(500)])
+        assert len(store.peer_ids()) <= libp2p_swarm.PEERS_KEPT_MAX
+        assert len(store.addrs(peer)) <= libp2p_swarm.ADDRESSES_PER_PEER_MAX
+        assert len(store.get_protocols(peer)) <= libp2p_swarm.PROTOCOLS_PER_PEER_MAX
+        assert node._host.get_private_key()
+        node._pubsub.seen_messages.stop()
+
+    await asyncio.to_thread(trio.run, main)
+
+
+# --- garbage, silence, death ---------------------------------------------------------------------
+
+
+async def test_strangers_without_manners_cost_nothing(members: Members) -> None:
+    a, b = await members(2)
+    host, port = split_address(a.host.address)
+    multistream = b"\x13/multistream/1.0.0\n"
+    openings = [
+        b"",
+        secrets.token_bytes(5000),
+        b"\xff" * 100,
+        b"\xff\xff\xff\xff\xff\xff\xff\xff\x7f" + bytes(100),  # a protocol name of 2^63 bytes
+        multistream + b"\x07/noise\n" + b"\xff\xff" + secrets.token_bytes(70_000),
+        multistream + b"\x03ls\n" * 1000,
+        b"GET / HTTP/1.1\r\n\r\n",
+    ]
+    for opening in openings * 3:
+        with suppress(OSError), socket.create_connection((host, port), 5) as stranger:
+            stranger.settimeout(0.1)
+            stranger.sendall(opening)
+            stranger.recv(1000)
+    assert await b.ask(a) == b"?"
+    (c,) = await members(1)
+    await c.meet(a)
+
+
+async def test_garbage_on_any_stream_ends_at_most_its_connection(members: Members) -> None:
+    a, b = await members(2)
+    spoken = [str(protocol) for protocol in a.host._link.node._host.get_mux().get_protocols()]  # type: ignore[union-attr]
+    assert PROTOCOL in spoken
+    assert "/ipfs/kad/1.0.0" in spoken
+    heads = [b"\xff\xff\xff\xff", b"\x00\x00\x00\x05ab", b"", b"\xff" * 11, b"\x05\x08\xff\xff\xff\x7f", b"\x01"]
+
+    async def babble(node: Libp2pNode, victim: ID) -> None:
+        for protocol in spoken:
+            for head in heads:
+                for end in ("reset", "close", "leave"):
+                    with suppress(Exception):  # refused: it has too many already
+                        stream = await open_stream(node, victim, protocol)
+                        await stream.write(head + secrets.token_bytes(200))
+                        if end != "leave":
+                            await getattr(stream, end)()
+        await trio.sleep(0.3)
+
+    await attack(a, babble)
+    assert await b.ask(a) == b"?"
+    assert a.host.connected == {b.peer}
+    assert b.changes == [(a.peer, True)]
+
+
+async def test_garbage_below_the_streams_ends_only_that_connection(members: Members) -> None:
+    a, b = await members(2)
+    head = libp2p_yamux._HEAD.pack
+    frames = [
+        secrets.token_bytes(4000),
+        head(1, 0, 0, 1, 0),
+        head(0, 9, 0, 1, 0),
+        head(0, 0, 1, 2, 0),  # a stream id of the other side
+        head(0, 0, 1, 0, 0),
+        head(0, 0, 1, 999, 0xFFFFFFFF),
+        head(0, 0, 1, 999, 262_145) + bytes(262_145),  # more than the window
+        head(0, 2, 1, 0, 7) * 5000,
+        b"".join(head(0, 1, 1, number, 0) for number in range(1001, 7001, 2)),
+        head(0, 1, 0, 1, 0xFFFFFFFF) * 3 + head(0, 3, 0, 0, 0),
+    ]
+
+    for frame in frames:
+
+        async def mangle(node: Libp2pNode, victim: ID, frame: bytes = frame) -> None:
+            (conn,) = node._swarm.live(victim)
+            await conn.muxed_conn.secured_conn.write(frame)  # type: ignore[attr-defined]
+            with trio.fail_after(5):
+                await conn.event_closed.wait()
+
+        await attack(a, mangle)
+        assert await b.ask(a) == b"?"
+    await until(lambda: a.host.connected == {b.peer})
+
+
+async def test_what_a_peer_sends_unasked_is_bounded(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libp2p_yamux, "UNREAD_BYTES_MAX", 2 * MiB)
+    a, b = await members(2)
+    gate = asyncio.Event()
+
+    async def wait(frame: bytes) -> bytes | None:
+        await gate.wait()
+        return frame
+
+    a.answer = wait
+
+    async def pour(node: Libp2pNode, victim: ID) -> None:
+        (conn,) = node._swarm.live(victim)
+        with suppress(Exception):
+            for _ in range(20):
+                stream = await open_stream(node, victim)
+                await libp2p_streams.write_frame(stream, b"?")
+                await stream.write(bytes(250_000))
+        with trio.fail_after(5):
+            await conn.event_closed.wait()
+
+    await attack(a, pour)
+    gate.set()
+    assert await b.ask(a) == b"?"
+
+
+async def test_a_slow_sender_is_cut_off(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libp2p_streams, "FRAME_S", 0.5)
+    monkeypatch.setattr(libp2p_streams, "IDLE_S", 1.0)
+    a, b = await members(2)
+
+    async def drip(node: Libp2pNode, victim: ID) -> None:
+        idle = await open_stream(node, victim)
+        slow = await open_stream(node, victim)
+        began = trio.current_time()
+        with suppress(Exception):
+            for byte in b"\x00\x00\x01\x00" + bytes(256):
+                await slow.write(bytes([byte]))
+                await trio.sleep(0.1)
+        assert trio.current_time() - began < 2
+        await wait_closed(idle, 3)
+
+    await attack(a, drip)
+    assert await b.ask(a) == b"?"
+
+
+async def test_streams_in_number_are_refused_beyond_a_bound(members: Members) -> None:
+    a, b = await members(2)
+
+    async def hoard(node: Libp2pNode, victim: ID) -> None:
+        opened = 0
+        for _ in range(libp2p_yamux.INBOUND_STREAMS_MAX + 30):
+            with suppress(Exception), trio.fail_after(2):
+                await open_stream(node, victim)
+                opened += 1
+        assert opened <= libp2p_yamux.INBOUND_STREAMS_MAX
+        assert opened > libp2p_yamux.INBOUND_STREAMS_MAX // 2
+
+    await attack(a, hoard)
+    assert await b.ask(a) == b"?"
+
+
+async def test_a_frozen_peer_costs_its_callers_their_deadline_and_nobody_else_anything(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libp2p_yamux, "PING_S", 0.5)
+    monkeypatch.setattr(libp2p_yamux, "SILENCE_S", 4.0)
+    group = await members(4)
+    a, b = group[0], group[1]
+    code = (
+        "import asyncio, sys\n"
+        "from tests.test_libp2p_host import Member\n"
+        "async def main():\n"
+        "    member = Member()\n"
+        "    await member.host.start()\n"
+        "    print(member.peer, member.host.address, flush=True)\n"
+        "    await asyncio.to_thread(sys.stdin.read)\n"
+        "    await member.host.close()\n"
+        "asyncio.run(main())\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        peer, address = (await process.stdout.readline()).decode().split()
+        for member in group:
+            await member.host.connect(PeerId(peer), address, 10)
+        assert await a.host.request(PeerId(peer), PROTOCOL, b"?", 5) == b"?"
+        await meshed(*group)
+        process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        pending = [asyncio.create_task(a.host.request(PeerId(peer), PROTOCOL, bytes(MiB), 1.0)) for _ in range(20)]
+        worst = 0.0
+        for number in range(50):
+            at = time.monotonic()
+            assert await a.ask(b, timeout_s=1) == b"?"
+            worst = max(worst, time.monotonic() - at)
+            a.host.publish(TOPIC, number.to_bytes(4, "big") + bytes(20_000))
+        assert worst < 0.5
+        assert {await failure(call) for call in pending} == {"timeout"}
+        assert time.monotonic() - began < 5
+        await until(lambda: len(b.gossip) == 50)
+        assert await a.host.provide("/cache/2", 5)
+        at = time.monotonic()
+        assert (await b.host.find_providers("/cache/2", 1, 5))[0] == (a.peer,)
+        assert (await b.host.find_providers("/cache/3", 1, 5))[0] == ()
+        assert time.monotonic() - at < 2 * libp2p_dht.QUERY_S
+        await until(lambda: all((PeerId(peer), False) in member.changes for member in group), 10)
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.stdin.close()
+        await asyncio.wait_for(process.wait(), 20)
+
+
+async def test_a_host_whose_thread_died_comes_back_at_its_address(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperspace_vllm.daemon.libp2p_host.RESTART_S", (0.2,))
+    a, b = await members(2)
+    address = b.host.address
+
+    async def wait(frame: bytes) -> bytes | None:
+        await asyncio.sleep(60)
+        return frame
+
+    async def die() -> None:
+        raise RuntimeError("a bug in there")
+
+    a.answer = wait
+    waiting = asyncio.create_task(b.ask(a, timeout_s=30))
+    await until(lambda: a.answering)
+    assert b.host._link is not None
+    b.host._link.spawn(die)
+    assert await failure(waiting) == "unreachable"
+    await until(lambda: not a.host.connected and not b.host.connected)
+    assert b.changes == [(a.peer, True), (a.peer, False)]
+
+    async with asyncio.timeout(10):
+        while b.peer not in a.host.connected:
+            with suppress(PeerFailed):
+                await a.host.connect(b.peer, address, 1)
+            await asyncio.sleep(0.1)
+    assert await a.ask(b) == b"?"
+    assert b.host.address == address
+
+
+def test_nothing_is_written_to_stderr() -> None:
+    code = (
+        "import asyncio, socket\n"
+        "from tests.test_libp2p_host import Member, failure\n"
+        "from hyperspace_vllm.daemon.libp2p_node import split_address\n"
+        "async def main():\n"
+        "    a, b = Member(), Member()\n"
+        "    await a.host.start(); await b.host.start()\n"
+        "    await a.meet(b)\n"
+        "    await failure(a.host.connect(Member().peer, b.host.address, 2))\n"
+        "    await failure(a.host.request(b.peer, '/no/such', b'?', 2))\n"
+        "    socket.create_connection(split_address(b.host.address)).sendall(bytes(1000))\n"
+        "    assert await a.ask(b) == b'?'\n"
+        "    await b.host.close(); await a.host.close()\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.decode(), done.stdout.decode()) == (0, "", "")
+
+
+# --- mDNS ---------------------------------------------------------------------------------------
+
+
+async def test_nodes_on_one_network_discover_each_other(members: Members) -> None:
+    a, b = await members(2, meet=False, mdns=True, network_key=bytes(32))
+    (other,) = await members(1, meet=False, mdns=True)
+    try:
+        await until(lambda: b.peer in a.discovered and a.peer in b.discovered, 8)
+    except TimeoutError:
+        pytest.skip("no multicast on this machine's loopback")
+    assert a.discovered == {b.peer: b.host.address}
+    assert other.discovered == {}  # a private network has a name of its own
+    assert a.host.connected == frozenset()
+
+
+def test_only_addresses_of_nodes_are_read_from_a_txt_record() -> None:
+    peer = Member().peer
+    good = f"/ip4/192.0.2.1/tcp/7000/p2p/{peer}".encode()
+    records: dict[bytes, bytes | None] = {
+        b"dnsaddr": good,
+        b"dnsaddr1": f"/ip6/2001:db8::1/tcp/7000/p2p/{peer}".encode(),
+        b"dnsaddr2": None,
+        b"dnsaddr3": b"\xff/\xff",
+        b"dnsaddr4": f"/ip4/192.0.2.1/udp/7000/p2p/{peer}".encode(),
+        b"dnsaddr5": b"/ip4/192.0.2.1/tcp/99999/p2p/" + peer.encode(),
+        b"dnsaddr6": b"/ip4/192.0.2.1/tcp/1/p2p/12D3KooWnobody",
+        b"other": good,
+    }
+    assert peers_in(records) == [(peer, "192.0.2.1:7000"), (peer, "[2001:db8::1]:7000")]
+
+
+def test_a_wildcard_is_announced_as_addresses_that_can_be_dialled() -> None:
+    assert reachable_hosts("127.0.0.1") == ["127.0.0.1"]
+    assert reachable_hosts("::1") == ["::1"]
+    for wildcard in ("0.0.0.0", "::"):
+        hosts = reachable_hosts(wildcard)
+        assert hosts
+        assert wildcard not in hosts
+
+
+# --- what is overridden -------------------------------------------------------------------------
+
+
+def test_the_library_is_the_one_that_was_read() -> None:
+    """Everything below was found by reading this version; read the next one before changing the number."""
+    assert version("libp2p") == "0.8.1"
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        libp2p_swarm.NodeSwarm,
+        libp2p_swarm.NodePeerStore,
+        libp2p_swarm.NodeHost,
+        libp2p_swarm.NodeTransport,
+        libp2p_swarm.NodeUpgrader,
+        libp2p_swarm._NoAutoConnector,
+        libp2p_dht.NodeDht,
+        libp2p_dht.NodeProviders,
+        libp2p_dht._ConnectedOnly,
+        libp2p_dht._NoValues,
+        libp2p_gossip.NodeGossip,
+        libp2p_gossip.NodePubsub,
+        libp2p_gossip.GossipQueue,
+    ],
+)
+def test_every_overridden_method_is_still_the_librarys(ours: type) -> None:
+    new = {
+        *("live", "drop", "close_sockets", "_handshaking", "forget", "_may_pass", "_deliver", "renew", "_tell"),
+        *("_forget", "_ask_closer", "_query", "_walk", "_learn_addresses"),
+    }
+    for name, value in vars(ours).items():
+        if callable(value) and name not in new and not name.startswith("__"):
+            assert any(name in vars(base) for base in ours.__mro__[1:]), f"{ours.__name__}.{name} overrides nothing"
+
+
+async def test_every_default_of_the_library_that_matters_is_set() -> None:
+    async def main() -> None:
+        node = Libp2pNode(NodeSettings(SigningKey.generate(), "127.0.0.1:0", bytes(32), (), (TOPIC,)), Silent())
+        for module in (kad_module, provider_module):
+            assert module.QUERY_TIMEOUT == 1.5  # type: ignore[attr-defined]
+        assert provider_module.PROVIDER_RECORD_EXPIRATION_INTERVAL == 15 * 60
+        assert provider_module.PROVIDER_RECORD_REPUBLISH_INTERVAL == 5 * 60
+        dht, gossip, swarm = node._dht, node._gossip, node._swarm
+        # Names that the library reads: were they renamed, these would be ours alone and do nothing.
+        for name in ("_provider_rate_max", "_inbound_limiter", "value_store", "provider_store", "routing_table"):
+            assert f"self.{name}" in _source(kad_module), name
+        assert dht._provider_rate_max == libp2p_dht.PROVIDER_MESSAGES_PER_10_S
+        assert dht._inbound_limiter.total_tokens == libp2p_dht.DHT_STREAMS_MAX
+        assert not gossip.spam_protection_enabled
+        assert not gossip.eclipse_protection_enabled
+        assert not gossip.adaptive_gossip_enabled
+        assert gossip.heartbeat_interval == 1
+        assert swarm.connection_config.max_connections == 64
+        assert swarm.retry_config.max_retries == 0
+        assert swarm.psk == bytes(32).hex()
+        # Noise and our yamux, nothing else: the library's own offer holds plaintext and SECIO.
+        assert list(swarm.upgrader.security_multistream.transports) == ["/noise"]
+        assert list(swarm.upgrader.muxer_multistream.transports) == ["/yamux/1.0.0"]
+        node._pubsub.seen_messages.stop()
+
+    await asyncio.to_thread(trio.run, main)
+
+
+def _source(module: object) -> str:
+    with open(module.__file__) as file:  # type: ignore[attr-defined]
+        return file.read()
+
+
+async def test_windows_are_updated_once_half_of_them_is_used() -> None:
+    async def main() -> None:
+        sent: list[bytes] = []
+
+        class Wire:
+            is_initiator = True
+
+            async def write(self, data: bytes) -> None:
+                sent.append(data)
+
+        conn = libp2p_yamux.YamuxConnection(Wire(), ID(b"peer"))  # type: ignore[arg-type]
+        stream = await conn.open_stream()
+        conn._frames.clear()
+        half = libp2p_yamux.WINDOW_BYTES // 2
+        stream.on_data(bytes(half))
+        for _ in range(half - 1):
+            await stream.read(1)
+        assert not conn._frames
+        await stream.read(1)
+        (update,) = conn._frames
+        assert libp2p_yamux._HEAD.unpack(update) == (0, 1, 0, 1, half + libp2p_yamux.WINDOW_BYTES)
+
+    await asyncio.to_thread(trio.run, main)
