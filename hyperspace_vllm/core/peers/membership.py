@@ -89,6 +89,11 @@ class Membership:
                 self._peers.add(Peer(peer, configured=address))
 
     @property
+    def own(self) -> PeerRecord:
+        """This node's record."""
+        return self._own
+
+    @property
     def own_raw(self) -> bytes:
         """This node's encoded record."""
         return self._own_raw
@@ -131,7 +136,7 @@ class Membership:
             known.outbound, known.connected_at_ms = known.dialling, now_ms
         known.connected, known.dialling = True, False
         self._heard(known, now_ms)
-        return [self._ask(peer, Greet(self._own_raw), GREET_MS)]
+        return [self._greet(known, now_ms)]
 
     def on_disconnected(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
         """Dial again after a while, or somebody else."""
@@ -281,19 +286,25 @@ class Membership:
     def _beat(self, now_ms: int) -> list[NetworkEffect]:
         effects: list[NetworkEffect] = []
         for known in self._peers:
+            if known.record is not None and known.record.expires_at_ms <= now_ms:
+                effects += self._expire(known, now_ms)
             if known.connected:
                 effects += self._check_connected(known, now_ms)
             elif known.dialling and now_ms - known.dialled_at_ms > 2 * CONNECT_MS:
                 self._dial_failed(known, now_ms)  # perhaps a connection was there already
-            if known.record is not None and known.record.expires_at_ms <= now_ms:
-                known.record, known.raw, known.advertised = None, b"", ""
-                self.changed = True
-                if not (known.connected or known.dialling or known.bootstrap):
-                    self._peers.remove(known.peer)
         return effects
 
+    def _expire(self, known: Peer, now_ms: int) -> list[NetworkEffect]:
+        known.record, known.raw, known.advertised = None, b"", ""
+        self.changed = True
+        if known.connected:
+            return [self._greet(known, now_ms)]  # its own greeting was lost, or the clock was set
+        if not (known.dialling or known.bootstrap):
+            self._peers.remove(known.peer)
+        return []
+
     def _check_connected(self, known: Peer, now_ms: int) -> list[NetworkEffect]:
-        if known.record is None and now_ms - known.connected_at_ms > GREET_BY_MS:
+        if known.record is None and now_ms - known.asked_at_ms > GREET_BY_MS:
             return [Disconnect(known.peer)]
         if known.silent and now_ms - known.silent_at_ms > SILENT_DISCONNECT_MS:
             return [Disconnect(known.peer)]
@@ -362,6 +373,10 @@ class Membership:
         self._rng.shuffle(unused)
         unused.sort(key=lambda known: known.outbound)
         return [Disconnect(known.peer) for known in unused[:excess]]
+
+    def _greet(self, known: Peer, now_ms: int) -> Send:
+        known.asked_at_ms = now_ms
+        return self._ask(known.peer, Greet(self._own_raw), GREET_MS)
 
     # --- leaves ---------------------------------------------------------------------------------
 

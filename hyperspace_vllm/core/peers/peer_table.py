@@ -28,6 +28,7 @@ class Peer:
     connected: bool = False
     outbound: bool = False  # this node chose it
     connected_at_ms: int = 0
+    asked_at_ms: int = 0  # for its record
     silent: bool = False  # it left a ping or a dial unanswered
     silent_at_ms: int = 0
     heard_at_ms: int = 0
@@ -60,6 +61,7 @@ class Peer:
     def shift(self, by_ms: int) -> None:
         """The clock was set."""
         self.connected_at_ms += by_ms
+        self.asked_at_ms += by_ms
         self.silent_at_ms += by_ms
         self.heard_at_ms += by_ms if self.heard_at_ms else 0
         self.pinged_at_ms += by_ms if self.pinged_at_ms else 0
