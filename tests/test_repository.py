@@ -167,9 +167,17 @@ def test_only_the_adapter_imports_vllm() -> None:
     assert guilty == []
 
 
-def test_trio_and_libp2p_live_in_one_module() -> None:
+def test_trio_and_libp2p_live_behind_one_module() -> None:
     named = {path for path, tree in modules(PACKAGE) if {"trio", "libp2p"} & set(imported(tree))}
-    assert named <= {"hyperspace_vllm/daemon/libp2p_host.py"}
+    assert all(path.startswith("hyperspace_vllm/daemon/libp2p_") for path in named)
+    others = [(path, tree) for path, tree in modules(PACKAGE) if not path.startswith("hyperspace_vllm/daemon/libp2p_")]
+    inside = {
+        f"{path}: {node.module}"
+        for path, tree in others
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2].startswith("libp2p_")
+    }
+    assert {each.partition(": ")[2] for each in inside} == {"libp2p_host"}
 
 
 def test_public_classes_and_functions_of_the_package_say_what_they_are() -> None:

@@ -9,6 +9,7 @@ cancels nothing on the wire, windows are updated once half of them is used, and 
 silent or doesn't read for too long loses its connection.
 """
 
+import logging
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -23,6 +24,8 @@ from multiaddr import Multiaddr
 
 from ..core.records.limits import KiB, MiB
 from .token_bucket import TokenBucket
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL = "/yamux/1.0.0"
 WINDOW_BYTES = 256 * KiB  # what the protocol starts with
@@ -338,7 +341,7 @@ class YamuxConnection(IMuxedConn):
         try:
             await task()
         except Exception:
-            pass
+            logger.debug("a connection has ended", exc_info=True)
         finally:
             self.stop()
 
