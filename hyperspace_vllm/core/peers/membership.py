@@ -19,7 +19,7 @@ from collections.abc import Callable
 from ..node.network_effects import ChargePeer, Connect, Disconnect, NetworkEffect, Send
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId, PeerId
-from ..records.limits import PEER_RECORD_TTL_MS, PEERS_KNOWN_MAX, PEX_RECORDS_MAX
+from ..records.limits import CLOCK_SKEW_MS, PEER_RECORD_TTL_MS, PEERS_KNOWN_MAX, PEX_RECORDS_MAX
 from ..records.peer_record import PeerRecord, check_peer_record, decode_peer_record
 from ..records.peer_wire import KNOWN_BYTES, Greet, PeerRequest, Peers, Ping, WantPeers
 from .address import may_dial
@@ -279,7 +279,8 @@ class Membership:
         self._beat_at_ms += by_ms
         self._exchange_at_ms += by_ms
         self._explore_at_ms += by_ms
-        self._renew_at_ms += by_ms
+        # Others don't believe a record that is dated by a clock so far ahead.
+        self._renew_at_ms = self._beat_at_ms if by_ms < -CLOCK_SKEW_MS else self._renew_at_ms + by_ms
         for known in self._peers:
             known.shift(by_ms)
 
@@ -403,7 +404,7 @@ class Membership:
     def _outbid(self, record: PeerRecord, now_ms: int) -> None:
         """Of an earlier life, with a clock that was ahead: say something that counts as newer."""
         if record.sequence > self._sequence:
-            check_peer_record(record, self._network, now_ms)
+            check_peer_record(record, self._network, record.expires_at_ms - 1)  # whatever its date
             self._sequence = record.sequence
             self._renew_at_ms = min(self._renew_at_ms, now_ms + HEARTBEAT_MS)
 
