@@ -16,12 +16,15 @@ from nacl.signing import SigningKey
 from hyperspace_vllm.core.records.ids import PeerId, network_id, peer_id
 from hyperspace_vllm.core.records.limits import PROVIDERS_MAX, REGISTRY_TTL_MS
 
+from . import network_nodes
+from .network_nodes import NetworkedNode, body_of, private_network
+
 # One program under two names. Debian's redis-tools has it without the service that its redis-server starts.
 REDIS = shutil.which("redis-server") or shutil.which("redis-check-rdb")
 redis_registry = pytest.importorskip("hyperspace_vllm.daemon.redis_registry")
 pytestmark = [
     pytest.mark.io,
-    pytest.mark.skipif(REDIS is None, reason="no redis-server: `make setup` installs one"),
+    pytest.mark.skipif(REDIS is None, reason="no redis-server: `make test` installs one"),
 ]
 
 NETWORK = network_id("test")
@@ -257,3 +260,33 @@ async def test_without_redis_the_queue_stays_bounded(
     await until(found(b, every[-1]))
     await until(found(b, every[-100]))
     assert await b.providers(every[0]) == ()
+
+
+def test_whole_nodes_find_each_others_responses_through_redis_and_do_without_it(
+    tmp_path: Path, server: RedisServer
+) -> None:
+    nodes = private_network(tmp_path, 2, registry=server.url)
+    try:
+        first, second = nodes
+        network_nodes.until(lambda: second.card().get("p2p") and first.status()["p2p"]["known_peers"] == 1, 30)
+        first.store("early")
+        network_nodes.until(lambda: first.find("nothing").answer is not None, 10)
+        directory = tmp_path / "late"
+        directory.mkdir(mode=0o700)
+        key = Path(first.config.network_key_file)
+        nodes.append(NetworkedNode(network_nodes.config_of(directory, key, nodes, registry=server.url)))
+        late = nodes[-1]  # it has heard no gossip of it
+        network_nodes.until(lambda: late.card().get("p2p") and late.status()["p2p"]["known_peers"] == 2, 30)
+        found = late.find("early")
+        assert found.hinted
+        assert found.body == body_of("early")
+
+        server.kill()
+        second.store("without Redis")
+        network_nodes.until(lambda: first.find("without Redis").body == body_of("without Redis"), 20)
+        began = time.monotonic()
+        assert late.find("nobody has this").body is None
+        assert time.monotonic() - began < 4
+    finally:
+        for node in nodes:
+            node.stop()
