@@ -325,7 +325,7 @@ class NetworkNode:
         self._popularity.add(event.request_hash, now_ms)
         if len(self._lookups) >= LOOKUPS_MAX:
             return [HintResponse(event.lookup, False), AnswerResponse(event.lookup, None, "none", "busy")]
-        if not self.members.usable(now_ms):
+        if not self.members.any_usable(now_ms):
             return [HintResponse(event.lookup, False), AnswerResponse(event.lookup, None, "none", "no_peers")]
         told = (*event.told, *self.providers(event.request_hash, now_ms))
         providers = self._candidates(told, now_ms)

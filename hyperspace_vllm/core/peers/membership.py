@@ -14,7 +14,7 @@ Connections beyond NEIGHBOURS_MAX that nobody uses are closed.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ..node.network_effects import ChargePeer, Connect, Disconnect, NetworkEffect, Send
 from ..records.errors import ProtocolViolation, Refused
@@ -113,11 +113,11 @@ class Membership:
 
     def usable(self, now_ms: int) -> tuple[PeerRecord, ...]:
         """Valid records of peers that don't keep silent, in the order in which they were met."""
-        return tuple(
-            known.record
-            for known in self._peers
-            if known.record is not None and known.record.expires_at_ms > now_ms and not known.silent
-        )
+        return tuple(known.record for known in self._usable(now_ms) if known.record is not None)
+
+    def any_usable(self, now_ms: int) -> bool:
+        """Whether there is one."""
+        return next(self._usable(now_ms), None) is not None
 
     def neighbours(self) -> list[Peer]:
         """Connected peers that have greeted and don't keep silent."""
@@ -227,10 +227,8 @@ class Membership:
         theirs = {want.known[at : at + 8]: want.known[at + 8 : at + size] for at in range(0, len(want.known), size)}
         lacking = [
             known.raw
-            for known in self._peers
+            for known in self._usable(now_ms)
             if known.record is not None
-            and known.record.expires_at_ms > now_ms
-            and not known.silent
             and theirs.get(known.record.public_key[:8], b"") < known.record.sequence.to_bytes(8, "big")
         ]
         if len(lacking) > PEX_RECORDS_MAX:
@@ -380,6 +378,11 @@ class Membership:
         return self._ask(known.peer, Greet(self._own_raw), GREET_MS)
 
     # --- leaves ---------------------------------------------------------------------------------
+
+    def _usable(self, now_ms: int) -> Iterator[Peer]:
+        for known in self._peers:
+            if known.record is not None and known.record.expires_at_ms > now_ms and not known.silent:
+                yield known
 
     def _accept(self, record: PeerRecord, raw: bytes, told_by: PeerId | None, now_ms: int) -> None:
         is_member = self._meet(record.public_key, record.member_tag)
