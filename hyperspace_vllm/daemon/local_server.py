@@ -13,6 +13,7 @@ from functools import partial
 from itertools import count
 from typing import Literal, Protocol, assert_never
 
+import msgspec
 import zmq
 
 from .. import session_lock
@@ -344,7 +345,8 @@ class LocalServer:
                 self._release(session, lookup)
             case StoreResponse():
                 if self._responses is not None:
-                    self._responses.store(message)
+                    reach = self._config.share if message.scope == "network" else message.scope
+                    self._responses.store(msgspec.structs.replace(message, scope=reach))
             case TouchResponses(request_keys):
                 if self._responses is not None:
                     self._responses.touch(request_keys)

@@ -54,7 +54,7 @@ from ..core.node.network_events import (
 )
 from ..core.peers.trust import Trust
 from ..core.records.errors import ProtocolViolation, Refused
-from ..core.records.ids import NetworkId, PeerId, RequestKey, RowId, peer_id
+from ..core.records.ids import NetworkId, PeerId, RequestKey, RowId, peer_id, public_key_of
 from ..core.records.limits import PROVIDERS_MAX, KiB
 from ..core.records.local import Scope
 from ..core.records.peer_record import PeerRecord
@@ -159,6 +159,7 @@ class NetworkDriver:
         self._closed = False
         self._tokens = 0
         self._replies: dict[int, asyncio.Future[PeerAnswer]] = {}
+        self._askers: dict[int, PeerId] = {}
         self._lookups: dict[int, _Lookup] = {}
         self._opened: dict[tuple[int, PeerId], Opened] = {}
         self._claims: OrderedDict[bytes, int] = OrderedDict()  # popularity of what is being stored
@@ -260,6 +261,7 @@ class NetworkDriver:
         self._tokens += 1
         token = self._tokens
         reply = self._replies[token] = self._loop.create_future()
+        self._askers[token] = peer
         try:
             self.submit(RequestReceived(token, peer, message))
             async with asyncio.timeout(REPLY_S):
@@ -267,7 +269,7 @@ class NetworkDriver:
         except TimeoutError:
             return encode(Refusal("busy"))
         finally:
-            del self._replies[token]
+            del self._replies[token], self._askers[token]
 
     def on_gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
         """A message on one of the topics."""
@@ -357,7 +359,9 @@ class NetworkDriver:
     async def _serve(self, effect: ServeResponse) -> None:
         answer: Hit | Miss = Miss("unknown")
         if self._responses is not None:
-            answer = await self._responses.answer(effect.request_hash, effect.popularity)
+            asker = self._askers.get(effect.token)
+            to_member = asker is not None and self._trust.admits(public_key_of(asker))
+            answer = await self._responses.answer(effect.request_hash, effect.popularity, to_member)
         if isinstance(answer, Hit):
             self._metrics.bytes_total.labels("served").inc(len(answer.sealed))
         self._reply(effect.token, answer)

@@ -47,11 +47,14 @@ class ResponseServer:
         self._threads = ThreadPoolExecutor(_THREADS, "hyperspace-response-server")
         self._closed = False
 
-    async def answer(self, request_hash: bytes, popularity: int) -> Hit | Miss:
-        """The response with this request hash, if it is here and may leave this node. Raises nothing, takes 250 ms."""
+    async def answer(self, request_hash: bytes, popularity: int, to_member: bool) -> Hit | Miss:
+        """The response with this request hash, if it is here and may go to whoever asks. Raises nothing, takes 250 ms.
+
+        Only members get what is shared with the network; the rest get what is public.
+        """
         if self._closed or not self._free.acquire(blocking=False):
             return Miss("busy")
-        making = self._threads.submit(self._make, request_hash, popularity)
+        making = self._threads.submit(self._make, request_hash, popularity, to_member)
         making.add_done_callback(self._freed)
         try:
             async with asyncio.timeout(ANSWER_S):
@@ -69,11 +72,11 @@ class ResponseServer:
         self._threads.shutdown(wait=False)
         self._readers.close()
 
-    def _make(self, wanted: bytes, popularity: int) -> tuple[Hit, bytes] | None:
+    def _make(self, wanted: bytes, popularity: int, to_member: bool) -> tuple[Hit, bytes] | None:
         """The sealed response and its proof's signer, in a thread."""
         now_ms = self._clock()
         found = self._readers.find(wanted, now_ms)
-        if found is None:
+        if found is None or not (to_member or found.scope == "public"):
             return None
         signer = self._checked_signer(found, wanted, now_ms)
         if signer is None:
