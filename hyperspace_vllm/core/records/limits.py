@@ -63,6 +63,7 @@ REGISTRY_LOGS_BYTES_MAX = 64 * MiB  # of all owners
 REGISTRY_INDEX_MAX = 200_000  # entries of all owners: 50 MiB in the node
 REGISTRY_IMPORTS_MAX = 8  # under way
 STREAM_FRAME_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB
+VRAM_SEGMENTS_MAX = 8192  # 2 Mi tokens in segments of 256; a digest of 4 KiB has 4 bits for each then
 RESPONSE_HINTS_MAX = 100_000  # pairs of an id and a provider that a node remembers from gossip: 40 MiB
 PROVIDERS_MAX = 8  # of one response
 
@@ -76,6 +77,7 @@ FETCH_PREFILL_SHARE = 0.5  # a fetch never takes longer than this share of the p
 UNHINTED_PREFILL_SHARE = 0.05  # looking for providers nobody announced
 RESPONSE_TTL_MS = 24 * 3600 * 1000
 PEER_RECORD_TTL_MS = 300_000  # renewed every minute
+PEER_RECORD_AGAIN_MS = 5_000  # between two renewals, however much changes
 REGISTRY_TTL_MS = RESPONSE_TTL_MS
 REGISTRY_WRITE_MS = 250  # between two writes of a node's own document
 REGISTRY_COMPACT_MS = 5_000  # between two of its epochs; 20 updates of 75 KiB = 1.5 MiB
