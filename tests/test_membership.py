@@ -499,7 +499,7 @@ def test_a_sign_of_life_makes_a_peer_usable_that_could_not_be_dialled() -> None:
     node.learn(1)
     node.members.on_connect_failed(Identity(1).peer, node.now_ms)
     assert node.usable() == set()
-    node.members.is_alive(Identity(1).peer)
+    node.members.is_alive(Identity(1).peer, node.now_ms)
     assert node.usable() == peers(1)
 
 

@@ -573,3 +573,16 @@ def test_a_restarted_node_replaces_what_its_earlier_run_said() -> None:
     assert other.registry.providers(b, later) == (new.peer,)
     assert new.registry.providers(b, later) == ()
     assert new.charged == other.charged == []
+
+
+@pytest.mark.parametrize(("back_ms", "anew"), [(1_000, False), (3_600_000, True)])
+def test_a_clock_that_is_set_back_stops_no_write_and_dates_the_document_anew(back_ms: int, anew: bool) -> None:
+    node = Node(1)
+    node.tick(START_MS)
+    now_ms = START_MS - back_ms
+    node.registry.shift(-back_ms)
+    (a,) = ids(1)
+    node.registry.note_stored(a, now_ms + REGISTRY_TTL_MS)
+    node.tick(now_ms + REGISTRY_WRITE_MS)
+    assert len(node.writes) == 2
+    assert node.writes[-1] == WriteRegistry(((a, now_ms + REGISTRY_TTL_MS),), (), compact=anew)

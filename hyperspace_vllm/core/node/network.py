@@ -14,6 +14,7 @@ from nacl.signing import SigningKey
 from ..peers.avoidance import Avoidance
 from ..peers.membership import GREET_MS, Membership
 from ..peers.registry import Registry
+from ..peers.served import worth_telling
 from ..peers.trust import Trust
 from ..records.announcement import PrefixEntry, ResponseEntry
 from ..records.errors import Refused
@@ -74,10 +75,12 @@ from .network_events import (
     ResponsesUsed,
     ResponseWanted,
     RowsStored,
+    ServedChanged,
 )
 
 LOOKUPS_MAX = 1_024
 REQUESTS_MAX = 4_096  # of ours, unanswered
+QUIET_MS, QUIET_MAX = 5_000, 4  # of who isn't connected, whoever was heard of lately is likelier to be reached
 SYNC_MS = 2_000  # the registry, with one neighbour
 SYNC_TIMEOUT_MS = 3_000
 FAIR_MS = 150  # half a deadline; a handshake with somebody far away takes longer than what others left of it
@@ -120,9 +123,7 @@ class NetworkNode:
         self._now_ms = now_ms
         self._asked: dict[int, _Asked] = {}
         self._requests = 0
-        self.models: tuple[bytes, ...] = ()
-        self.fingerprints: tuple[bytes, ...] = ()
-        self.load_permille = 0
+        self._served = ServedChanged((), (), 0, b"")
         self.members = Membership(
             options.network,
             self._me,
@@ -216,6 +217,11 @@ class NetworkNode:
                 return []
             case RowsStored():
                 return self._rows_stored(event)
+            case ServedChanged():
+                self._served = event
+                if worth_telling(self.members.own, event):
+                    self.members.renew_soon()
+                return []
             case OwnDeltaWritten():
                 return self.registry.on_own_delta(event, now_ms)
             case DeltasImported():
@@ -311,7 +317,7 @@ class NetworkNode:
             self.gossip_refused[batch.reason] = self.gossip_refused.get(batch.reason, 0) + 1
             return []
         sender = peer_id(batch.sender)
-        self.members.is_alive(sender)
+        self.members.is_alive(sender, now_ms)
         for entry in batch.entries:
             if now_ms < entry.expires_at_ms <= now_ms + REGISTRY_TTL_MS + CLOCK_SKEW_MS:
                 name = entry.request_hash if isinstance(entry, ResponseEntry) else entry.row_id
@@ -402,7 +408,7 @@ class NetworkNode:
         return now_ms - since_ms >= FAIR_MS
 
     def _candidates(self, told: tuple[PeerId, ...], now_ms: int) -> list[Candidate]:
-        """Providers that can be asked now, the best first: good ones, connected ones, near ones."""
+        """Providers that can be asked now, the best first: good, connected, lately heard of, near."""
         found = []
         for peer in dict.fromkeys(told):
             known = self.members.get(peer)
@@ -414,7 +420,9 @@ class NetworkNode:
             ):
                 continue
             score = round(self._trust.reputation.score(peer, now_ms), 1)
-            found.append(((known.silent, -score, not known.connected, known.rtt_ms, self._rng.random()), known))
+            quiet = min((now_ms - known.alive_at_ms) // QUIET_MS, QUIET_MAX)
+            order = (known.silent, -score, not known.connected, quiet, known.rtt_ms, self._rng.random())
+            found.append((order, known))
         found.sort(key=lambda each: each[0])
         return [Candidate(known.peer, known.address, known.rtt_ms) for _, known in found]
 
@@ -471,7 +479,7 @@ class NetworkNode:
         return Send(self._requests, peer, message, timeout_ms)
 
     def _own_record(self, sequence: int, expires_at_ms: int) -> PeerRecord:
-        options = self._options
+        options, served = self._options, self._served
         return PeerRecord(
             options.network,
             self._public_key,
@@ -481,9 +489,10 @@ class NetworkNode:
             options.endpoint,
             self._tag,
             options.capacity_bytes,
-            self.load_permille,
-            self.models,
-            self.fingerprints,
+            served.load_permille,
+            served.models,
+            served.fingerprints,
+            served.vram_digest,
         ).sign(self._key)
 
     def _heard(self, peer: PeerId, now_ms: int, rtt_ms: int | None = None) -> None:

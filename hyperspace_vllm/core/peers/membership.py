@@ -19,7 +19,13 @@ from collections.abc import Callable, Iterator
 from ..node.network_effects import ChargePeer, Connect, Disconnect, NetworkEffect, Send
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId, PeerId
-from ..records.limits import CLOCK_SKEW_MS, PEER_RECORD_TTL_MS, PEERS_KNOWN_MAX, PEX_RECORDS_MAX
+from ..records.limits import (
+    CLOCK_SKEW_MS,
+    PEER_RECORD_AGAIN_MS,
+    PEER_RECORD_TTL_MS,
+    PEERS_KNOWN_MAX,
+    PEX_RECORDS_MAX,
+)
 from ..records.peer_record import PeerRecord, check_peer_record, decode_peer_record
 from ..records.peer_wire import KNOWN_BYTES, Greet, PeerRequest, Peers, Ping, WantPeers
 from .address import may_dial
@@ -76,7 +82,6 @@ class Membership:
         self._members_only = members_only
         self._rng = rng
         self._peers = PeerTable()
-        self._renew_at_ms = now_ms
         self._sequence = now_ms  # greater than in an earlier life
         self._renew(now_ms)
         self._exchange_at_ms = now_ms + EXCHANGE_SOON_MS
@@ -97,6 +102,10 @@ class Membership:
     def own_raw(self) -> bytes:
         """This node's encoded record."""
         return self._own_raw
+
+    def renew_soon(self) -> None:
+        """What this node's record says has changed: renew it, if it was renewed just now a little later."""
+        self._renew_at_ms = min(self._renew_at_ms, self._renewed_at_ms + PEER_RECORD_AGAIN_MS)
 
     def start(self, now_ms: int) -> list[NetworkEffect]:
         """Dial the bootstrap list."""
@@ -171,10 +180,13 @@ class Membership:
             if rtt_ms is not None:
                 known.rtt_ms = rtt_ms if not known.rtt_ms else 0.8 * known.rtt_ms + 0.2 * rtt_ms
 
-    def is_alive(self, peer: PeerId) -> None:
+    def is_alive(self, peer: PeerId, now_ms: int) -> None:
         """Something fresh of the peer's came through others: if it couldn't be dialled, it can perhaps now."""
         known = self._peers.get(peer)
-        if known is not None and known.silent and not known.connected:
+        if known is None:
+            return
+        known.alive_at_ms = now_ms
+        if known.silent and not known.connected:
             known.silent = False
             self.changed = True
 
@@ -279,6 +291,7 @@ class Membership:
         self._explore_at_ms += by_ms
         # Others don't believe a record that is dated by a clock so far ahead.
         self._renew_at_ms = self._beat_at_ms if by_ms < -CLOCK_SKEW_MS else self._renew_at_ms + by_ms
+        self._renewed_at_ms += by_ms
         for known in self._peers:
             known.shift(by_ms)
 
@@ -399,7 +412,7 @@ class Membership:
         if moved and not known.connected:
             known.failures, known.dial_at_ms = 0, now_ms
         self.changed = True
-        self.is_alive(record.peer)
+        self.is_alive(record.peer, now_ms)
 
     def _may_dial(self, address: str) -> bool:
         return may_dial(address, self._own.address)
@@ -416,7 +429,7 @@ class Membership:
         return known is None or known.record is None or known.record.sequence < record.sequence
 
     def _heard(self, known: Peer, now_ms: int) -> None:
-        known.heard_at_ms = now_ms
+        known.heard_at_ms = known.alive_at_ms = now_ms
         known.pinged_at_ms = 0
         if known.silent:
             known.silent = False
@@ -435,7 +448,7 @@ class Membership:
 
     def _renew(self, now_ms: int) -> None:
         self._sequence += 1
-        self._renew_at_ms = now_ms + RENEW_MS
+        self._renewed_at_ms, self._renew_at_ms = now_ms, now_ms + RENEW_MS
         self._own = self._sign_own(self._sequence, now_ms + PEER_RECORD_TTL_MS)
         self._own_raw = self._own.encode()
 

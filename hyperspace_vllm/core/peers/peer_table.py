@@ -32,6 +32,7 @@ class Peer:
     silent: bool = False  # it left a ping or a dial unanswered
     silent_at_ms: int = 0
     heard_at_ms: int = 0
+    alive_at_ms: int = 0  # when something fresh of it last came, through others too
     pinged_at_ms: int = 0  # the ping is unanswered
     used_at_ms: int = 0  # for something other than staying in touch
     dialling: bool = False
@@ -64,6 +65,7 @@ class Peer:
         self.asked_at_ms += by_ms
         self.silent_at_ms += by_ms
         self.heard_at_ms += by_ms if self.heard_at_ms else 0
+        self.alive_at_ms += by_ms
         self.pinged_at_ms += by_ms if self.pinged_at_ms else 0
         self.used_at_ms += by_ms
         self.dialled_at_ms += by_ms

@@ -8,6 +8,7 @@ the document holds.
 
 from ..node.network_effects import WriteRegistry
 from ..records.limits import (
+    CLOCK_SKEW_MS,
     REGISTRY_CHANGES_MAX,
     REGISTRY_COMPACT_MS,
     REGISTRY_ENTRIES_MAX,
@@ -96,10 +97,10 @@ class OwnEntries:
         self._write_at_ms = now_ms + _RETRY_MS
 
     def shift(self, by_ms: int) -> None:
-        """The clock was set."""
+        """The clock was set. Others don't take a snapshot that is dated by a clock so far ahead: write another."""
         self._write_at_ms += by_ms
         if self._compacted_at_ms is not None:
-            self._compacted_at_ms += by_ms
+            self._compacted_at_ms = self._compacted_at_ms + by_ms if by_ms >= -CLOCK_SKEW_MS else None
 
     def _must_compact(self, now_ms: int) -> bool:
         if self._compacted_at_ms is None or self.log is None or now_ms >= self._compact_by_ms:
