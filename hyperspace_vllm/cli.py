@@ -136,7 +136,9 @@ def _print_status(status: dict[str, Any]) -> None:
     arena = status["arena"]
     used = arena["capacity_bytes"] - arena["free_bytes"]
     table.add_row("network", status["network"])
-    table.add_row("endpoint", status["endpoint"] or "none")
+    table.add_row("KV endpoint", status["endpoint"] or "none")
+    for name, value in _network_rows(status):
+        table.add_row(name, value)
     table.add_row("data directory", status["data_dir"])
     table.add_row("running", f"pid {status['pid']}, {status['uptime_s']:.0f} s, version {status['version']}")
     table.add_row("engine processes", str(status["engine_leases"]))
@@ -144,7 +146,7 @@ def _print_status(status: dict[str, Any]) -> None:
         f"{peer['peer_id']} at {peer['endpoint']}, {'connected' if peer['connected'] else 'not connected'}"
         for peer in status["peers"]
     ]
-    table.add_row("peers", "\n".join(peers) or "none configured")
+    table.add_row("KV peers", "\n".join(peers) or "none")
     table.add_row("arena", f"{_size(used)} of {_size(arena['capacity_bytes'])}, {arena['rows']} rows")
     for name, value in (status["responses"] or {}).items():
         table.add_row(f"responses: {name}", f"{value}")
@@ -155,6 +157,19 @@ def _print_status(status: dict[str, Any]) -> None:
             labels = " ".join(sample["labels"].values())
             table.add_row(f"{_SHOWN[sample['name']]} {labels}", f"{sample['value']:,.0f}")
     Console().print(table)
+
+
+def _network_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
+    p2p = status["p2p"]
+    if p2p is None:
+        return [("joined", "no: p2p_listen is empty")]
+    if "address" not in p2p:
+        return [("joined", p2p["state"])]
+    return [
+        ("others join through", f"{status['peer_id']}@{p2p['address']}"),
+        ("joined", f"{len(p2p['connected'])} nodes connected, {p2p['known_peers']} known"),
+        ("others' responses", f"{p2p['hints']} hinted by gossip, {p2p['registry_entries']} in the registry"),
+    ]
 
 
 _SHOWN = {
