@@ -159,6 +159,19 @@ class RowsStored:
     expires_at_ms: int
 
 
+# --- L3 -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ServedChanged:
+    """What the engines of this host serve now, all of it, for this node's PeerRecord (the fields are the record's)."""
+
+    models: tuple[bytes, ...]
+    fingerprints: tuple[bytes, ...]
+    load_permille: int
+    vram_digest: bytes
+
+
 # --- registry -----------------------------------------------------------------------------------
 
 
@@ -212,6 +225,7 @@ NetworkEvent = (
     | ResponsesGone
     | ResponsesUsed
     | RowsStored
+    | ServedChanged
     | OwnDeltaWritten
     | DeltasImported
     | DeltasRefused
