@@ -613,3 +613,13 @@ def test_avoidance_is_bounded_and_ends_when_the_clock_is_set_back() -> None:
     assert not avoidance.avoids(PeerId("0"), NOW_MS)
     assert avoidance.avoids(PeerId("1"), NOW_MS)
     assert not avoidance.avoids(PeerId("1"), NOW_MS - HOUR_MS)
+
+
+def test_a_silent_peer_is_asked_again_once_it_was_heard_of_or_may_be_dialled() -> None:
+    known = Peer(PeerId("a"), advertised="10.0.0.1:1", silent=True, silent_at_ms=100, dial_at_ms=500)
+    assert not known.may_be_asked(499)
+    assert known.may_be_asked(500)
+    known.alive_at_ms = 101
+    assert known.may_be_asked(102)
+    known.connected = True  # over which it keeps silent
+    assert not known.may_be_asked(1_000)

@@ -54,10 +54,11 @@ class Peer:
         return self.advertised
 
     def may_be_asked(self, now_ms: int) -> bool:
-        """Over its connection, or over a new one; one that could not be dialled, when it may be dialled again."""
+        """Over its connection, or over a new one; one that kept silent, when it was heard of since or may be dialled."""
         if self.connected:
             return not self.silent
-        return bool(self.address) and (not self.silent or self.dial_at_ms <= now_ms)
+        was_heard_of = self.alive_at_ms > self.silent_at_ms
+        return bool(self.address) and (not self.silent or was_heard_of or self.dial_at_ms <= now_ms)
 
     def shift(self, by_ms: int) -> None:
         """The clock was set."""
