@@ -1,6 +1,7 @@
 """The libp2p host over real sockets: what it delivers, what garbage, silence and death cost, what is kept of peers."""
 
 import asyncio
+import gc
 import os
 import secrets
 import signal
@@ -98,6 +99,8 @@ async def members() -> AsyncIterator[Members]:
         if meet:
             for number, member in enumerate(started):
                 await member.meet(*started[:number])
+            # Who dials is through a moment before who is dialled.
+            await until(lambda: all(len(member.host.connected) >= count - 1 for member in started))
         return started
 
     yield start
@@ -587,7 +590,8 @@ async def test_garbage_below_the_streams_ends_only_that_connection(members: Memb
 
         async def mangle(node: Libp2pNode, victim: ID, frame: bytes = frame) -> None:
             (conn,) = node._swarm.live(victim)
-            await conn.muxed_conn.secured_conn.write(frame)  # type: ignore[attr-defined]
+            with suppress(Exception):  # it closes before it has read all of it
+                await conn.muxed_conn.secured_conn.write(frame)  # type: ignore[attr-defined]
             with trio.fail_after(5):
                 await conn.event_closed.wait()
 
@@ -742,6 +746,37 @@ async def test_a_host_whose_thread_died_comes_back_at_its_address(
             await asyncio.sleep(0.1)
     assert await a.ask(b) == b"?"
     assert b.host.address == address
+
+
+async def test_connections_that_come_and_go_leave_nothing_behind(members: Members) -> None:
+    a, b = await members(2)
+
+    def left(member: Member) -> tuple[int, int, int]:
+        node = member.host._link.node  # type: ignore[union-attr]
+        gc.collect()
+        tasks = sum(len(each.manager._task_nursery.child_tasks) for each in (node._pubsub, node._swarm))
+        return tasks, len(node._swarm.sockets), len(node._asker._spare) + len(node._dialling)
+
+    async def come_and_go() -> None:
+        await asyncio.gather(a.meet(b), b.meet(a))
+        await a.ask(b)
+        a.host.publish(TOPIC, secrets.token_bytes(8))
+        await asyncio.sleep(0.05)
+        await a.host.disconnect(b.peer)
+        await until(lambda: not a.host.connected and not connections(b, a))
+
+    for _ in range(3):
+        await come_and_go()
+    before = left(a), left(b)
+    for _ in range(12):
+        await come_and_go()
+    await until(
+        lambda: all(
+            now <= was + 2
+            for pair in zip((left(a), left(b)), before, strict=True)
+            for now, was in zip(*pair, strict=True)
+        )
+    )
 
 
 def test_nothing_is_written_to_stderr() -> None:

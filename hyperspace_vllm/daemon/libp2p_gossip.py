@@ -122,6 +122,7 @@ class NodePubsub(Pubsub):
         )
         self._topics = topics
         self._buckets: dict[ID, tuple[TokenBucket, TokenBucket]] = {}
+        self._greeting: set[ID] = set()
         self._on_message = on_message
         for topic in topics:
             self.set_topic_validator(topic, self._deliver, False)
@@ -140,6 +141,16 @@ class NodePubsub(Pubsub):
     def forget(self, peer_id: ID) -> None:
         """The neighbour is gone."""
         self._buckets.pop(peer_id, None)
+        self._handle_dead_peer(peer_id)
+
+    async def _handle_new_peer(self, peer_id: ID) -> None:
+        # Once at a time: of two the library forgets the first's queue, whose task then waits for ever.
+        if peer_id not in self._greeting:
+            self._greeting.add(peer_id)
+            try:
+                await super()._handle_new_peer(peer_id)
+            finally:
+                self._greeting.discard(peer_id)
 
     def _is_subscribed_to_msg(self, msg: rpc_pb2.Message) -> bool:
         # Asked before a task is made for the message: most that come are copies of one that we have.

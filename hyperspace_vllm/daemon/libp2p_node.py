@@ -131,6 +131,7 @@ class Libp2pNode:
         )
         transport.swarm = self._swarm
         self._swarm.on_peer = self._on_peer
+        self._swarm.admit = self._admit
         self._host = NodeHost(
             self._swarm,
             negotiate_timeout=swarm.NEGOTIATION_S,
@@ -223,11 +224,13 @@ class Libp2pNode:
         peers = tuple(PeerId(info.peer_id.to_base58()) for info in found)
         return tuple(peer for peer in peers if _is_node(peer)), (time.thread_time() - began) * 1000
 
+    async def _admit(self, peer_id: ID) -> None:
+        # Before identify has said so: our nodes all serve the DHT, and others are taken out again.
+        with trio.move_on_after(1):
+            await self._dht.add_peer(peer_id, skip_server_mode_check=True)
+
     def _on_peer(self, peer_id: ID, connected: bool) -> None:
-        if connected:
-            # Before identify has said so: our nodes all serve the DHT, and others are taken out again.
-            self._swarm.manager.run_task(partial(self._dht.add_peer, peer_id, skip_server_mode_check=True))
-        else:
+        if not connected:
             self._asker.forget(peer_id)
             self._pubsub.forget(peer_id)
             self._dht.routing_table.remove_peer(peer_id)

@@ -150,6 +150,7 @@ class NodeSwarm(Swarm):
     """Connections, counted and bounded; tells `on_peer(peer, connected)` when the first opens and the last closes."""
 
     on_peer: Callable[[ID, bool], None]
+    admit: Callable[[ID], Awaitable[None]]  # called before a peer's connection is told of
     listen_error: OSError | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -224,6 +225,7 @@ class NodeSwarm(Swarm):
     async def notify_connected(self, conn: INetConn) -> None:
         """A connection is ready."""
         peer_id = conn.muxed_conn.peer_id
+        await self.admit(peer_id)
         if not conn.is_closed:
             conns = self._open.setdefault(peer_id, set())
             conns.add(conn)
