@@ -54,7 +54,7 @@ class Peer:
         return self.advertised
 
     def may_be_asked(self, now_ms: int) -> bool:
-        """Over its connection, or over a new one; one that kept silent, when it was heard of since or may be dialled."""
+        """Over its connection, or over a new one; a silent one, when it was heard of since or may be dialled."""
         if self.connected:
             return not self.silent
         was_heard_of = self.alive_at_ms > self.silent_at_ms
