@@ -4,9 +4,10 @@ A verdict depends on key, message and signature alone, so a remembered one is wh
 quarters of a run's time went into them.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from hashlib import sha256
 
 from nacl.exceptions import BadSignatureError
 from nacl.signing import VerifyKey
@@ -19,18 +20,23 @@ def remembered_verdicts() -> Iterator[None]:
     """Within, PyNaCl's `VerifyKey.verify` remembers what it said."""
     plain = VerifyKey.verify
 
-    @lru_cache(VERDICTS_MAX)
-    def is_good(key: bytes, message: bytes, signature: bytes) -> bool:
-        try:
-            plain(VerifyKey(key), message, signature)
-        except BadSignatureError:
-            return False
-        return True
+    verdicts: OrderedDict[bytes, bool] = OrderedDict()
 
     def verify(self: VerifyKey, smessage: bytes, signature: bytes | None = None, encoder: object = None) -> bytes:
         assert signature is not None
         assert encoder is None
-        if not is_good(bytes(self), bytes(smessage), signature):
+        name = sha256(bytes(self) + signature + smessage).digest()
+        good = verdicts.get(name)
+        if good is None:
+            try:
+                plain(self, smessage, signature)
+                good = True
+            except BadSignatureError:
+                good = False
+            verdicts[name] = good
+            if len(verdicts) > VERDICTS_MAX:
+                verdicts.popitem(last=False)
+        if not good:
             raise BadSignatureError("Signature was forged or corrupt")
         return smessage
 
