@@ -393,6 +393,15 @@ def test_what_was_computed_is_announced_and_provided_and_what_has_gone_no_more()
     script.run("> at=100 tick\npublish c\nprovide c\n> at=60000 tick")
 
 
+def test_an_object_is_provided_in_the_dht_by_its_first_row() -> None:
+    node = Script().node
+    rows = tuple(bytes([number]) * 32 for number in range(3))
+    node.handle(RowsStored(bytes(32), b"f" * 32, bytes(48), rows, NOW_MS + HOUR_MS), NOW_MS)
+    effects = [effect for at_ms in (NOW_MS, NOW_MS + 60_000) for effect in node.handle(NetworkTick(), at_ms)]
+    keys = [effect.key for effect in effects if isinstance(effect, Provide)]
+    assert keys == [f"/kv-prefix/{(b'f' * 32).hex()}/{rows[0].hex()}"]
+
+
 @pytest.mark.parametrize(
     ("providers", "claimed", "announced"),
     [
@@ -620,7 +629,14 @@ def events_of_anybody() -> st.SearchStrategy[NetworkEvent]:
         st.builds(ProvidersFound, lookups, st.lists(peers, max_size=3).map(tuple), st.just(5.0)),
         st.builds(ResponseStored, names, st.just(NOW_MS + HOUR_MS), st.booleans(), st.integers(0, 1 << 32)),
         st.builds(ResponsesGone, st.lists(names, max_size=2).map(tuple)),
-        st.builds(RowsStored, st.just(bytes(32)), st.just(bytes(48)), st.just((bytes(32),)), st.just(NOW_MS + HOUR_MS)),
+        st.builds(
+            RowsStored,
+            st.just(bytes(32)),
+            st.just(bytes(32)),
+            st.just(bytes(48)),
+            st.just((bytes(32),)),
+            st.just(NOW_MS + HOUR_MS),
+        ),
         st.builds(DeltasRefused, st.just(bytes(32)), st.just("worker")),
         st.builds(GossipReceived, st.just(RESPONSE_TOPIC), peers, st.binary(max_size=200)),
         st.builds(gossip, st.integers(1, 6), st.sampled_from(["a", "bc"]), st.integers(1, 9), st.just(NOW_MS)),

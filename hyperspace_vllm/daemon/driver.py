@@ -380,7 +380,10 @@ class Driver:
             return  # private, or gone again
         row_ids = tuple(record.manifest.rows[row].row_id for row in rows)
         expires_at_ms = time.time_ns() // 1_000_000 + REGISTRY_TTL_MS
-        self.on_rows_stored(RowsStored(record.digest, record.manifest.commitment, row_ids, expires_at_ms))
+        manifest = record.manifest
+        self.on_rows_stored(
+            RowsStored(record.digest, manifest.fingerprint, manifest.commitment, row_ids, expires_at_ms)
+        )
 
     def _counts(self, record: ObjectRecord) -> bool:
         """Whether an object of an earlier run still counts."""

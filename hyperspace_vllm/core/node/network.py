@@ -448,6 +448,8 @@ class NetworkNode:
         for row_id in event.row_ids:
             self._register(row_id, event.expires_at_ms)
             self._outbox.add(PrefixEntry(row_id, event.manifest, event.commitment, event.expires_at_ms))
+        # One record an object: who has a prefix asks its holders for the rest.
+        self._provides.add(f"/kv-prefix/{event.fingerprint.hex()}/{event.row_ids[0].hex()}", 0.0)
         return []
 
     def _register(self, name: bytes, expires_at_ms: int) -> None:

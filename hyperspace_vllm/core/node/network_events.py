@@ -154,6 +154,7 @@ class RowsStored:
     """This node can serve an object's rows now; they may leave it."""
 
     manifest: bytes
+    fingerprint: bytes
     commitment: bytes
     row_ids: tuple[bytes, ...]
     expires_at_ms: int
