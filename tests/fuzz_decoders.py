@@ -270,6 +270,7 @@ TARGETS: dict[str, tuple[Target, list[bytes]]] = {
                 local.LookupPrefix(1, "r", (KEY, KEY), 0, 100, 1000, "private"),
                 local.StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}"),
                 local.FindResponse(1, KEY, KEY, 300),
+                local.PrefixesInMemory(1000, (KEY,), (KEY, KEY)),
             )
         ],
     ),

@@ -39,6 +39,7 @@ CLIENT_MESSAGES: list[local.ClientMessage] = [
     local.RequestEnded("r"),
     local.LookupPrefix(1, "r", (KEY, KEY), 0, 100, 1000, "private"),
     local.ReleaseLookup(1),
+    local.PrefixesInMemory(1000, (KEY,), (KEY, KEY)),
     local.StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}"),
     local.TouchResponses((KEY,)),
     local.GetStatus(),

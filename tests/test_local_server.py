@@ -31,7 +31,9 @@ from hyperspace_vllm.core.node.events import (
     RowArrived,
     SegmentKeyKnown,
 )
-from hyperspace_vllm.core.records.ids import RequestKey, RowKey, SegmentKey, network_id, row_key
+from hyperspace_vllm.core.node.network_events import ServedChanged
+from hyperspace_vllm.core.peers.vram_digest import approximate_count, overlap
+from hyperspace_vllm.core.records.ids import RequestKey, RowKey, SegmentKey, network_id, row_key, sha256, wire_id
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, RESPONSE_BYTES_MAX, MiB
 from hyperspace_vllm.core.records.local import (
@@ -44,6 +46,7 @@ from hyperspace_vllm.core.records.local import (
     LookupPrefix,
     NodeMessage,
     PrefixAnswer,
+    PrefixesInMemory,
     RegisterLayout,
     Rejected,
     ReleaseLookup,
@@ -71,6 +74,7 @@ from hyperspace_vllm.daemon.local_server import LocalServer
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.response_lookups import FoundResponse
 from hyperspace_vllm.daemon.row_cache import RowCache
+from hyperspace_vllm.daemon.served import Served
 
 pytestmark = pytest.mark.io
 
@@ -106,6 +110,7 @@ class SmallNode:
     touched: list[bytes] = field(default_factory=list)
     answers: bool = True
     finder: Finder | None = field(default_factory=Finder)
+    told: list[ServedChanged] = field(default_factory=list)
     lease_ms: int = 1_000
     _staged: dict[tuple[str, int], RowArrived] = field(default_factory=dict)
 
@@ -120,6 +125,7 @@ class SmallNode:
             lambda: b"{}",
             self.metrics,
             self.finder,
+            Served(network_id("default"), self.told.append),
             self.lease_ms,
         )
 
@@ -490,6 +496,31 @@ async def test_goodbye_frees_what_was_granted_and_drops_what_was_not_named(node:
     await until(lambda: node.count(ClientGone) == 1)
     assert node.cache.arena.free_bytes == node.cache.arena.capacity_bytes
     assert node.metrics.staged_dropped_total.labels("client_gone")._value.get() == 1
+
+
+async def test_the_network_hears_what_all_engines_serve_and_no_more_of_those_that_go(node: SmallNode) -> None:
+    keys = [SegmentKey(sha256(f"segment {number}".encode())) for number in range(3)]
+    ids = [wire_id(network_id("default"), key) for key in keys]
+    model = bytes([8]) * 32
+    other = Layout(bytes([9]) * 32, 256, LAYOUT.parts, 1)
+    async with connected(node, "scheduler") as stays, connected(node, "api", layout=None) as api:
+        assert stays.send(PrefixesInMemory(400, (keys[0], keys[1]), ()))
+        assert api.send(FindResponse(1, KEY, model, 100))
+        await until(lambda: node.told)
+        both = node.told[-1]
+        assert (both.models, both.fingerprints, both.load_permille) == ((model,), (LAYOUT.fingerprint,), 400)
+        assert overlap(both.vram_digest, ids) == 2
+        async with connected(node, "scheduler", layout=other) as goes:
+            assert goes.send(PrefixesInMemory(1000, (keys[0], keys[2]), ()))
+            await until(lambda: node.told[-1] != both)
+            assert node.told[-1].fingerprints == (LAYOUT.fingerprint, other.fingerprint)
+            assert node.told[-1].load_permille == 700
+            assert overlap(node.told[-1].vram_digest, ids) == 3
+            assert stays.send(PrefixesInMemory(400, (), (keys[1],)))
+        await until(lambda: node.told[-1].fingerprints == (LAYOUT.fingerprint,))
+        assert node.told[-1].load_permille == 400
+        assert overlap(node.told[-1].vram_digest, ids) == approximate_count(node.told[-1].vram_digest) == 1
+    await until(lambda: node.told[-1] == ServedChanged((), (), 0, b""))
 
 
 async def test_an_engine_is_gone_with_its_last_worker_or_its_scheduler(node: SmallNode) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..core.node.network import NetworkNode, NetworkOptions
-from ..core.node.network_events import RowsStored
+from ..core.node.network_events import RowsStored, ServedChanged
 from ..core.peers.reputation import Reputation
 from ..core.peers.trust import Trust
 from ..core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
@@ -85,6 +85,7 @@ class Network:
         self._clients: Clients | None = None
         self._stored_before: dict[bytes, Told] = {}
         self._rows_before: list[RowsStored] = []
+        self._served_before: ServedChanged | None = None
         self._failure = ""
 
     @property
@@ -149,6 +150,15 @@ class Network:
         elif len(self._rows_before) < BEFORE_MAX:
             self._rows_before.append(event)
 
+    def served(self, event: ServedChanged) -> None:
+        """What the engines of this host serve now; of a node that shares nothing, nobody need know."""
+        if self._config.share == "private":
+            return
+        if self._driver is not None:
+            self._driver.submit(event)
+        else:
+            self._served_before = event
+
     def hints(self, row_id: RowId) -> tuple[PeerId, ...]:
         """Who says that it serves a KV row."""
         return self._driver.row_hints(row_id) if self._driver else ()
@@ -169,6 +179,9 @@ class Network:
         driver.heard(tuple(self._stored_before.values()), ())
         for event in self._rows_before:
             driver.submit(event)
+        if self._served_before is not None:
+            driver.submit(self._served_before)
+        self._served_before = None
         self._stored_before.clear()
         self._rows_before.clear()
 

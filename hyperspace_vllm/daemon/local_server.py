@@ -45,6 +45,7 @@ from ..core.records.local import (
     LookupPrefix,
     NodeMessage,
     PrefixAnswer,
+    PrefixesInMemory,
     RegisterLayout,
     Rejected,
     ReleaseLookup,
@@ -67,6 +68,7 @@ from .identity import Identity
 from .metrics import Metrics
 from .response_lookups import FoundResponse, ResponseFinder, ResponseLookups
 from .row_cache import RowCache
+from .served import Served
 from .staging import Staging
 
 _MESSAGES_PER_TURN = 64  # then the loop's other work has its turn
@@ -115,6 +117,7 @@ class LocalServer:
         status: Callable[[], bytes],
         metrics: Metrics,
         finder: ResponseFinder | None,
+        served: Served,
         lease_ms: int = LEASE_MS,
     ) -> None:
         self._config = config
@@ -126,6 +129,7 @@ class LocalServer:
         self._status = status
         self._metrics = metrics
         self._response_lookups = ResponseLookups(finder, self._send)
+        self._served = served
         self._lease_s = lease_ms / 1000
         self._epoch = secrets.randbits(63)
         self._sessions: dict[bytes, _Session] = {}  # by route
@@ -303,6 +307,7 @@ class LocalServer:
             del self._lookups[lookup]
             self._submit(PrefixReleased(lookup))
         self._response_lookups.end(session.route)
+        self._served.ended(session.key)
         self._staging.end(session.key, vanished)
         # Without its scheduler nobody names what an engine staged; a new one starts with new requests.
         engine = {s.role for s in self._sessions.values() if s.name == session.name} & {"scheduler", "worker"}
@@ -320,6 +325,7 @@ class LocalServer:
                 self._end(session, vanished=False)
             case RegisterLayout(layout):
                 session.layout = layout
+                self._served.fingerprint(session.key, layout.fingerprint)
             case WantStaging():
                 self._grant(session, message)
             case RowStaged():
@@ -343,7 +349,10 @@ class LocalServer:
                 self._look_up(session, message)
             case ReleaseLookup(lookup):
                 self._release(session, lookup)
+            case PrefixesInMemory():
+                self._served.prefixes(session.key, message)
             case StoreResponse():
+                self._served.model(session.key, message.model_digest)
                 if self._responses is not None:
                     reach = self._config.share if message.scope == "network" else message.scope
                     self._responses.store(msgspec.structs.replace(message, scope=reach))
@@ -351,6 +360,7 @@ class LocalServer:
                 if self._responses is not None:
                     self._responses.touch(request_keys)
             case FindResponse():
+                self._served.model(session.key, message.model_digest)
                 self._response_lookups.find(session.route, message)
             case ReleaseResponse(lookup):
                 self._response_lookups.release(session.route, lookup)

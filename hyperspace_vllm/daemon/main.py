@@ -32,6 +32,7 @@ from .join import Network
 from .local_server import LocalServer
 from .metrics import Metrics
 from .row_cache import RowCache
+from .served import Served
 
 if TYPE_CHECKING:
     from .chunk_transport import ChunkTransport
@@ -126,8 +127,18 @@ class _Node:
         self._responses = self._open_responses(parts) if config.response_cache else None
         self._driver = driver = await self._open_data_plane(parts) if config.kv_cache else None
         submit: Callable[[Event], None] = driver.submit if driver else lambda event: None
+        served = Served(self._network, self._joined.served)
+        parts.callback(served.close)
         self._server = LocalServer(
-            config, self._identity, self._cache, submit, self._responses, self._status, self._metrics, self._joined
+            config,
+            self._identity,
+            self._cache,
+            submit,
+            self._responses,
+            self._status,
+            self._metrics,
+            self._joined,
+            served,
         )
         if driver:
             driver.server = self._server

@@ -53,6 +53,7 @@ from ..core.node.network_events import (
     ResponseWanted,
 )
 from ..core.peers.trust import Trust
+from ..core.peers.vram_digest import approximate_count
 from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import NetworkId, PeerId, RequestKey, RowId, peer_id, public_key_of
 from ..core.records.limits import PROVIDERS_MAX, KiB
@@ -198,6 +199,8 @@ class NetworkDriver:
             "connected": sorted(self.host.connected),
             "known_peers": len(self.known),
             "usable": [record.peer for record in self.known],
+            "serves": _serves(self._node.members.own),
+            "peers": [_serves(record) for record in self._node.members.usable(self._now_ms())],
             "registry_entries": registry.entries + registry.own_entries,
             "hints": len(self._node.hints),
             "provided": self._provided,
@@ -531,3 +534,14 @@ class NetworkDriver:
         except Exception:
             log.exception("a bug in Hyperspace: please report it")
             self._metrics.failures_total.labels("l1", "bug").inc()
+
+
+def _serves(record: PeerRecord) -> dict[str, object]:
+    """What a node says in its record that it serves."""
+    return {
+        "peer_id": record.peer,
+        "models": len(record.models),
+        "fingerprints": len(record.fingerprints),
+        "load_permille": record.load_permille,
+        "segments_in_memory": approximate_count(record.vram_digest),
+    }

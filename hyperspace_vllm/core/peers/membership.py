@@ -82,6 +82,7 @@ class Membership:
         self._members_only = members_only
         self._rng = rng
         self._peers = PeerTable()
+        self._renewed_at_ms = self._renew_at_ms = now_ms
         self._sequence = now_ms  # greater than in an earlier life
         self._renew(now_ms)
         self._exchange_at_ms = now_ms + EXCHANGE_SOON_MS

@@ -19,14 +19,16 @@ from .limits import (
     PROMPT_SEGMENTS_MAX,
     RESPONSE_BYTES_MAX,
     ROW_BYTES_MAX,
+    VRAM_SEGMENTS_MAX,
 )
 
-LOCAL_PROTOCOL = 2
+LOCAL_PROTOCOL = 3
 NAME_CHARS_MAX = 256
 
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Name = Annotated[str, Meta(max_length=NAME_CHARS_MAX)]
 U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+U16 = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
 U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Scope = Literal["private", "network", "public"]
 
@@ -134,6 +136,18 @@ class ReleaseLookup(_Message, tag="release_lookup", frozen=True):
     lookup: U32
 
 
+class PrefixesInMemory(_Message, tag="prefixes_in_memory", frozen=True):
+    """From a scheduler, at most once a second: its load, and the change of what lies whole in its engine's KV cache.
+
+    `load_permille`: requests that run or wait, in thousandths of those that can run at once. `gone` counts before
+    `come`; neither holds a segment that mustn't leave the node. A session begins with nothing in memory.
+    """
+
+    load_permille: U16
+    come: Annotated[tuple[Bytes32, ...], Meta(max_length=VRAM_SEGMENTS_MAX)]
+    gone: Annotated[tuple[Bytes32, ...], Meta(max_length=VRAM_SEGMENTS_MAX)]
+
+
 class StoreResponse(_Message, tag="store_response", frozen=True):
     """Store a finished response; the node signs its CacheProof. Nothing is answered."""
 
@@ -186,6 +200,7 @@ ClientMessage = (
     | RequestEnded
     | LookupPrefix
     | ReleaseLookup
+    | PrefixesInMemory
     | StoreResponse
     | TouchResponses
     | FindResponse
