@@ -408,7 +408,11 @@ class NetworkNode:
         return now_ms - since_ms >= FAIR_MS
 
     def _candidates(self, told: tuple[PeerId, ...], now_ms: int) -> list[Candidate]:
-        """Providers that can be asked now, the best first: good, connected, lately heard of, near."""
+        """Providers that can be asked now, the best first: good, connected, lately heard of, near.
+
+        The second is whoever said so first: those who claim what others have are heard after them, and with a fifth of
+        the network doing so, one provider in twenty that claim it is the one that has it.
+        """
         found = []
         for peer in dict.fromkeys(told):
             known = self.members.get(peer)
@@ -423,8 +427,11 @@ class NetworkNode:
             quiet = min((now_ms - known.alive_at_ms) // QUIET_MS, QUIET_MAX)
             order = (known.silent, -score, not known.connected, quiet, known.rtt_ms, self._rng.random())
             found.append((order, known))
-        found.sort(key=lambda each: each[0])
-        return [Candidate(known.peer, known.address, known.rtt_ms) for _, known in found]
+        first = next((known for _, known in found if not known.silent), None)
+        best = [known for _, known in sorted(found, key=lambda each: each[0])]
+        if first is not None and first is not best[0]:
+            best = [best[0], first, *(known for known in best[1:] if known is not first)]
+        return [Candidate(known.peer, known.address, known.rtt_ms) for known in best]
 
     def _may_search(self, request_hash: bytes, now_ms: int) -> bool:
         return bool(self.members.neighbours()) and self._searches.take(request_hash, now_ms)

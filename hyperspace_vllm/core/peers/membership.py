@@ -144,7 +144,7 @@ class Membership:
                 return [Disconnect(peer)]
         if not known.connected:
             known.outbound, known.connected_at_ms = known.dialling, now_ms
-        known.connected, known.dialling = True, False
+        known.connected, known.dialling, known.dismissed = True, False, False
         self._heard(known, now_ms)
         return [self._greet(known, now_ms)]
 
@@ -200,7 +200,7 @@ class Membership:
     def unanswered(self, peer: PeerId, message: PeerRequest, now_ms: int) -> None:
         """The peer left a request of ours without an answer."""
         known = self._peers.get(peer)
-        if known is not None and isinstance(message, Ping | Greet):
+        if known is not None and known.connected and not known.dismissed and isinstance(message, Ping | Greet):
             known.pinged_at_ms = 0
             self._set_silent(known, now_ms)
 
@@ -385,6 +385,8 @@ class Membership:
         ]
         self._rng.shuffle(unused)
         unused.sort(key=lambda known: known.outbound)
+        for known in unused[:excess]:
+            known.dismissed = True
         return [Disconnect(known.peer) for known in unused[:excess]]
 
     def _greet(self, known: Peer, now_ms: int) -> Send:

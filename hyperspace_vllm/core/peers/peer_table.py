@@ -27,6 +27,7 @@ class Peer:
     member: bool = False
     connected: bool = False
     outbound: bool = False  # this node chose it
+    dismissed: bool = False  # this node hung up: what it hears no more says nothing of the peer
     connected_at_ms: int = 0
     asked_at_ms: int = 0  # for its record
     silent: bool = False  # it left a ping or a dial unanswered
