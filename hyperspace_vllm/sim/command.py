@@ -25,8 +25,8 @@ def simulate(options: argparse.Namespace) -> int:
     scenarios = list(SCENARIOS) if options.scenario == "all" else [options.scenario]
     jobs = [
         (scenario, options.nodes, seed)
-        for scenario in scenarios
         for seed in range(options.seed, options.seed + options.seeds)
+        for scenario in scenarios
     ]
     results: list[Result] = []
     for result in _with_progress(_results(jobs, options.workers), len(jobs)):
