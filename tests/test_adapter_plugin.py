@@ -113,3 +113,29 @@ def test_wrong_settings_are_named_and_vllm_serves_without_us(
     assert ResponseCacheMiddleware not in [middleware.cls for middleware in app.user_middleware]
     assert "_HYPERSPACE_PROCESS_SECRET" not in os.environ
     assert "did you mean data_dir?" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "on", "publisher"),
+    [
+        ((), True, "null"),
+        (("--kv-events-config", json.dumps({"enable_kv_cache_events": False})), False, "null"),
+        (("--kv-events-config", json.dumps({"enable_kv_cache_events": True, "publisher": "zmq"})), True, "zmq"),
+        (("--no-enable-prefix-caching",), None, None),
+    ],
+)
+def test_vllm_notes_kv_events_for_us_alone_unless_somebody_configured_them(
+    locked_directory: Path, own_environ: None, arguments: tuple[str, ...], on: bool | None, publisher: str | None
+) -> None:
+    extra = {"kv_connector": "hyperspace", "kv_role": "kv_both"}
+    extra |= {"kv_connector_extra_config": {"data_dir": str(locked_directory)}}  # type: ignore[dict-item]
+    args = parse("--kv-transfer-config", json.dumps(extra), *arguments)
+    events = AsyncEngineArgs.from_cli_args(args).create_engine_config().kv_events_config
+    assert (getattr(events, "enable_kv_cache_events", None), getattr(events, "publisher", None)) == (on, publisher)
+
+
+def test_a_node_that_shares_nothing_needs_no_kv_events(locked_directory: Path, own_environ: None) -> None:
+    settings = {"data_dir": str(locked_directory), "share": "private"}
+    extra = {"kv_connector": "hyperspace", "kv_role": "kv_both", "kv_connector_extra_config": settings}
+    args = parse("--kv-transfer-config", json.dumps(extra))
+    assert AsyncEngineArgs.from_cli_args(args).create_engine_config().kv_events_config is None

@@ -85,6 +85,44 @@ def after_engine_config(engine_args: Any, on_config: Callable[[Any], None]) -> N
     engine_args.create_engine_config = _mark(create_and_tell)
 
 
+def switch_kv_events_on(config: Any) -> None:
+    """Let vLLM note which blocks leave its prefix cache, where nobody has configured its KV events.
+
+    vLLM 0.32 (2026-09): `kv_events_config`, published to nobody. `config` is a VllmConfig. What a user has configured,
+    off included, stays.
+    """
+    from vllm.config import KVEventsConfig
+
+    if config.kv_events_config is None and config.cache_config.enable_prefix_caching:
+        config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+
+
+def kv_event_queue(pool: Any) -> list[Any]:
+    """The KV events that vLLM hasn't taken to publish yet: it takes them once a step by replacing the list.
+
+    vLLM 0.32 (2026-09): connectors are shown the pool, but not its events. Can go when they are handed them.
+    """
+    queue: list[Any] = pool.kv_event_queue
+    return queue
+
+
+def has_kv_events(pool: Any) -> bool:
+    """Whether a pool notes events, and where `kv_event_queue` looks for them."""
+    return bool(getattr(pool, "enable_kv_cache_events", False)) and isinstance(
+        getattr(pool, "kv_event_queue", None), list
+    )
+
+
+def external_block_hash(block_hash: bytes) -> Any:
+    """A request's block hash as KV events spell it: as it is, or as a number if VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES.
+
+    vLLM 0.32 (2026-09).
+    """
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+    return maybe_convert_block_hash(block_hash)
+
+
 def innermost_middleware(add: Callable[[Any], None]) -> None:
     """`add(app)` after vLLM has added its own middleware; append to `app.user_middleware` there (last = innermost).
 

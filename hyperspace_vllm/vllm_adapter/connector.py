@@ -36,6 +36,9 @@ from ..client import NodeClient
 from ..config import Config, ConfigError, load_config
 from ..core.records.errors import Refused
 from ..core.response.scope import DEFAULT_SCOPE, RequestScope, verify_scope
+from . import compat
+from .cached_segments import CachedSegments
+from .engine_report import EngineReport
 from .fingerprint import kv_fingerprint
 from .inherited import Inherited, ensure_node
 from .kv_layout import plan_kv
@@ -47,6 +50,7 @@ from .worker_side import WorkerSide
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 
 logger = logging.getLogger("vllm.hyperspace")
@@ -60,6 +64,8 @@ class HyperspaceConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         self._client: NodeClient | None = None
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._report: EngineReport | None = None
+        self._cached: CachedSegments | None = None
         if role == KVConnectorRole.SCHEDULER:
             # vLLM's default fails the request; the scheduler reads this after building us, whoever set it.
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
@@ -104,6 +110,21 @@ class HyperspaceConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
     # --- scheduler -------------------------------------------------------------------------------
 
+    def bind_gpu_block_pool(self, gpu_block_pool: "BlockPool") -> None:
+        """Once, before the first request: now the node can be told what is in vLLM's own cache."""
+        if self._scheduler is None or self._client is None:
+            return
+        if compat.has_kv_events(gpu_block_pool):
+            self._cached = self._scheduler.watch(gpu_block_pool)
+        requests_at_once = self._vllm_config.scheduler_config.max_num_seqs
+        self._report = EngineReport(self._client, self._scheduler.layout, requests_at_once, self._cached)
+        self._report.start()
+
+    def on_new_request(self, request: Request) -> None:
+        """Counts as load."""
+        if self._report is not None:
+            self._report.added(request)
+
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """See SchedulerSide.matched_tokens."""
         if self._scheduler is None:
@@ -135,6 +156,8 @@ class HyperspaceConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         """Never delays the blocks: what was saved was copied in the step that filled it."""
         if self._scheduler is not None:
             self._scheduler.finished(request)
+        if self._report is not None:
+            self._report.finished(request)
         return False, None
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -193,6 +216,8 @@ class HyperspaceConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         """Counts since the last call, which vLLM makes once a step."""
         if self._scheduler is not None:
             self._scheduler.step_ended()
+            if self._cached is not None:
+                self._cached.look()  # just before vLLM takes the events
             return self._scheduler.stats.take()
         return self._worker.stats.take() if self._worker is not None else None
 
@@ -216,6 +241,8 @@ class HyperspaceConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         """Goodbye to the node: it frees what this process leased."""
         if self._worker is not None:
             self._worker.close()
+        if self._report is not None:
+            self._report.close()
         if self._client is not None:
             self._client.close()
 

@@ -74,6 +74,8 @@ class _Server:
         except ConfigError as error:
             logger.error("hyperspace: off, because of its settings: %s", error)
             return
+        if self.config.kv_cache and self.config.p2p_listen and self.config.share != "private":
+            compat.switch_kv_events_on(engine)  # for the digest of prefixes in memory that others may see
         if parent_process() is None:
             if envs.VLLM_USE_RUST_FRONTEND and self.config.response_cache:
                 logger.warning("hyperspace: the response cache (L1) is off: vLLM's Rust frontend runs no middleware")

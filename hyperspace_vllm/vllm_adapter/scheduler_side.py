@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -23,6 +23,7 @@ from ..client import NodeClient
 from ..core.prefix.segment import Multimodal, chain_seed, next_key
 from ..core.records.errors import Refused
 from ..core.records.ids import SegmentKey, sha256
+from ..core.records.layout import Layout
 from ..core.records.limits import FETCH_PREFILL_SHARE, LOOKUP_ROWS_MAX, PROMPT_SEGMENTS_MAX
 from ..core.records.local import (
     NAME_CHARS_MAX,
@@ -36,11 +37,15 @@ from ..core.records.local import (
     SegmentNamed,
 )
 from ..core.response.scope import RequestScope
+from .cached_segments import CachedSegments
 from .fingerprint import adapter_digest
 from .kv_layout import KVPlan
 from .metadata import IDLE, BlockTables, PrefixLoad, SegmentSave, StepMetadata
 from .prefill_rate import PrefillRate
 from .stats import HyperspaceStats
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
 
 logger = logging.getLogger("vllm.hyperspace")
 
@@ -81,6 +86,7 @@ class _Tracked:
     done_segments: int = 0  # segments before this one were loaded, saved or skipped
     unnamed: list[int] = field(default_factory=list)  # saved, but their last token isn't known yet
     spoilt: set[int] = field(default_factory=set)  # saved with tokens that were dropped: never named
+    noted: int = 0  # segments before this one are in `CachedSegments`, or left it since
     node_knows: bool = False  # the node keeps state for this request id
 
 
@@ -112,7 +118,18 @@ class SchedulerSide:
         self._epoch = 0
         self._probe_at_s = 0.0
         self._rate = PrefillRate()
+        self._cached: CachedSegments | None = None
         self.stats = HyperspaceStats()
+
+    def watch(self, pool: "BlockPool") -> CachedSegments:
+        """Note from now on which segments that others may know of lie in vLLM's cache."""
+        self._cached = CachedSegments(self._plan, pool)
+        return self._cached
+
+    @property
+    def layout(self) -> Layout:
+        """What the node is told of this engine."""
+        return self._layout
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -312,6 +329,8 @@ class SchedulerSide:
                 drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
                 end_token = min(end_token - drafts, tracked.request.num_tokens)
             end_segment = end_token // self._plan.segment_tokens
+            if self._cached is not None and tracked.noted < end_segment:
+                self._note_cached(self._cached, tracked, end_segment)
             if end_segment <= tracked.done_segments:
                 continue
             state = output.kv_connector_block_state
@@ -325,6 +344,14 @@ class SchedulerSide:
                     planned += 1
                     yield save
             tracked.done_segments = end_segment
+
+    def _note_cached(self, cached: CachedSegments, tracked: _Tracked, end_segment: int) -> None:
+        """vLLM has put the blocks of this step into its cache already, as far as it knows their tokens."""
+        if tracked.scope.scope == "private" or tracked.scope.tenant:
+            tracked.noted = PROMPT_SEGMENTS_MAX
+            return
+        self._extend_keys(tracked, end_segment)
+        tracked.noted = cached.note(tracked.keys[:end_segment], tracked.noted, tracked.request.block_hashes)
 
     def _save(self, tracked: _Tracked, segment: int, tables: tuple[list[int], ...]) -> SegmentSave | None:
         if segment in tracked.spoilt:
@@ -388,6 +415,8 @@ class SchedulerSide:
         """
         self._fingerprint = sha256(self._layout.fingerprint, os.urandom(32))
         self._known.clear()
+        if self._cached is not None:
+            self._cached.clear()
         for request_id, tracked in self._tracked.items():
             if tracked is not None:
                 self._release(tracked)
@@ -427,7 +456,7 @@ class SchedulerSide:
         tracked.preemptions = tracked.request.num_preemptions
         tracked.spoilt.update(tracked.unnamed)
         tracked.unnamed.clear()
-        tracked.done_segments = 0
+        tracked.done_segments = tracked.noted = 0
         tracked.settled = tracked.load_failed
         tracked.waiting_since_s = None
 

@@ -1,0 +1,77 @@
+"""Tells the node once a second how loaded the engine is, and which segments came into its KV cache and left it.
+
+A thread of its own, because an engine without requests takes no steps: what changed in its last one must go out too.
+"""
+
+import threading
+
+from vllm.v1.request import Request
+
+from ..client import NodeClient
+from ..core.records.ids import SegmentKey
+from ..core.records.layout import Layout
+from ..core.records.local import PrefixesInMemory, RegisterLayout
+from .cached_segments import CachedSegments
+
+REPORT_S = 1.0
+LOAD_PERMILLE_MAX = (1 << 16) - 1
+
+
+class EngineReport:
+    """One engine's. `cached` is None where vLLM doesn't say what leaves its cache."""
+
+    def __init__(
+        self, client: NodeClient, layout: Layout, requests_at_once: int, cached: CachedSegments | None
+    ) -> None:
+        self._client, self._layout, self._requests_at_once, self._cached = client, layout, requests_at_once, cached
+        self._requests: set[str] = set()  # that run or wait
+        self._told: frozenset[SegmentKey] = frozenset()
+        self._present: frozenset[SegmentKey] = frozenset()
+        self._told_load = -1
+        self._epoch = 0
+        self._over = threading.Event()
+
+    def start(self) -> None:
+        """Report until closed."""
+        threading.Thread(target=self._run, name="hyperspace-report", daemon=True).start()
+
+    def added(self, request: Request) -> None:
+        """A request has come."""
+        self._requests.add(request.request_id)
+
+    def finished(self, request: Request) -> None:
+        """A request is over."""
+        self._requests.discard(request.request_id)
+
+    def report(self) -> None:
+        """Tell the node what is new to it, if anything is."""
+        if self._cached is not None:
+            self._cached.look()
+            present = self._cached.present()
+            self._present = self._present if present is None else present
+        if not self._client.connected or not self._in_session():
+            return
+        load = min(1000 * len(self._requests) // self._requests_at_once, LOAD_PERMILLE_MAX)
+        present = self._present
+        if load == self._told_load and present is self._told:
+            return
+        message = PrefixesInMemory(load, tuple(present - self._told), tuple(self._told - present))
+        if self._client.send(message):
+            self._told, self._told_load = present, load
+
+    def close(self) -> None:
+        """End the thread."""
+        self._over.set()
+
+    def _in_session(self) -> bool:
+        """A new session knows nothing; an engine is known by its layout before its first request."""
+        epoch = self._client.epoch
+        if epoch != self._epoch:
+            if not self._client.send(RegisterLayout(self._layout)):
+                return False
+            self._epoch, self._told, self._told_load = epoch, frozenset(), -1
+        return True
+
+    def _run(self) -> None:
+        while not self._over.wait(REPORT_S):
+            self.report()
