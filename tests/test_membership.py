@@ -353,6 +353,16 @@ def test_connections_that_nobody_uses_are_closed_beyond_a_bound() -> None:
     assert not closed & used
 
 
+def test_a_peer_that_this_node_hung_up_on_is_not_taken_for_silent() -> None:
+    node = Node()
+    node.connect(*range(1, NEIGHBOURS_MAX + 2))
+    closed = only(node.run(20 * SECOND_MS), Disconnect)[0].peer
+    node.members.unanswered(closed, Ping(), node.now_ms)  # a ping under way goes down with the connection
+    node.members.on_disconnected(closed, node.now_ms)
+    node.members.unanswered(closed, Ping(), node.now_ms)
+    assert closed in node.usable()
+
+
 def test_who_connects_and_never_greets_is_disconnected() -> None:
     node = Node()
     node.members.on_connected(Identity(1).peer, node.now_ms)

@@ -279,6 +279,42 @@ def test_a_miss_takes_back_the_hint() -> None:
     )
 
 
+def test_whoever_said_so_first_is_asked_second_if_it_is_not_the_best() -> None:
+    script = Script()
+    script.run("> meet 1 2 3")
+    script.node.members.on_record(Identity(4).record(), Identity(1).peer, NOW_MS, own_word=False)
+    script.run(
+        """
+        > gossip 4 a                # not connected, but heard before those who may merely repeat it
+        > want a 4 1 2 3
+        hint yes
+        fetch a from 3 for 300
+        > refused a 3 miss
+        fetch a from 4 for 300
+        """
+    )
+
+
+def test_a_connection_that_opened_just_before_the_deadline_costs_a_peer_nothing() -> None:
+    script = Script()
+    script.run("> meet 2")
+    script.node.members.on_record(Identity(1).record(), Identity(2).peer, NOW_MS, own_word=False)
+    script.run(
+        """
+        > gossip 1 ab
+        > want a
+        hint yes
+        fetch a from 1 for 300
+        > at=290 meet 1
+        > at=299 refused a 1 timeout
+        search a
+        > at=299 want b
+        hint yes
+        fetch b from 1 for 300
+        """
+    )
+
+
 def test_who_could_not_be_reached_in_time_is_not_asked_for_seconds() -> None:
     script = Script()
     script.node.handle(PeerConnected(Identity(2).peer), NOW_MS)
