@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,11 +45,21 @@ class Node:
         self.process = subprocess.Popen([sys.executable, "-m", "hyperspace_vllm.cli", "node"], env=self._env)
         until(lambda: bool(self.metrics()), "starting")
 
-    def metrics(self) -> list[dict[str, object]]:
+    def status(self) -> dict[str, Any]:
+        """What it says of itself; nothing while it isn't there."""
         command = [sys.executable, "-m", "hyperspace_vllm.cli", "status", "--json"]
         done = subprocess.run(command, env=self._env, capture_output=True, text=True, check=False, timeout=30)
-        found: list[dict[str, object]] = json.loads(done.stdout)["metrics"] if done.returncode == 0 else []
+        found: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
         return found
+
+    def metrics(self) -> list[dict[str, object]]:
+        metrics: list[dict[str, object]] = self.status().get("metrics", [])
+        return metrics
+
+    def in_memory(self) -> int:
+        """About how many segments its PeerRecord says are in its engine's memory."""
+        serves = self.status()["p2p"].get("serves", {})
+        return int(serves.get("segments_in_memory", -1))  # it has yet to join
 
     def rows(self) -> int:
         """Rows in the memory tier."""
@@ -113,6 +124,14 @@ def test_after_a_reset_of_the_connector_nothing_old_is_loaded(engine: SteppedEng
     assert engine.generate(tokens)["cached"] == [768]
 
 
+def test_a_prompt_is_in_memory_with_sliding_windows_too(engine: SteppedEngine) -> None:
+    tokens = prompt(1000, seed=6)
+    engine.generate(tokens)
+    until(lambda: engine.ask("in_memory", tokens=tokens)["of_prompt"] == [True] * 3, "the report")
+    engine.ask("reset", connector=False)
+    until(lambda: engine.ask("in_memory", tokens=tokens)["told"] == 0, "the report of a reset")
+
+
 def test_prompts_that_share_a_prefix_in_one_batch_are_each_right(engine: SteppedEngine) -> None:
     shared = prompt(600, seed=5)
     prompts = [shared + prompt(100, seed=50 + i) for i in range(3)]
@@ -146,6 +165,27 @@ def test_a_frozen_node_costs_its_deadline_and_a_killed_one_less_than_half_a_seco
 def _reconnected(engine: SteppedEngine, node: Node) -> bool:
     node.process.send_signal(signal.SIGCONT)
     return bool(engine.ask("state")["connected"])
+
+
+def test_the_record_says_what_is_in_memory_and_no_more_what_was_evicted_or_reset(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    # Nine blocks of 128 tokens besides the null block: a second prompt pushes out the end of the first.
+    settings = {"data_dir": str(tmp_path)}
+    cramped = SteppedEngine(MODELS / "tiny", settings, num_gpu_blocks_override=10, max_model_len=1024)
+    try:
+        first, second = prompt(600, seed=1), prompt(900, seed=2)
+        cramped.generate(first)
+        until(lambda: cramped.ask("in_memory", tokens=first)["of_prompt"] == [True] * 2, "the report")
+        until(lambda: node.in_memory() == 2, "a record with two segments")
+        cramped.generate(second)
+        until(lambda: cramped.ask("in_memory", tokens=second)["of_prompt"] == [True] * 3, "the next report")
+        assert cramped.ask("in_memory", tokens=first)["of_prompt"] != [True] * 2
+        assert cramped.ask("reset", connector=False)["ok"]
+        until(lambda: cramped.ask("in_memory", tokens=second)["told"] == 0, "the report of a reset")
+        until(lambda: node.in_memory() == 0, "a record with none")
+    finally:
+        cramped.close()
+        node.close()
 
 
 def test_preempted_requests_end_as_they_would_have(tmp_path: Path) -> None:

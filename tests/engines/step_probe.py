@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.servers import have_machine
+
 START_S = 240.0
 ANSWER_S = 120.0
 
@@ -18,6 +20,7 @@ class SteppedEngine:
     """The test's end. `settings` are Hyperspace's, `options` vLLM's; every wait ends."""
 
     def __init__(self, model: Path, settings: dict[str, Any], **options: Any) -> None:
+        have_machine()
         spec = {"model": str(model), "settings": settings, "options": options}
         env = {k: v for k, v in os.environ.items() if "HYPERSPACE" not in k} | {
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -143,6 +146,14 @@ class _Probe:
     def reset(self, connector: bool) -> dict[str, Any]:
         """vLLM's own prefix cache is emptied, and the connector's keys are made new if asked for."""
         return {"ok": self.scheduler.reset_prefix_cache(reset_connector=connector)}
+
+    def in_memory(self, tokens: list[int]) -> dict[str, Any]:
+        """How many segments the node was told of, and which of a prompt's are among them."""
+        from hyperspace_vllm.core.prefix.segment import chain_seed, segment_keys
+
+        told = self.scheduler.connector._report._told
+        keys = segment_keys(chain_seed(self.side._fingerprint, b"", "", ""), tokens, self.side._plan.segment_tokens)
+        return {"told": len(told), "of_prompt": [key in told for key in keys]}
 
     def state(self) -> dict[str, Any]:
         connected = self.client is not None and self.client.connected
