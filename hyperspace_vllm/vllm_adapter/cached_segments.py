@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class _Segment:
     key: SegmentKey
     parent: SegmentKey | None
-    blocks: tuple[tuple[int, bytes], ...]  # group, vLLM's hash
+    blocks: tuple[tuple[int, bytes | int], ...]  # group, vLLM's hash as its events have it
     ends_here: bool  # the windows before its end are there: a request could go on from there
 
 
@@ -40,11 +40,12 @@ class CachedSegments:
 
     def __init__(self, plan: KVPlan, pool: "BlockPool") -> None:
         self._pool = pool
+        self._as_numbers = compat.events_spell_hashes_as_numbers()
         self._tokens = plan.segment_tokens
         self._windowed = frozenset(slot.group for part in plan.parts if part.window_tokens for slot in part.layers)
         self._groups = tuple((part, group) for part in plan.parts for group in sorted({s.group for s in part.layers}))
         self._segments: OrderedDict[SegmentKey, _Segment] = OrderedDict()
-        self._holding: dict[tuple[int, bytes], _Segment] = {}  # block -> the segment that it is part of
+        self._holding: dict[tuple[int, bytes | int], _Segment] = {}  # block -> the segment that it is part of
         self._lock = threading.Lock()
         self._queue: list[KVCacheEvent] = []  # vLLM's, as of the last look
         self._seen = 0
@@ -117,7 +118,7 @@ class CachedSegments:
             elif isinstance(event, AllBlocksCleared):
                 self._clear()
 
-    def _removed(self, group: int, block_hash: bytes) -> None:
+    def _removed(self, group: int, block_hash: bytes | int) -> None:
         segment = self._holding.get((group, block_hash))
         if segment is None:
             return
@@ -137,8 +138,10 @@ class CachedSegments:
         ends_here = all(self._has(group, each) for group, each in windows)
         if not blocks and not ends_here:
             return None  # nothing but windows: there is no other way to see it
-        external = tuple((group, compat.external_block_hash(each)) for group, each in (*blocks, *windows))
-        return _Segment(keys[number], keys[number - 1] if number else None, external, ends_here)
+        named: tuple[tuple[int, bytes | int], ...] = (*blocks, *windows)
+        if self._as_numbers:
+            named = tuple((group, compat.event_number(each)) for group, each in (*blocks, *windows))
+        return _Segment(keys[number], keys[number - 1] if number else None, named, ends_here)
 
     def _has_windows(self, number: int, block_hashes: Sequence[bytes]) -> bool:
         return all(self._has(group, each) for group, each in self._blocks(number, block_hashes, windows=True) or ())
