@@ -9,9 +9,11 @@
 #include <string>
 #include <vector>
 
+#include "hyperspace/kv_copy.h"
 #include "hyperspace/reed_solomon.h"
 
 namespace nb = nanobind;
+namespace kv = hyperspace::kv;
 namespace rs = hyperspace::reed_solomon;
 
 namespace {
@@ -63,7 +65,10 @@ class Buffer {
 
     uint8_t* bytes() const { return static_cast<uint8_t*>(view_.buf); }
     bool overlaps(const Buffer& other) const {
-        return bytes() < other.bytes() + other.view_.len && other.bytes() < bytes() + view_.len;
+        return overlaps(other.bytes(), static_cast<size_t>(other.view_.len));
+    }
+    bool overlaps(const uint8_t* start, size_t size) const {
+        return bytes() < start + size && start < bytes() + view_.len;
     }
 
   private:
@@ -148,6 +153,101 @@ void decode(nb::sequence chunks, Py_ssize_t chunk, nb::handle out, const Isa& is
     rs::decode(kernels, in, rows, chunk_bytes);
 }
 
+// A paged cache of bytes `[blocks, ...]`, strided as it likes, held until it goes.
+class PagedView {
+  public:
+    PagedView(nb::handle object, const std::string& name, Access access) {
+        const int flags = access == Access::kWrite ? PyBUF_STRIDES | PyBUF_WRITABLE : PyBUF_STRIDES;
+        if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw nb::python_error();
+        const std::string wrong = complaint();
+        if (wrong.empty()) {
+            layer_ = kv::layer_of(static_cast<uint8_t*>(view_.buf), view_.strides[0], view_.shape + 1,
+                                  view_.strides + 1, view_.ndim - 1);
+            return;
+        }
+        PyBuffer_Release(&view_);
+        refuse(PyExc_ValueError, name + wrong);
+    }
+    PagedView(PagedView&& other) noexcept : view_(other.view_), layer_(other.layer_) { other.view_ = {}; }
+    ~PagedView() { PyBuffer_Release(&view_); }
+
+    const kv::Layer& layer() const { return layer_; }
+    int64_t blocks() const { return view_.shape[0]; }
+    bool overlaps(const Buffer& row) const {
+        ptrdiff_t last = 0;
+        for (int dim = 0; dim < view_.ndim; ++dim) last += (view_.shape[dim] - 1) * view_.strides[dim];
+        return row.overlaps(layer_.base, static_cast<size_t>(last) + 1);
+    }
+
+  private:
+    std::string complaint() const {
+        if (view_.itemsize != 1) return " is not of single bytes";
+        if (view_.ndim < 2 || view_.ndim > kv::kDimsMax + 1) {
+            return " has " + std::to_string(view_.ndim) + " dimensions, expected 2 to " +
+                   std::to_string(kv::kDimsMax + 1);
+        }
+        for (int dim = 0; dim < view_.ndim; ++dim) {
+            if (view_.shape[dim] < 1) return " is empty";
+            if (view_.strides[dim] < 0) return " is strided backwards";
+        }
+        return {};
+    }
+
+    Py_buffer view_ = {};
+    kv::Layer layer_ = {};
+};
+
+using BlockIds = std::vector<std::vector<int64_t>>;
+
+// Checks every argument, then calls copy(layers, ids, layer count, blocks, row) without the GIL.
+template <typename Copy>
+void copy_blocks(nb::sequence views, const BlockIds& ids, nb::handle row, Access of_views, Access of_row,
+                 const Copy& copy) {
+    const size_t count = nb::len(views);
+    if (count == 0) refuse(PyExc_ValueError, "views is empty");
+    if (ids.size() != count) {
+        refuse(PyExc_ValueError,
+               "ids has " + std::to_string(ids.size()) + " lists for " + std::to_string(count) + " views");
+    }
+    std::vector<PagedView> held;
+    held.reserve(count);
+    std::vector<kv::Layer> layers;
+    std::vector<const int64_t*> tables;
+    size_t block_bytes = 0;
+    for (size_t i = 0; i < count; ++i) {
+        const std::string at = "[" + std::to_string(i) + "]";
+        held.emplace_back(views[i], "views" + at, of_views);
+        if (ids[i].size() != ids[0].size()) {
+            refuse(PyExc_ValueError, "ids" + at + " has " + std::to_string(ids[i].size()) +
+                                         " blocks, ids[0] has " + std::to_string(ids[0].size()));
+        }
+        for (const int64_t id : ids[i]) {
+            if (id >= 0 && id < held[i].blocks()) continue;
+            refuse(PyExc_ValueError, "ids" + at + " names block " + std::to_string(id) + " of " +
+                                         std::to_string(held[i].blocks()));
+        }
+        layers.push_back(held[i].layer());
+        tables.push_back(ids[i].data());
+        block_bytes += layers[i].page_bytes;
+    }
+    const Buffer bytes(row, "row", ids[0].size() * block_bytes, of_row);
+    for (size_t i = 0; i < count; ++i) {
+        if (held[i].overlaps(bytes)) {
+            refuse(PyExc_ValueError, "row overlaps views[" + std::to_string(i) + "]");
+        }
+    }
+    nb::gil_scoped_release release;
+    copy(layers.data(), tables.data(), count, ids[0].size(), bytes.bytes());
+}
+
+void gather_blocks(nb::sequence views, const BlockIds& ids, nb::handle row) {
+    copy_blocks(views, ids, row, Access::kRead, Access::kWrite, kv::gather);
+}
+
+void scatter_blocks(nb::sequence views, const BlockIds& ids, nb::handle row) {
+    copy_blocks(views, ids, row, Access::kWrite, Access::kRead, kv::scatter);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -157,6 +257,8 @@ NB_MODULE(_native, module) {
     module.def("encode_rows", encode_rows, "data"_a.none(), "parity"_a.none(), "chunk_bytes"_a, "rows"_a,
                "isa"_a = nb::none());
     module.def("decode", decode, "chunks"_a, "chunk_bytes"_a, "out"_a.none(), "isa"_a = nb::none());
+    module.def("gather_blocks", gather_blocks, "views"_a, "ids"_a, "row"_a.none());
+    module.def("scatter_blocks", scatter_blocks, "views"_a, "ids"_a, "row"_a.none());
     module.def("isa", [] { return rs::name_of(rs::best_kernels()); });
     module.attr("CHUNK_ALIGN_BYTES") = rs::kAlignBytes;
 }

@@ -1,4 +1,4 @@
-"""The erasure code, in native code: any 32 of 64 chunks rebuild a row.
+"""Native code: the erasure code (any 32 of 64 chunks rebuild a row), and copies between paged KV and rows.
 
 Systematic Reed–Solomon over GF(2⁸), pinned in ``docs/protocol.md``. Every buffer is any contiguous object
 with the buffer protocol (bytes, bytearray, memoryview, mmap, NumPy array); outputs must be writable. Calls
@@ -15,7 +15,9 @@ try:
     from hyperspace_vllm._native import decode as _decode
     from hyperspace_vllm._native import encode as _encode
     from hyperspace_vllm._native import encode_rows as _encode_rows
+    from hyperspace_vllm._native import gather_blocks as _gather_blocks
     from hyperspace_vllm._native import isa as _isa
+    from hyperspace_vllm._native import scatter_blocks as _scatter_blocks
 except ImportError as error:
     raise ImportError(
         "Hyperspace's native code is not built for this Python: run `pip install .` in its source tree"
@@ -62,3 +64,20 @@ def decode(chunks: Sequence[Buffer | None], chunk_bytes: int, out: Buffer, *, is
 def isa() -> str:
     """Name the instruction set in use: ``"avx2"``, or ``"portable"`` (also if AVX2 failed its self-test)."""
     return _isa()
+
+
+def gather_blocks(views: Sequence[Buffer], ids: Sequence[Sequence[int]], row: Buffer) -> None:
+    """Fill ``row``, block by block and layer by layer (``vllm_adapter/kv_layout.py``), from paged KV.
+
+    ``views`` are the layers' caches, bytes ``[blocks, ...]`` with any strides; ``ids[i]`` the blocks of ``views[i]``,
+    as many for each. Block 0, vLLM's null block, stands as zeros. Raises ValueError for a size, id or overlap.
+    """
+    _gather_blocks(views, ids, row)
+
+
+def scatter_blocks(views: Sequence[Buffer], ids: Sequence[Sequence[int]], row: Buffer) -> None:
+    """Write ``row`` back into blocks; nothing is written to block 0.
+
+    Raises what ``gather_blocks`` raises.
+    """
+    _scatter_blocks(views, ids, row)

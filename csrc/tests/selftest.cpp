@@ -14,6 +14,8 @@ namespace rs = hyperspace::reed_solomon;
 using hyperspace::gf256::multiply;
 using hyperspace::gf256::point;
 
+void check_kv_copy();  // selftest_kv_copy.cpp
+
 namespace {
 
 using Chunk = std::unique_ptr<uint8_t[]>;
@@ -97,6 +99,7 @@ void check(const rs::Kernels& kernels, size_t bytes, size_t shift, int patterns)
 }  // namespace
 
 int main() {
+    check_kv_copy();
     for (const char* name : {"portable", "avx2"}) {
         const rs::Kernels* kernels = rs::find_kernels(name);
         if (!kernels) {

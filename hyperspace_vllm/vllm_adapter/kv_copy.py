@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from .. import native
 from .kv_layout import LayerSlot, PartPlan
 
 BlockIds = Mapping[int, Sequence[int]]
@@ -35,33 +36,19 @@ class Copier(Protocol):
 
 
 class HostCopier:
-    """KV in host memory: one memory copy per layer and block, nothing in flight when a call returns."""
+    """KV in host memory: copied by one native call, nothing in flight when a call returns."""
 
     def __init__(self, views: Mapping[str, torch.Tensor]) -> None:
         self._views = {name: view.numpy() for name, view in views.items()}
 
     def gather(self, part: PartPlan, ids: BlockIds, row: memoryview, done: Done) -> None:
         """Fill `row` and call `done`."""
-        rows = np.frombuffer(row, np.uint8).reshape(-1, part.block_row_bytes)
-        for layer in part.layers:
-            view, shape = self._views[layer.name], self._views[layer.name].shape[1:]
-            for index, block in enumerate(ids[layer.group]):
-                target = rows[index, layer.offset : layer.offset + layer.page_bytes]
-                if block:
-                    np.copyto(target.reshape(shape), view[block])
-                else:
-                    target.fill(0)
+        native.gather_blocks([self._views[layer.name] for layer in part.layers], _by_layer(part, ids), row)
         done()
 
     def scatter(self, part: PartPlan, ids: BlockIds, row: memoryview) -> None:
         """Write `row` into the blocks."""
-        rows = np.frombuffer(row, np.uint8).reshape(-1, part.block_row_bytes)
-        for layer in part.layers:
-            view, shape = self._views[layer.name], self._views[layer.name].shape[1:]
-            for index, block in enumerate(ids[layer.group]):
-                if block:
-                    source = rows[index, layer.offset : layer.offset + layer.page_bytes]
-                    np.copyto(view[block], source.reshape(shape))
+        native.scatter_blocks([self._views[layer.name] for layer in part.layers], _by_layer(part, ids), row)
 
     def after_copies(self, done: Done) -> None:
         """Call `done`."""
@@ -69,6 +56,10 @@ class HostCopier:
 
     def close(self) -> None:
         """Nothing is ever in flight."""
+
+
+def _by_layer(part: PartPlan, ids: BlockIds) -> list[Sequence[int]]:
+    return [ids[layer.group] for layer in part.layers]
 
 
 class DeviceCopier:
