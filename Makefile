@@ -56,7 +56,7 @@ sim: setup ## Simulate a network of nodes (SEED=123 SCENARIO=liars_20pct NODES=2
 	@$(BIN)/hyperspace sim --scenario $(SCENARIO) --nodes $(NODES) --seed $(SEED) $(ARGS)
 
 .PHONY: sim-full
-sim-full: setup ## All scenarios with 100 nodes and 50 seeds on all cores (about two CPU-hours), into build/sim.json
+sim-full: setup ## All scenarios with 100 nodes and 50 seeds on all cores (about three CPU-hours), into build/sim.json
 	@$(BIN)/hyperspace sim --nodes 100 --seed $(SEED) --seeds 50 --output build/sim.json $(ARGS)
 
 .PHONY: bench

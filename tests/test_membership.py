@@ -127,6 +127,19 @@ def peers(*numbers: int) -> set[PeerId]:
     return {Identity(number).peer for number in numbers}
 
 
+# --- whom it knew -------------------------------------------------------------------------------
+
+
+def test_who_is_remembered_is_dialled_and_forgotten_when_gone() -> None:
+    node = Node()
+    node.members.remember([(Identity(1).peer, Identity(1).address), (ME.peer, ME.address)])
+    effects = node.members.start(node.now_ms)
+    assert [effect.peer for effect in effects if isinstance(effect, Connect)] == [Identity(1).peer]
+    assert node.usable() == set()
+    node.members.on_connect_failed(Identity(1).peer, node.now_ms)
+    assert node.members.get(Identity(1).peer) is None
+
+
 # --- records ------------------------------------------------------------------------------------
 
 

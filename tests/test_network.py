@@ -133,6 +133,20 @@ def test_a_frozen_node_is_noticed_and_found_again(network: Network) -> None:
     until(lambda: all(name in node.status()["p2p"]["usable"] for node in others), 30)
 
 
+def test_a_node_that_returns_while_its_bootstrap_is_down_finds_the_others(network: Network) -> None:
+    bootstrap, returning = network.nodes[0], network.nodes[1]
+    bootstrap.process.send_signal(signal.SIGSTOP)
+    try:
+        returning.stop()
+        returning.start()
+        until(lambda: returning.card().get("p2p"), 30)
+        until(lambda: len(returning.status()["p2p"].get("usable", ())) >= 3, 30)
+    finally:
+        bootstrap.process.send_signal(signal.SIGCONT)
+    others = [network.nodes[number] for number in network.live]
+    until(lambda: all(bootstrap.card()["peer_id"] in n.status()["p2p"]["usable"] for n in others if n != bootstrap), 30)
+
+
 def test_memory_stays_bounded_with_ten_thousand_entries(network: Network) -> None:
     live = [network.nodes[number] for number in network.live]
     entries = 10_000 // len(live) + 1

@@ -307,7 +307,7 @@ def test_a_connection_that_opened_just_before_the_deadline_costs_a_peer_nothing(
         fetch a from 1 for 300
         > at=290 meet 1
         > at=299 refused a 1 timeout
-        search a
+        answer a none none timeout
         > at=299 want b
         hint yes
         fetch b from 1 for 300

@@ -26,6 +26,7 @@ from ..core.records.local import Scope
 from ..core.records.peer_record import PeerRecord
 from ..core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
 from ..response_db import database_path
+from .address_book import AddressBook
 from .identity import Identity, IdentityError
 from .metrics import Metrics
 from .network_driver import Clients, NetworkDriver, Stored
@@ -218,19 +219,28 @@ class Network:
         parts.push_async_callback(host.close)
         await host.start()
         bootstrap = tuple((PeerId(entry.partition("@")[0]), entry.partition("@")[2]) for entry in config.bootstrap)
+        book = AddressBook(config.data_dir)
+        parts.callback(book.close)
+        address = _reachable(config.advertise, host.address)
         options = NetworkOptions(
             self._network,
-            _reachable(config.advertise, host.address),
+            address,
             _reachable(config.advertise, endpoint),
             bootstrap,
             self._key,
             config.disk_bytes + config.response_bytes,
             documents is not None,
+            book.read(address),
         )
+
+        def tell(usable: tuple[PeerRecord, ...]) -> None:
+            book.note(usable)
+            on_peers(usable)
+
         node = NetworkNode(options, identity.signing_key, self.trust, random.Random(), _now_ms())
         scope: Scope = "public" if config.share == "public" else "network"
         driver = NetworkDriver(
-            node, self._network, self.trust, store, responses, documents, redis, self._metrics, on_peers, scope
+            node, self._network, self.trust, store, responses, documents, redis, self._metrics, tell, scope
         )
         driver.clients, driver.host, relay.driver = clients, host, driver
         self._metrics.connected_peers.set_function(lambda: len(host.connected))

@@ -97,6 +97,7 @@ class NetworkOptions:
     network_key: bytes | None = None
     capacity_bytes: int = 0
     registry: bool = True  # False where a Redis registry replaces it
+    remembered: tuple[tuple[PeerId, str], ...] = ()  # whom it knew when it last ran; nobody is trusted for that
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,7 @@ class NetworkNode:
 
     def start(self, now_ms: int) -> list[NetworkEffect]:
         """What to do first."""
+        self.members.remember(self._options.remembered)
         return self.members.start(now_ms)
 
     def handle(self, event: NetworkEvent, now_ms: int) -> list[NetworkEffect]:

@@ -14,7 +14,7 @@ Connections beyond NEIGHBOURS_MAX that nobody uses are closed.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ..node.network_effects import ChargePeer, Connect, Disconnect, NetworkEffect, Send
 from ..records.errors import ProtocolViolation, Refused
@@ -94,6 +94,12 @@ class Membership:
             if peer != me:
                 self._peers.add(Peer(peer, configured=address))
 
+    def remember(self, peers: Iterable[tuple[PeerId, str]]) -> None:
+        """Addresses from an earlier life: dialled like any other, forgotten when nobody is there any more."""
+        for peer, address in peers:
+            if peer != self._me and self._peers.get(peer) is None:
+                self._peers.add(Peer(peer, advertised=address))
+
     @property
     def own(self) -> PeerRecord:
         """This node's record."""
@@ -169,6 +175,8 @@ class Membership:
         if known is None or known.connected:
             return []
         self._dial_failed(known, now_ms)
+        if known.record is None and not known.bootstrap:
+            self._peers.remove(peer)
         return self._dial(now_ms)
 
     # --- messages -------------------------------------------------------------------------------

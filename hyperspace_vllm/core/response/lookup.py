@@ -25,6 +25,7 @@ from ..records.limits import PROVIDERS_MAX
 
 RACE_MS = 3_000
 DHT_MS = 1_500
+SEARCH_MS_MIN = 100  # a search and a fetch take longer
 IN_FLIGHT_MAX = 3
 ATTEMPTS_MAX = PROVIDERS_MAX
 HEDGE_MS_MIN, HEDGE_MS_MAX = 25, 120
@@ -127,9 +128,10 @@ class ResponseLookup:
         effects = self._ask(now_ms)
         if effects or self._in_flight or self._searching:
             return effects
-        if not self.searched and len(self._asked) < ATTEMPTS_MAX and self._may_search(now_ms):
+        left_ms = self._deadline_ms - now_ms
+        worth_it = not self.searched and len(self._asked) < ATTEMPTS_MAX and left_ms >= SEARCH_MS_MIN
+        if worth_it and self._may_search(now_ms):
             self._searching = True
-            left_ms = self._deadline_ms - now_ms
             return [FindProviders(self.number, self.request_hash, min(left_ms, DHT_MS))]
         return self._end(None, self._reason)
 
