@@ -18,7 +18,7 @@ namespace rs = hyperspace::reed_solomon;
 
 namespace {
 
-constexpr int kData = rs::kDataChunks, kTotal = rs::kTotalChunks;
+constexpr int kThreadsMax = 64;
 
 [[noreturn]] void refuse(PyObject* type, const std::string& message) {
     PyErr_SetString(type, message.c_str());
@@ -76,10 +76,32 @@ class Buffer {
 };
 
 size_t checked_chunk_bytes(Py_ssize_t chunk_bytes) {
-    if (chunk_bytes < 1 || chunk_bytes > PY_SSIZE_T_MAX / kTotal) {
+    if (chunk_bytes < 1 || chunk_bytes > PY_SSIZE_T_MAX / rs::kPointsMax) {
         refuse(PyExc_ValueError, "chunk_bytes is " + std::to_string(chunk_bytes) + ", expected at least 1");
     }
     return static_cast<size_t>(chunk_bytes);
+}
+
+int checked_threads(Py_ssize_t threads) {
+    if (threads < 1 || threads > kThreadsMax) {
+        refuse(PyExc_ValueError,
+               "threads is " + std::to_string(threads) + ", expected 1 to " + std::to_string(kThreadsMax));
+    }
+    return static_cast<int>(threads);
+}
+
+// k data and m parity chunks; 32 and 32 is the network's code.
+struct Shape {
+    int data, parity;
+    int total() const { return data + parity; }
+};
+
+Shape checked_shape(Py_ssize_t data, Py_ssize_t parity) {
+    if (data < 1 || parity < 0 || data > rs::kPointsMax || parity > rs::kPointsMax - data) {
+        refuse(PyExc_ValueError, "data_chunks is " + std::to_string(data) + " and parity_chunks " +
+                                     std::to_string(parity) + ", expected at most 256 in all");
+    }
+    return {static_cast<int>(data), static_cast<int>(parity)};
 }
 
 using Isa = std::optional<std::string>;
@@ -91,66 +113,118 @@ const rs::Kernels& checked_kernels(const Isa& isa) {
     return *kernels;
 }
 
-void encode_rows(nb::handle data, nb::handle parity, Py_ssize_t chunk, const std::vector<int>& rows,
-                 const Isa& isa) {
-    const rs::Kernels& kernels = checked_kernels(isa);
-    const size_t chunk_bytes = checked_chunk_bytes(chunk);
-    std::array<int, kData> place;
+void encode_shape(nb::handle data, nb::handle parity, size_t chunk_bytes, const std::vector<int>& rows,
+                  Shape shape, int threads, const rs::Kernels& kernels) {
+    std::array<int, rs::kPointsMax> place;
     place.fill(-1);
     for (size_t k = 0; k < rows.size(); ++k) {
         const std::string name = "rows[" + std::to_string(k) + "] is " + std::to_string(rows[k]);
-        if (rows[k] < 0 || rows[k] >= kData) refuse(PyExc_ValueError, name + ", expected 0 to 31");
+        if (rows[k] < 0 || rows[k] >= shape.parity) {
+            refuse(PyExc_ValueError, name + ", expected 0 to " + std::to_string(shape.parity - 1));
+        }
         if (place[rows[k]] >= 0) refuse(PyExc_ValueError, name + ", as an earlier one was");
         place[rows[k]] = static_cast<int>(k);
     }
-    const Buffer from(data, "data", kData * chunk_bytes, Access::kRead);
+    const Buffer from(data, "data", shape.data * chunk_bytes, Access::kRead);
     const Buffer to(parity, "parity", rows.size() * chunk_bytes, Access::kWrite);
     if (from.overlaps(to)) refuse(PyExc_ValueError, "data and parity overlap");
 
-    const uint8_t* in[kData];
-    uint8_t* out[kData];
-    for (int j = 0; j < kData; ++j) {
-        in[j] = from.bytes() + j * chunk_bytes;
+    const uint8_t* in[rs::kPointsMax];
+    uint8_t* out[rs::kPointsMax];
+    for (int i = 0; i < shape.data; ++i) in[i] = from.bytes() + i * chunk_bytes;
+    for (int j = 0; j < shape.parity; ++j) {
         out[j] = place[j] < 0 ? nullptr : to.bytes() + place[j] * chunk_bytes;
     }
     nb::gil_scoped_release release;
-    rs::encode(kernels, in, out, chunk_bytes);
+    rs::encode_any(kernels, shape.data, shape.parity, in, out, chunk_bytes, threads);
 }
 
-void encode(nb::handle data, nb::handle parity, Py_ssize_t chunk_bytes, const Isa& isa) {
-    std::vector<int> all(kData);
-    for (int j = 0; j < kData; ++j) all[j] = j;
-    encode_rows(data, parity, chunk_bytes, all, isa);
+void encode_rows(nb::handle data, nb::handle parity, Py_ssize_t chunk_bytes, const std::vector<int>& rows,
+                 Py_ssize_t data_chunks, Py_ssize_t parity_chunks, Py_ssize_t threads, const Isa& isa) {
+    const rs::Kernels& kernels = checked_kernels(isa);
+    const Shape shape = checked_shape(data_chunks, parity_chunks);
+    encode_shape(data, parity, checked_chunk_bytes(chunk_bytes), rows, shape, checked_threads(threads),
+                 kernels);
 }
 
-void decode(nb::sequence chunks, Py_ssize_t chunk, nb::handle out, const Isa& isa) {
+void encode(nb::handle data, nb::handle parity, Py_ssize_t chunk_bytes, Py_ssize_t data_chunks,
+            Py_ssize_t parity_chunks, Py_ssize_t threads, const Isa& isa) {
+    std::vector<int> all(static_cast<size_t>(checked_shape(data_chunks, parity_chunks).parity));
+    for (size_t j = 0; j < all.size(); ++j) all[j] = static_cast<int>(j);
+    encode_rows(data, parity, chunk_bytes, all, data_chunks, parity_chunks, threads, isa);
+}
+
+// A call's buffers and the pointers into them, all checked.
+struct Decoding {
+    Decoding(nb::sequence chunks, size_t chunk_bytes, nb::handle out, Shape shape)
+        : to(out, "out", shape.data * chunk_bytes, Access::kWrite), held(shape.total()) {
+        if (nb::len(chunks) != held.size()) {
+            refuse(PyExc_ValueError, "chunks has " + std::to_string(nb::len(chunks)) + " entries, expected " +
+                                         std::to_string(held.size()));
+        }
+        for (int j = 0; j < shape.data; ++j) rows[j] = to.bytes() + j * chunk_bytes;
+        int present = 0;
+        for (int i = 0; i < shape.total(); ++i) {
+            const nb::object chunk = chunks[i];
+            if (chunk.is_none()) continue;
+            const std::string name = "chunks[" + std::to_string(i) + "]";
+            held[i] = Buffer(chunk, name, chunk_bytes, Access::kRead);
+            in[i] = held[i].bytes();
+            const bool in_place = i < shape.data && in[i] == rows[i];
+            if (held[i].overlaps(to) && !in_place) {
+                refuse(PyExc_ValueError, name + " overlaps out, not at its own place");
+            }
+            ++present;
+        }
+        if (present < shape.data) {
+            refuse(PyExc_ValueError, "chunks has " + std::to_string(present) + " present, decoding needs " +
+                                         std::to_string(shape.data));
+        }
+    }
+
+    Buffer to;
+    std::vector<Buffer> held;
+    const uint8_t* in[rs::kPointsMax] = {};
+    uint8_t* rows[rs::kPointsMax] = {};
+};
+
+void decode(nb::sequence chunks, Py_ssize_t chunk, nb::handle out, Py_ssize_t data_chunks,
+            Py_ssize_t parity_chunks, Py_ssize_t threads, const Isa& isa) {
     const rs::Kernels& kernels = checked_kernels(isa);
     const size_t chunk_bytes = checked_chunk_bytes(chunk);
-    if (nb::len(chunks) != kTotal) {
-        refuse(PyExc_ValueError, "chunks has " + std::to_string(nb::len(chunks)) + " entries, expected 64");
-    }
-    const Buffer to(out, "out", kData * chunk_bytes, Access::kWrite);
-    std::array<Buffer, kTotal> held;
-    const uint8_t* in[kTotal] = {};
-    uint8_t* rows[kData];
-    int present = 0;
-    for (int j = 0; j < kData; ++j) rows[j] = to.bytes() + j * chunk_bytes;
-    for (int i = 0; i < kTotal; ++i) {
-        const nb::object chunk_object = chunks[i];
-        if (chunk_object.is_none()) continue;
-        const std::string name = "chunks[" + std::to_string(i) + "]";
-        held[i] = Buffer(chunk_object, name, chunk_bytes, Access::kRead);
-        in[i] = held[i].bytes();
-        const bool in_place = i < kData && in[i] == rows[i];
-        if (held[i].overlaps(to) && !in_place)
-            refuse(PyExc_ValueError, name + " overlaps out, not at its own place");
-        ++present;
-    }
-    if (present < kData) {
-        refuse(PyExc_ValueError, "chunks has " + std::to_string(present) + " present, decoding needs 32");
-    }
+    const Shape shape = checked_shape(data_chunks, parity_chunks);
+    const int workers = checked_threads(threads);
+    const Decoding call(chunks, chunk_bytes, out, shape);
     nb::gil_scoped_release release;
-    rs::decode(kernels, in, rows, chunk_bytes);
+    rs::decode_any(kernels, shape.data, shape.parity, call.in, call.rows, chunk_bytes, workers);
+}
+
+std::vector<int> decode_and_check(nb::sequence chunks, Py_ssize_t chunk, nb::handle out, Py_ssize_t threads,
+                                  const Isa& isa) {
+    const rs::Kernels& kernels = checked_kernels(isa);
+    const size_t chunk_bytes = checked_chunk_bytes(chunk);
+    const int workers = checked_threads(threads);
+    const Decoding call(chunks, chunk_bytes, out, {rs::kDataChunks, rs::kTotalChunks - rs::kDataChunks});
+    uint32_t differing;
+    {
+        nb::gil_scoped_release release;
+        differing = rs::decode_and_check(kernels, call.in, call.rows, chunk_bytes, workers);
+    }
+    std::vector<int> numbers;
+    for (int j = 0; j < rs::kDataChunks; ++j) {
+        if (differing >> j & 1) numbers.push_back(rs::kDataChunks + j);
+    }
+    return numbers;
+}
+
+// Of those compiled in, the ones that this CPU runs and that pass, fastest first.
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const char* const* name = rs::kernel_names(); *name; ++name) {
+        const rs::Kernels* kernels = rs::find_kernels(*name);
+        if (kernels && rs::passes_known_answers(*kernels)) names.emplace_back(*name);
+    }
+    return names;
 }
 
 // A paged cache of bytes `[blocks, ...]`, strided as it likes, held until it goes.
@@ -253,10 +327,15 @@ void scatter_blocks(nb::sequence views, const BlockIds& ids, nb::handle row) {
 NB_MODULE(_native, module) {
     rs::best_kernels();  // tests the kernels now, not inside the first request
     using namespace nb::literals;
-    module.def("encode", encode, "data"_a.none(), "parity"_a.none(), "chunk_bytes"_a, "isa"_a = nb::none());
+    module.def("encode", encode, "data"_a.none(), "parity"_a.none(), "chunk_bytes"_a, "data_chunks"_a,
+               "parity_chunks"_a, "threads"_a, "isa"_a.none());
     module.def("encode_rows", encode_rows, "data"_a.none(), "parity"_a.none(), "chunk_bytes"_a, "rows"_a,
-               "isa"_a = nb::none());
-    module.def("decode", decode, "chunks"_a, "chunk_bytes"_a, "out"_a.none(), "isa"_a = nb::none());
+               "data_chunks"_a, "parity_chunks"_a, "threads"_a, "isa"_a.none());
+    module.def("decode", decode, "chunks"_a, "chunk_bytes"_a, "out"_a.none(), "data_chunks"_a,
+               "parity_chunks"_a, "threads"_a, "isa"_a.none());
+    module.def("decode_and_check", decode_and_check, "chunks"_a, "chunk_bytes"_a, "out"_a.none(), "threads"_a,
+               "isa"_a.none());
+    module.def("isas", isas);
     module.def("gather_blocks", gather_blocks, "views"_a, "ids"_a, "row"_a.none());
     module.def("scatter_blocks", scatter_blocks, "views"_a, "ids"_a, "row"_a.none());
     module.def("isa", [] { return rs::name_of(rs::best_kernels()); });

@@ -2,7 +2,9 @@
 
 Systematic Reed–Solomon over GF(2⁸), pinned in ``docs/protocol.md``. Every buffer is any contiguous object
 with the buffer protocol (bytes, bytearray, memoryview, mmap, NumPy array); outputs must be writable. Calls
-release the GIL. ``isa`` forces an instruction set by name, for tests; ``None`` takes the fastest that works.
+release the GIL; ``threads`` is how many may work on one, the caller's among them. ``isa`` forces an instruction
+set by name, for tests; ``None`` takes the fastest that works. ``data_chunks`` and ``parity_chunks`` other than 32
+and 32 (up to 256 in all) are right, not fast: the network's code has kernels of its own.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from typing import TYPE_CHECKING
 try:
     from hyperspace_vllm._native import CHUNK_ALIGN_BYTES as _CHUNK_ALIGN_BYTES
     from hyperspace_vllm._native import decode as _decode
+    from hyperspace_vllm._native import decode_and_check as _decode_and_check
     from hyperspace_vllm._native import encode as _encode
     from hyperspace_vllm._native import encode_rows as _encode_rows
     from hyperspace_vllm._native import gather_blocks as _gather_blocks
     from hyperspace_vllm._native import isa as _isa
+    from hyperspace_vllm._native import isas as _isas
     from hyperspace_vllm._native import scatter_blocks as _scatter_blocks
 except ImportError as error:
     raise ImportError(
@@ -27,43 +31,91 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 DATA_CHUNKS = 32
+PARITY_CHUNKS = 32
 TOTAL_CHUNKS = 64
 CHUNK_ALIGN_BYTES: int = _CHUNK_ALIGN_BYTES
 """Chunks of a multiple of this many bytes (an odd one, ideally) are coded without a staged tail.
 
-Large outputs are fastest at 32-byte aligned addresses (mmap's are; NumPy's often aren't): only there can stores
+Large outputs are fastest at 64-byte aligned addresses (mmap's are; NumPy's often aren't): only there can stores
 bypass the caches.
 """
 
 
-def encode(data: Buffer, parity: Buffer, chunk_bytes: int, *, isa: str | None = None) -> None:
-    """Fill ``parity`` with the 32 parity chunks of ``data``; both hold 32 * ``chunk_bytes`` bytes.
+def encode(
+    data: Buffer,
+    parity: Buffer,
+    chunk_bytes: int,
+    *,
+    data_chunks: int = DATA_CHUNKS,
+    parity_chunks: int = PARITY_CHUNKS,
+    threads: int = 1,
+    isa: str | None = None,
+) -> None:
+    """Fill ``parity`` with the parity chunks of ``data``; each holds its chunks one after the other.
 
     Raises ValueError for a size, overlap or read-only buffer, TypeError for what is no buffer.
     """
-    _encode(data, parity, chunk_bytes, isa)
+    _encode(data, parity, chunk_bytes, data_chunks, parity_chunks, threads, isa)
 
 
-def encode_rows(data: Buffer, parity: Buffer, chunk_bytes: int, rows: Sequence[int], *, isa: str | None = None) -> None:
+def encode_rows(
+    data: Buffer,
+    parity: Buffer,
+    chunk_bytes: int,
+    rows: Sequence[int],
+    *,
+    data_chunks: int = DATA_CHUNKS,
+    parity_chunks: int = PARITY_CHUNKS,
+    threads: int = 1,
+    isa: str | None = None,
+) -> None:
     """Fill ``parity`` with the parity chunks that ``rows`` names (0 to 31, each once), in its order.
 
     Raises what ``encode`` raises.
     """
-    _encode_rows(data, parity, chunk_bytes, rows, isa)
+    _encode_rows(data, parity, chunk_bytes, rows, data_chunks, parity_chunks, threads, isa)
 
 
-def decode(chunks: Sequence[Buffer | None], chunk_bytes: int, out: Buffer, *, isa: str | None = None) -> None:
-    """Fill ``out`` (32 * ``chunk_bytes`` bytes) with the data, from any 32 of 64 ``chunks``; ``None`` is lost.
+def decode(
+    chunks: Sequence[Buffer | None],
+    chunk_bytes: int,
+    out: Buffer,
+    *,
+    data_chunks: int = DATA_CHUNKS,
+    parity_chunks: int = PARITY_CHUNKS,
+    threads: int = 1,
+    isa: str | None = None,
+) -> None:
+    """Fill ``out`` with the data chunks, from any ``data_chunks`` of all ``chunks``; ``None`` is a lost one.
 
-    Data chunk j may already lie at its place in ``out``: it isn't copied then. Raises ValueError when fewer
-    than 32 are present and what ``encode`` raises.
+    Data chunk j may already lie at its place in ``out``: it isn't copied then. Raises ValueError when too few
+    are present and what ``encode`` raises.
     """
-    _decode(chunks, chunk_bytes, out, isa)
+    _decode(chunks, chunk_bytes, out, data_chunks, parity_chunks, threads, isa)
+
+
+def decode_and_check(
+    chunks: Sequence[Buffer | None], chunk_bytes: int, out: Buffer, *, threads: int = 1, isa: str | None = None
+) -> list[int]:
+    """Decode from the first 32 of 64 chunks present, encode again, and name the others that contradict them.
+
+    An empty list: all that are present belong to one codeword. Otherwise at least one of those present is wrong,
+    not necessarily a named one. Costs less than both steps one after the other: the data stays in the cache.
+    """
+    return _decode_and_check(chunks, chunk_bytes, out, threads, isa)
 
 
 def isa() -> str:
-    """Name the instruction set in use: ``"avx2"``, or ``"portable"`` (also if AVX2 failed its self-test)."""
+    """Name the instruction set in use: the first of ``isas()``."""
     return _isa()
+
+
+def isas() -> list[str]:
+    """Name those that this machine has and that pass the known-answer test, fastest first.
+
+    Of ``"avx512"`` (with GFNI), ``"avx2"``, ``"neon"`` and ``"portable"``, which every machine has.
+    """
+    return _isas()
 
 
 def gather_blocks(views: Sequence[Buffer], ids: Sequence[Sequence[int]], row: Buffer) -> None:

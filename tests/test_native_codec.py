@@ -26,7 +26,7 @@ BASIS = (0x01, 0xD6, 0x98, 0x92, 0x56, 0xC8, 0x58, 0xE6)
 
 
 def available_isas() -> list[str]:
-    return ["portable"] if native.isa() == "portable" else ["portable", native.isa()]
+    return native.isas()
 
 
 def point(index: int) -> int:

@@ -5,32 +5,15 @@
 #include <immintrin.h>
 
 #include "kernels_body.h"
+#include "nibble_tables.h"
 
 namespace hyperspace::reed_solomon {
 namespace {
 
-struct alignas(32) NibbleTables {
-    uint8_t low[16];   // low[n] = c * n
-    uint8_t high[16];  // high[n] = c * 16n
-};
-struct AllTables {
-    NibbleTables of[256];
-};
-constexpr AllTables make_tables() {
-    AllTables tables{};
-    for (int c = 0; c < 256; ++c) {
-        for (int n = 0; n < 16; ++n) {
-            tables.of[c].low[n] = gf256::multiply(static_cast<uint8_t>(c), static_cast<uint8_t>(n));
-            tables.of[c].high[n] = gf256::multiply(static_cast<uint8_t>(c), static_cast<uint8_t>(n << 4));
-        }
-    }
-    return tables;
-}
-constexpr AllTables kTables = make_tables();
-
 struct Avx2 {
     using Register = __m256i;
     static constexpr int kBytes = 32;
+    static constexpr int kSums = 4;
 
     static Register load(const uint8_t* from) { return _mm256_loadu_si256((const __m256i*)from); }
     static void store(uint8_t* to, Register value) { _mm256_storeu_si256((__m256i*)to, value); }
@@ -42,8 +25,8 @@ struct Avx2 {
         __m256i low, high;
     };
     HYPERSPACE_INLINE static Factor factor(uint8_t c) {
-        return {_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kTables.of[c].low)),
-                _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kTables.of[c].high))};
+        return {_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kNibbleTables.of[c].low)),
+                _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kNibbleTables.of[c].high))};
     }
     HYPERSPACE_INLINE static Register multiply(Register x, Factor c) {
         const __m256i nibble = _mm256_set1_epi8(15);
@@ -59,6 +42,6 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = Body<Avx2>::kernels("avx2");
+const Kernels kAvx2Kernels = Body<Avx2>::kernels("avx2", 5, 10);
 
 }  // namespace hyperspace::reed_solomon

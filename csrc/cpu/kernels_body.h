@@ -1,12 +1,12 @@
 // The kernels, written once over a vector type V and compiled once for each instruction set.
 //
 // Beside what butterflies.h asks of it, V gives: kBytes, load, store, stream (a store that bypasses the
-// caches, to an aligned address), fence, prefetch, and a run-time constant: Factor, factor(c),
-// multiply(Register, Factor). V lives in an anonymous namespace, and so then does all that is made from it:
-// the linker can't hand one instruction set's code to another.
+// caches, to an aligned address), fence, prefetch, kSums (how many sums of products fit the registers), and a
+// run-time constant: Factor, factor(c), multiply(Register, Factor). V lives in an anonymous namespace, and so
+// then does all that is made from it: the linker can't hand one instruction set's code to another.
 #pragma once
 
-#include <initializer_list>
+#include <cstring>
 
 #include "hyperspace/butterflies.h"
 #include "kernels.h"
@@ -15,9 +15,7 @@ namespace hyperspace::reed_solomon {
 
 // 256 bytes of 32 rows, 8 KiB, stay in the L1 cache between passes, with their inputs and the next ones.
 inline constexpr int kBlock = kAlignBytes;
-
-// A parity set larger than this would only push other data out of the caches.
-inline constexpr size_t kStreamFromBytes = size_t{1} << 20;
+inline constexpr size_t kCombineStrip = 4096, kCombineAhead = 512;
 
 template <class V>
 struct Body {
@@ -45,14 +43,12 @@ struct Body {
         }
     }
 
-    static bool should_stream(uint8_t* const* out, size_t bytes) {
-        uintptr_t misaligned = 0;
-        size_t total = 0;
-        for (int row = 0; row < kDataChunks; ++row) {
-            misaligned |= reinterpret_cast<uintptr_t>(out[row]) % V::kBytes;
-            total += out[row] ? bytes : 0;
-        }
-        return misaligned == 0 && total >= kStreamFromBytes;
+    static bool can_stream(const uint8_t* to) { return reinterpret_cast<uintptr_t>(to) % V::kBytes == 0; }
+
+    static bool can_stream(uint8_t* const out[32]) {
+        bool aligned = true;
+        for (int row = 0; row < kDataChunks; ++row) aligned = aligned && can_stream(out[row]);
+        return aligned;
     }
 
     // ---- One half to the other: 160 butterflies a column instead of 1,024 products. Three passes, each
@@ -97,41 +93,57 @@ struct Body {
                 }
             });
         }
-        if constexpr (Stream) V::fence();
     }
 
     template <int From, int To>
-    static void transform(const uint8_t* const in[32], uint8_t* const out[32], size_t bytes) {
-        (should_stream(out, bytes) ? transform_blocks<From, To, true>
+    static void transform(const uint8_t* const in[32], uint8_t* const out[32], size_t bytes, bool stream) {
+        (stream && can_stream(out) ? transform_blocks<From, To, true>
                                    : transform_blocks<From, To, false>)(in, out, bytes);
     }
 
     // ---- A few rows: plain sums of products.
 
-    template <int Outputs>
-    static void combine_block(const uint8_t* const in[32], const uint8_t* coefficients, uint8_t* const* out,
-                              size_t at) {
-        for (size_t column = at; column < at + kBlock; column += V::kBytes) {
-            Register sum[Outputs] = {};
-            for (int i = 0; i < kDataChunks; ++i) {
+    // Count sums of the products of all inputs; factors are by input, then by sum.
+    template <int Count>
+    __attribute__((flatten)) static void combine_rows(const uint8_t* const* in, int inputs,
+                                                      const typename V::Factor* factors, uint8_t* const* out,
+                                                      size_t from, size_t to) {
+        for (size_t column = from; column < to; column += V::kBytes) {
+            const size_t ahead = column + kCombineAhead < to ? column + kCombineAhead : column;
+            Register sum[Count] = {};
+            for (int i = 0; i < inputs; ++i) {
                 const Register x = V::load(in[i] + column);
-                unroll<Outputs>([&](auto o) {
-                    sum[o] = sum[o] ^ V::multiply(x, V::factor(coefficients[o * kDataChunks + i]));
-                });
+                V::prefetch(in[i] + ahead);
+                unroll<Count>([&](auto o) { sum[o] = sum[o] ^ V::multiply(x, factors[i * Count + o]); });
             }
-            unroll<Outputs>([&](auto o) { V::store(out[o] + column, sum[o]); });
+            unroll<Count>([&](auto o) { V::store(out[o] + column, sum[o]); });
         }
     }
 
-    static void combine(const uint8_t* const in[32], const uint8_t* coefficients, uint8_t* const* out,
-                        int outputs, size_t bytes) {
-        constexpr decltype(&combine_block<1>) few[] = {combine_block<1>, combine_block<2>, combine_block<3>,
-                                                       combine_block<4>};
-        for (size_t at = 0; at < bytes; at += kBlock) {
-            for (int o = 0; o < outputs; o += 4) {
-                const int count = outputs - o < 4 ? outputs - o : 4;
-                few[count - 1](in, coefficients + o * kDataChunks, out + o, at);
+    // Count sums at a time while there are so many, then fewer.
+    template <int Count>
+    static void combine_most(const uint8_t* const* in, int inputs, const uint8_t* coefficients,
+                             uint8_t* const* out, int outputs, size_t from, size_t to) {
+        typename V::Factor factors[kPointsMax * Count];
+        for (; outputs >= Count; outputs -= Count) {
+            for (int i = 0; i < inputs; ++i) {
+                for (int o = 0; o < Count; ++o)
+                    factors[i * Count + o] = V::factor(coefficients[o * inputs + i]);
             }
+            combine_rows<Count>(in, inputs, factors, out, from, to);
+            coefficients += Count * inputs, out += Count;
+        }
+        if constexpr (Count > 1) {
+            combine_most<Count / 2>(in, inputs, coefficients, out, outputs, from, to);
+        }
+    }
+
+    // In strips, so that the inputs of the first sums are in the L2 cache for the next.
+    static void combine(const uint8_t* const* in, int inputs, const uint8_t* coefficients,
+                        uint8_t* const* out, int outputs, size_t bytes) {
+        for (size_t from = 0; from < bytes; from += kCombineStrip) {
+            const size_t to = from + kCombineStrip < bytes ? from + kCombineStrip : bytes;
+            combine_most<V::kSums>(in, inputs, coefficients, out, outputs, from, to);
         }
     }
 
@@ -221,16 +233,23 @@ struct Body {
             });
             unroll<8>([&](auto group) { evaluate_unscaled<4 * group, Stream>(high, unscale, out, at); });
         }
-        if constexpr (Stream) V::fence();
     }
 
     static void recover(const uint8_t* const in[64], const uint8_t locator[64], uint8_t* const out[32],
-                        size_t bytes) {
-        (should_stream(out, bytes) ? recover_blocks<true> : recover_blocks<false>)(in, locator, out, bytes);
+                        size_t bytes, bool stream) {
+        (stream && can_stream(out) ? recover_blocks<true> : recover_blocks<false>)(in, locator, out, bytes);
     }
 
-    static constexpr Kernels kernels(const char* name) {
-        return {name, transform<0, 32>, transform<32, 0>, combine, recover};
+    static constexpr Kernels kernels(const char* name, int combine_before_transform,
+                                     int combine_before_recovery) {
+        return {name,
+                combine_before_transform,
+                combine_before_recovery,
+                transform<0, 32>,
+                transform<32, 0>,
+                combine,
+                recover,
+                V::fence};
     }
 };
 

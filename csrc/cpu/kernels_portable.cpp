@@ -9,6 +9,7 @@ namespace {
 struct Portable {
     typedef uint8_t Register __attribute__((vector_size(16)));
     static constexpr int kBytes = 16;
+    static constexpr int kSums = 4;
 
     static Register load(const uint8_t* from) {
         Register value;
@@ -41,6 +42,6 @@ struct Portable {
 
 }  // namespace
 
-const Kernels kPortableKernels = Body<Portable>::kernels("portable");
+const Kernels kPortableKernels = Body<Portable>::kernels("portable", 5, 10);
 
 }  // namespace hyperspace::reed_solomon

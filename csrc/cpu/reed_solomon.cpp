@@ -1,215 +1,274 @@
-// Chooses a kernel for each loss pattern, feeds ragged tails through padded copies, and tests kernels.
+// 32 + 32: chooses a kernel for each loss pattern and shares the columns among threads.
 #include "hyperspace/reed_solomon.h"
 
-#include <array>
+#include <atomic>
 #include <cstring>
 
-#include "hyperspace/gf256.h"
+#include "columns.h"
 #include "kernels.h"
+#include "lagrange.h"
+#include "threads.h"
 
 namespace hyperspace::reed_solomon {
 namespace {
 
-using gf256::kLogarithms;
+using Data = Inputs<kDataChunks>;
+using DataOut = Outputs<kDataChunks>;
+using All = Inputs<kTotalChunks>;
 
-// Up to this many rows, plain sums of products beat the 160 butterflies from half to half, and the 240 and 64
-// products of recovery (measured with AVX2).
-constexpr int kCombineBeforeTransform = 5;
-constexpr int kCombineBeforeRecovery = 10;
+// Output larger than this would only push other data out of the caches, and reading its lines before
+// overwriting them costs a third of the memory traffic.
+constexpr size_t kStreamFromBytes = size_t{1} << 20;
 
-struct Points {
-    uint8_t of[kTotalChunks] = {};
-};
-constexpr Points make_points() {
-    Points points;
-    for (int i = 0; i < kTotalChunks; ++i) points.of[i] = gf256::point(i);
-    return points;
-}
-constexpr Points kPoints = make_points();
+// Decoding copies, rebuilds and checks this many columns before it goes on: 32 rows in and 32 out stay in the
+// L2 cache, as do a check's 32 rows more.
+constexpr size_t kStripBytes = 4096, kCheckedStripBytes = 2048;
 
-int log_difference(int i, int j) { return kLogarithms.log[kPoints.of[i] ^ kPoints.of[j]]; }
-
-// Fills coefficients[i] such that f(ω_target) = sum of coefficients[i] * f(ω_known[i]): Lagrange's formula.
-void lagrange(const uint8_t known[kDataChunks], int target, uint8_t coefficients[kDataChunks]) {
-    for (int i = 0; i < kDataChunks; ++i) {
-        int log = 0;
-        for (int m = 0; m < kDataChunks; ++m) {
-            if (m != i) log += log_difference(target, known[m]) + 255 - log_difference(known[i], known[m]);
-        }
-        coefficients[i] = kLogarithms.exp[log % 255];
-    }
-}
-
-// Runs `kernel(in, out, bytes)` on the whole blocks where they lie and on the tail through padded copies.
-template <size_t In, size_t Out, class Kernel>
-void in_blocks(const std::array<const uint8_t*, In>& in, const std::array<uint8_t*, Out>& out,
-               size_t chunk_bytes, Kernel kernel) {
-    const size_t tail = chunk_bytes % kAlignBytes, whole = chunk_bytes - tail;
-    if (whole != 0) kernel(in.data(), out.data(), whole);
-    if (tail == 0) return;
-    alignas(64) uint8_t padded_in[In][kAlignBytes] = {}, padded_out[Out][kAlignBytes];
-    std::array<const uint8_t*, In> tail_in{};
-    std::array<uint8_t*, Out> tail_out{};
-    for (size_t i = 0; i < In; ++i) {
-        if (in[i]) tail_in[i] = static_cast<uint8_t*>(std::memcpy(padded_in[i], in[i] + whole, tail));
-    }
-    for (size_t i = 0; i < Out; ++i) tail_out[i] = out[i] ? padded_out[i] : nullptr;
-    kernel(tail_in.data(), tail_out.data(), kAlignBytes);
-    for (size_t i = 0; i < Out; ++i) {
-        if (out[i]) std::memcpy(out[i] + whole, padded_out[i], tail);
-    }
-}
-
-using Inputs = std::array<const uint8_t*, kDataChunks>;
-using Outputs = std::array<uint8_t*, kDataChunks>;
-
-int count_wanted(const Outputs& out) {
+int count_wanted(const DataOut& out) {
     int wanted = 0;
-    for (uint8_t* row : out) wanted += row != nullptr;
+    for (uint8_t* row : out.row) wanted += row != nullptr;
     return wanted;
 }
 
-// The wanted rows of `out`, whose row j is point first_target + j, from the points `known`.
-void combine_rows(const Kernels& kernels, const uint8_t known[kDataChunks], const Inputs& in,
-                  int first_target, const Outputs& out, size_t chunk_bytes) {
-    uint8_t coefficients[kDataChunks * kDataChunks];
-    Outputs rows{};
-    int count = 0;
-    for (int j = 0; j < kDataChunks; ++j) {
-        if (!out[j]) continue;
-        lagrange(known, first_target + j, coefficients + count * kDataChunks);
-        rows[count++] = out[j];
-    }
-    in_blocks(in, rows, chunk_bytes, [&](auto* from, auto* to, size_t bytes) {
-        kernels.combine(from, coefficients, to, count, bytes);
-    });
+bool should_stream(const DataOut& out, size_t chunk_bytes) {
+    return static_cast<size_t>(count_wanted(out)) * chunk_bytes >= kStreamFromBytes;
 }
 
-void recover_rows(const Kernels& kernels, const std::array<const uint8_t*, kTotalChunks>& chunks,
-                  const Outputs& out, size_t chunk_bytes) {
-    uint8_t locator[kTotalChunks];
-    for (int i = 0; i < kTotalChunks; ++i) {
-        int log = 0;
-        for (int e = 0; e < kTotalChunks; ++e) {
-            if (!chunks[e] && e != i) log += log_difference(i, e);
+// One way to make rows from 32 others, chosen once a call and run on any range of columns.
+class Rebuild {
+  public:
+    // Parity from data.
+    static Rebuild parity(const Kernels& kernels, const Data& data, const DataOut& parity, bool stream) {
+        Rebuild made(kernels, parity, stream);
+        uint8_t known[kDataChunks];
+        for (int i = 0; i < kDataChunks; ++i) known[i] = static_cast<uint8_t>(i);
+        std::memcpy(made.in_.row, data.row, sizeof data.row);
+        if (made.wanted_ <= kernels.combine_before_transform) {
+            made.prepare_combine(known, kDataChunks);
+        } else {
+            made.way_ = Way::kDataToParity;
         }
-        locator[i] = kLogarithms.exp[log % 255];
+        return made;
     }
-    in_blocks(chunks, out, chunk_bytes,
-              [&](auto* from, auto* to, size_t bytes) { kernels.recover(from, locator, to, bytes); });
-}
 
-// ---- The known-answer test that a kernel must pass before it is chosen.
+    // Lost data from the first 32 chunks present: data before parity.
+    static Rebuild data(const Kernels& kernels, const All& chunks, const DataOut& lost, bool stream) {
+        Rebuild made(kernels, lost, stream);
+        uint8_t known[kDataChunks];
+        bool parity_complete = true;
+        for (int i = 0, count = 0; i < kTotalChunks && count < kDataChunks; ++i) {
+            if (!chunks.row[i]) continue;
+            made.in_.row[count] = made.used_.row[i] = chunks.row[i];
+            known[count++] = static_cast<uint8_t>(i);
+        }
+        for (int j = kDataChunks; j < kTotalChunks; ++j) parity_complete = parity_complete && chunks.row[j];
+        if (made.wanted_ <=
+            (parity_complete ? kernels.combine_before_transform : kernels.combine_before_recovery)) {
+            made.prepare_combine(known, 0);
+        } else if (parity_complete) {
+            std::memcpy(made.in_.row, chunks.row + kDataChunks, sizeof made.in_.row);
+            made.way_ = Way::kParityToData;
+        } else {
+            made.prepare_recovery();
+        }
+        return made;
+    }
 
-struct TestChunks {
-    static constexpr size_t kBytes = kAlignBytes + 37;  // a whole block and a tail
-    uint8_t chunk[kTotalChunks][kBytes];
+    void run(size_t from, size_t to) const { run(from, from, to - from); }
+
+    void run(size_t in_from, size_t out_from, size_t bytes) const {
+        switch (way_) {
+            case Way::kCombine:
+                in_blocks(in_.from(in_from), out_.from(out_from), bytes,
+                          [&](auto* in, auto* out, size_t block) {
+                              kernels_.combine(in, kDataChunks, constants_, out, wanted_, block);
+                          });
+                break;
+            case Way::kDataToParity:
+            case Way::kParityToData:
+                in_blocks(
+                    in_.from(in_from), out_.from(out_from), bytes, [&](auto* in, auto* out, size_t block) {
+                        (way_ == Way::kDataToParity ? kernels_.data_to_parity : kernels_.parity_to_data)(
+                            in, out, block, stream_);
+                    });
+                break;
+            case Way::kRecover:
+                in_blocks(used_.from(in_from), out_.from(out_from), bytes,
+                          [&](auto* in, auto* out, size_t block) {
+                              kernels_.recover(in, constants_, out, block, stream_);
+                          });
+        }
+    }
+
+    bool has_work() const { return wanted_ != 0; }
+
+  private:
+    enum class Way { kCombine, kDataToParity, kParityToData, kRecover };
+
+    Rebuild(const Kernels& kernels, const DataOut& out, bool stream)
+        : kernels_(kernels), out_(out), wanted_(count_wanted(out)), stream_(stream) {}
+
+    // Gathers the wanted rows; row j of the output is point first_target + j.
+    void prepare_combine(const uint8_t known[kDataChunks], int first_target) {
+        way_ = Way::kCombine;
+        const Lagrange lagrange(known, kDataChunks);
+        DataOut wanted;
+        for (int j = 0, count = 0; j < kDataChunks; ++j) {
+            if (!out_.row[j]) continue;
+            lagrange.row(first_target + j, constants_ + count * kDataChunks);
+            wanted.row[count++] = out_.row[j];
+        }
+        out_ = wanted;
+    }
+
+    void prepare_recovery() {
+        way_ = Way::kRecover;
+        for (int i = 0; i < kTotalChunks; ++i) {
+            int log = 0;
+            for (int e = 0; e < kTotalChunks; ++e) {
+                if (!used_.row[e] && e != i) log += log_difference(i, e);
+            }
+            constants_[i] = gf256::kLogarithms.exp[log % 255];
+        }
+    }
+
+    const Kernels& kernels_;
+    Way way_ = Way::kCombine;
+    Data in_;
+    All used_;  // for recovery, by point
+    DataOut out_;
+    int wanted_;
+    bool stream_;
+    uint8_t constants_[kDataChunks * kDataChunks];  // a row of coefficients a wanted row, or 64 locators
 };
 
-bool decodes(const Kernels& kernels, const TestChunks& all, uint64_t lost) {
-    TestChunks out;
-    const uint8_t* present[kTotalChunks];
-    uint8_t* rows[kDataChunks];
-    for (int i = 0; i < kTotalChunks; ++i) present[i] = lost >> i & 1 ? nullptr : all.chunk[i];
-    for (int i = 0; i < kDataChunks; ++i) rows[i] = out.chunk[i];
-    decode(kernels, present, rows, TestChunks::kBytes);
-    return std::memcmp(out.chunk, all.chunk, kDataChunks * TestChunks::kBytes) == 0;
+// Copies the data chunks that are there and rebuilds the others, without re-encoding.
+class Decode {
+  public:
+    Decode(const Kernels& kernels, const All& chunks, const DataOut& out, bool stream)
+        : copied_(copied(chunks, out)),
+          target_(out),
+          rebuild_(Rebuild::data(kernels, chunks, lost(chunks, out), stream)) {}
+
+    // Nothing is read twice: there is no point in going strip by strip.
+    bool is_one_step() const { return !rebuild_.has_work() || copies_nothing(); }
+
+    void run(size_t from, size_t to) const {
+        for (int j = 0; j < kDataChunks; ++j) {
+            if (copied_.row[j]) std::memcpy(target_.row[j] + from, copied_.row[j] + from, to - from);
+        }
+        if (rebuild_.has_work()) rebuild_.run(from, to);
+    }
+
+  private:
+    static DataOut lost(const All& chunks, const DataOut& out) {
+        DataOut lost;
+        for (int j = 0; j < kDataChunks; ++j) lost.row[j] = chunks.row[j] ? nullptr : out.row[j];
+        return lost;
+    }
+    static Data copied(const All& chunks, const DataOut& out) {
+        Data copied;
+        for (int j = 0; j < kDataChunks; ++j) {
+            copied.row[j] = chunks.row[j] == out.row[j] ? nullptr : chunks.row[j];
+        }
+        return copied;
+    }
+    bool copies_nothing() const {
+        for (const uint8_t* row : copied_.row) {
+            if (row) return false;
+        }
+        return true;
+    }
+
+    Data copied_;
+    DataOut target_;
+    Rebuild rebuild_;
+};
+
+template <int N, class Byte>
+Rows<N, Byte> rows_at(Byte* const* rows) {
+    Rows<N, Byte> copy;
+    std::memcpy(copy.row, rows, sizeof copy.row);
+    return copy;
 }
 
-bool passes_known_answers(const Kernels& kernels) {
-    TestChunks all;
-    const uint8_t* data[kDataChunks];
-    uint8_t* parity[kDataChunks];
-    for (int i = 0; i < kDataChunks; ++i) {
-        for (size_t b = 0; b < TestChunks::kBytes; ++b) {
-            all.chunk[i][b] = static_cast<uint8_t>((i * 0x9E3779B1u + b * 0x85EBCA77u) >> 15);
-        }
-        data[i] = all.chunk[i];
-        parity[i] = all.chunk[kDataChunks + i];
-    }
-    encode(kernels, data, parity, TestChunks::kBytes);
-    uint8_t known[kDataChunks], coefficients[kDataChunks];
-    for (int i = 0; i < kDataChunks; ++i) known[i] = static_cast<uint8_t>(i);
-    for (int j = 0; j < kDataChunks; ++j) {
-        lagrange(known, kDataChunks + j, coefficients);
-        for (size_t b = 0; b < TestChunks::kBytes; b += 7) {
-            uint8_t sum = 0;
-            for (int i = 0; i < kDataChunks; ++i) sum ^= gf256::multiply(coefficients[i], data[i][b]);
-            if (sum != parity[j][b]) return false;
-        }
-    }
-    // One pattern for each way to decode: sums of products, any 32 of 64, parity alone.
-    return decodes(kernels, all, 0x8000'0421) && decodes(kernels, all, 0x0F0F'0248'5555'7777) &&
-           decodes(kernels, all, 0xFFFF'FFFF);
-}
+// Encodes again, into memory that stays in cache, and compares with the chunks that decoding didn't use.
+class Check {
+  public:
+    Check(const Kernels& kernels, const Data& data, const Data& surplus)
+        : surplus_(surplus), encode_(Rebuild::parity(kernels, data, again(), false)) {}
+    Check(const Check&) = delete;  // encode_ points into this
 
-const Kernels& choose_kernels() {
-#ifdef HYPERSPACE_AVX2
-    if (find_kernels("avx2") && passes_known_answers(kAvx2Kernels)) return kAvx2Kernels;
-#endif
-    return kPortableKernels;
-}
+    // Bit j: parity chunk j is there and differs in columns from..to, at most kCheckedStripBytes.
+    uint32_t differing(size_t from, size_t to) {
+        if (!encode_.has_work()) return 0;
+        encode_.run(from, 0, to - from);
+        uint32_t found = 0;
+        for (int j = 0; j < kDataChunks; ++j) {
+            const uint8_t* row = surplus_.row[j];
+            if (row && std::memcmp(again_[j], row + from, to - from) != 0) found |= uint32_t{1} << j;
+        }
+        return found;
+    }
+
+  private:
+    DataOut again() {
+        DataOut rows;
+        for (int j = 0; j < kDataChunks; ++j) rows.row[j] = surplus_.row[j] ? again_[j] : nullptr;
+        return rows;
+    }
+
+    alignas(64) uint8_t again_[kDataChunks][kCheckedStripBytes];
+    Data surplus_;
+    Rebuild encode_;
+};
 
 }  // namespace
 
 void encode(const Kernels& kernels, const uint8_t* const data[kDataChunks],
-            uint8_t* const parity[kDataChunks], size_t chunk_bytes) {
-    Inputs in;
-    Outputs out;
-    uint8_t known[kDataChunks];
-    for (int i = 0; i < kDataChunks; ++i) {
-        in[i] = data[i], out[i] = parity[i], known[i] = static_cast<uint8_t>(i);
-    }
-    if (count_wanted(out) <= kCombineBeforeTransform) {
-        combine_rows(kernels, known, in, kDataChunks, out, chunk_bytes);
-    } else {
-        in_blocks(in, out, chunk_bytes, kernels.data_to_parity);
-    }
+            uint8_t* const parity[kDataChunks], size_t chunk_bytes, int threads) {
+    const DataOut wanted = rows_at<kDataChunks>(parity);
+    const Rebuild rebuild =
+        Rebuild::parity(kernels, rows_at<kDataChunks>(data), wanted, should_stream(wanted, chunk_bytes));
+    if (!rebuild.has_work()) return;
+    share_columns(threads, chunk_bytes, kAlignBytes, [&](size_t from, size_t to) {
+        rebuild.run(from, to);
+        kernels.fence();
+    });
 }
 
 void decode(const Kernels& kernels, const uint8_t* const chunks[kTotalChunks],
-            uint8_t* const out[kDataChunks], size_t chunk_bytes) {
-    Outputs lost{};
-    bool parity_complete = true;
-    for (int j = 0; j < kDataChunks; ++j) {
-        if (!chunks[j]) lost[j] = out[j];
-        parity_complete = parity_complete && chunks[kDataChunks + j];
-        if (chunks[j] && chunks[j] != out[j]) std::memcpy(out[j], chunks[j], chunk_bytes);
-    }
-    const int missing = count_wanted(lost);
-    if (missing == 0) return;
-
-    // The first 32 present: data before parity.
-    uint8_t known[kDataChunks];
-    Inputs in;
-    std::array<const uint8_t*, kTotalChunks> used{};
-    for (int i = 0, count = 0; i < kTotalChunks && count < kDataChunks; ++i) {
-        if (!chunks[i]) continue;
-        used[i] = in[count] = chunks[i];
-        known[count++] = static_cast<uint8_t>(i);
-    }
-    if (missing <= (parity_complete ? kCombineBeforeTransform : kCombineBeforeRecovery)) {
-        combine_rows(kernels, known, in, 0, lost, chunk_bytes);
-    } else if (parity_complete) {
-        std::memcpy(in.data(), chunks + kDataChunks, sizeof in);
-        in_blocks(in, lost, chunk_bytes, kernels.parity_to_data);
-    } else {
-        recover_rows(kernels, used, lost, chunk_bytes);
-    }
+            uint8_t* const out[kDataChunks], size_t chunk_bytes, int threads) {
+    const DataOut target = rows_at<kDataChunks>(out);
+    const Decode decode(kernels, rows_at<kTotalChunks>(chunks), target, should_stream(target, chunk_bytes));
+    share_columns(threads, chunk_bytes, kAlignBytes, [&](size_t from, size_t to) {
+        const size_t step = decode.is_one_step() ? to - from : kStripBytes;
+        for (size_t at = from; at < to; at += step) decode.run(at, at + step < to ? at + step : to);
+        kernels.fence();
+    });
 }
 
-const Kernels* find_kernels(const char* name) {
-#ifdef HYPERSPACE_AVX2
-    if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") ? &kAvx2Kernels : nullptr;
-#endif
-    return std::strcmp(name, "portable") == 0 ? &kPortableKernels : nullptr;
+uint32_t decode_and_check(const Kernels& kernels, const uint8_t* const chunks[kTotalChunks],
+                          uint8_t* const out[kDataChunks], size_t chunk_bytes, int threads) {
+    const DataOut target = rows_at<kDataChunks>(out);
+    const Decode decode(kernels, rows_at<kTotalChunks>(chunks), target, false);  // is read again at once
+    Data data, surplus;
+    for (int j = 0; j < kDataChunks; ++j) data.row[j] = out[j];
+    for (int i = 0, used = 0; i < kTotalChunks; ++i) {
+        if (chunks[i] && used++ >= kDataChunks) surplus.row[i - kDataChunks] = chunks[i];
+    }
+    std::atomic<uint32_t> differing{0};
+    share_columns(threads, chunk_bytes, kAlignBytes, [&](size_t from, size_t to) {
+        Check check(kernels, data, surplus);
+        uint32_t found = 0;
+        for (size_t at = from; at < to; at += kCheckedStripBytes) {
+            const size_t end = at + kCheckedStripBytes < to ? at + kCheckedStripBytes : to;
+            decode.run(at, end);
+            found |= check.differing(at, end);
+        }
+        differing.fetch_or(found, std::memory_order_relaxed);
+    });
+    return differing.load();
 }
-
-const Kernels& best_kernels() {
-    static const Kernels& best = choose_kernels();
-    return best;
-}
-
-const char* name_of(const Kernels& kernels) { return kernels.name; }
 
 }  // namespace hyperspace::reed_solomon

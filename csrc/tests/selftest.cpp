@@ -100,7 +100,7 @@ void check(const rs::Kernels& kernels, size_t bytes, size_t shift, int patterns)
 
 int main() {
     check_kv_copy();
-    for (const char* name : {"portable", "avx2"}) {
+    for (const char* name : {"portable", "avx2", "avx512"}) {
         const rs::Kernels* kernels = rs::find_kernels(name);
         if (!kernels) {
             std::printf("%s: not on this CPU\n", name);
