@@ -69,6 +69,12 @@ sanitize: setup ## Run the native self-test under AddressSanitizer and UBSan
 	@$(BIN)/cmake --build build/sanitize --target selftest
 	./build/sanitize/selftest
 
+.PHONY: test-neon
+test-neon: ## Run the native self-test for 64-bit ARM in an emulator (needs g++-aarch64-linux-gnu and qemu-user)
+	@PATH="$(BIN):$$PATH" cmake -S csrc -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/csrc/cmake/aarch64.cmake \
+		-DCMAKE_BUILD_TYPE=Release
+	@PATH="$(BIN):$$PATH" cmake --build build/aarch64 --target run_selftest
+
 .PHONY: fuzz
 fuzz: setup ## Fuzz every decoder for a minute (ARGS='--seconds 600'; guided by coverage if atheris is installed)
 	@$(BIN)/python -m tests.fuzz_decoders $(ARGS)

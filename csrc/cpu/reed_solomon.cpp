@@ -51,21 +51,23 @@ class Rebuild {
         return made;
     }
 
-    // Lost data from the first 32 chunks present: data before parity.
-    static Rebuild data(const Kernels& kernels, const All& chunks, const DataOut& lost, bool stream) {
+    // Lost data from the first 32 chunks present, data before parity, or, unless those are insisted on, from
+    // all the parity.
+    static Rebuild data(const Kernels& kernels, const All& chunks, const DataOut& lost, bool stream,
+                        bool first_32) {
         Rebuild made(kernels, lost, stream);
         uint8_t known[kDataChunks];
-        bool parity_complete = true;
+        bool from_parity = !first_32 || made.wanted_ == kDataChunks;
         for (int i = 0, count = 0; i < kTotalChunks && count < kDataChunks; ++i) {
             if (!chunks.row[i]) continue;
             made.in_.row[count] = made.used_.row[i] = chunks.row[i];
             known[count++] = static_cast<uint8_t>(i);
         }
-        for (int j = kDataChunks; j < kTotalChunks; ++j) parity_complete = parity_complete && chunks.row[j];
+        for (int j = kDataChunks; j < kTotalChunks; ++j) from_parity = from_parity && chunks.row[j];
         if (made.wanted_ <=
-            (parity_complete ? kernels.combine_before_transform : kernels.combine_before_recovery)) {
+            (from_parity ? kernels.combine_before_transform : kernels.combine_before_recovery)) {
             made.prepare_combine(known, 0);
-        } else if (parity_complete) {
+        } else if (from_parity) {
             std::memcpy(made.in_.row, chunks.row + kDataChunks, sizeof made.in_.row);
             made.way_ = Way::kParityToData;
         } else {
@@ -145,10 +147,10 @@ class Rebuild {
 // Copies the data chunks that are there and rebuilds the others, without re-encoding.
 class Decode {
   public:
-    Decode(const Kernels& kernels, const All& chunks, const DataOut& out, bool stream)
+    Decode(const Kernels& kernels, const All& chunks, const DataOut& out, bool stream, bool first_32)
         : copied_(copied(chunks, out)),
           target_(out),
-          rebuild_(Rebuild::data(kernels, chunks, lost(chunks, out), stream)) {}
+          rebuild_(Rebuild::data(kernels, chunks, lost(chunks, out), stream, first_32)) {}
 
     // Nothing is read twice: there is no point in going strip by strip.
     bool is_one_step() const { return !rebuild_.has_work() || copies_nothing(); }
@@ -240,7 +242,8 @@ void encode(const Kernels& kernels, const uint8_t* const data[kDataChunks],
 void decode(const Kernels& kernels, const uint8_t* const chunks[kTotalChunks],
             uint8_t* const out[kDataChunks], size_t chunk_bytes, int threads) {
     const DataOut target = rows_at<kDataChunks>(out);
-    const Decode decode(kernels, rows_at<kTotalChunks>(chunks), target, should_stream(target, chunk_bytes));
+    const Decode decode(kernels, rows_at<kTotalChunks>(chunks), target, should_stream(target, chunk_bytes),
+                        false);
     share_columns(threads, chunk_bytes, kAlignBytes, [&](size_t from, size_t to) {
         const size_t step = decode.is_one_step() ? to - from : kStripBytes;
         for (size_t at = from; at < to; at += step) decode.run(at, at + step < to ? at + step : to);
@@ -251,7 +254,8 @@ void decode(const Kernels& kernels, const uint8_t* const chunks[kTotalChunks],
 uint32_t decode_and_check(const Kernels& kernels, const uint8_t* const chunks[kTotalChunks],
                           uint8_t* const out[kDataChunks], size_t chunk_bytes, int threads) {
     const DataOut target = rows_at<kDataChunks>(out);
-    const Decode decode(kernels, rows_at<kTotalChunks>(chunks), target, false);  // is read again at once
+    // Not streamed: what is written is read again at once.
+    const Decode decode(kernels, rows_at<kTotalChunks>(chunks), target, false, true);
     Data data, surplus;
     for (int j = 0; j < kDataChunks; ++j) data.row[j] = out[j];
     for (int i = 0, used = 0; i < kTotalChunks; ++i) {
