@@ -1,8 +1,8 @@
 """Rows to sealed, coded, digested chunks and back: the slow, pure work on an object's bytes.
 
-Runs in threads: ChaCha20, the erasure code and BLAKE3 all release the GIL. An object is stored row-major: chunk c of
-row r at (r * 64 + c) * chunk_bytes. A row's last data chunks are zero beyond its sealed length: padding is *not*
-sealed, so that every node pads the same way without knowing the key.
+Runs in threads: ChaCha20 (`cryptography` from 50 on), the erasure code and BLAKE3 all release the GIL. An object is
+stored row-major: chunk c of row r at (r * 64 + c) * chunk_bytes. A row's last data chunks are zero beyond its sealed
+length: padding is *not* sealed, so that every node pads the same way without knowing the key.
 """
 
 import secrets

@@ -7,6 +7,10 @@ Both derive their key by the same HKDF. No row and no response share one for all
 SHA-256 outputs under different tags ('hyperspace/row/1', 'hyperspace/request/1'), so an equal pair is a collision, and
 neither can be told from a random key by those who don't know the prompt. Every node seals an answer to one request
 under one key; random nonces of 96 bits keep them apart (a repeat is expected after 2⁴⁸ answers to that request).
+
+Context: rows are 4 to 128 MiB. Choice: ChaCha20 is `cryptography`'s (OpenSSL's vector code): 6.0-6.6 GB/s of one core.
+Rejected, measured in the same run: C++ of our own, 1.0-1.1 times that with AVX-512 and 0.4 with AVX2; sealing in the
+erasure code's pass, 0.8-1.0 times sealing before it. Cost: `cryptography` before 50 holds the GIL while it seals.
 """
 
 from cryptography.exceptions import InvalidTag
