@@ -11,7 +11,7 @@ that nothing here knows torch):
     gather(pages, block_ids, row.data_ptr(), row_bytes, stream)
     scatter(pages, block_ids, row.data_ptr(), row_bytes, stream)
     encode(pages, block_ids, key, nonce, chunk_bytes, chunks.data_ptr(), 64 * chunk_bytes, stream)
-    decode(chunk_pointers, chunk_bytes, key, nonce, row.data_ptr(), row_bytes, stream)
+    decode(chunk_pointers, chunk_bytes, key, nonce, row.data_ptr(), row_bytes, device_index, stream)
 
 * A `view` is the layer's cache as bytes (`torch.uint8`), blocks first, any strides: what `kv_layout.block_views` gives.
   `table` says which of `block_ids` lists that layer's blocks: one list per KV cache group of the part, one id per block
@@ -108,10 +108,11 @@ def decode(
     nonce: bytes,
     row: int,
     row_bytes: int,
+    device: int,
     stream: int,
 ) -> None:
     """Rebuild and open a row from any 32 of 64 *verified* chunks; `None` is lost."""
-    _module().decode(chunks, chunk_bytes, key, nonce, row, row_bytes, stream)
+    _module().decode(chunks, chunk_bytes, key, nonce, row, row_bytes, device, stream)
 
 
 def _module() -> ModuleType:

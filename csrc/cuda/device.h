@@ -1,0 +1,43 @@
+// What the kernel bodies need of CUDA, for nvcc and for g++ alike.
+//
+// A kernel is a struct: kThreads, Shared, Params, kPhases and a static run<phase>(params, shared, block,
+// thread). Between two phases stands a barrier, and nothing outlives a phase but `shared` and what params
+// point to: so launch.cu runs it with __syncthreads() between the phases and launch_host.h runs one phase of
+// all threads after the other, the same source.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "hyperspace/butterflies.h"
+
+#ifdef __CUDACC__
+#define HYPERSPACE_UNROLL _Pragma("unroll")
+#else
+#define HYPERSPACE_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace hyperspace::cuda {
+
+// 16 bytes: the widest load and store of a thread.
+struct alignas(16) Piece {
+    uint32_t word[4];
+};
+
+// Quotients by a divisor that only the host knows: a multiplication and a shift (T. Granlund,
+// P. L. Montgomery, "Division by Invariant Integers using Multiplication", PLDI 1994), for n < 2^31.
+struct Divisor {
+    uint32_t value, magic, shift;
+
+    static Divisor of(uint32_t value) {
+        uint32_t log = 0;
+        while ((uint64_t{1} << log) < value) ++log;
+        const uint32_t shift = 31 + log;
+        return {value, static_cast<uint32_t>(((uint64_t{1} << shift) + value - 1) / value), shift};
+    }
+    HYPERSPACE_INLINE uint32_t quotient(uint32_t n) const {
+        return static_cast<uint32_t>(uint64_t{n} * magic >> shift);
+    }
+};
+
+}  // namespace hyperspace::cuda

@@ -1,0 +1,201 @@
+// Where a byte of a row lies in the paged cache.
+//
+// A row is (block, layer): for each block of the run, each layer's whole block, in its view's logical order
+// whatever its strides are (vllm_adapter/kv_layout.py). Offsets in a row stay below 2^31.
+#pragma once
+
+#include "device.h"
+
+namespace hyperspace::cuda {
+
+inline constexpr int kDimensionsMax =
+    4;  // of a block, beside the contiguous bytes: kernel block, K/V, head, token
+inline constexpr int kGeometriesMax = 4;  // layers that differ in shape or strides, in one part
+inline constexpr int kBlockIdsMax =
+    768;  // in one call, all tables together: they fill the 4 KiB of arguments
+
+// How one layer's blocks lie in memory: runs of contiguous bytes, numbered row-major over `size`.
+struct Geometry {
+    uint64_t block_stride;
+    uint64_t stride[kDimensionsMax];  // innermost first
+    Divisor size[kDimensionsMax];
+    Divisor run;
+    uint32_t dimensions;  // 0: a block is one run
+    uint32_t page_bytes;
+};
+
+struct alignas(16) Layer {
+    uint64_t base;
+    uint32_t offset;  // among the bytes of a row's block
+    uint16_t table;   // of `ids`
+    uint16_t geometry;
+};
+
+// A run of blocks of all layers. Passed by value: ids and geometries are kernel arguments.
+struct PagedRow {
+    const Layer* layers;  // in device memory, by ascending offset
+    uint32_t layer_count;
+    uint32_t block_count;
+    uint32_t row_bytes;
+    Divisor block_row_bytes;
+    Divisor page_bytes;  // value 0: the layers' differ
+    Geometry geometry[kGeometriesMax];
+    int32_t ids[kBlockIdsMax];  // table by table, block_count each
+};
+
+struct Place {
+    uint8_t* bytes;  // nullptr: of the null block
+    uint32_t left;   // contiguous from here on
+};
+
+HYPERSPACE_INLINE uint32_t layer_at(const PagedRow& row, uint32_t offset) {
+    if (row.page_bytes.value != 0) return row.page_bytes.quotient(offset);
+    uint32_t low = 0, high = row.layer_count;
+    while (high - low > 1) {
+        const uint32_t middle = (low + high) / 2;
+        (row.layers[middle].offset <= offset ? low : high) = middle;
+    }
+    return low;
+}
+
+HYPERSPACE_INLINE Place locate(const PagedRow& row, uint32_t offset) {
+    const uint32_t block = row.block_row_bytes.quotient(offset);
+    const uint32_t in_block = offset - block * row.block_row_bytes.value;
+    const Layer layer = row.layers[layer_at(row, in_block)];
+    const Geometry& geometry = row.geometry[layer.geometry];
+    const uint32_t in_page = in_block - layer.offset;
+    const int32_t id = row.ids[layer.table * row.block_count + block];
+    if (id == 0) return {nullptr, geometry.page_bytes - in_page};
+    uint8_t* bytes =
+        reinterpret_cast<uint8_t*>(layer.base) + static_cast<uint64_t>(id) * geometry.block_stride;
+    if (geometry.dimensions == 0) return {bytes + in_page, geometry.page_bytes - in_page};
+    uint32_t rest = geometry.run.quotient(in_page);
+    const uint32_t in_run = in_page - rest * geometry.run.value;
+    for (uint32_t d = 0; d < geometry.dimensions; ++d) {
+        const uint32_t outer = geometry.size[d].quotient(rest);
+        bytes += (rest - outer * geometry.size[d].value) * geometry.stride[d];
+        rest = outer;
+    }
+    return {bytes + in_run, geometry.run.value - in_run};
+}
+
+HYPERSPACE_INLINE Piece load_piece(const uint8_t* from) { return *reinterpret_cast<const Piece*>(from); }
+HYPERSPACE_INLINE void store_piece(uint8_t* to, const Piece& piece) { *reinterpret_cast<Piece*>(to) = piece; }
+
+// 16 bytes of the row from `offset` on; what lies beyond its end is zero.
+template <bool Aligned>
+HYPERSPACE_INLINE Piece gather_piece(const PagedRow& row, uint32_t offset) {
+    Piece piece = {};
+    if constexpr (Aligned) {  // every run, stride and base is a multiple of 16: a piece never straddles
+        if (offset < row.row_bytes) {
+            const Place place = locate(row, offset);
+            if (place.bytes) piece = load_piece(place.bytes);
+        }
+    } else {
+        HYPERSPACE_UNROLL for (uint32_t w = 0; w < 4; ++w) {
+            for (uint32_t at = offset + 4 * w, shift = 0; shift < 32 && at < row.row_bytes;
+                 ++at, shift += 8) {
+                const Place place = locate(row, at);
+                if (place.bytes) piece.word[w] |= uint32_t{*place.bytes} << shift;
+            }
+        }
+    }
+    return piece;
+}
+
+template <bool Aligned>
+HYPERSPACE_INLINE void scatter_piece(const PagedRow& row, uint32_t offset, const Piece& piece) {
+    if constexpr (Aligned) {
+        const Place place = locate(row, offset);
+        if (place.bytes) store_piece(place.bytes, piece);
+    } else {
+        HYPERSPACE_UNROLL for (uint32_t w = 0; w < 4; ++w) {
+            for (uint32_t at = offset + 4 * w, shift = 0; shift < 32 && at < row.row_bytes;
+                 ++at, shift += 8) {
+                const Place place = locate(row, at);
+                if (place.bytes) *place.bytes = static_cast<uint8_t>(piece.word[w] >> shift);
+            }
+        }
+    }
+}
+
+// The first `bytes` of a piece (16 or more: all) at `to`, which is 16-byte aligned.
+HYPERSPACE_INLINE void store_first(uint8_t* to, const Piece& piece, uint32_t bytes) {
+    if (bytes >= 16) return store_piece(to, piece);
+    HYPERSPACE_UNROLL for (uint32_t i = 0; i < 16; ++i) {
+        if (i < bytes) to[i] = static_cast<uint8_t>(piece.word[i / 4] >> 8 * (i % 4));
+    }
+}
+
+HYPERSPACE_INLINE Piece load_first(const uint8_t* from, uint32_t bytes) {
+    if (bytes >= 16) return load_piece(from);
+    Piece piece = {};
+    HYPERSPACE_UNROLL for (uint32_t i = 0; i < 16; ++i) {
+        if (i < bytes) piece.word[i / 4] |= uint32_t{from[i]} << 8 * (i % 4);
+    }
+    return piece;
+}
+
+// ---- Gather and scatter: a thread moves four pieces, 128 threads apart, all loads before the stores.
+
+inline constexpr int kCopyThreads = 128;
+inline constexpr int kCopyPieces = 4;
+inline constexpr uint32_t kCopyTileBytes = kCopyThreads * kCopyPieces * 16;
+
+struct CopyParams {
+    PagedRow paged;
+    uint8_t* row;  // contiguous, 16-byte aligned
+};
+
+struct NoShared {};
+
+HYPERSPACE_INLINE uint32_t copy_offset(uint32_t block, uint32_t thread, int i) {
+    return block * kCopyTileBytes + (static_cast<uint32_t>(i) * kCopyThreads + thread) * 16;
+}
+
+template <bool Aligned>
+struct Gather {
+    using Params = CopyParams;
+    using Shared = NoShared;
+    static constexpr int kThreads = kCopyThreads, kPhases = 1, kBlocksPerSm = 8;
+
+    static uint32_t blocks(const Params& p) {
+        return (p.paged.row_bytes + kCopyTileBytes - 1) / kCopyTileBytes;
+    }
+
+    template <int Phase>
+    HYPERSPACE_INLINE static void run(const Params& p, Shared&, uint32_t block, uint32_t thread) {
+        Piece piece[kCopyPieces] = {};
+        HYPERSPACE_UNROLL for (int i = 0; i < kCopyPieces; ++i) {
+            piece[i] = gather_piece<Aligned>(p.paged, copy_offset(block, thread, i));
+        }
+        HYPERSPACE_UNROLL for (int i = 0; i < kCopyPieces; ++i) {
+            const uint32_t offset = copy_offset(block, thread, i);
+            if (offset < p.paged.row_bytes) store_first(p.row + offset, piece[i], p.paged.row_bytes - offset);
+        }
+    }
+};
+
+template <bool Aligned>
+struct Scatter {
+    using Params = CopyParams;
+    using Shared = NoShared;
+    static constexpr int kThreads = kCopyThreads, kPhases = 1, kBlocksPerSm = 8;
+
+    static uint32_t blocks(const Params& p) { return Gather<Aligned>::blocks(p); }
+
+    template <int Phase>
+    HYPERSPACE_INLINE static void run(const Params& p, Shared&, uint32_t block, uint32_t thread) {
+        Piece piece[kCopyPieces] = {};
+        HYPERSPACE_UNROLL for (int i = 0; i < kCopyPieces; ++i) {
+            const uint32_t offset = copy_offset(block, thread, i);
+            if (offset < p.paged.row_bytes) piece[i] = load_first(p.row + offset, p.paged.row_bytes - offset);
+        }
+        HYPERSPACE_UNROLL for (int i = 0; i < kCopyPieces; ++i) {
+            const uint32_t offset = copy_offset(block, thread, i);
+            if (offset < p.paged.row_bytes) scatter_piece<Aligned>(p.paged, offset, piece[i]);
+        }
+    }
+};
+
+}  // namespace hyperspace::cuda
