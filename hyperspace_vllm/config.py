@@ -85,6 +85,11 @@ class Config:
     fetch: Literal["auto", "always", "never"] = _setting(
         "auto", "Fetch KV from peers: `auto` when it beats prefilling, `always` and `never` for tests."
     )
+    encode_device: Literal["auto", "cuda", "cpu"] = _setting(
+        "auto",
+        "Our CUDA kernels for an engine's rows: used where they were built and there is a GPU (`auto`), demanded "
+        "(`cuda`), or left to torch and the CPU (`cpu`).",
+    )
     lookup_deadline_ms: int = _setting(10_000, "Longest wait of a request for its prefix, ms.", 600_000)
     tenants: Literal["private", "shared"] = _setting(
         "private", "With several API keys: does each key have a cache of its own, or do all share one?"

@@ -1,5 +1,7 @@
 """Rows from paged KV and back: order, aliasing, null blocks, and what L2 refuses to carry."""
 
+import contextlib
+import importlib
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,8 +22,17 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from hyperspace_vllm import native_cuda
 from hyperspace_vllm.core.records.errors import Refused
-from hyperspace_vllm.vllm_adapter.kv_copy import DeviceCopier, HostCopier
+from hyperspace_vllm.vllm_adapter.kv_copy import (
+    DeviceCopier,
+    HostCopier,
+    KernelPages,
+    Lane,
+    Pages,
+    TorchPages,
+    copier_for,
+)
 from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, block_views, plan_kv
 
 BLOCKS = 12
@@ -76,13 +87,44 @@ def plan() -> KVPlan:
     return plan_kv(engine(), hybrid_cache())
 
 
-def copiers() -> list[Callable[[dict[str, torch.Tensor]], HostCopier | DeviceCopier]]:
-    return [HostCopier, lambda views: DeviceCopier(views, lambda: lambda: None, pin=False)]
+class NoLane:
+    """Host memory has no streams: whatever was enqueued is done."""
+
+    def enter(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def record(self) -> Callable[[], None]:
+        return lambda: None
+
+
+def device_copier(pages: Pages, lane: Lane | None = None) -> DeviceCopier:
+    return DeviceCopier(pages, lane or NoLane(), torch.device("cpu"), pin=False)
+
+
+def by_torch(plan: KVPlan, views: dict[str, torch.Tensor]) -> DeviceCopier:
+    return device_copier(TorchPages(views, pin=False))
+
+
+def by_kernels(plan: KVPlan, views: dict[str, torch.Tensor]) -> DeviceCopier:
+    return device_copier(KernelPages(plan, views, lambda: 0))
+
+
+def by_host(plan: KVPlan, views: dict[str, torch.Tensor]) -> HostCopier:
+    return HostCopier(views)
+
+
+@pytest.fixture(autouse=True)
+def kernels_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their host build takes tensors in host memory."""
+    monkeypatch.setattr(native_cuda, "_cuda", importlib.import_module("hyperspace_vllm._native_cuda_host"))
+
+
+COPIERS = [by_host, by_torch, by_kernels]
 
 
 def gather(copier: HostCopier | DeviceCopier, part: object, ids: dict[int, list[int]], size: int) -> bytes:
     row, done = bytearray(b"\xee" * size), threading.Event()
-    copier.gather(part, ids, memoryview(row), done.set)  # type: ignore[arg-type]
+    copier.gather(part, ids, memoryview(row), lambda landed: done.set() if landed else None)  # type: ignore[arg-type]
     assert done.wait(5)
     return bytes(row)
 
@@ -96,11 +138,11 @@ def test_parts_follow_attention_reach_and_layers_follow_group_then_name(plan: KV
     assert [plan.row_bytes(0), plan.row_bytes(1)] == [2 * 2 * 8192, 2 * 4 * 8192]
 
 
-@pytest.mark.parametrize("make", copiers())
+@pytest.mark.parametrize("make", COPIERS)
 @pytest.mark.parametrize("layout", [KVCacheLayout.LBHNC, KVCacheLayout.LBNHC, KVCacheLayout.LHBNC])
 def test_a_row_is_block_by_block_and_layer_by_layer(make: Callable, layout: KVCacheLayout, plan: KVPlan) -> None:
     tensors = caches(hybrid_cache(), layout)
-    copier = make(block_views(plan, tensors, BLOCKS))
+    copier = make(plan, block_views(plan, tensors, BLOCKS))
     ids = {0: [3, 9], 1: [4, 1]}
 
     row = gather(copier, plan.parts[1], ids, plan.row_bytes(1))
@@ -114,18 +156,19 @@ def test_a_row_is_block_by_block_and_layer_by_layer(make: Callable, layout: KVCa
     copier.close()
 
 
-@pytest.mark.parametrize("make", copiers())
+@pytest.mark.parametrize("make", COPIERS)
 def test_a_row_scattered_into_other_blocks_leaves_the_rest_alone(make: Callable, plan: KVPlan) -> None:
     source, target = caches(hybrid_cache()), caches(hybrid_cache())
     for view in target.values():
         view.view(torch.uint8).fill_(0x55)
     part = plan.parts[1]
-    row = gather(make(block_views(plan, source, BLOCKS)), part, {0: [3, 9], 1: [4, 1]}, plan.row_bytes(1))
+    with contextlib.closing(make(plan, block_views(plan, source, BLOCKS))) as copier:
+        row = gather(copier, part, {0: [3, 9], 1: [4, 1]}, plan.row_bytes(1))
 
-    copier = make(block_views(plan, target, BLOCKS))
+    copier = make(plan, block_views(plan, target, BLOCKS))
     done = threading.Event()
     copier.scatter(part, {0: [7, 2], 1: [5, 6]}, memoryview(row))
-    copier.after_copies(done.set)
+    copier.after_copies(lambda landed: done.set() if landed else None)
     assert done.wait(5)
 
     assert gather(copier, part, {0: [7, 2], 1: [5, 6]}, plan.row_bytes(1)) == row
@@ -134,10 +177,10 @@ def test_a_row_scattered_into_other_blocks_leaves_the_rest_alone(make: Callable,
     copier.close()
 
 
-@pytest.mark.parametrize("make", copiers())
+@pytest.mark.parametrize("make", COPIERS)
 def test_the_null_block_is_gathered_as_zeros_and_never_written(make: Callable, plan: KVPlan) -> None:
     tensors = caches(hybrid_cache())
-    copier, part = make(block_views(plan, tensors, BLOCKS)), plan.parts[1]
+    copier, part = make(plan, block_views(plan, tensors, BLOCKS)), plan.parts[1]
     row = gather(copier, part, {0: [0, 9], 1: [0, 1]}, plan.row_bytes(1))
     assert row[: part.block_row_bytes] == bytes(part.block_row_bytes)
     assert row[part.block_row_bytes :] == gather(copier, part, {0: [9], 1: [1]}, part.block_row_bytes)
@@ -145,7 +188,7 @@ def test_the_null_block_is_gathered_as_zeros_and_never_written(make: Callable, p
     null = tensors["w.0"][0].clone()
     done = threading.Event()
     copier.scatter(part, {0: [0, 9], 1: [0, 1]}, memoryview(b"\x33" * len(row)))
-    copier.after_copies(done.set)
+    copier.after_copies(lambda landed: done.set() if landed else None)
     assert done.wait(5)
     assert torch.equal(tensors["w.0"][0].view(torch.uint8), null.view(torch.uint8))
     copier.close()
@@ -212,3 +255,16 @@ def test_an_old_style_cache_with_k_and_v_outermost_is_copied_by_its_block_dimens
     row = gather(HostCopier(block_views(plan, tensors, BLOCKS)), plan.parts[0], {2: [5, 6]}, plan.row_bytes(0))
     first = np.frombuffer(row, np.uint8)[:8192]
     assert first.tobytes() == tensors["f.0"][:, 5].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_kernels_are_used_only_where_the_kv_is_on_a_gpu_and_demanded_only_there(plan: KVPlan) -> None:
+    views = block_views(plan, caches(hybrid_cache()), BLOCKS)
+    assert all(isinstance(copier_for(plan, views, choice), HostCopier) for choice in ("auto", "cpu"))
+    with pytest.raises(Refused, match="KV is in host memory"):
+        copier_for(plan, views, "cuda")
+
+
+def test_kernels_that_cant_carry_a_plan_are_refused_by_value_error(plan: KVPlan) -> None:
+    views = block_views(plan, caches(hybrid_cache()), BLOCKS)
+    with pytest.raises(ValueError, match="1001 block ids, at most 768"):
+        by_kernels(replace(plan, segment_tokens=1001 * 128), views)

@@ -1,6 +1,10 @@
 """A worker's half with real tensors and a node that answers, refuses, dies or takes its memory back."""
 
+import contextlib
+import threading
 import time
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +22,8 @@ from hyperspace_vllm.core.records.local import (
     WantStaging,
 )
 from hyperspace_vllm.session_lock import SessionLock, look
-from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, plan_kv
+from hyperspace_vllm.vllm_adapter.kv_copy import DeviceCopier, TorchPages
+from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, block_views, plan_kv
 from hyperspace_vllm.vllm_adapter.metadata import IDLE, PrefixLoad, SegmentSave, StepMetadata
 from hyperspace_vllm.vllm_adapter.worker_side import SEGMENTS_STAGED_MAX, WorkerSide
 from tests.test_adapter_kv_layout import BLOCKS, caches, engine, hybrid_cache
@@ -83,7 +88,7 @@ def plan() -> KVPlan:
 class Bench:
     def __init__(self, plan: KVPlan, node: NodePeer | None = None) -> None:
         self.node, self.plan, self.tensors = node or NodePeer(), plan, caches(hybrid_cache())
-        self.side = WorkerSide(self.node, plan, 0, 8)  # type: ignore[arg-type]
+        self.side = WorkerSide(self.node, plan, 0, 8, "auto")  # type: ignore[arg-type]
         self.side.register(self.tensors, BLOCKS)
 
     def bytes_of(self, name: str, block: int) -> bytes:
@@ -162,7 +167,7 @@ def test_whatever_goes_wrong_the_receive_is_reported_once_and_as_failed(plan: KV
 
 def test_a_worker_whose_tensors_differ_fails_every_receive_and_saves_nothing(plan: KVPlan) -> None:
     node = NodePeer()
-    side = WorkerSide(node, plan, 0, 8)  # type: ignore[arg-type]
+    side = WorkerSide(node, plan, 0, 8, "auto")  # type: ignore[arg-type]
     side.register({}, BLOCKS)
     save = SegmentSave("s", 0, (0, 1), ((1, 2), (3, 4), (5, 6)))
     load = PrefixLoad("r", 0, 256, TABLES, ())
@@ -219,13 +224,16 @@ class FullDevice:
 
     scatter = gather
 
+    def after_copies(self, done: Callable[[bool], None]) -> None:
+        done(True)
+
 
 def test_slabs_asked_for_are_bounded_and_not_asked_for_twice(plan: KVPlan) -> None:
     bench = Bench(plan, NodePeer(grants=False))
     for _ in range(3):
         bench.work(saves=(SegmentSave("r", 0, (0,), ((1, 2), (3, 4), (5, 6))),))
     assert [m.count for m in bench.node.of(WantStaging)] == [16, 16]
-    assert WorkerSide(NodePeer(), plan, 0, 1000)._slabs_wanted == SEGMENTS_STAGED_MAX  # type: ignore[arg-type]
+    assert WorkerSide(NodePeer(), plan, 0, 1000, "auto")._slabs_wanted == SEGMENTS_STAGED_MAX  # type: ignore[arg-type]
 
 
 def test_slabs_of_a_lost_session_are_never_staged(plan: KVPlan) -> None:
@@ -291,3 +299,179 @@ def test_a_step_without_work_costs_less_than_50_microseconds(plan: KVPlan) -> No
         return (time.perf_counter() - start) / 200
 
     assert min(steps() for _ in range(20)) < 50e-6  # the least disturbed of them: the machine has other work too
+
+
+# ---- On a device: copies that end later, on a thread, or never.
+
+
+class SlowLane:
+    """A device's stream whose copies end when `open` is set, or fail."""
+
+    def __init__(self) -> None:
+        self.open, self.broken, self.marks = threading.Event(), False, 0
+        self.open.set()
+        self.record_fails = False
+
+    def enter(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def record(self) -> Callable[[], None]:
+        if self.record_fails:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        self.marks += 1
+        return self._wait
+
+    def _wait(self) -> None:
+        assert self.open.wait(10)
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class DeviceBench(Bench):
+    """A worker whose KV is copied as a device's is; `settled` waits for the copy thread."""
+
+    def __init__(self, plan: KVPlan) -> None:
+        super().__init__(plan)
+        self.lane = SlowLane()
+        views = block_views(plan, self.tensors, BLOCKS)
+        self.copier = DeviceCopier(TorchPages(views, pin=False), self.lane, torch.device("cpu"), pin=False)
+        self.side._copier = self.copier
+
+    def settled(self) -> tuple[set[str], set[str]]:
+        ended = threading.Event()
+        self.copier.after_copies(lambda _: ended.set())
+        assert ended.wait(10)
+        return self.results()
+
+
+@pytest.fixture
+def device(plan: KVPlan) -> Iterator[DeviceBench]:
+    bench = DeviceBench(plan)
+    yield bench
+    bench.lane.open.set()
+    bench.copier.close()
+    assert not bench.copier._thread.is_alive()
+
+
+def load_of(bench: Bench, request_id: str) -> PrefixLoad:
+    return PrefixLoad(request_id, 0, 512, TABLES, bench.rows(2))
+
+
+SAVE = SegmentSave("s", 0, (0, 1), ((1, 2), (3, 4), (5, 6)))
+
+
+def test_a_load_is_reported_when_its_copies_have_ended_and_not_before(device: DeviceBench) -> None:
+    device.lane.open.clear()
+    device.work(loads=(load_of(device, "r"),))
+    assert device.results() == (set(), set())
+    device.lane.open.set()
+    assert device.settled() == ({"r"}, set())
+    assert device.bytes_of("f.0", 9) == bytes([1]) * 8192
+    assert device.settled() == (set(), set())
+
+
+def test_copies_that_the_device_fails_are_reported_once_each_and_as_failed(device: DeviceBench) -> None:
+    device.lane.open.clear()
+    device.lane.broken = True
+    device.work(loads=(load_of(device, "a"), load_of(device, "b")))
+    assert device.results() == (set(), set())
+    device.lane.open.set()
+    assert device.settled() == ({"a", "b"}, {"a", "b"})
+    assert device.settled() == (set(), set())
+    assert device.side.stats.data["hyperspace_l2_loads_total"] == {"copy_failed": 2}
+
+
+def test_after_the_device_has_failed_once_nothing_of_it_is_believed(device: DeviceBench) -> None:
+    device.lane.broken = True
+    device.work(loads=(load_of(device, "a"),))
+    assert device.settled() == ({"a"}, {"a"})
+    device.lane.broken = False
+    device.work(loads=(load_of(device, "b"),), saves=(SAVE,))
+    assert device.settled() == ({"b"}, {"b"})
+    assert not device.node.of(RowStaged)
+
+
+def test_a_row_that_the_device_fails_to_hand_over_is_not_staged_and_costs_no_slab(device: DeviceBench) -> None:
+    device.lane.broken = True
+    device.work(saves=(SAVE,))
+    device.settled()
+    slabs = {size: len(slabs) for size, slabs in device.side._slabs.items()}
+    for _ in range(20):
+        device.work(saves=(SAVE,))
+        device.settled()
+    assert not device.node.of(RowStaged)
+    assert all(len(device.side._slabs[size]) >= count for size, count in slabs.items())
+
+
+def test_a_device_that_cant_even_mark_its_stream_fails_the_load_after_the_copies_before_it(device: DeviceBench) -> None:
+    device.lane.open.clear()
+    device.work(loads=(load_of(device, "a"),))
+    device.lane.record_fails = True
+    device.work(loads=(load_of(device, "b"),))
+    assert device.results() == (set(), set())
+    device.lane.open.set()
+    device.lane.record_fails = False
+    assert device.settled() == ({"a", "b"}, {"b"})
+
+
+def test_a_load_that_fails_half_way_is_reported_when_its_first_copies_have_ended(device: DeviceBench) -> None:
+    """vLLM gives the blocks of a failed load to others at once."""
+    load = load_of(device, "r")
+    device.lane.open.clear()
+    device.work(loads=(PrefixLoad("r", 0, 512, TABLES, load.rows[:-1]),))
+    assert device.lane.marks > 1  # copies, and the mark after them
+    assert device.results() == (set(), set())
+    device.lane.open.set()
+    assert device.settled() == ({"r"}, {"r"})
+    assert device.side.stats.data["hyperspace_l2_loads_total"] == {"row_missing": 1}
+
+
+def test_a_copy_that_the_device_refuses_at_once_is_a_failed_load_and_a_skipped_save(
+    device: DeviceBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUDA error: invalid configuration argument")
+
+    monkeypatch.setattr(TorchPages, "scatter", refuse)
+    monkeypatch.setattr(TorchPages, "gather", refuse)
+    device.work(loads=(load_of(device, "r"),), saves=(SAVE,))
+    assert device.settled() == ({"r"}, {"r"})
+    assert device.side.stats.data["hyperspace_l2_saves_total"] == {"skipped|copy_failed": 2}
+    assert not device.node.of(RowStaged)
+
+
+def test_a_report_that_fails_leaves_the_copy_thread_alive(device: DeviceBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    device.side._take_grants()
+
+    def explode(slab: Slab) -> bool:
+        raise OSError("no such slab")
+
+    monkeypatch.setattr(device.node, "is_current", explode)
+    device.side._stage(SAVE, 0)
+    monkeypatch.undo()
+    device.work(loads=(load_of(device, "r"),))
+    assert device.settled() == ({"r"}, set())
+
+
+def test_a_loads_memory_is_kept_while_the_device_reads_it_and_let_go_when_idle(
+    device: DeviceBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged: list[weakref.ref[torch.Tensor]] = []
+    original = device.copier._staging
+
+    def staging(row: memoryview) -> torch.Tensor:
+        tensor = original(row)
+        staged.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(device.copier, "_staging", staging)
+    device.lane.open.clear()
+    device.work(loads=(load_of(device, "r"),))
+    assert staged
+    assert all(reference() is not None for reference in staged)
+    device.lane.open.set()
+    device.settled()
+    deadline = time.monotonic() + 5
+    while any(reference() is not None for reference in staged) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert all(reference() is None for reference in staged)

@@ -101,7 +101,7 @@ class HyperspaceConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         self._client = NodeClient(config, "worker", _client_name(self._vllm_config))
         step_tokens = self._vllm_config.scheduler_config.max_num_batched_tokens
         rank = get_tensor_model_parallel_rank()
-        return WorkerSide(self._client, plan, rank, -(-step_tokens // plan.segment_tokens))
+        return WorkerSide(self._client, plan, rank, -(-step_tokens // plan.segment_tokens), config.encode_device)
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -2,34 +2,46 @@
 
 Both copiers move a run of a segment's blocks for all layers of one part. `ids` are block ids by KV cache group, one per
 block of the run; `row` is the run's bytes. A gather zeroes what stands for the null block (id 0), a scatter skips it.
+
+On a GPU our own kernels gather and scatter where they were built (native_cuda), torch's operations elsewhere. Rows are
+sealed and coded by the node, on the CPU, although the kernels could: a row's key comes from tokens that the worker
+hasn't seen when it gathers, the nonce from the object that the node makes of the row later, and the arena serves rows
+in the clear, so that both the row and its 64 chunks would have to cross the bus: three bytes where it is one now.
 """
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
-from .. import native
-from .kv_layout import LayerSlot, PartPlan
+from .. import native, native_cuda
+from ..core.records.errors import Refused
+from .kv_layout import KVPlan, LayerSlot, PartPlan
+
+logger = logging.getLogger("vllm.hyperspace")
 
 BlockIds = Mapping[int, Sequence[int]]
-Done = Callable[[], None]
+Done = Callable[[bool], None]  # whether the copies landed
+EncodeDevice = Literal["auto", "cuda", "cpu"]  # the setting `encode_device`
 
 
 class Copier(Protocol):
     """Where the KV lives decides how it is copied."""
 
     def gather(self, part: PartPlan, ids: BlockIds, row: memoryview, done: Done) -> None:
-        """Fill `row`, then call `done`, perhaps later and on another thread; KV may change once this returns."""
+        """Fill `row`, then call `done`, perhaps later and on another thread; the next step may change the KV."""
 
     def scatter(self, part: PartPlan, ids: BlockIds, row: memoryview) -> None:
         """Start writing `row` into the blocks; `row` has been read when this returns."""
 
     def after_copies(self, done: Done) -> None:
-        """Call `done` once the copies so far have landed, perhaps later and on another thread."""
+        """Call `done`, once and whatever happens, when no copy so far is under way; perhaps on another thread."""
 
     def close(self) -> None:
         """Finish what was started."""
@@ -44,7 +56,7 @@ class HostCopier:
     def gather(self, part: PartPlan, ids: BlockIds, row: memoryview, done: Done) -> None:
         """Fill `row` and call `done`."""
         native.gather_blocks([self._views[layer.name] for layer in part.layers], _by_layer(part, ids), row)
-        done()
+        done(True)
 
     def scatter(self, part: PartPlan, ids: BlockIds, row: memoryview) -> None:
         """Write `row` into the blocks."""
@@ -52,7 +64,7 @@ class HostCopier:
 
     def after_copies(self, done: Done) -> None:
         """Call `done`."""
-        done()
+        done(True)
 
     def close(self) -> None:
         """Nothing is ever in flight."""
@@ -62,64 +74,160 @@ def _by_layer(part: PartPlan, ids: BlockIds) -> list[Sequence[int]]:
     return [ids[layer.group] for layer in part.layers]
 
 
-class DeviceCopier:
-    """KV on an accelerator: one gather kernel per layer into a device row, one asynchronous copy through pinned memory.
+class Pages(Protocol):
+    """The paged KV on a device. Calls enqueue on the current stream; `row` is bytes there."""
 
-    Everything is enqueued on the model's own stream, so blocks are read after this step's forward and written before
-    the next one's without any waiting of the host. `record` marks that point and returns what waits for it; one thread
-    waits, so that rows are staged while the engine runs on or goes idle.
+    def gather(self, part: PartPlan, ids: BlockIds, row: torch.Tensor) -> None:
+        """Fill `row`."""
+
+    def scatter(self, part: PartPlan, ids: BlockIds, row: torch.Tensor) -> None:
+        """Write `row` into the blocks."""
+
+
+class Lane(Protocol):
+    """A stream of our own beside the model's."""
+
+    def enter(self) -> AbstractContextManager[object]:
+        """What is enqueued inside comes after all that the current stream was given so far."""
+
+    def record(self) -> Callable[[], None]:
+        """Mark what the lane was given so far; the result waits for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copies:
+    """Work of the copy thread: wait, finish, tell. `keep` is what the device still reads or writes until then."""
+
+    wait: Callable[[], None]
+    finish: Callable[[], None]
+    done: Done
+    keep: tuple[torch.Tensor, ...] = ()
+
+
+class DeviceCopier:
+    """KV on an accelerator: a row is put together there and crosses the bus in one copy, through pinned memory.
+
+    A gather is enqueued on the model's own stream: it reads what this step's forward wrote, and the next step may write
+    the same blocks. Everything else is enqueued on a lane beside it, so that no step waits for the bus; the blocks of a
+    load are nobody else's until `after_copies` has reported them. One thread waits for the lane, so that rows are
+    staged while the engine runs on or goes idle.
     """
 
-    def __init__(self, views: Mapping[str, torch.Tensor], record: Callable[[], Callable[[], None]], pin: bool) -> None:
-        # Eight bytes at a time where every dimension allows: moving single bytes wastes most of each access.
-        wide = all(_in_eights(view) for view in views.values())
-        self._unit = torch.int64 if wide else torch.uint8
-        self._views = {name: view.view(self._unit) for name, view in views.items()}
-        self._device = next(iter(self._views.values())).device
-        self._record, self._pin = record, pin
-        self._work: queue.SimpleQueue[tuple[Callable[[], None], Done] | None] = queue.SimpleQueue()
+    def __init__(self, pages: Pages, lane: Lane, device: torch.device, pin: bool) -> None:
+        self._pages, self._lane, self._device, self._pin = pages, lane, device, pin
+        self._failed = False
+        self._work: queue.SimpleQueue[_Copies | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._finish, name="hyperspace-kv-copy", daemon=True)
         self._thread.start()
 
     def gather(self, part: PartPlan, ids: BlockIds, row: memoryview, done: Done) -> None:
         """Enqueue the gather; `row` is filled and `done` called on the copy thread."""
-        shape = (len(row) // part.block_row_bytes, part.block_row_bytes // self._unit.itemsize)
-        device_row = torch.zeros(shape, dtype=self._unit, device=self._device)
-        live = self._live(part, ids)
-        for layer in part.layers:
-            positions, blocks = live[layer.group]
-            pages = self._views[layer.name].index_select(0, blocks).flatten(1)
-            device_row[:, self._columns(layer)].index_copy_(0, positions, pages)
-        staged = torch.empty(shape, dtype=self._unit, pin_memory=self._pin)
-        staged.copy_(device_row, non_blocking=True)
+        device_row = torch.empty(len(row), dtype=torch.uint8, device=self._device)
+        self._pages.gather(part, ids, device_row)
+        staged = self._staging(row)
+        with self._lane.enter():
+            staged.copy_(device_row, non_blocking=True)
 
         def finish() -> None:
-            np.copyto(np.frombuffer(row, np.uint8), staged.view(torch.uint8).numpy().reshape(-1))
-            done()
+            np.copyto(np.frombuffer(row, np.uint8), staged.numpy())
 
-        self._work.put((self._record(), finish))
+        self._work.put(_Copies(self._lane.record(), finish, done, (device_row,)))
 
     def scatter(self, part: PartPlan, ids: BlockIds, row: memoryview) -> None:
         """Copy `row` to pinned memory, then enqueue its way into the blocks."""
-        shape = (len(row) // part.block_row_bytes, part.block_row_bytes // self._unit.itemsize)
-        staged = torch.empty(shape, dtype=self._unit, pin_memory=self._pin)
-        np.copyto(staged.view(torch.uint8).numpy().reshape(-1), np.frombuffer(row, np.uint8))
-        device_row = staged.to(self._device, non_blocking=True)
-        live = self._live(part, ids)
-        for layer in part.layers:
-            positions, blocks = live[layer.group]
-            view = self._views[layer.name]
-            pages = device_row[:, self._columns(layer)].index_select(0, positions)
-            view.index_copy_(0, blocks, pages.unflatten(1, view.shape[1:]))
+        staged = self._staging(row)
+        np.copyto(staged.numpy(), np.frombuffer(row, np.uint8))
+        with self._lane.enter():
+            device_row = staged.to(self._device, non_blocking=True)
+            self._pages.scatter(part, ids, device_row)
+        self._work.put(_Copies(self._lane.record(), _nothing, _ignored, (staged, device_row)))
 
     def after_copies(self, done: Done) -> None:
-        """Call `done` on the copy thread once the stream has come this far."""
-        self._work.put((self._record(), done))
+        """Call `done` on the copy thread once the lane has come this far."""
+        try:
+            wait = self._lane.record()
+        except RuntimeError as error:  # CUDA's errors stay: the thread will find so, after the copies before this
+            wait = _raising(error)
+        self._work.put(_Copies(wait, _nothing, done))
 
     def close(self) -> None:
         """Finish what was started."""
         self._work.put(None)
         self._thread.join(timeout=5)
+
+    def _staging(self, row: memoryview) -> torch.Tensor:
+        return torch.empty(len(row), dtype=torch.uint8, pin_memory=self._pin)
+
+    def _finish(self) -> None:
+        while (copies := self._work.get()) is not None:
+            landed = self._has_landed(copies)
+            try:
+                copies.done(landed)
+            except Exception:  # whose it is, the others still want to hear of theirs
+                logger.exception("hyperspace: a finished KV copy couldn't be reported")
+            del copies  # idle, the thread would keep a row of device memory
+
+    def _has_landed(self, copies: _Copies) -> bool:
+        # Whatever happened: a load that is never reported hangs its request for ever, and a thread that has died
+        # reports none. Once the device has failed us, nothing that went through it is believed any more.
+        try:
+            copies.wait()
+            if not self._failed:
+                copies.finish()
+        except Exception:
+            if not self._failed:
+                logger.exception("hyperspace: the device failed a KV copy; this worker loads and saves no more KV")
+            self._failed = True
+        return not self._failed
+
+
+def _nothing() -> None:
+    pass
+
+
+def _ignored(landed: bool) -> None:
+    pass  # reported by `after_copies`
+
+
+def _raising(error: Exception) -> Callable[[], None]:
+    def wait() -> None:
+        raise error
+
+    return wait
+
+
+class TorchPages:
+    """Torch's operations on any accelerator: one kernel per layer to or from the row."""
+
+    def __init__(self, views: Mapping[str, torch.Tensor], pin: bool) -> None:
+        # Eight bytes at a time where every dimension allows: moving single bytes wastes most of each access.
+        wide = all(_in_eights(view) for view in views.values())
+        self._unit = torch.int64 if wide else torch.uint8
+        self._views = {name: view.view(self._unit) for name, view in views.items()}
+        self._device = next(iter(self._views.values())).device
+        self._pin = pin
+
+    def gather(self, part: PartPlan, ids: BlockIds, row: torch.Tensor) -> None:
+        """Fill `row`."""
+        rows = self._by_block(part, row.zero_())
+        live = self._live(part, ids)
+        for layer in part.layers:
+            positions, blocks = live[layer.group]
+            pages = self._views[layer.name].index_select(0, blocks).flatten(1)
+            rows[:, self._columns(layer)].index_copy_(0, positions, pages)
+
+    def scatter(self, part: PartPlan, ids: BlockIds, row: torch.Tensor) -> None:
+        """Write `row` into the blocks."""
+        rows = self._by_block(part, row)
+        live = self._live(part, ids)
+        for layer in part.layers:
+            positions, blocks = live[layer.group]
+            view = self._views[layer.name]
+            pages = rows[:, self._columns(layer)].index_select(0, positions)
+            view.index_copy_(0, blocks, pages.unflatten(1, view.shape[1:]))
+
+    def _by_block(self, part: PartPlan, row: torch.Tensor) -> torch.Tensor:
+        return row.view(self._unit).view(-1, part.block_row_bytes // self._unit.itemsize)
 
     def _columns(self, layer: LayerSlot) -> slice:
         size = self._unit.itemsize
@@ -128,18 +236,12 @@ class DeviceCopier:
     def _live(self, part: PartPlan, ids: BlockIds) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """By group: positions in the run and ids of the blocks that aren't null, on the device."""
         live = {}
-        for group in {layer.group for layer in part.layers}:
+        for group in part.groups:
             pairs = [(position, block) for position, block in enumerate(ids[group]) if block]
             both = torch.tensor(pairs, dtype=torch.int64, pin_memory=self._pin).reshape(-1, 2)
             on_device = both.to(self._device, non_blocking=True)
             live[group] = (on_device[:, 0].contiguous(), on_device[:, 1].contiguous())
         return live
-
-    def _finish(self) -> None:
-        while (work := self._work.get()) is not None:
-            wait, done = work
-            wait()
-            done()
 
 
 def _in_eights(view: torch.Tensor) -> bool:
@@ -149,16 +251,76 @@ def _in_eights(view: torch.Tensor) -> bool:
     )
 
 
-def copier_for(views: Mapping[str, torch.Tensor]) -> Copier:
-    """The copier for the device that the KV is on."""
-    device = next(iter(views.values())).device
-    if device.type == "cpu":
-        return HostCopier(views)
+class KernelPages:
+    """Our CUDA kernels: one launch for all layers. `ValueError` for a plan that they can't carry."""
 
-    def record() -> Callable[[], None]:
-        event = torch.Event(device)
-        event.record()
-        wait: Callable[[], None] = event.synchronize
+    def __init__(self, plan: KVPlan, views: Mapping[str, torch.Tensor], stream: Callable[[], int]) -> None:
+        self._stream = stream
+        self._pages = {part: _kernel_pages(part, views) for part in plan.parts}
+        for part in plan.parts:
+            ids = len(part.groups) * (plan.segment_tokens // part.block_tokens)
+            if ids > native_cuda.BLOCK_IDS_MAX:
+                raise ValueError(f"a row has {ids} block ids, at most {native_cuda.BLOCK_IDS_MAX}")
+
+    def gather(self, part: PartPlan, ids: BlockIds, row: torch.Tensor) -> None:
+        """Fill `row`."""
+        tables = [ids[group] for group in part.groups]
+        native_cuda.gather(self._pages[part], tables, row.data_ptr(), row.numel(), self._stream())
+
+    def scatter(self, part: PartPlan, ids: BlockIds, row: torch.Tensor) -> None:
+        """Write `row` into the blocks."""
+        tables = [ids[group] for group in part.groups]
+        native_cuda.scatter(self._pages[part], tables, row.data_ptr(), row.numel(), self._stream())
+
+
+def _kernel_pages(part: PartPlan, views: Mapping[str, torch.Tensor]) -> native_cuda.KVPages:
+    layers = []
+    for layer in part.layers:
+        view = views[layer.name]
+        shape, strides = tuple(view.shape[1:]), tuple(view.stride()[1:])
+        table = part.groups.index(layer.group)
+        layers.append(native_cuda.LayerPages(view.data_ptr(), table, view.stride(0), shape, strides))
+    return native_cuda.KVPages(layers, view.shape[0], view.device.index or 0)
+
+
+class _DeviceLane:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.Stream(device)
+
+    def enter(self) -> AbstractContextManager[object]:
+        self._stream.wait_stream(torch.accelerator.current_stream(self._device))
+        entered: AbstractContextManager[object] = self._stream
+        return entered
+
+    def record(self) -> Callable[[], None]:
+        wait: Callable[[], None] = self._stream.record_event().synchronize
         return wait
 
-    return DeviceCopier(views, record, pin=True)
+
+def copier_for(plan: KVPlan, views: Mapping[str, torch.Tensor], encode_device: EncodeDevice) -> Copier:
+    """The copier for the device that the KV is on; `Refused` if `encode_device` is "cuda" and that can't be."""
+    device = next(iter(views.values())).device
+    if device.type == "cpu":
+        if encode_device == "cuda":
+            raise Refused("encode_device", "it is `cuda`, but this engine's KV is in host memory")
+        return HostCopier(views)
+    pages = _kernels_for(plan, views, device, encode_device) or TorchPages(views, pin=True)
+    return DeviceCopier(pages, _DeviceLane(device), device, pin=True)
+
+
+def _kernels_for(
+    plan: KVPlan, views: Mapping[str, torch.Tensor], device: torch.device, encode_device: EncodeDevice
+) -> KernelPages | None:
+    if encode_device == "cpu":
+        return None
+    missing = native_cuda.why_unavailable() if device.type == "cuda" else f"no kernels for {device.type}"
+    if missing is None:
+        try:
+            return KernelPages(plan, views, lambda: int(torch.cuda.current_stream(device).cuda_stream))
+        except (ValueError, RuntimeError) as error:
+            missing = str(error)
+    if encode_device == "cuda":
+        raise Refused("encode_device", f"it is `cuda`, but {missing}")
+    logger.warning("hyperspace: torch copies KV rows on this GPU, our kernels can't: %s", missing)
+    return None

@@ -53,6 +53,11 @@ class PartPlan:
     layers: tuple[LayerSlot, ...]
     block_row_bytes: int
 
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The KV cache groups that its layers are in, each once."""
+        return tuple(sorted({layer.group for layer in self.layers}))
+
     def first_needed_block(self, end_token: int) -> int:
         """Blocks before this one are outside the window of the token at `end_token`: vLLM frees them."""
         if not self.window_tokens:

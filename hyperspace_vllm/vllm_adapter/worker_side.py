@@ -1,7 +1,8 @@
 """A worker's half: copies rows out of the arena into its blocks, and its blocks into staging slabs.
 
 The ledger: every load in the metadata is a receive that the scheduler promised for this rank, and vLLM wants it back
-exactly once, whatever becomes of it. `load` settles it as received or failed; `transfer_results` hands it over.
+exactly once, whatever becomes of it. `load` settles it as received or failed, and not before its last copy has ended:
+vLLM gives the blocks of a failed load to others. `transfer_results` hands it over.
 """
 
 import functools
@@ -16,7 +17,8 @@ from ..client import NodeClient
 from ..core.records.errors import Refused
 from ..core.records.layout import Layout
 from ..core.records.local import LoadedRow, RegisterLayout, Rejected, RowStaged, Slab, StagingGranted, WantStaging
-from .kv_copy import Copier, copier_for
+from ..session_lock import SessionLock
+from .kv_copy import Copier, EncodeDevice, copier_for
 from .kv_layout import KVPlan, block_views
 from .metadata import PrefixLoad, SegmentSave, StepMetadata
 from .stats import HyperspaceStats
@@ -30,8 +32,10 @@ SEGMENTS_STAGED_MAX = 32  # slabs held per part: as many as one step may save (s
 class WorkerSide:
     """One per rank. `step_segments` is how many segments a step can fill at most."""
 
-    def __init__(self, client: NodeClient, plan: KVPlan, rank: int, step_segments: int) -> None:
-        self._client, self._plan, self._rank = client, plan, rank
+    def __init__(
+        self, client: NodeClient, plan: KVPlan, rank: int, step_segments: int, encode_device: EncodeDevice
+    ) -> None:
+        self._client, self._plan, self._rank, self._encode_device = client, plan, rank, encode_device
         # Twice a step's worth: the node frees and grants anew while the next step computes.
         self._slabs_wanted = min(2 * step_segments, SEGMENTS_STAGED_MAX)
         self._copier: Copier | None = None  # None: L2 is off here
@@ -45,7 +49,8 @@ class WorkerSide:
     def register(self, kv_caches: Mapping[str, torch.Tensor], num_blocks: int) -> None:
         """Take the tensors that vLLM allocated, and slabs to stage from them."""
         try:
-            self._copier = copier_for(block_views(self._plan, kv_caches, num_blocks))
+            views = block_views(self._plan, kv_caches, num_blocks)
+            self._copier = copier_for(self._plan, views, self._encode_device)
         except Refused as error:
             logger.error("hyperspace: KV sharing is off, this worker's KV isn't as planned: %s", error)
             return
@@ -57,12 +62,11 @@ class WorkerSide:
     def load(self, metadata: StepMetadata) -> None:
         """Copy every promised prefix into its blocks."""
         for load in metadata.loads:
-            reason = self._load(load)
-            if reason is None:
-                assert self._copier is not None
-                self._copier.after_copies(functools.partial(self._settled.put, (load.request_id, "received")))
+            settle = functools.partial(self._settle, load.request_id, self._load(load))
+            if self._copier is None:
+                settle(False)
             else:
-                self._settled.put((load.request_id, reason))
+                self._copier.after_copies(settle)
 
     def transfer_results(self) -> KVConnectorTransferResults:
         """The receives that were settled since the last call."""
@@ -74,6 +78,9 @@ class WorkerSide:
                 results.failed_recving.add(request_id)
             self.stats.count("hyperspace_l2_loads_total", result)
         return results
+
+    def _settle(self, request_id: str, reason: str | None, landed: bool) -> None:
+        self._settled.put((request_id, reason or ("received" if landed else "copy_failed")))
 
     def _load(self, load: PrefixLoad) -> str | None:
         """Start the copies of one load; why it failed, or None."""
@@ -94,13 +101,13 @@ class WorkerSide:
                 if row is None or row.slab.length != self._plan.row_bytes(number):
                     return "row_missing"
                 run = slice(within * part.block_row_bytes, (within + end - block) * part.block_row_bytes)
-                ids = {group: load.blocks[group][block:end] for group in {layer.group for layer in part.layers}}
+                ids = {group: load.blocks[group][block:end] for group in part.groups}
                 try:
                     self._copier.scatter(part, ids, self._client.view(row.slab)[run])
                 except LookupError:
                     return "lease_lost"
-                except torch.OutOfMemoryError:  # vLLM left the device less than one row
-                    return "no_memory"
+                except RuntimeError as error:
+                    return _why_no_copy(error)
                 used.append(row)
                 block = end
         return self._moved(used)
@@ -160,9 +167,12 @@ class WorkerSide:
             return "lease_lost"
         if self._client.epoch != epoch:  # asked after taking the view: the bytes are of the arena that granted them
             return "lease_lost"
-        ids = {group: save.blocks[group] for group in {layer.group for layer in part.layers}}
+        ids = {group: save.blocks[group] for group in part.groups}
 
-        def staged() -> None:
+        def staged(landed: bool) -> None:
+            if not landed:
+                slabs.append(slab)
+                return
             # A slab of a lost lease is quarantined by the node, so what we wrote there harms nobody.
             if self._client.epoch != epoch or not self._client.is_current(slab):
                 return
@@ -171,9 +181,9 @@ class WorkerSide:
 
         try:
             self._copier.gather(part, ids, row, staged)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
             slabs.append(slab)
-            return "no_memory"
+            return _why_no_copy(error)
         self.stats.count("hyperspace_l2_bytes_total", "saved", by=slab.length)
         return None
 
@@ -189,7 +199,7 @@ class WorkerSide:
             return
         if self._copier is not None:
             for lock in self._client.take_earlier_locks():
-                self._copier.after_copies(lock.release)
+                self._copier.after_copies(functools.partial(_release, lock))
         self._epoch, self._layout = epoch, None
         for size in self._slabs:
             self._slabs[size], self._asked[size] = [], 0
@@ -214,3 +224,14 @@ class WorkerSide:
         """Finish the copies under way; the client's goodbye ends the leases."""
         if self._copier is not None:
             self._copier.close()
+
+
+def _why_no_copy(error: RuntimeError) -> str:
+    if isinstance(error, torch.OutOfMemoryError):  # vLLM left the device less than one row
+        return "no_memory"
+    logger.error("hyperspace: the device refused a KV copy: %s", error)
+    return "copy_failed"
+
+
+def _release(lock: SessionLock, landed: bool) -> None:
+    lock.release()  # landed or not, nothing writes into that session's slabs any more
