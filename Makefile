@@ -16,7 +16,7 @@ BIN := .venv/bin
 
 .PHONY: help
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-13s %s\n", $$1, $$2 }'
 	@echo
 	@echo "  Options: PYTHON=python3.12  ENGINE=auto|cpu|gpu  MODEL=gemma|tiny  ARGS='...' (handed to pytest, demo, sim, bench)"
 
@@ -60,8 +60,15 @@ sim-full: setup ## All scenarios with 100 nodes and 50 seeds on all cores (about
 	@$(BIN)/hyperspace sim --nodes 100 --seed $(SEED) --seeds 50 --output build/sim.json $(ARGS)
 
 .PHONY: bench
-bench: setup ## Measure time to first token: cold, from the network, from the response cache; and the cost of a miss
+bench: setup ## Measure time to first token (cold, from the network, from the response cache), then the erasure code
 	@$(BIN)/python -m bench.ttft --model $(MODEL) $(ARGS)
+	@$(MAKE) --no-print-directory bench-erasure ARGS=
+
+.PHONY: bench-erasure
+bench-erasure: setup ## Measure the erasure code beside ISA-L, zfec and others, and commitments; fails if a ratio is missed
+	@$(BIN)/python -m bench.anchors
+	@$(BIN)/python -m bench.commitment
+	@$(BIN)/python -m bench.erasure --check $(ARGS)
 
 .PHONY: sanitize
 sanitize: setup ## Run the native self-test under AddressSanitizer and UBSan

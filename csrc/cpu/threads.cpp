@@ -20,7 +20,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto kLookFor = std::chrono::microseconds(50);
-constexpr int kHelpersMax = 63;
+constexpr int kThreadsMax = 64;
 
 void relax() {
 #if defined(__x86_64__)
@@ -42,37 +42,52 @@ bool look_for(Condition happened) {
     return happened();
 }
 
+// Each thread has a range of pieces, and takes from the others' when that is done: what was in its core's
+// cache from the last call on the same memory still is. (First come, first served, two threads were no faster
+// than one.)
 struct Job {
     void (*work)(void*, size_t);
     void* context;
     size_t pieces;
-    std::atomic<size_t> next{0};
+    int threads;
+    std::atomic<size_t> taken[kThreadsMax] = {};
 
-    void run() {
-        for (size_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
-            work(context, piece);
-        }
+    void run(int thread) {
+        for (int i = 0; i < threads; ++i) run_range((thread + i) % threads);
+    }
+
+  private:
+    void run_range(int thread) {
+        const size_t from = first_of(thread), size = first_of(thread + 1) - from;
+        for (size_t k; (k = taken[thread].fetch_add(1, std::memory_order_relaxed)) < size;)
+            work(context, from + k);
+    }
+    size_t first_of(int thread) const {
+        return pieces * static_cast<size_t>(thread) / static_cast<size_t>(threads);
     }
 };
 
 class Pool {
   public:
-    void share(int helpers, Job& job) {
+    void share(Job& job) {
         // One job at a time: a second caller finds the cores busy anyway.
         std::unique_lock<std::mutex> only(busy_, std::try_to_lock);
         if (!only) {
-            job.run();
+            job.run(0);
             return;
         }
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            start(helpers);
+            start(job.threads - 1);
             job_ = &job;
-            places_ = helpers;
-            posted_.fetch_add(1, std::memory_order_release);
         }
-        wake_.notify_all();
-        job.run();
+        // Not under the lock: a helper that sees it at once would have to sleep for the lock.
+        posted_.fetch_add(1);
+        if (sleeping_.load() != 0) {
+            std::lock_guard<std::mutex>{mutex_};  // whoever saw nothing posted is in wait() by now
+            wake_.notify_all();
+        }
+        job.run(0);
         {
             std::lock_guard<std::mutex> lock(mutex_);
             job_ = nullptr;  // nobody joins any more
@@ -85,28 +100,29 @@ class Pool {
 
   private:
     void start(int helpers) {
-        for (; helpers_ < std::min(helpers, kHelpersMax); ++helpers_) {
+        for (; helpers_ < helpers; ++helpers_) {
             try {
-                std::thread([this] { help(); }).detach();
+                std::thread([this, thread = helpers_ + 1] { help(thread); }).detach();
             } catch (const std::system_error&) {
                 return;  // the caller and those that there are do the work
             }
         }
     }
 
-    [[noreturn]] void help() {
+    [[noreturn]] void help(int thread) {
         for (uint64_t seen = 0;;) {
-            const auto posted = [&] { return posted_.load(std::memory_order_acquire) != seen; };
+            const auto posted = [&] { return posted_.load() != seen; };
             look_for(posted);
             std::unique_lock<std::mutex> lock(mutex_);
+            sleeping_.fetch_add(1);
             wake_.wait(lock, posted);
-            seen = posted_.load(std::memory_order_relaxed);
-            if (!job_ || places_ == 0) continue;
-            --places_;
+            sleeping_.fetch_sub(1);
+            seen = posted_.load();
+            if (!job_ || thread >= job_->threads) continue;
             Job& job = *job_;
             working_.fetch_add(1, std::memory_order_relaxed);
             lock.unlock();
-            job.run();
+            job.run(thread);
             lock.lock();
             working_.fetch_sub(1, std::memory_order_release);
             lock.unlock();
@@ -117,8 +133,8 @@ class Pool {
     std::mutex busy_, mutex_;
     std::condition_variable wake_, left_;
     Job* job_ = nullptr;
-    int places_ = 0, helpers_ = 0;
-    std::atomic<int> working_{0};
+    int helpers_ = 0;
+    std::atomic<int> working_{0}, sleeping_{0};
     std::atomic<uint64_t> posted_{0};
 };
 
@@ -140,12 +156,12 @@ Pool& pool() {
 }  // namespace
 
 void share_pieces(int threads, size_t pieces, void (*work)(void*, size_t), void* context) {
-    Job job{work, context, pieces};
-    const int helpers = static_cast<int>(std::min<size_t>(static_cast<size_t>(threads), pieces)) - 1;
-    if (helpers < 1) {
-        job.run();
+    const size_t useful = std::min<size_t>(pieces, kThreadsMax);
+    Job job{work, context, pieces, static_cast<int>(std::min<size_t>(static_cast<size_t>(threads), useful))};
+    if (job.threads < 2) {
+        job.run(0);
     } else {
-        pool().share(helpers, job);
+        pool().share(job);
     }
 }
 
