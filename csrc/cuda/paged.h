@@ -49,6 +49,7 @@ struct Place {
 };
 
 HYPERSPACE_INLINE uint32_t layer_at(const PagedRow& row, uint32_t offset) {
+    HYPERSPACE_USUALLY(row.page_bytes.value != 0);
     if (row.page_bytes.value != 0) return row.page_bytes.quotient(offset);
     uint32_t low = 0, high = row.layer_count;
     while (high - low > 1) {
@@ -68,6 +69,7 @@ HYPERSPACE_INLINE Place locate(const PagedRow& row, uint32_t offset) {
     if (id == 0) return {nullptr, geometry.page_bytes - in_page};
     uint8_t* bytes =
         reinterpret_cast<uint8_t*>(layer.base) + static_cast<uint64_t>(id) * geometry.block_stride;
+    HYPERSPACE_USUALLY(geometry.dimensions == 0);
     if (geometry.dimensions == 0) return {bytes + in_page, geometry.page_bytes - in_page};
     uint32_t rest = geometry.run.quotient(in_page);
     const uint32_t in_run = in_page - rest * geometry.run.value;
@@ -79,8 +81,21 @@ HYPERSPACE_INLINE Place locate(const PagedRow& row, uint32_t offset) {
     return {bytes + in_run, geometry.run.value - in_run};
 }
 
-HYPERSPACE_INLINE Piece load_piece(const uint8_t* from) { return *reinterpret_cast<const Piece*>(from); }
-HYPERSPACE_INLINE void store_piece(uint8_t* to, const Piece& piece) { *reinterpret_cast<Piece*>(to) = piece; }
+// An address that came out of a table could be of any memory: say that it is the device's.
+template <class Byte>
+HYPERSPACE_INLINE Byte* on_device(Byte* address) {
+#ifdef __CUDA_ARCH__
+    __builtin_assume(__isGlobal(address));
+#endif
+    return address;
+}
+
+HYPERSPACE_INLINE Piece load_piece(const uint8_t* from) {
+    return *reinterpret_cast<const Piece*>(on_device(from));
+}
+HYPERSPACE_INLINE void store_piece(uint8_t* to, const Piece& piece) {
+    *reinterpret_cast<Piece*>(on_device(to)) = piece;
+}
 
 // 16 bytes of the row from `offset` on; what lies beyond its end is zero.
 template <bool Aligned>
@@ -96,7 +111,7 @@ HYPERSPACE_INLINE Piece gather_piece(const PagedRow& row, uint32_t offset) {
             for (uint32_t at = offset + 4 * w, shift = 0; shift < 32 && at < row.row_bytes;
                  ++at, shift += 8) {
                 const Place place = locate(row, at);
-                if (place.bytes) piece.word[w] |= uint32_t{*place.bytes} << shift;
+                if (place.bytes) piece.word[w] |= uint32_t{*on_device(place.bytes)} << shift;
             }
         }
     }
@@ -113,7 +128,7 @@ HYPERSPACE_INLINE void scatter_piece(const PagedRow& row, uint32_t offset, const
             for (uint32_t at = offset + 4 * w, shift = 0; shift < 32 && at < row.row_bytes;
                  ++at, shift += 8) {
                 const Place place = locate(row, at);
-                if (place.bytes) *place.bytes = static_cast<uint8_t>(piece.word[w] >> shift);
+                if (place.bytes) *on_device(place.bytes) = static_cast<uint8_t>(piece.word[w] >> shift);
             }
         }
     }
@@ -121,6 +136,7 @@ HYPERSPACE_INLINE void scatter_piece(const PagedRow& row, uint32_t offset, const
 
 // The first `bytes` of a piece (16 or more: all) at `to`, which is 16-byte aligned.
 HYPERSPACE_INLINE void store_first(uint8_t* to, const Piece& piece, uint32_t bytes) {
+    HYPERSPACE_USUALLY(bytes >= 16);
     if (bytes >= 16) return store_piece(to, piece);
     HYPERSPACE_UNROLL for (uint32_t i = 0; i < 16; ++i) {
         if (i < bytes) to[i] = static_cast<uint8_t>(piece.word[i / 4] >> 8 * (i % 4));
@@ -128,6 +144,7 @@ HYPERSPACE_INLINE void store_first(uint8_t* to, const Piece& piece, uint32_t byt
 }
 
 HYPERSPACE_INLINE Piece load_first(const uint8_t* from, uint32_t bytes) {
+    HYPERSPACE_USUALLY(bytes >= 16);
     if (bytes >= 16) return load_piece(from);
     Piece piece = {};
     HYPERSPACE_UNROLL for (uint32_t i = 0; i < 16; ++i) {
