@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import mmap
+import os
 import random
 import threading
 from pathlib import Path
@@ -175,18 +176,17 @@ def test_every_single_loss_is_rebuilt(isa):
 
 
 @pytest.mark.parametrize("isa", available_isas())
-def test_a_sample_of_double_losses_is_rebuilt(isa):
-    chunks = codeword(random_data(257), isa)
-    for first in range(64):
-        second = (first * 37 + 11) % 64
-        assert np.array_equal(rebuilt(chunks, {first, second}, isa), chunks[:32]), (first, second)
+def test_every_double_loss_is_rebuilt(isa):
+    chunks = codeword(random_data(67), isa)
+    for lost in itertools.combinations(range(64), 2):
+        assert np.array_equal(rebuilt(chunks, set(lost), isa), chunks[:32]), lost
 
 
 @pytest.mark.parametrize("isa", available_isas())
-def test_500_random_loss_patterns_are_rebuilt(isa):
-    chunks = codeword(random_data(300), isa)
+def test_10_000_random_patterns_of_up_to_32_losses_are_rebuilt(isa):
+    chunks = codeword(random_data(131), isa)
     rng = random.Random(1)
-    for _ in range(500):
+    for _ in range(10_000):
         lost = set(rng.sample(range(64), rng.randint(0, 32)))
         assert np.array_equal(rebuilt(chunks, lost, isa), chunks[:32]), sorted(lost)
 
@@ -233,6 +233,39 @@ def test_every_remainder_codes_as_part_of_a_longer_chunk(isa):
 
 
 @pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("base", [64, 1024, 4096, 66_560])
+def test_every_remainder_of_larger_chunks_is_coded_and_rebuilt(base, isa):
+    data = random_data(base + 63)
+    whole = codeword(data, isa)
+    for chunk_bytes in range(base, base + 64):
+        part = np.ascontiguousarray(whole[:, :chunk_bytes])
+        assert np.array_equal(codeword(part[:32], isa), part), chunk_bytes
+        assert np.array_equal(rebuilt(part, set(range(7, 39)), isa), part[:32]), chunk_bytes
+
+
+def test_chunks_of_16_mib_are_coded_and_rebuilt_in_place():
+    chunk_bytes = 16 << 20
+    with mmap.mmap(-1, 32 * chunk_bytes) as memory:
+        data = np.frombuffer(memory, np.uint8).reshape(32, chunk_bytes)
+        block = random_data(1 << 16)
+        for at in range(0, chunk_bytes, 1 << 16):
+            data[:, at : at + (1 << 16)] = block
+        parity = np.empty((2, chunk_bytes), np.uint8)
+        native.encode_rows(data, parity, chunk_bytes, [31, 4], threads=2)
+        assert np.array_equal(
+            parity.reshape(2, -1, 1 << 16), np.broadcast_to(codeword(block)[[63, 36], None], (2, 256, 1 << 16))
+        )
+        data[[3, 17]] = 0
+        chunks = [None if i in (3, 17) else data[i] for i in range(32)] + [None] * 32
+        chunks[63], chunks[36] = parity
+        native.decode(chunks, chunk_bytes, data, threads=2)
+        assert np.array_equal(
+            data[[3, 17]].reshape(2, -1, 1 << 16), np.broadcast_to(block[[3, 17], None], (2, 256, 1 << 16))
+        )
+        del data, chunks
+
+
+@pytest.mark.parametrize("isa", available_isas())
 def test_unaligned_buffers_are_coded_and_rebuilt(isa):
     chunk_bytes = 33 * 1024  # large enough for streaming stores, were it aligned
     chunks = codeword(random_data(chunk_bytes), isa)
@@ -271,6 +304,97 @@ def test_data_chunks_that_lie_in_their_place_are_rebuilt_around(data_lost):
     out[:data_lost] = 0
     native.decode([*[None] * data_lost, *out[data_lost:], *chunks[32:]], chunk_bytes, out)
     assert np.array_equal(out, chunks[:32])
+
+
+# ---- Threads share a call's columns.
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("threads", [2, 3, 64])
+def test_threads_give_the_same_bytes(threads, isa):
+    for chunk_bytes in (1, 2048, 2304, 4097, 66_000):
+        data = random_data(chunk_bytes)
+        chunks, shared = codeword(data, isa), np.empty_like(data)
+        native.encode(data, shared, chunk_bytes, threads=threads, isa=isa)
+        assert np.array_equal(shared, chunks[32:]), chunk_bytes
+        for lost in (range(0), range(5), range(8, 40), range(32)):
+            present, out = [None if i in lost else chunks[i] for i in range(64)], np.empty_like(data)
+            native.decode(present, chunk_bytes, out, threads=threads, isa=isa)
+            assert np.array_equal(out, data), (chunk_bytes, lost)
+
+
+def test_a_number_of_threads_out_of_range_is_refused():
+    for threads in (0, -1, 65):
+        with pytest.raises(ValueError, match=f"threads is {threads}, expected 1 to 64"):
+            native.encode(bytes(320), bytearray(320), 10, threads=threads)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_codes_with_threads_of_its_own():
+    data = random_data(66_000)
+    expected, parity = codeword(data)[32:], np.zeros_like(data)
+    native.encode(data, parity, 66_000, threads=2)
+    child = os.fork()
+    if child == 0:
+        parity[:] = 0
+        native.encode(data, parity, 66_000, threads=2)
+        os._exit(0 if np.array_equal(parity, expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# ---- Re-encoding finds what doesn't belong to the codeword.
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("lost", [range(0), range(3), range(8, 28), range(31)])
+def test_a_wrong_surplus_chunk_is_named_and_the_data_is_right(lost, threads, isa):
+    chunk_bytes = 5000
+    chunks, out = codeword(random_data(chunk_bytes), isa), np.empty((32, chunk_bytes), np.uint8)
+    present = [None if i in lost else chunks[i].copy() for i in range(64)]
+    assert native.decode_and_check(present, chunk_bytes, out, threads=threads, isa=isa) == []
+    assert np.array_equal(out, chunks[:32])
+    present[63][chunk_bytes - 1] ^= 1
+    assert native.decode_and_check(present, chunk_bytes, out, threads=threads, isa=isa) == [63]
+    assert np.array_equal(out, chunks[:32])
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_a_wrong_chunk_among_those_used_contradicts_every_surplus_one(isa):
+    chunks, out = codeword(random_data(700), isa), np.empty((32, 700), np.uint8)
+    chunks[9, 3] ^= 0x80
+    present = [None if i in (2, 40) else chunks[i] for i in range(64)]
+    # Chunk 2 is rebuilt from the others and the first parity chunk, which therefore agrees.
+    assert native.decode_and_check(present, 700, out, isa=isa) == [i for i in range(33, 64) if i != 40]
+
+
+# ---- Any k + m up to 256.
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize(
+    ("k", "m"), [(1, 1), (2, 3), (5, 0), (10, 4), (32, 16), (33, 31), (128, 128), (200, 56), (255, 1)]
+)
+def test_any_number_of_data_and_parity_chunks_is_coded_and_rebuilt(k, m, isa):
+    chunk_bytes, rng = 300, np.random.default_rng(k)
+    data = rng.integers(0, 256, (k, chunk_bytes), dtype=np.uint8)
+    parity = np.empty((m, chunk_bytes), np.uint8)
+    shape = {"data_chunks": k, "parity_chunks": m, "isa": isa}
+    native.encode(data, parity, chunk_bytes, **shape)
+    assert np.array_equal(parity[:, :2], galois_parity(data[:, :2], m))
+    chunks = np.concatenate([data, parity])
+    for losses in {0, 1 if m else 0, m}:
+        lost = set(rng.permutation(k + m)[:losses].tolist())
+        out = np.zeros_like(data)
+        native.decode([None if i in lost else chunks[i] for i in range(k + m)], chunk_bytes, out, threads=2, **shape)
+        assert np.array_equal(out, data), (losses, lost)
+
+
+def test_more_than_256_chunks_and_too_many_losses_are_refused():
+    with pytest.raises(ValueError, match="data_chunks is 200 and parity_chunks 57, expected at most 256"):
+        native.encode(bytes(2000), bytearray(570), 10, data_chunks=200, parity_chunks=57)
+    with pytest.raises(ValueError, match="chunks has 3 present, decoding needs 4"):
+        native.decode([bytes(10)] * 3 + [None] * 3, 10, bytearray(40), data_chunks=4, parity_chunks=2)
 
 
 def test_bytes_bytearray_memoryview_mmap_and_numpy_are_all_taken():
@@ -323,11 +447,14 @@ def galois_field():
     return galois.GF(2**8, irreducible_poly=POLYNOMIAL)
 
 
-def galois_parity(data: np.ndarray) -> np.ndarray:
+def galois_parity(data: np.ndarray, parity_chunks: int = 32) -> np.ndarray:
     import galois
 
-    field = galois_field()
-    points, parity_points = field([point(j) for j in range(32)]), field([point(32 + j) for j in range(32)])
+    field, k = galois_field(), len(data)
+    if parity_chunks == 0:
+        return np.empty((0, data.shape[1]), np.uint8)
+    points = field([point(j) for j in range(k)])
+    parity_points = field([point(k + j) for j in range(parity_chunks)])
     columns = [galois.lagrange_poly(points, field(column))(parity_points) for column in data.T]
     return np.array(columns, np.uint8).T
 
