@@ -67,6 +67,8 @@ struct Job {
     }
 };
 
+// Helpers that are awake join and leave without a lock: two that end at once would sleep for it, and that
+// takes as long as a tenth of the work.
 class Pool {
   public:
     void share(Job& job) {
@@ -76,26 +78,17 @@ class Pool {
             job.run(0);
             return;
         }
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            start(job.threads - 1);
-            job_ = &job;
-        }
-        // Not under the lock: a helper that sees it at once would have to sleep for the lock.
+        start(job.threads - 1);
+        job_.store(&job);
         posted_.fetch_add(1);
         if (sleeping_.load() != 0) {
             std::lock_guard<std::mutex>{mutex_};  // whoever saw nothing posted is in wait() by now
             wake_.notify_all();
         }
         job.run(0);
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            job_ = nullptr;  // nobody joins any more
-        }
-        const auto all_left = [this] { return working_.load(std::memory_order_acquire) == 0; };
-        if (look_for(all_left)) return;
-        std::unique_lock<std::mutex> lock(mutex_);
-        left_.wait(lock, all_left);
+        job_.store(nullptr);  // whoever joins from now on finds nothing
+        const auto all_left = [this] { return working_.load() == 0; };
+        while (!look_for(all_left)) std::this_thread::sleep_for(kLookFor);  // one was interrupted
     }
 
   private:
@@ -112,28 +105,24 @@ class Pool {
     [[noreturn]] void help(int thread) {
         for (uint64_t seen = 0;;) {
             const auto posted = [&] { return posted_.load() != seen; };
-            look_for(posted);
-            std::unique_lock<std::mutex> lock(mutex_);
-            sleeping_.fetch_add(1);
-            wake_.wait(lock, posted);
-            sleeping_.fetch_sub(1);
+            if (!look_for(posted)) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                sleeping_.fetch_add(1);
+                wake_.wait(lock, posted);
+                sleeping_.fetch_sub(1);
+            }
             seen = posted_.load();
-            if (!job_ || thread >= job_->threads) continue;
-            Job& job = *job_;
-            working_.fetch_add(1, std::memory_order_relaxed);
-            lock.unlock();
-            job.run(thread);
-            lock.lock();
-            working_.fetch_sub(1, std::memory_order_release);
-            lock.unlock();
-            left_.notify_all();
+            working_.fetch_add(1);  // before looking: the caller withdraws the job and then looks here
+            Job* job = job_.load();
+            if (job && thread < job->threads) job->run(thread);
+            working_.fetch_sub(1);
         }
     }
 
     std::mutex busy_, mutex_;
-    std::condition_variable wake_, left_;
-    Job* job_ = nullptr;
+    std::condition_variable wake_;
     int helpers_ = 0;
+    std::atomic<Job*> job_{nullptr};
     std::atomic<int> working_{0}, sleeping_{0};
     std::atomic<uint64_t> posted_{0};
 };
