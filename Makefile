@@ -70,11 +70,23 @@ bench-erasure: setup ## Measure the erasure code beside ISA-L, zfec and others, 
 	@$(BIN)/python -m bench.commitment
 	@$(BIN)/python -m bench.erasure --check $(ARGS)
 
+.PHONY: bench-gpu
+bench-gpu: setup ## Measure the CUDA kernels on this machine's GPU, and what they cost a decoding model (MODEL=none: skip that)
+	@$(BIN)/python -m bench.gpu --model $(MODEL) $(ARGS)
+
+.PHONY: cuda
+cuda: setup ## Compile the CUDA kernels for sm_80, sm_90 and sm_100 (nvcc, no GPU) and count their instructions
+	@PATH="$(BIN):$$PATH" cmake -S csrc -B build/cuda -DHYPERSPACE_CUDA=ON -DCMAKE_BUILD_TYPE=Release \
+		-Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python"
+	@PATH="$(BIN):$$PATH" cmake --build build/cuda --parallel 2 --target hyperspace_cuda
+	@$(BIN)/python -m bench.cuda_static $(ARGS)
+
 .PHONY: sanitize
-sanitize: setup ## Run the native self-test under AddressSanitizer and UBSan
+sanitize: setup ## Run the native self-tests, the GPU's kernels on the CPU too, under AddressSanitizer and UBSan
 	@$(BIN)/cmake -S csrc -B build/sanitize -DHYPERSPACE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
-	@$(BIN)/cmake --build build/sanitize --target selftest
+	@$(BIN)/cmake --build build/sanitize --parallel 2 --target selftest selftest_cuda
 	./build/sanitize/selftest
+	./build/sanitize/selftest_cuda
 
 .PHONY: test-neon
 test-neon: ## Run the native self-test for 64-bit ARM in an emulator (needs g++-aarch64-linux-gnu and qemu-user)

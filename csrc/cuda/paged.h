@@ -97,43 +97,6 @@ HYPERSPACE_INLINE void store_piece(uint8_t* to, const Piece& piece) {
     *reinterpret_cast<Piece*>(on_device(to)) = piece;
 }
 
-// 16 bytes of the row from `offset` on; what lies beyond its end is zero.
-template <bool Aligned>
-HYPERSPACE_INLINE Piece gather_piece(const PagedRow& row, uint32_t offset) {
-    Piece piece = {};
-    if constexpr (Aligned) {  // every run, stride and base is a multiple of 16: a piece never straddles
-        if (offset < row.row_bytes) {
-            const Place place = locate(row, offset);
-            if (place.bytes) piece = load_piece(place.bytes);
-        }
-    } else {
-        HYPERSPACE_UNROLL for (uint32_t w = 0; w < 4; ++w) {
-            for (uint32_t at = offset + 4 * w, shift = 0; shift < 32 && at < row.row_bytes;
-                 ++at, shift += 8) {
-                const Place place = locate(row, at);
-                if (place.bytes) piece.word[w] |= uint32_t{*on_device(place.bytes)} << shift;
-            }
-        }
-    }
-    return piece;
-}
-
-template <bool Aligned>
-HYPERSPACE_INLINE void scatter_piece(const PagedRow& row, uint32_t offset, const Piece& piece) {
-    if constexpr (Aligned) {
-        const Place place = locate(row, offset);
-        if (place.bytes) store_piece(place.bytes, piece);
-    } else {
-        HYPERSPACE_UNROLL for (uint32_t w = 0; w < 4; ++w) {
-            for (uint32_t at = offset + 4 * w, shift = 0; shift < 32 && at < row.row_bytes;
-                 ++at, shift += 8) {
-                const Place place = locate(row, at);
-                if (place.bytes) *on_device(place.bytes) = static_cast<uint8_t>(piece.word[w] >> shift);
-            }
-        }
-    }
-}
-
 // The first `bytes` of a piece (16 or more: all) at `to`, which is 16-byte aligned.
 HYPERSPACE_INLINE void store_first(uint8_t* to, const Piece& piece, uint32_t bytes) {
     HYPERSPACE_USUALLY(bytes >= 16);
@@ -143,21 +106,12 @@ HYPERSPACE_INLINE void store_first(uint8_t* to, const Piece& piece, uint32_t byt
     }
 }
 
-HYPERSPACE_INLINE Piece load_first(const uint8_t* from, uint32_t bytes) {
-    HYPERSPACE_USUALLY(bytes >= 16);
-    if (bytes >= 16) return load_piece(from);
-    Piece piece = {};
-    HYPERSPACE_UNROLL for (uint32_t i = 0; i < 16; ++i) {
-        if (i < bytes) piece.word[i / 4] |= uint32_t{from[i]} << 8 * (i % 4);
-    }
-    return piece;
-}
+// ---- Gather and scatter: a thread moves four pieces, 128 threads apart, all loads before the stores. Where
+// a run, a stride or an address is no multiple of 16, it moves single bytes.
 
-// ---- Gather and scatter: a thread moves four pieces, 128 threads apart, all loads before the stores.
-
-inline constexpr int kCopyThreads = 128;
-inline constexpr int kCopyPieces = 4;
-inline constexpr uint32_t kCopyTileBytes = kCopyThreads * kCopyPieces * 16;
+inline constexpr uint32_t kCopyThreads = 128;
+inline constexpr uint32_t kCopyPieces = 4;
+inline constexpr uint32_t kCopyTileBytes = kCopyThreads * kCopyPieces * sizeof(Piece);
 
 struct CopyParams {
     PagedRow paged;
@@ -166,12 +120,7 @@ struct CopyParams {
 
 struct NoShared {};
 
-HYPERSPACE_INLINE uint32_t copy_offset(uint32_t block, uint32_t thread, int i) {
-    return block * kCopyTileBytes + (static_cast<uint32_t>(i) * kCopyThreads + thread) * 16;
-}
-
-template <bool Aligned>
-struct Gather {
+struct Copy {
     using Params = CopyParams;
     using Shared = NoShared;
     static constexpr int kThreads = kCopyThreads, kPhases = 1, kBlocksPerSm = 8;
@@ -180,37 +129,63 @@ struct Gather {
         return (p.paged.row_bytes + kCopyTileBytes - 1) / kCopyTileBytes;
     }
 
-    template <int Phase>
-    HYPERSPACE_INLINE static void run(const Params& p, Shared&, uint32_t block, uint32_t thread) {
-        Piece piece[kCopyPieces] = {};
-        HYPERSPACE_UNROLL for (int i = 0; i < kCopyPieces; ++i) {
-            piece[i] = gather_piece<Aligned>(p.paged, copy_offset(block, thread, i));
-        }
-        HYPERSPACE_UNROLL for (int i = 0; i < kCopyPieces; ++i) {
-            const uint32_t offset = copy_offset(block, thread, i);
-            if (offset < p.paged.row_bytes) store_first(p.row + offset, piece[i], p.paged.row_bytes - offset);
+    HYPERSPACE_INLINE static uint32_t offset_of(uint32_t block, uint32_t thread, uint32_t i) {
+        return block * kCopyTileBytes + (i * kCopyThreads + thread) * static_cast<uint32_t>(sizeof(Piece));
+    }
+
+    template <class Body>
+    HYPERSPACE_INLINE static void for_bytes(const Params& p, uint32_t block, uint32_t thread, Body body) {
+        const uint32_t end = (block + 1) * kCopyTileBytes;
+        const uint32_t stop = end < p.paged.row_bytes ? end : p.paged.row_bytes;
+        HYPERSPACE_ROLL for (uint32_t at = block * kCopyTileBytes + thread; at < stop; at += kCopyThreads) {
+            body(locate(p.paged, at).bytes, on_device(p.row + at));
         }
     }
 };
 
 template <bool Aligned>
-struct Scatter {
-    using Params = CopyParams;
-    using Shared = NoShared;
-    static constexpr int kThreads = kCopyThreads, kPhases = 1, kBlocksPerSm = 8;
-
-    static uint32_t blocks(const Params& p) { return Gather<Aligned>::blocks(p); }
-
+struct Gather : Copy {
     template <int Phase>
     HYPERSPACE_INLINE static void run(const Params& p, Shared&, uint32_t block, uint32_t thread) {
-        Piece piece[kCopyPieces] = {};
-        HYPERSPACE_UNROLL for (int i = 0; i < kCopyPieces; ++i) {
-            const uint32_t offset = copy_offset(block, thread, i);
-            if (offset < p.paged.row_bytes) piece[i] = load_first(p.row + offset, p.paged.row_bytes - offset);
+        if constexpr (!Aligned) {
+            for_bytes(p, block, thread,
+                      [](uint8_t* paged, uint8_t* row) { *row = paged ? *on_device(paged) : 0; });
+        } else {
+            Piece piece[kCopyPieces] = {};
+            HYPERSPACE_UNROLL for (uint32_t i = 0; i < kCopyPieces; ++i) {
+                const uint32_t offset = offset_of(block, thread, i);
+                if (offset >= p.paged.row_bytes) continue;
+                const uint8_t* paged = locate(p.paged, offset).bytes;
+                if (paged) piece[i] = load_piece(paged);
+            }
+            HYPERSPACE_UNROLL for (uint32_t i = 0; i < kCopyPieces; ++i) {
+                const uint32_t offset = offset_of(block, thread, i);
+                if (offset < p.paged.row_bytes) store_piece(p.row + offset, piece[i]);
+            }
         }
-        HYPERSPACE_UNROLL for (int i = 0; i < kCopyPieces; ++i) {
-            const uint32_t offset = copy_offset(block, thread, i);
-            if (offset < p.paged.row_bytes) scatter_piece<Aligned>(p.paged, offset, piece[i]);
+    }
+};
+
+template <bool Aligned>
+struct Scatter : Copy {
+    template <int Phase>
+    HYPERSPACE_INLINE static void run(const Params& p, Shared&, uint32_t block, uint32_t thread) {
+        if constexpr (!Aligned) {
+            for_bytes(p, block, thread, [](uint8_t* paged, uint8_t* row) {
+                if (paged) *on_device(paged) = *row;
+            });
+        } else {
+            Piece piece[kCopyPieces] = {};
+            HYPERSPACE_UNROLL for (uint32_t i = 0; i < kCopyPieces; ++i) {
+                const uint32_t offset = offset_of(block, thread, i);
+                if (offset < p.paged.row_bytes) piece[i] = load_piece(p.row + offset);
+            }
+            HYPERSPACE_UNROLL for (uint32_t i = 0; i < kCopyPieces; ++i) {
+                const uint32_t offset = offset_of(block, thread, i);
+                if (offset >= p.paged.row_bytes) continue;
+                uint8_t* paged = locate(p.paged, offset).bytes;
+                if (paged) store_piece(paged, piece[i]);
+            }
         }
     }
 };
