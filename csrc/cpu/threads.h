@@ -11,28 +11,30 @@ namespace hyperspace {
 void share_pieces(int threads, size_t pieces, void (*work)(void* context, size_t piece), void* context);
 
 // Calls work(from, to) for column ranges that together are 0 .. bytes; all but the last end at a multiple of
-// `align`. One thread gets them all in one call.
+// `align`, and they are equal but for one `align`. One thread gets them all in one call.
 template <class Work>
 void share_columns(int threads, size_t bytes, size_t align, Work work) {
     // Four pieces a thread: whoever was late or interrupted delays the others by a fraction.
     constexpr size_t kPiecesPerThread = 4, kPieceMin = 2048;
-    size_t piece_bytes = threads <= 1 ? bytes : bytes / (static_cast<size_t>(threads) * kPiecesPerThread);
-    if (piece_bytes < kPieceMin) piece_bytes = kPieceMin;
-    piece_bytes = (piece_bytes + align - 1) / align * align;
-    if (threads <= 1 || piece_bytes >= bytes) {
+    const size_t most = bytes / kPieceMin, wanted = static_cast<size_t>(threads) * kPiecesPerThread;
+    const size_t pieces = most < wanted ? most : wanted;
+    if (threads <= 1 || pieces < 2) {
         work(size_t{0}, bytes);
         return;
     }
     struct Context {
         Work& work;
-        size_t bytes, piece_bytes;
-    } context{work, bytes, piece_bytes};
+        size_t bytes, align, pieces;
+
+        size_t start_of(size_t piece) const {
+            return piece == pieces ? bytes : bytes / align * piece / pieces * align;
+        }
+    } context{work, bytes, align, pieces};
     share_pieces(
-        threads, (bytes + piece_bytes - 1) / piece_bytes,
+        threads, pieces,
         [](void* opaque, size_t piece) {
             const Context& c = *static_cast<Context*>(opaque);
-            const size_t from = piece * c.piece_bytes, to = from + c.piece_bytes;
-            c.work(from, to < c.bytes ? to : c.bytes);
+            c.work(c.start_of(piece), c.start_of(piece + 1));
         },
         &context);
 }
