@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import gpu
 from hyperspace_vllm import native, native_cuda
 from hyperspace_vllm.core.records.manifest import chunk_bytes_for
 from hyperspace_vllm.core.records.sealing import xor_stream
@@ -374,3 +375,9 @@ def test_built_with_cuda_but_without_a_gpu_it_says_so(monkeypatch):
         pytest.skip("a GPU is here: make bench-gpu checks the real kernels")
     with pytest.raises((ValueError, RuntimeError)):
         pages_of([cache((32,))], [0])
+
+
+def test_the_gpu_bench_says_that_there_is_nothing_to_measure(monkeypatch, capsys):
+    monkeypatch.setattr(native_cuda, "_cuda", None)
+    assert gpu.main(["--model", "none"]) == 2
+    assert "Nothing was measured: no CUDA kernels to run here" in capsys.readouterr().err
