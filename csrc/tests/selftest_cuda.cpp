@@ -40,9 +40,10 @@ struct Area {
 };
 
 struct Case {
-    std::vector<uint64_t> shape;     // of a block
+    std::vector<uint64_t> shape;     // of a block of the first layer
     std::vector<uint64_t> order;     // of its dimensions in memory, outermost first
     uint64_t layers, shift, blocks;  // shift: bytes before each layer's cache
+    uint64_t growth = 0;             // of the first dimension, from layer to layer
 };
 
 struct Cache {
@@ -54,16 +55,17 @@ constexpr uint64_t kNumBlocks = 9;
 
 Cache make_cache(const Case& c) {
     Cache cache;
-    std::vector<uint64_t> strides(c.shape.size());
-    uint64_t page = 1;
-    for (size_t d = c.order.size(); d-- > 0;) {
-        strides[c.order[d]] = page;
-        page *= c.shape[c.order[d]];
-    }
     for (uint64_t l = 0; l < c.layers; ++l) {
+        std::vector<uint64_t> shape = c.shape, strides(c.shape.size());
+        shape[0] += l * c.growth;
+        uint64_t page = 1;
+        for (size_t d = c.order.size(); d-- > 0;) {
+            strides[c.order[d]] = page;
+            page *= shape[c.order[d]];
+        }
         cache.areas.push_back(std::make_unique<Area>(c.shift + kNumBlocks * page));
         const auto base = reinterpret_cast<uint64_t>(cache.areas.back()->memory + c.shift);
-        cache.specs.push_back({base, static_cast<uint32_t>(l % 2), page, c.shape, strides});
+        cache.specs.push_back({base, static_cast<uint32_t>(l % 2), page, shape, strides});
     }
     return cache;
 }
@@ -201,6 +203,7 @@ int main() {
         {{3, 700}, {0, 1}, 2, 0, 3},                   // pieces straddle layers and blocks
         {{16, 64}, {0, 1}, 2, 3, 4},                   // unaligned caches
         {{7}, {0}, 1, 1, 1},                           // a row of seven bytes
+        {{1, 512}, {0, 1}, 4, 0, 5, 2},                // layers of different sizes
         {{5, 13}, {1, 0}, 3, 0, 9},                    // no contiguous bytes at all
     };
     for (const auto order : {cuda::Order::kForward, cuda::Order::kBackward}) {
