@@ -31,7 +31,7 @@ NAME = "interop" * 200_000  # its body of 1.4 MB crosses the flow control of two
 def javascript() -> str:
     """The Node.js that runs the program, its packages installed."""
     if not shutil.which("npm"):
-        pytest.skip("npm is missing: `make setup` installs it")
+        pytest.skip("npm is missing: `make test` installs it")
     command = [sys.executable, str(REPOSITORY / "deploy" / "setup" / "interop.py")]
     installed = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=INSTALL_S)
     assert installed.returncode == 0, installed.stderr
