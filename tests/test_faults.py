@@ -34,6 +34,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 FAULT_S = 0.5
 BACK_S = 20.0
+AVOIDED_S = 90.0  # core/node/node.py: CHARGED_MS, and some
 ROW_BYTES = 512 * KiB  # the tiny model's: 256 tokens x 4 layers x 2 heads x 64 x K and V x 2 bytes
 CHUNK_BYTES = chunk_bytes_for(ROW_BYTES)
 SLOW_BYTES_S = 2 * MiB
@@ -165,7 +166,10 @@ def wait_connected(server: Server) -> None:
 
 
 def wait_hit(pair: Servers, timeout_s: float = 60) -> None:
-    """Until B gets something from A again: not at once, for a new node's KZG worker loads its setup for seconds."""
+    """Until B gets something from A again.
+
+    Not at once: a new node's KZG worker loads its setup for seconds; who stalled isn't asked for 5 s, a liar for 60 s.
+    """
     hits = lookups(pair.b, "hit", "network")
 
     def hit() -> bool:
@@ -230,6 +234,7 @@ def ask(server: Server, prompt: str) -> Answered:
 
 def fetch_through(pair: Servers, fault: Callable[[], object]) -> float:
     """B asks for what A has, over a slow link; `fault` comes in the middle. Seconds from it to B's prefill."""
+    wait_hit(pair, AVOIDED_S)
     text = document(LONG)
     prompt, expected = clear_question(pair.b, text)
     publish(pair.a, text)
@@ -356,6 +361,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(pair: Servers) ->
 
 
 def test_a_peer_whose_disk_lies_is_refused(pair: Servers) -> None:
+    wait_hit(pair, AVOIDED_S)
     text = document(LONG)
     before = set((pair.a.data_dir / "chunks").glob("*.obj"))
     prompt, expected = clear_question(pair.b, text)
@@ -386,7 +392,6 @@ def test_a_node_that_dies_in_the_middle_costs_no_wait_and_comes_back(pair: Serve
     os.kill(killed, signal.SIGKILL)
     until(lambda: status(pair.b).get("pid") not in (None, killed), "B's node")
     wait_connected(pair.b)
-    wait_hit(pair)
     killed = node_pid(pair.b)
     gone = lookups(pair.b, "miss", "node_gone")
     # Its predecessor was killed seconds ago: this time B waits a little longer before it starts another.
