@@ -60,11 +60,13 @@ sim-full: setup ## All scenarios with 100 nodes and 50 seeds on all cores (about
 	@$(BIN)/hyperspace sim --nodes 100 --seed $(SEED) --seeds 50 --output build/sim.json $(ARGS)
 
 .PHONY: bench
+bench: SETUP_ARGS = --bench
 bench: setup ## Measure time to first token (cold, from the network, from the response cache), then the erasure code
 	@$(BIN)/python -m bench.ttft --model $(MODEL) $(ARGS)
 	@$(MAKE) --no-print-directory bench-erasure ARGS=
 
 .PHONY: bench-erasure
+bench-erasure: SETUP_ARGS = --bench
 bench-erasure: setup ## Measure the erasure code beside ISA-L, zfec and others, and commitments; fails if a ratio is missed
 	@$(BIN)/python -m bench.anchors
 	@$(BIN)/python -m bench.commitment

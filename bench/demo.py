@@ -287,6 +287,7 @@ def main() -> int:
         "problems": demo.problems,
     }
     (build / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
+    console.line()  # rich ends a live table without one when nobody watches
     summary(console, demo.rows)
     for problem in demo.problems:
         console.print(f"[red]{problem}[/]")

@@ -1,7 +1,8 @@
 """What a real `vllm serve` does when its node, its peer, the link between them, its disk or its memory fails.
 
 A computes prompts and publishes them; B gets them from A's node over a link that the test can slow, freeze and cut. C
-is cramped: 40 KV blocks, 8 MiB of shared memory, 1 MiB of disk. A fault must end in the text that a plain computation
+is cramped: 40 KV blocks, 8 MiB of shared memory, 1 MiB of disk (a file system of that size where the tests may mount
+one, else a quota). A fault must end in the text that a plain computation
 gives, the prefill begun within half a second of it, nothing crashed, and a metric that names it. What peers can forge
 (every field of manifest, table, proof and signature, too few chunks, absurd lengths) is refused one by one between
 whole nodes in test_two_nodes.py and isn't repeated here.
@@ -13,11 +14,12 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -412,15 +414,33 @@ def test_a_node_that_dies_in_the_middle_costs_no_wait_and_comes_back(pair: Serve
 @pytest.fixture(scope="module")
 def cramped(servers: Servers, directories: list[Path], environments: list[dict[str, str]]) -> Iterator[Server]:
     """C: KV blocks for three prompts, shared memory for 16 rows, disk for none."""
-    little = {"HYPERSPACE_ARENA_BYTES": str(8 * MiB), "HYPERSPACE_DISK_BYTES": str(MiB)}
+    little = {"HYPERSPACE_ARENA_BYTES": str(8 * MiB)}
     flags = ("--num-gpu-blocks-override", "40", "--max-model-len", "4096")
-    with Server("C", MODELS["tiny"], directories[2], arguments=flags, environment=environments[2] | little) as server:
+    with ExitStack() as running:
+        if not running.enter_context(small_disk(directories[2] / "chunks")):
+            little["HYPERSPACE_DISK_BYTES"] = str(MiB)
+        environment = environments[2] | little
+        server = running.enter_context(
+            Server("C", MODELS["tiny"], directories[2], arguments=flags, environment=environment)
+        )
         server.ready().complete("warm up " * 40, max_tokens=2)
         wait_connected(server)
         yield server
         for log in logs(server):
             written = log.read_text(errors="replace")
             assert "Traceback" not in written, written[-3000:]
+
+
+@contextmanager
+def small_disk(directory: Path) -> Iterator[bool]:
+    """1 MiB of disk at `directory`, if we may mount it: there writing fails with the kernel's own ENOSPC."""
+    directory.mkdir(mode=0o700)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "hyperspace-tests", str(directory)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    print("a disk of 1 MiB" if mounted else "a quota of 1 MiB: mounting was refused")
+    yield mounted
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
 def reset(server: Server, reset_external: bool) -> None:

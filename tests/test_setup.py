@@ -264,6 +264,9 @@ def test_only_the_tests_need_npm_and_redis(setup: SimpleNamespace) -> None:
         packages = {need.package for need in setup.system.needed("cpu", pyproject, tests)}
         assert (packages >= {"npm", "redis-tools"}) is tests
         assert bool(packages & {"npm", "redis-tools"}) is tests
+    for bench in (False, True):
+        packages = {need.package for need in setup.system.needed("cpu", pyproject, False, bench)}
+        assert ("libisal-dev" in packages) is bench
 
 
 # --------------------------------------------------------------------------------------------- js-libp2p
@@ -448,7 +451,7 @@ def test_setup_with_nothing_to_do_does_nothing(setup: SimpleNamespace, monkeypat
     monkeypatch.setattr(setup.main.Stamps, "write", lambda *written: None)
     for installer in ("install", "run_models", "run"):
         monkeypatch.setattr(setup.engine, installer, lambda *what, name=installer: pytest.fail(f"{name}{what}"))
-    setup.main.set_up(chosen, tests=True)
+    setup.main.set_up(chosen, tests=True, bench=False)
 
 
 def test_make_without_a_python_says_what_to_install() -> None:

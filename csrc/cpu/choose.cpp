@@ -73,13 +73,13 @@ bool passes_known_answers(const Kernels& kernels) {
 }
 
 const Kernels& best_kernels() {
-    static const Kernels& best = []() -> const Kernels& {
+    static const Kernels* const best = []() -> const Kernels* {
         for (const Candidate& candidate : kCandidates) {
-            if (candidate.runs_here() && passes_known_answers(*candidate.kernels)) return *candidate.kernels;
+            if (candidate.runs_here() && passes_known_answers(*candidate.kernels)) return candidate.kernels;
         }
-        return kPortableKernels;
+        return &kPortableKernels;
     }();
-    return best;
+    return *best;
 }
 
 const char* const* kernel_names() {

@@ -38,11 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make setup", description=__doc__)
     parser.add_argument("--engine", choices=("auto", "cpu", "gpu"), default="auto", help="which build of vLLM")
     parser.add_argument("--tests", action="store_true", help="get what only the tests need as well")
+    parser.add_argument("--bench", action="store_true", help="get what only the benches need as well")
     args = parser.parse_args(argv)
     chosen = engine.choose(args.engine)
     try:
         with only_one_at_a_time(ROOT / "build" / "setup.lock"):
-            set_up(chosen, args.tests)
+            set_up(chosen, args.tests, args.bench)
     except (system.Missing, engine.Failed) as problem:
         print(f"\n{problem}", file=sys.stderr)
         return 1
@@ -50,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def set_up(chosen: engine.Engine, tests: bool) -> None:
+def set_up(chosen: engine.Engine, tests: bool, bench: bool) -> None:
     pyproject = ROOT / "pyproject.toml"
-    system.ensure(system.needed(chosen.name, pyproject.read_text(), tests))
+    system.ensure(system.needed(chosen.name, pyproject.read_text(), tests, bench))
 
     venv = engine.Venv(ROOT / ".venv")
     stamps = Stamps(venv.root / "setup.json")

@@ -29,8 +29,8 @@ class Need:
     present: Callable[[], bool]
 
 
-def needed(engine_name: str, pyproject_text: str, tests: bool) -> list[Need]:
-    """What this machine needs for that build of vLLM, these requirements, and (`tests`) for running the tests."""
+def needed(engine_name: str, pyproject_text: str, tests: bool, bench: bool = False) -> list[Need]:
+    """What this machine needs for that build of vLLM, these requirements, and for running the tests or the benches."""
     needs = [
         Need("g++", "compiles the native codec", has_compiler),
         Need(f"python{own_version()}-dev", "Python's headers, for the native codec", has_python_headers),
@@ -44,6 +44,8 @@ def needed(engine_name: str, pyproject_text: str, tests: bool) -> list[Need]:
         # Not the package redis-server, which starts a service.
         needs.append(Need("redis-tools", "its redis-check-rdb is redis-server too: tests run one", has_redis))
         needs.append(Need("npm", "installs js-libp2p, for the test of interoperation with it", has_npm))
+    if bench:
+        needs.append(Need("libisal-dev", "ISA-L, which the erasure code is measured beside", has_isal_header))
     return needs
 
 
@@ -116,5 +118,13 @@ def has_npm() -> bool:
 
 
 def has_gmp_header() -> bool:
+    return has_header("gmp.h")
+
+
+def has_isal_header() -> bool:
+    return has_header("isa-l/erasure_code.h")
+
+
+def has_header(name: str) -> bool:
     places = ["/usr/include", f"/usr/include/{sysconfig.get_config_var('MULTIARCH')}", "/usr/local/include"]
-    return any((Path(place) / "gmp.h").is_file() for place in places)
+    return any((Path(place) / name).is_file() for place in places)
