@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import cache_command
 from .client import NodeClient
 from .config import SETTINGS, Config, ConfigError, load_config_with_origins
 from .core.records.local import GetStatus, Status
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     command("id", _id, "Print this node's peer id, creating its key on first use.")
     status = command("status", _status, "Show the running node, its peers, store and hit rates.")
     status.add_argument("--json", action="store_true", help="print one JSON object")
+    cache_command.add_arguments(command("cache", _cache, "Look into the response cache, or delete from it."))
     command("config", _config, "Print the effective settings and where each came from.")
     sim = command("sim", _sim, "Simulate a network of nodes on a virtual clock; the same seed, the same run.")
     sim.add_argument("--scenario", default="all", metavar="S", help="one by name, or all")
@@ -78,6 +80,10 @@ def _id(config: Config, options: argparse.Namespace, origins: dict[str, str]) ->
         print(f"hyperspace: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _cache(config: Config, options: argparse.Namespace, origins: dict[str, str]) -> int:
+    return cache_command.cache(config, options)
 
 
 def _config(config: Config, options: argparse.Namespace, origins: dict[str, str]) -> int:

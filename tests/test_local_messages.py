@@ -42,6 +42,7 @@ CLIENT_MESSAGES: list[local.ClientMessage] = [
     local.PrefixesInMemory(1000, (KEY,), (KEY, KEY)),
     local.StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}"),
     local.TouchResponses((KEY,)),
+    local.PurgeResponses((KEY, KEY)),
     local.GetStatus(),
     local.FindResponse(1, KEY, KEY, 300),
     local.ReleaseResponse(1),

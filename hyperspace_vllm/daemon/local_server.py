@@ -46,6 +46,7 @@ from ..core.records.local import (
     NodeMessage,
     PrefixAnswer,
     PrefixesInMemory,
+    PurgeResponses,
     RegisterLayout,
     Rejected,
     ReleaseLookup,
@@ -86,6 +87,9 @@ class Responses(Protocol):
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Count hits; never blocks."""
+
+    def purge(self, keys: Iterable[bytes]) -> bool:
+        """Delete entries; never blocks (False: the queue is full)."""
 
 
 @dataclass(slots=True)
@@ -359,6 +363,9 @@ class LocalServer:
             case TouchResponses(request_keys):
                 if self._responses is not None:
                     self._responses.touch(request_keys)
+            case PurgeResponses(request_keys):
+                if self._responses is not None:
+                    self._responses.purge(request_keys)
             case FindResponse():
                 self._served.model(session.key, message.model_digest)
                 self._response_lookups.find(session.route, message)

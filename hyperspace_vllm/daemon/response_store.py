@@ -62,6 +62,16 @@ class _Fetched:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Purge:
+    """Entries that the operator wants gone."""
+
+    request_keys: tuple[bytes, ...]
+
+
+_Task = StoreResponse | _Fetched | _Purge
+
+
 class _Damaged(sqlite3.DatabaseError):
     """The file opens, but is not a sound database of our schema."""
 
@@ -95,7 +105,7 @@ class ResponseStore:
         self._retelling = Retelling(network, identity.signing_key.verify_key.encode())
         self._next_retelling_s = 0.0
         self._changed = threading.Condition()
-        self._queue: deque[StoreResponse | _Fetched] = deque()
+        self._queue: deque[_Task] = deque()
         self._queue_bytes = 0
         self._touched: Counter[bytes] = Counter()
         self._closing = False
@@ -104,7 +114,7 @@ class ResponseStore:
         self._next_expiry_ms = 0
         self._totals = {"entries": 0, "bytes": 0}
         self._counts = dict.fromkeys(
-            ("stored", "fetched", "dropped", "evicted", "expired", "hits", "failed", "moved_aside"), 0
+            ("stored", "fetched", "dropped", "evicted", "expired", "purged", "hits", "failed", "moved_aside"), 0
         )
         self._thread = threading.Thread(target=self._run, name="hyperspace-responses", daemon=True)
         self._thread.start()
@@ -130,7 +140,11 @@ class ResponseStore:
         expires_at_ms = min(expires_at_ms, computed_at_ms + self._ttl_ms)
         return self._enqueue(_Fetched(key, scope, raw_proof, computed_at_ms, expires_at_ms, body))
 
-    def _enqueue(self, message: StoreResponse | _Fetched) -> bool:
+    def purge(self, keys: Iterable[bytes]) -> bool:
+        """Queue the deletion of these entries, behind whatever is to be stored before; False as `store`."""
+        return self._enqueue(_Purge(tuple(keys)))
+
+    def _enqueue(self, message: _Task) -> bool:
         size = _size(message)
         with self._changed:
             if self._closing or size > self._quota_bytes or self._queue_bytes + size > STORE_QUEUE_BYTES_MAX:
@@ -198,7 +212,7 @@ class ResponseStore:
         return _EXPIRE_EVERY_MS / 1000 if self._listener is None or self._retelling.done else _RETELL_EVERY_S
 
     def _commit(
-        self, database: sqlite3.Connection | None, batch: list[StoreResponse | _Fetched], touched: Counter[bytes]
+        self, database: sqlite3.Connection | None, batch: list[_Task], touched: Counter[bytes]
     ) -> sqlite3.Connection | None:
         """One transaction; what could not be written is counted and forgotten."""
         news = News()
@@ -277,15 +291,17 @@ class ResponseStore:
     def _write(
         self,
         database: sqlite3.Connection,
-        batch: list[StoreResponse | _Fetched],
+        batch: list[_Task],
         touched: Counter[bytes],
         news: News,
     ) -> dict[str, int]:
         now_ms = self._clock()
-        fetched = 0
+        fetched = purged = 0
         for message in batch:
             if isinstance(message, _Fetched):
                 fetched += self._insert_fetched(database, message, now_ms, news)
+            elif isinstance(message, _Purge):
+                purged += sum(_delete(database, "request_key = ?", key, news) for key in message.request_keys)
             else:
                 self._insert_computed(database, message, now_ms, news)
         database.executemany(
@@ -297,7 +313,8 @@ class ResponseStore:
             self._next_expiry_ms = now_ms + _EXPIRE_EVERY_MS
             expired = _delete(database, "expires_at_ms <= ?", now_ms, news)
         stored = sum(isinstance(message, StoreResponse) for message in batch)
-        return {"stored": stored, "fetched": fetched, "expired": expired, "evicted": self._evict(database, news)}
+        evicted = self._evict(database, news)
+        return {"stored": stored, "fetched": fetched, "expired": expired, "evicted": evicted, "purged": purged}
 
     def _insert_computed(self, database: sqlite3.Connection, message: StoreResponse, now_ms: int, news: News) -> None:
         key = RequestKey(message.request_key)
@@ -355,7 +372,9 @@ class ResponseStore:
                 self._counts[name] += increment
 
 
-def _size(message: StoreResponse | _Fetched) -> int:
+def _size(message: _Task) -> int:
+    if isinstance(message, _Purge):
+        return 32 * len(message.request_keys)
     return len(message.body) + _ENTRY_OVERHEAD_BYTES
 
 

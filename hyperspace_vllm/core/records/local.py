@@ -24,6 +24,7 @@ from .limits import (
 
 LOCAL_PROTOCOL = 3
 NAME_CHARS_MAX = 256
+PURGED_KEYS_MAX = 4096
 
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Name = Annotated[str, Meta(max_length=NAME_CHARS_MAX)]
@@ -165,6 +166,12 @@ class TouchResponses(_Message, tag="touch_responses", frozen=True):
     request_keys: Annotated[tuple[Bytes32, ...], Meta(max_length=4096)]
 
 
+class PurgeResponses(_Message, tag="purge_responses", frozen=True):
+    """Delete these responses. Nothing is answered: the database shows when it is done."""
+
+    request_keys: Annotated[tuple[Bytes32, ...], Meta(max_length=PURGED_KEYS_MAX)]
+
+
 class FindResponse(_Message, tag="find_response", frozen=True):
     """Ask other nodes for a response that this one lacks; never sent for a request that must not leave the node.
 
@@ -203,6 +210,7 @@ ClientMessage = (
     | PrefixesInMemory
     | StoreResponse
     | TouchResponses
+    | PurgeResponses
     | FindResponse
     | ReleaseResponse
     | GetStatus

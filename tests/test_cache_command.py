@@ -1,0 +1,106 @@
+"""`hyperspace cache` beside a real node: what is listed, shown, exported and deleted."""
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hyperspace_vllm.cli import main
+from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.records.ids import sha256
+from hyperspace_vllm.core.records.limits import MiB
+from hyperspace_vllm.core.response.cache_proof import decode_proof
+
+from .network_nodes import NetworkedNode, body_of, request_key, until
+
+pytestmark = pytest.mark.io
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[NetworkedNode]:
+    started = NetworkedNode(Config(data_dir=tmp_path, arena_bytes=16 * MiB, p2p_listen=""))
+    yield started
+    started.stop()
+
+
+def stored(node: NetworkedNode, count: int) -> None:
+    for name in range(count):
+        node.store(name, "private" if name % 2 else "network")
+    until(lambda: node.status()["responses"]["entries"] == count, 20)
+
+
+def run(node: NetworkedNode, *arguments: str) -> int:
+    return main(["cache", *arguments, "--data-dir", str(node.config.data_dir)])
+
+
+def test_entries_are_listed_with_who_computed_them(node: NetworkedNode, capsys: pytest.CaptureFixture[str]) -> None:
+    stored(node, 3)
+    assert run(node, "list", "--json") == 0
+    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {entry["request_key"] for entry in listed} == {request_key(name).hex() for name in range(3)}
+    assert {entry["computed_by"] for entry in listed} == {node.status()["peer_id"]}
+    assert sorted(entry["scope"] for entry in listed) == ["network", "network", "private"]
+    assert run(node, "list", "--limit", "2") == 0
+    assert "2 of 3 responses" in capsys.readouterr().out
+
+
+def test_an_entry_is_shown_by_the_first_digits_of_its_key(
+    node: NetworkedNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored(node, 2)
+    assert run(node, "show", request_key(1).hex()[:12].upper()) == 0
+    entry = json.loads(capsys.readouterr().out)
+    assert entry["body"].encode() == body_of(1)
+    assert entry["intact"] is True
+    assert decode_proof(base64.b64decode(entry["proof"])).response_hash == sha256(body_of(1))
+
+
+@pytest.mark.parametrize("key", ["", "xyz", "0" * 65, "00000000"])
+def test_what_names_no_entry_is_refused_with_what_was_expected(
+    node: NetworkedNode, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored(node, 1)
+    for action in ("show", "purge"):
+        assert run(node, action, key) == 1
+        assert "expected a RequestKey" in (said := capsys.readouterr().err) or "no such entry" in said
+    assert node.status()["responses"]["entries"] == 1
+
+
+def test_everything_is_exported_into_a_private_file_that_is_never_overwritten(
+    node: NetworkedNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored(node, 3)
+    file = tmp_path / "out.jsonl"
+    assert run(node, "export", str(file)) == 0
+    assert {json.loads(line)["body"].encode() for line in file.open()} == {body_of(name) for name in range(3)}
+    assert file.stat().st_mode & 0o077 == 0
+    assert run(node, "export", str(file)) == 1
+    assert "exists" in capsys.readouterr().err
+
+
+def test_what_is_purged_is_gone_and_the_rest_stays(node: NetworkedNode) -> None:
+    stored(node, 5)
+    assert run(node, "purge", request_key(0).hex(), request_key(3).hex()[:16]) == 0
+    until(lambda: node.status()["responses"]["purged"] == 2, 10)
+    assert node.status()["responses"]["entries"] == 3
+    assert run(node, "purge") == 1
+    assert run(node, "purge", "--all") == 0
+    until(lambda: node.status()["responses"]["entries"] == 0, 10)
+
+
+def test_without_a_node_entries_are_read_and_the_way_to_delete_them_is_said(
+    node: NetworkedNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored(node, 1)
+    node.stop()
+    assert run(node, "list", "--json") == 0
+    assert request_key(0).hex() in capsys.readouterr().out
+    assert run(node, "purge", "--all") == 1
+    assert "with none running" in capsys.readouterr().err
+
+
+def test_without_a_database_the_directory_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", "--data-dir", str(tmp_path), "list"]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
