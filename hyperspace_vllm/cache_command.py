@@ -158,7 +158,7 @@ def _export(database: sqlite3.Connection, file: Path | None) -> int:
     if file is None:
         write(sys.stdout)
         return 0
-    with file.open("x", opener=_private) as out:
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
         write(out)
     return 0
 
@@ -216,10 +216,6 @@ def _whole(database: sqlite3.Connection, entry: Entry) -> dict[str, Any]:
     intact = decode_proof(entry.proof).response_hash == sha256(body)
     proof = base64.b64encode(entry.proof).decode()
     return {**entry.described(), "intact": intact, "proof": proof, "body": body.decode(errors="replace")}
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _duration(milliseconds: int) -> str:
