@@ -35,8 +35,8 @@ SAMPLE_S = 0.01  # a sample repeats its operation for so long
 SLOW_S = 0.2  # an operation that takes longer is run in 3 rounds only: its ratio is far from any limit
 THREADS = (1, 2)
 SMALL = 64 * 1024
-# A row this small is in the caches again at the next call, as far as its pages' places in them allow: by those alone two
-# threads are 1.5 or 1.9 times as fast as one. So it is measured in several places.
+# A row this small is in the caches again at the next call, as far as its pages' places in them allow: by those alone
+# two threads are 1.5 or 1.9 times as fast as one. So it is measured in several places.
 PLACES_OF_SMALL = 5
 
 Key = tuple[str, int, str]  # operation, threads, implementation
