@@ -151,7 +151,7 @@ def served_by(server: Server, answer: Completion, loaded_before: float, servers:
     """(layer, how it was verified), from the answer's headers and the server's own counters."""
     status = answer.headers.get("cache-status", "").split("; ")
     if "hit" in status:
-        return L1_NETWORK if "detail=network" in status else L1, check_response(server, answer, servers)
+        return L1_NETWORK if "detail=peer" in status else L1, check_response(server, answer, servers)
     if network_hits(server) > loaded_before and answer.cached_tokens:
         last = server.node_status()["last_lookup"]
         assert isinstance(last, dict)

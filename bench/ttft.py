@@ -133,7 +133,7 @@ def measure_hits(a: Server, b: Server, others: list[str], questions: list[str], 
                 network.append(answer.ttft_ms)
             drain(b)
     responses = [b.complete(question, max_tokens=2) for question in questions]
-    fetched = [each.ttft_ms for each in responses if "detail=network" in each.headers["cache-status"]]
+    fetched = [each.ttft_ms for each in responses if "detail=peer" in each.headers["cache-status"]]
     hits = [server_timing_ms(a.complete(questions[-1], max_tokens=2).headers) for _ in range(HITS)]
     return {
         "l2_network_ttft_ms": round(statistics.median(network), 1) if network else None,

@@ -81,6 +81,9 @@ class Config:
     response_bytes: int = _setting(GiB, "Quota of the response store on disk.")
     response_ttl_s: int = _setting(86400, "Seconds a stored response may be served.", 10 * 365 * 86400)
     response_cache: bool = _setting(True, "Answer repeated requests from stored responses (L1).")
+    sampled: Literal["cache", "bypass"] = _setting(
+        "cache", "Requests that sample (a temperature other than 0, no seed): answer them from the cache too, or never?"
+    )
     kv_cache: bool = _setting(True, "Load and store KV of prompt prefixes (L2).")
     fetch: Literal["auto", "always", "never"] = _setting(
         "auto", "Fetch KV from peers: `auto` when it beats prefilling, `always` and `never` for tests."

@@ -66,6 +66,7 @@ async def test_the_second_answer_comes_from_the_cache(bench: Bench) -> None:
     assert second.content == first.content
     assert second.headers["content-type"] == first.headers["content-type"]
     assert second.headers["cache-status"].startswith("hyperspace; hit; ttl=86")
+    assert second.headers["cache-status"].endswith("; detail=exact")
     assert int(second.headers["age"]) <= 5
     assert second.headers["cache-control"] == "private"
     assert second.headers["hyperspace-proof"]
@@ -268,6 +269,16 @@ async def test_what_cannot_be_cached_still_stays_in_the_node_when_its_client_say
     signed = received.pop("kv_transfer_params")["hyperspace"]
     assert verify_scope(b"process", signed, None) == RequestScope("private", "")
     assert received == json.loads(raw)
+
+
+async def test_a_server_that_wants_fresh_samples_caches_only_what_cannot_differ(make_bench: MakeBench) -> None:
+    bench = await make_bench(cache_sampled=False)
+    sampled = (CHAT, CHAT | {"temperature": 0.7}, CHAT | {"temperature": None, "seed": None})
+    for body in sampled:
+        answer = await bench.ask(body)
+        assert answer.headers["cache-status"] == "hyperspace; fwd=bypass; detail=sampled"
+    for body in (CHAT | {"temperature": 0}, CHAT | {"temperature": 0.0}, CHAT | {"seed": 0}):
+        assert "fwd=bypass" not in (await bench.ask(body)).headers["cache-status"]
 
 
 async def test_a_model_that_is_no_name_is_the_servers_to_refuse(bench: Bench) -> None:

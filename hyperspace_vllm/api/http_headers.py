@@ -47,10 +47,10 @@ def parse_cache_control(value: str | None) -> Directives:
     )
 
 
-def hit_headers(age_s: int, ttl_s: int, proof: bytes, detail: str = "") -> RawHeaders:
+def hit_headers(age_s: int, ttl_s: int, proof: bytes, detail: str) -> RawHeaders:
     """Headers of an answer from the cache; `proof` is the base64 of its CacheProof, empty while there is none."""
     headers = [
-        (b"cache-status", f"hyperspace; hit; ttl={ttl_s}{f'; detail={detail}' if detail else ''}".encode()),
+        (b"cache-status", f"hyperspace; hit; ttl={ttl_s}; detail={detail}".encode()),
         (b"age", str(age_s).encode()),
         (b"cache-control", b"private"),
     ]

@@ -20,7 +20,7 @@ from typing import Any
 from ..core.records.ids import RequestKey
 from ..core.records.local import ResponseFound, StoreResponse
 from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
-from ..core.response.request_key import Endpoint, Uncacheable, parse_request, request_key
+from ..core.response.request_key import Endpoint, Uncacheable, is_sampled, parse_request, request_key
 from ..core.response.scope import DEFAULT_SCOPE, sign_scope, tenant_of
 from ..response_db import StoredResponse
 from .coalesce import App, Flight, FlightTable, Laggard, LeaderFailed, Message, Receive, Scope, Send
@@ -148,13 +148,15 @@ class _Exchange:
         served = isinstance(model, str) and model in self.options.served_models
         if model is not None and lora is None and not served:
             return Uncacheable("unknown_model")
+        if not self.options.cache_sampled and is_sampled(self.body):
+            return Uncacheable("sampled")
         return request_key(self.endpoint, self.body, digest, lora, self.tenant)
 
     # --- answers that vLLM has no part in -------------------------------------------------------
 
     async def _answer_from(self, key: RequestKey, entry: StoredResponse, now_ms: int) -> bool:
         """Replay an entry; False, with nothing sent, when it won't do."""
-        answer = self._render(entry, self.wants_usage, now_ms, "")
+        answer = self._render(entry, self.wants_usage, now_ms, "exact")
         if answer is None:
             return False
         self.cache.metrics.lookups.labels("hit", "local").inc()
@@ -204,7 +206,7 @@ class _Exchange:
         """The answer from what another node had, if it is sound and fresh enough."""
         now_ms = self.options.clock()
         entry = entry_of(found, self.endpoint, self.body, now_ms)
-        answer = None if entry is None else self._render(entry, usage, now_ms, "network")
+        answer = None if entry is None else self._render(entry, usage, now_ms, "peer")
         if entry is not None and answer is not None:
             answer.headers.append(origin_header(found))
             self.cache.recent.add(key, entry, now_ms)

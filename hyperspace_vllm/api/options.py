@@ -53,6 +53,7 @@ class ResponseCacheOptions:
     engine_version: str = ""
     force_include_usage: bool = False  # vLLM's --enable-force-include-usage: streams are not cached then
     store_streams: bool = True  # False where a stream lacks what a JSON answer has (--enable-return-routed-experts)
+    cache_sampled: bool = True  # False: requests that sample without a seed are not cached
     ttl_ms: int = RESPONSE_TTL_MS
     read_deadline_s: float = 0.25  # for the database; a disk that hangs is a miss
     network_deadline_s: float = 0.3  # for other nodes, where a request waits for them; 0: they aren't asked

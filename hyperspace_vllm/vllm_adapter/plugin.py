@@ -125,6 +125,7 @@ class _Server:
             engine_version=f"vllm {vllm.__version__}",
             force_include_usage=bool(args.enable_force_include_usage),
             store_streams=not getattr(args, "enable_return_routed_experts", False),
+            cache_sampled=config.sampled == "cache",
             ttl_ms=config.response_ttl_s * 1000,
             network_deadline_s=config.network_deadline_ms / 1000,
         )

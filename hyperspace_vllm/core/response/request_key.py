@@ -180,6 +180,16 @@ def request_key(
     return RequestKey(sha256(_TAG, model_digest, lora or bytes(32), sha256(tenant.encode()), text.encode("ascii")))
 
 
+def is_sampled(body: Mapping[str, object]) -> bool:
+    """Whether the next answer to `body` may be another: no temperature of 0 and no seed.
+
+    Without a temperature it is the server's default, of which nothing is known here.
+    """
+    temperature = body.get("temperature")
+    greedy = isinstance(temperature, int | float) and temperature == 0
+    return not greedy and body.get("seed") is None
+
+
 def choice_count(endpoint: Endpoint, body: Mapping[str, object]) -> int:
     """How many choices a finished answer to `body` has."""
     n = body.get("n")
