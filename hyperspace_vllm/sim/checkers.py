@@ -4,7 +4,7 @@ Safety: no client gets a wrong or an expired response; every lookup is hinted on
 tables and what one event causes stay within bounds; every request of a peer is answered at once; no honest node is
 charged by another. Liveness: a request is a hit, hinted and within its deadline, when an honest node that had said so
 SPREAD_MS ago could be reached all the while. Lost segments between the two excuse a miss, a freeze does, and so do
-LIARS_MAX liars that were asked first: two that keep silent have cost half of the time, and then it takes a handshake.
+SILENT_MAX that were asked and kept silent (fleet.py): they have cost half of the time, and then it takes a handshake.
 """
 
 from collections.abc import Iterator, Mapping, Sized
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 LATE_MS = 1  # virtual milliseconds are whole
 EFFECTS_MAX = 64  # of one event
 EFFECTS_PER_PEER_MAX = 3  # on top: ping, greet and sync with each
-LIARS_MAX = 2
 TICKS_MAX = 10  # at one moment
 TABLE_MAX = 4_096  # more than a hundred nodes and their liars can fill within a minute without a leak
 
@@ -120,17 +119,13 @@ class Checker:
             if request.answered_ms < 0:
                 if request.asked_ms + RACE_MS + LATE_MS < fleet.agenda.now_ms:
                     self.violated(request.host, f"lookup {request.lookup} of {request.asked_ms} ms never answered")
-            elif not (request.hit and request.waiting) and request.promised and not self._was_fooled(request):
+            elif not (request.hit and request.waiting) and request.promised and not request.hindered:
                 how = {None: "no hint", True: "hinted", False: "unhinted"}[request.hinted]
                 self.violated(
                     request.host,
                     f"lookup {request.lookup} of {request.asked_ms} ms, {how}: {request.reason} after "
                     f"{request.answered_ms - request.asked_ms} ms, though nodes {list(request.promised)} have it",
                 )
-
-    def _was_fooled(self, request: "Request") -> bool:
-        hosts = self._fleet.hosts
-        return sum(asked < 0 or hosts[asked].liar is not None for asked in request.asked) >= LIARS_MAX
 
     def _lived_through(self, request: "Request") -> bool:
         """Whether the asker was there and not frozen all the while."""

@@ -24,6 +24,7 @@ from .trace import Trace
 EPOCH_MS = 1_700_000_000_000
 SPREAD_MS = 10_000
 SLACK_MS = 50  # jitter, queues
+SILENT_MAX = 2
 LOSS = 0.002
 NETWORK_KEY = sha256(b"the key of a simulated network").digest()
 NETWORK = network_id("simulation")
@@ -110,11 +111,20 @@ class Fleet:
         here = tuple(host for host in self._holders.get(name, {}) if host != asker and self._serves(asker, host, name))
         said = self._announced.get(name, {})
         promised = [host for host in here if host in said and self._has_spread(asker, host, said[host])]
-        return here, tuple(host for host in promised if self._is_near(asker, host))
+        return here, tuple(host for host in promised if self.is_near(asker, host))
 
     def kept_promises(self, request: Request) -> tuple[int, ...]:
         """Those of a request's promised providers that nothing came between."""
         return tuple(host for host in request.promised if self._undisturbed(request, host))
+
+    def hindered(self, request: Request) -> bool:
+        """Whether SILENT_MAX of those asked could not answer in time: they lie, are far, or the way lost a segment."""
+        silent = [
+            host
+            for host in request.asked
+            if host < 0 or self.hosts[host].liar is not None or host in request.far or self._held_up(request, host)
+        ]
+        return len(silent) >= SILENT_MAX
 
     def allowed_ms(self, request: Request) -> int:
         """How long a lookup may take."""
@@ -124,7 +134,7 @@ class Fleet:
         starts_ms = (since_ms, self.network.since_ms(asker), self.network.since_ms(host), self.network.split_changed_ms)
         return max(starts_ms) + SPREAD_MS <= self.agenda.now_ms
 
-    def _is_near(self, asker: int, host: int) -> bool:
+    def is_near(self, asker: int, host: int) -> bool:
         """Whether a host answers in time, even if it is the second one asked and a connection has to be opened."""
         takes_ms = self.network.trip_ms(asker, host) + SLACK_MS
         if not self.network.connected(asker, host):
@@ -133,13 +143,17 @@ class Fleet:
 
     def _undisturbed(self, request: Request, host: int) -> bool:
         """From the question to the answer, as far as the host, its store and the way to it go."""
-        pair = min(request.host, host), max(request.host, host)
         return (
             self._serves(request.host, host, request.request_hash)
             and self.network.since_ms(host) <= request.asked_ms
             and self.network.split_changed_ms <= request.asked_ms
-            and self.network.disturbed_ms.get(pair, -1) < request.asked_ms
+            and not self._held_up(request, host)
         )
+
+    def _held_up(self, request: Request, host: int) -> bool:
+        """Whether a segment between the two was lost since the question."""
+        pair = min(request.host, host), max(request.host, host)
+        return self.network.disturbed_ms.get(pair, -1) >= request.asked_ms
 
     def _serves(self, asker: int, host: int, name: bytes) -> bool:
         expires_at_ms = self.hosts[host].shelf.expires_at_ms(name)

@@ -106,6 +106,8 @@ class Request:
     waiting: bool = True  # for the network: the engine hasn't won
     life: int = 0  # the host's
     asked: list[int] = field(default_factory=list)  # hosts, -1 for ones that don't exist
+    far: set[int] = field(default_factory=set)  # those of them that could not answer in time when they were asked
+    hindered: bool = False  # by those that were asked first
     fetched: dict[PeerId, tuple[Opened, int]] = field(default_factory=dict)  # what it sent, and how popular it says
 
 
@@ -250,6 +252,7 @@ class SimHost:
             del self._fetches[fetch]
         request.answered_ms, request.reason = self.fleet.agenda.now_ms, effect.reason
         request.promised = self.fleet.kept_promises(request)
+        request.hindered = self.fleet.hindered(request)
         if effect.peer is None:
             if request.hinted:
                 self.later(self.rng.uniform(*ENGINE_FIRST_MS), partial(self._engine_first, request))
@@ -438,7 +441,10 @@ class SimHost:
     def _fetch(self, effect: FetchResponse) -> None:
         target = self.fleet.number_of(effect.peer)
         fetch = self._fetches[effect.lookup, effect.peer] = self._number()
-        self.requests[effect.lookup].asked.append(target)
+        request = self.requests[effect.lookup]
+        request.asked.append(target)
+        if target >= 0 and not self.fleet.is_near(self.number, target):
+            request.far.add(target)
         self.fleet.checker.on_fetch(self, effect, sum(lookup == effect.lookup for lookup, _ in self._fetches))
         refuse = partial(self._refuse, effect.lookup, effect.peer, fetch)
         self.later(effect.timeout_ms, partial(refuse, "timeout", False))
