@@ -1,0 +1,225 @@
+"""One spelling for a question: what people wrap around it taken off, what may change its answer left alone.
+
+Context: "What is ML?" and "Explain machine learning" want one answer, and an embedding gives that pair 0.36. Choice: a
+few rewritings, each of which keeps the question; the result is an exact key, and the text that similarity is defined
+on. Rejected: dropping all punctuation, case and function words, which merges "5+3" with "53", "US" with "us" and
+"explain" with "list". Cost: spellings that need understanding ("capital of France", "France's capital") don't meet.
+
+What stays: instructions other than to define (how, list, compare, translate, write); punctuation but for the mark at
+the end; upper case in a word of capitals (US), in the middle of a word (iPhone) or on a word that is another without it
+(Turkey); whatever is quoted. Text that looks like code, has more than one line or more than 256 words, or is all in
+capitals, is only put into Unicode's NFC and stripped at its ends.
+"""
+
+import re
+import unicodedata
+from collections.abc import Mapping
+
+from .guard_words import word_set
+
+WORDS_MAX = 256  # of a question, between white space; a longer text is a document
+CHARS_MAX = 16 * WORDS_MAX  # of a question: nearly three times the usual 6 a word
+
+# Written in capitals, each of these has one reading. Operators add their own; those with several (CNN, PM) stay out.
+ACRONYMS: dict[str, str] = {
+    "AI": "artificial intelligence",
+    "AGI": "artificial general intelligence",
+    "API": "application programming interface",
+    "CPU": "central processing unit",
+    "EU": "European Union",
+    "GDP": "gross domestic product",
+    "GPU": "graphics processing unit",
+    "LLM": "large language model",
+    "LLMs": "large language models",
+    "ML": "machine learning",
+    "NLP": "natural language processing",
+    "NYC": "New York City",
+    "OCD": "obsessive compulsive disorder",
+    "ROI": "return on investment",
+    "UK": "United Kingdom",
+    "UN": "United Nations",
+    "US": "United States",
+    "U.S.": "United States",
+    "USA": "United States",
+    "VPN": "virtual private network",
+}
+
+# Capitals of these tell two words apart.
+CASED = word_set(
+    "Amazon Apple August Bill Chad China Chrome Excel Georgia Java Jordan Lent March Mark May Mercury Meta Mobile Nice "
+    "Oracle Polish Reading Rust Safari Shell Swift Target Teams Tesla Turkey Visa Will Windows Word"
+)
+
+CONTRACTIONS: dict[str, str] = {
+    "can't": "cannot",
+    "won't": "will not",
+    "shan't": "shall not",
+    "let's": "let us",
+    "i'm": "I am",
+    **{f"{word}'s": f"{word} is" for word in word_set("what who where when why how which there here that it he she")},
+    **{f"{word}'re": f"{word} are" for word in word_set("what who where why how you we they there these those")},
+    **{f"{word}'ve": f"{word} have" for word in word_set("i you we they should could would")},
+    **{f"{word}'ll": f"{word} will" for word in word_set("i you we they it he she what that who")},
+    **{
+        f"{word}n't": f"{word} not"
+        for word in word_set("do does did is are was were has have had would could should must need might ought")
+    },
+}
+
+_CODE = re.compile(r"[`{}<>\\|=;]|::|->|\w\(|\w_\w|://|/\w+/")
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
+_VULGAR_FRACTION = re.compile("(?<=[0-9])(?=[¼-¾⅐-⅞])")
+_QUOTES = str.maketrans({"‘": "'", "’": "'", "ʼ": "'", "“": '"', "”": '"', "„": '"', "«": '"', "»": '"'})
+# A quotation, or a run of anything else between white space.
+_PIECES = re.compile(r"\"[^\"]*\"[^\s\"]*|(?<!\w)'[^']*'(?!\w)[^\s']*|[^\s]+")
+_WORD = re.compile(r"\w+(?:[.'&]\w+)*\.?")
+
+# Greetings need their comma: "hello world" is no greeting.
+_GREETING = re.compile(r"(?:hi|hello|hey|good morning|good evening)(?: there)? ?[,!.] ?", re.IGNORECASE)
+_LEAD = re.compile(
+    r"(?:please,? |kindly "
+    r"|(?:can|could|would|will) (?:you|anyone|someone)(?: please| kindly)?,? "
+    r"(?=(?:please |explain|describe|define |tell me|give me|show me)|(?<=please )|(?<=kindly ))"
+    r"|(?:do you know|does anyone know|i would like to know|i'd like to know|i want to know|i am wondering"
+    r"|i was wondering|tell me|explain(?: to me)?),? "
+    r"(?=(?:what|who|where|when|why|how|which|whether)\b))",
+    re.IGNORECASE,
+)
+_LEADS_MAX = 3
+# Thanks and pleas at the end, unless the question is about words: "the Spanish for hello, please".
+_TRAIL = re.compile(
+    r"(?:, please|(?<=[.?!]) (?:please|many thanks|thanks(?: a lot| in advance)?|thank you(?: so much| very much)?))"
+    r"[.!?]*$",
+    re.IGNORECASE,
+)
+_ABOUT_WORDS = re.compile(
+    r"\b(?:say|translate|spell|means?|words?|phrases?|letters?|write|pronounce|call(?:ed)?|stands?|short for"
+    r"|acronyms?|abbreviat\w*|initials)\b|[\":]",
+    re.IGNORECASE,
+)
+# A text that opens so is a question or an order, and its question mark says nothing new.
+_OPENERS = word_set("""
+what who whom whose where when why how which is are was were am do does did can could will would shall should may might
+must has have had if in at on for to explain describe define tell give show list
+""")
+_END_MARKS = "?!.… "
+# Not "how do we", "how could I": "how do we die" is another question than "how do I die".
+_MEANS_TO = re.compile(r"(?:how (?:do|can) i|how (?:does|can) one) (?=\w)")
+_DEFINITIONS = (
+    # The longer openings first. "The meaning of" is none of them: of life it is another question.
+    re.compile(
+        r"(?:what is meant by|what do you mean by|what is the definition of|tell me(?: more)? about"
+        r"|give me an (?:overview|introduction|explanation) (?:of|to)"
+        r"|explain the (?:concept|idea|term|notion) of) (?P<topic>.+)"
+    ),
+    re.compile(r"(?:what (?:is|are)|explain(?: to me)?|define|describe) (?P<topic>.+)"),
+    re.compile(r"what do(?:es)? (?P<topic>.+) mean"),
+    re.compile(r"what (?P<topic>.+) (?:is|are|means?)"),
+)
+_ARTICLE = re.compile(r"^(?:a|an) (?=\w)")
+_TOPIC_WORDS_MAX = 4
+# "What is the capital of France" is no definition, nor "what is wrong": a topic is a few words and none of these.
+_NO_TOPIC = word_set("""
+the this that these those my your our his her their its one some any all of for between to from with without by at as
+than or and vs versus if when which who whom whose how why what where is are was were be been do does did has have can
+will would should not no it he she they we you i me us them there here best worst most least better worse wrong right
+new next first last up down going happening so
+yourself myself themselves itself
+""")
+
+
+def canonical_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
+    """The normalised form of a question: equal forms ask for the same answer. Linear in the text's length.
+
+    `acronyms` maps what is written in capitals to its words, names among them with their own capitals.
+    """
+    if _is_verbatim(text):
+        return unicodedata.normalize("NFC", text).strip()
+    question = " ".join(_lowered(piece) for piece in _PIECES.findall(plain_question(text, acronyms)))
+    question = _without_end_mark(question)
+    question = _MEANS_TO.sub("how to ", question, count=1) if question.startswith("how ") else question
+    topic = _topic(question)
+    return question if topic is None else f"what is {topic}"
+
+
+def plain_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
+    """The question without greeting, plea and thanks, contractions and acronyms written out, in its own case."""
+    if _is_verbatim(text):
+        return unicodedata.normalize("NFC", text).strip()
+    question = _without_courtesy(" ".join(_unicode(text).split()))
+    # Written out, "What does AI stand for?" would ask something else.
+    known: Mapping[str, str] = {} if _ABOUT_WORDS.search(question) else acronyms
+    return " ".join(
+        piece if piece[0] in "\"'" else _WORD.sub(lambda word: _written_out(word.group(), known), piece)
+        for piece in _PIECES.findall(question)
+    )
+
+
+def _is_verbatim(text: str) -> bool:
+    if len(text) > CHARS_MAX or not text.strip():
+        return True
+    return (
+        "\n" in text.strip()
+        or len(text.split()) > WORDS_MAX
+        or _CODE.search(text) is not None
+        or (text.isupper() and " " in text.strip())
+    )
+
+
+def _unicode(text: str) -> str:
+    """NFKC, in which 2¹⁰ would read 210 and 1½ 11/2."""
+    text = _SUPERSCRIPT_RUN.sub(lambda run: "^" + run.group().translate(_SUPERSCRIPTS), text)
+    text = _VULGAR_FRACTION.sub(" ", text)
+    return unicodedata.normalize("NFKC", text.translate(_QUOTES)).translate(_QUOTES)
+
+
+def _without_courtesy(question: str) -> str:
+    bare = question[match.end() :] if (match := _GREETING.match(question)) else question
+    for _ in range(_LEADS_MAX):
+        match = _LEAD.match(bare)
+        if match is None:
+            break
+        bare = bare[match.end() :]
+    if not _ABOUT_WORDS.search(bare):
+        bare = _TRAIL.sub("", bare)
+    return bare or question
+
+
+def _written_out(word: str, acronyms: Mapping[str, str]) -> str:
+    full = acronyms.get(word) or acronyms.get(word.rstrip("."))
+    if full is not None:
+        return full
+    return CONTRACTIONS.get(word.lower(), word)
+
+
+def _lowered(piece: str) -> str:
+    """In lower case, unless its capitals may say something."""
+    if piece[0] in "\"'":
+        return piece
+    word = piece.strip(".,;:!?()")
+    if word in CASED or (word.upper() == word and word not in ("I", "A")) or not word[1:].islower():
+        return piece if word not in ("I", "A") else piece.lower()
+    return piece.lower()
+
+
+def _without_end_mark(question: str) -> str:
+    bare = question.rstrip(_END_MARKS)
+    marks = question[len(bare) :]
+    if "!" in marks and (bare[-1:].isdigit() or bare.endswith(")") or not bare[-2:-1].isalnum()):
+        return question.rstrip(_END_MARKS.replace("!", ""))  # a factorial
+    # "The sky is blue?" asks what "The sky is blue." states.
+    return question if "?" in marks and bare.partition(" ")[0] not in _OPENERS else bare
+
+
+def _topic(question: str) -> str | None:
+    """What a question asks the definition of, without its article."""
+    for form in _DEFINITIONS:
+        match = form.fullmatch(question)
+        if match is None:
+            continue
+        topic = _ARTICLE.sub("", match["topic"])
+        words = topic.split(" ")
+        if len(words) <= _TOPIC_WORDS_MAX and not _NO_TOPIC & set(words) and topic.replace(" ", "").isalpha():
+            return topic
+    return None

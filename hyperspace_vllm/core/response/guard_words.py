@@ -1,0 +1,376 @@
+"""The word tables of the guards: English, lower case. What is not here, the guards don't know."""
+
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of a table written as prose."""
+    return frozenset(text.split())
+
+
+def _classes(text: str) -> dict[str, str]:
+    """Word -> first word of its line."""
+    return {word: line.split()[0] for line in text.strip().splitlines() for word in line.split()}
+
+
+# Words that carry no content of their own: articles, pronouns, auxiliaries, prepositions, conjunctions.
+FUNCTION = word_set("""
+a an the this that these those some any each every either another other such own same i me my mine myself we us our
+ours ourselves you your yours yourself he him his himself she her hers herself it its itself they them their theirs
+themselves one ones oneself someone anyone everyone somebody anybody everybody something anything everything who whom
+whose which what where when why how there here is are was were be been being am do does did done doing have has had
+having can could will would shall should may might must ought need to of in on at by for from with into onto about as
+than then so too very just also if whether or and but while during through over under between among within via per up
+out off down again ever even still yet only more most much many lot really actually exactly
+""")
+
+# Content that changes what is asked only a little; on one side only it is no reason in `strict`.
+FILLER = word_set("""
+best good great better way ways thing things people person possible different various kind type sort example
+""")
+
+NEGATIONS = word_set("""
+not no never without except cannot neither nor none nothing nobody nowhere hardly barely rarely seldom unless
+excluding lacking lack avoid prevent stop quit fail failed fails refuse instead non anti
+""")
+NEGATIVE_PREFIXES = ("un", "in", "im", "il", "ir", "non", "dis", "mis", "anti", "de", "a", "ab", "counter")
+# One prefix turned into the other turns the word's meaning.
+OPPOSED_PREFIXES = (
+    *(("hyper", "hypo"), ("over", "under"), ("pre", "post"), ("pro", "anti"), ("inter", "intra"), ("micro", "macro")),
+    *(("in", "ex"), ("im", "ex"), ("in", "out"), ("en", "de"), ("mono", "poly"), ("homo", "hetero"), ("up", "down")),
+)
+# "useful" and "useless", "care" and "careless".
+OPPOSED_SUFFIXES = (("ful", "less"), ("", "less"))
+
+# Each line: two sides that exclude each other.
+_ANTONYMS = """
+increase raise grow boost gain rise | decrease reduce lower lose drop decline shrink fall lessen
+up | down
+on | off
+buy purchase | sell
+before prior | after following
+best greatest top | worst
+good | bad evil
+better | worse
+biggest largest greatest | smallest tiniest littlest
+big large huge | small tiny little
+male man men masculine guy guys he his him | female woman women feminine lady ladies she her hers
+boy boys son sons brother brothers | girl girls daughter daughters sister sisters
+husband boyfriend father king | wife girlfriend mother queen
+high higher highest | low lower lowest
+long longer longest | short shorter shortest
+tall taller tallest | short shorter shortest
+fast faster fastest quickly | slow slower slowest slowly
+hot hotter hottest warm | cold colder coldest cool
+easy easier easiest simple | hard harder hardest difficult complex
+advantage advantages pro pros benefit benefits strength strengths upside upsides | disadvantage disadvantages con cons
+advantage advantages benefit benefits | drawback drawbacks downside downsides risk risks
+strength strengths | weakness weaknesses
+open opening | close closed closing shut
+start begin starting enable activate | end finish stop disable deactivate
+install add | uninstall remove delete
+import | export
+upload | download
+push | pull
+encode encoding encrypt encryption compress | decode decoding decrypt decryption decompress
+allow permit accept legal | forbid ban prohibit reject illegal deny
+love like loves likes | hate dislike hates dislikes
+win won | lose lost
+maximum max most maximize | minimum min least minimize
+first earliest | last latest
+old older oldest | new newer newest young younger youngest
+early | late
+left | right
+north northern | south southern
+east eastern | west western
+inside indoor internal inner | outside outdoor external outer
+above over | below under beneath
+rich wealthy | poor
+strong stronger | weak weaker
+light lighter | dark darker heavy heavier
+alive living live born birth | dead death die died
+true real | false fake
+public | private
+positive | negative
+right correct | wrong incorrect
+input | output
+send sending | receive receiving
+ask | answer
+teach teacher teachers | learn student students
+lend | borrow
+employer employers boss | employee employees
+parent parents | child children kid kids
+husband | wife
+introvert introverts introverted | extrovert extroverts extroverted
+optimist optimists optimistic | pessimist pessimists pessimistic
+synonym synonyms | antonym antonyms
+arrive arrival | depart departure leave
+offline | online
+single | married
+cheap cheapest | expensive costly
+similarity similarities similar | difference differences different
+cause causes | effect effects
+attack | defend defense
+always | never
+lock | unlock
+front | back
+horizontal horizontally | vertical vertically
+ascending | descending
+morning | evening night
+day | night
+past | future
+acid acidic | alkaline base
+sync synchronous | async asynchronous
+"""
+
+# Each line: things of one kind, of which a question is about one or another.
+_KINDS = """
+january february march april june july august september october november december
+monday mondays tuesday tuesdays wednesday wednesdays thursday thursdays friday fridays saturday saturdays sunday sundays
+spring summer autumn fall winter
+red blue green yellow black white orange purple pink brown grey gray
+north south east west northern southern eastern western
+hydrogen helium carbon nitrogen oxygen sodium potassium calcium iron copper zinc silver gold mercury lead uranium
+dog dogs puppy cat cats kitten horse horses bird birds fish cow cows pig pigs rabbit rabbits
+arm leg knee hip foot hand eye ear nose lung liver kidney heart stomach
+python java javascript typescript ruby rust go golang php perl swift kotlin scala haskell matlab sql html css r c c++ c#
+windows linux macos ubuntu debian android ios
+breakfast lunch dinner
+physics chemistry biology mathematics math history geography economics
+iphone ipad ipod macbook
+facebook instagram twitter whatsapp snapchat youtube linkedin quora reddit tinder gmail
+"""
+
+LANGUAGES = word_set("""
+english french german spanish italian portuguese dutch swedish norwegian danish finnish polish russian ukrainian czech
+slovak hungarian romanian bulgarian greek turkish arabic hebrew persian farsi urdu hindi bengali punjabi tamil telugu
+marathi gujarati kannada malayalam sanskrit chinese mandarin cantonese japanese korean vietnamese thai indonesian
+malay tagalog swahili latin
+""")
+
+# Each line: spellings of one unit.
+UNITS = _classes("""
+mm millimeter millimeters millimetre millimetres
+cm centimeter centimeters centimetre centimetres
+meter meters metre metres
+km kilometer kilometers kilometre kilometres kms
+inch inches
+feet ft
+yard yards
+mile miles
+mph
+km/h kmh kph
+km/s
+m/s
+mg milligram milligrams
+gram grams g
+kg kilogram kilograms kilo kilos kgs
+ounce ounces oz
+pound pounds lb lbs
+stones
+ton tons tonne tonnes
+ml milliliter milliliters millilitre millilitres
+liter liters litre litres
+gallon gallons
+cup cups
+tablespoon tablespoons tbsp
+teaspoon teaspoons tsp
+ms millisecond milliseconds
+seconds sec secs s
+minute minutes min mins
+hour hours hr hrs
+day days
+week weeks
+month months
+year years yr yrs
+decade decades
+century centuries
+celsius °c
+fahrenheit °f
+kelvin
+bit bits
+byte bytes
+kb kilobyte kilobytes
+mb megabyte megabytes
+gb gigabyte gigabytes
+tb terabyte terabytes
+hz hertz
+khz
+mhz
+ghz
+watt watts w
+kw kilowatt kilowatts
+kwh
+volt volts v
+amp amps
+joule joules
+calorie calories
+kcal
+% percent percentage
+$ dollar dollars usd
+€ euro euros eur
+£ gbp sterling
+₹ rupee rupees inr rs
+¥ yen jpy
+cent cents
+lakh lakhs
+crore crores
+""")
+
+CURRENCIES = frozenset(UNITS[sign] for sign in "$€£₹¥")
+
+# Each line: a number and its words. "One" is left out: mostly it is a pronoun.
+NUMBERS = _classes("""
+0 zero
+2 two twice
+3 three thrice
+4 four
+5 five
+6 six
+7 seven
+8 eight
+9 nine
+10 ten
+11 eleven
+12 twelve dozen
+13 thirteen
+14 fourteen
+15 fifteen
+16 sixteen
+17 seventeen
+18 eighteen
+19 nineteen
+20 twenty
+30 thirty
+40 forty
+50 fifty
+60 sixty
+70 seventy
+80 eighty
+90 ninety
+100 hundred
+1000 thousand
+1000000 million
+1000000000 billion
+1000000000000 trillion
+1/2 half
+1/4 quarter
+1st first
+2nd second
+3rd third
+4th fourth
+5th fifth
+6th sixth
+7th seventh
+8th eighth
+9th ninth
+10th tenth
+""")
+
+# Each line: words that may stand for each other where only a word's absence would be held against it.
+SYNONYMS = _classes("""
+fast quick quickly rapidly
+big large huge
+biggest largest
+smart intelligent clever
+rich wealthy
+career profession
+film movie
+phone smartphone cellphone
+photo picture image
+begin start commence
+buy purchase
+fix repair
+improve enhance
+benefit advantage
+symptom sign
+cause reason
+delete remove erase
+create build
+important essential
+happen occur
+company firm
+child kid
+country nation
+inventor invent
+author write
+life live
+city town
+difference different differ
+purpose goal
+pimple acne
+coding programming
+view opinion
+website site
+difficult hard
+popular famous
+increase raise
+prepare preparation
+teach train
+""")
+
+# Each line: a word and its forms that no ending explains.
+IRREGULAR = _classes("""
+child children
+woman women
+man men
+person people
+foot feet
+tooth teeth
+mouse mice
+life lives
+wife wives
+write wrote written
+make made
+get got gotten
+buy bought
+sell sold
+lose lost
+win won
+find found
+go went gone
+take took taken
+give gave given
+begin began begun
+think thought
+teach taught
+feel felt
+keep kept
+leave left
+say said
+build built
+steal stole stolen
+eat ate eaten
+lie lying
+die dying
+""")
+
+# Words that place a question in the moment or the talk in which it is asked.
+DEICTIC = word_set("""
+now today tonight tomorrow yesterday currently current latest recent recently nowadays presently ago here above below
+aforementioned previous previously earlier later lately soon upcoming ongoing newest
+""")
+DEICTIC_DETERMINERS = word_set("this last next coming past")
+DEICTIC_PERIODS = word_set("""
+year month week weekend day night morning evening afternoon summer winter spring autumn fall season century decade
+hour time quarter semester monday tuesday wednesday thursday friday saturday sunday
+""")
+DEICTIC_PHRASES = ("so far", "these days", "at the moment", "as of", "to date")
+
+IMPERATIVES = word_set("""
+explain describe define tell give show list write translate summarize summarise compare contrast convert calculate
+compute solve create generate make find name suggest recommend help fix implement prove derive draw plan outline
+rewrite rephrase paraphrase correct improve classify analyze analyse discuss criticize criticise evaluate predict
+answer design draft compose count add subtract multiply divide simplify factor debug optimize optimise sort replace
+remove spell say identify extract review rate rank
+""")
+
+
+def _opposites() -> frozenset[tuple[str, str]]:
+    pairs = set()
+    for line in _ANTONYMS.strip().splitlines():
+        left, right = (side.split() for side in line.split("|"))
+        pairs |= {(one, other) for one in left for other in right if one != other}
+    return frozenset(pairs | {(other, one) for one, other in pairs})
+
+
+OPPOSITES = _opposites()
+KINDS = _classes(_KINDS)

@@ -1,0 +1,226 @@
+"""What a cosine can't see: reasons not to serve the stored answer of one question to another that is near it.
+
+Context: "Is it safe to take ibuprofen?" and "Is it unsafe to take ibuprofen?" are as near to each other as two
+spellings of one question. Choice: guards over word tables (`guard_words`), each of which finds one way in which near
+questions differ, and refuses. Rejected: a cross-encoder, which costs tens of milliseconds a candidate on a core that
+the engine wants. Cost: the guards read English, and refuse many pairs that one answer would have served.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Literal
+
+from .canonical import CHARS_MAX, WORDS_MAX, canonical_question
+from .guard_words import (
+    CURRENCIES,
+    DEICTIC,
+    DEICTIC_DETERMINERS,
+    DEICTIC_PERIODS,
+    DEICTIC_PHRASES,
+    FUNCTION,
+    KINDS,
+    LANGUAGES,
+    NEGATIVE_PREFIXES,
+    OPPOSED_PREFIXES,
+    OPPOSED_SUFFIXES,
+    OPPOSITES,
+    word_set,
+)
+from .question import Question, Word, read_question, stem
+
+Mode = Literal["balanced", "strict"]
+
+_AFFIXED_LETTERS_MIN = 4  # of the bare word: "way" and "away" are no opposites
+_TOWARDS = frozenset(("to", "into", "onto", "in"))
+_OF_THEIR_TIME = frozenset(("who", "what", "where", "is"))
+_SYMMETRIC = frozenset(("and", "or", "vs", "versus", "between", "&"))
+_POINTING = word_set("it its this that these those they them their he him his she her such")
+# "It" that stands for nothing, or for what follows.
+_EXPLETIVE = re.compile(
+    r"\b(?:it(?:'s| is| was| will be| would be| takes?| took| costs?| feels?)"
+    r"|(?:is|was|will|would|does|did|do|can) it (?:be |ever |really )?(?!work|mean|do\b|go\b|happen)\w+)\b"
+    r".*\b(?:to|that|if|when|for|like|\w+ing)\b",
+    re.IGNORECASE,
+)
+_LIMITS = re.compile(r"\b(?:above|below) [$€£₹¥]?(?:rs\.? ?)?\d")
+_DEICTIC = re.compile(
+    rf"\b(?:(?:{'|'.join(sorted(DEICTIC_DETERMINERS))}) (?:{'|'.join(sorted(DEICTIC_PERIODS))})"
+    rf"|{'|'.join(DEICTIC_PHRASES)})\b",
+    re.IGNORECASE,
+)
+
+
+def eligible(text: str) -> str | None:
+    """Why a question takes no part in semantic hits ("empty", "too_long", "deictic"); None if it does."""
+    if not text.strip():
+        return "empty"
+    if len(text) > CHARS_MAX or len(text.split()) > WORDS_MAX:
+        return "too_long"
+    words = re.findall(r"[\w']+", _LIMITS.sub("", text.lower()))
+    if DEICTIC & set(words) or _DEICTIC.search(text) or _points_outside(text, words):
+        return "deictic"
+    return None
+
+
+def refusal(a: str, b: str, mode: Mode) -> str | None:
+    """The guard that forbids to serve the stored answer of question `b` to question `a`; None if it may be served.
+
+    Symmetric. What it names is in `GUARDS`, or for `strict` in `STRICT_GUARDS`.
+    """
+    if canonical_question(a) == canonical_question(b):
+        return None
+    one, other = read_question(a), read_question(b)
+    guards = GUARDS + STRICT_GUARDS if mode == "strict" else GUARDS
+    return next((name for name, differ in guards if differ(one, other)), None)
+
+
+def _differ_in_numbers(one: Question, other: Question) -> bool:
+    return one.numbers != other.numbers
+
+
+def _differ_in_units(one: Question, other: Question) -> bool:
+    """A currency may be left out, but not exchanged."""
+    ours, theirs = one.units - other.units, other.units - one.units
+    return bool(ours and theirs) or not (ours | theirs) <= CURRENCIES
+
+
+def _differ_in_negation(one: Question, other: Question) -> bool:
+    if one.is_negated != other.is_negated:
+        return True
+    ours, theirs = _differing_words(one, other)
+    return any(_negates(x, theirs) for x in ours) or any(_negates(x, ours) for x in theirs)
+
+
+def _differ_by_antonym(one: Question, other: Question) -> bool:
+    ours, theirs = _differing_words(one, other)
+    return any((x, y) in OPPOSITES for x in ours for y in theirs)
+
+
+def _differ_in_language(one: Question, other: Question) -> bool:
+    return (one.keys & LANGUAGES) != (other.keys & LANGUAGES)
+
+
+def _differ_in_names(one: Question, other: Question) -> bool:
+    """Names must be the same on both sides, and so must things of one kind."""
+    if not all(_is_named(name, other) for name in one.names) or not all(_is_named(name, one) for name in other.names):
+        return True
+    ours, theirs = _differing_words(one, other)
+    kinds = {KINDS[x]: x for x in ours if x in KINDS}
+    return any(x in KINDS and KINDS[x] in kinds and stem(x) != stem(kinds[KINDS[x]]) for x in theirs)
+
+
+def _differ_in_time(one: Question, other: Question) -> bool:
+    """Who, what and where is another than who, what and where was; how and why mostly remain."""
+    return {one.asks, other.asks} <= _OF_THEIR_TIME and _differ_in_tense(one, other)
+
+
+def _differ_in_tense(one: Question, other: Question) -> bool:
+    return one.tense is not None and other.tense is not None and one.tense != other.tense
+
+
+def _differ_in_modality(one: Question, other: Question) -> bool:
+    return (one.modal == "should") != (other.modal == "should")
+
+
+def _differ_in_type(one: Question, other: Question) -> bool:
+    return one.asks != other.asks
+
+
+def _differ_in_roles(one: Question, other: Question) -> bool:
+    """Who does what to whom, and what is turned into what.
+
+    Two words that both questions have may not change places, unless what joins them treats them alike ("between A and
+    B"), or they were joined otherwise ("branches in git", "git branches").
+    """
+    mine, yours = _shared(one, other), _shared(other, one)
+    if _directions_differ(mine, yours):
+        return True
+    order, other_order = [word.concept for word in mine], [word.concept for word in yours]
+    if order == other_order:
+        return one.is_passive != other.is_passive
+    moved = [place for place, (x, y) in enumerate(zip(order, other_order, strict=True)) if x != y]
+    if len(moved) != 2:
+        return False
+    first, second = moved
+    links, other_links = _links(mine, first, second), _links(yours, first, second)
+    if _SYMMETRIC & set(links) and _SYMMETRIC & set(other_links):
+        return False
+    is_amount = any(mine[place].concept[0].isdigit() for place in moved)  # "INR 500", "500 INR"
+    return second - first > 1 or (links == other_links and not (is_amount and not links))
+
+
+def _differ_in_content(one: Question, other: Question) -> bool:
+    ours = {word.concept for word in one.content if not word.is_filler}
+    theirs = {word.concept for word in other.content if not word.is_filler}
+    return ours != theirs
+
+
+# The first that refuses is named.
+GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
+    ("numbers", _differ_in_numbers),
+    ("units", _differ_in_units),
+    ("negation", _differ_in_negation),
+    ("antonyms", _differ_by_antonym),
+    ("languages", _differ_in_language),
+    ("entities", _differ_in_names),
+    ("time", _differ_in_time),
+    ("question_type", _differ_in_type),
+    ("roles", _differ_in_roles),
+)
+STRICT_GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
+    ("time", _differ_in_tense),
+    ("question_type", _differ_in_modality),
+    ("content", _differ_in_content),
+)
+
+
+def _points_outside(text: str, words: list[str]) -> bool:
+    """Whether a pronoun comes before any word that it could stand for."""
+    if _EXPLETIVE.search(text) or ":" in text or '"' in text:
+        return False
+    for word in words:
+        if word in _POINTING:
+            return True
+        if word not in FUNCTION:
+            return False
+    return False
+
+
+def _differing_words(one: Question, other: Question) -> tuple[frozenset[str], frozenset[str]]:
+    return one.keys - other.keys, other.keys - one.keys
+
+
+def _negates(word: str, others: frozenset[str]) -> bool:
+    """Whether `word` is one of `others` with a prefix or suffix that turns its meaning."""
+    for prefix in NEGATIVE_PREFIXES:
+        bare = word.removeprefix(prefix)
+        if bare != word and len(bare) >= _AFFIXED_LETTERS_MIN and bare in others:
+            return True
+    for one, other in OPPOSED_PREFIXES:
+        if word.startswith(one) and len(word) >= len(one) + _AFFIXED_LETTERS_MIN and other + word[len(one) :] in others:
+            return True
+    return any(word.endswith(less) and word.removesuffix(less) + full in others for full, less in OPPOSED_SUFFIXES)
+
+
+def _is_named(name: str, question: Question) -> bool:
+    """Whether a name is among a question's words, as a name or not, in its singular or plural."""
+    return name in question.keys or name.removesuffix("s") in question.keys or f"{name}s" in question.keys
+
+
+def _shared(one: Question, other: Question) -> list[Word]:
+    """The words of `one`, in its order, that both questions have exactly once."""
+    ours, theirs = Counter(word.concept for word in one.content), Counter(word.concept for word in other.content)
+    return [word for word in one.content if ours[word.concept] == theirs[word.concept] == 1]
+
+
+def _directions_differ(mine: list[Word], yours: list[Word]) -> bool:
+    """Whether a word that one question goes from is one that the other goes to."""
+    theirs = {word.concept: word.link[-1:] for word in yours}
+    both = [{*word.link[-1:], *theirs[word.concept]} for word in mine]
+    return any("from" in prepositions and prepositions & _TOWARDS for prepositions in both)
+
+
+def _links(words: list[Word], first: int, second: int) -> list[str]:
+    """The function words between two places."""
+    return [link for word in words[first + 1 : second + 1] for link in word.link]

@@ -1,0 +1,295 @@
+"""A question as the guards read it: its words, numbers, names, and what it asks for."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .canonical import plain_question
+from .guard_words import FILLER, FUNCTION, IMPERATIVES, IRREGULAR, NEGATIONS, NUMBERS, SYNONYMS, UNITS, word_set
+
+_TOKEN = re.compile(
+    r"(?P<number>(?<![\w.)])[-−]?\d+(?:[.,:/]\d+)*(?:st|nd|rd|th)?|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th)?)"
+    r"|(?P<unit>[$€£₹¥%]|°[cf]\b|\b(?:km|m)/[hs]\b|\brs(?=\.? ?\d))"
+    r"|(?P<word>(?!rs\.? ?\d)\w+(?:[.'&/_]\w+)*(?:\+\+|#(?!\w))?)"
+    r"|(?P<operator>[-−+*/^=<>×÷](?=\s*[\d(]))"
+    r"|(?P<stop>[.?!:](?=\s|$))"
+    r"|(?P<quote>\"|(?<!\w)'|'(?!\w))",
+    re.IGNORECASE,
+)
+_QUESTION_WORDS = word_set("what which who whom whose when where why how")
+_YES_NO: dict[str, str] = {
+    **dict.fromkeys(word_set("can could may might"), "can"),
+    **dict.fromkeys(word_set("should must ought shall need"), "should"),
+    **dict.fromkeys(word_set("will would"), "will"),
+    **dict.fromkeys(word_set("is are am was were do does did has have had"), "is"),
+}
+_TENSES: dict[str, str] = {
+    **dict.fromkeys(word_set("is are am do does"), "present"),
+    **dict.fromkeys(word_set("was were did had"), "past"),
+    "will": "future",
+}
+# "In a day", "a cup" and "s" measure something only with a number before them.
+_UNITS_OF_NUMBERS = word_set(
+    "g s v w min minute minutes hour hours day days week weeks month months year years decade decades century "
+    "centuries feet pound pounds cup cups bit bits cent ton tons yard yards"
+)
+_MEASURED = word_set("long old far tall big large often fast quickly deep high soon heavy wide hot cold")
+_WAYS = word_set("way ways method methods steps step procedure process tips trick tricks strategy formula recipe")
+_REASONS = word_set("reason reasons cause causes")
+_TIMES = word_set("year date day month")
+_WAYS_ASKED = re.compile(r"(?:is|are) there (?:a |an |any |some )?(?:\w+ )?ways?\b|is it possible to\b")
+_DOINGS = re.compile(r"(?:should|can|could|must|do|does) \w+ (?:have to |need to )?do to\b")
+_SENSES = re.compile(r"\b(?:feel|look|taste|sound|smell|be) like\b")
+_PLACES = word_set("place places")
+_DEFINE = word_set("explain describe define")
+_BE = word_set("is are was were am be been being get gets got")
+_ARTICLES = word_set("a an the my your his her their our its this that these those some")
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """One word or number of a question.
+
+    `key` is its lower case without dots and a possessive; `concept` the stem of it or of its synonyms;
+    `link` the function words between it and the content word before, articles left out.
+    """
+
+    key: str
+    concept: str
+    link: tuple[str, ...]
+
+    @property
+    def is_filler(self) -> bool:
+        """Whether its absence changes little."""
+        return self.key in FILLER or self.concept in FILLER
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What two questions are compared by. All words are lower case.
+
+    `numbers` are sorted, operators between them included; `content` are the words that say something, in order;
+    `names` the keys of what is capitalised, written as an identifier, or quoted; `asks` is its type: what, why, how,
+    how_many, who, when, where, is, can, should, will, or the verb of an order. `modal` is the kind of the first
+    auxiliary: is, can, should or will.
+    """
+
+    keys: frozenset[str]
+    numbers: tuple[str, ...]
+    units: frozenset[str]
+    names: frozenset[str]
+    content: tuple[Word, ...]
+    asks: str
+    tense: str | None
+    modal: str | None
+    is_negated: bool
+    is_passive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    kind: str
+    text: str
+    opens: bool  # a sentence
+    is_quoted: bool
+
+    @property
+    def key(self) -> str:
+        key = self.text.lower().removesuffix("'s").removesuffix("s'")
+        return key.replace(".", "") if self.kind == "word" else key
+
+
+@lru_cache(maxsize=1024)  # x a few KiB; a candidate list reads the query once for each of its candidates
+def read_question(text: str) -> Question:
+    """The features of a question, in time linear in its length."""
+    tokens = _tokens(plain_question(text))
+    words = [token.text.lower() for token in tokens if token.kind == "word"]
+    return Question(
+        keys=frozenset(token.key for token in tokens if token.kind == "word"),
+        numbers=tuple(sorted(number for token in tokens if (number := _number(token)) is not None)),
+        units=frozenset(_units(tokens)),
+        names=frozenset(_names(tokens)),
+        content=tuple(_content(tokens)),
+        asks=_asks(words),
+        tense=_tense(words),
+        modal=next((_YES_NO[word] for word in words if word in _YES_NO), None),
+        is_negated=_is_negated(words),
+        is_passive=_is_passive(words),
+    )
+
+
+def stem(word: str) -> str:
+    """A word without its plural, tense or adverb's ending; equal stems need not be words."""
+    word = IRREGULAR.get(word, word)
+    if len(word) <= 3 or not word.isalpha():
+        return word
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if word.endswith(("sses", "xes", "zes", "ches", "shes", "oes")):
+        word = word[:-2]
+    elif word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    for ending in ("ing", "ed", "ly"):
+        root = word.removesuffix(ending)
+        if root != word and len(root) >= 3 and re.search("[aeiouy]", root):
+            word = root[:-1] if root[-1] == root[-2] and root[-1] not in "lsz" else root
+            break
+    return word.removesuffix("e") if len(word) > 3 else word
+
+
+_SYNONYM_STEMS = {stem(word): stem(first) for word, first in SYNONYMS.items()}
+
+
+def _tokens(text: str) -> list[_Token]:
+    tokens: list[_Token] = []
+    opens, quoted = True, False
+    for match in _TOKEN.finditer(text):
+        kind = match.lastgroup or ""
+        if kind == "quote":
+            quoted = not quoted
+        elif kind == "stop":
+            opens = True
+        else:
+            tokens.append(_Token(kind, match.group(), opens, quoted))
+            opens = False
+    return tokens
+
+
+def _number(token: _Token) -> str | None:
+    text = token.text.lower().replace("−", "-")
+    if token.kind == "operator":
+        return text
+    if token.kind == "number":
+        return text.replace(",", "") if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+", text) else text
+    return NUMBERS.get(text)
+
+
+def _units(tokens: list[_Token]) -> Iterator[str]:
+    for place, token in enumerate(tokens):
+        unit = UNITS.get(token.text.lower())
+        if unit is None:
+            continue
+        measures = place > 0 and _number(tokens[place - 1]) is not None
+        if measures or token.text.lower() not in _UNITS_OF_NUMBERS:
+            yield unit
+
+
+def _tense(words: list[str]) -> str | None:
+    """Of the first auxiliary; None if that is a modal, has or have ("has failed" and "did fail" are alike)."""
+    first = next((word for word in words if word in _YES_NO), None)
+    if first is not None:
+        return _TENSES.get(first)
+    # "Who owned", "who owns".
+    if len(words) < 2 or words[0] != "who":
+        return None
+    return "past" if words[1].endswith("ed") else "present" if words[1].endswith("s") else None
+
+
+def _names(tokens: list[_Token]) -> list[str]:
+    words = [token for token in tokens if token.kind == "word"]
+    # In A Heading Set As This Is, capitals say nothing; its function words tell it from a row of names.
+    inner = [token.text for token in words if not token.opens and token.text not in ("I", "A")]
+    capitals = [text for text in inner if text[0].isupper()]
+    is_heading = len(capitals) > 0.7 * len(inner) and any(text.lower() in FUNCTION for text in capitals)
+    return [token.key for token in words if _is_name(token, is_heading)]
+
+
+def _is_name(token: _Token, is_heading: bool) -> bool:
+    text = token.text
+    if token.is_quoted or re.search(r"\w[._&#+]\w|\d|_|[+#]$", text):
+        return True
+    if text == "I" or (token.opens and (len(text) == 1 or text.lower() in FUNCTION)):
+        return False
+    if text.isupper() or not (text[1:].islower() or len(text) == 1 or text.islower()):
+        return True
+    return text[0].isupper() and not token.opens and not is_heading and text.lower() not in FUNCTION
+
+
+def _content(tokens: list[_Token]) -> list[Word]:
+    content: list[Word] = []
+    link: list[str] = []
+    for token in tokens:
+        lower = token.text.lower()
+        number = _number(token)
+        is_content = token.kind == "number" or (
+            token.kind == "word" and lower not in FUNCTION and lower not in NEGATIONS
+        )
+        if not is_content and not (token.is_quoted and token.kind == "word"):
+            link.append(lower)
+            continue
+        root = stem(token.key)
+        concept = number or _SYNONYM_STEMS.get(root, root)
+        content.append(Word(token.key, concept, tuple(word for word in link if word not in _ARTICLES)))
+        link = ["'s"] if lower.endswith("'s") else []
+    return content
+
+
+def _is_negated(words: list[str]) -> bool:
+    # "Is it or isn't it", "why or why not" ask for both sides.
+    return any(
+        word in NEGATIONS and not (word == "not" and place > 0 and words[place - 1] in ("or", "why"))
+        for place, word in enumerate(words)
+    )
+
+
+def _is_passive(words: list[str]) -> bool:
+    return any(
+        word == "by"
+        and place >= 2
+        and words[place - 1].endswith(("ed", "en", "ten"))
+        and bool(_BE & set(words[:place]))
+        for place, word in enumerate(words)
+    )
+
+
+def _asks(words: list[str]) -> str:
+    if not words:
+        return "what"
+    first = words[0]
+    if first in _YES_NO:
+        return _asks_yes_no(" ".join(words))
+    if first in IMPERATIVES:
+        return "what" if first in _DEFINE or words[:3] == ["tell", "me", "about"] else first
+    place = next((place for place, word in enumerate(words) if word in _QUESTION_WORDS), None)
+    if place is None:
+        return "what"
+    word, rest = words[place], words[place + 1 :]
+    if word == "how":
+        return _asks_how(rest)
+    if word in ("what", "which"):
+        return _asks_what(rest)
+    return "who" if word in ("whom", "whose") else word
+
+
+def _asks_yes_no(question: str) -> str:
+    if _WAYS_ASKED.match(question):
+        return "how"
+    return "should" if question.startswith("is it a good idea to ") else _YES_NO[question.partition(" ")[0]]
+
+
+def _asks_how(rest: list[str]) -> str:
+    if rest[:1] == ["come"]:
+        return "why"
+    if rest[:2] == ["much", "time"]:
+        return "how_long"
+    if rest[:1] in (["many"], ["much"]):
+        return "how_many"
+    if not rest or rest[0] in FUNCTION or rest[0] in _MEASURED:
+        return f"how_{rest[0]}" if rest and rest[0] in _MEASURED else "how"
+    return "is"  # "How safe is it?" is answered by what answers "Is it safe?"
+
+
+def _asks_what(rest: list[str]) -> str:
+    """What, unless it is a long form of another: "what is the best way to" asks how."""
+    head = [word for word in rest[:7] if word not in _ARTICLES and word not in _BE]
+    if rest[:1] in (["makes"], ["made"], ["causes"], ["caused"]) or _REASONS & set(head[:2]):
+        return "why"
+    asked = " ".join(rest)
+    if _WAYS & set(head[:3]) or _DOINGS.match(asked) or _SENSES.search(asked):
+        return "how"
+    if _TIMES & set(rest[:1]):
+        return "when"
+    if _PLACES & set(head[:2]):
+        return "where"
+    return "what"

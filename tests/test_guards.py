@@ -1,0 +1,129 @@
+"""Which near questions the guards keep apart, by guard, and which they let pass."""
+
+import pytest
+
+from hyperspace_vllm.core.records.ids import RequestKey
+from hyperspace_vllm.core.response.guards import Mode, eligible, refusal
+from hyperspace_vllm.core.response.question import read_question
+from hyperspace_vllm.core.response.semantic import Candidate, Match, NoMatch, best_match
+
+APART = [
+    ("numbers", "Is 91 a prime number?", "Is 97 a prime number?"),
+    ("numbers", "Give me five tips for public speaking", "Give me ten tips for public speaking"),
+    ("numbers", "What is 5 + 3?", "What is 5 - 3?"),
+    ("numbers", "Is 1,000 a lot?", "Is 100 a lot?"),
+    ("units", "Can I take 400 mg of ibuprofen?", "Can I take 400 g of ibuprofen?"),
+    ("units", "Is $50 a good price for a drill?", "Is £50 a good price for a drill?"),
+    ("negation", "Is it safe to take ibuprofen?", "Is it unsafe to take ibuprofen?"),
+    ("negation", "How do I bake a cake with eggs?", "How do I bake a cake without eggs?"),
+    ("negation", "Why can't I sleep?", "Why can I sleep?"),
+    ("negation", "What is a useful proof?", "What is a useless proof?"),
+    ("negation", "What is hypertension?", "What is hypotension?"),
+    ("antonyms", "When should I buy stocks?", "When should I sell stocks?"),
+    ("antonyms", "What should I eat before a run?", "What should I eat after a run?"),
+    ("languages", "how do you write thanks in chinese", "how do you write thanks in korean"),
+    ("entities", "Who is the president of France?", "Who is the president of Finland?"),
+    ("entities", "What does os.path.join do?", "What does os.path.split do?"),
+    ("entities", "What does the 'break' keyword do?", "What does the 'continue' keyword do?"),
+    ("entities", "What is the tax rate in the US?", "What is the tax rate in the UK?"),
+    ("entities", "When did World War I end?", "When did World War II end?"),
+    ("entities", "is the shop open on sundays", "is the shop open on mondays"),
+    ("time", "Who is the pope?", "Who was the pope?"),
+    ("time", "Who owned Twitter?", "Who owns Twitter?"),
+    ("question_type", "Why do stars twinkle?", "When do stars twinkle?"),
+    ("question_type", "Explain quicksort", "Implement quicksort"),
+    ("question_type", "Can I sue my landlord?", "Should I sue my landlord?"),
+    ("roles", "How do I convert USD to EUR?", "How do I convert EUR to USD?"),
+    ("roles", "Is Python better than Java?", "Is Java better than Python?"),
+    ("roles", "Why did Germany invade Poland?", "Why did Poland invade Germany?"),
+    ("roles", "Did Poland invade Germany?", "Was Poland invaded by Germany?"),
+    ("roles", "How do I move from Canada to Mexico?", "How do I move to Canada from Mexico?"),
+    ("roles", "What do lions eat?", "What eats lions?"),
+    ("roles", "What is 10 divided by 2?", "What is 2 divided by 10?"),
+]
+
+
+@pytest.mark.parametrize(("guard", "one", "other"), APART)
+@pytest.mark.parametrize("mode", ["balanced", "strict"])
+def test_each_guard_keeps_its_kind_apart(mode: Mode, guard: str, one: str, other: str) -> None:
+    assert refusal(one, other, mode) == guard
+    assert refusal(other, one, mode) == guard
+
+
+TOGETHER = [
+    ("What is ML?", "Explain machine learning"),
+    ("How can I improve my English?", "What is the best way to improve my English?"),
+    ("Which countries have the best food?", "What countries have the best food?"),
+    ("What is the difference between TCP and UDP?", "What is the difference between UDP and TCP?"),
+    ("How do I merge two branches in git?", "How do I merge two git branches?"),
+    ("What is the GDP of Japan?", "what is japan's GDP"),
+    ("How Do I Learn The Guitar?", "How do I learn the guitar?"),
+    ("Which is the best phone under 15000 rupees?", "Which is the best phone under 15000?"),
+    ("Is it true or not?", "Is it true?"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), TOGETHER)
+def test_rewordings_pass_when_balanced(one: str, other: str) -> None:
+    assert refusal(one, other, "balanced") is None
+    assert refusal(other, one, "balanced") is None
+
+
+def test_strict_refuses_a_content_word_on_one_side_only() -> None:
+    one, other = "How do I get rid of pimple marks?", "How do I get rid of pimple marks naturally?"
+    assert refusal(one, other, "balanced") is None
+    assert refusal(one, other, "strict") == "content"
+
+
+def test_strict_forgives_inflection_and_synonyms() -> None:
+    assert refusal("What are good films about the sea?", "What is a good movie about the sea?", "strict") is None
+
+
+def test_a_question_reads_as_its_parts() -> None:
+    question = read_question("How many miles is it from New York to Boston?")
+    assert question.asks == "how_many"
+    assert question.units == {"mile"}
+    assert question.names == {"new", "york", "boston"}
+    assert [word.key for word in question.content] == ["miles", "new", "york", "boston"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "text"),
+    [
+        ("empty", " \n"),
+        ("too_long", "why " * 257),
+        ("too_long", "a" * 5000),
+        ("deictic", "What is the weather today?"),
+        ("deictic", "Who won the election this year?"),
+        ("deictic", "Who is the current pope?"),
+        ("deictic", "How does it work?"),
+        ("deictic", "What does this mean?"),
+        ("deictic", "Where is the nearest pharmacy from here?"),
+        (None, "Is it safe to take ibuprofen?"),
+        (None, "How long does it take to learn Python?"),
+        (None, "How does a car engine work, and who invented it?"),
+        (None, "What is the best laptop above $500?"),
+        (None, "Translate this sentence to Italian: I am tired"),
+        (None, "What is ML?"),
+    ],
+)
+def test_a_question_that_depends_on_the_moment_takes_no_part(reason: str | None, text: str) -> None:
+    assert eligible(text) == reason
+
+
+def candidate(question: str, similarity: float) -> Candidate:
+    return Candidate(question, similarity, RequestKey(question.encode()))
+
+
+def test_the_nearest_candidate_that_no_guard_refuses_is_served() -> None:
+    unsafe, safe = candidate("Is it unsafe to eat snow?", 0.98), candidate("Is it safe to eat some snow?", 0.95)
+    assert best_match("Is it safe to eat snow?", [safe, unsafe], "balanced") == Match(safe)
+
+
+def test_a_candidate_below_the_threshold_is_far() -> None:
+    assert best_match("Is snow safe?", [candidate("Is snow quite safe?", 0.91)], "balanced") == NoMatch("far")
+
+
+def test_the_refusal_of_the_nearest_is_named() -> None:
+    candidates = [candidate("Is 7 prime?", 0.96), candidate("Is 9 not prime?", 0.94)]
+    assert best_match("Is 9 prime?", candidates, "balanced") == NoMatch("numbers")
