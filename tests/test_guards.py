@@ -60,6 +60,8 @@ TOGETHER = [
     ("How Do I Learn The Guitar?", "How do I learn the guitar?"),
     ("Which is the best phone under 15000 rupees?", "Which is the best phone under 15000?"),
     ("Is it true or not?", "Is it true?"),
+    ("I'd like to know how bees make honey", "How do bees make honey?"),
+    ("How reliable are old cars?", "Are old cars reliable?"),
 ]
 
 

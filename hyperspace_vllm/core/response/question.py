@@ -275,9 +275,11 @@ def _asks_how(rest: list[str]) -> str:
         return "how_long"
     if rest[:1] in (["many"], ["much"]):
         return "how_many"
-    if not rest or rest[0] in FUNCTION or rest[0] in _MEASURED:
-        return f"how_{rest[0]}" if rest and rest[0] in _MEASURED else "how"
-    return "is"  # "How safe is it?" is answered by what answers "Is it safe?"
+    if rest[:1] and rest[0] in _MEASURED:
+        return f"how_{rest[0]}"
+    # "How safe is it?" is answered by what answers "Is it safe?"
+    asks_degree = len(rest) >= 2 and rest[0] not in FUNCTION and rest[1] in _YES_NO
+    return "is" if asks_degree else "how"
 
 
 def _asks_what(rest: list[str]) -> str:
