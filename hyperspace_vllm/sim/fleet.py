@@ -118,7 +118,7 @@ class Fleet:
         return tuple(host for host in request.promised if self._undisturbed(request, host))
 
     def hindered(self, request: Request) -> bool:
-        """Whether SILENT_MAX of those asked could not answer in time: they lie, are far, or the way lost a segment."""
+        """Whether SILENT_MAX of those asked could not answer in time: they lie, are far, or were held up."""
         silent = [
             host
             for host in request.asked
@@ -145,15 +145,15 @@ class Fleet:
         """From the question to the answer, as far as the host, its store and the way to it go."""
         return (
             self._serves(request.host, host, request.request_hash)
-            and self.network.since_ms(host) <= request.asked_ms
             and self.network.split_changed_ms <= request.asked_ms
             and not self._held_up(request, host)
         )
 
     def _held_up(self, request: Request, host: int) -> bool:
-        """Whether a segment between the two was lost since the question."""
+        """Whether the host was gone or frozen since the question, or a segment between the two was lost."""
         pair = min(request.host, host), max(request.host, host)
-        return self.network.disturbed_ms.get(pair, -1) >= request.asked_ms
+        there = self.network.acts(host) and self.network.since_ms(host) <= request.asked_ms
+        return not there or self.network.disturbed_ms.get(pair, -1) >= request.asked_ms
 
     def _serves(self, asker: int, host: int, name: bytes) -> bool:
         expires_at_ms = self.hosts[host].shelf.expires_at_ms(name)
