@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from .client import NodeClient
 from .config import Config
+from .core.records.errors import ProtocolViolation
 from .core.records.ids import peer_id, sha256
 from .core.records.limits import RECENT_MS
 from .core.records.local import PURGED_KEYS_MAX, PurgeResponses
@@ -27,11 +28,13 @@ from .response_db import database_path
 
 _CONNECT_S = 5.0
 _PURGE_S = 10.0
-_COLUMNS = "CAST(request_key AS BLOB), proof, computed_at_ms, expires_at_ms, size, last_used_ms, hits, scope"
+_COLUMNS = (
+    "CAST(request_key AS BLOB), CAST(proof AS BLOB), computed_at_ms, expires_at_ms, size, last_used_ms, hits, scope"
+)
 _LIST = f"""
 SELECT {_COLUMNS} FROM entries WHERE lower(hex(request_key)) LIKE ? ORDER BY last_used_ms DESC, id DESC LIMIT ?
 """
-_BODY = "SELECT body FROM entries JOIN bodies USING (id) WHERE request_key = ?"
+_BODY = "SELECT CAST(body AS BLOB) FROM entries JOIN bodies USING (id) WHERE request_key = ?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ def cache(config: Config, options: argparse.Namespace) -> int:
             if options.action == "export":
                 return _export(database, options.file)
             return _purge(config, database, options.keys, options.all)
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, ProtocolViolation) as error:  # the last: a damaged proof
         return _failed(f"{path}: {error}; is this the node's data directory?")
 
 

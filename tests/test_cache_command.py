@@ -2,7 +2,9 @@
 
 import base64
 import json
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import MiB
 from hyperspace_vllm.core.response.cache_proof import decode_proof
+from hyperspace_vllm.response_db import database_path
 
 from .network_nodes import NetworkedNode, body_of, request_key, until
 
@@ -99,6 +102,15 @@ def test_without_a_node_entries_are_read_and_the_way_to_delete_them_is_said(
     assert request_key(0).hex() in capsys.readouterr().out
     assert run(node, "purge", "--all") == 1
     assert "with none running" in capsys.readouterr().err
+
+
+def test_a_damaged_proof_is_an_error_that_says_so(node: NetworkedNode, capsys: pytest.CaptureFixture[str]) -> None:
+    stored(node, 1)
+    node.stop()
+    with closing(sqlite3.connect(database_path(node.config.data_dir))) as database, database:
+        database.execute("UPDATE entries SET proof = 'cut'")
+    assert run(node, "list") == 1
+    assert "cache proof" in capsys.readouterr().err
 
 
 def test_without_a_database_the_directory_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
