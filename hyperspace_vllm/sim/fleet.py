@@ -28,10 +28,11 @@ SILENT_MAX = 2
 LOSS = 0.002
 NETWORK_KEY = sha256(b"the key of a simulated network").digest()
 NETWORK = network_id("simulation")
+BOOTSTRAPS = 3  # with one, whoever returns without its data while that one is dead for good knows nobody
 
 
 class Fleet:
-    """`size` hosts, none of them booted; host 0 is whom everybody knows. `liars` says which ones lie, and how."""
+    """`size` hosts, none of them booted; the first few are whom everybody knows. `liars` says which ones lie, and how."""
 
     def __init__(self, size: int, seed: int, liars: dict[int, Kind]) -> None:
         self.seed = seed
@@ -44,7 +45,7 @@ class Fleet:
         self.dht = Dht(self.network, random.Random(f"{seed}/dht"), self._now_ms, size)
         self.checker = Checker(self)
         self.hosts = [self._host(number, liars.get(number)) for number in range(size)]
-        self.bootstrap = self.hosts[:1]
+        self.bootstrap = self.hosts[:BOOTSTRAPS]
         self.keys: dict[bytes, RequestKey] = {}  # by request hash, of every response that anybody asks for
         self.requests: list[Request] = []
         self._numbers: dict[str, int] = {host.peer: host.number for host in self.hosts}
