@@ -161,7 +161,7 @@ def served_by(server: Server, answer: Completion, loaded_before: float, servers:
 
 def check_response(server: Server, answer: Completion, servers: tuple[Server, ...]) -> str:
     """Check the CacheProof that came with a hit, as a stranger would: by the stored answer and its signer."""
-    encoded = answer.headers.get("hyperspace-proof")
+    encoded = answer.headers.get("x-hyperspace-proof")
     if encoded is None:
         return "not signed yet"
     raw = base64.b64decode(encoded)

@@ -181,7 +181,7 @@ class Server:
         request = urllib.request.Request(
             self.url + path,
             json.dumps(body).encode(),
-            {"Content-Type": "application/json", **headers},
+            {"Content-Type": "application/json", "X-Hyperspace-Proof": "1", **headers},
         )
         start = time.perf_counter()
         answer = Completion("", 0.0, 0.0, {}, {}, [], [])

@@ -84,6 +84,15 @@ class Config:
     sampled: Literal["cache", "bypass"] = _setting(
         "cache", "Requests that sample (a temperature other than 0, no seed): answer them from the cache too, or never?"
     )
+    semantic: Literal["off", "strict", "balanced"] = _setting(
+        "off", "May a stored answer serve other wordings of its question? `strict` errs least, `balanced` serves more."
+    )
+    semantic_model: str = _setting(
+        "all-MiniLM-L6-v2", "What compares questions: the built-in model, or any that sentence-transformers loads."
+    )
+    acronyms: tuple[str, ...] = _setting(
+        (), "More acronyms with one reading each, written out when questions are compared: `K8s=Kubernetes`."
+    )
     kv_cache: bool = _setting(True, "Load and store KV of prompt prefixes (L2).")
     fetch: Literal["auto", "always", "never"] = _setting(
         "auto", "Fetch KV from peers: `auto` when it beats prefilling, `always` and `never` for tests."
@@ -111,6 +120,12 @@ class Config:
     def socket_path(self) -> Path:
         """The node's ipc:// socket."""
         return self.data_dir / "node.sock"
+
+    @property
+    def acronym_table(self) -> dict[str, str]:
+        """`acronyms`, by what is written in capitals."""
+        pairs = (each.split("=", 1) for each in self.acronyms)
+        return {short.strip(): words.strip() for short, words in pairs}
 
     def as_environ(self) -> dict[str, str]:
         """HYPERSPACE_* variables that make another process load exactly this configuration."""
@@ -190,6 +205,8 @@ class Setting:
                 yield "a list of strings"
             elif self.name in ("peers", "bootstrap"):
                 yield from (complaint for peer in value for complaint in _peer_complaints(peer))
+            elif self.name == "acronyms":
+                yield from (f"ACRONYM=its words, not {each!r}" for each in value if not all(each.split("=", 1)[1:]))
             elif self.name == "allowed":
                 yield from (complaint for peer in value for complaint in _peer_id_complaints(peer))
         elif self.kind is Path:

@@ -20,10 +20,29 @@ from .core.records.ids import RequestKey, sha256
 from .core.records.local import Scope
 from .core.response.cache_proof import decode_proof
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _REQUEST_HASH = "request_hash BLOB AS (substr(proof, 1, 32)) VIRTUAL"
 _REQUEST_HASH_INDEX = "CREATE INDEX entries_by_request_hash ON entries (request_hash);"
+
+# Vectors as in `Embedded`; both NULL where there are none.
+_QUESTIONS = """
+CREATE TABLE questions (
+    id INTEGER PRIMARY KEY,
+    partition BLOB NOT NULL,
+    canonical_key BLOB NOT NULL,
+    question TEXT NOT NULL,
+    embedder TEXT,
+    vectors BLOB
+);
+CREATE INDEX questions_by_canonical_key ON questions (canonical_key);
+CREATE TRIGGER entry_removed AFTER DELETE ON entries
+BEGIN
+    UPDATE totals SET entries = entries - 1, bytes = bytes - old.size;
+    DELETE FROM bodies WHERE id = old.id;
+    DELETE FROM questions WHERE id = old.id;
+END;
+"""
 
 SCHEMA = f"""
 CREATE TABLE entries (
@@ -46,22 +65,33 @@ CREATE TABLE totals (entries INTEGER NOT NULL, bytes INTEGER NOT NULL);
 INSERT INTO totals VALUES (0, 0);
 CREATE TRIGGER entry_added AFTER INSERT ON entries
 BEGIN UPDATE totals SET entries = entries + 1, bytes = bytes + new.size; END;
-CREATE TRIGGER entry_removed AFTER DELETE ON entries
-BEGIN
-    UPDATE totals SET entries = entries - 1, bytes = bytes - old.size;
-    DELETE FROM bodies WHERE id = old.id;
-END;
+{_QUESTIONS}
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 
+_TO_3 = f"DROP TRIGGER entry_removed; {_QUESTIONS} PRAGMA user_version = 3;"
 # By the version that they start from.
 MIGRATIONS = {
-    1: f"ALTER TABLE entries ADD COLUMN {_REQUEST_HASH}; {_REQUEST_HASH_INDEX} PRAGMA user_version = 2;",
+    1: f"ALTER TABLE entries ADD COLUMN {_REQUEST_HASH}; {_REQUEST_HASH_INDEX} {_TO_3}",
+    2: _TO_3,
 }
 
 _SELECT = """
 SELECT body, proof, computed_at_ms, expires_at_ms FROM entries JOIN bodies USING (id)
 WHERE request_key = ? AND expires_at_ms > ?
+"""
+
+_SELECT_CANONICAL = """
+SELECT CAST(request_key AS BLOB) FROM entries JOIN questions USING (id)
+WHERE canonical_key = ? AND expires_at_ms > ? ORDER BY computed_at_ms DESC LIMIT 1
+"""
+
+_SELECT_ALIVE = "SELECT 1 FROM entries WHERE request_key = ? AND expires_at_ms > ?"
+
+# Newest first: an index with too little room leaves out the oldest.
+_SELECT_QUESTIONS = """
+SELECT CAST(request_key AS BLOB), partition, question, vectors FROM questions JOIN entries USING (id)
+WHERE embedder = ? AND expires_at_ms > ? ORDER BY id DESC LIMIT ?
 """
 
 _SELECT_SHAREABLE = """
@@ -86,6 +116,26 @@ class StoredResponse:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedded:
+    """Vectors of a question and of its canonical form by the embedder of that name: int8 [2, dimensions], each times a
+    scale of its own.
+    """
+
+    embedder: str
+    vectors: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredQuestion:
+    """A question with the key of its answer; `vectors` as in `Embedded`."""
+
+    key: RequestKey
+    partition: bytes
+    text: str
+    vectors: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Shareable:
     """An entry that may leave this node, with the RequestKey that may not."""
 
@@ -106,6 +156,25 @@ class ResponseReader:
         """The entry of `key` that has not expired, or None."""
         row = self._row(_SELECT, key, now_ms)
         return _intact(row) if row else None
+
+    def find_canonical(self, canonical_key: bytes, now_ms: int) -> RequestKey | None:
+        """The newest entry whose question has this canonical key."""
+        row = self._row(_SELECT_CANONICAL, canonical_key, now_ms)
+        return RequestKey(row[0]) if row and len(row[0]) == 32 else None
+
+    def holds(self, key: RequestKey, now_ms: int) -> bool:
+        """Whether there is an entry of `key` that has not expired."""
+        return self._row(_SELECT_ALIVE, key, now_ms) is not None
+
+    def questions(self, embedder: str, limit: int, now_ms: int) -> list[StoredQuestion]:
+        """The newest questions that have vectors of this embedder, oldest first."""
+        try:
+            connection = self._current()
+            rows = connection.execute(_SELECT_QUESTIONS, (embedder, now_ms, limit)).fetchall() if connection else []
+        except (sqlite3.Error, OSError):
+            self.close()
+            return []
+        return [StoredQuestion(RequestKey(row[0]), *row[1:]) for row in reversed(rows)]
 
     def find_by_hash(self, request_hash: bytes, now_ms: int) -> Shareable | None:
         """The entry that peers know by `request_hash`, unless it has expired or is private."""

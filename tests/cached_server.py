@@ -24,12 +24,16 @@ from hyperspace_vllm.core.records.ids import network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.records.local import (
     FindResponse,
+    FindSimilar,
     NodeMessage,
     ReleaseResponse,
     StoreResponse,
     TouchResponses,
 )
+from hyperspace_vllm.core.response.canonical import ACRONYMS
+from hyperspace_vllm.daemon.embedding import load_embedder
 from hyperspace_vllm.daemon.response_store import ResponseStore
+from hyperspace_vllm.daemon.similar import SimilarQuestions
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
 TEXT = {"model": "base", "prompt": "Once"}
@@ -166,15 +170,24 @@ class Node:
     keeps: bool = True
     epoch: int = 1
     others: Others | None = None
+    similar: SimilarQuestions | None = None
     scopes: list[str] = field(default_factory=list)
     asked: list[FindResponse] = field(default_factory=list)
+    compared: list[FindSimilar] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     inbox: list[NodeMessage] = field(default_factory=list)
 
-    def send(self, message: StoreResponse | TouchResponses | FindResponse | ReleaseResponse) -> bool:
+    def send(self, message: StoreResponse | TouchResponses | FindSimilar | FindResponse | ReleaseResponse) -> bool:
         match message:
             case TouchResponses(keys):
                 self.store.touch(keys)
+                return True
+            case FindSimilar():
+                self.compared.append(message)
+                if self.similar is None or not self.connected:
+                    return False
+                loop = asyncio.get_running_loop()
+                self.similar.find(message, lambda found: self._later(loop, found))
                 return True
             case FindResponse():
                 if self.others is None or not self.connected:
@@ -186,7 +199,15 @@ class Node:
                 self.released.append(lookup)
                 return True
         self.scopes.append(message.scope)
-        return self.connected and (not self.keeps or self.store.store(message))
+        if not self.connected or not self.keeps:
+            return self.connected
+        if self.similar is not None and message.question is not None:
+            self.similar.remember(message)
+            return True
+        return self.store.store(message)
+
+    def _later(self, loop: asyncio.AbstractEventLoop, message: NodeMessage) -> None:
+        loop.call_soon_threadsafe(lambda: self.inbox.append(message))
 
     def receive(self) -> list[NodeMessage]:
         messages, self.inbox = self.inbox, []
@@ -235,6 +256,11 @@ async def benches(tmp_path: Path) -> AsyncIterator[MakeBench]:
             path = tmp_path / "responses.sqlite"
             node = Node(ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test")))
             stack.callback(node.store.close)
+            if options.get("semantic", "off") != "off":
+                node.similar = SimilarQuestions(path, load_embedder, ACRONYMS, node.store.store)
+                stack.callback(node.similar.close)
+                similar = node.similar
+                await until(lambda: similar.stats()["state"] == "on")
             upstream = Upstream()
             defaults = {
                 "db_path": path,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from hyperspace_vllm.core.response.canonical import CHARS_MAX, WORDS_MAX, canonical_question
+from hyperspace_vllm.core.records.limits import QUESTION_CHARS_MAX
+from hyperspace_vllm.core.response.canonical import WORDS_MAX, canonical_question
 
 SAME = [
     ("What is ML?", "Explain machine learning"),
@@ -86,7 +87,7 @@ def test_a_canonical_form_is_its_own(one: str, other: str) -> None:
         "Fix this:\n  def F(): pass",
         "WHAT IS LOVE?",
         "What is " + "Very " * WORDS_MAX + "Long?",
-        "What is " + "A" * CHARS_MAX,
+        "What is " + "A" * QUESTION_CHARS_MAX,
     ],
 )
 def test_code_lines_shouts_and_long_texts_stay_as_they_are(text: str) -> None:

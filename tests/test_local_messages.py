@@ -25,6 +25,7 @@ from hyperspace_vllm.core.records.manifest import Manifest, RowEntry, decode_man
 
 KEY = bytes(range(32))
 SLAB = local.Slab(3, 65536, 4096, 7)
+QUESTION = local.Question(KEY, KEY, "What is ML?")
 LAYOUT = Layout(KEY, 256, (Part(0, 4096), Part(512, 2048)), 2)
 
 CLIENT_MESSAGES: list[local.ClientMessage] = [
@@ -40,10 +41,11 @@ CLIENT_MESSAGES: list[local.ClientMessage] = [
     local.LookupPrefix(1, "r", (KEY, KEY), 0, 100, 1000, "private"),
     local.ReleaseLookup(1),
     local.PrefixesInMemory(1000, (KEY,), (KEY, KEY)),
-    local.StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}"),
+    local.StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}", QUESTION),
     local.TouchResponses((KEY,)),
     local.PurgeResponses((KEY, KEY)),
     local.GetStatus(),
+    local.FindSimilar(1, QUESTION, "strict", 100),
     local.FindResponse(1, KEY, KEY, 300),
     local.ReleaseResponse(1),
 ]
@@ -55,6 +57,8 @@ NODE_MESSAGES: list[local.NodeMessage] = [
     local.PrefixAnswer(1, 1, (local.LoadedRow(0, 0, 0, SLAB),), "network", "blake3", "hit"),
     local.Status(b"{}"),
     local.Rejected("no"),
+    local.SimilarFound(1, KEY, 0.95),
+    local.SimilarNotFound(1, "far"),
     local.ResponseHint(1, True),
     local.ResponseFound(1, b"{}", b"proof", 1, 2, "12D3KooW", "gossip", "members"),
     local.ResponseNotFound(1, "not_found"),

@@ -1,6 +1,7 @@
 """The response cache in front of a real server, on real sockets, over frames shaped like vLLM's."""
 
 import asyncio
+import base64
 import json
 import os
 import socket
@@ -21,7 +22,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hyperspace_vllm.api import coalesce
+from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX, RESPONSE_TTL_MS
+from hyperspace_vllm.core.response.cache_proof import decode_proof
 from hyperspace_vllm.core.response.scope import RequestScope, tenant_of, verify_scope
 from hyperspace_vllm.daemon.response_store import wall_clock_ms
 
@@ -69,7 +72,11 @@ async def test_the_second_answer_comes_from_the_cache(bench: Bench) -> None:
     assert second.headers["cache-status"].endswith("; detail=exact")
     assert int(second.headers["age"]) <= 5
     assert second.headers["cache-control"] == "private"
-    assert second.headers["hyperspace-proof"]
+    assert "x-hyperspace-proof" not in second.headers
+    with_proof = await bench.ask(CHAT, x_hyperspace_proof="1")
+    assert decode_proof(base64.b64decode(with_proof.headers["x-hyperspace-proof"])).response_hash == sha256(
+        first.content
+    )
     assert len(bench.upstream.bodies) == 1
 
 
@@ -79,9 +86,9 @@ async def test_a_repeat_at_once_is_a_hit_before_the_node_has_stored_anything(
 ) -> None:
     bench.node.keeps = False
     first = await bench.ask(CHAT | STREAM)
-    again = await bench.ask(CHAT | asked_as)
+    again = await bench.ask(CHAT | asked_as, x_hyperspace_proof="1")
     assert again.headers["cache-status"].startswith("hyperspace; hit")
-    assert "hyperspace-proof" not in again.headers
+    assert "x-hyperspace-proof" not in again.headers
     assert text_of(again) == text_of(first)
     assert len(bench.upstream.bodies) == 1
 

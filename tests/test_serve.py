@@ -19,7 +19,12 @@ from bench.servers import MODELS, Server
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 KEY = "sk-one"
-ARENA = {"HYPERSPACE_ARENA_BYTES": str(128 << 20), "HYPERSPACE_FETCH": "always"}
+ARENA = {
+    "HYPERSPACE_ARENA_BYTES": str(128 << 20),
+    "HYPERSPACE_FETCH": "always",
+    "HYPERSPACE_SEMANTIC": "balanced",
+    "HYPERSPACE_ACRONYMS": "KV=key value",
+}
 FLAGS = (
     "--api-key", KEY, "--enable-request-id-headers", "--allowed-origins", '["http://shop.example"]',
     "--middleware", "tests.engines.operator_middleware.stamp",
@@ -171,6 +176,32 @@ def test_servers_of_one_node_share_answers(servers: tuple[Server, Server], promp
     _, _, body = post(servers[0], completion(prompt))
     until(lambda: post(servers[1], completion(prompt), cached_only)[0] == 200, "the second server's hit")
     assert post(servers[1], completion(prompt), cached_only)[2] == body
+
+
+def test_another_wording_of_a_question_is_answered_by_every_server(servers: tuple[Server, Server]) -> None:
+    until(lambda: servers[0].node_status()["similar"]["state"] == "on", "the embedder's start")  # type: ignore[call-overload,index]
+
+    def ask(server: Server, question: str, wish: str = "balanced") -> tuple[str, bytes]:
+        body = {"model": "demo", "max_tokens": 8, "messages": [{"role": "user", "content": question}]}
+        _, headers, answer = post(server, body, {"X-Hyperspace-Semantic": wish}, "/v1/chat/completions")
+        return headers["cache-status"], answer
+
+    def stored(count: int) -> bool:
+        return bool(servers[0].node_status()["similar"]["questions"] == count)  # type: ignore[call-overload,index]
+
+    _, first = ask(servers[0], "What is a KV cache?")
+    until(lambda: stored(1), "the first answer's vectors")
+    _, second = ask(servers[1], "How do I learn to play the guitar?")
+    until(lambda: stored(2), "the second answer's vectors")
+    for server in servers:
+        status, answer = ask(server, "Please explain key value cache")
+        assert status.endswith("; detail=canonical"), status
+        assert answer == first
+        status, answer = ask(server, "How can I learn to play guitar?")
+        assert "; detail=semantic; similarity=0.9" in status, status
+        assert answer == second
+    assert ask(servers[0], "How can I learn to play guitar?", "off")[0].startswith("hyperspace; fwd=")
+    assert ask(servers[0], "How can I learn to play the violin?")[0].startswith("hyperspace; fwd=")
 
 
 def test_servers_of_one_node_share_prefixes(servers: tuple[Server, Server], prompt: str) -> None:

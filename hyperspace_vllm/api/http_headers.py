@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 RawHeaders = list[tuple[bytes, bytes]]
 
+PROOF = b"x-hyperspace-proof"  # of a request: anything; of its answer: the proof
 _SECONDS_MAX = 2**31
 
 
@@ -48,13 +49,21 @@ def parse_cache_control(value: str | None) -> Directives:
 
 
 def hit_headers(age_s: int, ttl_s: int, proof: bytes, detail: str) -> RawHeaders:
-    """Headers of an answer from the cache; `proof` is the base64 of its CacheProof, empty while there is none."""
+    """Headers of an answer from the cache; `proof` is the base64 of its CacheProof, empty while there is none.
+
+    The proof is for those who ask for it: whoever sends it takes it out for others (`without_proof`).
+    """
     headers = [
         (b"cache-status", f"hyperspace; hit; ttl={ttl_s}; detail={detail}".encode()),
         (b"age", str(age_s).encode()),
         (b"cache-control", b"private"),
     ]
-    return [*headers, (b"hyperspace-proof", proof)] if proof else headers
+    return [*headers, (PROOF, proof)] if proof else headers
+
+
+def without_proof(headers: Iterable[tuple[bytes, bytes]]) -> RawHeaders:
+    """The headers of an answer for a client that asked for no proof."""
+    return [(name, value) for name, value in headers if name != PROOF]
 
 
 def forward_status(reason: str, stored: bool = False, collapsed: bool = False, detail: str = "") -> bytes:

@@ -7,14 +7,19 @@ after a quick one the event loop reads by itself: at most once does it wait for 
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ..core.records.ids import RequestKey
 from ..core.records.limits import RECENT_BYTES_MAX, RECENT_MS, KiB
 from ..core.records.local import TouchResponses
 from ..response_db import ResponseReader, StoredResponse
 from .options import NodeLink
+
+T = TypeVar("T")
 
 _WAITING_MAX = 256
 _TOUCHED_MAX = 4 * KiB  # what one message holds
@@ -32,26 +37,33 @@ class Lookup:
         self._thread = ThreadPoolExecutor(1, "hyperspace-lookup")
         self._waiting = 0
         self._trusted_until_s = 0.0
-        self._overdue: asyncio.Future[StoredResponse | None] | None = None
+        self._overdue: asyncio.Future[Any] | None = None
 
     async def get(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
         """The entry of `key`, if it can be had within the deadline."""
+        return await self._read(partial(self._reader.get, key, now_ms))
+
+    async def find_canonical(self, canonical_key: bytes, now_ms: int) -> RequestKey | None:
+        """The key of the newest entry whose question has this canonical key, as `get`."""
+        return await self._read(partial(self._reader.find_canonical, canonical_key, now_ms))
+
+    async def _read(self, read: Callable[[], T | None]) -> T | None:
         if self._overdue is not None and not self._overdue.done():
             return None
         started_s = time.monotonic()
         if self._waiting == 0 and started_s < self._trusted_until_s:
-            entry = self._reader.get(key, now_ms)
+            found = read()
         elif self._waiting < _WAITING_MAX:
-            entry = await self._get_in_thread(key, now_ms)
+            found = await self._read_in_thread(read)
         else:
             return None
         finished_s = time.monotonic()
         self._trusted_until_s = finished_s + _TRUSTED_S if finished_s - started_s < _QUICK_S else 0.0
-        return entry
+        return found
 
-    async def _get_in_thread(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
+    async def _read_in_thread(self, read: Callable[[], T | None]) -> T | None:
         self._waiting += 1
-        answer = asyncio.get_running_loop().run_in_executor(self._thread, self._reader.get, key, now_ms)
+        answer = asyncio.get_running_loop().run_in_executor(self._thread, read)
         answer.add_done_callback(self._answered)
         try:
             async with asyncio.timeout(self._deadline_s):

@@ -7,7 +7,7 @@ from prometheus_client import Counter, Histogram
 
 class L1Metrics:
     """hyperspace_l1_*: lookups by result and reason, time of a hit inside the middleware, what became of answers, and
-    what asking other nodes came to.
+    what asking other nodes and comparing questions came to.
     """
 
     def __init__(self) -> None:
@@ -20,6 +20,11 @@ class L1Metrics:
             "hyperspace_l1_hit_seconds",
             "Seconds from the arrival of a request's body to the last byte of an answer from this node's cache.",
             buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0),
+        )
+        self.similar = Counter(
+            "hyperspace_l1_similar_lookups_total",
+            "Questions compared with stored ones, by the outcome: found, far, busy, late, or the guard that refused.",
+            ("outcome",),
         )
         self.network = Counter(
             "hyperspace_l1_network_lookups_total",

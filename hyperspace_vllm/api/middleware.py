@@ -4,6 +4,7 @@ A request takes one of these ways, each said in `Cache-Status`:
 
     bypass     it can't be named by its bytes, or may not be stored: vLLM answers, with a signed scope at most
     hit        the node's database has it: replayed as JSON, or as the frames of a stream
+    similar    the database has the answer to its question in other words (where the server is set to): likewise
     collapsed  the same is being computed for somebody else: both read one computation's log
     network    other nodes are asked first, or while vLLM computes (network_race.py): a hit if they answer in time
     miss       computed, passed on frame by frame, and handed to the node when it has finished cleanly
@@ -18,14 +19,16 @@ from functools import partial
 from typing import Any
 
 from ..core.records.ids import RequestKey
-from ..core.records.local import ResponseFound, StoreResponse
+from ..core.records.local import Question, ResponseFound, StoreResponse
 from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
+from ..core.response.guards import eligible
 from ..core.response.request_key import Endpoint, Uncacheable, is_sampled, parse_request, request_key
 from ..core.response.scope import DEFAULT_SCOPE, sign_scope, tenant_of
+from ..core.response.semantic_key import question_of, tightened
 from ..response_db import StoredResponse
 from .coalesce import App, Flight, FlightTable, Laggard, LeaderFailed, Message, Receive, Scope, Send
 from .collect import Collector
-from .http_headers import forward_status, header, parse_cache_control
+from .http_headers import PROOF, forward_status, header, parse_cache_control, without_proof
 from .lookup import Lookup, Recent, Touches
 from .metrics import l1_metrics
 from .network_race import HITS, NetworkRace, Outcome
@@ -103,7 +106,8 @@ class _Exchange:
         self.started_s = time.perf_counter()
         self.cache, self.options = cache, cache.options
         self.endpoint, self.raw, self.body = endpoint, raw, body
-        self.scope, self.receive, self.send = scope, receive, send
+        self.scope, self.receive = scope, receive
+        self.send = send if header(scope["headers"], PROOF) is not None else _taking_proof_out(send)
         self.wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
         self.tenant = tenant_of(
             self.options.fleet_secret, self.options.api_keys, header(scope["headers"], b"authorization")
@@ -111,6 +115,7 @@ class _Exchange:
         self.reach = storage_scope(
             self.tenant or "", body.get("cache_salt"), self.wishes.private or self.wishes.no_store
         )
+        self.mode = tightened(self.options.semantic, header(scope["headers"], b"x-hyperspace-semantic"))
         self.streams = bool(body.get("stream"))
         options = body.get("stream_options")
         self.wants_usage = self.streams and isinstance(options, dict) and bool(options.get("include_usage"))
@@ -131,11 +136,25 @@ class _Exchange:
                 if await self._answer_from(key, entry, now_ms):
                     return None
                 why = "stale"
+            elif await self._answer_from_similar():
+                return None
         if self.wishes.only_if_cached:
             return await self._find_or_refuse(key, why)
         return await self._compute(key, why)
 
     def _key(self) -> RequestKey | Uncacheable:
+        named = self._names()
+        return named if isinstance(named, Uncacheable) else request_key(self.endpoint, self.body, *named)
+
+    def _question(self) -> Question | None:
+        """The question of a request that has a key, if others may ask the same in other words."""
+        named = self._names() if self.mode is not None else Uncacheable("off")
+        if isinstance(named, Uncacheable):
+            return None
+        return question_of(self.endpoint, self.body, *named, self.options.acronyms)
+
+    def _names(self) -> tuple[bytes, bytes | None, str] | Uncacheable:
+        """Model digest, LoRA digest and tenant, or why the request can't have a key."""
         digest = None if self.cache.weights_changed else self.options.model_digest()
         model = self.body.get("model") or None
         if self.cache.lookup is None:
@@ -150,16 +169,40 @@ class _Exchange:
             return Uncacheable("unknown_model")
         if not self.options.cache_sampled and is_sampled(self.body):
             return Uncacheable("sampled")
-        return request_key(self.endpoint, self.body, digest, lora, self.tenant)
+        return digest, lora, self.tenant
 
     # --- answers that vLLM has no part in -------------------------------------------------------
 
-    async def _answer_from(self, key: RequestKey, entry: StoredResponse, now_ms: int) -> bool:
+    async def _answer_from_similar(self) -> bool:
+        """Replay the answer to another wording of the question; False, with nothing sent, when there is none."""
+        lookup, question = self.cache.lookup, self._question()
+        if lookup is None or question is None or self.mode is None:
+            return False
+        same = await lookup.find_canonical(question.canonical_key, self.options.clock())
+        if same is not None and await self._answer_from_key(same, "canonical"):
+            return True
+        if eligible(question.text) is not None:
+            return False
+        similar = await self.cache.node.find_similar(question, self.mode)
+        if isinstance(similar, str):
+            self.cache.metrics.similar.labels(similar).inc()
+            return False
+        self.cache.metrics.similar.labels("found").inc()
+        detail = f"semantic; similarity={similar.similarity:.3f}"
+        return await self._answer_from_key(RequestKey(similar.request_key), detail)
+
+    async def _answer_from_key(self, key: RequestKey, detail: str) -> bool:
+        now_ms = self.options.clock()
+        assert self.cache.lookup is not None
+        entry = self.cache.recent.newer(key, await self.cache.lookup.get(key, now_ms), now_ms)
+        return entry is not None and await self._answer_from(key, entry, now_ms, detail)
+
+    async def _answer_from(self, key: RequestKey, entry: StoredResponse, now_ms: int, detail: str = "exact") -> bool:
         """Replay an entry; False, with nothing sent, when it won't do."""
-        answer = self._render(entry, self.wants_usage, now_ms, "exact")
+        answer = self._render(entry, self.wants_usage, now_ms, detail)
         if answer is None:
             return False
-        self.cache.metrics.lookups.labels("hit", "local").inc()
+        self.cache.metrics.lookups.labels("hit", "local" if detail == "exact" else detail.partition(";")[0]).inc()
         self.cache.touches.add(key)
         for message in answer.messages():
             await self.send(message)
@@ -339,6 +382,7 @@ class _Exchange:
             self.options.engine_version[:256],
             self.options.ttl_ms,
             answer.body,
+            self._question(),
         )
         now_ms = self.options.clock()
         if not self.options.client.send(message):
@@ -371,6 +415,15 @@ def _as_vllm_reads(raw: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return body if isinstance(body, dict) else None
+
+
+def _taking_proof_out(send: Send) -> Send:
+    async def send_without_proof(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": without_proof(message.get("headers", ()))}
+        await send(message)
+
+    return send_without_proof
 
 
 def _adding_status(send: Send, status: bytes) -> Send:

@@ -13,22 +13,28 @@ from collections.abc import Iterable
 from itertools import count
 
 from ..core.records.ids import RequestKey
-from ..core.records.limits import RESPONSE_LOOKUPS_MAX
+from ..core.records.limits import RESPONSE_LOOKUPS_MAX, SIMILAR_LOOKUPS_MAX
 from ..core.records.local import (
     FindResponse,
+    FindSimilar,
     NodeMessage,
+    Question,
     Rejected,
     ReleaseResponse,
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
+    SimilarFound,
+    SimilarNotFound,
 )
+from ..core.response.guards import Mode
 from .options import NodeLink
 
 logger = logging.getLogger(__name__)
 
 HINT_S = 0.01  # a node that is well says within a millisecond or two whether it has a hint
 RACE_S = 3.0  # as long as the node goes on searching
+SIMILAR_S = 0.1  # an embedding takes some 5 ms, and more beside an engine that uses every core
 _USELESS_S = 1.0  # between lookups in a node that has nobody to ask
 _USELESS = ("off", "alone", "no_peers")
 _EAGER_S, _EAGER_FOR_S = 0.001, 0.03  # most answers of peers nearby come in that time
@@ -76,12 +82,14 @@ class Pending:
 
 
 class NodeLookup:
-    """The pending lookups of one process; they belong to one event loop."""
+    """The pending lookups of one process, of questions too; they belong to one event loop."""
 
     def __init__(self, client: NodeLink) -> None:
         self._client = client
         self._numbers = count(1)
         self._pending: dict[int, Pending] = {}
+        self._similar: dict[int, asyncio.Future[SimilarFound | str]] = {}
+        self._similar_not_before_s = 0.0
         self._epoch = 0  # of the session that the pending ones belong to
         self._silent = False  # the last one that should have had a hint got none in time, or was useless
         self._not_before_s = 0.0
@@ -111,10 +119,36 @@ class NodeLookup:
         else:
             pending.timers.append(loop.call_later(min(HINT_S, deadline_s), self._hint_overdue, pending))
         pending.timers.append(loop.call_later(deadline_s, self.overdue, pending))
-        self._eager_until_s = now_s + _EAGER_FOR_S
-        if self._poller is None or self._poller.done():
-            self._poller = loop.create_task(self._poll(), name="hyperspace-node-lookup")
+        self._look_out()
         return pending
+
+    async def find_similar(self, question: Question, mode: Mode) -> SimilarFound | str:
+        """The answer of a question like this one, or why there is none: within SIMILAR_S.
+
+        A node that says nothing in time, or that it does no such thing, isn't asked for a second.
+        """
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._similar_not_before_s or len(self._similar) >= SIMILAR_LOOKUPS_MAX:
+            return "busy"
+        if not self._client.connected:
+            return "no_node"
+        number = next(self._numbers) % (1 << 32)
+        if not self._client.send(FindSimilar(number, question, mode, round(SIMILAR_S * 1000))):
+            return "no_node"
+        answer = self._similar[number] = loop.create_future()
+        self._look_out()
+        found: SimilarFound | str
+        try:
+            async with asyncio.timeout(SIMILAR_S):
+                found = await asyncio.shield(answer)
+        except TimeoutError:
+            self._take(self._client.receive())  # a loop that was busy itself must not blame the node
+            found = answer.result() if answer.done() else "late"
+        finally:
+            self._similar.pop(number, None)
+        if found in ("late", "off"):
+            self._similar_not_before_s = loop.time() + _USELESS_S
+        return found
 
     def release(self, pending: Pending) -> None:
         """End a lookup without its answer, and tell the node; one that has ended is left alone."""
@@ -136,9 +170,16 @@ class NodeLookup:
             self._not_before_s = asyncio.get_running_loop().time() + _USELESS_S
         self.release(pending)
 
+    def _look_out(self) -> None:
+        """An answer may come any moment."""
+        loop = asyncio.get_running_loop()
+        self._eager_until_s = loop.time() + _EAGER_FOR_S
+        if self._poller is None or self._poller.done():
+            self._poller = loop.create_task(self._poll(), name="hyperspace-node-lookup")
+
     async def _poll(self) -> None:
         loop = asyncio.get_running_loop()
-        while self._pending:
+        while self._pending or self._similar:
             await asyncio.sleep(_EAGER_S if loop.time() < self._eager_until_s else _CALM_S)
             self._take(self._client.receive())
             if not self._client.connected or self._client.epoch != self._epoch:
@@ -161,6 +202,10 @@ class NodeLookup:
                     if self._silent:
                         self._not_before_s = asyncio.get_running_loop().time() + _USELESS_S
                     self._end(number, None)
+                case SimilarFound(number) | SimilarNotFound(number):
+                    answer = self._similar.get(number)
+                    if answer is not None and not answer.done():
+                        answer.set_result(message if isinstance(message, SimilarFound) else message.reason)
                 case Rejected():
                     pass  # the client has logged it
                 case _:

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Protocol
 
 from ..core.records.limits import RESPONSE_TTL_MS
-from ..core.records.local import FindResponse, NodeMessage, ReleaseResponse, StoreResponse, TouchResponses
+from ..core.records.local import (
+    FindResponse,
+    FindSimilar,
+    NodeMessage,
+    ReleaseResponse,
+    StoreResponse,
+    TouchResponses,
+)
+from ..core.response.canonical import ACRONYMS
+from ..core.response.semantic_key import Semantic
 
 
 class NodeLink(Protocol):
@@ -21,7 +30,7 @@ class NodeLink(Protocol):
     def epoch(self) -> int:
         """Changes with every new session."""
 
-    def send(self, message: StoreResponse | TouchResponses | FindResponse | ReleaseResponse) -> bool:
+    def send(self, message: StoreResponse | TouchResponses | FindSimilar | FindResponse | ReleaseResponse) -> bool:
         """Queue a message; False when it was dropped."""
 
     def receive(self) -> list[NodeMessage]:
@@ -54,6 +63,8 @@ class ResponseCacheOptions:
     force_include_usage: bool = False  # vLLM's --enable-force-include-usage: streams are not cached then
     store_streams: bool = True  # False where a stream lacks what a JSON answer has (--enable-return-routed-experts)
     cache_sampled: bool = True  # False: requests that sample without a seed are not cached
+    semantic: Semantic = "off"  # may a stored answer serve other wordings of its question, and how near must they be?
+    acronyms: Mapping[str, str] = field(default_factory=lambda: ACRONYMS)
     ttl_ms: int = RESPONSE_TTL_MS
     read_deadline_s: float = 0.25  # for the database; a disk that hangs is a miss
     network_deadline_s: float = 0.3  # for other nodes, where a request waits for them; 0: they aren't asked

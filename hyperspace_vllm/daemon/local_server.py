@@ -8,6 +8,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -35,6 +36,7 @@ from ..core.records.local import (
     LOCAL_PROTOCOL,
     ClientMessage,
     FindResponse,
+    FindSimilar,
     GetStatus,
     Goodbye,
     Heartbeat,
@@ -54,6 +56,8 @@ from ..core.records.local import (
     RequestEnded,
     RowStaged,
     SegmentNamed,
+    SimilarFound,
+    SimilarNotFound,
     Slab,
     StagingGranted,
     StagingUnused,
@@ -92,6 +96,16 @@ class Responses(Protocol):
         """Delete entries; never blocks (False: the queue is full)."""
 
 
+class Similar(Protocol):
+    """Who knows which stored responses answer a question in other words."""
+
+    def find(self, want: FindSimilar, answer: Callable[[SimilarFound | SimilarNotFound], None]) -> None:
+        """Look for one; `answer` is called once, from any thread. Never blocks."""
+
+    def remember(self, message: StoreResponse) -> None:
+        """Have a response with a question stored; never blocks."""
+
+
 @dataclass(slots=True)
 class _Session:
     route: bytes  # the ROUTER's name of its connection
@@ -123,6 +137,7 @@ class LocalServer:
         finder: ResponseFinder | None,
         served: Served,
         lease_ms: int = LEASE_MS,
+        similar: Similar | None = None,
     ) -> None:
         self._config = config
         self._identity = identity
@@ -134,6 +149,7 @@ class LocalServer:
         self._metrics = metrics
         self._response_lookups = ResponseLookups(finder, self._send)
         self._served = served
+        self._similar = similar
         self._lease_s = lease_ms / 1000
         self._epoch = secrets.randbits(63)
         self._sessions: dict[bytes, _Session] = {}  # by route
@@ -357,15 +373,20 @@ class LocalServer:
                 self._served.prefixes(session.key, message)
             case StoreResponse():
                 self._served.model(session.key, message.model_digest)
-                if self._responses is not None:
-                    reach = self._config.share if message.scope == "network" else message.scope
-                    self._responses.store(msgspec.structs.replace(message, scope=reach))
+                reach = self._config.share if message.scope == "network" else message.scope
+                message = msgspec.structs.replace(message, scope=reach)
+                if self._similar is not None and message.question is not None:
+                    self._similar.remember(message)
+                elif self._responses is not None:
+                    self._responses.store(message)
             case TouchResponses(request_keys):
                 if self._responses is not None:
                     self._responses.touch(request_keys)
             case PurgeResponses(request_keys):
                 if self._responses is not None:
                     self._responses.purge(request_keys)
+            case FindSimilar():
+                self._find_similar(session.route, message)
             case FindResponse():
                 self._served.model(session.key, message.model_digest)
                 self._response_lookups.find(session.route, message)
@@ -377,6 +398,17 @@ class LocalServer:
                 raise AssertionError("handled before")
             case _:
                 assert_never(message)
+
+    def _find_similar(self, route: bytes, want: FindSimilar) -> None:
+        if self._similar is None:
+            self._send(route, SimilarNotFound(want.lookup, "off"))
+            return
+
+        def answer(found: SimilarFound | SimilarNotFound) -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._send, route, found)
+
+        self._similar.find(want, answer)
 
     def _grant(self, session: _Session, want: WantStaging) -> None:
         if all(part.row_bytes != want.row_bytes for part in session.registered_layout().parts):

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .chunk_transport import ChunkTransport
     from .driver import Driver
     from .response_store import ResponseStore
+    from .similar import SimilarQuestions
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +127,7 @@ class _Node:
         self._cache = RowCache(arena)
         self._joined = Network(config, self._identity, self._metrics)
         self._responses = self._open_responses(parts) if config.response_cache else None
+        self._similar = self._open_similar(self._responses, parts) if self._responses else None
         self._driver = driver = await self._open_data_plane(parts) if config.kv_cache else None
         submit: Callable[[Event], None] = driver.submit if driver else lambda event: None
         served = Served(self._network, self._joined.served)
@@ -139,6 +142,7 @@ class _Node:
             self._metrics,
             self._joined,
             served,
+            similar=self._similar,
         )
         if driver:
             driver.server = self._server
@@ -179,6 +183,24 @@ class _Node:
         )
         parts.callback(store.close)
         return store
+
+    def _open_similar(self, responses: "ResponseStore", parts: AsyncExitStack) -> "SimilarQuestions | None":
+        config = self._config
+        if config.semantic == "off":
+            return None
+        try:
+            from .similar import SimilarQuestions
+        except ImportError as error:
+            logger.error("semantic hits are off: %s; pip install hyperspace-vllm[semantic]", error)
+            return None
+        from ..core.response.canonical import ACRONYMS
+        from .embedding import load_embedder
+
+        acronyms = {**ACRONYMS, **config.acronym_table}
+        load = partial(load_embedder, config.semantic_model)
+        similar = SimilarQuestions(database_path(config.data_dir), load, acronyms, responses.store)
+        parts.callback(similar.close)
+        return similar
 
     async def _open_data_plane(self, parts: AsyncExitStack) -> "Driver":
         from ..core.node.node import Node
@@ -268,6 +290,7 @@ class _Node:
                     "rows": len(self._cache),
                 },
                 "responses": self._responses.stats() if self._responses else None,
+                "similar": self._similar.stats() if self._similar else None,
                 **(self._driver.status() if self._driver else {}),
                 "metrics": [
                     {"name": sample.name, "labels": sample.labels, "value": sample.value}

@@ -26,10 +26,11 @@ from ..core.records.ids import NetworkId, RequestKey
 from ..core.records.limits import RESPONSE_TTL_MS, STORE_QUEUE_BYTES_MAX, MiB
 from ..core.records.local import Scope, StoreResponse
 from ..core.response.cache_proof import make_proof, request_hash
-from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION
+from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded
 from .response_news import Listener, News, Retelling, Told
 
 _ENTRY_OVERHEAD_BYTES = 1024  # proof, key, index entries and the tail of a page
+_QUESTION_OVERHEAD_BYTES = 256  # its keys and the index entry
 _TOUCHES_MAX = 65_536
 _EXPIRE_EVERY_MS = 60_000
 # What lies there at the start is told at 1,000 entries a second: a registry's 20,000 in 20 s, at some 2 % of the loop.
@@ -41,6 +42,10 @@ INSERT INTO entries (request_key, proof, computed_at_ms, expires_at_ms, size, la
 VALUES (?, ?, ?, ?, ?, ?, 0, ?)
 """
 
+_INSERT_QUESTION = """
+INSERT INTO questions (id, partition, canonical_key, question, embedder, vectors) VALUES (?, ?, ?, ?, ?, ?)
+"""
+
 
 class Signer(Protocol):
     """What the store needs of the node's identity."""
@@ -48,6 +53,14 @@ class Signer(Protocol):
     @property
     def signing_key(self) -> SigningKey:
         """The node's Ed25519 key."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """A response of this node's engines; `embedded` is of its question."""
+
+    message: StoreResponse
+    embedded: Embedded | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +82,7 @@ class _Purge:
     request_keys: tuple[bytes, ...]
 
 
-_Task = StoreResponse | _Fetched | _Purge
+_Task = _Computed | _Fetched | _Purge
 
 
 class _Damaged(sqlite3.DatabaseError):
@@ -119,9 +132,12 @@ class ResponseStore:
         self._thread = threading.Thread(target=self._run, name="hyperspace-responses", daemon=True)
         self._thread.start()
 
-    def store(self, message: StoreResponse) -> bool:
-        """Queue a response; False if it was dropped because the writer is behind or it exceeds the quota."""
-        return self._enqueue(message)
+    def store(self, message: StoreResponse, embedded: Embedded | None = None) -> bool:
+        """Queue a response; False if it was dropped because the writer is behind or it exceeds the quota.
+
+        With the vectors of its question, if it has one, other questions find it.
+        """
+        return self._enqueue(_Computed(message, embedded))
 
     def store_fetched(
         self,
@@ -312,11 +328,12 @@ class ResponseStore:
         if now_ms >= self._next_expiry_ms:
             self._next_expiry_ms = now_ms + _EXPIRE_EVERY_MS
             expired = _delete(database, "expires_at_ms <= ?", now_ms, news)
-        stored = sum(isinstance(message, StoreResponse) for message in batch)
+        stored = sum(isinstance(message, _Computed) for message in batch)
         evicted = self._evict(database, news)
         return {"stored": stored, "fetched": fetched, "expired": expired, "evicted": evicted, "purged": purged}
 
-    def _insert_computed(self, database: sqlite3.Connection, message: StoreResponse, now_ms: int, news: News) -> None:
+    def _insert_computed(self, database: sqlite3.Connection, task: _Computed, now_ms: int, news: News) -> None:
+        message = task.message
         key = RequestKey(message.request_key)
         proof = make_proof(
             self._identity.signing_key,
@@ -329,8 +346,12 @@ class ResponseStore:
         )
         expires_at_ms = now_ms + min(self._ttl_ms, message.ttl_ms)
         _delete(database, "request_key = ?", key, news)
-        values = (key, proof.encode(), now_ms, expires_at_ms, _size(message), now_ms, message.scope)
-        _insert(database, values, message.body)
+        values = (key, proof.encode(), now_ms, expires_at_ms, _size(task), now_ms, message.scope)
+        number = _insert(database, values, message.body)
+        if (question := message.question) is not None:
+            named = task.embedded or Embedded("", b"")
+            asked = (number, question.partition, question.canonical_key, question.text)
+            database.execute(_INSERT_QUESTION, (*asked, named.embedder or None, named.vectors or None))
         if message.scope != "private" and expires_at_ms > now_ms:
             news.stored(Told(proof.request_hash, expires_at_ms, True))
 
@@ -372,15 +393,24 @@ class ResponseStore:
                 self._counts[name] += increment
 
 
-def _size(message: _Task) -> int:
-    if isinstance(message, _Purge):
-        return 32 * len(message.request_keys)
-    return len(message.body) + _ENTRY_OVERHEAD_BYTES
+def _size(task: _Task) -> int:
+    """Bytes in the queue and, of what is stored, in the database."""
+    if isinstance(task, _Purge):
+        return 32 * len(task.request_keys)
+    if isinstance(task, _Fetched):
+        return len(task.body) + _ENTRY_OVERHEAD_BYTES
+    size = len(task.message.body) + _ENTRY_OVERHEAD_BYTES
+    if (question := task.message.question) is not None:
+        size += len(question.text) + _QUESTION_OVERHEAD_BYTES
+    return size + (len(task.embedded.vectors) if task.embedded else 0)
 
 
-def _insert(database: sqlite3.Connection, values: tuple[object, ...], body: bytes) -> None:
+def _insert(database: sqlite3.Connection, values: tuple[object, ...], body: bytes) -> int:
+    """The new entry's id."""
     cursor = database.execute(_INSERT, values)
     database.execute("INSERT INTO bodies (id, body) VALUES (?, ?)", (cursor.lastrowid, body))
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid
 
 
 def _delete(database: sqlite3.Connection, where: str, value: int | bytes, news: News) -> int:

@@ -32,7 +32,7 @@ BOOTSTRAPS = 3  # with one, whoever returns without its data while that one is d
 
 
 class Fleet:
-    """`size` hosts, none of them booted; the first few are whom everybody knows. `liars` says which ones lie, and how."""
+    """`size` hosts, none of them booted; everybody knows the first few. `liars` says which ones lie, and how."""
 
     def __init__(self, size: int, seed: int, liars: dict[int, Kind]) -> None:
         self.seed = seed

@@ -104,6 +104,7 @@ class _Server:
         from ..api.options import ResponseCacheOptions
         from ..client import NodeClient
         from ..core.records.ids import network_id
+        from ..core.response.canonical import ACRONYMS
         from ..response_db import database_path
         from .fingerprint import adapter_digest, model_digest
         from .inherited import Inherited
@@ -126,6 +127,8 @@ class _Server:
             force_include_usage=bool(args.enable_force_include_usage),
             store_streams=not getattr(args, "enable_return_routed_experts", False),
             cache_sampled=config.sampled == "cache",
+            semantic=config.semantic,
+            acronyms={**ACRONYMS, **config.acronym_table},
             ttl_ms=config.response_ttl_s * 1000,
             network_deadline_s=config.network_deadline_ms / 1000,
         )

@@ -35,6 +35,8 @@ FLIGHTS_BYTES_MAX = 256 * MiB  # all of them together: 1024 answers of 256 KiB
 FLIGHT_WINDOW_BYTES = 64 * KiB  # how far a computation may run ahead of its fastest reader
 RECENT_BYTES_MAX = 32 * MiB  # answers on their way to the database, kept by the API server that sent them
 RECENT_MS = 5_000
+QUESTION_CHARS_MAX = 4 * KiB  # 256 words of at most 16 characters, nearly three times the usual
+SIMILAR_LOOKUPS_MAX = 64  # questions of one node waiting to be embedded, x 5 ms: the deadline of the last one is over
 STORE_QUEUE_BYTES_MAX = 64 * MiB  # responses waiting for the one writer
 
 # --- sockets ------------------------------------------------------------------------------------

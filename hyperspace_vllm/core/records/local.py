@@ -17,12 +17,13 @@ from .limits import (
     LOCAL_MESSAGE_BYTES_MAX,
     LOOKUP_ROWS_MAX,
     PROMPT_SEGMENTS_MAX,
+    QUESTION_CHARS_MAX,
     RESPONSE_BYTES_MAX,
     ROW_BYTES_MAX,
     VRAM_SEGMENTS_MAX,
 )
 
-LOCAL_PROTOCOL = 3
+LOCAL_PROTOCOL = 4
 NAME_CHARS_MAX = 256
 PURGED_KEYS_MAX = 4096
 
@@ -48,6 +49,18 @@ class Slab(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offset: U63
     length: Annotated[int, Meta(ge=1, le=ROW_BYTES_MAX)]
     generation: U63
+
+
+class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a request asks, as far as others may ask the same in other words.
+
+    `partition` names everything else about the request, its tenant included: only questions of one partition are
+    compared. `canonical_key` is that of its normalised form (core/response/semantic_key.py).
+    """
+
+    partition: Bytes32
+    canonical_key: Bytes32
+    text: Annotated[str, Meta(max_length=QUESTION_CHARS_MAX)]
 
 
 # --- client to node -----------------------------------------------------------------------------
@@ -150,7 +163,10 @@ class PrefixesInMemory(_Message, tag="prefixes_in_memory", frozen=True):
 
 
 class StoreResponse(_Message, tag="store_response", frozen=True):
-    """Store a finished response; the node signs its CacheProof. Nothing is answered."""
+    """Store a finished response; the node signs its CacheProof. Nothing is answered.
+
+    With a `question` it may answer questions like it as well.
+    """
 
     request_key: Bytes32
     scope: Scope
@@ -158,6 +174,7 @@ class StoreResponse(_Message, tag="store_response", frozen=True):
     engine_version: Name
     ttl_ms: U63
     body: Annotated[bytes, Meta(max_length=RESPONSE_BYTES_MAX)]
+    question: Question | None = None
 
 
 class TouchResponses(_Message, tag="touch_responses", frozen=True):
@@ -170,6 +187,19 @@ class PurgeResponses(_Message, tag="purge_responses", frozen=True):
     """Delete these responses. Nothing is answered: the database shows when it is done."""
 
     request_keys: Annotated[tuple[Bytes32, ...], Meta(max_length=PURGED_KEYS_MAX)]
+
+
+class FindSimilar(_Message, tag="find_similar", frozen=True):
+    """Find a stored response of the question's partition that answers the question too, by `mode`'s guards.
+
+    `lookup` is unique among the session's unfinished ones, FindResponse's included. Answered by SimilarFound or
+    SimilarNotFound; after `deadline_ms` nobody listens.
+    """
+
+    lookup: U32
+    question: Question
+    mode: Literal["strict", "balanced"]
+    deadline_ms: U32
 
 
 class FindResponse(_Message, tag="find_response", frozen=True):
@@ -211,6 +241,7 @@ ClientMessage = (
     | StoreResponse
     | TouchResponses
     | PurgeResponses
+    | FindSimilar
     | FindResponse
     | ReleaseResponse
     | GetStatus
@@ -270,6 +301,24 @@ class PrefixAnswer(_Message, tag="prefix_answer", frozen=True):
     reason: Name
 
 
+class SimilarFound(_Message, tag="similar_found", frozen=True):
+    """The response of `request_key`, in this node's database, answers the question too.
+
+    `similarity` is the cosine, the larger of that of the questions as asked and of their canonical forms.
+    """
+
+    lookup: U32
+    request_key: Bytes32
+    similarity: Annotated[float, Meta(ge=-1.01, le=1.01)]
+
+
+class SimilarNotFound(_Message, tag="similar_not_found", frozen=True):
+    """None does. `reason`: off (asking again soon is useless), busy, far, or the guard that refused the nearest."""
+
+    lookup: U32
+    reason: Name
+
+
 class ResponseHint(_Message, tag="response_hint", frozen=True):
     """Whether somebody is known to have the response: then it is worth waiting for, else worth a race at most."""
 
@@ -319,6 +368,8 @@ NodeMessage = (
     | LeaseLost
     | StagingGranted
     | PrefixAnswer
+    | SimilarFound
+    | SimilarNotFound
     | ResponseHint
     | ResponseFound
     | ResponseNotFound

@@ -15,10 +15,10 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
+from ..records.limits import QUESTION_CHARS_MAX
 from .guard_words import word_set
 
 WORDS_MAX = 256  # of a question, between white space; a longer text is a document
-CHARS_MAX = 16 * WORDS_MAX  # of a question: nearly three times the usual 6 a word
 
 # Written in capitals, each of these has one reading. Operators add their own; those with several (CNN, PM) stay out.
 ACRONYMS: dict[str, str] = {
@@ -157,7 +157,7 @@ def plain_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
 
 
 def _is_verbatim(text: str) -> bool:
-    if len(text) > CHARS_MAX or not text.strip():
+    if len(text) > QUESTION_CHARS_MAX or not text.strip():
         return True
     return (
         "\n" in text.strip()

@@ -355,6 +355,24 @@ hour time quarter semester monday tuesday wednesday thursday friday saturday sun
 """)
 DEICTIC_PHRASES = ("so far", "these days", "at the moment", "as of", "to date")
 
+# One of these is in nearly every English question, and in hardly any of another language.
+ENGLISH = word_set("""
+what who whom whose which when where why how is are was were the of and to for with from by does did should would could
+explain describe define tell give list there your my you they it this that between have has had get if than about
+""")
+
+# A system prompt with one of these works on the user's text, whose wording then matters.
+TEXT_WORK = word_set("""
+translate translates translating translation translator interpreter rewrite rewrites rewriting rephrase rephrases
+paraphrase paraphrases reword summarize summarise summarizes summary classify classifies classifier classification
+categorize correct corrects correction corrector grammar spelling spell proofread proofreader edit editor edits extract
+extracts extraction label labels sentiment repeat repeats echo count counts convert converts converter format
+transcribe autocomplete complete completes continue continues completion input text sentence sentences word words
+letter letters characters quote verbatim message messages phrase phrases tag tags detect parse parser prompt query
+queries keyword keywords search sql code language languages terminal shell console interpreter compiler function
+functions roleplay character game pretend act
+""")
+
 IMPERATIVES = word_set("""
 explain describe define tell give show list write translate summarize summarise compare contrast convert calculate
 compute solve create generate make find name suggest recommend help fix implement prove derive draw plan outline

@@ -11,13 +11,15 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
-from .canonical import CHARS_MAX, WORDS_MAX, canonical_question
+from ..records.limits import QUESTION_CHARS_MAX
+from .canonical import WORDS_MAX, canonical_question
 from .guard_words import (
     CURRENCIES,
     DEICTIC,
     DEICTIC_DETERMINERS,
     DEICTIC_PERIODS,
     DEICTIC_PHRASES,
+    ENGLISH,
     FUNCTION,
     KINDS,
     LANGUAGES,
@@ -52,12 +54,17 @@ _DEICTIC = re.compile(
 
 
 def eligible(text: str) -> str | None:
-    """Why a question takes no part in semantic hits ("empty", "too_long", "deictic"); None if it does."""
+    """Why a question takes no part in semantic hits ("empty", "too_long", "not_english", "deictic"); None if it does.
+
+    The guards read English: of another language they would see neither negation nor names.
+    """
     if not text.strip():
         return "empty"
-    if len(text) > CHARS_MAX or len(text.split()) > WORDS_MAX:
+    if len(text) > QUESTION_CHARS_MAX or len(text.split()) > WORDS_MAX:
         return "too_long"
     words = re.findall(r"[\w']+", _LIMITS.sub("", text.lower()))
+    if not ENGLISH & {word.partition("'")[0] for word in words}:
+        return "not_english"
     if DEICTIC & set(words) or _DEICTIC.search(text) or _points_outside(text, words):
         return "deictic"
     return None

@@ -166,7 +166,7 @@ def request_key(
     for refusal in (_forbidden(body), _neutral_of_wrong_type(body), _stream_conflict(body), _media(body)):
         if refusal is not None:
             return refusal
-    fields = _canonical_fields(endpoint, body)
+    fields = canonical_fields(endpoint, body)
     if isinstance(fields, Uncacheable):
         return fields
     try:
@@ -278,7 +278,8 @@ def _named_by_its_bytes(part: Mapping[str, object]) -> bool:
     return isinstance(url, str) and url.startswith("data:")
 
 
-def _canonical_fields(endpoint: Endpoint, body: Mapping[str, object]) -> dict[str, object] | Uncacheable:
+def canonical_fields(endpoint: Endpoint, body: Mapping[str, object]) -> dict[str, object] | Uncacheable:
+    """The fields of a request that reach its answer, without those at their defaults."""
     known = KEYED[endpoint]
     body = _one_token_limit(body) if endpoint == "chat" else body
     fields: dict[str, object] = {}

@@ -1,0 +1,97 @@
+"""Which requests ask a plain question, and the names that such a question has beside its RequestKey.
+
+    partition      everything but the question: model, weights, parameters, system prompt, salt, tenant
+    canonical key  the partition and the question's canonical form (canonical.py)
+
+Context: an answer may serve another wording of its question only if nothing but the question differs, and only if the
+model was to answer it, not to work on its text. Choice: an allow-list, which fails closed: one user message of text,
+a system prompt at most before it, and parameters of sampling. Rejected: whole conversations, in which a few words
+("And why?") ask what stands elsewhere. Cost: those, and requests with tools or a structured output, have exact
+hits alone.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from ..records.ids import sha256
+from ..records.limits import QUESTION_CHARS_MAX
+from ..records.local import Question
+from .canonical import canonical_question
+from .guard_words import TEXT_WORK, word_set
+from .guards import Mode
+from .request_key import Endpoint, Uncacheable, canonical_fields, request_key
+
+Semantic = Literal["off", "strict", "balanced"]
+
+_PARTITION_TAG = b"hyperspace/partition/1"
+_CANONICAL_TAG = b"hyperspace/canonical-question/1"
+_STRICTNESS: tuple[Semantic, ...] = ("balanced", "strict", "off")
+
+_FIELDS = word_set("""
+model messages temperature top_p top_k min_p seed stop max_tokens max_completion_tokens min_tokens ignore_eos
+frequency_penalty presence_penalty repetition_penalty cache_salt reasoning_effort include_reasoning
+thinking_token_budget chat_template_kwargs
+""")
+
+
+def tightened(server: Semantic, wish: str | None) -> Mode | None:
+    """The mode for a request: the server's, or a stricter one that the caller wants; None: exact hits alone.
+
+    A wish that we don't know is taken for the strictest.
+    """
+    wanted = "off" if wish is None else wish.strip().lower()
+    asked: Semantic = server if wish is None else next((mode for mode in _STRICTNESS if mode == wanted), "off")
+    stricter = max(server, asked, key=_STRICTNESS.index)
+    return None if stricter == "off" else stricter
+
+
+def question_of(
+    endpoint: Endpoint,
+    body: Mapping[str, object],
+    model_digest: bytes,
+    lora: bytes | None,
+    tenant: str,
+    acronyms: Mapping[str, str],
+) -> Question | None:
+    """The question of a request that has a RequestKey, or None if it isn't plain. Arguments as of `request_key`."""
+    fields = canonical_fields(endpoint, body) if endpoint == "chat" else {}
+    if isinstance(fields, Uncacheable) or not fields or fields.keys() - _FIELDS:
+        return None
+    messages = body["messages"]
+    if not isinstance(messages, list) or not messages:
+        return None
+    *before, last = messages
+    text = _only_text(last, ("user",))
+    if text is None or not text.strip() or len(text) > QUESTION_CHARS_MAX:
+        return None
+    if len(before) > 1 or any(not _sets_the_scene(message) for message in before):
+        return None
+    rest = request_key(endpoint, {**body, "messages": [*before, {"role": "user"}]}, model_digest, lora, tenant)
+    if isinstance(rest, Uncacheable):
+        return None
+    partition = sha256(_PARTITION_TAG, rest)
+    canonical = canonical_question(text, acronyms).encode()
+    return Question(partition, sha256(_CANONICAL_TAG, partition, canonical), text)
+
+
+def _only_text(message: object, roles: tuple[str, ...]) -> str | None:
+    """The text of a message that has nothing else."""
+    if not isinstance(message, dict) or message.keys() != {"role", "content"} or message["role"] not in roles:
+        return None
+    content = message["content"]
+    if isinstance(content, list) and len(content) == 1:
+        (part,) = content
+        content = part["text"] if isinstance(part, dict) and part.keys() == {"type", "text"} else None
+    return content if isinstance(content, str) and _is_unicode(content) else None
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON may hold lone surrogates, which UTF-8 has no bytes for."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _sets_the_scene(message: object) -> bool:
+    """Whether a system prompt says how to answer, and not what to do with the user's text."""
+    text = _only_text(message, ("system", "developer"))
+    return text is not None and text.isascii() and not TEXT_WORK & set(re.findall(r"[a-z]+", text.lower()))

@@ -1,0 +1,149 @@
+"""Questions in other words, answered by the response cache in front of a real server, with the real embedder."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperspace_vllm.api import node_lookup
+
+from .cached_server import CHAT_PATH, STREAM, USAGE, Bench, MakeBench, benches, text_of
+
+pytestmark = pytest.mark.io
+
+
+def chat(question: str, **more: object) -> dict[str, Any]:
+    return {"model": "base", "messages": [{"role": "user", "content": question}], **more}
+
+
+@pytest.fixture
+async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
+    async with benches(tmp_path) as make:
+        yield make
+
+
+@pytest.fixture
+async def bench(make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(node_lookup, "SIMILAR_S", 5.0)  # not the subject here, and the machine may be busy
+    return await make_bench(semantic="balanced")
+
+
+async def detail_of(bench: Bench, body: dict[str, Any], path: str = CHAT_PATH, **headers: str) -> str:
+    """What Cache-Status says of the answer, after "hyperspace; "."""
+    answer = await bench.ask(body, path, **headers)
+    return ";".join(part for part in answer.headers["cache-status"].split(";")[1:] if " ttl=" not in part).strip()
+
+
+@pytest.mark.parametrize("asked_as", [{}, STREAM, STREAM | USAGE])
+async def test_an_answer_serves_other_spellings_and_other_wordings(bench: Bench, asked_as: dict[str, Any]) -> None:
+    first = await bench.ask(chat("What is ML?"))
+    await bench.stored(1)
+    same = await bench.ask(chat("Please explain machine learning.") | asked_as)
+    assert same.headers["cache-status"].endswith("; detail=canonical")
+    assert text_of(same) == text_of(first)
+    other = await bench.ask(chat("How do I learn to play the guitar?"))
+    await bench.stored(2)
+    similar = await bench.ask(chat("How can I learn to play guitar?") | asked_as)
+    status, _, similarity = similar.headers["cache-status"].partition("; detail=semantic; similarity=")
+    assert status.startswith("hyperspace; hit; ttl=86")
+    assert 0.92 <= float(similarity) <= 1
+    assert text_of(similar) == text_of(other)
+    assert len(bench.upstream.bodies) == 2
+
+
+async def test_near_misses_are_computed_and_stored_for_themselves(bench: Bench) -> None:
+    for question in (
+        "Is it safe to take ibuprofen?",
+        "Is it unsafe to take ibuprofen?",
+        "Is it safe to take 2 ibuprofen?",
+        "Is it safe to take aspirin?",
+    ):
+        assert await detail_of(bench, chat(question)) == "fwd=uri-miss; stored"
+    await bench.stored(4)
+
+
+async def test_what_belongs_to_one_moment_is_not_compared(bench: Bench) -> None:
+    await bench.ask(chat("What is the latest news about Mars?"))
+    await bench.stored(1)
+    assert await detail_of(bench, chat("What are the latest news about Mars?")) == "fwd=uri-miss; stored"
+    assert bench.node.compared == []
+
+
+@pytest.mark.parametrize(
+    ("wish", "spelling", "wording"),
+    [
+        ("balanced", "hit; detail=canonical", "hit; detail=semantic"),
+        ("strict", "hit; detail=canonical", "fwd=uri-miss"),
+        ("off", "fwd=uri-miss", "fwd=uri-miss"),
+        ("nonsense", "fwd=uri-miss", "fwd=uri-miss"),
+    ],
+)
+async def test_a_caller_may_want_it_stricter(bench: Bench, wish: str, spelling: str, wording: str) -> None:
+    await bench.ask(chat("When did World War II end?"))
+    await bench.stored(1)
+    bench.node.compared.clear()
+    same, other = chat("please tell me when did World War II end"), chat("In what year did World War II end?")
+    assert (await detail_of(bench, other, x_hyperspace_semantic=wish)).startswith(wording)
+    assert [message.mode for message in bench.node.compared] == ([wish] if "hit" in spelling else [])
+    assert (await detail_of(bench, same, x_hyperspace_semantic=wish)).startswith(spelling)
+    assert len(bench.node.compared) == ("hit" in spelling)
+
+
+async def test_who_is_stricter_leaves_nothing_for_the_others(bench: Bench) -> None:
+    await bench.ask(chat("What is ML?"), x_hyperspace_semantic="off")
+    await bench.stored(1)
+    assert await detail_of(bench, chat("Explain machine learning")) == "fwd=uri-miss; stored"
+    assert (await detail_of(bench, chat("What is ML?"))).startswith("hit; detail=exact")
+
+
+async def test_a_server_that_was_not_asked_to_compares_nothing(make_bench: MakeBench) -> None:
+    bench = await make_bench()
+    await bench.ask(chat("What is ML?"))
+    await bench.stored(1)
+    wish = {"x_hyperspace_semantic": "balanced"}
+    assert await detail_of(bench, chat("Explain machine learning"), **wish) == "fwd=uri-miss; stored"
+    assert bench.node.compared == []
+
+
+async def test_cache_control_holds_for_other_wordings_too(bench: Bench) -> None:
+    await bench.ask(chat("What is ML?"))
+    await bench.stored(1)
+    again = chat("Explain machine learning")
+    assert (await detail_of(bench, again, cache_control="only-if-cached")).startswith("hit; detail=canonical")
+    assert await detail_of(bench, again, cache_control="no-store") == "fwd=request; detail=no-store"
+    assert (await detail_of(bench, again, cache_control="no-cache")).startswith("fwd=request")
+    assert (await detail_of(bench, again, cache_control="min-fresh=99999999")).startswith("fwd=")
+
+
+@pytest.mark.parametrize("other", [{"cache_salt": "x"}, {"temperature": 0.1}, {"max_tokens": 7}])
+async def test_other_parameters_are_another_world(bench: Bench, other: dict[str, Any]) -> None:
+    await bench.ask(chat("What is ML?"))
+    await bench.stored(1)
+    assert await detail_of(bench, chat("Explain machine learning", **other)) == "fwd=uri-miss; stored"
+
+
+async def test_tenants_do_not_share_meanings(make_bench: MakeBench) -> None:
+    bench = await make_bench(semantic="balanced", api_keys=("a", "b"))
+    await bench.ask(chat("What is ML?"), authorization="Bearer a")
+    await bench.stored(1)
+    again = chat("Explain machine learning")
+    assert await detail_of(bench, again, authorization="Bearer b") == "fwd=uri-miss; stored"
+    assert (await detail_of(bench, again, authorization="Bearer a")).startswith("hit; detail=canonical")
+
+
+async def test_a_node_that_says_nothing_is_not_waited_for_again(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_lookup, "SIMILAR_S", 0.05)
+    bench = await make_bench(semantic="strict")
+    node = bench.node
+    assert node.similar is not None
+    monkeypatch.setattr(node.similar, "find", lambda want, answer: None)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    for number in range(10):
+        await bench.ask(chat(f"Why is the number {number} odd?"))
+    assert len(node.compared) == 1
+    assert loop.time() - started < 1.0

@@ -1,0 +1,192 @@
+"""Questions like others: embedded, stored and found again, by the embedder and the database that nodes use."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nacl.signing import SigningKey
+
+from hyperspace_vllm.core.records.ids import RequestKey, network_id, sha256
+from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
+from hyperspace_vllm.core.records.local import FindSimilar, Question, SimilarFound, SimilarNotFound, StoreResponse
+from hyperspace_vllm.core.response.canonical import ACRONYMS
+from hyperspace_vllm.core.response.guards import Mode
+from hyperspace_vllm.core.response.semantic import CANDIDATES_MAX, COSINE_MIN
+from hyperspace_vllm.daemon.embedding import Embedder, EmbedderMissing, load_embedder
+from hyperspace_vllm.daemon.question_index import QuestionIndex, quantized
+from hyperspace_vllm.daemon.response_store import ResponseStore
+from hyperspace_vllm.daemon.similar import SimilarQuestions
+
+from .network_nodes import until
+
+DIMENSIONS = 384
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    until(true, timeout_s=30)
+
+
+def key(number: int) -> RequestKey:
+    return RequestKey(sha256(b"%d" % number))
+
+
+def vectors_near(center: np.ndarray, count: int, spread: float, rng: np.random.Generator) -> np.ndarray:
+    """float32 [count, 2, dimensions] of length 1."""
+    found = center + spread * rng.standard_normal((count, 2, DIMENSIONS)).astype(np.float32)
+    return found / np.linalg.norm(found, axis=2, keepdims=True)
+
+
+def test_the_nearest_are_those_of_an_exact_search() -> None:
+    rng = np.random.default_rng(1)
+    center = vectors_near(np.zeros(DIMENSIONS, np.float32), 1, 1.0, rng)[0]
+    stored = np.concatenate(
+        [vectors_near(center, 100, spread, rng) for spread in (0.01, 0.02, 0.025, 0.03)]
+    )  # cosines around 0.98, 0.92, 0.89 and 0.84
+    index = QuestionIndex(DIMENSIONS)
+    for number, vectors in enumerate(stored):
+        index.add(key(number), b"p", str(number), quantized(vectors))
+    exact = np.einsum("nij,ij->ni", stored, center).max(axis=1)
+    best = [int(candidate.question) for candidate in index.nearest(b"p", quantized(center))]
+    assert len(best) == CANDIDATES_MAX
+    np.testing.assert_allclose(exact[best], np.sort(exact)[::-1][:CANDIDATES_MAX], atol=0.005)
+    for candidate in index.nearest(b"p", quantized(center)):
+        assert abs(candidate.similarity - exact[int(candidate.question)]) < 0.005
+
+
+def test_only_near_questions_of_the_same_partition_are_candidates() -> None:
+    rng = np.random.default_rng(2)
+    (far, near) = vectors_near(np.zeros(DIMENSIONS, np.float32), 2, 1.0, rng)
+    index = QuestionIndex(DIMENSIONS)
+    index.add(key(1), b"p", "near", quantized(near))
+    index.add(key(2), b"p", "far", quantized(far))
+    index.add(key(3), b"q", "elsewhere", quantized(near))
+    (candidate,) = index.nearest(b"p", quantized(near))
+    assert (candidate.question, candidate.key) == ("near", key(1))
+    assert candidate.similarity > 0.99 > COSINE_MIN
+    assert index.nearest(b"r", quantized(near)) == []
+
+
+def test_an_index_that_is_full_forgets_the_oldest_and_removes_by_key() -> None:
+    rng = np.random.default_rng(3)
+    vectors = [quantized(each) for each in vectors_near(np.zeros(DIMENSIONS, np.float32), 60, 1.0, rng)]
+    index = QuestionIndex(DIMENSIONS, questions_max=40)
+    for number, each in enumerate(vectors):
+        index.add(key(number), b"p" if number % 3 else b"q", str(number), each)
+    for number in range(25, 50, 5):
+        index.remove(key(number))
+    index.remove(key(7))
+    assert len(index) == 35
+    for number, each in enumerate(vectors):
+        found = index.nearest(b"p" if number % 3 else b"q", each)
+        gone = number < 20 or number in range(25, 50, 5)
+        assert [candidate.question for candidate in found] == ([] if gone else [str(number)])
+    for number in range(60):
+        index.remove(key(number))
+    assert len(index) == 0
+    assert index.nearest(b"p", vectors[1]) == []
+
+
+def test_vectors_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"vectors: expected int8 \[2, 384\], got \[2, 768\]"):
+        QuestionIndex(DIMENSIONS).add(key(1), b"p", "x", np.zeros((2, 768), np.int8))
+
+
+# --- with the embedder and the database ---------------------------------------------------------
+
+
+class Signer:
+    signing_key = SigningKey(bytes(32))
+
+
+class Place:
+    """A node's database, with what compares its questions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path / "responses.sqlite"
+        self.store = ResponseStore(self.path, 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test"))
+        self.similar = SimilarQuestions(self.path, load_embedder, ACRONYMS, self.store.store)
+        eventually(lambda: self.similar.stats()["state"] == "on")
+
+    def remember(self, text: str, number: int, partition: bytes = bytes(32)) -> None:
+        question = Question(partition, sha256(text.encode()), text)
+        stored = self.store.stats()["stored"]
+        self.similar.remember(StoreResponse(key(number), "network", bytes(32), "v", RESPONSE_TTL_MS, b"{}", question))
+        eventually(lambda: self.store.stats()["stored"] > stored)
+
+    def find(self, text: str, mode: Mode = "strict", partition: bytes = bytes(32)) -> SimilarFound | SimilarNotFound:
+        answers: list[SimilarFound | SimilarNotFound] = []
+        self.similar.find(FindSimilar(7, Question(partition, bytes(32), text), mode, 60_000), answers.append)
+        eventually(lambda: bool(answers))
+        (answer,) = answers
+        assert answer.lookup == 7
+        return answer
+
+    def close(self) -> None:
+        self.similar.close()
+        self.store.close()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
+    yield place
+    place.close()
+
+
+@pytest.mark.io
+def test_another_wording_finds_the_answer_also_after_a_restart(place: Place, tmp_path: Path) -> None:
+    place.remember("How do I learn to play the guitar?", 1)
+    place.remember("How do I cook rice?", 2)
+    for _ in range(2):
+        found = place.find("How can I learn to play guitar?")
+        assert isinstance(found, SimilarFound)
+        assert found.request_key == key(1)
+        assert COSINE_MIN <= found.similarity <= 1.005
+        assert place.find("How do I learn to play the violin?") == SimilarNotFound(7, "far")
+        place.close()
+        place.__init__(tmp_path)  # type: ignore[misc]
+
+
+@pytest.mark.io
+def test_a_guard_that_refuses_the_nearest_is_named(place: Place) -> None:
+    place.remember("Is it safe to take ibuprofen?", 1)
+    assert place.find("Is it unsafe to take ibuprofen?", "balanced") == SimilarNotFound(7, "negation")
+    assert place.find("Is it safe to take ibuprofen now?") == SimilarNotFound(7, "deictic")
+    assert place.find("Ist das sicher?") == SimilarNotFound(7, "not_english")
+
+
+@pytest.mark.io
+def test_another_partition_is_another_world(place: Place) -> None:
+    place.remember("How do I cook rice?", 1, b"a" * 32)
+    assert isinstance(place.find("How can I cook rice?", "strict", b"a" * 32), SimilarFound)
+    assert place.find("How can I cook rice?", "strict", b"b" * 32) == SimilarNotFound(7, "far")
+
+
+@pytest.mark.io
+def test_an_entry_that_has_gone_is_no_answer_any_more(place: Place) -> None:
+    place.remember("How do I cook rice?", 1)
+    assert isinstance(place.find("How can I cook rice?"), SimilarFound)
+    place.store.purge([key(1)])
+    eventually(lambda: place.store.stats()["purged"] == 1)
+    assert place.find("How can I cook rice?") == SimilarNotFound(7, "far")
+    assert place.similar.stats()["questions"] == 0
+
+
+@pytest.mark.io
+def test_without_its_packages_responses_are_stored_all_the_same(tmp_path: Path) -> None:
+    def load() -> Embedder:
+        raise EmbedderMissing("onnxruntime")
+
+    store = ResponseStore(tmp_path / "responses.sqlite", 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test"))
+    similar = SimilarQuestions(tmp_path / "responses.sqlite", load, ACRONYMS, store.store)
+    question = Question(bytes(32), bytes(32), "What is ML?")
+    for number in range(2):
+        similar.remember(StoreResponse(key(number), "network", bytes(32), "v", RESPONSE_TTL_MS, b"{}", question))
+    eventually(lambda: store.stats()["stored"] == 2)
+    answers: list[SimilarFound | SimilarNotFound] = []
+    eventually(lambda: similar.stats()["state"] == "off")
+    similar.find(FindSimilar(1, question, "strict", 1000), answers.append)
+    assert answers == [SimilarNotFound(1, "off")]
+    similar.close()
+    store.close()
