@@ -245,6 +245,7 @@ async def until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 MakeBench = Callable[..., Awaitable[Bench]]
+Answer = Callable[[Request], Awaitable[Response]]
 
 
 @asynccontextmanager
@@ -252,7 +253,9 @@ async def benches(tmp_path: Path) -> AsyncIterator[MakeBench]:
     """Makes servers that share a database; they end together."""
     async with AsyncExitStack() as stack:
 
-        async def make(outside: list[Middleware] | None = None, **options: Any) -> Bench:
+        async def make(
+            outside: list[Middleware] | None = None, more_routes: dict[str, Answer] | None = None, **options: Any
+        ) -> Bench:
             path = tmp_path / "responses.sqlite"
             node = Node(ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test")))
             stack.callback(node.store.close)
@@ -279,6 +282,7 @@ async def benches(tmp_path: Path) -> AsyncIterator[MakeBench]:
                 return caches[-1]
 
             routes = [Route(path, upstream.answer, methods=["POST"]) for path in (CHAT_PATH, TEXT_PATH)]
+            routes += [Route(path, answer, methods=["POST"]) for path, answer in (more_routes or {}).items()]
             app = Starlette(routes=routes, middleware=[*(outside or []), Middleware(cached)])
             app.middleware_stack = app.build_middleware_stack()
             port = await stack.enter_async_context(served(app))

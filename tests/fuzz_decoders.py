@@ -24,7 +24,10 @@ import blake3
 import msgspec
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.api.collect import Collector
+from hyperspace_vllm.api.embeddings import Embedding, inputs_of
+from hyperspace_vllm.api.embeddings import decode as decode_embedding
+from hyperspace_vllm.api.streams import collector as collector_of
+from hyperspace_vllm.api.streams import frames
 from hyperspace_vllm.config import Config, ConfigError, load_config
 from hyperspace_vllm.core.records import local, peer_wire, wire
 from hyperspace_vllm.core.records.announcement import (
@@ -43,9 +46,12 @@ from hyperspace_vllm.core.records.peer_record import PeerRecord, check_peer_reco
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, check_delta, decode_delta, encode_delta
 from hyperspace_vllm.core.response.admission import NotStored
 from hyperspace_vllm.core.response.cache_proof import CacheProof, decode_proof, make_proof
+from hyperspace_vllm.core.response.canonical import ACRONYMS
 from hyperspace_vllm.core.response.exchange import make_hit, open_hit
+from hyperspace_vllm.core.response.request_fields import ENDPOINTS
 from hyperspace_vllm.core.response.request_key import Uncacheable, choice_count, parse_request, request_key
 from hyperspace_vllm.core.response.scope import RequestScope, sign_scope, verify_scope
+from hyperspace_vllm.core.response.semantic_key import question_of
 from hyperspace_vllm.daemon.chunk_store import ChunkStore
 
 Target = Callable[[bytes], None]
@@ -155,12 +161,16 @@ def request(raw: bytes) -> None:
     body = parse_request(raw)
     if isinstance(body, Uncacheable):
         return
-    for endpoint in ("chat", "completions"):
+    for endpoint in ENDPOINTS.values():
         key = request_key(endpoint, body, KEY, None, "")
         if not isinstance(key, Uncacheable):
             assert len(key) == 32
             assert request_key(endpoint, body, KEY, None, "") == key
             choice_count(endpoint, body)
+            question = question_of(endpoint, body, KEY, None, "", ACRONYMS)
+            assert question is None or len(question.canonical_key) == 32
+            inputs = inputs_of(body)
+            assert isinstance(inputs, Uncacheable) or inputs
 
 
 def scope(raw: bytes) -> None:
@@ -175,8 +185,9 @@ def scope(raw: bytes) -> None:
 
 def stream(raw: bytes) -> None:
     """The frames of an answer, by blank lines."""
-    for endpoint in ("chat", "completions"):
-        collector = Collector(endpoint)
+    assert isinstance(decode_embedding(raw), Embedding | None)
+    for endpoint in ENDPOINTS.values():
+        collector = collector_of(endpoint)
         for frame in raw.split(b"\n\n"):
             assert collector.feed(frame) in ("other", "finish", "usage")
         body = collector.result()
@@ -251,6 +262,22 @@ def _stream_sample(chat: bool) -> bytes:
     return b"".join(b"data: " + json.dumps(frame).encode() + b"\n\n" for frame in frames) + b"data: [DONE]\n\n"
 
 
+_BLOCKS = [{"type": "thinking", "thinking": "a", "signature": "s"}, {"type": "text", "text": "b"}]
+MESSAGE = {
+    "id": "m", "type": "message", "role": "assistant", "model": "m", "stop_reason": "end_turn",
+    "content": [*_BLOCKS, {"type": "tool_use", "id": "t", "name": "f", "input": {"a": [1]}}],
+    "usage": {"input_tokens": 1, "output_tokens": 2},
+}  # fmt: skip
+_ITEMS = [
+    {
+        "id": "i",
+        "type": "message",
+        "role": "assistant",
+        "content": [{"type": "output_text", "text": "a", "logprobs": []}],
+    },
+    {"id": "j", "type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+]
+RESPONSE = {"id": "r", "object": "response", "created_at": 1, "model": "m", "status": "completed", "output": _ITEMS}
 SIDECAR_DIGEST = _manifest().digest.hex()
 SLAB = local.Slab(3, 65536, 4096, 7)
 CHAT = {
@@ -340,6 +367,10 @@ TARGETS: dict[str, tuple[Target, list[bytes]]] = {
             b'{"messages": [{"content": [{"type": []}]}]}',
             b'{"seed": ' + b"9" * 5000 + b"}",
             b'{"prompt": "\\ud800"}',
+            b'{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "What is \\ud800?"}]}',
+            b'{"input": [{"role": "user", "content": [{"type": "input_image", "image_url": 5}]}], "tools": [5]}',
+            b'{"system": [{"cache_control": []}], "messages": [{"content": [{"type": "tool_result"}]}]}',
+            b'{"input": [[1, true], "a"], "query": {}, "documents": [[]], "encoding_format": []}',
             b'{"tools": ' + b"[" * 5000,
             *(b'{"tools": ' + b"[" * depth + b"]" * depth + b"}" for depth in range(900, 1000, 3)),
         ],
@@ -354,7 +385,18 @@ TARGETS: dict[str, tuple[Target, list[bytes]]] = {
     ),
     "stream": (
         stream,
-        [_stream_sample(True), _stream_sample(False), b"data: " + b"[" * 5000, b'data: "\xff"', b'data: ["\\ud800"]'],
+        [
+            _stream_sample(True),
+            _stream_sample(False),
+            b"".join(frames("messages", MESSAGE, False)),
+            b"".join(frames("responses", RESPONSE, False)),
+            b'event: message_start\ndata: {"type": "message_start", "message": {"id": "", "model": "", "content": []}}',
+            b'event: response.completed\ndata: {"response": []}',
+            b'{"id": "", "created": 1, "model": "", "data": [{"embedding": "AAAA"}], "usage": {}}',
+            b"data: " + b"[" * 5000,
+            b'data: "\xff"',
+            b'data: ["\\ud800"]',
+        ],
     ),
     "settings_file": (
         settings_file,

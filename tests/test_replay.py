@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperspace_vllm.api.collect import Collector
-from hyperspace_vllm.api.replay import frames
+from hyperspace_vllm.api.streams import collector as collector_of
+from hyperspace_vllm.api.streams import frames
 from hyperspace_vllm.core.response.admission import Admitted, NotStored, admit, streams_completely
-from hyperspace_vllm.core.response.request_key import Endpoint
+from hyperspace_vllm.core.response.request_fields import Endpoint
 
 USAGE = {
     "prompt_tokens": 5,
@@ -119,7 +119,7 @@ def completion_bodies(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def collected(endpoint: Endpoint, stream: list[bytes]) -> Any:
-    collector = Collector(endpoint)
+    collector = collector_of(endpoint)
     for frame in stream:
         collector.feed(frame)
     result = collector.result()

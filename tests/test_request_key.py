@@ -3,27 +3,32 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from hyperspace_vllm.core.response import scope as scopes
-from hyperspace_vllm.core.response.request_key import (
-    FORBIDDEN,
-    KEYED,
-    NEUTRAL,
-    NULL_IS_DEFAULT,
-    VERBATIM,
-    Endpoint,
-    Uncacheable,
-    choice_count,
-    parse_request,
-    request_key,
-)
+from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, Endpoint
+from hyperspace_vllm.core.response.request_key import Uncacheable, choice_count, is_sampled, parse_request, request_key
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "request_keys.json").read_text())
 MODEL = bytes(range(32))
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
 TEXT = {"model": "m", "prompt": "Once upon a time"}
+MESSAGES = CHAT | {"max_tokens": 5}
+RESPONSES = {"model": "m", "input": "Why is the sky blue?"}
+EMBEDDINGS = {"model": "m", "input": "Why is the sky blue?"}
+RERANK = {"model": "m", "query": "sky", "documents": ["blue", "green"]}
+SCORE = {"model": "m", "queries": "sky", "documents": ["blue", "green"]}
+SAMPLES: dict[Endpoint, dict[str, Any]] = {
+    "chat": CHAT,
+    "completions": TEXT,
+    "responses": RESPONSES,
+    "messages": MESSAGES,
+    "embeddings": EMBEDDINGS,
+    "rerank": RERANK,
+    "score": SCORE,
+}
 
 
 def key(endpoint: Endpoint, body: object, lora: bytes | None = None, tenant: str = "") -> bytes | Uncacheable:
@@ -34,6 +39,18 @@ def key(endpoint: Endpoint, body: object, lora: bytes | None = None, tenant: str
 def image(url: object, **more: object) -> dict[str, object]:
     part = {"type": "image_url", "image_url": url, **more}
     return {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "What?"}, part]}]}
+
+
+def marked(part: object) -> dict[str, object]:
+    return {"model": "m", "messages": [{"role": "user", "content": [part]}]}
+
+
+def item(kind: str, **more: object) -> dict[str, object]:
+    return RESPONSES | {"input": [{"type": kind, **more}]}
+
+
+def block(kind: str, **more: object) -> dict[str, object]:
+    return MESSAGES | {"messages": [{"role": "user", "content": [{"type": kind, **more}]}]}
 
 
 SAME = [
@@ -53,6 +70,23 @@ SAME = [
     ("chat", CHAT, CHAT | {"kv_transfer_params": None, "background": False}),
     ("completions", TEXT, TEXT | {"max_tokens": 16}),
     ("completions", TEXT, TEXT | {"max_tokens": None, "echo": False}),
+    ("chat", marked({"type": "text", "text": "a"}), marked({"type": "text", "text": "a", "cache_control": {}})),
+    ("responses", RESPONSES, RESPONSES | {"store": False, "user": "ann", "metadata": {"a": "b"}, "stream": True}),
+    ("responses", RESPONSES, RESPONSES | {"truncation": "disabled", "tools": [], "top_logprobs": 0}),
+    ("messages", MESSAGES, MESSAGES | {"metadata": {"user_id": "ann"}, "stream": True, "service_tier": "auto"}),
+    ("messages", MESSAGES | {"system": "a"}, MESSAGES | {"system": "a", "mm_payload": "tensors"}),
+    (
+        "messages",
+        MESSAGES | {"system": [{"type": "text", "text": "a"}], "tools": [{"name": "f", "input_schema": {}}]},
+        MESSAGES
+        | {
+            "system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}],
+            "tools": [{"name": "f", "input_schema": {}, "cache_control": {"type": "ephemeral"}}],
+        },
+    ),
+    ("rerank", RERANK, RERANK | {"user": "ann", "top_n": 0, "request_id": "r"}),
+    ("score", SCORE, SCORE | {"priority": 1}),
+    ("embeddings", EMBEDDINGS, EMBEDDINGS | {"encoding_format": "base64", "embed_dtype": "float32"}),
     ("completions", TEXT, b' {"prompt" : "Once\\u0020upon a time", "model":"m"}\n'),
 ]
 
@@ -134,6 +168,61 @@ def test_what_its_bytes_do_not_name_is_not_cached(body: object, reason: str) -> 
     assert key("chat", body) == Uncacheable(reason)
 
 
+PICTURE = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
+ELSEWHERE: list[tuple[Endpoint, object, str]] = [
+    ("responses", RESPONSES | {"previous_response_id": "r"}, "previous_response_id"),
+    ("responses", RESPONSES | {"background": True}, "background"),
+    ("responses", RESPONSES | {"prompt": {"id": "p"}}, "prompt"),
+    ("responses", RESPONSES | {"tools": [{"type": "code_interpreter"}]}, "server_tools"),
+    ("responses", RESPONSES | {"tools": [{"type": "function", "name": "f"}, {"type": "mcp"}]}, "server_tools"),
+    ("responses", RESPONSES | {"tools": "all"}, "field_type"),
+    ("responses", RESPONSES | {"metadata": "x"}, "field_type"),
+    ("responses", RESPONSES | {"input": 5}, "field_type"),
+    ("responses", item("item_reference", id="i"), "media"),
+    ("responses", item("message", content=[{**PICTURE, "image_url": "https://example.com/a.png"}]), "media"),
+    ("responses", item("message", content=[{**PICTURE, "file_id": "f"}]), "media"),
+    ("responses", item("message", content=[{"type": "input_file", "file_id": "f"}]), "media"),
+    ("responses", item("function_call_output", output=[{"type": "input_file", "file_id": "f"}]), "media"),
+    ("messages", block("image", source={"type": "url", "url": "https://example.com/a.png"}), "media"),
+    ("messages", block("tool_result", content=[{"type": "image", "source": {"type": "url", "url": "x"}}]), "media"),
+    ("messages", block("document", source={"type": "base64", "data": "x"}), "media"),
+    ("messages", MESSAGES | {"system": [{"type": "image", "source": {"type": "url"}}]}, "media"),
+    ("messages", MESSAGES | {"metadata": 5}, "field_type"),
+    ("rerank", RERANK | {"documents": [{"content": [{"type": "image_url"}]}]}, "media"),
+    ("score", SCORE | {"documents": {"content": []}}, "media"),
+    ("embeddings", EMBEDDINGS | {"input": [{"role": "user", "content": "a"}]}, "field_type"),
+    ("embeddings", {"model": "m", "messages": [{"role": "user", "content": "a"}]}, "messages"),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "body", "reason"), ELSEWHERE)
+def test_other_endpoints_cache_nothing_that_lies_elsewhere(endpoint: Endpoint, body: object, reason: str) -> None:
+    assert key(endpoint, body) == Uncacheable(reason)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        ("responses", item("message", role="user", content=[PICTURE, {"type": "input_text", "text": "What?"}])),
+        ("responses", item("function_call_output", call_id="c", output="5")),
+        ("responses", RESPONSES | {"tools": [{"type": "function", "name": "f"}]}),
+        ("messages", block("image", source={"type": "base64", "media_type": "image/png", "data": "AAAA"})),
+        ("messages", block("tool_result", tool_use_id="t", content=[{"type": "text", "text": "5"}])),
+        ("embeddings", EMBEDDINGS | {"input": [[1, 2], [3]]}),
+        ("score", {"model": "m", "text_1": "a", "text_2": ["b"]}),
+    ],
+)
+def test_what_they_carry_themselves_they_cache(endpoint: Endpoint, body: object) -> None:
+    assert isinstance(key(endpoint, body), bytes)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values())
+def test_models_that_pool_do_not_sample(endpoint: Endpoint) -> None:
+    body = SAMPLES[endpoint]
+    assert is_sampled(endpoint, body) == (endpoint not in ("embeddings", "rerank", "score"))
+    assert not is_sampled(endpoint, body | {"temperature": 0})
+
+
 def test_endpoint_adapter_tenant_and_model_separate_keys() -> None:
     body = TEXT | {"messages": CHAT["messages"]}
     keys = {
@@ -180,28 +269,62 @@ def test_keys_match_the_published_vectors(vector: dict[str, str]) -> None:
     assert hashlib.sha256(head + vector["canonical"].encode()).hexdigest() == vector["key"]
 
 
-@pytest.mark.parametrize("endpoint", ["chat", "completions"])
-def test_every_field_of_vllm_is_classified(endpoint: Endpoint) -> None:
+def vllms_models(endpoint: Endpoint) -> list[Any]:
+    """The pydantic models of vLLM by which a request may be read."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest
+    from vllm.entrypoints.pooling.scoring.protocol import RerankRequest, ScoreRequest
 
-    model = ChatCompletionRequest if endpoint == "chat" else CompletionRequest
-    known = KEYED[endpoint].keys() | NEUTRAL.keys() | FORBIDDEN | VERBATIM
-    assert model.model_fields.keys() - known == set(), "fields of vLLM's that we have not judged"
-    assert KEYED[endpoint].keys() - model.model_fields.keys() == set(), "fields that vLLM no longer has"
-    for name, default in KEYED[endpoint].items():
-        field = model.model_fields[name]
-        theirs = None if field.is_required() else field.get_default(call_default_factory=True)
-        assert theirs == default, f"vLLM's default of {name} has changed"
-    base = CHAT if endpoint == "chat" else TEXT
-    for name in NULL_IS_DEFAULT[endpoint]:
-        assert isinstance(
-            getattr(model.model_validate(base | {name: None}), name), type(None) | type(KEYED[endpoint][name])
-        )
-    for name, types in NEUTRAL.items():
-        if name in model.model_fields and type(None) not in types:
+    models: dict[Endpoint, list[Any]] = {
+        "chat": [ChatCompletionRequest],
+        "completions": [CompletionRequest],
+        "responses": [ResponsesRequest],
+        "messages": [AnthropicMessagesRequest],
+        "embeddings": [EmbeddingCompletionRequest],
+        "rerank": [RerankRequest],
+        "score": list(get_args(ScoreRequest)),
+    }
+    return models[endpoint]
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values())
+def test_every_field_of_vllm_is_classified(endpoint: Endpoint) -> None:
+    fields = FIELDS[endpoint]
+    known = fields.keyed.keys() | fields.neutral.keys() | fields.forbidden | fields.verbatim
+    theirs = {name: field for model in vllms_models(endpoint) for name, field in model.model_fields.items()}
+    assert theirs.keys() - known == set(), "fields of vLLM's that we have not judged"
+    assert fields.keyed.keys() - theirs.keys() == set(), "fields that vLLM no longer has"
+    for name, default in fields.keyed.items():
+        field = theirs[name]
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
+        assert value == default, f"vLLM's default of {name} has changed"
+    (model, *_) = vllms_models(endpoint)
+    for name in fields.null_is_default:
+        read = getattr(model.model_validate(SAMPLES[endpoint] | {name: None}), name)
+        assert isinstance(read, type(None) | type(fields.keyed[name]))
+    for name, types in fields.neutral.items():
+        if name in theirs and not {type(None), object} & set(types):
             with pytest.raises(ValueError, match=name):
-                model.model_validate(base | {name: None})
+                model.model_validate(SAMPLES[endpoint] | {name: None})
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values())
+def test_vllm_accepts_neutral_fields_in_the_types_that_we_do(endpoint: Endpoint) -> None:
+    (model, *_) = vllms_models(endpoint)
+    examples: dict[type, object] = {bool: False, str: "float", int: 0, dict: {}, type(None): None, object: "x"}
+    for name, types in FIELDS[endpoint].neutral.items():
+        for kind in types:
+            body = SAMPLES[endpoint] | {name: examples[kind]}
+            if name == "stream_options" and kind is dict:
+                body["stream"] = True
+            if name == "stream_interval":
+                body[name] = 1
+            if name == "endianness":
+                body[name] = "native"
+            model.model_validate(body)
 
 
 def test_a_tenant_is_an_api_key_under_the_fleets_secret() -> None:

@@ -23,8 +23,9 @@ from ..core.records.limits import (
     FLIGHTS_MAX,
     RESPONSE_BYTES_MAX,
 )
-from .collect import Collector, FrameKind
+from .collect import FrameKind
 from .http_headers import header
+from .streams import Collector
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -11,7 +11,7 @@ import msgspec
 
 from ..core.records.limits import RESPONSE_BYTES_MAX
 from ..core.response.admission import NotStored
-from ..core.response.request_key import Endpoint
+from ..core.response.request_fields import Endpoint
 
 FrameKind = Literal["other", "finish", "usage"]
 Json = dict[str, Any]
@@ -53,8 +53,8 @@ class _Choice:
     stop_reason: object = None
 
 
-class Collector:
-    """Takes frames in the order in which they are sent; per request."""
+class CompletionCollector:
+    """Takes frames of completions and chats in the order in which they are sent; per request."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -109,7 +109,7 @@ class Collector:
         if not isinstance(chunk, dict) or "error" in chunk:
             raise _Unstorable("error")
         _only(chunk, _CHUNK_FIELDS)
-        if chunk.get("object") != _OBJECTS[self._endpoint] or self._done:
+        if chunk.get("object") != _OBJECTS.get(self._endpoint) or self._done:
             raise _Unstorable("unknown_field")
         self._bytes += max(size - _ENVELOPE_BYTES, 0)
         if self._bytes > RESPONSE_BYTES_MAX:

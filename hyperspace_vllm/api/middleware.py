@@ -9,7 +9,7 @@ A request takes one of these ways, each said in `Cache-Status`:
     network    other nodes are asked first, or while vLLM computes (network_race.py): a hit if they answer in time
     miss       computed, passed on frame by frame, and handed to the node when it has finished cleanly
 
-Everything about a request lives in its `_Exchange`; the middleware itself keeps the table of computations that may be
+Everything about a request lives in its `Exchange`; the middleware itself keeps the table of computations that may be
 joined, the database reader, and what is on its way to the node (answers, hits), all bounded.
 """
 
@@ -22,12 +22,13 @@ from ..core.records.ids import RequestKey
 from ..core.records.local import Question, ResponseFound, StoreResponse
 from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
 from ..core.response.guards import eligible
-from ..core.response.request_key import Endpoint, Uncacheable, is_sampled, parse_request, request_key
+from ..core.response.request_fields import ENDPOINTS, POOLING, Endpoint
+from ..core.response.request_key import Uncacheable, is_sampled, parse_request, request_key
 from ..core.response.scope import DEFAULT_SCOPE, sign_scope, tenant_of
 from ..core.response.semantic_key import question_of, tightened
 from ..response_db import StoredResponse
 from .coalesce import App, Flight, FlightTable, Laggard, LeaderFailed, Message, Receive, Scope, Send
-from .collect import Collector
+from .embed_inputs import answer_inputs
 from .http_headers import PROOF, forward_status, header, parse_cache_control, without_proof
 from .lookup import Lookup, Recent, Touches
 from .metrics import l1_metrics
@@ -37,14 +38,17 @@ from .options import ResponseCacheOptions
 from .relay import Relay, leaving_on_disconnect
 from .request_body import read_body, read_rest, replayed, rewritten, with_content_length
 from .stored_answer import StoredAnswer, Wanted, entry_of, json_headers, origin_header, render
+from .streams import collector
 
-_ENDPOINTS: dict[str, Endpoint] = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
 # After these (vLLM's development mode has them) nobody can say any more which weights answer.
 _WEIGHT_ROUTES = frozenset(("/collective_rpc", "/start_weight_update", "/update_weights", "/finish_weight_update"))
 
 
+Names = tuple[bytes, bytes | None, str]
+
+
 class ResponseCacheMiddleware:
-    """Answers repeated POST /v1/completions and /v1/chat/completions; passes everything else by untouched."""
+    """Answers repeated POSTs to `ENDPOINTS`; passes everything else by untouched."""
 
     def __init__(self, app: App, options: ResponseCacheOptions) -> None:
         self.app = app
@@ -73,11 +77,11 @@ class ResponseCacheMiddleware:
             return await self._untouched(scope, request, send, "not_json")
         body = Uncacheable("too_large") if too_large else parse_request(raw)
         if not isinstance(body, Uncacheable):
-            return await _Exchange(self, endpoint, raw, body, scope, receive, send).run()
+            return await Exchange(self, endpoint, raw, body, scope, receive, send).run()
         if (lenient := _as_vllm_reads(raw)) is None:
             return await self._untouched(scope, request, send, body.reason)
         # It has no key, but the connector must hear all the same how far its KV may travel.
-        return await _Exchange(self, endpoint, raw, lenient, scope, receive, send).bypass("bypass", body.reason)
+        return await Exchange(self, endpoint, raw, lenient, scope, receive, send).bypass("bypass", body.reason)
 
     async def _untouched(self, scope: Scope, receive: Receive, send: Send, reason: str) -> None:
         await self.app(scope, receive, self.passing(send, "bypass", reason))
@@ -90,7 +94,7 @@ class ResponseCacheMiddleware:
         return _adding_status(send, forward_status(why, detail=reason))
 
 
-class _Exchange:
+class Exchange:
     """One request and its answer."""
 
     def __init__(
@@ -113,12 +117,18 @@ class _Exchange:
             self.options.fleet_secret, self.options.api_keys, header(scope["headers"], b"authorization")
         )
         self.reach = storage_scope(
-            self.tenant or "", body.get("cache_salt"), self.wishes.private or self.wishes.no_store
+            self.tenant or "",
+            body.get("cache_salt"),
+            self.wishes.private or self.wishes.no_store or endpoint == "embeddings",
         )
         self.mode = tightened(self.options.semantic, header(scope["headers"], b"x-hyperspace-semantic"))
-        self.streams = bool(body.get("stream"))
+        self.streams = endpoint not in POOLING and bool(body.get("stream"))
+        # Others' streams end with usage whether asked to or not.
+        self.chooses_usage = self.streams and endpoint in ("completions", "chat")
         options = body.get("stream_options")
-        self.wants_usage = self.streams and isinstance(options, dict) and bool(options.get("include_usage"))
+        self.wants_usage = self.chooses_usage and isinstance(options, dict) and bool(options.get("include_usage"))
+        repeats = ("metadata", "user") if endpoint == "responses" else ()
+        self.repeated = {name: body[name] for name in repeats if body.get(name) is not None}
 
     async def run(self) -> None:
         """Choose the way and go it."""
@@ -126,12 +136,14 @@ class _Exchange:
         if isinstance(key, Uncacheable) or self.wishes.no_store:
             reason = key.reason if isinstance(key, Uncacheable) else "no-store"
             if self.wishes.only_if_cached and self.cache.lookup is not None:
-                return await self._not_cached(reason)
+                return await self.not_cached(reason)
             return await self.bypass("request" if self.wishes.no_store else "bypass", reason)
+        if self.endpoint == "embeddings":
+            return await answer_inputs(self)
         why = "request" if self.wishes.no_cache else "uri-miss"
         if not self.wishes.no_cache and self.cache.lookup is not None:
             now_ms = self.options.clock()
-            entry = self.cache.recent.newer(key, await self.cache.lookup.get(key, now_ms), now_ms)
+            entry = await self.entry(key, now_ms)
             if entry is not None:
                 if await self._answer_from(key, entry, now_ms):
                     return None
@@ -143,17 +155,17 @@ class _Exchange:
         return await self._compute(key, why)
 
     def _key(self) -> RequestKey | Uncacheable:
-        named = self._names()
+        named = self.names()
         return named if isinstance(named, Uncacheable) else request_key(self.endpoint, self.body, *named)
 
     def _question(self) -> Question | None:
         """The question of a request that has a key, if others may ask the same in other words."""
-        named = self._names() if self.mode is not None else Uncacheable("off")
+        named = self.names() if self.mode is not None else Uncacheable("off")
         if isinstance(named, Uncacheable):
             return None
         return question_of(self.endpoint, self.body, *named, self.options.acronyms)
 
-    def _names(self) -> tuple[bytes, bytes | None, str] | Uncacheable:
+    def names(self) -> Names | Uncacheable:
         """Model digest, LoRA digest and tenant, or why the request can't have a key."""
         digest = None if self.cache.weights_changed else self.options.model_digest()
         model = self.body.get("model") or None
@@ -161,13 +173,15 @@ class _Exchange:
             return Uncacheable("off")
         if self.tenant is None:
             return Uncacheable("unknown_tenant")
-        if digest is None or (self.streams and self.options.force_include_usage):
+        if digest is None or (self.chooses_usage and self.options.force_include_usage):
             return Uncacheable("no_model_digest" if digest is None else "continuous_usage")
         lora = self.options.loras.get(model) if isinstance(model, str) else None
         served = isinstance(model, str) and model in self.options.served_models
         if model is not None and lora is None and not served:
             return Uncacheable("unknown_model")
-        if not self.options.cache_sampled and is_sampled(self.body):
+        if self.endpoint == "responses" and self.options.keeps_responses and self.body.get("store") is not False:
+            return Uncacheable("retrievable")
+        if not self.options.cache_sampled and is_sampled(self.endpoint, self.body):
             return Uncacheable("sampled")
         return digest, lora, self.tenant
 
@@ -191,10 +205,14 @@ class _Exchange:
         detail = f"semantic; similarity={similar.similarity:.3f}"
         return await self._answer_from_key(RequestKey(similar.request_key), detail)
 
+    async def entry(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
+        """The entry of `key` in the database, or on its way there."""
+        assert self.cache.lookup is not None
+        return self.cache.recent.newer(key, await self.cache.lookup.get(key, now_ms), now_ms)
+
     async def _answer_from_key(self, key: RequestKey, detail: str) -> bool:
         now_ms = self.options.clock()
-        assert self.cache.lookup is not None
-        entry = self.cache.recent.newer(key, await self.cache.lookup.get(key, now_ms), now_ms)
+        entry = await self.entry(key, now_ms)
         return entry is not None and await self._answer_from(key, entry, now_ms, detail)
 
     async def _answer_from(self, key: RequestKey, entry: StoredResponse, now_ms: int, detail: str = "exact") -> bool:
@@ -215,13 +233,13 @@ class _Exchange:
         ttl_s = max(entry.expires_at_ms - now_ms, 0) // 1000
         if not self.wishes.allows(age_s, ttl_s):
             return None
-        answer = render(entry, Wanted(self.endpoint, self.streams, usage), age_s, ttl_s, detail)
+        answer = render(entry, Wanted(self.endpoint, self.streams, usage, self.repeated), age_s, ttl_s, detail)
         if answer is not None:
             took_ms = (time.perf_counter() - self.started_s) * 1000
             answer.headers.append((b"server-timing", f"hyperspace;dur={took_ms:.3f}".encode()))
         return answer
 
-    async def _not_cached(self, why: str) -> None:
+    async def not_cached(self, why: str) -> None:
         """Answer `only-if-cached` as RFC 9111 §5.2.1.7 says, in the shape of vLLM's errors."""
         self.cache.metrics.lookups.labels("miss", "only-if-cached").inc()
         error = {
@@ -263,10 +281,10 @@ class _Exchange:
     async def _find_or_refuse(self, key: RequestKey, why: str) -> None:
         """Wait for other nodes, and don't compute."""
         if (lookup := self._ask(key)) is None:
-            return await self._not_cached(why)
+            return await self.not_cached(why)
 
         async def refuse(*_: object) -> None:
-            await self._not_cached(why)
+            await self.not_cached(why)
 
         request = replayed([{"type": "http.request", "body": self.raw, "more_body": False}], self.receive)
         find = partial(self._answer_found, key, self.wants_usage)
@@ -288,6 +306,8 @@ class _Exchange:
     def _signed_scope(self) -> dict[str, str] | None:
         """The scope for the connector, unless it is the default. An unknown tenant gets none, hence nothing shared."""
         salt = self.body.get("cache_salt")
+        if self.endpoint in POOLING:
+            return None  # nothing of theirs passes through a connector
         if self.tenant is None or self.reach == DEFAULT_SCOPE or not isinstance(salt, str | None):
             return None
         return sign_scope(self.options.process_secret, self.reach.scope, self.reach.tenant, salt)
@@ -296,10 +316,11 @@ class _Exchange:
         complete = not self.streams or (self.options.store_streams and streams_completely(self.body))
         storing = complete and self.options.client.connected
         # Usage is asked for on the client's behalf, and taken out again: without it the answer could only be streamed.
-        asks_usage = self.wants_usage or (self.streams and storing)
+        asks_usage = self.wants_usage or (self.chooses_usage and storing)
         # What answers one may be a stored response of a certain age, so it answers those who want it no fresher.
         freshness = (self.wishes.max_age_s, self.wishes.min_fresh_s)
-        shared = None if self.wishes.no_cache else (key, self.streams, asks_usage, freshness)
+        same = (key, self.streams, asks_usage, freshness, json.dumps(self.repeated))
+        shared = None if self.wishes.no_cache else same
         flight = self.cache.flights.find(shared)
         if flight is not None and await self._follow(flight, why):
             return None
@@ -313,7 +334,7 @@ class _Exchange:
 
     async def _follow(self, flight: Flight, why: str) -> bool:
         """Read somebody else's computation; False, with nothing sent, when it came to nothing."""
-        strips_usage = self.streams and not self.wants_usage
+        strips_usage = self.chooses_usage and not self.wants_usage
         follower = Relay(flight.join(), self.send, forward_status(why, collapsed=True), strips_usage)
         try:
             async with leaving_on_disconnect(self.receive, follower.reader):
@@ -331,8 +352,8 @@ class _Exchange:
     async def _lead(
         self, key: RequestKey, why: str, shared: object, storing: bool, asks_usage: bool, lookup: Pending | None
     ) -> None:
-        collector = Collector(self.endpoint) if storing else None
-        flight = Flight(collector) if shared is None else self.cache.flights.open(shared, collector)
+        taking = collector(self.endpoint) if storing else None
+        flight = Flight(taking) if shared is None else self.cache.flights.open(shared, taking)
         if storing:
             flight.on_end = lambda: self._store(key, flight)
         adds_usage = asks_usage and not self.wants_usage
@@ -362,9 +383,9 @@ class _Exchange:
         return NetworkRace(self.cache.app, lookup, partial(self._answer_found, key, usage), decided)
 
     def _store(self, key: RequestKey, flight: Flight) -> None:
-        self.cache.metrics.stored.labels(self._hand_over(key, flight)).inc()
+        self.cache.metrics.stored.labels(self._judge(key, flight)).inc()
 
-    def _hand_over(self, key: RequestKey, flight: Flight) -> str:
+    def _judge(self, key: RequestKey, flight: Flight) -> str:
         if not flight.complete or flight.collector is None:
             return "unfinished"
         if flight.status != 200:
@@ -375,24 +396,28 @@ class _Exchange:
             return answer.reason
         if self._key() != key:
             return "model_changed"
+        return self.hand_over(key, answer.body, self._question())
+
+    def hand_over(self, key: RequestKey, body: bytes, question: Question | None = None) -> str:
+        """Give an answer to the node, and keep it until the database has it; "sent" or "dropped"."""
         message = StoreResponse(
             key,
             self.reach.scope,
             self.options.model_digest() or b"",
             self.options.engine_version[:256],
             self.options.ttl_ms,
-            answer.body,
-            self._question(),
+            body,
+            question,
         )
         now_ms = self.options.clock()
         if not self.options.client.send(message):
             return "dropped"
-        self.cache.recent.add(key, StoredResponse(answer.body, b"", now_ms, now_ms + self.options.ttl_ms), now_ms)
+        self.cache.recent.add(key, StoredResponse(body, b"", now_ms, now_ms + self.options.ttl_ms), now_ms)
         return "sent"
 
 
 def _endpoint(scope: Scope) -> Endpoint | None:
-    return _ENDPOINTS.get(_path(scope))
+    return ENDPOINTS.get(_path(scope))
 
 
 def _path(scope: Scope) -> str:

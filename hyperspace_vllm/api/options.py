@@ -62,6 +62,7 @@ class ResponseCacheOptions:
     engine_version: str = ""
     force_include_usage: bool = False  # vLLM's --enable-force-include-usage: streams are not cached then
     store_streams: bool = True  # False where a stream lacks what a JSON answer has (--enable-return-routed-experts)
+    keeps_responses: bool = False  # VLLM_ENABLE_RESPONSES_API_STORE: a client may come back for a response by its id
     cache_sampled: bool = True  # False: requests that sample without a seed are not cached
     semantic: Semantic = "off"  # may a stored answer serve other wordings of its question, and how near must they be?
     acronyms: Mapping[str, str] = field(default_factory=lambda: ACRONYMS)

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from .coalesce import LeaderFailed, Piece, Reader, Receive, Send
 from .replay import fingerprint_of, with_fingerprint
 
-_ERROR_FRAME = b'data: {"error"'
+_ERROR_FRAMES = b'data: {"error"', b"event: error", b"event: response.failed"
 
 
 class Relay:
@@ -42,7 +42,7 @@ class Relay:
                     raise LeaderFailed
                 continue
             if start is not None:
-                if piece.body.startswith(_ERROR_FRAME):
+                if piece.body.startswith(_ERROR_FRAMES):
                     raise LeaderFailed
                 await self._give(start)
                 start = None

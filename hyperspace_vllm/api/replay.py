@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ..core.response.request_key import Endpoint
+from ..core.response.request_fields import Endpoint
 
 Json = dict[str, Any]
 
@@ -18,8 +18,8 @@ _TOKENS_PER_FRAME = 64
 DONE = b"data: [DONE]\n\n"
 
 
-def frames(endpoint: Endpoint, body: Json, include_usage: bool) -> Iterator[bytes]:
-    """The stream of a stored answer, from the first frame to [DONE]."""
+def completion_frames(endpoint: Endpoint, body: Json, include_usage: bool) -> Iterator[bytes]:
+    """The stream of a stored completion or chat, from the first frame to [DONE]."""
     chunk_object = "chat.completion.chunk" if endpoint == "chat" else "text_completion"
     head = {"id": body["id"], "object": chunk_object, "created": body["created"], "model": body["model"]}
     for choice in body["choices"] if endpoint == "chat" else ():

@@ -1,7 +1,7 @@
 """From a stored response to the ASGI messages that answer a request with it."""
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -11,11 +11,11 @@ from ..core.records.ids import sha256
 from ..core.records.local import ResponseFound
 from ..core.response.admission import Admitted, admit
 from ..core.response.cache_proof import decode_proof
-from ..core.response.request_key import Endpoint
+from ..core.response.request_fields import Endpoint
 from ..response_db import StoredResponse
 from .coalesce import Message
 from .http_headers import RawHeaders, hit_headers, quoted
-from .replay import frames
+from .streams import frames
 
 _MESSAGE_BYTES = 65_536
 _EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")  # as Starlette writes it
@@ -37,20 +37,28 @@ class StoredAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How a request wants to be answered; `usage`: its stream has a usage frame at the end."""
+    """How a request wants to be answered; `usage`: its stream has a usage frame at the end.
+
+    `repeated` are fields of the request that the answer repeats (Responses), and that were not stored.
+    """
 
     endpoint: Endpoint
     streams: bool
     usage: bool
+    repeated: Mapping[str, object]
 
 
 def render(entry: StoredResponse, wanted: Wanted, age_s: int, ttl_s: int, detail: str) -> StoredAnswer | None:
     """The answer from an entry, or None when its body has another version's shape."""
     headers = hit_headers(age_s, ttl_s, base64.b64encode(entry.proof), detail)
-    if not wanted.streams:
+    if not (wanted.streams or wanted.repeated):
         return StoredAnswer(headers + json_headers(entry.body), [entry.body])
     try:
-        parts = _grouped(frames(wanted.endpoint, msgspec.json.decode(entry.body), wanted.usage))
+        stored = {**msgspec.json.decode(entry.body), **wanted.repeated}
+        if not wanted.streams:
+            body = msgspec.json.encode(stored)
+            return StoredAnswer(headers + json_headers(body), [body])
+        parts = _grouped(frames(wanted.endpoint, stored, wanted.usage))
     except (msgspec.MsgspecError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return None
     return StoredAnswer([*headers, _EVENT_STREAM], parts)

@@ -126,6 +126,7 @@ class _Server:
             engine_version=f"vllm {vllm.__version__}",
             force_include_usage=bool(args.enable_force_include_usage),
             store_streams=not getattr(args, "enable_return_routed_experts", False),
+            keeps_responses=bool(envs.VLLM_ENABLE_RESPONSES_API_STORE),
             cache_sampled=config.sampled == "cache",
             semantic=config.semantic,
             acronyms={**ACRONYMS, **config.acronym_table},

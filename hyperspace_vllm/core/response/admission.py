@@ -6,13 +6,15 @@ from dataclasses import dataclass
 import msgspec
 
 from ..records.limits import RESPONSE_BYTES_MAX
-from .request_key import Endpoint, choice_count
+from .request_fields import Endpoint
+from .request_key import choice_count
 from .scope import RequestScope, Scope
 
-# Server-side statements about one run, which another request must not be told.
-_PER_REQUEST = ("kv_transfer_params", "ec_transfer_params", "metrics")
-_NEEDED = frozenset({"id", "created", "model", "choices"})
+# Statements about one run, or repetitions of its request, which another request must not be told.
+_PER_REQUEST: dict[str, object] = dict.fromkeys(("kv_transfer_params", "ec_transfer_params", "metrics"))
+_REPEATED: dict[str, object] = dict.fromkeys(("metadata", "user"))
 _FINISHED = ("stop", "length", "tool_calls", "function_call", "content_filter", "repetition")
+_STOP_REASONS = ("end_turn", "max_tokens", "stop_sequence", "tool_use")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +39,49 @@ def admit(endpoint: Endpoint, request: Mapping[str, object], raw: bytes) -> Admi
         body = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return NotStored("not_json")
-    expected = "chat.completion" if endpoint == "chat" else "text_completion"
-    if not isinstance(body, dict) or body.get("object") != expected or not body.keys() >= _NEEDED:
+    if not isinstance(body, dict) or not body.keys() >= _NEEDED[endpoint].keys():
         return NotStored("error")
+    for name, value in _NEEDED[endpoint].items():
+        if value is not None and body[name] != value:
+            return NotStored("error")
     if not isinstance(body.get("usage"), dict):
         return NotStored("no_usage")
-    choices = body.get("choices")
-    if not isinstance(choices, list) or len(choices) != choice_count(endpoint, request):
+    if not _is_finished(endpoint, request, body):
         return NotStored("unfinished")
-    if any(not isinstance(c, dict) or c.get("finish_reason") not in _FINISHED for c in choices):
-        return NotStored("unfinished")
-    if all(body.get(field) is None for field in _PER_REQUEST):
+    told = _PER_REQUEST | _REPEATED if endpoint == "responses" else _PER_REQUEST
+    if all(body.get(field) is None for field in told):
         return Admitted(raw)
-    return Admitted(msgspec.json.encode({k: None if k in _PER_REQUEST else v for k, v in body.items()}))
+    return Admitted(msgspec.json.encode({name: value for name, value in (body | told).items() if name in body}))
+
+
+# What an answer has, and its value if it is always the same.
+_NEEDED: dict[Endpoint, dict[str, str | None]] = {
+    "chat": {"id": None, "created": None, "model": None, "choices": None, "object": "chat.completion"},
+    "completions": {"id": None, "created": None, "model": None, "choices": None, "object": "text_completion"},
+    "responses": {"id": None, "created_at": None, "model": None, "output": None, "object": "response"},
+    "messages": {"id": None, "model": None, "content": None, "type": "message", "role": "assistant"},
+    "embeddings": {"id": None, "created": None, "model": None, "data": None, "object": "list"},
+    "rerank": {"id": None, "model": None, "results": None},
+    "score": {"id": None, "created": None, "model": None, "data": None, "object": "list"},
+}
+
+
+def _is_finished(endpoint: Endpoint, request: Mapping[str, object], body: Mapping[str, object]) -> bool:
+    match endpoint:
+        case "chat" | "completions":
+            choices = body["choices"]
+            return (
+                isinstance(choices, list)
+                and len(choices) == choice_count(endpoint, request)
+                and all(isinstance(c, dict) and c.get("finish_reason") in _FINISHED for c in choices)
+            )
+        case "responses":
+            return body.get("status") in ("completed", "incomplete") and isinstance(body["output"], list)
+        case "messages":
+            return body.get("stop_reason") in _STOP_REASONS and isinstance(body["content"], list)
+        case "embeddings" | "rerank" | "score":
+            results = body["results" if endpoint == "rerank" else "data"]
+            return isinstance(results, list) and all(isinstance(result, dict) for result in results) and bool(results)
 
 
 def streams_completely(request: Mapping[str, object]) -> bool:

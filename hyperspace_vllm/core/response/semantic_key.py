@@ -20,7 +20,8 @@ from ..records.local import Question
 from .canonical import canonical_question
 from .guard_words import TEXT_WORK, word_set
 from .guards import Mode
-from .request_key import Endpoint, Uncacheable, canonical_fields, request_key
+from .request_fields import Endpoint
+from .request_key import Uncacheable, canonical_fields, request_key
 
 Semantic = Literal["off", "strict", "balanced"]
 
@@ -56,7 +57,7 @@ def question_of(
 ) -> Question | None:
     """The question of a request that has a RequestKey, or None if it isn't plain. Arguments as of `request_key`."""
     fields = canonical_fields(endpoint, body) if endpoint == "chat" else {}
-    if isinstance(fields, Uncacheable) or not fields or fields.keys() - _FIELDS:
+    if not fields or fields.keys() - _FIELDS:
         return None
     messages = body["messages"]
     if not isinstance(messages, list) or not messages:

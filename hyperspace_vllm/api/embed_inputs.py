@@ -1,0 +1,109 @@
+"""Answers a request for embeddings from what is stored of its inputs, and has the engine compute the rest.
+
+Nothing of it is shared with other nodes: an embedding takes less time than asking them.
+"""
+
+import asyncio
+import base64
+import json
+from typing import TYPE_CHECKING, Any
+
+from ..core.records.ids import RequestKey
+from ..core.response.request_key import Uncacheable, request_key
+from ..response_db import StoredResponse
+from .embeddings import Embedding, decode, inputs_of, merged, request_of
+from .http_headers import forward_status, hit_headers
+from .stored_answer import json_headers
+from .subrequest import ask
+
+if TYPE_CHECKING:
+    from .middleware import Exchange
+
+
+async def answer_inputs(exchange: "Exchange") -> None:
+    """Answer an exchange whose request has a key."""
+    inputs, names = inputs_of(exchange.body), exchange.names()
+    if isinstance(inputs, Uncacheable) or isinstance(names, Uncacheable):
+        reason = inputs.reason if isinstance(inputs, Uncacheable) else "unknown_model"
+        return await exchange.bypass("bypass", reason)
+    keys: list[RequestKey] = []
+    missing: dict[RequestKey, dict[str, Any]] = {}
+    for given in inputs:
+        request = request_of(exchange.body, given)
+        key = request_key("embeddings", request, *names)
+        assert not isinstance(key, Uncacheable)  # the whole request has one
+        keys.append(key)
+        missing[key] = request
+    now_ms = exchange.options.clock()
+    entries = {} if exchange.wishes.no_cache else {key: await exchange.entry(key, now_ms) for key in missing}
+    found = {key: embedding for key, entry in entries.items() if (embedding := _usable(exchange, entry, now_ms))}
+    for key in found:
+        exchange.cache.touches.add(key)
+        del missing[key]
+    if missing and exchange.wishes.only_if_cached:
+        return await exchange.not_cached("partial" if found else "uri-miss")
+    computed = await _compute(exchange, missing)
+    if computed is None:
+        # vLLM says by itself what is wrong with the request.
+        return await exchange.bypass("request" if exchange.wishes.no_cache else "uri-miss", "failed")
+    if missing:
+        headers = [(b"cache-status", _store(exchange, computed, len(found)))]
+    else:
+        exchange.cache.metrics.lookups.labels("hit", "local").inc()
+        headers = _hit_headers([entry for entry in entries.values() if entry], now_ms)
+    body = merged([(found | computed)[key] for key in keys], exchange.body.get("encoding_format", "float"))
+    await exchange.send({"type": "http.response.start", "status": 200, "headers": headers + json_headers(body)})
+    return await exchange.send({"type": "http.response.body", "body": body})
+
+
+def _store(exchange: "Exchange", computed: dict[RequestKey, Embedding], found: int) -> bytes:
+    """Hand over what was computed; the Cache-Status of the answer."""
+    why = "request" if exchange.wishes.no_cache else "partial" if found else "uri-miss"
+    exchange.cache.metrics.lookups.labels("miss", why).inc()
+    results = [exchange.hand_over(key, embedding.encode()) for key, embedding in computed.items()]
+    for result in results:
+        exchange.cache.metrics.stored.labels(result).inc()
+    detail = f'"{found} of {found + len(computed)} stored"' if found else ""
+    return forward_status(why, stored="sent" in results, detail=detail)
+
+
+def _usable(exchange: "Exchange", entry: StoredResponse | None, now_ms: int) -> Embedding | None:
+    if entry is None:
+        return None
+    age_s, ttl_s = (now_ms - entry.computed_at_ms) // 1000, (entry.expires_at_ms - now_ms) // 1000
+    return decode(entry.body) if exchange.wishes.allows(max(age_s, 0), max(ttl_s, 0)) else None
+
+
+async def _compute(
+    exchange: "Exchange", missing: dict[RequestKey, dict[str, Any]]
+) -> dict[RequestKey, Embedding] | None:
+    """The embeddings of all that is missing, or None if one can't be had."""
+    if not missing:
+        return {}
+    gone = asyncio.Event()
+
+    async def watch() -> None:
+        while (await exchange.receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    async def compute(request: dict[str, Any]) -> Embedding | None:
+        raw = await ask(exchange.cache.app, exchange.scope, json.dumps(request).encode(), gone)
+        return None if raw is None else decode(raw)
+
+    watcher = asyncio.create_task(watch(), name="hyperspace-disconnect")
+    try:
+        answers = await asyncio.gather(*(compute(request) for request in missing.values()))
+    finally:
+        watcher.cancel()
+        gone.set()
+    computed = {key: answer for key, answer in zip(missing, answers, strict=True) if answer is not None}
+    return computed if len(computed) == len(missing) else None
+
+
+def _hit_headers(entries: list[StoredResponse], now_ms: int) -> list[tuple[bytes, bytes]]:
+    """Of the oldest of them, with the proof if there is one alone."""
+    age_s = max(max(now_ms - entry.computed_at_ms, 0) for entry in entries) // 1000
+    ttl_s = min(max(entry.expires_at_ms - now_ms, 0) for entry in entries) // 1000
+    proof = base64.b64encode(entries[0].proof) if len(entries) == 1 else b""
+    return hit_headers(age_s, ttl_s, proof, "exact")

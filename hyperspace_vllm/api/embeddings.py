@@ -1,0 +1,107 @@
+"""/v1/embeddings an input at a time: what is stored is put together with what has to be computed.
+
+Context: callers embed overlapping batches, and usage is told for a whole answer alone. Choice: every input that is
+missing is a request of its own to the engine, which batches what runs at once; its answer is kept as base64 float32,
+with its own usage, and rendered as each caller wants it. Rejected: one request for all that is missing, whose usage
+nobody could divide. Cost: some front-end work a missing input, hence INPUTS_MAX; larger batches pass by.
+"""
+
+import base64
+import struct
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from ..core.response.request_key import Uncacheable
+
+INPUTS_MAX = 64
+
+Input = str | list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The answer to one input; `vector` is the base64 of float32, little-endian."""
+
+    id: str
+    created: int
+    model: str
+    vector: str
+    usage: dict[str, Any]
+
+    def encode(self) -> bytes:
+        """As it is stored: an answer of vLLM's to this one input, in base64."""
+        data = [{"index": 0, "object": "embedding", "embedding": self.vector}]
+        return _answer(self, data, self.usage)
+
+
+def inputs_of(body: Mapping[str, Any]) -> list[Input] | Uncacheable:
+    """The inputs of a request, or why it passes by."""
+    shape = body.get("encoding_format", "float"), body.get("embed_dtype", "float32"), body.get("endianness", "native")
+    if shape[0] not in ("float", "base64") or shape[1] != "float32" or shape[2] not in ("native", sys.byteorder):
+        return Uncacheable("encoding")
+    given = body.get("input")
+    inputs = [given] if isinstance(given, str) or _is_tokens(given) else given
+    if not isinstance(inputs, list) or not all(isinstance(each, str) or _is_tokens(each) for each in inputs):
+        return Uncacheable("field_type")
+    return inputs if 0 < len(inputs) <= INPUTS_MAX else Uncacheable("batch")
+
+
+def request_of(body: Mapping[str, Any], given: Input) -> dict[str, Any]:
+    """The request for one of the inputs."""
+    return {**body, "input": given, "encoding_format": "base64"}
+
+
+def decode(raw: bytes) -> Embedding | None:
+    """An answer to one input, as vLLM sends it in base64; None for anything else."""
+    try:
+        body = msgspec.json.decode(raw)
+        (entry,) = body["data"]
+        vector = entry["embedding"]
+        if not isinstance(vector, str) or len(base64.b64decode(vector, validate=True)) % 4 or not vector:
+            return None
+        embedding = Embedding(body["id"], body["created"], body["model"], vector, body["usage"])
+        tokens = embedding.usage["prompt_tokens"], embedding.usage["total_tokens"]
+    except (ValueError, LookupError, TypeError, RecursionError):  # ValueError: what JSON, UTF-8 and base64 raise
+        return None
+    sound = isinstance(embedding.created, int) and isinstance(embedding.id, str) and isinstance(embedding.model, str)
+    return embedding if sound and all(isinstance(count, int) for count in tokens) else None
+
+
+def merged(embeddings: Sequence[Embedding], encoding_format: object) -> bytes:
+    """vLLM's answer to all the inputs at once. That to one is as it was; others have an id and a time of their own."""
+    last = max(embeddings, key=lambda each: each.created)
+    fresh = Embedding(f"embd-{uuid.uuid4().hex}", last.created, last.model, "", {})
+    head = embeddings[0] if len(embeddings) == 1 else fresh
+    data = [
+        {
+            "index": index,
+            "object": "embedding",
+            "embedding": each.vector if encoding_format == "base64" else _floats(each.vector),
+        }
+        for index, each in enumerate(embeddings)
+    ]
+    if len(embeddings) == 1:
+        return _answer(head, data, embeddings[0].usage)
+    usage = {**embeddings[0].usage}
+    for name in ("prompt_tokens", "total_tokens"):
+        usage[name] = sum(each.usage[name] for each in embeddings)
+    return _answer(head, data, usage)
+
+
+def _answer(head: Embedding, data: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
+    body = {"id": head.id, "object": "list", "created": head.created, "model": head.model, "data": data, "usage": usage}
+    return msgspec.json.encode(body)
+
+
+def _floats(vector: str) -> list[float]:
+    raw = base64.b64decode(vector)
+    return list(struct.unpack(f"<{len(raw) // 4}f", raw))
+
+
+def _is_tokens(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)

@@ -1,0 +1,234 @@
+"""Every endpoint of a real server, by its official client: what is replayed is what was computed, streamed or not.
+
+Each request is computed once, as a stream or not, and asked for again in both ways.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import anthropic
+import httpx
+import httpx2
+import openai
+import pytest
+
+from bench.servers import MODELS, Server
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
+    },
+}
+STATUS: list[str] = []  # Cache-Status of every answer, the latest last
+
+
+def note(response: Any) -> None:
+    STATUS.append(response.headers["cache-status"])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    flags = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3")
+    with Server("generate", MODELS["tiny"], tmp_path_factory.mktemp("generate"), arguments=flags) as server:
+        yield server.ready()
+
+
+@pytest.fixture(scope="module")
+def pooling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    flags = ("--runner", "pooling", "--convert", "embed")
+    with Server("pooling", MODELS["tiny"], tmp_path_factory.mktemp("pooling"), arguments=flags) as server:
+        yield server.ready()
+
+
+def openai_client(server: Server) -> openai.OpenAI:
+    http = httpx.Client(event_hooks={"response": [note]}, timeout=120)
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", http_client=http, max_retries=0)
+
+
+def anthropic_client(server: Server) -> anthropic.Anthropic:
+    http = httpx2.Client(event_hooks={"response": [note]}, timeout=120)
+    return anthropic.Anthropic(base_url=server.url, api_key="none", http_client=http, max_retries=0)
+
+
+def chat(server: Server, stream: bool, **fields: Any) -> dict[str, Any]:
+    client = openai_client(server).chat.completions
+    request = {"model": "demo", "max_tokens": 12, "temperature": 0, **fields}
+    if not stream:
+        answer = client.create(**request).to_dict()
+        return {"choices": [simplified(choice["message"], choice) for choice in answer["choices"]], **of(answer)}
+    choices: dict[int, dict[str, Any]] = {}
+    last: dict[str, Any] = {}
+    for chunk in client.create(**request, stream=True, stream_options={"include_usage": True}):
+        last = {**last, **{name: value for name, value in chunk.to_dict().items() if value is not None}}
+        for choice in chunk.to_dict()["choices"]:
+            into = choices.setdefault(choice["index"], {"message": {}, "logprobs": None})
+            for name in ("content", "reasoning"):
+                if choice["delta"].get(name) is not None:
+                    into["message"][name] = into["message"].get(name, "") + choice["delta"][name]
+            if choice.get("logprobs"):
+                before = (into["logprobs"] or {}).get("content", [])
+                into["logprobs"] = {"content": [*before, *choice["logprobs"]["content"]]}
+            for name in ("finish_reason", "stop_reason"):
+                into[name] = choice.get(name) or into.get(name)
+    return {"choices": [simplified(c["message"], c) for _, c in sorted(choices.items())], **of(last)}
+
+
+def simplified(message: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+    logprobs = choice.get("logprobs")
+    return {
+        "content": message.get("content") or "",
+        "reasoning": message.get("reasoning") or "",
+        "tokens": None if logprobs is None else [(e["token"], e["logprob"]) for e in logprobs["content"]],
+        "finish_reason": choice["finish_reason"],
+        "stop_reason": choice.get("stop_reason"),
+    }
+
+
+def of(answer: dict[str, Any]) -> dict[str, Any]:
+    usage = {name: answer["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    return {"id": answer["id"], "created": answer["created"], "model": answer["model"], "usage": usage}
+
+
+def completion(server: Server, stream: bool, **fields: Any) -> dict[str, Any]:
+    client = openai_client(server).completions
+    request = {"model": "demo", "max_tokens": 12, "temperature": 0, **fields}
+    if not stream:
+        answer = client.create(**request).to_dict()
+        texts = {choice["index"]: (choice["text"], choice["finish_reason"]) for choice in answer["choices"]}
+        return {"texts": texts, **of(answer)}
+    texts, last = {}, {}
+    for chunk in client.create(**request, stream=True, stream_options={"include_usage": True}):
+        last = {**last, **{name: value for name, value in chunk.to_dict().items() if value is not None}}
+        for choice in chunk.choices:
+            before, finish = texts.get(choice.index, ("", None))
+            texts[choice.index] = before + choice.text, choice.finish_reason or finish
+    return {"texts": texts, **of(last)}
+
+
+def response(server: Server, stream: bool, **fields: Any) -> dict[str, Any]:
+    client = openai_client(server).responses
+    request = {"model": "demo", "max_output_tokens": 12, "temperature": 0, **fields}
+    if not stream:
+        return client.create(**request).to_dict()
+    text, last = "", None
+    for event in client.create(**request, stream=True):
+        last = event
+        text += event.delta if event.type in ("response.output_text.delta", "response.reasoning_text.delta") else ""
+    assert last is not None
+    assert last.type == "response.completed"
+    final: dict[str, Any] = last.response.to_dict()
+    assert text == "".join(part["text"] for item in final["output"] for part in item.get("content") or ())
+    return final
+
+
+def message(server: Server, stream: bool, **fields: Any) -> dict[str, Any]:
+    client = anthropic_client(server).messages
+    sampling = {"temperature": 0, **fields.get("extra_body", {})}  # the client has no parameter for it any more
+    request = {"model": "demo", "max_tokens": 12, **fields, "extra_body": sampling}
+    if not stream:
+        answer = client.create(**request).to_dict()
+    else:
+        with client.stream(**request) as events:
+            answer = events.get_final_message().to_dict()
+    return {name: value for name, value in answer.items() if value is not None}
+
+
+Ask = Callable[..., dict[str, Any]]
+QUESTION = [{"role": "user", "content": "Why is the sky blue?"}]
+REQUESTS: list[tuple[str, Ask, dict[str, Any]]] = [
+    ("chat", chat, {"messages": QUESTION}),
+    ("chat with logprobs", chat, {"messages": QUESTION, "logprobs": True, "top_logprobs": 2}),
+    ("chat with two choices", chat, {"messages": QUESTION, "n": 2, "temperature": 1, "seed": 5}),
+    ("chat with tools", chat, {"messages": QUESTION, "tools": [TOOL]}),
+    ("chat without reasoning", chat, {"messages": QUESTION, "extra_body": {"include_reasoning": False}}),
+    ("completion", completion, {"prompt": "Once upon a time"}),
+    ("completion of two prompts", completion, {"prompt": ["Once", "Twice"]}),
+    ("response", response, {"input": "Why is the sky blue?", "store": False}),
+    ("response by default", response, {"input": "Why is the sky blue?"}),
+    ("response to messages", response, {"input": QUESTION, "instructions": "Be brief.", "store": False}),
+    (
+        "response with tools",
+        response,
+        {"input": QUESTION, "tools": [{"type": "function", **TOOL["function"], "strict": False}], "store": False},  # type: ignore[dict-item]
+    ),
+    ("message", message, {"messages": QUESTION}),
+    ("message with a system prompt", message, {"messages": QUESTION, "system": "Be brief.", "stop_sequences": ["x"]}),
+    (
+        "message with tools",
+        message,
+        {"messages": QUESTION, "tools": [{"name": "add", "input_schema": TOOL["function"]["parameters"]}]},  # type: ignore[index]
+    ),
+]
+
+
+@pytest.mark.parametrize("stored_by", ["stream", "json"])
+@pytest.mark.parametrize(("name", "ask", "fields"), REQUESTS, ids=[name for name, _, _ in REQUESTS])
+def test_what_is_replayed_is_what_was_computed(
+    server: Server, name: str, ask: Ask, fields: dict[str, Any], stored_by: str
+) -> None:
+    own = {"extra_body": {**fields.get("extra_body", {}), "cache_salt": f"{name} {stored_by} {time.time_ns()}"}}
+    first = ask(server, stored_by == "stream", **{**fields, **own})
+    assert STATUS[-1] == "hyperspace; fwd=uri-miss; stored"
+    for stream in (False, True, stored_by == "stream"):
+        replayed = ask(server, stream, **{**fields, **own})
+        assert "; hit; " in STATUS[-1], STATUS[-1]
+        assert replayed == first
+
+
+def test_a_response_repeats_what_this_request_said_of_itself(server: Server) -> None:
+    asked = {"input": f"Why? {time.time_ns()}"}
+    first = response(server, False, **asked, metadata={"who": "ann"}, user="ann")
+    for stream in (False, True):
+        other = response(server, stream, **asked, metadata={"who": "ben"})
+        assert "; hit; " in STATUS[-1]
+        assert (other["metadata"], other.get("user")) == ({"who": "ben"}, None)
+        assert other["output"] == first["output"]
+
+
+# --- models that pool -----------------------------------------------------------------------------
+
+
+def test_embeddings_are_those_that_were_computed(pooling: Server) -> None:
+    client = openai_client(pooling).embeddings
+    salt = {"cache_salt": str(time.time_ns())}
+    texts = ["sky", "a longer text about the sea", "sky"]
+    unstored = {"Cache-Control": "no-store"}
+    alone = client.create(model="demo", input=texts, encoding_format="float", extra_headers=unstored)
+    assert STATUS[-1].startswith("hyperspace; fwd=request")
+    client.create(model="demo", input="sky", extra_body=salt)
+    both = client.create(model="demo", input=texts, encoding_format="float", extra_body=salt)
+    assert STATUS[-1] == 'hyperspace; fwd=partial; stored; detail="1 of 2 stored"'
+    assert both.usage == alone.usage
+    for mine, theirs in zip(both.data, alone.data, strict=True):
+        assert mine.index == theirs.index
+        assert mine.embedding == pytest.approx(theirs.embedding, abs=1e-3)
+    for encoding in ("float", "base64", openai.NOT_GIVEN):  # the client's default is base64, which it decodes
+        again = client.create(model="demo", input=texts, encoding_format=encoding, extra_body=salt)  # type: ignore[arg-type]
+        assert "; hit; " in STATUS[-1]
+        assert again.usage == both.usage
+        if encoding != "base64":
+            assert [e.embedding for e in again.data] == [e.embedding for e in both.data]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/rerank", {"query": "sky", "documents": ["blue", "a red house", "the sea"], "top_n": 2}),
+        ("/v1/score", {"queries": "sky", "documents": ["blue", "a red house"]}),
+        ("/v1/score", {"text_1": ["sky"], "text_2": ["blue"]}),
+    ],
+)
+def test_scores_are_replayed(pooling: Server, path: str, body: dict[str, Any]) -> None:
+    asked = {"model": "demo", "cache_salt": str(time.time_ns()), **body}
+    first = httpx.post(pooling.url + path, json=asked, timeout=60)
+    assert first.status_code == 200, first.text
+    assert first.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
+    again = httpx.post(pooling.url + path, json={**asked, "user": "ann"}, timeout=60)
+    assert "; hit; " in again.headers["cache-status"]
+    assert again.json() == first.json()
