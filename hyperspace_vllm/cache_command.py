@@ -24,7 +24,7 @@ from .core.records.ids import peer_id, sha256
 from .core.records.limits import RECENT_MS
 from .core.records.local import PURGED_KEYS_MAX, PurgeResponses
 from .core.response.cache_proof import decode_proof
-from .response_db import database_path
+from .response_db import database_path, unpacked
 
 _CONNECT_S = 5.0
 _PURGE_S = 10.0
@@ -215,7 +215,7 @@ def _named(database: sqlite3.Connection, prefix: str) -> Entry | str:
 def _whole(database: sqlite3.Connection, entry: Entry) -> dict[str, Any]:
     """`intact` says whether the body is the one that its proof speaks of."""
     row = database.execute(_BODY, (entry.request_key,)).fetchone()
-    body = row[0] if row else b""
+    body = (unpacked(row[0]) if row else None) or b""
     intact = decode_proof(entry.proof).response_hash == sha256(body)
     proof = base64.b64encode(entry.proof).decode()
     return {**entry.described(), "intact": intact, "proof": proof, "body": body.decode(errors="replace")}

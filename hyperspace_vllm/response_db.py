@@ -4,8 +4,9 @@ One process writes (daemon/response_store.py); any number of others read the sam
 needs no message to the node. A reader never reports an error: a missing, locked, damaged or replaced database is a
 miss. Every body is checked against the digest in its CacheProof, for SQLite itself has no checksums.
 
-Bodies have a table of their own, so that touching an entry does not rewrite its body. An entry's request hash, by which
-peers ask for it, is the one that its CacheProof begins with: a column that SQLite derives can't disagree with it.
+Bodies have a table of their own, so that touching an entry does not rewrite its body, and are compressed where that
+makes them shorter. An entry's request hash, by which peers ask for it, is the one that its CacheProof begins with: a
+column that SQLite derives can't disagree with it.
 """
 
 import contextlib
@@ -15,15 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import zstandard
+
 from .core.records.errors import ProtocolViolation
 from .core.records.ids import RequestKey, sha256
+from .core.records.limits import RESPONSE_BYTES_MAX
 from .core.records.local import Scope
 from .core.response.cache_proof import decode_proof
 
 SCHEMA_VERSION = 3
 
+_ZSTD_LEVEL = 3
+_PACKED_BYTES_MIN = 256  # what is shorter hardly shrinks
+
 _REQUEST_HASH = "request_hash BLOB AS (substr(proof, 1, 32)) VIRTUAL"
 _REQUEST_HASH_INDEX = "CREATE INDEX entries_by_request_hash ON entries (request_hash);"
+
+_WORTH = "worth_ms INTEGER"  # which entry goes first: see response_store
+_WORTH_INDEX = "CREATE INDEX entries_by_worth ON entries (worth_ms);"
 
 # Vectors as in `Embedded`; both NULL where there are none.
 _QUESTIONS = """
@@ -55,10 +65,11 @@ CREATE TABLE entries (
     last_used_ms INTEGER NOT NULL,
     hits INTEGER NOT NULL,
     scope TEXT NOT NULL,
-    {_REQUEST_HASH}
+    {_REQUEST_HASH},
+    {_WORTH} NOT NULL
 );
 {_REQUEST_HASH_INDEX}
-CREATE INDEX entries_by_use ON entries (last_used_ms);
+{_WORTH_INDEX}
 CREATE INDEX entries_by_expiry ON entries (expires_at_ms);
 CREATE TABLE bodies (id INTEGER PRIMARY KEY, body BLOB NOT NULL);
 CREATE TABLE totals (entries INTEGER NOT NULL, bytes INTEGER NOT NULL);
@@ -69,7 +80,15 @@ BEGIN UPDATE totals SET entries = entries + 1, bytes = bytes + new.size; END;
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 
-_TO_3 = f"DROP TRIGGER entry_removed; {_QUESTIONS} PRAGMA user_version = 3;"
+_TO_3 = f"""
+DROP TRIGGER entry_removed;
+{_QUESTIONS}
+DROP INDEX entries_by_use;
+ALTER TABLE entries ADD COLUMN {_WORTH};
+UPDATE entries SET worth_ms = last_used_ms;
+{_WORTH_INDEX}
+PRAGMA user_version = 3;
+"""
 # By the version that they start from.
 MIGRATIONS = {
     1: f"ALTER TABLE entries ADD COLUMN {_REQUEST_HASH}; {_REQUEST_HASH_INDEX} {_TO_3}",
@@ -103,6 +122,27 @@ WHERE request_hash = ? AND expires_at_ms > ? AND scope IN ('network', 'public')
 def database_path(data_dir: Path) -> Path:
     """Where the node of a data directory keeps its responses."""
     return data_dir / "responses.sqlite"
+
+
+def packed(body: bytes) -> bytes:
+    """A body as it lies in the database: compressed by zstd, if that makes it shorter."""
+    is_alike = body.startswith(zstandard.FRAME_HEADER)  # and would be taken for compressed
+    if len(body) < _PACKED_BYTES_MIN and not is_alike:
+        return body
+    compressed = zstandard.compress(body, _ZSTD_LEVEL)
+    return compressed if len(compressed) < len(body) or is_alike else body
+
+
+def unpacked(stored: bytes) -> bytes | None:
+    """The body again; None for what `packed` can't have made."""
+    if not stored.startswith(zstandard.FRAME_HEADER):
+        return stored
+    try:
+        if not 0 <= zstandard.frame_content_size(stored) <= RESPONSE_BYTES_MAX:
+            return None
+        return zstandard.decompress(stored)
+    except zstandard.ZstdError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +260,11 @@ class ResponseReader:
 
 
 def _intact(row: tuple[Any, ...]) -> StoredResponse | None:
-    entry = StoredResponse(*row)
+    stored, *rest = row
     try:
+        body = unpacked(stored)
+        entry = StoredResponse(body or b"", *rest)
         proof = decode_proof(entry.proof)
-    except (ProtocolViolation, TypeError):  # TypeError: a damaged page may hold another type
+    except (ProtocolViolation, TypeError, AttributeError):  # the others: a damaged page may hold another type
         return None
-    return entry if isinstance(entry.body, bytes) and proof.response_hash == sha256(entry.body) else None
+    return entry if body is not None and proof.response_hash == sha256(body) else None

@@ -1,6 +1,7 @@
 """The response database survives its writer, its disk and its age; a reader never sees an error."""
 
 import asyncio
+import json
 import os
 import signal
 import sqlite3
@@ -10,17 +11,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 import pytest
+import zstandard
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
-from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
+from hyperspace_vllm.core.records.limits import RESPONSE_BYTES_MAX, RESPONSE_TTL_MS
 from hyperspace_vllm.core.records.local import Scope, StoreResponse
 from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof, make_proof, request_hash
 from hyperspace_vllm.daemon.response_news import Listener, Told
 from hyperspace_vllm.daemon.response_store import ResponseStore
-from hyperspace_vllm.response_db import ResponseReader, Shareable, StoredResponse
+from hyperspace_vllm.response_db import ResponseReader, Shareable, StoredResponse, packed, unpacked
 
 NETWORK = network_id("test")
 MODEL = bytes([8]) * 32
@@ -155,16 +158,20 @@ def test_an_entry_ends_with_the_shortest_of_its_lives(
     assert store.stats() | {"entries": 0, "bytes": 0, "expired": 1} == store.stats()
 
 
+NOISE = Random(1).randbytes(1024)  # which doesn't shrink
+MAGIC = zstandard.FRAME_HEADER
+
+
 def test_over_its_quota_the_store_drops_what_was_used_longest_ago(open_store: Open, path: Path, clock: Clock) -> None:
     store, reader = open_store(quota_bytes=5 * 2048), ResponseReader(path)
     for number in range(5):
         clock.now_ms += 1
-        store.store(response(number, bytes(1024)))
+        store.store(response(number, NOISE))
         assert store.flush(10)
     clock.now_ms += 1
     store.touch([key(0)])
     assert store.flush(10)
-    store.store(response(5, bytes(1024)))
+    store.store(response(5, NOISE))
     assert store.flush(10)
     assert [reader.get(key(number), clock()) is not None for number in range(6)] == [
         True,
@@ -177,6 +184,69 @@ def test_over_its_quota_the_store_drops_what_was_used_longest_ago(open_store: Op
     assert store.stats()["evicted"] == 1
     assert store.stats()["hits"] == 1
     assert not store.store(response(6, bytes(6 * 2048)))
+
+
+def test_what_was_asked_for_often_outlives_what_was_used_lately(open_store: Open, path: Path, clock: Clock) -> None:
+    store, reader = open_store(quota_bytes=3 * 2048), ResponseReader(path)
+    for number in range(3):
+        store.store(response(number, NOISE))
+    store.touch([key(0)] * 7)  # log2(1 + 7): worth as much as a use three hours later
+    assert store.flush(10)
+
+    def survivors(stored: int) -> list[int]:
+        store.store(response(stored, NOISE))
+        assert store.flush(10)
+        return [number for number in range(9) if reader.get(key(number), clock()) is not None]
+
+    clock.now_ms += 1
+    assert survivors(3) == [0, 2, 3]
+    clock.now_ms += 2 * 3_600_000
+    assert survivors(4) == [0, 3, 4]
+    clock.now_ms += 2 * 3_600_000
+    assert survivors(5) == [0, 4, 5]
+    assert survivors(6) == [0, 5, 6]
+    assert survivors(7) == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"{" + b" " * 255,
+        b'{"text": "word word word"}' * 1000,
+        NOISE,
+        b"\x28\xb5\x2f\xfd",
+        b"\x28\xb5\x2f\xfd" * 99,
+    ],
+)
+def test_a_packed_body_is_the_same_again_and_no_longer(body: bytes) -> None:
+    assert unpacked(packed(body)) == body
+    assert len(packed(body)) <= len(body) + (20 if body.startswith(MAGIC) else 0)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        packed(b"{" * 1000)[:-1],
+        MAGIC,
+        zstandard.compress(bytes(RESPONSE_BYTES_MAX + 1)),
+        zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1000)),
+    ],
+)
+def test_a_body_that_was_not_packed_so_is_a_miss(stored: bytes) -> None:
+    assert unpacked(stored) is None
+
+
+def test_answers_take_less_room_than_they_are_long(open_store: Open, path: Path, clock: Clock) -> None:
+    body = json.dumps({"choices": [{"message": {"content": "The sky is blue because of the air. " * 50}}]}).encode()
+    store = open_store()
+    store.store(response(1, body))
+    assert store.flush(10)
+    assert store.stats()["bytes"] < 1024 + len(body) / 4
+    found = ResponseReader(path).get(key(1), clock())
+    assert found is not None
+    assert found.body == body
 
 
 def test_a_writer_that_is_behind_drops_and_never_blocks(open_store: Open, path: Path, clock: Clock) -> None:
@@ -373,7 +443,7 @@ def test_evicted_and_expired_entries_are_told_as_gone(open_store: Open, path: Pa
     store = open_store(quota_bytes=3 * 2048, listener=heard)
     for number in range(5):
         clock.now_ms += 1
-        store.store(response(number, bytes(1024), ttl_ms=100_000 * (number + 1)))
+        store.store(response(number, NOISE, ttl_ms=100_000 * (number + 1)))
         assert store.flush(10)
     assert heard.numbers() == [2, 3, 4]
     clock.now_ms += 350_000
@@ -474,7 +544,7 @@ PRAGMA user_version = 1;
 """
 
 _WRITER_HEAD = """
-import resource, sys
+import os, resource, sys
 from pathlib import Path
 from nacl.signing import SigningKey
 from hyperspace_vllm.core.records.ids import network_id
@@ -485,7 +555,7 @@ class Signer:
     signing_key = SigningKey(bytes(32))
 
 def response(number, size):
-    return StoreResponse(number.to_bytes(32, "big"), "network", bytes(32), "v", 86_400_000, bytes(size))
+    return StoreResponse(number.to_bytes(32, "big"), "network", bytes(32), "v", 86_400_000, os.urandom(size))
 
 store = ResponseStore(Path(sys.argv[1]), 1 << 30, 86_400_000, Signer(), network_id("test"))
 """

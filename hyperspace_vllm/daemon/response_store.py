@@ -1,4 +1,4 @@
-"""The one writer of the response database: TTL, byte quota, least-recently-used eviction, CacheProofs.
+"""The one writer of the response database: TTL, byte quota, eviction of what is asked for least, CacheProofs.
 
 It takes what this node's engines computed, and signs it, and what was fetched from peers, with the proof that came with
 it. Whoever speaks for this node in the network hears which entries may leave it, after they were committed.
@@ -17,6 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import log2
 from pathlib import Path
 from typing import Protocol
 
@@ -26,20 +27,25 @@ from ..core.records.ids import NetworkId, RequestKey
 from ..core.records.limits import RESPONSE_TTL_MS, STORE_QUEUE_BYTES_MAX, MiB
 from ..core.records.local import Scope, StoreResponse
 from ..core.response.cache_proof import make_proof, request_hash
-from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded
+from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, packed
 from .response_news import Listener, News, Retelling, Told
 
 _ENTRY_OVERHEAD_BYTES = 1024  # proof, key, index entries and the tail of a page
 _QUESTION_OVERHEAD_BYTES = 256  # its keys and the index entry
 _TOUCHES_MAX = 65_536
+_HALF_LIFE_MS = 3_600_000  # of popularity, where entries are weighed against each other
 _EXPIRE_EVERY_MS = 60_000
 # What lies there at the start is told at 1,000 entries a second: a registry's 20,000 in 20 s, at some 2 % of the loop.
 _RETELL_ENTRIES = 250
 _RETELL_EVERY_S = 0.25
 
 _INSERT = """
-INSERT INTO entries (request_key, proof, computed_at_ms, expires_at_ms, size, last_used_ms, hits, scope)
-VALUES (?, ?, ?, ?, ?, ?, 0, ?)
+INSERT INTO entries (request_key, proof, computed_at_ms, expires_at_ms, size, last_used_ms, hits, scope, worth_ms)
+VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)
+"""
+
+_TOUCH = """
+UPDATE entries SET hits = hits + ?1, last_used_ms = ?2, worth_ms = worth(hits + ?1, ?2) WHERE request_key = ?3
 """
 
 _INSERT_QUESTION = """
@@ -277,6 +283,7 @@ class ResponseStore:
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))
         database = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
         try:
+            database.create_function("worth", 2, _worth, deterministic=True)
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = NORMAL")
             database.execute(f"PRAGMA journal_size_limit = {16 * MiB}")
@@ -320,10 +327,7 @@ class ResponseStore:
                 purged += sum(_delete(database, "request_key = ?", key, news) for key in message.request_keys)
             else:
                 self._insert_computed(database, message, now_ms, news)
-        database.executemany(
-            "UPDATE entries SET hits = hits + ?, last_used_ms = ? WHERE request_key = ?",
-            [(hits, now_ms, key) for key, hits in touched.items()],
-        )
+        database.executemany(_TOUCH, [(hits, now_ms, key) for key, hits in touched.items()])
         expired = 0
         if now_ms >= self._next_expiry_ms:
             self._next_expiry_ms = now_ms + _EXPIRE_EVERY_MS
@@ -346,8 +350,11 @@ class ResponseStore:
         )
         expires_at_ms = now_ms + min(self._ttl_ms, message.ttl_ms)
         _delete(database, "request_key = ?", key, news)
-        values = (key, proof.encode(), now_ms, expires_at_ms, _size(task), now_ms, message.scope)
-        number = _insert(database, values, message.body)
+        body = packed(message.body)
+        size = _size(task) - len(message.body) + len(body)
+        number = _insert(
+            database, (key, proof.encode(), now_ms, expires_at_ms, size, now_ms, message.scope, now_ms), body
+        )
         if (question := message.question) is not None:
             named = task.embedded or Embedded("", b"")
             asked = (number, question.partition, question.canonical_key, question.text)
@@ -362,25 +369,27 @@ class ResponseStore:
         if newer_here or message.expires_at_ms <= now_ms:
             return False
         _delete(database, "request_key = ?", message.request_key, news)
+        body = packed(message.body)
         values = (
             message.request_key,
             message.proof,
             message.computed_at_ms,
             message.expires_at_ms,
-            _size(message),
+            _size(message) - len(message.body) + len(body),
             now_ms,
             message.scope,
+            now_ms,
         )
-        _insert(database, values, message.body)
+        _insert(database, values, body)
         if message.scope != "private":
             news.stored(Told(message.proof[:32], message.expires_at_ms, False))
         return True
 
     def _evict(self, database: sqlite3.Connection, news: News) -> int:
-        """Delete the least recently used entries until the rest fit the quota."""
+        """Delete the entries of the least worth until the rest fit the quota."""
         excess = _totals(database)["bytes"] - self._quota_bytes
         doomed: list[int] = []
-        for entry, size in database.execute("SELECT id, size FROM entries ORDER BY last_used_ms, id"):
+        for entry, size in database.execute("SELECT id, size FROM entries ORDER BY worth_ms, id"):
             if excess <= 0:
                 break
             doomed.append(entry)
@@ -393,8 +402,13 @@ class ResponseStore:
                 self._counts[name] += increment
 
 
+def _worth(hits: int, now_ms: int) -> int:
+    """When an entry without a hit would have to be used to be worth as much: each doubling of hits is a half-life."""
+    return now_ms + round(_HALF_LIFE_MS * log2(1 + hits))
+
+
 def _size(task: _Task) -> int:
-    """Bytes in the queue and, of what is stored, in the database."""
+    """Bytes in the queue and, once its body is packed, in the database."""
     if isinstance(task, _Purge):
         return 32 * len(task.request_keys)
     if isinstance(task, _Fetched):
