@@ -36,7 +36,6 @@ from rich.table import Table
 
 from hyperspace_vllm.core.response.canonical import canonical_question
 from hyperspace_vllm.core.response.guards import Mode, eligible, refusal
-from hyperspace_vllm.core.response.question import read_question
 from hyperspace_vllm.core.response.semantic import COSINE_MIN, similarity
 from hyperspace_vllm.daemon.embedding import DEFAULT_MODEL, Embedder, load_embedder
 
@@ -161,7 +160,6 @@ def median_ms(pairs: Sequence[Pair], mode: str, embedder: Embedder, vectors: Vec
     """Milliseconds for one question against one stored one, all guards asked."""
     samples = []
     for pair in progress.track(pairs[:TIMED], description=f"timing {mode}"):
-        read_question.cache_clear()
         start = time.perf_counter()
         texts = [pair.a] if mode == "raw" else [pair.a, canonical_question(pair.a)]
         asked = embedder.embed(texts)

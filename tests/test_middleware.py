@@ -307,6 +307,20 @@ async def test_other_routes_and_methods_are_not_ours(bench: Bench) -> None:
         assert "cache-status" not in answer.headers
 
 
+@pytest.mark.parametrize("asked_as", [{}, STREAM])
+async def test_an_error_of_ours_is_a_bypass(
+    bench: Bench, asked_as: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(bench.cache.recent, "newer", broken)
+    for _ in range(2):
+        answer = await bench.ask(CHAT | asked_as)
+        assert answer.status_code == 200
+        assert answer.headers["cache-status"] == "hyperspace; fwd=bypass; detail=error"
+
+
 async def test_without_a_node_bodies_pass_unchanged_and_nothing_claims_to_be_stored(bench: Bench) -> None:
     bench.node.connected = False
     answer = await bench.ask(CHAT | STREAM)

@@ -99,6 +99,10 @@ def test_what_is_no_plain_question_has_exact_hits_alone(messages: list[object], 
     assert asked(*messages, **fields) is None
 
 
+def test_a_chat_without_messages_asks_nothing() -> None:
+    assert question_of("chat", {"model": "base", "max_tokens": 1}, DIGEST, None, "", ACRONYMS) is None
+
+
 def test_prompts_to_be_continued_are_no_questions() -> None:
     body = {"model": "base", "prompt": "What is ML?"}
     assert question_of("completions", body, DIGEST, None, "", ACRONYMS) is None

@@ -88,7 +88,7 @@ async def _compute(
         gone.set()
 
     async def compute(request: dict[str, Any]) -> Embedding | None:
-        raw = await ask(exchange.cache.app, exchange.scope, json.dumps(request).encode(), gone)
+        raw = await ask(exchange.app, exchange.scope, json.dumps(request).encode(), gone)
         return None if raw is None else decode(raw)
 
     watcher = asyncio.create_task(watch(), name="hyperspace-disconnect")

@@ -14,6 +14,7 @@ joined, the database reader, and what is on its way to the node (answers, hits),
 """
 
 import json
+import logging
 import time
 from functools import partial
 from typing import Any
@@ -39,6 +40,8 @@ from .relay import Relay, leaving_on_disconnect
 from .request_body import read_body, read_rest, replayed, rewritten, with_content_length
 from .stored_answer import StoredAnswer, Wanted, entry_of, json_headers, origin_header, render
 from .streams import collector
+
+logger = logging.getLogger(__name__)
 
 # After these (vLLM's development mode has them) nobody can say any more which weights answer.
 _WEIGHT_ROUTES = frozenset(("/collective_rpc", "/start_weight_update", "/update_weights", "/finish_weight_update"))
@@ -111,7 +114,9 @@ class Exchange:
         self.cache, self.options = cache, cache.options
         self.endpoint, self.raw, self.body = endpoint, raw, body
         self.scope, self.receive = scope, receive
-        self.send = send if header(scope["headers"], PROOF) is not None else _taking_proof_out(send)
+        self._send = send
+        self._wants_proof = header(scope["headers"], PROOF) is not None
+        self._committed = False  # the application has the request, or the client some of an answer
         self.wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
         self.tenant = tenant_of(
             self.options.fleet_secret, self.options.api_keys, header(scope["headers"], b"authorization")
@@ -130,8 +135,29 @@ class Exchange:
         repeats = ("metadata", "user") if endpoint == "responses" else ()
         self.repeated = {name: body[name] for name in repeats if body.get(name) is not None}
 
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application behind the cache."""
+        self._committed = True
+        await self.cache.app(scope, receive, send)
+
+    async def send(self, message: Message) -> None:
+        """To the client, without a proof that it did not ask for."""
+        self._committed = True
+        if message["type"] == "http.response.start" and not self._wants_proof:
+            message = {**message, "headers": without_proof(message.get("headers", ()))}
+        await self._send(message)
+
     async def run(self) -> None:
-        """Choose the way and go it."""
+        """Answer the request, come what may: an error of ours is a bypass."""
+        try:
+            await self._choose()
+        except Exception:
+            if self._committed:
+                raise
+            logger.exception("a request passes by the response cache: please report it")
+            await self.bypass("bypass", "error")
+
+    async def _choose(self) -> None:
         key = self._key()
         if isinstance(key, Uncacheable) or self.wishes.no_store:
             reason = key.reason if isinstance(key, Uncacheable) else "no-store"
@@ -301,7 +327,7 @@ class Exchange:
         body = rewritten(self.raw, self.body, self._signed_scope(), add_usage=False)
         request = replayed([{"type": "http.request", "body": body, "more_body": False}], self.receive)
         send = self.cache.passing(self.send, why, reason)
-        await self.cache.app(with_content_length(self.scope, len(body)), request, send)
+        await self.app(with_content_length(self.scope, len(body)), request, send)
 
     def _signed_scope(self) -> dict[str, str] | None:
         """The scope for the connector, unless it is the default. An unknown tenant gets none, hence nothing shared."""
@@ -359,7 +385,7 @@ class Exchange:
         adds_usage = asks_usage and not self.wants_usage
         body = rewritten(self.raw, self.body, self._signed_scope(), adds_usage)
         leader = Relay(flight.join(), self.send, forward_status(why, stored=storing), adds_usage)
-        app = self.cache.app if lookup is None else self._race(key, why, flight, lookup, asks_usage)
+        app = self.app if lookup is None else self._race(key, why, flight, lookup, asks_usage)
         flight.start(app, with_content_length(self.scope, len(body)), body)
         try:
             async with leaving_on_disconnect(self.receive, leader.reader):
@@ -380,7 +406,7 @@ class Exchange:
             else:
                 self.cache.metrics.lookups.labels("miss", why).inc()
 
-        return NetworkRace(self.cache.app, lookup, partial(self._answer_found, key, usage), decided)
+        return NetworkRace(self.app, lookup, partial(self._answer_found, key, usage), decided)
 
     def _store(self, key: RequestKey, flight: Flight) -> None:
         self.cache.metrics.stored.labels(self._judge(key, flight)).inc()
@@ -440,15 +466,6 @@ def _as_vllm_reads(raw: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return body if isinstance(body, dict) else None
-
-
-def _taking_proof_out(send: Send) -> Send:
-    async def send_without_proof(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": without_proof(message.get("headers", ()))}
-        await send(message)
-
-    return send_without_proof
 
 
 def _adding_status(send: Send, status: bytes) -> Send:

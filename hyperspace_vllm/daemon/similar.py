@@ -63,7 +63,7 @@ class SimilarQuestions:
         self._to_store_bytes = 0
         self._state = "starting"  # or "on", "off"
         self._closing = False
-        self._recent: OrderedDict[str, Codes] = OrderedDict()
+        self._recent: OrderedDict[tuple[bytes, str], Codes] = OrderedDict()
         self._added_s: dict[RequestKey, float] = {}  # of those that may not be in the database yet
         self._index: QuestionIndex | None = None
         self._thread = threading.Thread(target=self._run, name="hyperspace-similar", daemon=True)
@@ -165,7 +165,7 @@ class SimilarQuestions:
 
     def _best(self, lookup: int, question: Question, mode: Mode) -> SimilarFound | SimilarNotFound:
         assert self._index is not None
-        vectors = self._vectors(question.text)
+        vectors = self._vectors(question)
         while True:
             match = best_match(question.text, self._index.nearest(question.partition, vectors), mode)
             if not isinstance(match, Match):
@@ -189,7 +189,7 @@ class SimilarQuestions:
         if eligible(question.text) is not None:
             self._store(message, None)
             return
-        vectors = self._vectors(question.text)
+        vectors = self._vectors(question)
         self._store(message, Embedded(self._embedder.name, vectors.tobytes()))
         key = RequestKey(message.request_key)
         self._index.add(key, question.partition, question.text, vectors)
@@ -199,12 +199,15 @@ class SimilarQuestions:
         while next(iter(self._added_s.values())) < now_s - _COMMIT_S:
             del self._added_s[next(iter(self._added_s))]
 
-    def _vectors(self, text: str) -> "Codes":
+    def _vectors(self, question: Question) -> "Codes":
         """int8 [2, dimensions] of a question and its canonical form."""
-        vectors = self._recent.pop(text, None)
+        # By partition: else a tenant's time would tell what another has asked.
+        named = question.partition, question.text
+        vectors = self._recent.pop(named, None)
         if vectors is None:
-            vectors = quantized(self._embedder.embed([text, canonical_question(text, self._acronyms)]))
-        self._recent[text] = vectors
+            texts = [question.text, canonical_question(question.text, self._acronyms)]
+            vectors = quantized(self._embedder.embed(texts))
+        self._recent[named] = vectors
         if len(self._recent) > _RECENT_MAX:
             self._recent.popitem(last=False)
         return vectors

@@ -77,7 +77,11 @@ def refusal(a: str, b: str, mode: Mode) -> str | None:
     """
     if canonical_question(a) == canonical_question(b):
         return None
-    one, other = read_question(a), read_question(b)
+    return refusal_between(read_question(a), read_question(b), mode)
+
+
+def refusal_between(one: Question, other: Question, mode: Mode) -> str | None:
+    """As `refusal`, of questions that have been read and whose canonical forms differ."""
     guards = GUARDS + STRICT_GUARDS if mode == "strict" else GUARDS
     return next((name for name, differ in guards if differ(one, other)), None)
 

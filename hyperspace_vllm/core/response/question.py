@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 from .canonical import plain_question
 from .guard_words import FILLER, FUNCTION, IMPERATIVES, IRREGULAR, NEGATIONS, NUMBERS, SYNONYMS, UNITS, word_set
@@ -100,7 +99,6 @@ class _Token:
         return key.replace(".", "") if self.kind == "word" else key
 
 
-@lru_cache(maxsize=1024)  # x a few KiB; a candidate list reads the query once for each of its candidates
 def read_question(text: str) -> Question:
     """The features of a question, in time linear in its length."""
     tokens = _tokens(plain_question(text))

@@ -103,7 +103,7 @@ def _forbidden(known: Fields, body: Mapping[str, object]) -> Uncacheable | None:
         value = body.get(field)
         if field == "kv_transfer_params" and isinstance(value, dict) and not value.keys() - {"hyperspace"}:
             continue  # our own, which the middleware replaces
-        if value not in (None, False):
+        if value is not None and not (field == "background" and value is False):
             return Uncacheable(field)
     return None
 

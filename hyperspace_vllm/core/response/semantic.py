@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..records.ids import RequestKey
-from .guards import Mode, refusal
+from .canonical import canonical_question
+from .guards import Mode, refusal_between
+from .question import read_question
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,8 +65,11 @@ def best_match(
     near = [candidate for candidate in candidates if candidate.similarity >= cosine_min]
     near.sort(key=lambda candidate: candidate.similarity, reverse=True)
     reason = "far"
+    canonical, read = canonical_question(question), read_question(question)
     for candidate in near[:CANDIDATES_MAX]:
-        refused = refusal(question, candidate.question, mode)
+        if canonical_question(candidate.question) == canonical:
+            return Match(candidate)
+        refused = refusal_between(read, read_question(candidate.question), mode)
         if refused is None:
             return Match(candidate)
         reason = refused if reason == "far" else reason

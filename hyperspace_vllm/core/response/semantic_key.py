@@ -59,7 +59,7 @@ def question_of(
     fields = canonical_fields(endpoint, body) if endpoint == "chat" else {}
     if not fields or fields.keys() - _FIELDS:
         return None
-    messages = body["messages"]
+    messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         return None
     *before, last = messages
