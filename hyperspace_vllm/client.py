@@ -81,6 +81,12 @@ class NodeClient:
             return self._current().welcome is not None
 
     @property
+    def api_servers(self) -> int:
+        """API servers of this node, as of the last heartbeat."""
+        with self._lock:
+            return self._current().api_servers
+
+    @property
     def epoch(self) -> int:
         """0 before the first session; changes with every new one."""
         with self._lock:
@@ -257,6 +263,7 @@ class _Link:
         self.epoch = epoch
         self.welcome: Welcome | None = None  # None: no lease
         self.last_welcome: Welcome | None = None
+        self.api_servers = 0
         self.inbox: deque[NodeMessage] = deque(maxlen=_QUEUED_MESSAGES_MAX)
         self.arena: memoryview | None = None
         self.generations: memoryview | None = None
@@ -386,7 +393,7 @@ class _Link:
                 if self.welcome is not None:
                     self._lose(now)
             case HeartbeatAck():
-                pass
+                self.api_servers = message.api_servers
             case Rejected(detail):
                 logger.warning("hyperspace node rejected a message: %s", detail)
                 if self.welcome is not None:

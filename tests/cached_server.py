@@ -19,19 +19,21 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from hyperspace_vllm.api.middleware import ResponseCacheMiddleware
-from hyperspace_vllm.api.options import ResponseCacheOptions
+from hyperspace_vllm.api.options import ApiMessage, ResponseCacheOptions
 from hyperspace_vllm.core.records.ids import network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.records.local import (
+    ClaimRequest,
     FindResponse,
     FindSimilar,
     NodeMessage,
     ReleaseResponse,
-    StoreResponse,
+    RequestDone,
     TouchResponses,
 )
 from hyperspace_vllm.core.response.canonical import ACRONYMS
 from hyperspace_vllm.daemon.embedding import load_embedder
+from hyperspace_vllm.daemon.request_leases import RequestLeases
 from hyperspace_vllm.daemon.response_store import ResponseStore
 from hyperspace_vllm.daemon.similar import SimilarQuestions
 
@@ -173,11 +175,14 @@ class Node:
     similar: SimilarQuestions | None = None
     scopes: list[str] = field(default_factory=list)
     asked: list[FindResponse] = field(default_factory=list)
+    leases: RequestLeases = field(default_factory=lambda: RequestLeases(lambda route, message: False))
+    route: bytes = b"api"
+    api_servers: int = 1
     compared: list[FindSimilar] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     inbox: list[NodeMessage] = field(default_factory=list)
 
-    def send(self, message: StoreResponse | TouchResponses | FindSimilar | FindResponse | ReleaseResponse) -> bool:
+    def send(self, message: ApiMessage) -> bool:
         match message:
             case TouchResponses(keys):
                 self.store.touch(keys)
@@ -194,6 +199,12 @@ class Node:
                     return False
                 self.asked.append(message)
                 self.others.find(self, message)
+                return True
+            case ClaimRequest():
+                self.leases.claim(self.route, message)
+                return True
+            case RequestDone(key):
+                self.leases.over(self.route, key)
                 return True
             case ReleaseResponse(lookup):
                 self.released.append(lookup)

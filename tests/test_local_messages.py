@@ -45,13 +45,17 @@ CLIENT_MESSAGES: list[local.ClientMessage] = [
     local.TouchResponses((KEY,)),
     local.PurgeResponses((KEY, KEY)),
     local.GetStatus(),
+    local.ClaimRequest(1, KEY, True),
+    local.RequestDone(KEY),
     local.FindSimilar(1, QUESTION, "strict", 100),
     local.FindResponse(1, KEY, KEY, 300),
     local.ReleaseResponse(1),
 ]
 NODE_MESSAGES: list[local.NodeMessage] = [
     local.Welcome(1, 5, "12D3KooW", KEY, "/dev/shm/x", 1 << 20),
-    local.HeartbeatAck(5),
+    local.HeartbeatAck(5, 2),
+    local.RequestClaimed(1, False),
+    local.RequestOver(1),
     local.LeaseLost(),
     local.StagingGranted(4096, (SLAB,)),
     local.PrefixAnswer(1, 1, (local.LoadedRow(0, 0, 0, SLAB),), "network", "blake3", "hit"),

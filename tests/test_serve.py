@@ -111,13 +111,26 @@ def test_a_stream_is_served_from_an_answer_and_an_answer_from_a_stream(server: S
     assert server.metric("hyperspace_l1_lookups_total", 'result="hit"') == hits + 2
 
 
-def test_no_cached_answer_without_the_api_key(server: Server, prompt: str) -> None:
-    post(server, completion(prompt))
-    for authorization in ("", "Bearer wrong"):
-        status, headers, body = post(server, completion(prompt), {"Authorization": authorization})
-        assert status == 401
-        assert "cache-status" not in headers
-        assert b"choices" not in body
+REQUESTS: dict[str, dict[str, object]] = {
+    "/v1/completions": {"prompt": "Why?"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Why?"}]},
+    "/v1/responses": {"input": "Why?", "max_output_tokens": 8},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Why?"}]},
+}
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_no_path_leads_to_a_cached_answer_without_the_api_key(server: Server, path: str) -> None:
+    body = {"model": "demo", "temperature": 0, "cache_salt": str(time.time_ns()), "max_tokens": 8, **REQUESTS[path]}
+    post(server, body, path=path)
+    assert hit(post(server, body, path=path)[1])
+    for authorization in ("", "Bearer wrong", f"Basic {KEY}", KEY):
+        for way in (path, "/" + path, path + "/", path + "?x", path.upper(), path.replace("/v1", "/v1/."), path[3:]):
+            headers = {"Authorization": authorization, "X-Api-Key": KEY, "X-Hyperspace-Proof": "1"}
+            status, told, answer = post(server, body, headers, way)
+            assert status in (401, 404, 307), way
+            assert not told.keys() & {"cache-status", "age", "x-hyperspace-proof"}
+            assert b"id" not in answer
 
 
 def test_hits_pass_through_the_middleware_around_vllm(server: Server, prompt: str) -> None:
@@ -169,6 +182,18 @@ def test_concurrent_identical_requests_are_computed_once(server: Server, prompt:
         answers = list(pool.map(lambda _: post(server, completion(prompt, max_tokens=64)), range(12)))
     assert len({json.loads(body)["choices"][0]["text"] for _, _, body in answers}) == 1
     assert server.metric("vllm:request_success_total") == done + 1
+
+
+def test_servers_of_one_node_compute_a_request_once(servers: tuple[Server, Server], prompt: str) -> None:
+    for number in range(5):  # a server hears of the other by heartbeats, and waits 10 ms for a node that is busy
+        body = completion(f"{prompt}{number}", max_tokens=200)
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(lambda server, body=body: post(server, body), servers))  # type: ignore[misc]
+        statuses = sorted(headers["cache-status"] for _, headers, _ in answers)
+        if statuses == ["hyperspace; fwd=uri-miss; collapsed", "hyperspace; fwd=uri-miss; stored"]:
+            assert answers[0][2] == answers[1][2]
+            return
+    pytest.fail(f"both computed five times: {statuses}")
 
 
 def test_servers_of_one_node_share_answers(servers: tuple[Server, Server], prompt: str) -> None:

@@ -13,6 +13,7 @@ Everything about a request lives in its `Exchange`; the middleware itself keeps 
 joined, the database reader, and what is on its way to the node (answers, hits), all bounded.
 """
 
+import asyncio
 import json
 import logging
 import time
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 _WEIGHT_ROUTES = frozenset(("/collective_rpc", "/start_weight_update", "/update_weights", "/finish_weight_update"))
 
 
+_COMMIT_LOOKS, _COMMIT_LOOK_S = 20, 0.005  # the node commits within milliseconds, or is busy
 Names = tuple[bytes, bytes | None, str]
 
 
@@ -354,9 +356,11 @@ class Exchange:
             # The leader failed us: from here on alone. Other nodes have been asked.
             self.cache.metrics.lookups.labels("miss", "leader-failed").inc()
             return await self._lead(key, why, None, storing, asks_usage, None)
-        if (lookup := self._ask(key)) is None:
+        lookup = self._ask(key)
+        leased = storing and shared is not None and self.options.client.api_servers > 1
+        if lookup is None and not leased:
             self.cache.metrics.lookups.labels("miss", why).inc()
-        return await self._lead(key, why, shared, storing, asks_usage, lookup)
+        return await self._lead(key, why, shared, storing, asks_usage, lookup, leased)
 
     async def _follow(self, flight: Flight, why: str) -> bool:
         """Read somebody else's computation; False, with nothing sent, when it came to nothing."""
@@ -376,16 +380,24 @@ class Exchange:
         return True
 
     async def _lead(
-        self, key: RequestKey, why: str, shared: object, storing: bool, asks_usage: bool, lookup: Pending | None
+        self,
+        key: RequestKey,
+        why: str,
+        shared: object,
+        storing: bool,
+        asks_usage: bool,
+        lookup: Pending | None,
+        leased: bool = False,
     ) -> None:
         taking = collector(self.endpoint) if storing else None
         flight = Flight(taking) if shared is None else self.cache.flights.open(shared, taking)
         if storing:
-            flight.on_end = lambda: self._store(key, flight)
+            flight.on_end = partial(self._ended, key, flight, leased)
         adds_usage = asks_usage and not self.wants_usage
         body = rewritten(self.raw, self.body, self._signed_scope(), adds_usage)
         leader = Relay(flight.join(), self.send, forward_status(why, stored=storing), adds_usage)
-        app = self.app if lookup is None else self._race(key, why, flight, lookup, asks_usage)
+        race = None if lookup is None else self._race(key, why, flight, lookup, asks_usage)
+        app = partial(self._leased, key, why, flight, race) if leased else race or self.app
         flight.start(app, with_content_length(self.scope, len(body)), body)
         try:
             async with leaving_on_disconnect(self.receive, leader.reader):
@@ -395,21 +407,62 @@ class Exchange:
                 raise flight.error from None
         except Laggard:
             pass
-        if flight.from_cache:
+        if race is not None and race.outcome in HITS:
             self.cache.metrics.network_hit_seconds.observe(time.perf_counter() - self.started_s)
 
     def _race(self, key: RequestKey, why: str, flight: Flight, lookup: Pending, usage: bool) -> NetworkRace:
         def decided(outcome: Outcome) -> None:
             self._count(outcome)
             if outcome in HITS:
-                flight.from_cache, flight.on_end = True, None  # the node stores it by itself
+                flight.from_cache = True  # the node stores it by itself
             else:
                 self.cache.metrics.lookups.labels("miss", why).inc()
 
         return NetworkRace(self.app, lookup, partial(self._answer_found, key, usage), decided)
 
-    def _store(self, key: RequestKey, flight: Flight) -> None:
-        self.cache.metrics.stored.labels(self._judge(key, flight)).inc()
+    async def _leased(
+        self,
+        key: RequestKey,
+        why: str,
+        flight: Flight,
+        race: NetworkRace | None,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """The application, unless another API server of the node computes the same: then that one's answer.
+
+        Who streams doesn't wait: the other's frames can't be had, and its end is later than one's own first frame.
+        """
+        if self.streams:
+            self.cache.node.lead(key)
+        elif not await self.cache.node.lead_or_wait(key, self.options.follow_deadline_s):
+            if (answer := await self._answer_of_another(key)) is not None:
+                flight.from_cache = True
+                self.cache.metrics.lookups.labels("collapsed", why).inc()
+                for message in answer.messages():
+                    await send(message)
+                return
+            self.cache.node.lead(key)
+        if race is None:
+            self.cache.metrics.lookups.labels("miss", why).inc()
+        await (race or self.app)(scope, receive, send)
+
+    async def _answer_of_another(self, key: RequestKey) -> StoredAnswer | None:
+        """What another API server has just handed to the node, once the database has it."""
+        for _ in range(_COMMIT_LOOKS):
+            now_ms = self.options.clock()
+            if (entry := await self.entry(key, now_ms)) is not None:
+                answer = self._render(entry, self.wants_usage, now_ms, "exact")
+                return answer and answer.with_status(forward_status("uri-miss", collapsed=True))
+            await asyncio.sleep(_COMMIT_LOOK_S)
+        return None
+
+    def _ended(self, key: RequestKey, flight: Flight, leased: bool) -> None:
+        if not flight.from_cache:
+            self.cache.metrics.stored.labels(self._judge(key, flight)).inc()
+        if leased:
+            self.cache.node.done(key)
 
     def _judge(self, key: RequestKey, flight: Flight) -> str:
         if not flight.complete or flight.collector is None:

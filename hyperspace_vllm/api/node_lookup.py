@@ -15,12 +15,16 @@ from itertools import count
 from ..core.records.ids import RequestKey
 from ..core.records.limits import RESPONSE_LOOKUPS_MAX, SIMILAR_LOOKUPS_MAX
 from ..core.records.local import (
+    ClaimRequest,
     FindResponse,
     FindSimilar,
     NodeMessage,
     Question,
     Rejected,
     ReleaseResponse,
+    RequestClaimed,
+    RequestDone,
+    RequestOver,
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
@@ -81,6 +85,13 @@ class Pending:
             self.hint.set_result(hinted)
 
 
+class _Claim:
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.granted: asyncio.Future[bool] = loop.create_future()
+        self.over: asyncio.Future[None] = loop.create_future()
+
+
 class NodeLookup:
     """The pending lookups of one process, of questions too; they belong to one event loop."""
 
@@ -89,6 +100,7 @@ class NodeLookup:
         self._numbers = count(1)
         self._pending: dict[int, Pending] = {}
         self._similar: dict[int, asyncio.Future[SimilarFound | str]] = {}
+        self._claims: dict[int, _Claim] = {}
         self._similar_not_before_s = 0.0
         self._epoch = 0  # of the session that the pending ones belong to
         self._silent = False  # the last one that should have had a hint got none in time, or was useless
@@ -150,6 +162,33 @@ class NodeLookup:
             self._similar_not_before_s = loop.time() + _USELESS_S
         return found
 
+    def lead(self, key: RequestKey) -> None:
+        """Say that this process computes a request, and waits for nobody."""
+        self._client.send(ClaimRequest(next(self._numbers) % (1 << 32), key, False))
+
+    async def lead_or_wait(self, key: RequestKey, deadline_s: float) -> bool:
+        """Whether this process should compute a request: False once another one of the host has ended it."""
+        number = next(self._numbers) % (1 << 32)
+        if len(self._claims) >= RESPONSE_LOOKUPS_MAX or not self._client.send(ClaimRequest(number, key, True)):
+            return True
+        claim = self._claims[number] = _Claim()
+        self._look_out()
+        try:
+            async with asyncio.timeout(HINT_S):
+                if await claim.granted:
+                    return True
+            async with asyncio.timeout(deadline_s):
+                await claim.over
+        except TimeoutError:
+            return True
+        finally:
+            del self._claims[number]
+        return False
+
+    def done(self, key: RequestKey) -> None:
+        """This process has computed a request, or has given up."""
+        self._client.send(RequestDone(key))
+
     def release(self, pending: Pending) -> None:
         """End a lookup without its answer, and tell the node; one that has ended is left alone."""
         if self._pending.pop(pending.number, None) is not None:
@@ -179,7 +218,7 @@ class NodeLookup:
 
     async def _poll(self) -> None:
         loop = asyncio.get_running_loop()
-        while self._pending or self._similar:
+        while self._pending or self._similar or self._claims:
             await asyncio.sleep(_EAGER_S if loop.time() < self._eager_until_s else _CALM_S)
             self._take(self._client.receive())
             if not self._client.connected or self._client.epoch != self._epoch:
@@ -206,6 +245,12 @@ class NodeLookup:
                     answer = self._similar.get(number)
                     if answer is not None and not answer.done():
                         answer.set_result(message if isinstance(message, SimilarFound) else message.reason)
+                case RequestClaimed(number, granted):
+                    if (claim := self._claims.get(number)) is not None and not claim.granted.done():
+                        claim.granted.set_result(granted)
+                case RequestOver(number):
+                    if (claim := self._claims.get(number)) is not None and not claim.over.done():
+                        claim.over.set_result(None)
                 case Rejected():
                     pass  # the client has logged it
                 case _:
@@ -216,5 +261,8 @@ class NodeLookup:
             pending.end(found)
 
     def _end_all(self) -> None:
+        for claim in self._claims.values():
+            if not claim.over.done():
+                claim.over.set_result(None)
         for number in list(self._pending):
             self._end(number, None)

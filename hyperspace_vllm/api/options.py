@@ -8,15 +8,19 @@ from typing import Protocol
 
 from ..core.records.limits import RESPONSE_TTL_MS
 from ..core.records.local import (
+    ClaimRequest,
     FindResponse,
     FindSimilar,
     NodeMessage,
     ReleaseResponse,
+    RequestDone,
     StoreResponse,
     TouchResponses,
 )
 from ..core.response.canonical import ACRONYMS
 from ..core.response.semantic_key import Semantic
+
+ApiMessage = StoreResponse | TouchResponses | ClaimRequest | RequestDone | FindSimilar | FindResponse | ReleaseResponse
 
 
 class NodeLink(Protocol):
@@ -27,10 +31,14 @@ class NodeLink(Protocol):
         """Whether a node is there to store anything."""
 
     @property
+    def api_servers(self) -> int:
+        """How many API servers the node has."""
+
+    @property
     def epoch(self) -> int:
         """Changes with every new session."""
 
-    def send(self, message: StoreResponse | TouchResponses | FindSimilar | FindResponse | ReleaseResponse) -> bool:
+    def send(self, message: ApiMessage) -> bool:
         """Queue a message; False when it was dropped."""
 
     def receive(self) -> list[NodeMessage]:

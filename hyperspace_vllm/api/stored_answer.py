@@ -28,6 +28,11 @@ class StoredAnswer:
     headers: RawHeaders
     parts: list[bytes]
 
+    def with_status(self, status: bytes) -> "StoredAnswer":
+        """The same with another Cache-Status."""
+        others = [(name, value) for name, value in self.headers if name != b"cache-status"]
+        return StoredAnswer([*others, (b"cache-status", status)], self.parts)
+
     def messages(self) -> Iterable[Message]:
         """The whole answer, from its start to its last part."""
         yield {"type": "http.response.start", "status": 200, "headers": self.headers}

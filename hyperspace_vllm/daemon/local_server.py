@@ -34,6 +34,7 @@ from ..core.records.layout import Layout
 from ..core.records.limits import CLIENTS_MAX, LEASE_MS, LOCAL_MESSAGE_BYTES_MAX, LOOKUPS_PER_CLIENT_MAX
 from ..core.records.local import (
     LOCAL_PROTOCOL,
+    ClaimRequest,
     ClientMessage,
     FindResponse,
     FindSimilar,
@@ -53,6 +54,7 @@ from ..core.records.local import (
     Rejected,
     ReleaseLookup,
     ReleaseResponse,
+    RequestDone,
     RequestEnded,
     RowStaged,
     SegmentNamed,
@@ -71,6 +73,7 @@ from ..core.records.local import (
 )
 from .identity import Identity
 from .metrics import Metrics
+from .request_leases import RequestLeases
 from .response_lookups import FoundResponse, ResponseFinder, ResponseLookups
 from .row_cache import RowCache
 from .served import Served
@@ -148,6 +151,7 @@ class LocalServer:
         self._status = status
         self._metrics = metrics
         self._response_lookups = ResponseLookups(finder, self._send)
+        self._leases = RequestLeases(self._send)
         self._served = served
         self._similar = similar
         self._lease_s = lease_ms / 1000
@@ -327,6 +331,7 @@ class LocalServer:
             del self._lookups[lookup]
             self._submit(PrefixReleased(lookup))
         self._response_lookups.end(session.route)
+        self._leases.end(session.route)
         self._served.ended(session.key)
         self._staging.end(session.key, vanished)
         # Without its scheduler nobody names what an engine staged; a new one starts with new requests.
@@ -340,7 +345,8 @@ class LocalServer:
         session.expires_at = self._loop.time() + self._lease_s
         match message:
             case Heartbeat():
-                self._send(session.route, HeartbeatAck(self._epoch))
+                api_servers = sum(each.role == "api" for each in self._sessions.values())
+                self._send(session.route, HeartbeatAck(self._epoch, api_servers))
             case Goodbye():
                 self._end(session, vanished=False)
             case RegisterLayout(layout):
@@ -379,12 +385,17 @@ class LocalServer:
                     self._similar.remember(message)
                 elif self._responses is not None:
                     self._responses.store(message)
+                self._leases.over(session.route, message.request_key)
             case TouchResponses(request_keys):
                 if self._responses is not None:
                     self._responses.touch(request_keys)
             case PurgeResponses(request_keys):
                 if self._responses is not None:
                     self._responses.purge(request_keys)
+            case ClaimRequest():
+                self._leases.claim(session.route, message)
+            case RequestDone(request_key):
+                self._leases.over(session.route, request_key)
             case FindSimilar():
                 self._find_similar(session.route, message)
             case FindResponse():

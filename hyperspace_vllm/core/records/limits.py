@@ -33,6 +33,7 @@ FLIGHTS_MAX = 1024  # computations that others may join; the next ones run alone
 FLIGHT_BYTES_MAX = 8 * MiB  # frames a computation keeps for those who join late or read slowly
 FLIGHTS_BYTES_MAX = 256 * MiB  # all of them together: 1024 answers of 256 KiB
 FLIGHT_WINDOW_BYTES = 64 * KiB  # how far a computation may run ahead of its fastest reader
+REQUEST_LEASES_MAX = 4096  # requests of a host being computed; FLIGHTS_MAX for each of four API servers
 RECENT_BYTES_MAX = 32 * MiB  # answers on their way to the database, kept by the API server that sent them
 RECENT_MS = 5_000
 QUESTION_CHARS_MAX = 4 * KiB  # 256 words of at most 16 characters, nearly three times the usual

@@ -189,6 +189,24 @@ class PurgeResponses(_Message, tag="purge_responses", frozen=True):
     request_keys: Annotated[tuple[Bytes32, ...], Meta(max_length=PURGED_KEYS_MAX)]
 
 
+class ClaimRequest(_Message, tag="claim_request", frozen=True):
+    """An API server is about to compute a request: unless another is at it already, the lease is its own.
+
+    `waits`: it would rather wait for that other one's answer. Then RequestClaimed answers at once; if it isn't granted,
+    RequestOver follows. `claim` is unique among the session's unfinished ones and its lookups.
+    """
+
+    claim: U32
+    request_key: Bytes32
+    waits: bool
+
+
+class RequestDone(_Message, tag="request_done", frozen=True):
+    """The holder of the lease has ended; if it has an answer, a StoreResponse came before this."""
+
+    request_key: Bytes32
+
+
 class FindSimilar(_Message, tag="find_similar", frozen=True):
     """Find a stored response of the question's partition that answers the question too, by `mode`'s guards.
 
@@ -241,6 +259,8 @@ ClientMessage = (
     | StoreResponse
     | TouchResponses
     | PurgeResponses
+    | ClaimRequest
+    | RequestDone
     | FindSimilar
     | FindResponse
     | ReleaseResponse
@@ -262,9 +282,10 @@ class Welcome(_Message, tag="welcome", frozen=True):
 
 
 class HeartbeatAck(_Message, tag="heartbeat_ack", frozen=True):
-    """The lease holds."""
+    """The lease holds. `api_servers`: sessions of that role, this one included if it is one."""
 
     epoch: U63
+    api_servers: U16
 
 
 class LeaseLost(_Message, tag="lease_lost", frozen=True):
@@ -299,6 +320,19 @@ class PrefixAnswer(_Message, tag="prefix_answer", frozen=True):
     source: Literal["none", "memory", "disk", "network"]
     verified_by: Name
     reason: Name
+
+
+class RequestClaimed(_Message, tag="request_claimed", frozen=True):
+    """Whether the lease is granted; if not, its holder's end will be told."""
+
+    claim: U32
+    granted: bool
+
+
+class RequestOver(_Message, tag="request_over", frozen=True):
+    """The holder has ended: its answer is in the database in a moment, or never."""
+
+    claim: U32
 
 
 class SimilarFound(_Message, tag="similar_found", frozen=True):
@@ -368,6 +402,8 @@ NodeMessage = (
     | LeaseLost
     | StagingGranted
     | PrefixAnswer
+    | RequestClaimed
+    | RequestOver
     | SimilarFound
     | SimilarNotFound
     | ResponseHint
