@@ -173,6 +173,7 @@ async def test_an_error_is_the_servers_own(bench: Bench, engine: Engine) -> None
         ({"input": ["a"] * (INPUTS_MAX + 1)}, "batch"),
         ({"input": []}, "batch"),
         ({"input": [5, "a"]}, "field_type"),
+        ({"input": ["a", [1, 2]]}, "field_type"),
         ({"model": "nobody"}, "unknown_model"),
         ({"messages": [{"role": "user", "content": "a"}]}, "messages"),
     ],

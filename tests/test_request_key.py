@@ -171,6 +171,14 @@ def test_what_its_bytes_do_not_name_is_not_cached(body: object, reason: str) -> 
     assert key("chat", body) == Uncacheable(reason)
 
 
+def test_marks_that_reach_the_prompt_are_in_the_key() -> None:
+    def told(**mark: object) -> dict[str, object]:
+        result = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "5", **mark}]}
+        return MESSAGES | {"messages": [{"role": "assistant", "content": [result]}]}
+
+    assert key("messages", told()) != key("messages", told(cache_control={}))
+
+
 PICTURE = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
 ELSEWHERE: list[tuple[Endpoint, object, str]] = [
     ("responses", RESPONSES | {"previous_response_id": "r"}, "previous_response_id"),
@@ -180,6 +188,12 @@ ELSEWHERE: list[tuple[Endpoint, object, str]] = [
     ("responses", RESPONSES | {"tools": [{"type": "function", "name": "f"}, {"type": "mcp"}]}, "server_tools"),
     ("responses", RESPONSES | {"tools": "all"}, "field_type"),
     ("responses", RESPONSES | {"metadata": "x"}, "field_type"),
+    ("responses", RESPONSES | {"metadata": {"a": 1}}, "field_type"),
+    (
+        "responses",
+        item("message", content=[{"type": "input_text", "text": "a", "uuid": "u", "image_url": "x"}]),
+        "media",
+    ),
     ("responses", RESPONSES | {"input": 5}, "field_type"),
     ("responses", item("item_reference", id="i"), "media"),
     ("responses", item("message", content=[{**PICTURE, "image_url": "https://example.com/a.png"}]), "media"),

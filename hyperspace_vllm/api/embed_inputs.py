@@ -47,7 +47,7 @@ async def answer_inputs(exchange: "Exchange") -> None:
         # vLLM says by itself what is wrong with the request.
         return await exchange.bypass("request" if exchange.wishes.no_cache else "uri-miss", "failed")
     if missing:
-        headers = [(b"cache-status", _store(exchange, computed, len(found)))]
+        headers = [(b"cache-status", _store(exchange, computed, len(found), names))]
     else:
         exchange.cache.metrics.lookups.labels("hit", "local").inc()
         headers = _hit_headers([entry for entry in entries.values() if entry], now_ms)
@@ -56,11 +56,12 @@ async def answer_inputs(exchange: "Exchange") -> None:
     return await exchange.send({"type": "http.response.body", "body": body})
 
 
-def _store(exchange: "Exchange", computed: dict[RequestKey, Embedding], found: int) -> bytes:
+def _store(exchange: "Exchange", computed: dict[RequestKey, Embedding], found: int, names: object) -> bytes:
     """Hand over what was computed; the Cache-Status of the answer."""
     why = "request" if exchange.wishes.no_cache else "partial" if found else "uri-miss"
     exchange.cache.metrics.lookups.labels("miss", why).inc()
-    results = [exchange.hand_over(key, embedding.encode()) for key, embedding in computed.items()]
+    same = exchange.names() == names  # else the weights have changed meanwhile
+    results = [exchange.hand_over(key, each.encode()) if same else "model_changed" for key, each in computed.items()]
     for result in results:
         exchange.cache.metrics.stored.labels(result).inc()
     detail = f'"{found} of {found + len(computed)} stored"' if found else ""

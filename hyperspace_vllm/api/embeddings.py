@@ -48,6 +48,8 @@ def inputs_of(body: Mapping[str, Any]) -> list[Input] | Uncacheable:
     inputs = [given] if isinstance(given, str) or _is_tokens(given) else given
     if not isinstance(inputs, list) or not all(isinstance(each, str) or _is_tokens(each) for each in inputs):
         return Uncacheable("field_type")
+    if len({type(each) for each in inputs}) > 1:
+        return Uncacheable("field_type")
     return inputs if 0 < len(inputs) <= INPUTS_MAX else Uncacheable("batch")
 
 

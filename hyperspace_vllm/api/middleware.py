@@ -220,11 +220,11 @@ class Exchange:
         lookup, question = self.cache.lookup, self._question()
         if lookup is None or question is None or self.mode is None:
             return False
+        if eligible(question.text) is not None:
+            return False
         same = await lookup.find_canonical(question.canonical_key, self.options.clock())
         if same is not None and await self._answer_from_key(same, "canonical"):
             return True
-        if eligible(question.text) is not None:
-            return False
         similar = await self.cache.node.find_similar(question, self.mode)
         if isinstance(similar, str):
             self.cache.metrics.similar.labels(similar).inc()

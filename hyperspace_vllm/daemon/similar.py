@@ -19,7 +19,7 @@ from ..core.records.ids import RequestKey
 from ..core.records.limits import SIMILAR_LOOKUPS_MAX, STORE_QUEUE_BYTES_MAX
 from ..core.records.local import FindSimilar, Question, SimilarFound, SimilarNotFound, StoreResponse
 from ..core.response.canonical import canonical_question
-from ..core.response.guards import Mode, eligible
+from ..core.response.guards import eligible
 from ..core.response.semantic import Match, best_match
 from ..response_db import Embedded, ResponseReader
 from .embedding import Embedder, EmbedderMissing
@@ -161,9 +161,10 @@ class SimilarQuestions:
             return SimilarNotFound(want.lookup, "late")
         if (refused := eligible(question.text)) is not None:
             return SimilarNotFound(want.lookup, refused)
-        return self._best(want.lookup, question, want.mode)
+        return self._best(job)
 
-    def _best(self, lookup: int, question: Question, mode: Mode) -> SimilarFound | SimilarNotFound:
+    def _best(self, job: _Asked) -> SimilarFound | SimilarNotFound:
+        lookup, question, mode = job.want.lookup, job.want.question, job.want.mode
         assert self._index is not None
         vectors = self._vectors(question)
         while True:
@@ -174,6 +175,8 @@ class SimilarQuestions:
             if self._is_stored(key):
                 return SimilarFound(lookup, key, match.candidate.similarity)
             self._index.remove(key)
+            if time.monotonic() >= job.until_s:
+                return SimilarNotFound(lookup, "late")
 
     def _is_stored(self, key: RequestKey) -> bool:
         """Whether the database has it, or will soon."""

@@ -78,7 +78,7 @@ def is_sampled(endpoint: Endpoint, body: Mapping[str, object]) -> bool:
         return False
     temperature = body.get("temperature")
     greedy = isinstance(temperature, int | float) and temperature == 0
-    return not greedy and body.get("seed") is None
+    return not greedy and ("seed" not in FIELDS[endpoint].keyed or body.get("seed") is None)
 
 
 def choice_count(endpoint: Endpoint, body: Mapping[str, object]) -> int:
@@ -157,8 +157,13 @@ def canonical_fields(endpoint: Endpoint, body: Mapping[str, object]) -> dict[str
 
 
 def _canonical_value(endpoint: Endpoint, field: str, value: object) -> object:
-    if endpoint == "messages" and field in ("messages", "system", "tools"):
+    if endpoint == "messages" and field in ("system", "tools"):
         value = _without_marks(value)
+    if endpoint == "messages" and field == "messages" and isinstance(value, list):
+        # Of other roles' tool results vLLM prints what it got, marks and all.
+        value = [
+            _without_marks(each) if isinstance(each, dict) and each.get("role") == "user" else each for each in value
+        ]
     return [_message(each) for each in value] if field == "messages" and isinstance(value, list) else value
 
 

@@ -22,6 +22,9 @@ def why_not_by_bytes(endpoint: Endpoint, body: Mapping[str, object]) -> str | No
         case "chat":
             return _each(body.get("messages"), lambda message: _contents(message, _is_whole_part))
         case "responses":
+            metadata = body.get("metadata")
+            if isinstance(metadata, dict) and not all(isinstance(value, str) for value in metadata.values()):
+                return "field_type"
             return _responses(body)
         case "messages":
             system = _contents({"content": body.get("system")}, _is_whole_block)
@@ -91,7 +94,7 @@ def _item(item: object) -> str | None:
 def _is_whole_input(part: Mapping[str, object]) -> bool:
     kind = part.get("type")
     if kind in _TEXT_PARTS:
-        return True
+        return not part.keys() & {"uuid", *_URL_PARTS}
     return (
         kind == "input_image" and not part.keys() - {"type", "detail", "image_url"} and _is_data(part.get("image_url"))
     )
