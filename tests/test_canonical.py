@@ -105,3 +105,10 @@ def test_operators_add_acronyms() -> None:
     table = {"SLA": "service level agreement"}
     assert canonical_question("What is an SLA?", table) == canonical_question("explain service level agreement", table)
     assert canonical_question("What is an sla?", table) != canonical_question("What is an SLA?", table)
+
+
+def test_a_name_is_no_common_noun() -> None:
+    assert canonical_question("What is Spark?") != canonical_question("What is a spark?")
+    assert canonical_question("What is Spark?") == canonical_question("Please explain Spark.")
+    assert canonical_question("What is a Spark?") == canonical_question("what is spark")
+    assert canonical_question("What is Machine Learning?") == canonical_question("What is machine learning?")

@@ -1,5 +1,7 @@
 """Which near questions the guards keep apart, by guard, and which they let pass."""
 
+import time
+
 import pytest
 
 from hyperspace_vllm.core.records.ids import RequestKey
@@ -129,3 +131,26 @@ def test_a_candidate_below_the_threshold_is_far() -> None:
 def test_the_refusal_of_the_nearest_is_named() -> None:
     candidates = [candidate("Is 7 prime?", 0.96), candidate("Is 9 not prime?", 0.94)]
     assert best_match("Is 9 prime?", candidates, "balanced") == NoMatch("numbers")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Was sollte man in der Schwangerschaft nicht essen?", "not_english"),
+        ("Is paracetamol niet schadelijk voor katten?", "not_english"),
+        ("Wie alt sind Sie?", "not_english"),
+        ("Est-ce que le café est bon?", "not_english"),
+        ("¿Es seguro tomar ibuprofeno?", "not_english"),
+        ("How old are you?", None),
+        ("Is coffee bad for you?", None),
+    ],
+)
+def test_only_english_is_compared(text: str, reason: str | None) -> None:
+    assert eligible(text) == reason
+
+
+def test_a_long_word_takes_no_longer_than_it_should() -> None:
+    began = time.process_time()
+    for _ in range(10):
+        eligible("Why is " + "it's," * 800 + "?")
+    assert time.process_time() - began < 0.5  # 1.8 s when it was quadratic

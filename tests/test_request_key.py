@@ -148,6 +148,7 @@ UNCACHEABLE = [
     (CHAT | {"stream": "yes"}, "field_type"),
     (CHAT | {"user": 5}, "field_type"),
     (CHAT | {"priority": True}, "field_type"),
+    (CHAT | {"priority": 1 << 63}, "field_type"),
     (CHAT | {"messages": "hello"}, "field_type"),
     (CHAT | {"messages": ["hello"]}, "field_type"),
     (CHAT | {"stream_options": {"include_usage": True}}, "stream_options"),

@@ -118,7 +118,7 @@ async def test_a_server_waits_for_the_answer_of_another(pair: tuple[Bench, Bench
     leading = asyncio.create_task(first.ask(CHAT | led_by))
     await until(lambda: len(first.upstream.bodies) == 1)
     waiting = [asyncio.create_task(second.ask(CHAT)) for _ in range(3)]
-    await until(lambda: len(second.cache.node._claims) == 1)
+    await until(lambda: second.cache.node.pending == 1)
     first.upstream.gate.set()
     answers = await asyncio.gather(leading, *waiting)
     assert {text_of(answer) for answer in answers} == {text_of(answers[0])}
@@ -151,7 +151,7 @@ async def test_when_the_other_fails_it_computes_itself(pair: tuple[Bench, Bench]
     await until(lambda: len(first.upstream.bodies) == 1)
     waiting = asyncio.create_task(second.ask(CHAT))
     if failure == "raise":
-        await until(lambda: len(second.cache.node._claims) == 1)
+        await until(lambda: second.cache.node.pending == 1)
         first.upstream.gate.set()
     assert (await leading).status_code in (500, 503)
     answer = await waiting
@@ -167,7 +167,7 @@ async def test_a_client_that_leaves_frees_the_lease(pair: tuple[Bench, Bench]) -
     leading = asyncio.create_task(first.ask(CHAT))
     await until(lambda: len(first.upstream.bodies) == 1)
     waiting = asyncio.create_task(second.ask(CHAT))
-    await until(lambda: len(second.cache.node._claims) == 1)
+    await until(lambda: second.cache.node.pending == 1)
     leading.cancel()
     answer = await waiting
     assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"

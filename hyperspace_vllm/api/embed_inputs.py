@@ -6,6 +6,7 @@ Nothing of it is shared with other nodes: an embedding takes less time than aski
 import asyncio
 import base64
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..core.records.ids import RequestKey
@@ -17,7 +18,7 @@ from .stored_answer import json_headers
 from .subrequest import ask
 
 if TYPE_CHECKING:
-    from .middleware import Exchange
+    from .exchange import Exchange
 
 
 async def answer_inputs(exchange: "Exchange") -> None:
@@ -35,11 +36,13 @@ async def answer_inputs(exchange: "Exchange") -> None:
         keys.append(key)
         missing[key] = request
     now_ms = exchange.options.clock()
-    entries = {} if exchange.wishes.no_cache else {key: await exchange.entry(key, now_ms) for key in missing}
+    entries = {} if exchange.wishes.no_cache else await _entries(exchange, list(missing), now_ms)
     found = {key: embedding for key, entry in entries.items() if (embedding := _usable(exchange, entry, now_ms))}
     for key in found:
         exchange.cache.touches.add(key)
         del missing[key]
+    if not found and not exchange.options.client.connected and not exchange.wishes.only_if_cached:
+        return await exchange.bypass("uri-miss", "no_node")
     if missing and exchange.wishes.only_if_cached:
         return await exchange.not_cached("partial" if found else "uri-miss")
     computed = await _compute(exchange, missing)
@@ -54,6 +57,18 @@ async def answer_inputs(exchange: "Exchange") -> None:
     body = merged([(found | computed)[key] for key in keys], exchange.body.get("encoding_format", "float"))
     await exchange.send({"type": "http.response.start", "status": 200, "headers": headers + json_headers(body)})
     return await exchange.send({"type": "http.response.body", "body": body})
+
+
+async def _entries(
+    exchange: "Exchange", keys: list[RequestKey], now_ms: int
+) -> dict[RequestKey, StoredResponse | None]:
+    """Those that can be had within one read's deadline."""
+    entries: dict[RequestKey, StoredResponse | None] = {}
+    with suppress(TimeoutError):
+        async with asyncio.timeout(exchange.options.read_deadline_s):
+            for key in keys:
+                entries[key] = await exchange.entry(key, now_ms)
+    return entries
 
 
 def _store(exchange: "Exchange", computed: dict[RequestKey, Embedding], found: int, names: object) -> bytes:

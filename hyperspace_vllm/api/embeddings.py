@@ -54,8 +54,9 @@ def inputs_of(body: Mapping[str, Any]) -> list[Input] | Uncacheable:
 
 
 def request_of(body: Mapping[str, Any], given: Input) -> dict[str, Any]:
-    """The request for one of the inputs."""
-    return {**body, "input": given, "encoding_format": "base64"}
+    """The request for one of the inputs, without the id of all of them."""
+    others = {name: value for name, value in body.items() if name != "request_id"}
+    return {**others, "input": given, "encoding_format": "base64"}
 
 
 def decode(raw: bytes) -> Embedding | None:

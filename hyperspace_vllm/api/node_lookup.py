@@ -110,8 +110,8 @@ class NodeLookup:
 
     @property
     def pending(self) -> int:
-        """How many lookups are unfinished."""
-        return len(self._pending)
+        """How many lookups are unfinished, claims of a lease included."""
+        return len(self._pending) + len(self._claims)
 
     def start(self, key: RequestKey, model_digest: bytes, deadline_s: float) -> Pending | None:
         """Ask the node; None when it is absent, has nobody to ask, or has too much to do."""

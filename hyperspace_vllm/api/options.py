@@ -70,6 +70,7 @@ class ResponseCacheOptions:
     engine_version: str = ""
     force_include_usage: bool = False  # vLLM's --enable-force-include-usage: streams are not cached then
     store_streams: bool = True  # False where a stream lacks what a JSON answer has (--enable-return-routed-experts)
+    sees_aborts: bool = True  # False: nobody says when the engine gave up on a Response (aborts.py)
     keeps_responses: bool = False  # VLLM_ENABLE_RESPONSES_API_STORE: a client may come back for a response by its id
     cache_sampled: bool = True  # False: requests that sample without a seed are not cached
     semantic: Semantic = "off"  # may a stored answer serve other wordings of its question, and how near must they be?

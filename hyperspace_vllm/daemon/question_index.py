@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Codes = NDArray[np.int8]  # vectors times a scale of their own each
 
 QUESTIONS_MAX = 200_000  # x (2 x 384 B and about as much for text and key) = 300 MiB
-_ROWS_MIN = 16
+_ROWS_MIN = 1  # a partition of one question is the rule where requests vary in their parameters
 
 
 def quantized(vectors: Floats) -> Codes:

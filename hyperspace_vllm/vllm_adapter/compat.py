@@ -149,6 +149,29 @@ def innermost_middleware(add: Callable[[Any], None]) -> None:
     launcher.init_entrypoints_middleware = _mark(initialise_and_add)
 
 
+def notice_aborts(note: Callable[[], None]) -> bool:
+    """`note()` in the task that makes a Response, when the engine has given up on it; False if that can't be had.
+
+    vLLM 0.32 (2026-09): such a Response is "completed" (`SimpleContext`). Can go when its status says so.
+    """
+    from vllm import envs
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    raise_if_error = getattr(OpenAIServingResponses, "_raise_if_error", None)
+    if raise_if_error is None or envs.VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT:  # its context doesn't ask
+        return False
+    if not _marked(raise_if_error):
+
+        @functools.wraps(raise_if_error)
+        def note_and_raise(self: Any, finish_reason: str | None, *rest: Any) -> None:
+            if finish_reason == "abort":
+                note()
+            raise_if_error(self, finish_reason, *rest)
+
+        OpenAIServingResponses._raise_if_error = _mark(note_and_raise)
+    return True
+
+
 def _mark(function: Any) -> Any:
     setattr(function, _MARK, True)
     return function

@@ -101,6 +101,7 @@ class _Server:
         import vllm
         from vllm import envs
 
+        from ..api import aborts
         from ..api.options import ResponseCacheOptions
         from ..client import NodeClient
         from ..core.records.ids import network_id
@@ -126,6 +127,7 @@ class _Server:
             engine_version=f"vllm {vllm.__version__}",
             force_include_usage=bool(args.enable_force_include_usage),
             store_streams=not getattr(args, "enable_return_routed_experts", False),
+            sees_aborts=compat.notice_aborts(aborts.note),
             keeps_responses=bool(envs.VLLM_ENABLE_RESPONSES_API_STORE),
             cache_sampled=config.sampled == "cache",
             semantic=config.semantic,

@@ -140,7 +140,11 @@ def canonical_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str
     question = _without_end_mark(question)
     question = _MEANS_TO.sub("how to ", question, count=1) if question.startswith("how ") else question
     topic = _topic(question)
-    return question if topic is None else f"what is {topic}"
+    if topic is None:
+        return question
+    # "What is Spark?" may ask for a name, "What is a spark?" doesn't.
+    name = re.search(rf"(?<!^)(?<!\ba )(?<!\ban )\b{topic.capitalize()}\b", text.strip()) if " " not in topic else None
+    return f"what is {name.group() if name else topic}"
 
 
 def plain_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:

@@ -355,10 +355,11 @@ hour time quarter semester monday tuesday wednesday thursday friday saturday sun
 """)
 DEICTIC_PHRASES = ("so far", "these days", "at the moment", "as of", "to date")
 
-# One of these is in nearly every English question, and in hardly any of another language.
+# One of these is in nearly every English question, and is no word of German, Dutch, French, Spanish and their like, as
+# "is", "was", "of" and "die" are.
 ENGLISH = word_set("""
-what who whom whose which when where why how is are was were the of and to for with from by does did should would could
-explain describe define tell give list there your my you they it this that between have has had get if than about
+what who whom whose which when where why how are the and does did should would could explain describe define tell there
+your you they it between about this from
 """)
 
 # A system prompt with one of these works on the user's text, whose wording then matters.

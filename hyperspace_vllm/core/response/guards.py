@@ -38,13 +38,13 @@ _TOWARDS = frozenset(("to", "into", "onto", "in"))
 _OF_THEIR_TIME = frozenset(("who", "what", "where", "is"))
 _SYMMETRIC = frozenset(("and", "or", "vs", "versus", "between", "&"))
 _POINTING = word_set("it its this that these those they them their he him his she her such")
-# "It" that stands for nothing, or for what follows.
+# "It" that stands for nothing, or for what follows. Two searches: one pattern for both takes quadratic time.
 _EXPLETIVE = re.compile(
     r"\b(?:it(?:'s| is| was| will be| would be| takes?| took| costs?| feels?)"
-    r"|(?:is|was|will|would|does|did|do|can) it (?:be |ever |really )?(?!work|mean|do\b|go\b|happen)\w+)\b"
-    r".*\b(?:to|that|if|when|for|like|\w+ing)\b",
+    r"|(?:is|was|will|would|does|did|do|can) it (?:be |ever |really )?(?!work|mean|do\b|go\b|happen)\w+)\b",
     re.IGNORECASE,
 )
+_WHAT_FOLLOWS = re.compile(r"\b(?:to|that|if|when|for|like|\w+ing)\b", re.IGNORECASE)
 _LIMITS = re.compile(r"\b(?:above|below) [$€£₹¥]?(?:rs\.? ?)?\d")
 _DEICTIC = re.compile(
     rf"\b(?:(?:{'|'.join(sorted(DEICTIC_DETERMINERS))}) (?:{'|'.join(sorted(DEICTIC_PERIODS))})"
@@ -188,7 +188,8 @@ STRICT_GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
 
 def _points_outside(text: str, words: list[str]) -> bool:
     """Whether a pronoun comes before any word that it could stand for."""
-    if _EXPLETIVE.search(text) or ":" in text or '"' in text:
+    expletive = _EXPLETIVE.search(text)
+    if (expletive and _WHAT_FOLLOWS.search(text, expletive.end())) or ":" in text or '"' in text:
         return False
     for word in words:
         if word in _POINTING:

@@ -115,6 +115,8 @@ def _neutral_of_wrong_type(known: Fields, body: Mapping[str, object]) -> Uncache
         value = body[field]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             return Uncacheable("field_type")
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            return Uncacheable("field_type")
     return None
 
 

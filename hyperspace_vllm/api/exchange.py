@@ -1,0 +1,436 @@
+"""One request to the response cache and its answer: which way it goes (middleware.py names them), and going it."""
+
+import asyncio
+import json
+import logging
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..core.records.ids import RequestKey
+from ..core.records.local import Question, ResponseFound, StoreResponse
+from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
+from ..core.response.guards import eligible
+from ..core.response.request_fields import POOLING, Endpoint
+from ..core.response.request_key import Uncacheable, is_sampled, request_key
+from ..core.response.scope import DEFAULT_SCOPE, sign_scope, tenant_of
+from ..core.response.semantic_key import question_of, tightened
+from ..response_db import StoredResponse
+from . import aborts
+from .coalesce import Flight, Laggard, LeaderFailed, Message, Receive, Scope, Send
+from .embed_inputs import answer_inputs
+from .http_headers import PROOF, forward_status, header, parse_cache_control, without_proof
+from .network_race import HITS, NetworkRace, Outcome
+from .node_lookup import Pending
+from .relay import Relay, leaving_on_disconnect
+from .request_body import replayed, rewritten, with_content_length
+from .stored_answer import StoredAnswer, Wanted, entry_of, json_headers, origin_header, render
+from .streams import collector
+
+if TYPE_CHECKING:
+    from .middleware import ResponseCacheMiddleware
+
+logger = logging.getLogger(__name__)
+
+_COMMIT_LOOKS, _COMMIT_LOOK_S = 20, 0.005  # the node commits within milliseconds, or is busy
+Names = tuple[bytes, bytes | None, str]
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(
+        self,
+        cache: "ResponseCacheMiddleware",
+        endpoint: Endpoint,
+        raw: bytes,
+        body: dict[str, Any],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        self.started_s = time.perf_counter()
+        self.cache, self.options = cache, cache.options
+        self.endpoint, self.raw, self.body = endpoint, raw, body
+        self.scope, self.receive = scope, receive
+        self._send = send
+        self._wants_proof = header(scope["headers"], PROOF) is not None
+        self._abort = aborts.Abort()
+        self._committed = False  # the application has the request, or the client some of an answer
+        self.wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
+        self.tenant = tenant_of(
+            self.options.fleet_secret, self.options.api_keys, header(scope["headers"], b"authorization")
+        )
+        self.reach = storage_scope(
+            self.tenant or "",
+            body.get("cache_salt"),
+            self.wishes.private or self.wishes.no_store or endpoint == "embeddings",
+        )
+        self.mode = tightened(self.options.semantic, header(scope["headers"], b"x-hyperspace-semantic"))
+        self.streams = endpoint not in POOLING and bool(body.get("stream"))
+        # Others' streams end with usage whether asked to or not.
+        self.chooses_usage = self.streams and endpoint in ("completions", "chat")
+        options = body.get("stream_options")
+        self.wants_usage = self.chooses_usage and isinstance(options, dict) and bool(options.get("include_usage"))
+        repeats = ("metadata", "user") if endpoint == "responses" else ()
+        self.repeated = {name: body[name] for name in repeats if body.get(name) is not None}
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application behind the cache."""
+        self._committed = True
+        await self.cache.app(scope, receive, send)
+
+    async def send(self, message: Message) -> None:
+        """To the client, without a proof that it did not ask for."""
+        self._committed = True
+        if message["type"] == "http.response.start" and not self._wants_proof:
+            message = {**message, "headers": without_proof(message.get("headers", ()))}
+        await self._send(message)
+
+    async def run(self) -> None:
+        """Answer the request, come what may: an error of ours is a bypass."""
+        try:
+            await self._choose()
+        except Exception:
+            if self._committed:
+                raise
+            logger.exception("a request passes by the response cache: please report it")
+            await self.bypass("bypass", "error")
+
+    async def _choose(self) -> None:
+        key = self._key()
+        if isinstance(key, Uncacheable) or self.wishes.no_store:
+            reason = key.reason if isinstance(key, Uncacheable) else "no-store"
+            if self.wishes.only_if_cached and self.cache.lookup is not None:
+                return await self.not_cached(reason)
+            return await self.bypass("request" if self.wishes.no_store else "bypass", reason)
+        if self.endpoint == "embeddings":
+            return await answer_inputs(self)
+        why = "request" if self.wishes.no_cache else "uri-miss"
+        if not self.wishes.no_cache and self.cache.lookup is not None:
+            now_ms = self.options.clock()
+            entry = await self.entry(key, now_ms)
+            if entry is not None:
+                if await self._answer_from(key, entry, now_ms):
+                    return None
+                why = "stale"
+            elif await self._answer_from_similar():
+                return None
+        if self.wishes.only_if_cached:
+            return await self._find_or_refuse(key, why)
+        return await self._compute(key, why)
+
+    def _key(self) -> RequestKey | Uncacheable:
+        named = self.names()
+        return named if isinstance(named, Uncacheable) else request_key(self.endpoint, self.body, *named)
+
+    def _question(self) -> Question | None:
+        """The question of a request that has a key, if others may ask the same in other words."""
+        named = self.names() if self.mode is not None else Uncacheable("off")
+        if isinstance(named, Uncacheable):
+            return None
+        return question_of(self.endpoint, self.body, *named, self.options.acronyms)
+
+    def names(self) -> Names | Uncacheable:
+        """Model digest, LoRA digest and tenant, or why the request can't have a key."""
+        digest = None if self.cache.weights_changed else self.options.model_digest()
+        model = self.body.get("model") or None
+        if self.cache.lookup is None:
+            return Uncacheable("off")
+        if self.tenant is None:
+            return Uncacheable("unknown_tenant")
+        if digest is None or (self.chooses_usage and self.options.force_include_usage):
+            return Uncacheable("no_model_digest" if digest is None else "continuous_usage")
+        lora = self.options.loras.get(model) if isinstance(model, str) else None
+        served = isinstance(model, str) and model in self.options.served_models
+        if model is not None and lora is None and not served:
+            return Uncacheable("unknown_model")
+        if self.endpoint == "responses" and not self.options.sees_aborts:
+            return Uncacheable("blind")
+        if self.endpoint == "responses" and self.options.keeps_responses and self.body.get("store") is not False:
+            return Uncacheable("retrievable")
+        if not self.options.cache_sampled and is_sampled(self.endpoint, self.body):
+            return Uncacheable("sampled")
+        return digest, lora, self.tenant
+
+    # --- answers that vLLM has no part in -------------------------------------------------------
+
+    async def _answer_from_similar(self) -> bool:
+        """Replay the answer to another wording of the question; False, with nothing sent, when there is none."""
+        lookup, question = self.cache.lookup, self._question()
+        if lookup is None or question is None or self.mode is None:
+            return False
+        if eligible(question.text) is not None:
+            return False
+        same = await lookup.find_canonical(question.canonical_key, self.options.clock())
+        if same is not None and await self._answer_from_key(same, "canonical"):
+            return True
+        similar = await self.cache.node.find_similar(question, self.mode)
+        if isinstance(similar, str):
+            self.cache.metrics.similar.labels(similar).inc()
+            return False
+        self.cache.metrics.similar.labels("found").inc()
+        detail = f"semantic; similarity={similar.similarity:.3f}"
+        return await self._answer_from_key(RequestKey(similar.request_key), detail)
+
+    async def entry(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
+        """The entry of `key` in the database, or on its way there."""
+        assert self.cache.lookup is not None
+        return self.cache.recent.newer(key, await self.cache.lookup.get(key, now_ms), now_ms)
+
+    async def _answer_from_key(self, key: RequestKey, detail: str) -> bool:
+        now_ms = self.options.clock()
+        entry = await self.entry(key, now_ms)
+        return entry is not None and await self._answer_from(key, entry, now_ms, detail)
+
+    async def _answer_from(self, key: RequestKey, entry: StoredResponse, now_ms: int, detail: str = "exact") -> bool:
+        """Replay an entry; False, with nothing sent, when it won't do."""
+        answer = self._render(entry, self.wants_usage, now_ms, detail)
+        if answer is None:
+            return False
+        self.cache.metrics.lookups.labels("hit", "local" if detail == "exact" else detail.partition(";")[0]).inc()
+        self.cache.touches.add(key)
+        for message in answer.messages():
+            await self.send(message)
+        self.cache.metrics.hit_seconds.observe(time.perf_counter() - self.started_s)
+        return True
+
+    def _render(self, entry: StoredResponse, usage: bool, now_ms: int, detail: str) -> StoredAnswer | None:
+        """The answer from an entry, if it is as fresh as this client wants it."""
+        age_s = max(now_ms - entry.computed_at_ms, 0) // 1000
+        ttl_s = max(entry.expires_at_ms - now_ms, 0) // 1000
+        if not self.wishes.allows(age_s, ttl_s):
+            return None
+        answer = render(entry, Wanted(self.endpoint, self.streams, usage, self.repeated), age_s, ttl_s, detail)
+        if answer is not None:
+            took_ms = (time.perf_counter() - self.started_s) * 1000
+            answer.headers.append((b"server-timing", f"hyperspace;dur={took_ms:.3f}".encode()))
+        return answer
+
+    async def not_cached(self, why: str) -> None:
+        """Answer `only-if-cached` as RFC 9111 §5.2.1.7 says, in the shape of vLLM's errors."""
+        self.cache.metrics.lookups.labels("miss", "only-if-cached").inc()
+        error = {
+            "message": "The request asked for a cached response only, and there is none.",
+            "type": "GatewayTimeoutError",
+            "param": None,
+            "code": 504,
+        }
+        body = json.dumps({"error": error}).encode()
+        status = f"hyperspace; detail={why}".encode()
+        headers = [*json_headers(body), (b"cache-status", status)]
+        await self.send({"type": "http.response.start", "status": 504, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+    # --- answers of other nodes -----------------------------------------------------------------
+
+    def _ask(self, key: RequestKey) -> Pending | None:
+        """Ask other nodes, unless the request must not leave this one, or wants to be computed."""
+        digest, deadline_s = self.options.model_digest(), self.options.network_deadline_s
+        if self.reach.scope == "private" or self.wishes.no_cache or digest is None or deadline_s <= 0:
+            return None
+        return self.cache.node.start(key, digest, deadline_s)
+
+    def _answer_found(self, key: RequestKey, usage: bool, found: ResponseFound) -> StoredAnswer | None:
+        """The answer from what another node had, if it is sound and fresh enough."""
+        now_ms = self.options.clock()
+        entry = entry_of(found, self.endpoint, self.body, now_ms)
+        answer = None if entry is None else self._render(entry, usage, now_ms, "peer")
+        if entry is not None and answer is not None:
+            answer.headers.append(origin_header(found))
+            self.cache.recent.add(key, entry, now_ms)
+        return answer
+
+    def _count(self, outcome: Outcome) -> None:
+        self.cache.metrics.network.labels(outcome).inc()
+        if outcome in HITS:
+            self.cache.metrics.lookups.labels("hit", "network").inc()
+
+    async def _find_or_refuse(self, key: RequestKey, why: str) -> None:
+        """Wait for other nodes, and don't compute."""
+        if (lookup := self._ask(key)) is None:
+            return await self.not_cached(why)
+
+        async def refuse(*_: object) -> None:
+            await self.not_cached(why)
+
+        request = replayed([{"type": "http.request", "body": self.raw, "more_body": False}], self.receive)
+        find = partial(self._answer_found, key, self.wants_usage)
+        race = NetworkRace(refuse, lookup, find, self._count, waits=True)
+        await race(self.scope, request, self.send)
+        if race.outcome in HITS:
+            self.cache.metrics.network_hit_seconds.observe(time.perf_counter() - self.started_s)
+        return None
+
+    # --- answers from vLLM ----------------------------------------------------------------------
+
+    async def bypass(self, why: str, reason: str) -> None:
+        """Have vLLM answer, told of the scope and nothing else."""
+        body = rewritten(self.raw, self.body, self._signed_scope(), add_usage=False)
+        request = replayed([{"type": "http.request", "body": body, "more_body": False}], self.receive)
+        send = self.cache.passing(self.send, why, reason)
+        await self.app(with_content_length(self.scope, len(body)), request, send)
+
+    def _signed_scope(self) -> dict[str, str] | None:
+        """The scope for the connector, unless it is the default. An unknown tenant gets none, hence nothing shared."""
+        salt = self.body.get("cache_salt")
+        if self.endpoint in POOLING:
+            return None  # nothing of theirs passes through a connector
+        if self.tenant is None or self.reach == DEFAULT_SCOPE or not isinstance(salt, str | None):
+            return None
+        return sign_scope(self.options.process_secret, self.reach.scope, self.reach.tenant, salt)
+
+    async def _compute(self, key: RequestKey, why: str) -> None:
+        complete = not self.streams or (self.options.store_streams and streams_completely(self.body))
+        storing = complete and self.options.client.connected
+        # Usage is asked for on the client's behalf, and taken out again: without it the answer could only be streamed.
+        asks_usage = self.wants_usage or (self.chooses_usage and storing)
+        # What answers one may be a stored response of a certain age, so it answers those who want it no fresher.
+        freshness = (self.wishes.max_age_s, self.wishes.min_fresh_s)
+        same = (key, self.streams, asks_usage, freshness, json.dumps(self.repeated))
+        shared = None if self.wishes.no_cache else same
+        flight = self.cache.flights.find(shared)
+        if flight is not None and await self._follow(flight, why):
+            return None
+        if flight is not None:
+            # The leader failed us: from here on alone. Other nodes have been asked.
+            self.cache.metrics.lookups.labels("miss", "leader-failed").inc()
+            return await self._lead(key, why, None, storing, asks_usage, None)
+        lookup = self._ask(key)
+        leased = storing and shared is not None and self.options.client.api_servers > 1
+        if lookup is None and not leased:
+            self.cache.metrics.lookups.labels("miss", why).inc()
+        return await self._lead(key, why, shared, storing, asks_usage, lookup, leased)
+
+    async def _follow(self, flight: Flight, why: str) -> bool:
+        """Read somebody else's computation; False, with nothing sent, when it came to nothing."""
+        strips_usage = self.chooses_usage and not self.wants_usage
+        follower = Relay(flight.join(), self.send, forward_status(why, collapsed=True), strips_usage)
+        try:
+            async with leaving_on_disconnect(self.receive, follower.reader):
+                await follower.follow(self.options.follow_deadline_s)
+        except LeaderFailed:
+            if not follower.started:
+                return False
+            if flight.error is not None:
+                raise flight.error from None  # as for the leader: the server ends the connection
+        except Laggard:
+            pass  # the server ends the connection of a response that is not complete
+        self.cache.metrics.lookups.labels(*(("hit", "network") if flight.from_cache else ("collapsed", why))).inc()
+        return True
+
+    async def _lead(
+        self,
+        key: RequestKey,
+        why: str,
+        shared: object,
+        storing: bool,
+        asks_usage: bool,
+        lookup: Pending | None,
+        leased: bool = False,
+    ) -> None:
+        taking = collector(self.endpoint) if storing else None
+        flight = Flight(taking) if shared is None else self.cache.flights.open(shared, taking)
+        if storing:
+            flight.on_end = partial(self._ended, key, flight, leased)
+        adds_usage = asks_usage and not self.wants_usage
+        body = rewritten(self.raw, self.body, self._signed_scope(), adds_usage)
+        leader = Relay(flight.join(), self.send, forward_status(why, stored=storing), adds_usage)
+        race = None if lookup is None else self._race(key, why, flight, lookup, asks_usage)
+        app = partial(self._leased, key, why, flight, race) if leased else race or self.app
+        self._abort = aborts.watch()
+        flight.start(app, with_content_length(self.scope, len(body)), body)
+        try:
+            async with leaving_on_disconnect(self.receive, leader.reader):
+                await leader.lead(forward_status(why))
+        except LeaderFailed:
+            if flight.error is not None:
+                raise flight.error from None
+        except Laggard:
+            pass
+        if race is not None and race.outcome in HITS:
+            self.cache.metrics.network_hit_seconds.observe(time.perf_counter() - self.started_s)
+
+    def _race(self, key: RequestKey, why: str, flight: Flight, lookup: Pending, usage: bool) -> NetworkRace:
+        def decided(outcome: Outcome) -> None:
+            self._count(outcome)
+            if outcome in HITS:
+                flight.from_cache = True  # the node stores it by itself
+            else:
+                self.cache.metrics.lookups.labels("miss", why).inc()
+
+        return NetworkRace(self.app, lookup, partial(self._answer_found, key, usage), decided)
+
+    async def _leased(
+        self,
+        key: RequestKey,
+        why: str,
+        flight: Flight,
+        race: NetworkRace | None,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """The application, unless another API server of the node computes the same: then that one's answer.
+
+        Who streams doesn't wait: the other's frames can't be had, and its end is later than one's own first frame.
+        """
+        if self.streams:
+            self.cache.node.lead(key)
+        elif not await self.cache.node.lead_or_wait(key, self.options.follow_deadline_s):
+            if (answer := await self._answer_of_another(key)) is not None:
+                flight.from_cache = True
+                self.cache.metrics.lookups.labels("collapsed", why).inc()
+                for message in answer.messages():
+                    await send(message)
+                return
+            self.cache.node.lead(key)
+        if race is None:
+            self.cache.metrics.lookups.labels("miss", why).inc()
+        await (race or self.app)(scope, receive, send)
+
+    async def _answer_of_another(self, key: RequestKey) -> StoredAnswer | None:
+        """What another API server has just handed to the node, once the database has it."""
+        for _ in range(_COMMIT_LOOKS):
+            now_ms = self.options.clock()
+            if (entry := await self.entry(key, now_ms)) is not None:
+                answer = self._render(entry, self.wants_usage, now_ms, "exact")
+                return answer and answer.with_status(forward_status("uri-miss", collapsed=True))
+            await asyncio.sleep(_COMMIT_LOOK_S)
+        return None
+
+    def _ended(self, key: RequestKey, flight: Flight, leased: bool) -> None:
+        if not flight.from_cache:
+            self.cache.metrics.stored.labels(self._judge(key, flight)).inc()
+        if leased:
+            self.cache.node.done(key)
+
+    def _judge(self, key: RequestKey, flight: Flight) -> str:
+        if not flight.complete or flight.collector is None or self._abort.happened:
+            return "unfinished"
+        if flight.status != 200:
+            return "error"
+        raw = flight.collector.result() if flight.streams else bytes(flight.body)
+        answer = raw if isinstance(raw, NotStored) else admit(self.endpoint, self.body, raw)
+        if isinstance(answer, NotStored):
+            return answer.reason
+        if self._key() != key:
+            return "model_changed"
+        return self.hand_over(key, answer.body, self._question())
+
+    def hand_over(self, key: RequestKey, body: bytes, question: Question | None = None) -> str:
+        """Give an answer to the node, and keep it until the database has it; "sent" or "dropped"."""
+        message = StoreResponse(
+            key,
+            self.reach.scope,
+            self.options.model_digest() or b"",
+            self.options.engine_version[:256],
+            self.options.ttl_ms,
+            body,
+            question,
+        )
+        now_ms = self.options.clock()
+        if not self.options.client.send(message):
+            return "dropped"
+        self.cache.recent.add(key, StoredResponse(body, b"", now_ms, now_ms + self.options.ttl_ms), now_ms)
+        return "sent"
