@@ -27,7 +27,7 @@ from rich.table import Table
 
 from hyperspace_vllm.core.records.ids import RequestKey, network_id, public_key_of
 from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof, request_hash
-from hyperspace_vllm.response_db import database_path
+from hyperspace_vllm.response_db import database_path, unpacked
 
 from .documents import document, prompt
 from .servers import MODELS, ROOT, Completion, Server, found_network, free_port
@@ -182,7 +182,9 @@ def stored_under(server: Server, proof: bytes, timeout_s: float = 10) -> tuple[b
         while (row := database.execute(query, (proof,)).fetchone()) is None:
             assert time.monotonic() < deadline, f"{server.name} has not stored what it served"
             time.sleep(0.05)
-    key, body = row
+    key, stored = row
+    body = unpacked(stored)
+    assert body is not None, f"{server.name} has stored a damaged answer"
     return key, body
 
 

@@ -211,13 +211,14 @@ def test_another_wording_of_a_question_is_answered_by_every_server(servers: tupl
         _, headers, answer = post(server, body, {"X-Hyperspace-Semantic": wish}, "/v1/chat/completions")
         return headers["cache-status"], answer
 
-    def stored(count: int) -> bool:
-        return bool(servers[0].node_status()["similar"]["questions"] == count)  # type: ignore[call-overload,index]
+    def questions() -> int:
+        return int(servers[0].node_status()["similar"]["questions"])  # type: ignore[call-overload,index]
 
+    before = questions()
     _, first = ask(servers[0], "What is a KV cache?")
-    until(lambda: stored(1), "the first answer's vectors")
+    until(lambda: questions() == before + 1, "the first answer's vectors")
     _, second = ask(servers[1], "How do I learn to play the guitar?")
-    until(lambda: stored(2), "the second answer's vectors")
+    until(lambda: questions() == before + 2, "the second answer's vectors")
     for server in servers:
         status, answer = ask(server, "Please explain key value cache")
         assert status.endswith("; detail=canonical"), status
