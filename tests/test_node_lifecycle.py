@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -232,6 +233,17 @@ def test_a_stopped_node_leaves_only_what_the_next_one_needs(nodes: Nodes) -> Non
     assert not arena.exists()
     left = {path.name for path in nodes.config.data_dir.iterdir()}
     assert left == {"node.key", "node.lock", "arena.path", "responses.sqlite"}
+
+
+def test_a_node_whose_directory_was_replaced_leaves_the_next_one_its_files(nodes: Nodes) -> None:
+    first = nodes.start_and_wait()
+    shutil.rmtree(nodes.config.data_dir)
+    second = nodes.start_and_wait()
+    first.terminate()
+    first.communicate(timeout=20)
+    assert nodes.card()["pid"] == second.pid
+    status = hyperspace("status", "--json", **nodes.config.as_environ())
+    assert json.loads(status.stdout)["pid"] == second.pid
 
 
 def test_after_a_killed_node_the_next_one_cleans_up_and_its_clients_come_back(nodes: Nodes) -> None:

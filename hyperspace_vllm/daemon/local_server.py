@@ -172,6 +172,7 @@ class LocalServer:
         self._loop = asyncio.get_running_loop()
         session_lock.remove_leftovers(self._config.data_dir)
         self._socket = self._bind()
+        bound = os.stat(self._config.socket_path)
         descriptor = self._socket.fileno()
         self._loop.add_reader(descriptor, self._drain)
         try:
@@ -185,7 +186,10 @@ class LocalServer:
             self._loop.remove_reader(descriptor)
             self._socket.close(linger=0)
             self._context.term()
-            self._config.socket_path.unlink(missing_ok=True)
+            # Another node's, if the directory was replaced meanwhile.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(bound, os.stat(self._config.socket_path)):
+                    self._config.socket_path.unlink()
 
     def answer_prefix(
         self,

@@ -105,7 +105,7 @@ class _Node:
             enough = asyncio.create_task(_until_unwanted(server) if embedded else stop.wait())
             stopping = asyncio.create_task(stop.wait())
             self._write_card(embedded)
-            parts.callback(self._card.unlink, missing_ok=True)
+            parts.callback(self._remove_card)
             logger.info("node %s serves %s", self._identity.peer_id, self._config.data_dir)
             try:
                 done, _ = await asyncio.wait((serving, enough, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -241,6 +241,12 @@ class _Node:
     @property
     def _card(self) -> Path:
         return self._config.data_dir / "node.json"
+
+    def _remove_card(self) -> None:
+        """Unless it is another node's, whose directory has taken the place of ours."""
+        with suppress(OSError, ValueError):
+            if json.loads(self._card.read_text())["pid"] == os.getpid():
+                self._card.unlink()
 
     def _write_card(self, embedded: bool) -> None:
         draft = self._card.with_suffix(".json.new")
