@@ -36,7 +36,8 @@ DEADLINE_MS = 300
 
 
 def candidates(names: list[str]) -> list[Candidate]:
-    return [Candidate(PeerId(name), f"10.0.0.1:{ord(name)}", 10.0) for name in names]
+    """A name with a plus is of a peer that a connection is open to."""
+    return [Candidate(PeerId(name[0]), f"10.0.0.1:{ord(name[0])}", 10.0, name.endswith("+")) for name in names]
 
 
 class Script:
@@ -148,6 +149,24 @@ def test_who_refuses_makes_room_for_the_next_at_once() -> None:
         fetch D for 267
         > at=40 hit A
         answer A hint hit
+        """
+    )
+
+
+def test_whose_connection_breaks_is_asked_once_more_after_the_others() -> None:
+    Script().run(
+        """
+        > want A+ B
+        hinted
+        fetch A for 300
+        > at=5 refused A unreachable    # it has just closed it
+        fetch B for 295
+        > at=9 refused B unreachable    # nobody is there
+        fetch A for 291
+        > at=20 refused A unreachable
+        search for 280
+        > at=40 found A B
+        answer None none unreachable
         """
     )
 
@@ -317,7 +336,7 @@ def test_whatever_comes_a_lookup_is_answered_once_in_time_and_never_ticks_in_vai
     steps: list[tuple[int, str, int]],
 ) -> None:
     script = Script()
-    answers = [effect for effect in script.event(["want", *"ABCDEF"]) if effect.startswith("answer")]
+    answers = [effect for effect in script.event(["want", "A+", *"BCDEF"]) if effect.startswith("answer")]
     for delay_ms, name, kind in steps:
         target_ms = script.now_ms + delay_ms
         while not script.lookup.over and (due_ms := script.lookup.next_deadline_ms()) <= target_ms:
@@ -327,7 +346,13 @@ def test_whatever_comes_a_lookup_is_answered_once_in_time_and_never_ticks_in_vai
         if script.lookup.over:
             break
         script.now_ms = target_ms
-        word = ["refused", name, "miss"] if kind < 3 else ["found", name] if kind == 3 else ["hit", name]
+        word = (
+            ["refused", name, ("miss", "unreachable")[kind % 2]]
+            if kind < 3
+            else ["found", name]
+            if kind == 3
+            else ["hit", name]
+        )
         answers += [effect for effect in script.event(word) if effect.startswith("answer")]
         assert len(script.lookup.in_flight) <= IN_FLIGHT_MAX
         if script.lookup.over:

@@ -4,7 +4,7 @@ Safety: no client gets a wrong or an expired response; every lookup is hinted on
 tables and what one event causes stay within bounds; every request of a peer is answered at once; no honest node is
 charged by another. Liveness: a request is a hit, hinted and within its deadline, when an honest node that had said so
 SPREAD_MS ago could be reached all the while. Lost segments between the two excuse a miss, a freeze does, and so do
-SILENT_MAX that were asked and kept silent (fleet.py): they have cost half of the time, and then it takes a handshake.
+SILENT_MAX that were asked and could not help (fleet.py): they cost half of the time, and then it takes a handshake.
 """
 
 from collections.abc import Iterator, Mapping, Sized

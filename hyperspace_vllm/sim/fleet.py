@@ -119,11 +119,12 @@ class Fleet:
         return tuple(host for host in request.promised if self._undisturbed(request, host))
 
     def hindered(self, request: Request) -> bool:
-        """Whether SILENT_MAX of those asked could not answer in time: they lie, are far, or were held up."""
+        """Whether SILENT_MAX of those asked could not help: they lie, are far, held up, or their copy just expired."""
+        excused = request.far | request.lapsed
         silent = [
             host
             for host in request.asked
-            if host < 0 or self.hosts[host].liar is not None or host in request.far or self._held_up(request, host)
+            if host < 0 or self.hosts[host].liar is not None or host in excused or self._held_up(request, host)
         ]
         return len(silent) >= SILENT_MAX
 
@@ -151,9 +152,10 @@ class Fleet:
         )
 
     def _held_up(self, request: Request, host: int) -> bool:
-        """Whether the host was gone or frozen since the question, or a segment between the two was lost."""
+        """Whether the host was gone, frozen or cut off since the question, or a segment between the two was lost."""
         pair = min(request.host, host), max(request.host, host)
         there = self.network.acts(host) and self.network.since_ms(host) <= request.asked_ms
+        there = there and self.network.reaches(request.host, host)
         return not there or self.network.disturbed_ms.get(pair, -1) >= request.asked_ms
 
     def _serves(self, asker: int, host: int, name: bytes) -> bool:

@@ -107,6 +107,7 @@ class Request:
     life: int = 0  # the host's
     asked: list[int] = field(default_factory=list)  # hosts, -1 for ones that don't exist
     far: set[int] = field(default_factory=set)  # those of them that could not answer in time when they were asked
+    lapsed: set[int] = field(default_factory=set)  # those of them whose copy had expired by the asker's clock
     hindered: bool = False  # by those that were asked first
     fetched: dict[PeerId, tuple[Opened, int]] = field(default_factory=dict)  # what it sent, and how popular it says
 
@@ -497,6 +498,8 @@ class SimHost:
     def _refuse(self, lookup: int, peer: PeerId, fetch: int, reason: str, lied: bool) -> None:
         if self._fetches.get((lookup, peer)) == fetch:
             del self._fetches[lookup, peer]
+            if reason == "expired":
+                self.requests[lookup].lapsed.add(self.fleet.number_of(peer))
             self.tell(ResponseRefused(lookup, peer, reason, lied))
 
     # --- leaves ---------------------------------------------------------------------------------

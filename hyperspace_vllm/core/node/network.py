@@ -433,7 +433,7 @@ class NetworkNode:
         best = [known for _, known in sorted(found, key=lambda each: each[0])]
         if first is not None and first is not best[0]:
             best = [best[0], first, *(known for known in best[1:] if known is not first)]
-        return [Candidate(known.peer, known.address, known.rtt_ms) for known in best]
+        return [Candidate(known.peer, known.address, known.rtt_ms, known.connected) for known in best]
 
     def _may_search(self, request_hash: bytes, now_ms: int) -> bool:
         return bool(self.members.neighbours()) and self._searches.take(request_hash, now_ms)

@@ -4,13 +4,14 @@
       └───── none known ───────▶ unhinted: the DHT, while the engine computes
 
 Who refuses makes room for the next at once; who keeps silent is hedged, first after `hedge_delay_ms`, and once more at
-half time, since by then the first two are more likely frozen than slow. A hinted lookup ends by its request's deadline.
-An unhinted one holds nobody up, so it may take RACE_MS; what it finds after the engine has won is stored for the next
-request.
+half time, since by then the first two are more likely frozen than slow. Whose connection breaks is asked once more
+over a new one, after the others: the other side may have closed it as idle or as one too many just when we asked. A
+hinted lookup ends by its request's deadline. An unhinted one holds nobody up, so it may take RACE_MS; what it finds
+after the engine has won is stored for the next request.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..node.network_effects import (
     AnswerResponse,
@@ -43,6 +44,7 @@ class Candidate:
     peer: PeerId
     address: str
     rtt_ms: float
+    connected: bool
 
 
 class ResponseLookup:
@@ -65,6 +67,8 @@ class ResponseLookup:
         self._waiting = list(providers)
         self._in_flight: dict[PeerId, int] = {}  # since when
         self._asked: set[PeerId] = set()
+        self._connected: dict[PeerId, Candidate] = {}  # those asked over a connection that was there, once each
+        self._attempts = 0
         self._may_search = may_search
         self._searching = False
         self._hedge_at_ms: int | None = None
@@ -103,6 +107,9 @@ class ResponseLookup:
             return []
         del self._in_flight[event.peer]
         self._reason = event.reason if event.reason != "miss" else self._reason
+        broken = self._connected.pop(event.peer, None) if event.reason == "unreachable" else None
+        if broken is not None and broken.address:
+            self._waiting.append(replace(broken, connected=False))
         return self._go_on(now_ms)
 
     def on_providers(self, event: ProvidersFound, candidates: list[Candidate], now_ms: int) -> list[NetworkEffect]:
@@ -129,18 +136,21 @@ class ResponseLookup:
         if effects or self._in_flight or self._searching:
             return effects
         left_ms = self._deadline_ms - now_ms
-        worth_it = not self.searched and len(self._asked) < ATTEMPTS_MAX and left_ms >= SEARCH_MS_MIN
+        worth_it = not self.searched and self._attempts < ATTEMPTS_MAX and left_ms >= SEARCH_MS_MIN
         if worth_it and self._may_search(now_ms):
             self._searching = True
             return [FindProviders(self.number, self.request_hash, min(left_ms, DHT_MS))]
         return self._end(None, self._reason)
 
     def _ask(self, now_ms: int) -> list[NetworkEffect]:
-        if not self._waiting or len(self._in_flight) >= IN_FLIGHT_MAX or len(self._asked) >= ATTEMPTS_MAX:
+        if not self._waiting or len(self._in_flight) >= IN_FLIGHT_MAX or self._attempts >= ATTEMPTS_MAX:
             self._hedge_at_ms = None
             return []
         candidate = self._waiting.pop(0)
         self._asked.add(candidate.peer)
+        self._attempts += 1
+        if candidate.connected:
+            self._connected[candidate.peer] = candidate
         self._in_flight[candidate.peer] = now_ms
         self._hedge_at_ms = self._hedge_after(candidate, now_ms) if self._waiting else None
         left_ms = self._deadline_ms - now_ms
