@@ -90,6 +90,9 @@ class Config:
     semantic_model: str = _setting(
         "all-MiniLM-L6-v2", "What compares questions: the built-in model, or any that sentence-transformers loads."
     )
+    max_error: float = _setting(
+        1.0, "Share of semantic hits that may be wrong: until that is sure, matches are computed; 1: no bound.", 1
+    )
     acronyms: tuple[str, ...] = _setting(
         (), "More acronyms with one reading each, written out when questions are compared: `K8s=Kubernetes`."
     )
@@ -137,7 +140,7 @@ class Setting:
     """One row of the settings table."""
 
     name: str
-    kind: object  # Path, str, int, bool, tuple[str, ...] or Literal[...]
+    kind: object  # Path, str, int, float, bool, tuple[str, ...] or Literal[...]
     default: object
     doc: str
     at_least: int
@@ -171,6 +174,8 @@ class Setting:
             return words.get(value.strip().lower(), value)
         if self.kind is int and isinstance(value, str):
             return self._number(value, origin)
+        if self.kind is float:
+            return _fraction(value)
         if get_origin(self.kind) is tuple and isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         if get_origin(self.kind) is tuple and isinstance(value, list):
@@ -197,6 +202,9 @@ class Setting:
         elif self.kind is int:
             if type(value) is not int or not self.at_least <= value <= self.at_most:
                 yield f"a whole number from {self.at_least} to {self.at_most}"
+        elif self.kind is float:
+            if type(value) is not float or not self.at_least <= value <= self.at_most:
+                yield f"a number from {self.at_least} to {self.at_most}"
         elif self.kind is bool:
             if type(value) is not bool:
                 yield "true or false"
@@ -219,6 +227,16 @@ class Setting:
             bare_port = self.default == "" and value.isdigit()
             if not _is_host_port(f"127.0.0.1:{value}" if bare_port else value):
                 yield "host:port"
+
+
+def _fraction(value: object) -> object:
+    """`value` as a float, if it is a number or the text of one."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return value
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return value
 
 
 def _is_host_port(text: str) -> bool:

@@ -24,7 +24,7 @@ from .core.records.limits import RESPONSE_BYTES_MAX
 from .core.records.local import Scope
 from .core.response.cache_proof import decode_proof
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _ZSTD_LEVEL = 3
 _PACKED_BYTES_MIN = 256  # what is shorter hardly shrinks
@@ -35,7 +35,8 @@ _REQUEST_HASH_INDEX = "CREATE INDEX entries_by_request_hash ON entries (request_
 _WORTH = "worth_ms INTEGER"  # which entry goes first: see response_store
 _WORTH_INDEX = "CREATE INDEX entries_by_worth ON entries (worth_ms);"
 
-# Vectors as in `Embedded`; both NULL where there are none.
+# Vectors as in `Embedded`; both NULL where there are none. `floor`: the similarity that a question must have to be
+# answered so, once the answer was wrong for another (core/response/wrongness.py).
 _QUESTIONS = """
 CREATE TABLE questions (
     id INTEGER PRIMARY KEY,
@@ -43,7 +44,8 @@ CREATE TABLE questions (
     canonical_key BLOB NOT NULL,
     question TEXT NOT NULL,
     embedder TEXT,
-    vectors BLOB
+    vectors BLOB,
+    floor REAL NOT NULL DEFAULT 0
 );
 CREATE INDEX questions_by_canonical_key ON questions (canonical_key);
 CREATE TRIGGER entry_removed AFTER DELETE ON entries
@@ -53,6 +55,9 @@ BEGIN
     DELETE FROM questions WHERE id = old.id;
 END;
 """
+
+# Answers of semantic matches that were compared with the engine's, the last ones.
+_CHECKS = "CREATE TABLE checks (id INTEGER PRIMARY KEY, wrong INTEGER NOT NULL);"
 
 SCHEMA = f"""
 CREATE TABLE entries (
@@ -77,22 +82,25 @@ INSERT INTO totals VALUES (0, 0);
 CREATE TRIGGER entry_added AFTER INSERT ON entries
 BEGIN UPDATE totals SET entries = entries + 1, bytes = bytes + new.size; END;
 {_QUESTIONS}
+{_CHECKS}
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 
-_TO_3 = f"""
+_TO_4 = f"""
 DROP TRIGGER entry_removed;
 {_QUESTIONS}
 DROP INDEX entries_by_use;
 ALTER TABLE entries ADD COLUMN {_WORTH};
 UPDATE entries SET worth_ms = last_used_ms;
 {_WORTH_INDEX}
-PRAGMA user_version = 3;
+{_CHECKS}
+PRAGMA user_version = 4;
 """
 # By the version that they start from.
 MIGRATIONS = {
-    1: f"ALTER TABLE entries ADD COLUMN {_REQUEST_HASH}; {_REQUEST_HASH_INDEX} {_TO_3}",
-    2: _TO_3,
+    1: f"ALTER TABLE entries ADD COLUMN {_REQUEST_HASH}; {_REQUEST_HASH_INDEX} {_TO_4}",
+    2: _TO_4,
+    3: f"ALTER TABLE questions ADD COLUMN floor REAL NOT NULL DEFAULT 0; {_CHECKS} PRAGMA user_version = 4;",
 }
 
 _SELECT = """
@@ -109,7 +117,7 @@ _SELECT_ALIVE = "SELECT 1 FROM entries WHERE request_key = ? AND expires_at_ms >
 
 # Newest first: an index with too little room leaves out the oldest.
 _SELECT_QUESTIONS = """
-SELECT CAST(request_key AS BLOB), partition, question, vectors FROM questions JOIN entries USING (id)
+SELECT CAST(request_key AS BLOB), partition, question, vectors, floor FROM questions JOIN entries USING (id)
 WHERE embedder = ? AND expires_at_ms > ? ORDER BY id DESC LIMIT ?
 """
 
@@ -167,12 +175,13 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True)
 class StoredQuestion:
-    """A question with the key of its answer; `vectors` as in `Embedded`."""
+    """A question with the key of its answer; `vectors` as in `Embedded`, `floor` as in the database."""
 
     key: RequestKey
     partition: bytes
     text: str
     vectors: bytes
+    floor: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +224,16 @@ class ResponseReader:
             self.close()
             return []
         return [StoredQuestion(RequestKey(row[0]), *row[1:]) for row in reversed(rows)]
+
+    def checks(self) -> list[bool]:
+        """Whether the last matches that were checked were wrong, the oldest first."""
+        try:
+            connection = self._current()
+            rows = connection.execute("SELECT wrong FROM checks ORDER BY id").fetchall() if connection else []
+        except (sqlite3.Error, OSError):
+            self.close()
+            return []
+        return [bool(wrong) for (wrong,) in rows]
 
     def find_by_hash(self, request_hash: bytes, now_ms: int) -> Shareable | None:
         """The entry that peers know by `request_hash`, unless it has expired or is private."""

@@ -28,7 +28,9 @@ from hyperspace_vllm.core.records.local import (
     FindSimilar,
     NodeMessage,
     ReleaseResponse,
+    RememberQuestion,
     RequestDone,
+    SimilarChecked,
     TouchResponses,
 )
 from hyperspace_vllm.core.response.canonical import ACRONYMS
@@ -66,6 +68,7 @@ class Upstream:
     frames_sent: int = 0
     failures: list[str] = field(default_factory=list)  # how the next computations fail
     words: int = 3
+    says: list[str] = field(default_factory=list)  # what the next computations answer
     filler: str = ""
 
     async def answer(self, request: Request) -> Response:
@@ -100,7 +103,7 @@ class Upstream:
         return gate.is_set()
 
     def _text(self, number: int) -> list[str]:
-        return [f"w{number}.{at}{self.filler} " for at in range(self.words)]
+        return [self.says.pop(0)] if self.says else [f"w{number}.{at}{self.filler} " for at in range(self.words)]
 
     def _answer(self, number: int, chat: bool) -> dict[str, Any]:
         text = "".join(self._text(number))
@@ -179,6 +182,7 @@ class Node:
     route: bytes = b"api"
     api_servers: int = 1
     compared: list[FindSimilar] = field(default_factory=list)
+    checked: list[SimilarChecked] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     inbox: list[NodeMessage] = field(default_factory=list)
 
@@ -193,6 +197,15 @@ class Node:
                     return False
                 loop = asyncio.get_running_loop()
                 self.similar.find(message, lambda found: self._later(loop, found))
+                return True
+            case SimilarChecked():
+                self.checked.append(message)
+                if self.similar is not None:
+                    self.similar.check(message)
+                return True
+            case RememberQuestion():
+                if self.similar is not None:
+                    self.similar.remember_question(message)
                 return True
             case FindResponse():
                 if self.others is None or not self.connected:
@@ -271,7 +284,9 @@ async def benches(tmp_path: Path) -> AsyncIterator[MakeBench]:
             node = Node(ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test")))
             stack.callback(node.store.close)
             if options.get("semantic", "off") != "off":
-                node.similar = SimilarQuestions(path, load_embedder, ACRONYMS, node.store.store)
+                node.similar = SimilarQuestions(
+                    path, load_embedder, ACRONYMS, node.store, options.get("max_error", 1.0)
+                )
                 stack.callback(node.similar.close)
                 similar = node.similar
                 await until(lambda: similar.stats()["state"] == "on")

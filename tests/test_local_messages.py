@@ -48,6 +48,8 @@ CLIENT_MESSAGES: list[local.ClientMessage] = [
     local.ClaimRequest(1, KEY, True),
     local.RequestDone(KEY),
     local.FindSimilar(1, QUESTION, "strict", 100),
+    local.SimilarChecked(KEY, 0.95, "yes", "no"),
+    local.RememberQuestion(KEY, QUESTION),
     local.FindResponse(1, KEY, KEY, 300),
     local.ReleaseResponse(1),
 ]
@@ -61,7 +63,7 @@ NODE_MESSAGES: list[local.NodeMessage] = [
     local.PrefixAnswer(1, 1, (local.LoadedRow(0, 0, 0, SLAB),), "network", "blake3", "hit"),
     local.Status(b"{}"),
     local.Rejected("no"),
-    local.SimilarFound(1, KEY, 0.95),
+    local.SimilarFound(1, KEY, 0.95, "check"),
     local.SimilarNotFound(1, "far"),
     local.ResponseHint(1, True),
     local.ResponseFound(1, b"{}", b"proof", 1, 2, "12D3KooW", "gossip", "members"),

@@ -1,15 +1,17 @@
 """Questions in other words, answered by the response cache in front of a real server, with the real embedder."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hyperspace_vllm.api import node_lookup
+from hyperspace_vllm.api import checks, exchange, node_lookup
+from hyperspace_vllm.core.response import wrongness
 
-from .cached_server import CHAT_PATH, STREAM, USAGE, Bench, MakeBench, benches, text_of
+from .cached_server import CHAT_PATH, STREAM, USAGE, Bench, MakeBench, benches, text_of, until
 
 pytestmark = pytest.mark.io
 
@@ -147,3 +149,86 @@ async def test_a_node_that_says_nothing_is_not_waited_for_again(
         await bench.ask(chat(f"Why is the number {number} odd?"))
     assert len(node.compared) == 1
     assert loop.time() - started < 1.0
+
+
+# --- held against the engine --------------------------------------------------------------------
+
+GUITAR, GUITAR_TOO = chat("How do I learn to play the guitar?"), chat("How can I learn to play guitar?")
+
+
+async def checked(bench: Bench, count: int) -> dict[str, object]:
+    similar = bench.node.similar
+    assert similar is not None
+    await until(lambda: similar.stats()["checked"] == count)
+    return similar.stats()
+
+
+async def test_a_match_is_now_and_then_computed_as_well_after_it_was_served(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wrongness, "CHECK_EVERY", 1)
+    monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
+    bench.upstream.says = ["Practise the chords every day.", "Practise your chords daily."]
+    first = await bench.ask(GUITAR)
+    await bench.stored(1)
+    hit = await bench.ask(GUITAR_TOO | STREAM | USAGE)
+    assert text_of(hit) == text_of(first)
+    assert (await checked(bench, 1))["wrong_ratio"] == 0
+    assert json.loads(bench.upstream.bodies[1]) == GUITAR_TOO
+    await bench.stored(2)
+    assert await detail_of(bench, GUITAR_TOO) == "hit; detail=exact", "what was computed is stored"
+    assert text_of(await bench.ask(GUITAR_TOO)) == "Practise your chords daily."
+
+
+async def test_a_canonical_match_that_was_wrong_is_none_any_more(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
+    bench.upstream.says = ["Machines that learn from data.", "Boil the rice for twelve minutes."]
+    await bench.ask(chat("What is ML?"))
+    await bench.stored(1)
+    assert await detail_of(bench, chat("Explain machine learning")) == "hit; detail=canonical"
+    assert (await checked(bench, 1))["wrong_ratio"] == 1
+    await bench.stored(2)
+    assert bench.node.store.flush(10)
+    assert await detail_of(bench, chat("What is ML?")) == "hit; detail=exact", "its own question it answers as before"
+
+
+async def test_with_a_bound_matches_are_computed_until_they_are_known_to_be_right(make_bench: MakeBench) -> None:
+    bench = await make_bench(semantic="balanced", max_error=0.8)
+    bench.upstream.says = ["Practise the chords every day.", "Practise your chords daily.", "Practise chords each day."]
+    await bench.ask(GUITAR)
+    await bench.stored(1)
+    assert await detail_of(bench, GUITAR_TOO) == "fwd=uri-miss; stored"
+    assert (await checked(bench, 1))["wrong_ratio_high"] == 0.7935
+    await bench.stored(2)
+    assert (
+        await detail_of(bench, chat("please, how do I learn to play the guitar"))
+        == "hit; detail=semantic; similarity=1.000"
+    )
+
+
+async def test_an_engine_that_fails_or_hangs_costs_the_hit_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
+    monkeypatch.setattr(checks, "CHECK_S", 0.2)
+    await bench.ask(chat("What is ML?"))
+    await bench.stored(1)
+    bench.upstream.failures = ["stall", "refuse", "raise"]
+    for number in range(3):
+        assert await detail_of(bench, chat("Explain machine learning")) == "hit; detail=canonical"
+        await until(lambda number=number: len(bench.upstream.bodies) == number + 2)
+        await until(lambda: bench.cache.checks._task is None or bench.cache.checks._task.done())
+    assert bench.upstream.disconnects == 1
+    assert bench.node.checked == []
+
+
+async def test_one_check_at_a_time_is_under_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
+    await bench.ask(chat("What is ML?"))
+    await bench.stored(1)
+    bench.upstream.gate.clear()
+    for _ in range(5):
+        assert await detail_of(bench, chat("Explain machine learning")) == "hit; detail=canonical"
+    bench.upstream.gate.set()
+    await checked(bench, 1)
+    assert len(bench.upstream.bodies) == 2

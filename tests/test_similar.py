@@ -1,5 +1,6 @@
 """Questions like others: embedded, stored and found again, by the embedder and the database that nodes use."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,16 @@ from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.records.ids import RequestKey, network_id, sha256
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
-from hyperspace_vllm.core.records.local import FindSimilar, Question, SimilarFound, SimilarNotFound, StoreResponse
+from hyperspace_vllm.core.records.local import (
+    FindSimilar,
+    Question,
+    RememberQuestion,
+    SimilarChecked,
+    SimilarFound,
+    SimilarNotFound,
+    StoreResponse,
+)
+from hyperspace_vllm.core.response.cache_proof import make_proof
 from hyperspace_vllm.core.response.canonical import ACRONYMS
 from hyperspace_vllm.core.response.guards import Mode
 from hyperspace_vllm.core.response.semantic import CANDIDATES_MAX, COSINE_MIN
@@ -105,7 +115,7 @@ class Place:
     def __init__(self, path: Path) -> None:
         self.path = path / "responses.sqlite"
         self.store = ResponseStore(self.path, 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test"))
-        self.similar = SimilarQuestions(self.path, load_embedder, ACRONYMS, self.store.store)
+        self.similar = SimilarQuestions(self.path, load_embedder, ACRONYMS, self.store)
         eventually(lambda: self.similar.stats()["state"] == "on")
 
     def remember(self, text: str, number: int, partition: bytes = bytes(32)) -> None:
@@ -121,6 +131,11 @@ class Place:
         (answer,) = answers
         assert answer.lookup == 7
         return answer
+
+    def check(self, number: int, similarity: float, stored: str, computed: str) -> None:
+        checked = self.similar.stats()["checked"]
+        self.similar.check(SimilarChecked(key(number), similarity, stored, computed))
+        eventually(lambda: self.similar.stats()["checked"] != checked)
 
     def close(self) -> None:
         self.similar.close()
@@ -174,12 +189,79 @@ def test_an_entry_that_has_gone_is_no_answer_any_more(place: Place) -> None:
 
 
 @pytest.mark.io
+def test_a_response_from_elsewhere_answers_other_wordings_once_its_question_is_known(place: Place) -> None:
+    body, question = b'{"fetched": 1}', Question(bytes(32), bytes(32), "How do I cook rice?")
+    now_ms = time.time_ns() // 1_000_000
+    proof = make_proof(Signer.signing_key, network_id("test"), key(1), body, bytes(32), "v", now_ms)
+    place.store.store_fetched(key(1), body, proof.encode(), now_ms, now_ms + 60_000, "network")
+    place.similar.remember_question(RememberQuestion(key(1), question))
+    eventually(lambda: place.similar.stats()["questions"] == 1)
+    for _ in range(2):
+        found = place.find("How can I cook rice?")
+        assert isinstance(found, SimilarFound)
+        assert found.request_key == key(1)
+        assert place.store.flush(10)
+        size = place.store.stats()["bytes"]
+        place.close()
+        place.__init__(place.path.parent)  # type: ignore[misc]
+    assert place.store.flush(10)
+    assert place.store.stats()["bytes"] == size > len(body) + 2 * DIMENSIONS
+    place.store.purge([key(1)])
+    eventually(lambda: place.store.stats()["purged"] == 1)
+    assert place.store.stats()["bytes"] == 0
+
+
+# --- what is found wrong ------------------------------------------------------------------------
+
+
+@pytest.mark.io
+def test_an_entry_that_erred_answers_only_what_is_nearer_and_after_another_error_nothing_else(place: Place) -> None:
+    place.remember("When did World War II end?", 1)
+    near = place.find("In what year did World War II end?", "balanced")
+    assert isinstance(near, SimilarFound)
+    place.check(1, near.similarity, "It ended in 1945.", "Use a hammer and two nails.")
+    nearest = place.find("When did World War II end, please?")
+    assert isinstance(nearest, SimilarFound)
+    for _ in range(2):
+        assert place.find("In what year did World War II end?", "balanced") == SimilarNotFound(7, "far")
+        assert place.store.flush(10)
+        place.close()
+        place.__init__(place.path.parent)  # type: ignore[misc]
+    place.check(1, nearest.similarity, "It ended in 1945.", "Use a hammer and two nails.")
+    for _ in range(2):
+        assert place.find("When did World War II end, please?") == SimilarNotFound(7, "far")
+        assert place.store.flush(10)
+        place.close()
+        place.__init__(place.path.parent)  # type: ignore[misc]
+    assert place.similar.stats()["questions"] == 0
+    assert place.store.stats()["entries"] == 1, "its own question it answers as before"
+
+
+@pytest.mark.io
+def test_answers_that_say_the_same_in_other_words_are_no_error(place: Place) -> None:
+    place.remember("How do I cook rice?", 1)
+    place.check(1, 0.95, "Paris is the capital of France.", " Paris  is the capital of\nFrance.")
+    place.check(1, 0.95, "Paris is the capital of France.", "The capital of France is Paris.")
+    assert place.similar.stats()["wrong_ratio"] == 0
+    place.check(1, 0.95, "Paris is the capital of France.", "Boil the rice for twelve minutes.")
+    for _ in range(2):
+        stats = place.similar.stats()
+        assert stats["checked"] == 3
+        assert stats["wrong_ratio"] == 0.3333
+        assert stats["wrong_ratio_low"] == 0.0615
+        assert stats["wrong_ratio_high"] == 0.7923
+        assert place.store.flush(10)
+        place.close()
+        place.__init__(place.path.parent)  # type: ignore[misc]
+
+
+@pytest.mark.io
 def test_without_its_packages_responses_are_stored_all_the_same(tmp_path: Path) -> None:
     def load() -> Embedder:
         raise EmbedderMissing("onnxruntime")
 
     store = ResponseStore(tmp_path / "responses.sqlite", 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test"))
-    similar = SimilarQuestions(tmp_path / "responses.sqlite", load, ACRONYMS, store.store)
+    similar = SimilarQuestions(tmp_path / "responses.sqlite", load, ACRONYMS, store)
     question = Question(bytes(32), bytes(32), "What is ML?")
     for number in range(2):
         similar.remember(StoreResponse(key(number), "network", bytes(32), "v", RESPONSE_TTL_MS, b"{}", question))

@@ -8,15 +8,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..core.records.ids import RequestKey
-from ..core.records.local import Question, ResponseFound, StoreResponse
+from ..core.records.local import Question, RememberQuestion, ResponseFound, SimilarFound, StoreResponse
 from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
 from ..core.response.guards import eligible
 from ..core.response.request_fields import POOLING, Endpoint
 from ..core.response.request_key import Uncacheable, is_sampled, request_key
 from ..core.response.scope import DEFAULT_SCOPE, sign_scope, tenant_of
 from ..core.response.semantic_key import question_of, tightened
+from ..core.response.wrongness import CHECK_EVERY
 from ..response_db import StoredResponse
-from . import aborts
+from . import aborts, checks
 from .coalesce import Flight, Laggard, LeaderFailed, Message, Receive, Scope, Send
 from .embed_inputs import answer_inputs
 from .http_headers import PROOF, forward_status, header, parse_cache_control, without_proof
@@ -56,6 +57,7 @@ class Exchange:
         self._send = send
         self._wants_proof = header(scope["headers"], PROOF) is not None
         self._abort = aborts.Abort()
+        self._doubted: tuple[SimilarFound, bytes] | None = None  # a match that is computed instead, and its answer
         self._committed = False  # the application has the request, or the client some of an answer
         self.wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
         self.tenant = tenant_of(
@@ -98,7 +100,7 @@ class Exchange:
             await self.bypass("bypass", "error")
 
     async def _choose(self) -> None:
-        key = self._key()
+        key = self.key()
         if isinstance(key, Uncacheable) or self.wishes.no_store:
             reason = key.reason if isinstance(key, Uncacheable) else "no-store"
             if self.wishes.only_if_cached and self.cache.lookup is not None:
@@ -120,11 +122,12 @@ class Exchange:
             return await self._find_or_refuse(key, why)
         return await self._compute(key, why)
 
-    def _key(self) -> RequestKey | Uncacheable:
+    def key(self) -> RequestKey | Uncacheable:
+        """What an answer would be stored under, or why it can't be."""
         named = self.names()
         return named if isinstance(named, Uncacheable) else request_key(self.endpoint, self.body, *named)
 
-    def _question(self) -> Question | None:
+    def question(self) -> Question | None:
         """The question of a request that has a key, if others may ask the same in other words."""
         named = self.names() if self.mode is not None else Uncacheable("off")
         if isinstance(named, Uncacheable):
@@ -157,31 +160,44 @@ class Exchange:
 
     async def _answer_from_similar(self) -> bool:
         """Replay the answer to another wording of the question; False, with nothing sent, when there is none."""
-        lookup, question = self.cache.lookup, self._question()
+        lookup, question = self.cache.lookup, self.question()
         if lookup is None or question is None or self.mode is None:
             return False
         if eligible(question.text) is not None:
             return False
-        same = await lookup.find_canonical(question.canonical_key, self.options.clock())
-        if same is not None and await self._answer_from_key(same, "canonical"):
-            return True
+        if self.options.max_error >= 1:  # else the node decides which matches may be served
+            same = await lookup.find_canonical(question.canonical_key, self.options.clock())
+            checked = self.cache.checks.rng.randrange(CHECK_EVERY) == 0
+            if same is not None and await self._answer_from_match(same, 1.0, "canonical", checked):
+                return True
         similar = await self.cache.node.find_similar(question, self.mode)
         if isinstance(similar, str):
             self.cache.metrics.similar.labels(similar).inc()
             return False
+        key = RequestKey(similar.request_key)
+        if similar.verdict == "compute":
+            self.cache.metrics.similar.labels("doubted").inc()
+            if (entry := await self.entry(key, self.options.clock())) is not None:
+                self._doubted = similar, entry.body
+            return False
         self.cache.metrics.similar.labels("found").inc()
         detail = f"semantic; similarity={similar.similarity:.3f}"
-        return await self._answer_from_key(RequestKey(similar.request_key), detail)
+        return await self._answer_from_match(key, similar.similarity, detail, similar.verdict == "check")
 
     async def entry(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
         """The entry of `key` in the database, or on its way there."""
         assert self.cache.lookup is not None
         return self.cache.recent.newer(key, await self.cache.lookup.get(key, now_ms), now_ms)
 
-    async def _answer_from_key(self, key: RequestKey, detail: str) -> bool:
+    async def _answer_from_match(self, key: RequestKey, similarity: float, detail: str, checked: bool) -> bool:
+        """Replay the answer to a question like this one; `checked`: and compute one as well."""
         now_ms = self.options.clock()
         entry = await self.entry(key, now_ms)
-        return entry is not None and await self._answer_from(key, entry, now_ms, detail)
+        if entry is None or not await self._answer_from(key, entry, now_ms, detail):
+            return False
+        if checked:
+            self.cache.checks.start(checks.compute_too(self, key, similarity, entry.body))
+        return True
 
     async def _answer_from(self, key: RequestKey, entry: StoredResponse, now_ms: int, detail: str = "exact") -> bool:
         """Replay an entry; False, with nothing sent, when it won't do."""
@@ -239,6 +255,8 @@ class Exchange:
         if entry is not None and answer is not None:
             answer.headers.append(origin_header(found))
             self.cache.recent.add(key, entry, now_ms)
+            if (question := self.question()) is not None:
+                self.options.client.send(RememberQuestion(key, question))
         return answer
 
     def _count(self, outcome: Outcome) -> None:
@@ -266,12 +284,12 @@ class Exchange:
 
     async def bypass(self, why: str, reason: str) -> None:
         """Have vLLM answer, told of the scope and nothing else."""
-        body = rewritten(self.raw, self.body, self._signed_scope(), add_usage=False)
+        body = rewritten(self.raw, self.body, self.signed_scope(), add_usage=False)
         request = replayed([{"type": "http.request", "body": body, "more_body": False}], self.receive)
         send = self.cache.passing(self.send, why, reason)
         await self.app(with_content_length(self.scope, len(body)), request, send)
 
-    def _signed_scope(self) -> dict[str, str] | None:
+    def signed_scope(self) -> dict[str, str] | None:
         """The scope for the connector, unless it is the default. An unknown tenant gets none, hence nothing shared."""
         salt = self.body.get("cache_salt")
         if self.endpoint in POOLING:
@@ -334,7 +352,7 @@ class Exchange:
         if storing:
             flight.on_end = partial(self._ended, key, flight, leased)
         adds_usage = asks_usage and not self.wants_usage
-        body = rewritten(self.raw, self.body, self._signed_scope(), adds_usage)
+        body = rewritten(self.raw, self.body, self.signed_scope(), adds_usage)
         leader = Relay(flight.join(), self.send, forward_status(why, stored=storing), adds_usage)
         race = None if lookup is None else self._race(key, why, flight, lookup, asks_usage)
         app = partial(self._leased, key, why, flight, race) if leased else race or self.app
@@ -414,9 +432,12 @@ class Exchange:
         answer = raw if isinstance(raw, NotStored) else admit(self.endpoint, self.body, raw)
         if isinstance(answer, NotStored):
             return answer.reason
-        if self._key() != key:
+        if self.key() != key:
             return "model_changed"
-        return self.hand_over(key, answer.body, self._question())
+        if self._doubted is not None:
+            match, stored = self._doubted
+            checks.report(self, RequestKey(match.request_key), match.similarity, stored, answer.body)
+        return self.hand_over(key, answer.body, self.question())
 
     def hand_over(self, key: RequestKey, body: bytes, question: Question | None = None) -> str:
         """Give an answer to the node, and keep it until the database has it; "sent" or "dropped"."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..core.response.request_fields import ENDPOINTS, Endpoint
 from ..core.response.request_key import Uncacheable, parse_request
+from .checks import Checks
 from .coalesce import App, FlightTable, Message, Receive, Scope, Send
 from .exchange import Exchange
 from .http_headers import forward_status, header, parse_cache_control
@@ -42,6 +43,7 @@ class ResponseCacheMiddleware:
         self.recent = Recent()
         self.touches = Touches(options.client)
         self.node = NodeLookup(options.client)
+        self.checks = Checks()
         self.metrics = l1_metrics()
         self.weights_changed = False
 

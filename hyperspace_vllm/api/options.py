@@ -13,14 +13,26 @@ from ..core.records.local import (
     FindSimilar,
     NodeMessage,
     ReleaseResponse,
+    RememberQuestion,
     RequestDone,
+    SimilarChecked,
     StoreResponse,
     TouchResponses,
 )
 from ..core.response.canonical import ACRONYMS
 from ..core.response.semantic_key import Semantic
 
-ApiMessage = StoreResponse | TouchResponses | ClaimRequest | RequestDone | FindSimilar | FindResponse | ReleaseResponse
+ApiMessage = (
+    StoreResponse
+    | TouchResponses
+    | ClaimRequest
+    | RequestDone
+    | FindSimilar
+    | SimilarChecked
+    | RememberQuestion
+    | FindResponse
+    | ReleaseResponse
+)
 
 
 class NodeLink(Protocol):
@@ -74,6 +86,7 @@ class ResponseCacheOptions:
     keeps_responses: bool = False  # VLLM_ENABLE_RESPONSES_API_STORE: a client may come back for a response by its id
     cache_sampled: bool = True  # False: requests that sample without a seed are not cached
     semantic: Semantic = "off"  # may a stored answer serve other wordings of its question, and how near must they be?
+    max_error: float = 1.0  # share of semantic hits that may be wrong; 1: any
     acronyms: Mapping[str, str] = field(default_factory=lambda: ACRONYMS)
     ttl_ms: int = RESPONSE_TTL_MS
     read_deadline_s: float = 0.25  # for the database; a disk that hangs is a miss

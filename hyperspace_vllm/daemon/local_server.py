@@ -54,10 +54,12 @@ from ..core.records.local import (
     Rejected,
     ReleaseLookup,
     ReleaseResponse,
+    RememberQuestion,
     RequestDone,
     RequestEnded,
     RowStaged,
     SegmentNamed,
+    SimilarChecked,
     SimilarFound,
     SimilarNotFound,
     Slab,
@@ -107,6 +109,12 @@ class Similar(Protocol):
 
     def remember(self, message: StoreResponse) -> None:
         """Have a response with a question stored; never blocks."""
+
+    def remember_question(self, message: RememberQuestion) -> None:
+        """Have a question stored with a response that is here, or about to be; never blocks."""
+
+    def check(self, message: SimilarChecked) -> None:
+        """Compare two answers; never blocks."""
 
 
 @dataclass(slots=True)
@@ -402,6 +410,12 @@ class LocalServer:
                 self._leases.over(session.route, request_key)
             case FindSimilar():
                 self._find_similar(session.route, message)
+            case SimilarChecked():
+                if self._similar is not None:
+                    self._similar.check(message)
+            case RememberQuestion():
+                if self._similar is not None:
+                    self._similar.remember_question(message)
             case FindResponse():
                 self._served.model(session.key, message.model_digest)
                 self._response_lookups.find(session.route, message)

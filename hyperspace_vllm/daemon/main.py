@@ -198,7 +198,7 @@ class _Node:
 
         acronyms = {**ACRONYMS, **config.acronym_table}
         load = partial(load_embedder, config.semantic_model)
-        similar = SimilarQuestions(database_path(config.data_dir), load, acronyms, responses.store)
+        similar = SimilarQuestions(database_path(config.data_dir), load, acronyms, responses, config.max_error)
         parts.callback(similar.close)
         return similar
 
@@ -235,6 +235,11 @@ class _Node:
     def _measure(self) -> None:
         self._metrics.rows.labels("memory").set_function(lambda: len(self._cache))
         self._metrics.store_bytes.labels("memory").set_function(lambda: self._cache.row_bytes)
+        if (similar := self._similar) is not None:
+            for end in ("low", "estimate", "high"):
+                self._metrics.semantic_wrong_ratio.labels(end).set_function(
+                    partial(lambda end: getattr(similar.wrong_ratio, end), end)
+                )
         if (responses := self._responses) is not None:
             self._metrics.store_bytes.labels("response").set_function(lambda: responses.stats()["bytes"])
 

@@ -58,6 +58,12 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.semantic_wrong_ratio = Gauge(
+            "hyperspace_semantic_wrong_ratio",
+            "Share of semantic matches whose answer was another than the engine's: estimate, and low and high at 95 %.",
+            ("bound",),
+            registry=self.registry,
+        )
         self.clients = Gauge("hyperspace_clients", "Processes that hold a lease.", registry=self.registry)
         self.quarantined_bytes = Gauge(
             "hyperspace_quarantined_bytes",

@@ -25,8 +25,9 @@ from nacl.signing import SigningKey
 
 from ..core.records.ids import NetworkId, RequestKey
 from ..core.records.limits import RESPONSE_TTL_MS, STORE_QUEUE_BYTES_MAX, MiB
-from ..core.records.local import Scope, StoreResponse
+from ..core.records.local import Question, Scope, StoreResponse
 from ..core.response.cache_proof import make_proof, request_hash
+from ..core.response.wrongness import WINDOW
 from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, packed
 from .response_news import Listener, News, Retelling, Told
 
@@ -51,6 +52,12 @@ UPDATE entries SET hits = hits + ?1, last_used_ms = ?2, worth_ms = worth(hits + 
 _INSERT_QUESTION = """
 INSERT INTO questions (id, partition, canonical_key, question, embedder, vectors) VALUES (?, ?, ?, ?, ?, ?)
 """
+
+_WITHOUT_QUESTION = """
+SELECT id FROM entries WHERE request_key = ? AND NOT EXISTS (SELECT 1 FROM questions WHERE questions.id = entries.id)
+"""
+_FORGET_QUESTION = "DELETE FROM questions WHERE id = (SELECT id FROM entries WHERE request_key = ?)"
+_RAISE_FLOOR = "UPDATE questions SET floor = ?2 WHERE id = (SELECT id FROM entries WHERE request_key = ?1)"
 
 
 class Signer(Protocol):
@@ -88,7 +95,25 @@ class _Purge:
     request_keys: tuple[bytes, ...]
 
 
-_Task = _Computed | _Fetched | _Purge
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The question of an entry that was stored without."""
+
+    request_key: RequestKey
+    question: Question
+    embedded: Embedded
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A semantic match of an entry was compared with the engine's answer; `floor` as of `floor_after`, if wrong."""
+
+    request_key: RequestKey
+    wrong: bool
+    floor: float | None
+
+
+_Task = _Computed | _Fetched | _Purge | _Asked | _Checked
 
 
 class _Damaged(sqlite3.DatabaseError):
@@ -165,6 +190,17 @@ class ResponseStore:
     def purge(self, keys: Iterable[bytes]) -> bool:
         """Queue the deletion of these entries, behind whatever is to be stored before; False as `store`."""
         return self._enqueue(_Purge(tuple(keys)))
+
+    def store_question(self, key: RequestKey, question: Question, embedded: Embedded) -> bool:
+        """Queue the question of an entry that is here, or before it in the queue; False as `store`."""
+        return self._enqueue(_Asked(key, question, embedded))
+
+    def note_check(self, key: RequestKey, wrong: bool, floor: float | None) -> bool:
+        """Queue what came of checking a match of this entry; False as `store`.
+
+        Where it was wrong it answers from similarity `floor` on only, and with None no other question ever.
+        """
+        return self._enqueue(_Checked(key, wrong, floor))
 
     def _enqueue(self, message: _Task) -> bool:
         size = _size(message)
@@ -325,6 +361,10 @@ class ResponseStore:
                 fetched += self._insert_fetched(database, message, now_ms, news)
             elif isinstance(message, _Purge):
                 purged += sum(_delete(database, "request_key = ?", key, news) for key in message.request_keys)
+            elif isinstance(message, _Asked):
+                _attach(database, message)
+            elif isinstance(message, _Checked):
+                _note_check(database, message)
             else:
                 self._insert_computed(database, message, now_ms, news)
         database.executemany(_TOUCH, [(hits, now_ms, key) for key, hits in touched.items()])
@@ -355,10 +395,8 @@ class ResponseStore:
         number = _insert(
             database, (key, proof.encode(), now_ms, expires_at_ms, size, now_ms, message.scope, now_ms), body
         )
-        if (question := message.question) is not None:
-            named = task.embedded or Embedded("", b"")
-            asked = (number, question.partition, question.canonical_key, question.text)
-            database.execute(_INSERT_QUESTION, (*asked, named.embedder or None, named.vectors or None))
+        if message.question is not None:
+            _insert_question(database, number, message.question, task.embedded)
         if message.scope != "private" and expires_at_ms > now_ms:
             news.stored(Told(proof.request_hash, expires_at_ms, True))
 
@@ -413,6 +451,10 @@ def _size(task: _Task) -> int:
         return 32 * len(task.request_keys)
     if isinstance(task, _Fetched):
         return len(task.body) + _ENTRY_OVERHEAD_BYTES
+    if isinstance(task, _Checked):
+        return _QUESTION_OVERHEAD_BYTES
+    if isinstance(task, _Asked):
+        return len(task.question.text) + len(task.embedded.vectors) + _QUESTION_OVERHEAD_BYTES
     size = len(task.message.body) + _ENTRY_OVERHEAD_BYTES
     if (question := task.message.question) is not None:
         size += len(question.text) + _QUESTION_OVERHEAD_BYTES
@@ -433,6 +475,30 @@ def _delete(database: sqlite3.Connection, where: str, value: int | bytes, news: 
     for (hash_,) in database.execute(f"{shareable} {where}", (value,)):
         news.gone(hash_)
     return database.execute(f"DELETE FROM entries WHERE {where}", (value,)).rowcount
+
+
+def _insert_question(database: sqlite3.Connection, entry: int, question: Question, embedded: Embedded | None) -> None:
+    named = embedded or Embedded("", b"")
+    asked = (entry, question.partition, question.canonical_key, question.text)
+    database.execute(_INSERT_QUESTION, (*asked, named.embedder or None, named.vectors or None))
+
+
+def _attach(database: sqlite3.Connection, task: _Asked) -> None:
+    """Give an entry that has none its question."""
+    row = database.execute(_WITHOUT_QUESTION, (task.request_key,)).fetchone()
+    if row is not None:
+        _insert_question(database, row[0], task.question, task.embedded)
+        database.execute("UPDATE entries SET size = size + ? WHERE id = ?", (_size(task), row[0]))
+        database.execute("UPDATE totals SET bytes = bytes + ?", (_size(task),))
+
+
+def _note_check(database: sqlite3.Connection, check: _Checked) -> None:
+    number = database.execute("INSERT INTO checks (wrong) VALUES (?)", (check.wrong,)).lastrowid
+    database.execute("DELETE FROM checks WHERE id <= ? - ?", (number, WINDOW))
+    if check.wrong and check.floor is None:
+        database.execute(_FORGET_QUESTION, (check.request_key,))
+    elif check.wrong:
+        database.execute(_RAISE_FLOOR, (check.request_key, check.floor))
 
 
 def _totals(database: sqlite3.Connection) -> dict[str, int]:

@@ -1,10 +1,12 @@
 """Questions like the one asked, among those whose answers this node has: embedded, compared and guarded in one thread.
 
 Requests wait for the thread, by a deadline; responses that are to be stored with their question's vectors wait behind
-them. What it can't take on is answered `busy`, or stored without vectors, to be found by exact wordings alone.
+them, and so do answers that are to be compared. What it can't take on is answered `busy`, or stored without vectors, to
+be found by exact wordings alone.
 """
 
 import logging
+import random
 import threading
 import time
 from collections import OrderedDict, deque
@@ -17,14 +19,23 @@ import numpy as np
 
 from ..core.records.ids import RequestKey
 from ..core.records.limits import SIMILAR_LOOKUPS_MAX, STORE_QUEUE_BYTES_MAX
-from ..core.records.local import FindSimilar, Question, SimilarFound, SimilarNotFound, StoreResponse
+from ..core.records.local import (
+    FindSimilar,
+    Question,
+    RememberQuestion,
+    SimilarChecked,
+    SimilarFound,
+    SimilarNotFound,
+    StoreResponse,
+)
 from ..core.response.canonical import canonical_question
 from ..core.response.guards import eligible
 from ..core.response.semantic import Match, best_match
+from ..core.response.wrongness import Interval, Wrongness, floor_after
 from ..response_db import Embedded, ResponseReader
 from .embedding import Embedder, EmbedderMissing
 from .question_index import QUESTIONS_MAX, QuestionIndex, quantized
-from .response_store import wall_clock_ms
+from .response_store import ResponseStore, wall_clock_ms
 
 if TYPE_CHECKING:
     from .question_index import Codes
@@ -33,9 +44,11 @@ logger = logging.getLogger(__name__)
 
 _RECENT_MAX = 1024  # x 1 KiB: a question that is looked for in vain is stored soon after
 _COMMIT_S = 10.0  # an entry that isn't in the database by then has left it
+ALIKE = 0.8  # a cosine of two answers
+_LATER_MAX = 4096  # of 1 KiB to 16 KiB, bodies of responses apart
 
 Answer = Callable[[SimilarFound | SimilarNotFound], None]
-Store = Callable[[StoreResponse, Embedded | None], object]
+_Later = StoreResponse | RememberQuestion | SimilarChecked
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +64,26 @@ class SimilarQuestions:
     `load` makes the embedder (seconds, in the thread); when it fails, no question is like another.
     """
 
-    def __init__(self, db_path: Path, load: Callable[[], Embedder], acronyms: Mapping[str, str], store: Store) -> None:
-        """`store` is told what `remember` was given, with vectors if there are any."""
+    def __init__(
+        self,
+        db_path: Path,
+        load: Callable[[], Embedder],
+        acronyms: Mapping[str, str],
+        store: ResponseStore,
+        max_error: float = 1.0,
+    ) -> None:
+        """`store` writes the database at `db_path`; `max_error` as in the configuration."""
         self._reader = ResponseReader(db_path)
+        self._max_error = max_error
+        self._wrongness = Wrongness(max_error, random.Random())
+        self._floors: dict[RequestKey, float] = {}  # of entries that erred
         self._load = load
         self._acronyms = acronyms
         self._store = store
         self._changed = threading.Condition()
         self._asked: deque[_Asked] = deque()
-        self._to_store: deque[StoreResponse] = deque()
-        self._to_store_bytes = 0
+        self._later: deque[_Later] = deque()
+        self._later_bytes = 0
         self._state = "starting"  # or "on", "off"
         self._closing = False
         self._recent: OrderedDict[tuple[bytes, str], Codes] = OrderedDict()
@@ -83,18 +106,39 @@ class SimilarQuestions:
     def remember(self, message: StoreResponse) -> None:
         """Have a response stored, with its question's vectors if that is to be had."""
         with self._changed:
-            size = self._to_store_bytes + len(message.body)
-            if message.question and self._state != "off" and not self._closing and size <= STORE_QUEUE_BYTES_MAX:
-                self._to_store.append(message)
-                self._to_store_bytes = size
-                self._changed.notify()
+            if message.question and self._enqueue(message):
                 return
-        self._store(message, None)
+        self._store.store(message)
+
+    def remember_question(self, message: RememberQuestion) -> None:
+        """Have a question stored with a response that was fetched."""
+        with self._changed:
+            self._enqueue(message)
+
+    def check(self, message: SimilarChecked) -> None:
+        """Have two answers compared; past the bound it is as if they had not been."""
+        with self._changed:
+            self._enqueue(message)
+
+    @property
+    def wrong_ratio(self) -> Interval:
+        """Of the matches that were checked."""
+        with self._changed:
+            return self._wrongness.ratio
 
     def stats(self) -> dict[str, object]:
         """For `hyperspace status`."""
         with self._changed:
-            return {"state": self._state, "questions": len(self._index or ()), "waiting": len(self._asked)}
+            ratio = self._wrongness.ratio
+            return {
+                "state": self._state,
+                "questions": len(self._index or ()),
+                "waiting": len(self._asked),
+                "checked": self._wrongness.checked,
+                "wrong_ratio": round(ratio.estimate, 4),
+                "wrong_ratio_low": round(ratio.low, 4),
+                "wrong_ratio_high": round(ratio.high, 4),
+            }
 
     def close(self) -> None:
         """Store what is queued, without vectors, and end the thread."""
@@ -109,10 +153,15 @@ class SimilarQuestions:
         try:
             self._start()
             while (job := self._next()) is not None:
-                if isinstance(job, _Asked):
-                    job.answer(self._found(job))
-                else:
-                    self._store_embedded(job)
+                match job:
+                    case _Asked():
+                        job.answer(self._found(job))
+                    case StoreResponse():
+                        self._store_embedded(job)
+                    case RememberQuestion():
+                        self._store_question(job)
+                    case SimilarChecked():
+                        self._compare(job)
         except EmbedderMissing as error:
             logger.error("semantic hits are off: %s", error)
         except Exception:  # of an embedder: whatever it is, exact hits go on
@@ -128,31 +177,45 @@ class SimilarQuestions:
             vectors = np.frombuffer(stored.vectors, np.int8)
             if vectors.size == 2 * dimensions:  # else another model of the same name
                 index.add(stored.key, stored.partition, stored.text, vectors.reshape(2, dimensions))
+                if stored.floor:
+                    self._floors[stored.key] = stored.floor
         with self._changed:
             self._embedder, self._index, self._state = embedder, index, "on"
+            self._wrongness = Wrongness(self._max_error, random.Random(), self._reader.checks())
         logger.info("semantic hits: %s, %d questions", embedder.name, len(index))
 
     def _end(self) -> None:
         with self._changed:
             self._state = "off"
             asked, self._asked = self._asked, deque()
-            to_store, self._to_store = self._to_store, deque()
+            later, self._later = self._later, deque()
         for job in asked:
             job.answer(SimilarNotFound(job.want.lookup, "off"))
-        for message in to_store:
-            self._store(message, None)
+        for message in later:
+            if isinstance(message, StoreResponse):
+                self._store.store(message)
         self._reader.close()
 
-    def _next(self) -> _Asked | StoreResponse | None:
+    def _enqueue(self, message: _Later) -> bool:
+        """False at the bound; call it with the lock."""
+        size = self._later_bytes + _bytes(message)
+        if self._state == "off" or self._closing or size > STORE_QUEUE_BYTES_MAX or len(self._later) >= _LATER_MAX:
+            return False
+        self._later.append(message)
+        self._later_bytes = size
+        self._changed.notify()
+        return True
+
+    def _next(self) -> _Asked | _Later | None:
         """The next job, those that somebody waits for first; None when closing."""
         with self._changed:
-            self._changed.wait_for(lambda: self._asked or self._to_store or self._closing)
+            self._changed.wait_for(lambda: self._asked or self._later or self._closing)
             if self._closing:
                 return None
             if self._asked:
                 return self._asked.popleft()
-            message = self._to_store.popleft()
-            self._to_store_bytes -= len(message.body)
+            message = self._later.popleft()
+            self._later_bytes -= _bytes(message)
             return message
 
     def _found(self, job: _Asked) -> SimilarFound | SimilarNotFound:
@@ -168,15 +231,22 @@ class SimilarQuestions:
         assert self._index is not None
         vectors = self._vectors(question)
         while True:
-            match = best_match(question.text, self._index.nearest(question.partition, vectors), mode)
+            near = self._index.nearest(question.partition, vectors)
+            allowed = [each for each in near if each.similarity >= self._floors.get(each.key, 0.0)]
+            match = best_match(question.text, allowed, mode)
             if not isinstance(match, Match):
                 return SimilarNotFound(lookup, match.reason)
             key = match.candidate.key
             if self._is_stored(key):
-                return SimilarFound(lookup, key, match.candidate.similarity)
-            self._index.remove(key)
+                return SimilarFound(lookup, key, match.candidate.similarity, self._wrongness.judge())
+            self._forget(key)
             if time.monotonic() >= job.until_s:
                 return SimilarNotFound(lookup, "late")
+
+    def _forget(self, key: RequestKey) -> None:
+        assert self._index is not None
+        self._index.remove(key)
+        self._floors.pop(key, None)
 
     def _is_stored(self, key: RequestKey) -> bool:
         """Whether the database has it, or will soon."""
@@ -188,19 +258,52 @@ class SimilarQuestions:
     def _store_embedded(self, message: StoreResponse) -> None:
         question = message.question
         assert question is not None
-        assert self._index is not None
         if eligible(question.text) is not None:
-            self._store(message, None)
+            self._store.store(message)
             return
-        vectors = self._vectors(question)
-        self._store(message, Embedded(self._embedder.name, vectors.tobytes()))
-        key = RequestKey(message.request_key)
-        self._index.add(key, question.partition, question.text, vectors)
+        embedded, key = self._embedded(question), RequestKey(message.request_key)
+        self._store.store(message, embedded)
+        self._add(key, question)
+
+    def _store_question(self, message: RememberQuestion) -> None:
+        question, key = message.question, RequestKey(message.request_key)
+        if eligible(question.text) is None:
+            self._store.store_question(key, question, self._embedded(question))
+            self._add(key, question)
+
+    def _embedded(self, question: Question) -> Embedded:
+        return Embedded(self._embedder.name, self._vectors(question).tobytes())
+
+    def _add(self, key: RequestKey, question: Question) -> None:
+        """To what is compared from now on, though the database may not have it yet."""
+        assert self._index is not None
+        self._floors.pop(key, None)  # another answer
+        self._index.add(key, question.partition, question.text, self._vectors(question))
         now_s = time.monotonic()
         self._added_s.pop(key, None)
         self._added_s[key] = now_s
         while next(iter(self._added_s.values())) < now_s - _COMMIT_S:
             del self._added_s[next(iter(self._added_s))]
+
+    def _compare(self, check: SimilarChecked) -> None:
+        """Count an error if the answers differ, and let the entry answer less for it."""
+        key = RequestKey(check.request_key)
+        wrong = not self._alike(check.stored, check.computed)
+        with self._changed:
+            self._wrongness.add(wrong)
+        floor = floor_after(check.similarity, self._floors.get(key, 0.0)) if wrong else None
+        self._store.note_check(key, wrong, floor)
+        if floor is not None:
+            self._floors[key] = floor
+        elif wrong:
+            self._forget(key)
+
+    def _alike(self, stored: str, computed: str) -> bool:
+        one, other = (" ".join(text.split()) for text in (stored, computed))
+        if one == other:
+            return True
+        vectors = self._embedder.embed([one, other])
+        return bool(vectors[0] @ vectors[1] >= ALIKE)
 
     def _vectors(self, question: Question) -> "Codes":
         """int8 [2, dimensions] of a question and its canonical form."""
@@ -214,3 +317,14 @@ class SimilarQuestions:
         if len(self._recent) > _RECENT_MAX:
             self._recent.popitem(last=False)
         return vectors
+
+
+def _bytes(message: _Later) -> int:
+    """What counts against the queue's bound."""
+    match message:
+        case StoreResponse():
+            return len(message.body)
+        case RememberQuestion():
+            return len(message.question.text)
+        case SimilarChecked():
+            return len(message.stored) + len(message.computed)

@@ -131,6 +131,7 @@ class _Server:
             keeps_responses=bool(envs.VLLM_ENABLE_RESPONSES_API_STORE),
             cache_sampled=config.sampled == "cache",
             semantic=config.semantic,
+            max_error=config.max_error,
             acronyms={**ACRONYMS, **config.acronym_table},
             ttl_ms=config.response_ttl_s * 1000,
             network_deadline_s=config.network_deadline_ms / 1000,

@@ -23,9 +23,10 @@ from .limits import (
     VRAM_SEGMENTS_MAX,
 )
 
-LOCAL_PROTOCOL = 4
+LOCAL_PROTOCOL = 5
 NAME_CHARS_MAX = 256
 PURGED_KEYS_MAX = 4096
+ANSWER_CHARS_MAX = 8192  # far more than an embedder reads
 
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Name = Annotated[str, Meta(max_length=NAME_CHARS_MAX)]
@@ -33,6 +34,8 @@ U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 U16 = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
 U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Scope = Literal["private", "network", "public"]
+Similarity = Annotated[float, Meta(ge=-1.01, le=1.01)]  # a cosine, of vectors that were rounded
+AnswerText = Annotated[str, Meta(max_length=ANSWER_CHARS_MAX)]
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
@@ -220,6 +223,25 @@ class FindSimilar(_Message, tag="find_similar", frozen=True):
     deadline_ms: U32
 
 
+class SimilarChecked(_Message, tag="similar_checked", frozen=True):
+    """A match was computed as well: the answer that is stored under `request_key`, and the engine's.
+
+    `similarity` is that of the match, 1 for canonical forms that are equal. Nothing is answered.
+    """
+
+    request_key: Bytes32
+    similarity: Similarity
+    stored: AnswerText
+    computed: AnswerText
+
+
+class RememberQuestion(_Message, tag="remember_question", frozen=True):
+    """The question that a response from another node answers, which the node is storing. Nothing is answered."""
+
+    request_key: Bytes32
+    question: Question
+
+
 class FindResponse(_Message, tag="find_response", frozen=True):
     """Ask other nodes for a response that this one lacks; never sent for a request that must not leave the node.
 
@@ -262,6 +284,8 @@ ClientMessage = (
     | ClaimRequest
     | RequestDone
     | FindSimilar
+    | SimilarChecked
+    | RememberQuestion
     | FindResponse
     | ReleaseResponse
     | GetStatus
@@ -338,12 +362,14 @@ class RequestOver(_Message, tag="request_over", frozen=True):
 class SimilarFound(_Message, tag="similar_found", frozen=True):
     """The response of `request_key`, in this node's database, answers the question too.
 
-    `similarity` is the cosine, the larger of that of the questions as asked and of their canonical forms.
+    `similarity` is the cosine, the larger of that of the questions as asked and of their canonical forms. `verdict`:
+    serve it; serve it and compute another to `check` it; or don't serve, `compute`, and check (SimilarChecked).
     """
 
     lookup: U32
     request_key: Bytes32
-    similarity: Annotated[float, Meta(ge=-1.01, le=1.01)]
+    similarity: Similarity
+    verdict: Literal["serve", "check", "compute"]
 
 
 class SimilarNotFound(_Message, tag="similar_not_found", frozen=True):

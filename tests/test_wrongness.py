@@ -1,0 +1,79 @@
+"""Measured wrongness: its interval, the bound that is kept, and what becomes of entries that erred."""
+
+import random
+
+import pytest
+
+from hyperspace_vllm.core.response.wrongness import CHECK_EVERY, WINDOW, Wrongness, floor_after, wilson
+
+
+@pytest.mark.parametrize(
+    ("wrong", "checked", "low", "high"),
+    # by statsmodels' proportion_confint(method="wilson")
+    [(0, 10, 0.0, 0.2775), (5, 100, 0.0215, 0.1118), (50, 100, 0.4038, 0.5962), (10, 10, 0.7225, 1.0)],
+)
+def test_the_interval_is_wilsons(wrong: int, checked: int, low: float, high: float) -> None:
+    interval = wilson(wrong, checked)
+    assert interval.low == pytest.approx(low, abs=5e-5)
+    assert interval.high == pytest.approx(high, abs=5e-5)
+    assert interval.estimate == wrong / checked
+
+
+def test_of_nothing_checked_nothing_is_known() -> None:
+    assert (wilson(0, 0).low, wilson(0, 0).high) == (0, 1)
+
+
+def served_wrongly(max_error: float, error: float, matches: int, seed: int) -> tuple[float, float]:
+    """The share of matches that was served, and that of them which was wrong, with matches that err by chance."""
+    rng = random.Random(seed)
+    wrongness = Wrongness(max_error, random.Random(seed + 1))
+    served = wrong = 0
+    for _ in range(matches):
+        is_wrong = rng.random() < error
+        verdict = wrongness.judge()
+        if verdict != "compute":
+            served += 1
+            wrong += is_wrong
+        if verdict != "serve":
+            wrongness.add(is_wrong)
+    return served / matches, wrong / max(served, 1)
+
+
+@pytest.mark.parametrize("max_error", [0.01, 0.02, 0.05, 0.2])
+@pytest.mark.parametrize("error", [0.0, 0.01, 0.03, 0.1, 0.5, 1.0])
+def test_whatever_matches_are_worth_no_larger_share_of_the_served_is_wrong(max_error: float, error: float) -> None:
+    runs = [served_wrongly(max_error, error, 2_000, seed) for seed in range(20)]
+    mean_wrong = sum(wrong for _, wrong in runs) / len(runs)
+    assert mean_wrong <= max_error
+    if error <= max_error / 4:
+        assert min(served for served, _ in runs) > 0.4, "it is served where it is safe"
+
+
+def test_without_a_bound_all_is_served_and_a_small_share_checked() -> None:
+    wrongness = Wrongness(1.0, random.Random(1))
+    verdicts = [wrongness.judge() for _ in range(4_000)]
+    assert "compute" not in verdicts
+    assert verdicts.count("check") == pytest.approx(4_000 / CHECK_EVERY, rel=0.3)
+
+
+def test_with_a_bound_of_zero_nothing_is_served() -> None:
+    wrongness = Wrongness(0.0, random.Random(1), [False] * WINDOW)
+    assert {wrongness.judge() for _ in range(1_000)} == {"compute"}
+
+
+def test_what_was_long_ago_is_forgotten() -> None:
+    wrongness = Wrongness(0.1, random.Random(1), [True] * WINDOW)
+    assert wrongness.ratio.estimate == 1
+    for _ in range(WINDOW):
+        wrongness.add(False)
+    assert (wrongness.ratio.estimate, wrongness.checked) == (0, WINDOW)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "floor", "after"),
+    [(0.94, 0.0, 0.97), (0.92, 0.0, 0.96), (0.995, 0.0, None), (1.0, 0.0, None), (0.98, 0.97, None)],
+)
+def test_an_error_raises_the_entrys_floor_and_the_second_is_its_last(
+    similarity: float, floor: float, after: float | None
+) -> None:
+    assert floor_after(similarity, floor) == (None if after is None else pytest.approx(after))
