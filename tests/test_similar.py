@@ -97,6 +97,24 @@ def test_an_index_that_is_full_forgets_the_oldest_and_removes_by_key() -> None:
     assert index.nearest(b"p", vectors[1]) == []
 
 
+def test_an_index_keeps_so_much_text_and_no_more_memory_than_its_questions_need() -> None:
+    rng = np.random.default_rng(4)
+    vectors = [quantized(each) for each in vectors_near(np.zeros(DIMENSIONS, np.float32), 1_000, 1.0, rng)]
+    index = QuestionIndex(DIMENSIONS, text_chars_max=10_000)
+    for number, each in enumerate(vectors):
+        index.add(key(number), b"p", "x" * 9, each)
+    assert len(index) == 1_000
+    index.add(key(1_000), b"p", "y" * 9_901, vectors[0])
+    assert len(index) == 12
+    index.add(key(1_000), b"p", "y", vectors[0])
+    index.add(key(1_001), b"p", "z" * 9_901, vectors[0])
+    assert len(index) == 12, "what was replaced counts no more"
+    for number in range(988, 1_000):
+        assert bool(index.nearest(b"p", vectors[number])) is (number > 989)
+    (partition,) = index._partitions.values()
+    assert partition._codes.shape[1] < 100
+
+
 def test_vectors_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"vectors: expected int8 \[2, 384\], got \[2, 768\]"):
         QuestionIndex(DIMENSIONS).add(key(1), b"p", "x", np.zeros((2, 768), np.int8))

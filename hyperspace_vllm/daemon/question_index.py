@@ -3,7 +3,7 @@
 Context: a question is compared with as many as QUESTIONS_MAX others, in both its wordings, as asked and canonical.
 Choice: int8 vectors, scanned by SIMD kernels (numkong), 20 ms for all of them at the most. Rejected: an approximate
 index, whose misses nobody sees; float32, four times the memory and the time. Cost: a cosine that is off by up to
-0.005, and the oldest questions beyond QUESTIONS_MAX aren't compared.
+0.005, and the oldest questions beyond QUESTIONS_MAX, or beyond TEXT_CHARS_MAX, aren't compared.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Codes = NDArray[np.int8]  # vectors times a scale of their own each
 
 QUESTIONS_MAX = 200_000  # x (2 x 384 B and about as much for text and key) = 300 MiB
+TEXT_CHARS_MAX = 100_000_000  # of all of them: 500 each
 _ROWS_MIN = 1  # a partition of one question is the rule where requests vary in their parameters
 
 
@@ -36,9 +37,12 @@ def quantized(vectors: Floats) -> Codes:
 class QuestionIndex:
     """Belongs to one thread. The vectors of a question are int8 [2, dimensions], as asked and canonical."""
 
-    def __init__(self, dimensions: int, questions_max: int = QUESTIONS_MAX) -> None:
+    def __init__(
+        self, dimensions: int, questions_max: int = QUESTIONS_MAX, text_chars_max: int = TEXT_CHARS_MAX
+    ) -> None:
         self._dimensions = dimensions
         self._questions_max = questions_max
+        self._chars_left = text_chars_max
         self._partitions: dict[bytes, _Partition] = {}
         self._places: dict[RequestKey, _Partition] = {}  # the oldest first
 
@@ -50,7 +54,8 @@ class QuestionIndex:
         if vectors.shape != (2, self._dimensions):
             raise ValueError(f"vectors: expected int8 [2, {self._dimensions}], got {list(vectors.shape)}")
         self.remove(key)
-        if len(self._places) >= self._questions_max:
+        self._chars_left -= len(text)
+        while self._places and (self._chars_left < 0 or len(self._places) >= self._questions_max):
             self.remove(next(iter(self._places)))
         where = self._partitions.get(partition)
         if where is None:
@@ -62,7 +67,7 @@ class QuestionIndex:
         """Take out a question; an unknown key is fine."""
         if (where := self._places.pop(key, None)) is None:
             return
-        where.remove(key)
+        self._chars_left += where.remove(key)
         if not where.keys:
             del self._partitions[where.name]
 
@@ -89,14 +94,18 @@ class _Partition:
         self.keys.append(key)
         self._texts.append(text)
 
-    def remove(self, key: RequestKey) -> None:
-        """The last one takes its row."""
+    def remove(self, key: RequestKey) -> int:
+        """The last one takes its row; the length of its text."""
         row, last = self._rows.pop(key), len(self.keys) - 1
+        chars = len(self._texts[row])
         last_key, last_text = self.keys.pop(), self._texts.pop()
         if row != last:
             self._codes[:, row] = self._codes[:, last]
             self.keys[row], self._texts[row] = last_key, last_text
             self._rows[last_key] = row
+        if 4 * last < self._codes.shape[1]:
+            self._codes = self._codes[:, : 2 * last + 1].copy()
+        return chars
 
     def nearest(self, vectors: Codes) -> list[Candidate]:
         count = len(self.keys)
