@@ -3,8 +3,11 @@
 Each request is computed once, as a stream or not, and asked for again in both ways.
 """
 
+import base64
+import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anthropic
@@ -14,6 +17,10 @@ import openai
 import pytest
 
 from bench.servers import MODELS, Server
+from hyperspace_vllm.core.records.ids import sha256
+from hyperspace_vllm.core.response.cache_proof import decode_proof
+
+from .network_nodes import until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -34,8 +41,17 @@ def note(response: Any) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    flags = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3")
-    with Server("generate", MODELS["tiny"], tmp_path_factory.mktemp("generate"), arguments=flags) as server:
+    flags = (
+        "--enable-auto-tool-choice",
+        "--tool-call-parser",
+        "hermes",
+        "--reasoning-parser",
+        "qwen3",
+        "--enable-request-id-headers",
+    )
+    semantic = {"HYPERSPACE_SEMANTIC": "balanced"}
+    directory = tmp_path_factory.mktemp("generate")
+    with Server("generate", MODELS["tiny"], directory, arguments=flags, environment=semantic) as server:
         yield server.ready()
 
 
@@ -189,6 +205,111 @@ def test_a_response_repeats_what_this_request_said_of_itself(server: Server) -> 
         assert "; hit; " in STATUS[-1]
         assert (other["metadata"], other.get("user")) == ({"who": "ben"}, None)
         assert other["output"] == first["output"]
+
+
+# --- headers --------------------------------------------------------------------------------------
+
+HIT = r"hyperspace; hit; ttl=86\d{3}; detail="
+COMPUTED = r"hyperspace; fwd=uri-miss; stored"
+# What is asked first (None: nothing), what then, under which headers; the status and the Cache-Status of its answer.
+HEADERS: list[tuple[str, str | None, str, dict[str, str], int, str]] = [
+    ("a miss", None, "How do I cook {}?", {}, 200, COMPUTED),
+    ("a hit", "How do I cook {}?", "How do I cook {}?", {}, 200, HIT + "exact"),
+    ("another spelling", "What is {}?", "Please explain {}", {}, 200, HIT + "canonical"),
+    (
+        "another wording",
+        "When did the {} war end?",
+        "In what year did the {} war end?",
+        {},
+        200,
+        HIT + r"semantic; similarity=(0\.9|1\.0)\d+",
+    ),
+    (
+        "a stricter caller",
+        "When did the {} war end?",
+        "In what year did the {} war end?",
+        {"X-Hyperspace-Semantic": "strict"},
+        200,
+        COMPUTED,
+    ),
+    ("exact hits only", "What is {}?", "Please explain {}", {"X-Hyperspace-Semantic": "off"}, 200, COMPUTED),
+    ("no-store", "Why {}?", "Why {}?", {"Cache-Control": "no-store"}, 200, "hyperspace; fwd=request; detail=no-store"),
+    ("no-cache", "Why {}?", "Why {}?", {"Cache-Control": "no-cache"}, 200, "hyperspace; fwd=request; stored"),
+    ("max-age", "Why {}?", "Why {}?", {"Cache-Control": "max-age=60"}, 200, HIT + "exact"),
+    ("too old", "Why {}?", "Why {}?", {"Cache-Control": "max-age=0"}, 200, "hyperspace; fwd=stale; stored"),
+    ("too short", "Why {}?", "Why {}?", {"Cache-Control": "min-fresh=90000"}, 200, "hyperspace; fwd=stale; stored"),
+    ("only if cached", "Why {}?", "Why {}?", {"Cache-Control": "only-if-cached"}, 200, HIT + "exact"),
+    ("not cached", None, "Why {}?", {"Cache-Control": "only-if-cached"}, 504, "hyperspace; detail=uri-miss"),
+    ("private", None, "Why {}?", {"Cache-Control": "private"}, 200, COMPUTED),
+    ("private again", "Why {}?", "Why {}?", {"Cache-Control": "private"}, 200, HIT + "exact"),
+]
+
+
+def asked(server: Server, question: str, headers: dict[str, str], **fields: object) -> httpx.Response:
+    body = {"model": "demo", "max_tokens": 4, "messages": [{"role": "user", "content": question}], **fields}
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=120)
+
+
+def questions_known(server: Server) -> int:
+    similar = server.node_status()["similar"]
+    assert isinstance(similar, dict)
+    return int(similar["questions"]) if similar["state"] == "on" else -1
+
+
+@pytest.mark.parametrize(
+    ("before", "question", "headers", "code", "status"), [row[1:] for row in HEADERS], ids=[row[0] for row in HEADERS]
+)
+def test_headers_say_what_became_of_a_request(
+    server: Server, before: str | None, question: str, headers: dict[str, str], code: int, status: str
+) -> None:
+    until(lambda: questions_known(server) >= 0, timeout_s=60)
+    salt = {"cache_salt": str(time.time_ns())}
+    if before is not None:
+        known = questions_known(server)
+        assert asked(server, before.format("boxer"), {}, **salt).headers["cache-status"] == COMPUTED
+        until(lambda: questions_known(server) > known, timeout_s=60)
+        if "max-age=0" in headers.values():  # ages are whole seconds
+            until(lambda: asked(server, before.format("boxer"), {}, **salt).headers["age"] != "0")
+    answer = asked(server, question.format("boxer"), headers, **salt)
+    assert answer.status_code == code
+    assert re.fullmatch(status, answer.headers["cache-status"]), answer.headers["cache-status"]
+    is_hit = "; hit;" in answer.headers["cache-status"]
+    assert ("age" in answer.headers) is is_hit
+    assert answer.headers.get("cache-control") == ("private" if is_hit else None)
+    assert "x-hyperspace-proof" not in answer.headers
+
+
+def test_a_hit_has_a_request_id_of_its_own_and_its_proof_for_who_asks(server: Server) -> None:
+    question = f"Why {time.time_ns()}?"
+    first = asked(server, question, {})
+    hit = asked(server, question, {"X-Hyperspace-Proof": "1"})
+    assert "; hit;" in hit.headers["cache-status"]
+    assert (hit.json()["id"], hit.json()["created"]) == (first.json()["id"], first.json()["created"])
+    assert len({first.headers["x-request-id"], hit.headers["x-request-id"]}) == 2
+    assert decode_proof(base64.b64decode(hit.headers["x-hyperspace-proof"])).response_hash == sha256(hit.content)
+
+
+def test_what_may_not_be_cached_passes_by_and_says_why(server: Server) -> None:
+    with httpx.Client(timeout=120) as client:
+        body = {
+            "model": "demo",
+            "input": "Why?",
+            "store": False,
+            "previous_response_id": "resp_1",
+            "max_output_tokens": 4,
+        }
+        answer = client.post(f"{server.url}/v1/responses", json=body)
+    assert answer.headers["cache-status"].startswith("hyperspace; fwd=bypass; detail=")
+
+
+def test_equal_requests_at_one_time_are_computed_once(server: Server) -> None:
+    question = f"Why {time.time_ns()}?"
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: asked(server, question, {}, max_tokens=200, ignore_eos=True), range(8)))
+    assert len({answer.content for answer in answers}) == 1
+    statuses = sorted(answer.headers["cache-status"] for answer in answers)
+    assert statuses.count(COMPUTED) == 1, statuses
+    assert "hyperspace; fwd=uri-miss; collapsed" in statuses, statuses
 
 
 # --- models that pool -----------------------------------------------------------------------------
