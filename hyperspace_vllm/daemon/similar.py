@@ -30,6 +30,7 @@ from ..core.records.local import (
 )
 from ..core.response.canonical import canonical_question
 from ..core.response.guards import eligible
+from ..core.response.same_answer import say_the_same
 from ..core.response.semantic import Match, best_match
 from ..core.response.wrongness import Interval, Wrongness, floor_after
 from ..response_db import Embedded, ResponseReader
@@ -44,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 _RECENT_MAX = 1024  # x 1 KiB: a question that is looked for in vain is stored soon after
 _COMMIT_S = 10.0  # an entry that isn't in the database by then has left it
-ALIKE = 0.8  # a cosine of two answers
 _LATER_MAX = 4096  # of 1 KiB to 16 KiB, bodies of responses apart
 
 Answer = Callable[[SimilarFound | SimilarNotFound], None]
@@ -288,7 +288,7 @@ class SimilarQuestions:
     def _compare(self, check: SimilarChecked) -> None:
         """Count an error if the answers differ, and let the entry answer less for it."""
         key = RequestKey(check.request_key)
-        wrong = not self._alike(check.stored, check.computed)
+        wrong = not say_the_same(check.stored, check.computed, self._cosine)
         with self._changed:
             self._wrongness.add(wrong)
         floor = floor_after(check.similarity, self._floors.get(key, 0.0)) if wrong else None
@@ -298,12 +298,9 @@ class SimilarQuestions:
         elif wrong:
             self._forget(key)
 
-    def _alike(self, stored: str, computed: str) -> bool:
-        one, other = (" ".join(text.split()) for text in (stored, computed))
-        if one == other:
-            return True
+    def _cosine(self, one: str, other: str) -> float:
         vectors = self._embedder.embed([one, other])
-        return bool(vectors[0] @ vectors[1] >= ALIKE)
+        return float(vectors[0] @ vectors[1])
 
     def _vectors(self, question: Question) -> "Codes":
         """int8 [2, dimensions] of a question and its canonical form."""
