@@ -255,6 +255,8 @@ class Exchange:
         if entry is not None and answer is not None:
             answer.headers.append(origin_header(found))
             self.cache.recent.add(key, entry, now_ms)
+            if self.options.audits and (found.suspect or self.cache.checks.rng.randrange(checks.AUDIT_EVERY) == 0):
+                self.cache.checks.start(checks.audit(self, key, entry))
             if (question := self.question()) is not None:
                 self.options.client.send(RememberQuestion(key, question))
         return answer

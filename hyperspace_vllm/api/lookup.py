@@ -85,22 +85,23 @@ class Recent:
 
     def add(self, key: RequestKey, entry: StoredResponse, now_ms: int) -> None:
         """Keep an entry for RECENT_MS, or until others need its room."""
-        self._remove(key)
+        self.forget(key)
         self._entries[key] = (now_ms + RECENT_MS, entry)
         self._bytes += len(entry.body)
         while self._bytes > RECENT_BYTES_MAX:
-            self._remove(next(iter(self._entries)))
+            self.forget(next(iter(self._entries)))
 
     def newer(self, key: RequestKey, than: StoredResponse | None, now_ms: int) -> StoredResponse | None:
         """The entry of `key`, if it is newer than the database's; else the database's."""
         while self._entries and now_ms >= (oldest := next(iter(self._entries.items())))[1][0]:
-            self._remove(oldest[0])
+            self.forget(oldest[0])
         _, entry = self._entries.get(key, (0, None))
         if entry is None or entry.expires_at_ms <= now_ms or (than and than.computed_at_ms >= entry.computed_at_ms):
             return than
         return entry
 
-    def _remove(self, key: RequestKey) -> None:
+    def forget(self, key: RequestKey) -> None:
+        """Keep it no longer."""
         if (removed := self._entries.pop(key, None)) is not None:
             self._bytes -= len(removed[1].body)
 

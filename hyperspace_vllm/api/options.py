@@ -15,6 +15,7 @@ from ..core.records.local import (
     ReleaseResponse,
     RememberQuestion,
     RequestDone,
+    ResponseAudited,
     SimilarChecked,
     StoreResponse,
     TouchResponses,
@@ -32,6 +33,7 @@ ApiMessage = (
     | RememberQuestion
     | FindResponse
     | ReleaseResponse
+    | ResponseAudited
 )
 
 
@@ -84,6 +86,7 @@ class ResponseCacheOptions:
     store_streams: bool = True  # False where a stream lacks what a JSON answer has (--enable-return-routed-experts)
     sees_aborts: bool = True  # False: nobody says when the engine gave up on a Response (aborts.py)
     keeps_responses: bool = False  # VLLM_ENABLE_RESPONSES_API_STORE: a client may come back for a response by its id
+    audits: bool = True  # may greedy answers of other nodes be scored? Not where the server bends all logits
     cache_sampled: bool = True  # False: requests that sample without a seed are not cached
     semantic: Semantic = "off"  # may a stored answer serve other wordings of its question, and how near must they be?
     max_error: float = 1.0  # share of semantic hits that may be wrong; 1: any

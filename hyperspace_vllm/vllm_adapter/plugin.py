@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.hyperspace")
 
+# Sampling defaults of a server that bend the logits, of greedy answers too.
+_BENDING = frozenset(("repetition_penalty", "frequency_penalty", "presence_penalty"))
+
 
 def register() -> None:
     """Add the connector and, where command lines are parsed or engines configured, our hooks."""
@@ -129,6 +132,7 @@ class _Server:
             store_streams=not getattr(args, "enable_return_routed_experts", False),
             sees_aborts=compat.notice_aborts(aborts.note),
             keeps_responses=bool(envs.VLLM_ENABLE_RESPONSES_API_STORE),
+            audits=not _BENDING & engine.model_config.get_diff_sampling_param().keys(),
             cache_sampled=config.sampled == "cache",
             semantic=config.semantic,
             max_error=config.max_error,
