@@ -56,6 +56,7 @@ from ..core.records.local import (
     ReleaseResponse,
     RequestDone,
     RequestEnded,
+    ResponseAudited,
     RowStaged,
     SegmentNamed,
     SimilarFound,
@@ -141,6 +142,7 @@ class LocalServer:
         served: Served,
         lease_ms: int = LEASE_MS,
         similar: Similar | None = None,
+        audited: Callable[[ResponseAudited], None] = lambda audit: None,
     ) -> None:
         self._config = config
         self._identity = identity
@@ -154,6 +156,7 @@ class LocalServer:
         self._leases = RequestLeases(self._send)
         self._served = served
         self._similar = similar
+        self._audited = audited
         self._lease_s = lease_ms / 1000
         self._epoch = secrets.randbits(63)
         self._sessions: dict[bytes, _Session] = {}  # by route
@@ -396,6 +399,8 @@ class LocalServer:
             case PurgeResponses(request_keys):
                 if self._responses is not None:
                     self._responses.purge(request_keys)
+            case ResponseAudited():
+                self._audited(message)
             case ClaimRequest():
                 self._leases.claim(session.route, message)
             case RequestDone(request_key):

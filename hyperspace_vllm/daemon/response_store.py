@@ -28,7 +28,7 @@ from ..core.records.limits import RESPONSE_TTL_MS, STORE_QUEUE_BYTES_MAX, MiB
 from ..core.records.local import Scope, StoreResponse
 from ..core.response.cache_proof import make_proof, request_hash
 from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, packed
-from .response_news import Listener, News, Retelling, Told
+from .response_news import PROOF_SIGNER, Listener, News, Retelling, Told
 
 _ENTRY_OVERHEAD_BYTES = 1024  # proof, key, index entries and the tail of a page
 _QUESTION_OVERHEAD_BYTES = 256  # its keys and the index entry
@@ -38,6 +38,8 @@ _EXPIRE_EVERY_MS = 60_000
 # What lies there at the start is told at 1,000 entries a second: a registry's 20,000 in 20 s, at some 2 % of the loop.
 _RETELL_ENTRIES = 250
 _RETELL_EVERY_S = 0.25
+
+_SIGNED_BY = f"substr(proof, {PROOF_SIGNER.start + 1}, 32) = ?"
 
 _INSERT = """
 INSERT INTO entries (request_key, proof, computed_at_ms, expires_at_ms, size, last_used_ms, hits, scope, worth_ms)
@@ -88,7 +90,15 @@ class _Purge:
     request_keys: tuple[bytes, ...]
 
 
-_Task = _Computed | _Fetched | _Purge
+@dataclass(frozen=True, slots=True)
+class _Drop:
+    """Entries that an audit found false; `where`, a condition of this module, selects them by `value`."""
+
+    where: str
+    value: bytes
+
+
+_Task = _Computed | _Fetched | _Purge | _Drop
 
 
 class _Damaged(sqlite3.DatabaseError):
@@ -165,6 +175,15 @@ class ResponseStore:
     def purge(self, keys: Iterable[bytes]) -> bool:
         """Queue the deletion of these entries, behind whatever is to be stored before; False as `store`."""
         return self._enqueue(_Purge(tuple(keys)))
+
+    def drop(self, raw_proof: bytes, all_of_signer: bool) -> bool:
+        """Queue the deletion of what holds this very proof, not of what has replaced it since; False as `store`.
+
+        `all_of_signer`: of everything that its signer signed.
+        """
+        if all_of_signer:
+            return self._enqueue(_Drop(_SIGNED_BY, raw_proof[PROOF_SIGNER]))
+        return self._enqueue(_Drop("proof = ?", raw_proof))
 
     def _enqueue(self, message: _Task) -> bool:
         size = _size(message)
@@ -325,6 +344,8 @@ class ResponseStore:
                 fetched += self._insert_fetched(database, message, now_ms, news)
             elif isinstance(message, _Purge):
                 purged += sum(_delete(database, "request_key = ?", key, news) for key in message.request_keys)
+            elif isinstance(message, _Drop):
+                purged += _delete(database, message.where, message.value, news)
             else:
                 self._insert_computed(database, message, now_ms, news)
         database.executemany(_TOUCH, [(hits, now_ms, key) for key, hits in touched.items()])
@@ -411,6 +432,8 @@ def _size(task: _Task) -> int:
     """Bytes in the queue and, once its body is packed, in the database."""
     if isinstance(task, _Purge):
         return 32 * len(task.request_keys)
+    if isinstance(task, _Drop):
+        return len(task.value)
     if isinstance(task, _Fetched):
         return len(task.body) + _ENTRY_OVERHEAD_BYTES
     size = len(task.message.body) + _ENTRY_OVERHEAD_BYTES
