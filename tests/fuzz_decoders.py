@@ -32,6 +32,7 @@ from hyperspace_vllm.config import Config, ConfigError, load_config
 from hyperspace_vllm.core.records import local, peer_wire, wire
 from hyperspace_vllm.core.records.announcement import (
     Announcement,
+    EvidenceEntry,
     PrefixEntry,
     ResponseEntry,
     check_announcement,
@@ -243,6 +244,7 @@ def _hit() -> peer_wire.Hit:
 ANNOUNCEMENTS = [
     _announcement(ResponseEntry(KEY, 2), ResponseEntry(KEY, 3)),
     _announcement(PrefixEntry(KEY, KEY, bytes(48), 2)),
+    _announcement(EvidenceEntry(KEY, KEY, KEY, KEY, 1, bytes(64), 40, 2)),
 ]
 DELTAS = [_delta(0), _delta(1)]
 
@@ -297,6 +299,7 @@ TARGETS: dict[str, tuple[Target, list[bytes]]] = {
                 local.LookupPrefix(1, "r", (KEY, KEY), 0, 100, 1000, "private"),
                 local.StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}"),
                 local.FindResponse(1, KEY, KEY, 300),
+                local.ResponseAudited(KEY, bytes(202), 40, 2),
                 local.PrefixesInMemory(1000, (KEY,), (KEY, KEY)),
             )
         ],

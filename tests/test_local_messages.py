@@ -52,6 +52,7 @@ CLIENT_MESSAGES: list[local.ClientMessage] = [
     local.RememberQuestion(KEY, QUESTION),
     local.FindResponse(1, KEY, KEY, 300),
     local.ReleaseResponse(1),
+    local.ResponseAudited(KEY, bytes(CACHE_PROOF_BYTES_MAX), 40, 2),
 ]
 NODE_MESSAGES: list[local.NodeMessage] = [
     local.Welcome(1, 5, "12D3KooW", KEY, "/dev/shm/x", 1 << 20),
@@ -66,7 +67,7 @@ NODE_MESSAGES: list[local.NodeMessage] = [
     local.SimilarFound(1, KEY, 0.95, "check"),
     local.SimilarNotFound(1, "far"),
     local.ResponseHint(1, True),
-    local.ResponseFound(1, b"{}", b"proof", 1, 2, "12D3KooW", "gossip", "members"),
+    local.ResponseFound(1, b"{}", b"proof", 1, 2, "12D3KooW", "gossip", "members", True),
     local.ResponseNotFound(1, "not_found"),
 ]
 PEER_REQUESTS: list[wire.PeerRequest] = [
@@ -187,9 +188,12 @@ SLAB_FIELDS = {"slot": 1, "offset": 0, "length": 1, "generation": 0}
         altered(CLIENT_MESSAGES[14], model_digest=b""),
         altered(CLIENT_MESSAGES[14], deadline_ms=-1),
         altered(CLIENT_MESSAGES[15], lookup=1 << 32),
+        altered(CLIENT_MESSAGES[-1], request_key=KEY[:31]),
+        altered(CLIENT_MESSAGES[-1], proof=bytes(CACHE_PROOF_BYTES_MAX + 1)),
+        altered(CLIENT_MESSAGES[-1], far=1 << 32),
         bytes(LOCAL_MESSAGE_BYTES_MAX + 1),
     ],
-    ids=range(21),
+    ids=range(24),
 )
 def test_client_messages_out_of_bounds_are_violations(frame: bytes) -> None:
     with pytest.raises(ProtocolViolation):
@@ -225,6 +229,7 @@ def test_the_largest_response_that_may_be_found_fits_into_a_message() -> None:
         name,
         name,
         name,
+        True,
     )
     assert local.decode_node_message(local.encode(found)) == found
 

@@ -31,6 +31,7 @@ from hyperspace_vllm.core.node.network_events import (
     Answered,
     ConnectFailed,
     DeltasRefused,
+    FalseAnswer,
     GossipReceived,
     NetworkEvent,
     NetworkTick,
@@ -53,6 +54,7 @@ from hyperspace_vllm.core.peers.membership import DIALS_MAX
 from hyperspace_vllm.core.records.announcement import (
     RESPONSE_TOPIC,
     Announcement,
+    EvidenceEntry,
     ResponseEntry,
     decode_announcement,
     encode_announcement,
@@ -650,6 +652,14 @@ def events_of_anybody() -> st.SearchStrategy[NetworkEvent]:
         st.just(Refusal("stranger")),
         st.just(Miss("unknown")),
     )
+    evidence = st.builds(
+        lambda number, name, far: EvidenceEntry(
+            Identity(number).public_key, name, bytes(32), bytes(32), 0, bytes(64), 9, far
+        ),
+        st.integers(1, 6),
+        names,
+        st.integers(1, 9),
+    )
     lookups, reasons = st.integers(1, 8), st.sampled_from(["miss", "busy", "timeout", "unreachable", "protocol"])
     build: list[st.SearchStrategy[NetworkEvent]] = [
         st.just(NetworkTick()),
@@ -664,6 +674,7 @@ def events_of_anybody() -> st.SearchStrategy[NetworkEvent]:
         st.builds(ResponseRefused, lookups, peers, reasons, st.booleans()),
         st.builds(ProvidersFound, lookups, st.lists(peers, max_size=3).map(tuple), st.just(5.0)),
         st.builds(ResponseStored, names, st.just(NOW_MS + HOUR_MS), st.booleans(), st.integers(0, 1 << 32)),
+        st.builds(FalseAnswer, evidence),
         st.builds(ResponsesGone, st.lists(names, max_size=2).map(tuple)),
         st.builds(
             RowsStored,

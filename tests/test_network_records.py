@@ -7,13 +7,14 @@ from pathlib import Path
 from struct import pack
 
 import pytest
-from nacl.signing import SigningKey
+from nacl.signing import SigningKey, VerifyKey
 
 from hyperspace_vllm.core.records.announcement import (
     ANNOUNCEMENT_BYTES_MAX,
     PREFIX_TOPIC,
     RESPONSE_TOPIC,
     Announcement,
+    EvidenceEntry,
     PrefixEntry,
     ResponseEntry,
     check_announcement,
@@ -21,10 +22,11 @@ from hyperspace_vllm.core.records.announcement import (
     encode_announcement,
 )
 from hyperspace_vllm.core.records.errors import ProtocolViolation, Refused
-from hyperspace_vllm.core.records.ids import network_id, peer_id
+from hyperspace_vllm.core.records.ids import network_id, peer_id, sha256
 from hyperspace_vllm.core.records.limits import (
     ANNOUNCEMENT_ENTRIES_MAX,
     CLOCK_SKEW_MS,
+    EVIDENCE_ENTRIES_MAX,
     PEER_RECORD_BYTES_MAX,
     PEER_RECORD_TTL_MS,
     REGISTRY_DELTA_BYTES_MAX,
@@ -60,6 +62,8 @@ RESPONSES = Announcement(
 PREFIXES = Announcement(
     NETWORK, AUTHOR, 6, NOW_MS, (PrefixEntry(bytes([1]) * 32, bytes([2]) * 32, bytes([3]) * 48, NOW_MS + 1),)
 )
+LIE = EvidenceEntry(*(bytes([number]) * 32 for number in range(1, 5)), NOW_MS, bytes([5]) * 64, 40, 2)
+EVIDENCE = Announcement(NETWORK, AUTHOR, 7, NOW_MS, (LIE, replace(LIE, far=40)))
 SNAPSHOT = RegistryDelta(NETWORK, AUTHOR, 3, 0, "snapshot", NOW_MS + REGISTRY_TTL_MS, b"loro")
 UPDATE = RegistryDelta(NETWORK, AUTHOR, 3, 1, "update", NOW_MS + REGISTRY_TTL_MS, b"")
 
@@ -88,6 +92,7 @@ SIGNED: list[tuple[Take, bytes]] = [
     (take_record, PeerRecord(NETWORK, AUTHOR, 1, NOW_MS + 1, "").sign(KEY).encode()),
     (take_announcement, encode_announcement(RESPONSES, KEY)),
     (take_announcement, encode_announcement(PREFIXES, KEY)),
+    (take_announcement, encode_announcement(EVIDENCE, KEY)),
     (take_delta, encode_delta(SNAPSHOT, KEY)),
     (take_delta, encode_delta(UPDATE, KEY)),
 ]
@@ -104,6 +109,7 @@ def test_what_a_node_signs_is_taken() -> None:
     assert take_record(RECORD.encode()) == RECORD
     assert take_announcement(encode_announcement(RESPONSES, KEY)) == RESPONSES
     assert take_announcement(encode_announcement(PREFIXES, KEY)) == PREFIXES
+    assert take_announcement(encode_announcement(EVIDENCE, KEY)) == EVIDENCE
     assert take_delta(encode_delta(SNAPSHOT, KEY)) == SNAPSHOT
     assert take_delta(encode_delta(UPDATE, KEY)) == UPDATE
 
@@ -195,6 +201,11 @@ def test_the_largest_of_each_is_taken_and_a_larger_one_is_not() -> None:
         with pytest.raises(ProtocolViolation):
             take_announcement(damaged)
 
+    raw = encode_announcement(replace(EVIDENCE, entries=(LIE,) * EVIDENCE_ENTRIES_MAX), KEY)
+    assert len(take_announcement(raw).entries) == EVIDENCE_ENTRIES_MAX  # type: ignore[attr-defined]
+    with pytest.raises(ProtocolViolation):
+        take_announcement(raw[:81] + (EVIDENCE_ENTRIES_MAX + 1).to_bytes(2, "big") + raw[83:-64] + bytes(208 + 64))
+
     overhead = len(encode_delta(UPDATE, KEY))
     raw = encode_delta(replace(SNAPSHOT, payload=bytes(REGISTRY_DELTA_BYTES_MAX - overhead)), KEY)
     take_delta(raw)
@@ -250,9 +261,10 @@ def test_announcements_match_the_published_vectors() -> None:
         entries: list[dict[str, object]] = row["entries"]  # type: ignore[assignment]
         packed = b""
         for entry in entries:
-            for value in entry.values():
-                packed += bytes.fromhex(value) if isinstance(value, str) else pack(">Q", value)
-        kind = 1 if row["topic"] == RESPONSE_TOPIC else 2
+            for name, value in entry.items():
+                wide = ">I" if name in ("tokens", "far") else ">Q"
+                packed += bytes.fromhex(value) if isinstance(value, str) else pack(wide, value)
+        kind = {"request_hash": 1, "row_id": 2, "signer": 3}[next(iter(entries[0]))]
         body = network + key.verify_key.encode() + pack(">QQ", row["sequence"], row["sent_at_ms"])
         body += pack(">BH", kind, len(entries)) + packed
         raw = bytes.fromhex(str(row["announcement"]))
@@ -260,7 +272,10 @@ def test_announcements_match_the_published_vectors() -> None:
         batch = decode_announcement(raw)
         check_announcement(raw, batch, network, int(str(row["sent_at_ms"])))
         assert batch.topic == row["topic"]
-    assert {row["topic"] for row in vectors("announcement")} == {RESPONSE_TOPIC, PREFIX_TOPIC}
+        for lie in (each for each in batch.entries if isinstance(each, EvidenceEntry)):
+            integrity = sha256(lie.request_hash, lie.response_hash, lie.proof_hash, pack(">Q", lie.computed_at_ms))
+            VerifyKey(lie.signer).verify(b"hyperspace/cache-proof/1" + integrity, lie.signature)
+    assert [row["topic"] for row in vectors("announcement")] == [RESPONSE_TOPIC, PREFIX_TOPIC, RESPONSE_TOPIC]
 
 
 def test_registry_deltas_match_the_published_vectors() -> None:

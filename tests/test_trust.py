@@ -3,6 +3,7 @@
 import pytest
 
 from hyperspace_vllm.core.peers.reputation import Reputation
+from hyperspace_vllm.core.peers.suspicion import CONVICTED_MS
 from hyperspace_vllm.core.peers.trust import SHOWN_MAX, Trust, TrustMode
 from hyperspace_vllm.core.records.ids import peer_id, sha256
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG, member_tag
@@ -43,6 +44,15 @@ def test_earned_trust_is_lost_by_a_lie() -> None:
     assert trust.trusts(EARNED, 0)
     trust.reputation.failed(peer_id(EARNED), "bad_proof", 0)
     assert not trust.trusts(EARNED, 0)
+
+
+@pytest.mark.parametrize("mode", ["members", "reputation", "allowlist"])
+def test_whom_this_nodes_own_audit_convicted_counts_on_no_list(mode: TrustMode) -> None:
+    trust = make(mode)
+    for key in NAMES:
+        trust.suspicion.convict(key, 0)
+    assert {name for key, name in NAMES.items() if trust.trusts(key, CONVICTED_MS - 1)} == {"own"}
+    assert trust.trusts(ALLOWED, CONVICTED_MS)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..core.node.network import NetworkNode, NetworkOptions
-from ..core.node.network_events import RowsStored, ServedChanged
+from ..core.node.network_events import FalseAnswer, RowsStored, ServedChanged
 from ..core.peers.reputation import Reputation
 from ..core.peers.trust import Trust
 from ..core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
@@ -139,6 +139,11 @@ class Network:
         """Clients of this host had hits of these RequestKeys."""
         if self._driver is not None:
             self._driver.used(keys)
+
+    def blame(self, event: FalseAnswer) -> None:
+        """An audit of this host caught another node; a node that asks nobody for responses needs to blame nobody."""
+        if self._driver is not None and self._config.share != "private":
+            self._driver.submit(event)
 
     def heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
         """What the response store can serve now, and what no more (response_news.Listener); from any thread."""

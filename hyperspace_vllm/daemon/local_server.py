@@ -57,6 +57,7 @@ from ..core.records.local import (
     RememberQuestion,
     RequestDone,
     RequestEnded,
+    ResponseAudited,
     RowStaged,
     SegmentNamed,
     SimilarChecked,
@@ -149,6 +150,7 @@ class LocalServer:
         served: Served,
         lease_ms: int = LEASE_MS,
         similar: Similar | None = None,
+        audited: Callable[[ResponseAudited], None] = lambda audit: None,
     ) -> None:
         self._config = config
         self._identity = identity
@@ -162,6 +164,7 @@ class LocalServer:
         self._leases = RequestLeases(self._send)
         self._served = served
         self._similar = similar
+        self._audited = audited
         self._lease_s = lease_ms / 1000
         self._epoch = secrets.randbits(63)
         self._sessions: dict[bytes, _Session] = {}  # by route
@@ -404,6 +407,8 @@ class LocalServer:
             case PurgeResponses(request_keys):
                 if self._responses is not None:
                     self._responses.purge(request_keys)
+            case ResponseAudited():
+                self._audited(message)
             case ClaimRequest():
                 self._leases.claim(session.route, message)
             case RequestDone(request_key):

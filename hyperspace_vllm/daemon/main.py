@@ -28,6 +28,7 @@ from ..core.records.ids import PeerId, network_id
 from ..core.records.limits import EMBEDDED_LINGER_MS, MiB
 from ..response_db import database_path
 from .arena import Arena
+from .audits import Audits
 from .identity import Identity, IdentityError
 from .join import Network
 from .local_server import LocalServer
@@ -132,6 +133,7 @@ class _Node:
         submit: Callable[[Event], None] = driver.submit if driver else lambda event: None
         served = Served(self._network, self._joined.served)
         parts.callback(served.close)
+        audits = Audits(self._network, self._identity.public_key, self._responses, self._joined.blame, self._metrics)
         self._server = LocalServer(
             config,
             self._identity,
@@ -143,6 +145,7 @@ class _Node:
             self._joined,
             served,
             similar=self._similar,
+            audited=audits.heard,
         )
         if driver:
             driver.server = self._server

@@ -35,6 +35,12 @@ class Metrics:
             ("layer", "reason"),
             registry=self.registry,
         )
+        self.audits_total = Counter(
+            "hyperspace_audits_total",
+            "Audits of other nodes' responses by result: passed, dropped, lie.",
+            ("result",),
+            registry=self.registry,
+        )
         self.rows = Gauge("hyperspace_rows", "KV rows held by tier: memory, disk.", ("tier",), registry=self.registry)
         self.store_bytes = Gauge(
             "hyperspace_store_bytes",

@@ -204,6 +204,7 @@ class NetworkDriver:
             "registry_entries": registry.entries + registry.own_entries,
             "hints": len(self._node.hints),
             "provided": self._provided,
+            "suspected_peers": self._trust.suspicion.suspected(self._now_ms()),
             "gossip_refused": dict(self._node.gossip_refused),
             "last_response_lookup": self.last_lookup,
         }
@@ -455,6 +456,7 @@ class NetworkDriver:
                 peer_id(proof.signer),
                 effect.source,
                 VERIFIED_BY,
+                self._trust.suspicion.suspects(proof.signer, self._now_ms()),
             )
             if self._store is not None:
                 self._store.store_fetched(

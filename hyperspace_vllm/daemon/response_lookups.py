@@ -39,6 +39,7 @@ class FoundResponse:
     computed_by: str
     source: str
     verified_by: str
+    suspect: bool = False
 
 
 class ResponseLookups:
@@ -103,6 +104,7 @@ class ResponseLookups:
                 found.computed_by[:NAME_CHARS_MAX],
                 found.source[:NAME_CHARS_MAX],
                 found.verified_by[:NAME_CHARS_MAX],
+                found.suspect,
             ),
         )
 

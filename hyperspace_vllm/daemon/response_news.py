@@ -25,7 +25,7 @@ class Told(NamedTuple):
 Listener = Callable[[tuple[Told, ...], tuple[bytes, ...]], None]
 
 _TOLD_MAX = 256  # in one call: 5 ms of the event loop's time
-_SIGNER = slice(104, 136)  # in an encoded CacheProof
+PROOF_SIGNER = slice(104, 136)  # in an encoded CacheProof
 
 # Nothing but quick_check has looked at the values, and that lets a flipped bit turn one type into another: hence casts.
 _LIVE = """
@@ -76,6 +76,6 @@ class Retelling:
             self._below = number
             # An entry of the time before the network's name changed has a proof that is good for nobody there.
             if len(key) == 32 and request_hash(self._network, RequestKey(key)) == proof[:32]:
-                news.stored(Told(proof[:32], expires_at_ms, proof[_SIGNER] == self._own_key))
+                news.stored(Told(proof[:32], expires_at_ms, proof[PROOF_SIGNER] == self._own_key))
         self.done = len(rows) < count
         return news

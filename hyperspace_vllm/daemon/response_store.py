@@ -29,7 +29,7 @@ from ..core.records.local import Question, Scope, StoreResponse
 from ..core.response.cache_proof import make_proof, request_hash
 from ..core.response.wrongness import WINDOW
 from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, packed
-from .response_news import Listener, News, Retelling, Told
+from .response_news import PROOF_SIGNER, Listener, News, Retelling, Told
 
 _ENTRY_OVERHEAD_BYTES = 1024  # proof, key, index entries and the tail of a page
 _QUESTION_OVERHEAD_BYTES = 256  # its keys and the index entry
@@ -39,6 +39,8 @@ _EXPIRE_EVERY_MS = 60_000
 # What lies there at the start is told at 1,000 entries a second: a registry's 20,000 in 20 s, at some 2 % of the loop.
 _RETELL_ENTRIES = 250
 _RETELL_EVERY_S = 0.25
+
+_SIGNED_BY = f"substr(proof, {PROOF_SIGNER.start + 1}, 32) = ?"
 
 _INSERT = """
 INSERT INTO entries (request_key, proof, computed_at_ms, expires_at_ms, size, last_used_ms, hits, scope, worth_ms)
@@ -113,7 +115,15 @@ class _Checked:
     floor: float | None
 
 
-_Task = _Computed | _Fetched | _Purge | _Asked | _Checked
+@dataclass(frozen=True, slots=True)
+class _Drop:
+    """Entries that an audit found false; `where`, a condition of this module, selects them by `value`."""
+
+    where: str
+    value: bytes
+
+
+_Task = _Computed | _Fetched | _Purge | _Asked | _Checked | _Drop
 
 
 class _Damaged(sqlite3.DatabaseError):
@@ -201,6 +211,15 @@ class ResponseStore:
         Where it was wrong it answers from similarity `floor` on only, and with None no other question ever.
         """
         return self._enqueue(_Checked(key, wrong, floor))
+
+    def drop(self, raw_proof: bytes, all_of_signer: bool) -> bool:
+        """Queue the deletion of what holds this very proof, not of what has replaced it since; False as `store`.
+
+        `all_of_signer`: of everything that its signer signed.
+        """
+        if all_of_signer:
+            return self._enqueue(_Drop(_SIGNED_BY, raw_proof[PROOF_SIGNER]))
+        return self._enqueue(_Drop("proof = ?", raw_proof))
 
     def _enqueue(self, message: _Task) -> bool:
         size = _size(message)
@@ -365,6 +384,8 @@ class ResponseStore:
                 _attach(database, message)
             elif isinstance(message, _Checked):
                 _note_check(database, message)
+            elif isinstance(message, _Drop):
+                purged += _delete(database, message.where, message.value, news)
             else:
                 self._insert_computed(database, message, now_ms, news)
         database.executemany(_TOUCH, [(hits, now_ms, key) for key, hits in touched.items()])
@@ -449,6 +470,8 @@ def _size(task: _Task) -> int:
     """Bytes in the queue and, once its body is packed, in the database."""
     if isinstance(task, _Purge):
         return 32 * len(task.request_keys)
+    if isinstance(task, _Drop):
+        return len(task.value)
     if isinstance(task, _Fetched):
         return len(task.body) + _ENTRY_OVERHEAD_BYTES
     if isinstance(task, _Checked):

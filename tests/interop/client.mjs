@@ -160,9 +160,9 @@ function listen() {
     node.services.pubsub.addEventListener("gossipsub:message", ({ detail: { propagationSource, msg } }) => {
       if (msg.topic !== RESPONSE_TOPIC) return;
       try {
-        const { sender, sequence, sentAtMs, entries } = openAnnouncement(msg.data, network, Date.now());
+        const { sender, sequence, sentAtMs, kind, entries } = openAnnouncement(msg.data, network, Date.now());
         const entry = entries.find((each) => each.requestHash.equals(wanted));
-        if (!entry) return;
+        if (kind !== "response" || !entry) return;
         resolve({
           sender: hex(sender),
           sequence,
@@ -174,7 +174,7 @@ function listen() {
           after_ms: Date.now() - sentAtMs,
         });
       } catch (error) {
-        reject(error);
+        if (error.message !== "kind") reject(error); // a kind that we don't know is of no interest
       }
     });
   });

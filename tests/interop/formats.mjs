@@ -97,23 +97,47 @@ export function openPeerRecord(raw, network, nowMs) {
 
 // --- announcement ----------------------------------------------------------------------------------
 
+const KINDS = {
+  1: ["response", (reader) => ({ requestHash: reader.take(32), expiresAtMs: reader.u64() })],
+  2: [
+    "prefix",
+    (reader) => ({
+      rowId: reader.take(32),
+      manifest: reader.take(32),
+      commitment: reader.take(48),
+      expiresAtMs: reader.u64(),
+    }),
+  ],
+  3: [
+    "evidence",
+    (reader) => ({
+      signer: reader.take(32),
+      requestHash: reader.take(32),
+      responseHash: reader.take(32),
+      proofHash: reader.take(32),
+      computedAtMs: reader.u64(),
+      signature: reader.take(64),
+      tokens: reader.u32(),
+      far: reader.u32(),
+    }),
+  ],
+};
+
+/** Whether evidence names a statement that the accused signed. */
+export function checkEvidence({ signer, requestHash, responseHash, proofHash, computedAtMs, signature }) {
+  const integrity = sha256(requestHash, responseHash, proofHash, u64(computedAtMs));
+  checkSignature(signer, "hyperspace/cache-proof/1", integrity, signature);
+}
+
 /** The batch in `raw`, which its sender must have signed for this network within the last minute. */
 export function openAnnouncement(raw, network, nowMs) {
   const reader = new Reader(raw);
   const batch = { network: reader.take(32), sender: reader.take(32), sequence: reader.u64(), sentAtMs: reader.u64() };
   const kind = reader.take(1)[0];
-  check(kind === 1 || kind === 2, "kind");
-  batch.kind = kind === 1 ? "response" : "prefix";
-  batch.entries = Array.from({ length: reader.u16() }, () =>
-    kind === 1
-      ? { requestHash: reader.take(32), expiresAtMs: reader.u64() }
-      : {
-          rowId: reader.take(32),
-          manifest: reader.take(32),
-          commitment: reader.take(48),
-          expiresAtMs: reader.u64(),
-        },
-  );
+  check(kind in KINDS, "kind");
+  const [name, readEntry] = KINDS[kind];
+  batch.kind = name;
+  batch.entries = Array.from({ length: reader.u16() }, () => readEntry(reader));
   const signed = reader.read();
   const signature = reader.take(64);
   reader.end();
@@ -218,6 +242,10 @@ class Reader {
 
   u64() {
     return Number(this.take(8).readBigUInt64BE());
+  }
+
+  u32() {
+    return this.take(4).readUInt32BE();
   }
 
   u16() {

@@ -6,6 +6,7 @@ import { readFileSync } from "node:fs";
 import { decode } from "@msgpack/msgpack";
 
 import {
+  checkEvidence,
   decodeProof,
   encodePeerRecord,
   memberTag,
@@ -66,6 +67,10 @@ const CHECKS = {
     assert.equal(vector.topic.includes("kv-prefix"), batch.kind === "prefix");
     const shown = batch.entries.map((entry) => Object.values(entry).map((value) => (value instanceof Buffer ? hex(value) : value)));
     assert.deepEqual(shown, vector.entries.map((entry) => Object.values(entry)));
+    if (batch.kind === "evidence") {
+      batch.entries.forEach(checkEvidence);
+      assert.throws(() => checkEvidence({ ...batch.entries[0], computedAtMs: batch.entries[0].computedAtMs + 1 }));
+    }
     refusesEveryFlip(raw, (each) => open(each, vector.sent_at_ms));
     assert.throws(() => open(raw, vector.sent_at_ms + 60_001), { message: "stale" });
   },

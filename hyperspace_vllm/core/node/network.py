@@ -16,7 +16,7 @@ from ..peers.membership import GREET_MS, Membership
 from ..peers.registry import Registry
 from ..peers.served import worth_telling
 from ..peers.trust import Trust
-from ..records.announcement import PrefixEntry, ResponseEntry
+from ..records.announcement import EvidenceEntry, PrefixEntry, ResponseEntry
 from ..records.errors import Refused
 from ..records.ids import NetworkId, PeerId, peer_id
 from ..records.limits import CLOCK_SKEW_MS, REGISTRY_TTL_MS
@@ -37,6 +37,7 @@ from ..records.peer_wire import (
 from ..records.signing import NO_MEMBER_TAG, member_tag
 from ..response.announcer import Inbox, Outbox
 from ..response.dht_use import ProvideQueue, SearchBudget
+from ..response.evidence import check_evidence, verdict
 from ..response.hints import Hints
 from ..response.lookup import Candidate, ResponseLookup
 from ..response.popularity import Popularity, replicas_wanted
@@ -58,6 +59,7 @@ from .network_events import (
     ConnectFailed,
     DeltasImported,
     DeltasRefused,
+    FalseAnswer,
     GossipReceived,
     NetworkEvent,
     NetworkTick,
@@ -217,6 +219,8 @@ class NetworkNode:
                 for request_hash in hashes:
                     self._popularity.add(request_hash, now_ms)
                 return []
+            case FalseAnswer(evidence):
+                return self._blame(evidence, now_ms)
             case RowsStored():
                 return self._rows_stored(event)
             case ServedChanged():
@@ -316,15 +320,46 @@ class NetworkNode:
     def _gossip(self, event: GossipReceived, now_ms: int) -> list[NetworkEffect]:
         batch = self._inbox.open(event.topic, event.payload, now_ms)
         if isinstance(batch, Refused):
-            self.gossip_refused[batch.reason] = self.gossip_refused.get(batch.reason, 0) + 1
+            self._count_refused(batch)
             return []
         sender = peer_id(batch.sender)
         self.members.is_alive(sender, now_ms)
         for entry in batch.entries:
-            if now_ms < entry.expires_at_ms <= now_ms + REGISTRY_TTL_MS + CLOCK_SKEW_MS:
+            if isinstance(entry, EvidenceEntry):
+                self._hear_evidence(batch.sender, entry, now_ms)
+            elif now_ms < entry.expires_at_ms <= now_ms + REGISTRY_TTL_MS + CLOCK_SKEW_MS:
                 name = entry.request_hash if isinstance(entry, ResponseEntry) else entry.row_id
                 self.hints.add(name, sender, entry.expires_at_ms, now_ms)
         return []
+
+    # --- audits ---------------------------------------------------------------------------------
+
+    def _blame(self, evidence: EvidenceEntry, now_ms: int) -> list[NetworkEffect]:
+        """What our own audit found: only a lie is told to others."""
+        accused = peer_id(evidence.signer)
+        if verdict(evidence.far) != "lie":
+            self._trust.suspicion.accuse(self._public_key, evidence.signer, now_ms)
+            return []
+        self._trust.suspicion.convict(evidence.signer, now_ms)
+        self._trust.reputation.failed(accused, "false_response", now_ms)
+        self._outbox.accuse(evidence)
+        return [ChargePeer(accused, "false_response"), *self._outbox.flush(now_ms)]
+
+    def _hear_evidence(self, accuser: bytes, evidence: EvidenceEntry, now_ms: int) -> None:
+        """What others' audits found can't be checked: it is worth audits of our own, and nothing else."""
+        try:
+            if not self._trust.trusts(accuser, now_ms):
+                raise Refused("untrusted_accuser")
+            if evidence.signer == self._public_key:
+                raise Refused("about_us")
+            check_evidence(evidence, now_ms)
+        except Refused as refused:
+            self._count_refused(refused)
+        else:
+            self._trust.suspicion.accuse(accuser, evidence.signer, now_ms)
+
+    def _count_refused(self, refused: Refused) -> None:
+        self.gossip_refused[refused.reason] = self.gossip_refused.get(refused.reason, 0) + 1
 
     # --- lookups --------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ docstring (network_effects.py), unless it was cancelled. `now_ms` is the wall cl
 
 from dataclasses import dataclass
 
+from ..records.announcement import EvidenceEntry
 from ..records.ids import PeerId
 from ..records.peer_wire import PeerAnswer, PeerRequest
 from ..records.registry_delta import RegistryDelta
@@ -146,6 +147,13 @@ class ResponsesUsed:
     request_hashes: tuple[bytes, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class FalseAnswer:
+    """This node's own audit found tokens in another node's answer that its model doesn't choose."""
+
+    evidence: EvidenceEntry
+
+
 # --- L2 -----------------------------------------------------------------------------------------
 
 
@@ -225,6 +233,7 @@ NetworkEvent = (
     | ResponseStored
     | ResponsesGone
     | ResponsesUsed
+    | FalseAnswer
     | RowsStored
     | ServedChanged
     | OwnDeltaWritten

@@ -48,6 +48,7 @@ LIES = frozenset(  # what takes intent, or a disk that nobody should believe eit
         "condemned",
         "damaged",
         "false_offer",
+        "false_response",
         "forged",
         "long_expired",
         "replayed",

@@ -6,6 +6,7 @@
 
 Holding the network key is membership for good: a member's tag travels beside what it signed (signing.member_tag), so
 that its proofs and manifests count after it has left, in nodes that never met it. There is no revocation but a new key.
+Whom this node's own audit caught at a lie doesn't count for a day, whatever list it is on (suspicion.py).
 """
 
 import hmac
@@ -16,6 +17,7 @@ from ..records.ids import peer_id
 from ..records.limits import PEERS_KNOWN_MAX
 from ..records.signing import NO_MEMBER_TAG, member_tag
 from .reputation import THRESHOLD, Reputation
+from .suspicion import Suspicion
 
 TrustMode = Literal["members", "reputation", "allowlist"]
 SHOWN_MAX = PEERS_KNOWN_MAX * 8  # those who have left count too; their tags come again with what they signed
@@ -35,6 +37,7 @@ class Trust:
     ) -> None:
         self.mode: TrustMode = mode
         self.reputation = reputation
+        self.suspicion = Suspicion(own_key)
         self._own_key = own_key
         self._listed = listed
         self._allowed = allowed
@@ -56,7 +59,11 @@ class Trust:
 
     def trusts(self, public_key: bytes, now_ms: int) -> bool:
         """Whether what this peer signed (proofs, manifests) counts."""
-        if public_key == self._own_key or public_key in self._allowed:
+        if public_key == self._own_key:
+            return True
+        if self.suspicion.is_convicted(public_key, now_ms):
+            return False
+        if public_key in self._allowed:
             return True
         match self.mode:
             case "members":

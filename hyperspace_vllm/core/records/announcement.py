@@ -1,23 +1,28 @@
-"""Signed batches on the two GossipSub topics: who can serve which responses, or which KV rows.
+"""Signed batches on the two GossipSub topics: who can serve which responses or KV rows, and who signed a false answer.
 
     batch    = body || signature
     body     = network id 32 | sender 32 | sequence u64 | sent at u64 ms | kind u8 | count u16 | entries
     response = request hash 32 | expires at u64 ms                                          (kind 1)
     prefix   = row id 32 | manifest digest 32 | commitment 48 | expires at u64 ms           (kind 2)
+    evidence = signer 32 | request hash 32 | response hash 32 | proof hash 32 | computed at u64 ms | signature 64
+               | tokens u32 | far u32                                                       (kind 3)
 
 Integers are big-endian, the signature is Ed25519 over the tag and the body, and the sender's sequence only grows: what
 comes twice, or again later, is dropped. Batches rather than single announcements, because py-libp2p's GossipSub passes
 ten messages a second and peer at most (DESIGN §9).
+
+Evidence holds just as much of the accused's CacheProof as its signature covers, in a fixed size: proof hash stands for
+the fields left out. So nobody is accused of an answer that it never signed.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import assert_never
 
 from nacl.signing import SigningKey
 
 from .errors import ProtocolViolation, Refused
 from .ids import NetworkId
-from .limits import ANNOUNCEMENT_ENTRIES_MAX, CLOCK_SKEW_MS
+from .limits import ANNOUNCEMENT_ENTRIES_MAX, CLOCK_SKEW_MS, EVIDENCE_ENTRIES_MAX
 from .signing import SIGNATURE_BYTES, sign, verify
 
 RESPONSE_TOPIC = "hyperspace/cache/announcements"
@@ -25,10 +30,16 @@ PREFIX_TOPIC = "hyperspace/kv-prefix/announcements"
 
 _TAG = b"hyperspace/announcement/1"
 _HEAD_BYTES = 32 + 32 + 8 + 8 + 1 + 2
-_KINDS: dict[int, Literal["response", "prefix"]] = {1: "response", 2: "prefix"}
-_RESPONSE_BYTES = 32 + 8
-_PREFIX_BYTES = 32 + 32 + 48 + 8
-ANNOUNCEMENT_BYTES_MAX = _HEAD_BYTES + ANNOUNCEMENT_ENTRIES_MAX * _PREFIX_BYTES + SIGNATURE_BYTES
+_RESPONSE, _PREFIX, _EVIDENCE = 1, 2, 3
+_ENTRY_BYTES = {_RESPONSE: 32 + 8, _PREFIX: 32 + 32 + 48 + 8, _EVIDENCE: 4 * 32 + 8 + SIGNATURE_BYTES + 4 + 4}
+_ENTRIES_MAX = {
+    _RESPONSE: ANNOUNCEMENT_ENTRIES_MAX,
+    _PREFIX: ANNOUNCEMENT_ENTRIES_MAX,
+    _EVIDENCE: EVIDENCE_ENTRIES_MAX,
+}
+ANNOUNCEMENT_BYTES_MAX = _HEAD_BYTES + ANNOUNCEMENT_ENTRIES_MAX * _ENTRY_BYTES[_PREFIX] + SIGNATURE_BYTES
+
+assert all(_ENTRIES_MAX[kind] * _ENTRY_BYTES[kind] <= ANNOUNCEMENT_BYTES_MAX for kind in _ENTRY_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +61,26 @@ class PrefixEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class EvidenceEntry:
+    """`signer` signed the statement that the next five fields are of; of its `tokens` tokens `far` are not its model's.
+
+    Others can check the signature, but not the count: they don't know the prompt (core/peers/suspicion.py).
+    """
+
+    signer: bytes
+    request_hash: bytes
+    response_hash: bytes
+    proof_hash: bytes
+    computed_at_ms: int
+    signature: bytes
+    tokens: int
+    far: int
+
+
+Entries = tuple[ResponseEntry, ...] | tuple[PrefixEntry, ...] | tuple[EvidenceEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Announcement:
     """A batch of one kind; `sender` is an Ed25519 public key."""
 
@@ -57,19 +88,19 @@ class Announcement:
     sender: bytes
     sequence: int
     sent_at_ms: int
-    entries: tuple[ResponseEntry, ...] | tuple[PrefixEntry, ...]
+    entries: Entries
 
     @property
     def topic(self) -> str:
         """Where it belongs."""
-        return RESPONSE_TOPIC if isinstance(self.entries[0], ResponseEntry) else PREFIX_TOPIC
+        return PREFIX_TOPIC if isinstance(self.entries[0], PrefixEntry) else RESPONSE_TOPIC
 
 
 def encode_announcement(batch: Announcement, key: SigningKey) -> bytes:
-    """The signed bytes of a batch of 1 to ANNOUNCEMENT_ENTRIES_MAX entries."""
-    assert 0 < len(batch.entries) <= ANNOUNCEMENT_ENTRIES_MAX
+    """The signed bytes of a batch of 1 to ANNOUNCEMENT_ENTRIES_MAX entries (evidence: EVIDENCE_ENTRIES_MAX)."""
+    kind = _kind_of(batch.entries[0])
+    assert 0 < len(batch.entries) <= _ENTRIES_MAX[kind]
     entries = b"".join(_encode_entry(entry) for entry in batch.entries)
-    kind = 1 if isinstance(batch.entries[0], ResponseEntry) else 2
     body = b"".join(
         (
             batch.network,
@@ -88,24 +119,22 @@ def decode_announcement(raw: bytes) -> Announcement:
     """The batch in `raw`; `ProtocolViolation` names the field. Nothing is believed yet, `check_announcement` does."""
     if not _HEAD_BYTES + SIGNATURE_BYTES < len(raw) <= ANNOUNCEMENT_BYTES_MAX:
         raise ProtocolViolation(f"announcement: {len(raw)} bytes, expected at most {ANNOUNCEMENT_BYTES_MAX}")
-    kind = _KINDS.get(raw[80])
-    if kind is None:
-        raise ProtocolViolation(f"announcement kind {raw[80]}: expected 1 or 2")
+    kind = raw[80]
+    if kind not in _ENTRY_BYTES:
+        raise ProtocolViolation(f"announcement kind {kind}: expected 1 to 3")
     count = int.from_bytes(raw[81:83], "big")
-    size = _RESPONSE_BYTES if kind == "response" else _PREFIX_BYTES
-    if not 0 < count <= ANNOUNCEMENT_ENTRIES_MAX or len(raw) != _HEAD_BYTES + count * size + SIGNATURE_BYTES:
+    size = _ENTRY_BYTES[kind]
+    if not 0 < count <= _ENTRIES_MAX[kind] or len(raw) != _HEAD_BYTES + count * size + SIGNATURE_BYTES:
         raise ProtocolViolation(f"announcement count {count}: doesn't match {len(raw)} bytes")
     pieces = [raw[at : at + size] for at in range(_HEAD_BYTES, len(raw) - SIGNATURE_BYTES, size)]
-    entries: tuple[ResponseEntry, ...] | tuple[PrefixEntry, ...]
-    if kind == "response":
-        entries = tuple(ResponseEntry(piece[:32], int.from_bytes(piece[32:], "big")) for piece in pieces)
+    entries: Entries
+    if kind == _RESPONSE:
+        entries = tuple(ResponseEntry(piece[:32], _number(piece[32:])) for piece in pieces)
+    elif kind == _PREFIX:
+        entries = tuple(PrefixEntry(piece[:32], piece[32:64], piece[64:112], _number(piece[112:])) for piece in pieces)
     else:
-        entries = tuple(
-            PrefixEntry(piece[:32], piece[32:64], piece[64:112], int.from_bytes(piece[112:], "big")) for piece in pieces
-        )
-    return Announcement(
-        NetworkId(raw[:32]), raw[32:64], int.from_bytes(raw[64:72], "big"), int.from_bytes(raw[72:80], "big"), entries
-    )
+        entries = tuple(_decode_evidence(piece) for piece in pieces)
+    return Announcement(NetworkId(raw[:32]), raw[32:64], _number(raw[64:72]), _number(raw[72:80]), entries)
 
 
 def check_announcement(raw: bytes, batch: Announcement, network: NetworkId, now_ms: int) -> None:
@@ -117,8 +146,37 @@ def check_announcement(raw: bytes, batch: Announcement, network: NetworkId, now_
     verify(batch.sender, _TAG, raw[:-SIGNATURE_BYTES], raw[-SIGNATURE_BYTES:])
 
 
-def _encode_entry(entry: ResponseEntry | PrefixEntry) -> bytes:
-    at = entry.expires_at_ms.to_bytes(8, "big")
-    if isinstance(entry, ResponseEntry):
-        return entry.request_hash + at
-    return entry.row_id + entry.manifest + entry.commitment + at
+def _kind_of(entry: ResponseEntry | PrefixEntry | EvidenceEntry) -> int:
+    match entry:
+        case ResponseEntry():
+            return _RESPONSE
+        case PrefixEntry():
+            return _PREFIX
+        case EvidenceEntry():
+            return _EVIDENCE
+        case _:
+            assert_never(entry)
+
+
+def _encode_entry(entry: ResponseEntry | PrefixEntry | EvidenceEntry) -> bytes:
+    match entry:
+        case ResponseEntry(request_hash, expires_at_ms):
+            return request_hash + expires_at_ms.to_bytes(8, "big")
+        case PrefixEntry(row_id, manifest, commitment, expires_at_ms):
+            return row_id + manifest + commitment + expires_at_ms.to_bytes(8, "big")
+        case EvidenceEntry(signer, request_hash, response_hash, proof_hash, computed_at_ms, signature, tokens, far):
+            statement = signer + request_hash + response_hash + proof_hash + computed_at_ms.to_bytes(8, "big")
+            return statement + signature + tokens.to_bytes(4, "big") + far.to_bytes(4, "big")
+        case _:
+            assert_never(entry)
+
+
+def _decode_evidence(raw: bytes) -> EvidenceEntry:
+    hashes = raw[:32], raw[32:64], raw[64:96], raw[96:128]
+    return EvidenceEntry(
+        *hashes, _number(raw[128:136]), raw[136:200], tokens=_number(raw[200:204]), far=_number(raw[204:])
+    )
+
+
+def _number(raw: bytes) -> int:
+    return int.from_bytes(raw, "big")

@@ -55,6 +55,7 @@ PEER_RECORD_BYTES_MAX = 8 * KiB  # 2 x 16 digests of 32 B, a VRAM digest of 4 Ki
 PEERS_KNOWN_MAX = 1024
 PEX_RECORDS_MAX = 64
 ANNOUNCEMENT_ENTRIES_MAX = 256  # 120 B each: 30 KiB, half of a GossipSub message's usual bound
+EVIDENCE_ENTRIES_MAX = 8  # each has a signature to check, 0.1 ms
 REGISTRY_OWNERS_MAX = PEERS_KNOWN_MAX
 REGISTRY_ENTRIES_MAX = 20_000  # of one owner
 REGISTRY_DELTA_BYTES_MAX = 1536 * KiB  # a snapshot of 20,000 entries of about 70 B

@@ -192,6 +192,18 @@ class PurgeResponses(_Message, tag="purge_responses", frozen=True):
     request_keys: Annotated[tuple[Bytes32, ...], Meta(max_length=PURGED_KEYS_MAX)]
 
 
+class ResponseAudited(_Message, tag="response_audited", frozen=True):
+    """An API server had its engine score another node's response: of `tokens` tokens `far` are far from the arg-max.
+
+    `far` 0: passed. `proof` is the one that came with the response. Nothing is answered.
+    """
+
+    request_key: Bytes32
+    proof: Annotated[bytes, Meta(max_length=CACHE_PROOF_BYTES_MAX)]
+    tokens: U32
+    far: U32
+
+
 class ClaimRequest(_Message, tag="claim_request", frozen=True):
     """An API server is about to compute a request: unless another is at it already, the lease is its own.
 
@@ -281,6 +293,7 @@ ClientMessage = (
     | StoreResponse
     | TouchResponses
     | PurgeResponses
+    | ResponseAudited
     | ClaimRequest
     | RequestDone
     | FindSimilar
@@ -390,7 +403,7 @@ class ResponseFound(_Message, tag="response_found", frozen=True):
     """Another node's response, opened and verified, and about to be stored here.
 
     `computed_by` is the peer id of the proof's signer, `source` says how its provider was found, `verified_by` names
-    the checks that it passed.
+    the checks that it passed. `suspect`: the signer is said to have signed false answers; audit this one.
     """
 
     lookup: U32
@@ -401,6 +414,7 @@ class ResponseFound(_Message, tag="response_found", frozen=True):
     computed_by: Name
     source: Name
     verified_by: Name
+    suspect: bool = False
 
 
 class ResponseNotFound(_Message, tag="response_not_found", frozen=True):

@@ -1,7 +1,8 @@
 """Gossip: what this node announces, in batches, and what it takes from others' batches.
 
-Sent: at most one batch a topic every FLUSH_MS. Taken: signed by a node that we know, of the last minute, not seen
-before, and within ENTRIES_PER_S of its sender. Whoever relayed a bad batch is not charged: py-libp2p relays unchecked.
+Sent: at most one batch a topic every FLUSH_MS, of evidence every EVIDENCE_EVERY_MS. Taken: signed by a node that
+we know, of the last minute, not seen before, and within ENTRIES_PER_S of its sender. Whoever relayed a bad batch isn't
+charged: py-libp2p relays unchecked.
 """
 
 from collections import OrderedDict, deque
@@ -13,6 +14,8 @@ from nacl.signing import SigningKey
 from ..node.network_effects import NetworkEffect, Publish
 from ..records.announcement import (
     Announcement,
+    Entries,
+    EvidenceEntry,
     PrefixEntry,
     ResponseEntry,
     check_announcement,
@@ -21,12 +24,16 @@ from ..records.announcement import (
 )
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId
-from ..records.limits import ANNOUNCEMENT_ENTRIES_MAX, PEERS_KNOWN_MAX
+from ..records.limits import ANNOUNCEMENT_ENTRIES_MAX, EVIDENCE_ENTRIES_MAX, PEERS_KNOWN_MAX
 
 FLUSH_MS = 100
 QUEUED_MAX = 16 * ANNOUNCEMENT_ENTRIES_MAX  # older ones are left to the registry
 ENTRIES_PER_S = 1_000
 ENTRIES_BURST = 4 * ENTRIES_PER_S
+EVIDENCE_EVERY_MS = 1_000 * EVIDENCE_ENTRIES_MAX  # one entry a second in the long run
+EVIDENCE_QUEUED_MAX = 8 * EVIDENCE_ENTRIES_MAX  # older ones are left untold
+EVIDENCE_WEIGHT = 100  # in entries of other kinds: ten a second, since each has a signature to check
+ACCUSED_KEPT = 1_024  # lies that were told of, none of them twice
 SEQUENCES_KEPT = 1_024  # of one sender; at ten batches a second more than a minute's
 
 
@@ -41,6 +48,9 @@ class Outbox:
         self._responses: deque[ResponseEntry] = deque(maxlen=QUEUED_MAX)
         self._prefixes: deque[PrefixEntry] = deque(maxlen=QUEUED_MAX)
         self._flush_at_ms = now_ms
+        self._evidence: deque[EvidenceEntry] = deque(maxlen=EVIDENCE_QUEUED_MAX)
+        self._evidence_at_ms = now_ms
+        self._accused: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
 
     def add(self, entry: ResponseEntry | PrefixEntry) -> None:
         """Announce it with the next batch."""
@@ -48,6 +58,16 @@ class Outbox:
             self._responses.append(entry)
         else:
             self._prefixes.append(entry)
+
+    def accuse(self, entry: EvidenceEntry) -> None:
+        """Tell of a lie, once, in one of the next batches."""
+        name = entry.signer, entry.request_hash
+        if name in self._accused:
+            return
+        self._evidence.append(entry)
+        self._accused[name] = None
+        if len(self._accused) > ACCUSED_KEPT:
+            self._accused.popitem(last=False)
 
     def remove(self, names: frozenset[bytes]) -> None:
         """These responses have gone: don't announce them any more."""
@@ -58,21 +78,23 @@ class Outbox:
     def shift(self, by_ms: int) -> None:
         """The clock was set."""
         self._flush_at_ms += by_ms
+        self._evidence_at_ms += by_ms
 
     def next_deadline_ms(self) -> int | None:
         """When the next batch may go."""
-        return self._flush_at_ms if self._responses or self._prefixes else None
+        times = [self._flush_at_ms] if self._responses or self._prefixes else []
+        times += [self._evidence_at_ms] if self._evidence else []
+        return min(times, default=None)
 
     def flush(self, now_ms: int) -> list[NetworkEffect]:
         """The batches that are due."""
-        if now_ms < self._flush_at_ms or not (self._responses or self._prefixes):
-            return []
-        self._flush_at_ms = now_ms + FLUSH_MS
-        batches: list[tuple[ResponseEntry, ...] | tuple[PrefixEntry, ...]] = []
-        if self._responses:
-            batches.append(_take(self._responses))
-        if self._prefixes:
-            batches.append(_take(self._prefixes))
+        batches: list[Entries] = []
+        if now_ms >= self._flush_at_ms and (self._responses or self._prefixes):
+            self._flush_at_ms = now_ms + FLUSH_MS
+            batches += [_take(queue, ANNOUNCEMENT_ENTRIES_MAX) for queue in (self._responses, self._prefixes) if queue]
+        if now_ms >= self._evidence_at_ms and self._evidence:
+            self._evidence_at_ms = now_ms + EVIDENCE_EVERY_MS
+            batches.append(_take(self._evidence, EVIDENCE_ENTRIES_MAX))
         effects: list[NetworkEffect] = []
         for entries in batches:
             self._sequence = max(self._sequence + 1, now_ms)
@@ -120,7 +142,8 @@ class Inbox:
         except Refused as refused:
             return refused
         sender = self._remember(batch, now_ms)
-        return batch if _spend(sender, len(batch.entries), now_ms) else Refused("rate")
+        weight = EVIDENCE_WEIGHT if isinstance(batch.entries[0], EvidenceEntry) else 1
+        return batch if _spend(sender, weight * len(batch.entries), now_ms) else Refused("rate")
 
     def _remember(self, batch: Announcement, now_ms: int) -> _Sender:
         sender = self._senders.get(batch.sender)
@@ -146,5 +169,8 @@ def _spend(sender: _Sender, entries: int, now_ms: int) -> bool:
     return True
 
 
-def _take(queue: "deque[ResponseEntry] | deque[PrefixEntry]") -> tuple:  # type: ignore[type-arg]
-    return tuple(queue.popleft() for _ in range(min(len(queue), ANNOUNCEMENT_ENTRIES_MAX)))
+def _take(queue: "deque[ResponseEntry] | deque[PrefixEntry] | deque[EvidenceEntry]", at_most: int) -> tuple:  # type: ignore[type-arg]
+    return tuple(queue.popleft() for _ in range(min(len(queue), at_most)))
+
+
+assert EVIDENCE_WEIGHT * EVIDENCE_ENTRIES_MAX < ENTRIES_BURST

@@ -49,8 +49,7 @@ class CacheProof:
     @property
     def integrity(self) -> bytes:
         """What is signed: SHA-256(request hash | response hash | proof hash | computed at)."""
-        at = self.computed_at_ms.to_bytes(8, "big")
-        return sha256(self.request_hash, self.response_hash, self.proof_hash, at)
+        return integrity_of(self.request_hash, self.response_hash, self.proof_hash, self.computed_at_ms)
 
     def encode(self) -> bytes:
         """The one byte string of this proof."""
@@ -156,7 +155,17 @@ def check_statement(
         raise Refused("expired", str(proof.computed_at_ms))
     if not trusts(proof.signer):
         raise Refused("untrusted_signer", proof.signer.hex())
-    verify(proof.signer, _TAG, proof.integrity, proof.signature)
+    check_signature(proof.signer, proof.integrity, proof.signature)
+
+
+def check_signature(signer: bytes, integrity: bytes, signature: bytes) -> None:
+    """Raise `Refused("bad_signature")` unless `signer` signed the proof of this integrity."""
+    verify(signer, _TAG, integrity, signature)
+
+
+def integrity_of(request_hash: bytes, response_hash: bytes, proof_hash: bytes, computed_at_ms: int) -> bytes:
+    """What is signed, from the hashes alone: SHA-256(request hash | response hash | proof hash | computed at)."""
+    return sha256(request_hash, response_hash, proof_hash, computed_at_ms.to_bytes(8, "big"))
 
 
 def check_body(proof: CacheProof, body: bytes) -> None:

@@ -1,0 +1,247 @@
+"""What an API server's audit of another node's response does: to the database, to the signer, and at other nodes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from nacl.signing import SigningKey
+
+from hyperspace_vllm.core.node.network import NetworkNode
+from hyperspace_vllm.core.node.network_effects import Publish
+from hyperspace_vllm.core.node.network_events import FalseAnswer
+from hyperspace_vllm.core.records.errors import ProtocolViolation
+from hyperspace_vllm.core.records.ids import RequestKey, network_id, public_key_of, sha256
+from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
+from hyperspace_vllm.core.records.local import ResponseAudited, ResponseFound, ResponseNotFound, StoreResponse
+from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
+from hyperspace_vllm.daemon.audits import Audits
+from hyperspace_vllm.daemon.metrics import Metrics
+from hyperspace_vllm.daemon.response_news import Told
+from hyperspace_vllm.daemon.response_store import ResponseStore
+from hyperspace_vllm.response_db import ResponseReader, database_path
+
+from .network_nodes import NetworkedNode, body_of, private_network, request_key, until
+from .network_world import NETWORK, NOW_MS, Identity, make_node, only
+
+ME, LIAR, HONEST = range(3)
+MODEL = sha256(b"a model")
+
+
+def key(number: int) -> RequestKey:
+    return RequestKey(sha256(b"request", bytes([number])))
+
+
+def proof_of(number: int, signer: int = LIAR, computed_at_ms: int = NOW_MS) -> bytes:
+    who = Identity(signer)
+    return make_proof(who.key, NETWORK, key(number), b"{}", MODEL, "vllm", computed_at_ms).encode()
+
+
+class Node:
+    """The parts of a node that an audit concerns, its network core without a network."""
+
+    signing_key: SigningKey = Identity(ME).key  # the store's Signer
+
+    def __init__(self, path: Path) -> None:
+        self.now_ms = NOW_MS
+        self.path = path
+        self.gone: list[bytes] = []
+        self.blamed: list[FalseAnswer] = []
+        self.published: list[Publish] = []
+        self.network: NetworkNode = make_node(ME, listed=(LIAR, HONEST))
+        self.store = ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, self, NETWORK, lambda: self.now_ms, self.heard)
+        self.metrics = Metrics()
+        self.audits = Audits(NETWORK, Identity(ME).public_key, self.store, self.blame, self.metrics)
+
+    def heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+        self.gone.extend(gone)
+
+    def blame(self, event: FalseAnswer) -> None:
+        self.blamed.append(event)
+        self.published += only(self.network.handle(event, NOW_MS), Publish)
+
+    def fetch(self, number: int, signer: int = LIAR, computed_at_ms: int = NOW_MS) -> None:
+        """A response came from a peer."""
+        proof = proof_of(number, signer, computed_at_ms)
+        expires_at_ms = computed_at_ms + RESPONSE_TTL_MS
+        assert self.store.store_fetched(key(number), b"{}", proof, computed_at_ms, expires_at_ms, "network")
+
+    def compute(self, number: int) -> None:
+        """This node's own engine answered."""
+        assert self.store.store(StoreResponse(key(number), "network", MODEL, "vllm", RESPONSE_TTL_MS, b"{}"))
+
+    def audit(self, number: int, far: int, proof: bytes | None = None, tokens: int = 40) -> None:
+        self.audits.heard(ResponseAudited(key(number), proof or proof_of(number), tokens, far))
+
+    def held(self) -> list[int]:
+        """The responses in the database."""
+        assert self.store.flush(10)
+        reader = ResponseReader(self.path)
+        return [number for number in range(9) if reader.get(key(number), self.now_ms)]
+
+    def trusts(self, number: int) -> bool:
+        return self.network._trust.trusts(Identity(number).public_key, NOW_MS)
+
+    def suspects(self, number: int) -> bool:
+        return self.network._trust.suspicion.suspects(Identity(number).public_key, NOW_MS)
+
+    def counted(self) -> dict[str, int]:
+        families = self.metrics.audits_total.collect()
+        samples = (sample for family in families for sample in family.samples if sample.name.endswith("_total"))
+        return {sample.labels["result"]: int(sample.value) for sample in samples}
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    made = Node(tmp_path / "responses.sqlite")
+    yield made
+    made.store.close()
+
+
+def test_a_lie_takes_away_all_that_its_signer_signed_and_the_trust_in_it(node: Node) -> None:
+    node.fetch(0)
+    node.fetch(1)
+    node.fetch(2, HONEST)
+    node.compute(3)
+    assert node.held() == [0, 1, 2, 3]
+    node.audit(0, far=2)
+    assert node.held() == [2, 3]
+    assert sorted(node.gone) == sorted(request_hash(NETWORK, key(number)) for number in (0, 1))
+    assert not node.trusts(LIAR)
+    assert node.trusts(HONEST)
+    assert len(node.published) == 1
+    assert node.counted() == {"lie": 1}
+
+
+def test_one_far_token_takes_away_that_entry_alone_and_leaves_a_suspicion(node: Node) -> None:
+    node.fetch(0)
+    node.fetch(1)
+    node.audit(0, far=1)
+    assert node.held() == [1]
+    assert node.trusts(LIAR)
+    assert node.suspects(LIAR)
+    assert not node.published
+    assert node.counted() == {"dropped": 1}
+
+
+def test_an_audit_that_is_passed_changes_nothing(node: Node) -> None:
+    node.fetch(0)
+    node.audit(0, far=0)
+    assert node.held() == [0]
+    assert not node.suspects(LIAR)
+    assert node.counted() == {"passed": 1}
+
+
+@pytest.mark.parametrize("far", [1, 2])
+def test_what_this_node_computed_meanwhile_survives(node: Node, far: int) -> None:
+    node.fetch(0)
+    node.now_ms += 1
+    node.compute(0)
+    node.audit(0, far)
+    assert node.held() == [0]
+    assert not node.gone
+
+
+def test_what_another_peer_computed_meanwhile_survives(node: Node) -> None:
+    node.fetch(0)
+    node.fetch(0, HONEST, NOW_MS + 1)
+    node.audit(0, far=2)
+    assert node.held() == [0]
+
+
+def test_an_answer_of_this_nodes_own_that_comes_back_false_is_dropped_and_nobody_blamed(node: Node) -> None:
+    node.fetch(0, ME)
+    node.fetch(1, ME)
+    node.audit(0, far=40, proof=proof_of(0, ME))
+    assert node.held() == [1]
+    assert not node.blamed
+    assert node.counted() == {"dropped": 1}
+
+
+@pytest.mark.parametrize(
+    ("proof", "tokens"),
+    [
+        (proof_of(1), 40),
+        (proof_of(0)[:-1], 40),
+        (proof_of(0)[:-1] + b"\0", 40),
+        (proof_of(0, computed_at_ms=NOW_MS + 1)[:-64] + proof_of(0)[-64:], 40),
+        (proof_of(0), 1),
+    ],
+    ids=["another request", "truncated", "bad signature", "another time", "more far tokens than tokens"],
+)
+def test_an_audit_that_cannot_be_right_breaks_the_protocol(node: Node, proof: bytes, tokens: int) -> None:
+    node.fetch(0)
+    with pytest.raises(ProtocolViolation):
+        node.audit(0, 2, proof, tokens)
+    assert node.held() == [0]
+    assert not node.blamed
+    assert node.counted() == {}
+
+
+# --- node processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.io
+@pytest.mark.parametrize(("share", "suspected"), [("network", 1), ("private", 0)])
+def test_a_node_that_shares_nothing_blames_nobody(tmp_path: Path, share: str, suspected: int) -> None:
+    (node,) = private_network(tmp_path, 1, share=share)
+    try:
+        until(lambda: node.status()["p2p"].get("address"), 60)
+        name, network = request_key("one"), network_id(node.config.network)
+        proof = make_proof(Identity(LIAR).key, network, name, b"{}", MODEL, "vllm", NOW_MS)
+        assert node.client.send(ResponseAudited(name, proof.encode(), 40, 2))
+        status = node.status()
+    finally:
+        node.stop()
+    assert status["p2p"]["suspected_peers"] == suspected
+    assert [each["value"] for each in status["metrics"] if each["name"] == "hyperspace_audits_total"] == [1]
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[list[NetworkedNode]]:
+    nodes = private_network(tmp_path, 3)
+    yield nodes
+    for each in nodes:
+        each.stop()
+
+
+def found(node: NetworkedNode, name: str) -> ResponseFound:
+    """What another node computed; asked for until it has come round that it did."""
+    answers: list[ResponseFound | ResponseNotFound | None] = []
+
+    def is_there() -> bool:
+        answers.append(node.find(name).answer)
+        return isinstance(answers[-1], ResponseFound)
+
+    until(is_there, 30)
+    assert isinstance(answers[-1], ResponseFound)
+    return answers[-1]
+
+
+@pytest.mark.io
+def test_a_node_that_catches_another_at_a_lie_refuses_it_and_makes_the_third_audit_it(
+    network: list[NetworkedNode],
+) -> None:
+    liar, auditor, third = network
+    until(lambda: all(node.card().get("p2p") for node in network), 60)
+    until(lambda: all(node.status()["p2p"].get("known_peers") == 2 for node in network), 60)
+    for name in ("one", "two", "three"):
+        liar.store(name)
+    false = found(auditor, "one")
+    assert not false.suspect
+    assert not found(third, "three").suspect
+    reader = ResponseReader(database_path(auditor.config.data_dir))
+    until(lambda: reader.get(request_key("one"), false.computed_at_ms), 10)
+
+    assert auditor.client.send(ResponseAudited(request_key("one"), false.proof, 40, 2))
+
+    until(lambda: [node.status()["p2p"]["suspected_peers"] for node in network] == [0, 1, 1], 20)
+    until(lambda: reader.get(request_key("one"), false.computed_at_ms) is None, 10)
+    audited = found(third, "two")
+    assert audited.suspect
+    assert audited.body == body_of("two")
+    assert public_key_of(audited.computed_by) == public_key_of(liar.card()["peer_id"])
+    refused = auditor.find("two", 1_000).answer
+    assert isinstance(refused, ResponseNotFound)
+    assert [each["value"] for each in auditor.status()["metrics"] if each["name"] == "hyperspace_audits_total"] == [1]
+    reasons = {each["labels"].get("reason") for each in auditor.status()["metrics"]}
+    assert "peer_false_response" in reasons
