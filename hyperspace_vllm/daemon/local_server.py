@@ -396,6 +396,7 @@ class LocalServer:
             case PurgeResponses(request_keys):
                 if self._responses is not None:
                     self._responses.purge(request_keys)
+                self._response_lookups.purge(request_keys)
             case ClaimRequest():
                 self._leases.claim(session.route, message)
             case RequestDone(request_key):
