@@ -154,6 +154,8 @@ def _print_status(status: dict[str, Any]) -> None:
     ]
     table.add_row("KV peers", "\n".join(peers) or "none")
     table.add_row("arena", f"{_size(used)} of {_size(arena['capacity_bytes'])}, {arena['rows']} rows")
+    for name, value in (status["shared_responses"] or {}).items():
+        table.add_row(f"responses in Redis: {name}", f"{value}")
     for name, value in (status["responses"] or {}).items():
         table.add_row(f"responses: {name}", f"{value}")
     for layer, (hits, total) in _hit_rates(status["metrics"]).items():

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 from .core.records.errors import ProtocolViolation
 from .core.records.ids import public_key_of
@@ -73,6 +74,9 @@ class Config:
         "network", "How far responses may travel: not at all, to members, or to everybody."
     )
     registry: str = _setting("", "`redis://…` of a fleet that has one: replaces the nodes' own registry.")
+    shared_responses: str = _setting(
+        "", "`redis://…` of a fleet that has one: responses lie there too, sealed, and are looked for there first."
+    )
     network_deadline_ms: int = _setting(300, "Longest wait of a request for a response of another node, ms.", 60_000)
     arena_bytes: int = _setting(
         GiB, "Shared memory for KV rows; at most half of what is free in /dev/shm is taken.", at_least=MiB
@@ -223,6 +227,9 @@ class Setting:
                 yield f"a path of at most {longest} bytes (a Unix socket lies in it)"
         elif not isinstance(value, str):
             yield "a string"
+        elif self.name in ("registry", "shared_responses"):
+            if value and not _is_redis_url(value):
+                yield "redis://host:port/0, rediss://… or unix://…"
         elif self.name.endswith("listen") and not (value == "" and self.name != "listen"):
             bare_port = self.default == "" and value.isdigit()
             if not _is_host_port(f"127.0.0.1:{value}" if bare_port else value):
@@ -242,6 +249,16 @@ def _fraction(value: object) -> object:
 def _is_host_port(text: str) -> bool:
     host, colon, port = text.rpartition(":")
     return bool(colon and host) and port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 65536
+
+
+def _is_redis_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return bool(
+            url.path if url.scheme == "unix" else url.scheme in ("redis", "rediss") and url.hostname and url.port != 0
+        )
+    except ValueError:  # the port is no number
+        return False
 
 
 def _peer_complaints(peer: str) -> Iterator[str]:

@@ -52,6 +52,9 @@ def test_a_named_file_is_read_and_may_choose_the_data_directory(tmp_path: Path) 
         ("peers", "", ()),
         ("metrics_listen", "9100", "9100"),
         ("metrics_listen", "[::1]:9100", "[::1]:9100"),
+        ("registry", "redis://h:6379/0", "redis://h:6379/0"),
+        ("shared_responses", "rediss://user:word@[::1]/1", "rediss://user:word@[::1]/1"),
+        ("shared_responses", "unix:///run/redis.sock", "unix:///run/redis.sock"),
     ],
 )
 def test_variables_are_read_as_their_settings_type(tmp_path: Path, name: str, text: str, value: object) -> None:
@@ -77,6 +80,11 @@ def test_variables_are_read_as_their_settings_type(tmp_path: Path, name: str, te
         ("peers", [1]),
         ("network", 3),
         ("metrics_listen", "99999"),
+        ("registry", "host:6379"),
+        ("shared_responses", "http://host:6379"),
+        ("shared_responses", "redis://"),
+        ("shared_responses", "redis://host:port"),
+        ("shared_responses", "unix://"),
         ("data_dir", "/" + "d" * 200),
     ],
 )

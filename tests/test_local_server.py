@@ -97,6 +97,9 @@ class Finder:
     def release(self, lookup: int) -> None:
         self.released.append(lookup)
 
+    def purge(self, keys: Iterable[bytes]) -> None:
+        """Nothing of it lies elsewhere."""
+
 
 @dataclass
 class SmallNode:

@@ -2,10 +2,7 @@
 
 import asyncio
 import secrets
-import shutil
 import signal
-import socket
-import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -16,15 +13,14 @@ from nacl.signing import SigningKey
 from hyperspace_vllm.core.records.ids import PeerId, network_id, peer_id
 from hyperspace_vllm.core.records.limits import PROVIDERS_MAX, REGISTRY_TTL_MS
 
-from . import network_nodes
+from . import network_nodes, redis_server
 from .network_nodes import NetworkedNode, body_of, private_network
+from .redis_server import RedisServer
 
-# One program under two names. Debian's redis-tools has it without the service that its redis-server starts.
-REDIS = shutil.which("redis-server") or shutil.which("redis-check-rdb")
 redis_registry = pytest.importorskip("hyperspace_vllm.daemon.redis_registry")
 pytestmark = [
     pytest.mark.io,
-    pytest.mark.skipif(REDIS is None, reason="no redis-server: `make test` installs one"),
+    redis_server.NEEDED,
 ]
 
 NETWORK = network_id("test")
@@ -39,56 +35,10 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-class RedisServer:
-    """A redis-server that keeps nothing on disk, as a child process."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            [
-                *("redis-server", "--port", str(self.port), "--bind", "127.0.0.1"),
-                *("--save", "", "--appendonly", "no", "--dir", str(self._directory)),
-            ],
-            executable=REDIS,
-            stdout=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + WAIT_S
-        while not self._answers():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-    def _answers(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
-                connection.sendall(b"PING\r\n")
-                return connection.recv(16).startswith(b"+PONG")
-        except OSError:
-            return False
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisServer]:
-    made = RedisServer(tmp_path)
-    made.start()
-    yield made
-    made.kill()
+    with redis_server.running(tmp_path) as made:
+        yield made
 
 
 MakeRegistry = Callable[[], "redis_registry.RedisRegistry"]
@@ -118,10 +68,6 @@ def found(registry: "redis_registry.RedisRegistry", id: bytes) -> Callable[[], A
         return await registry.providers(id) != ()
 
     return condition
-
-
-def raw(server: RedisServer) -> "redis_registry.Redis":
-    return redis_registry.Redis.from_url(server.url)
 
 
 async def test_what_one_node_can_serve_the_others_find_until_it_is_gone(registry: MakeRegistry) -> None:
@@ -164,7 +110,7 @@ async def test_entries_expire_and_the_longest_lasting_come_first(registry: MakeR
 
 async def test_what_is_no_peer_or_lasts_too_long_is_no_provider(registry: MakeRegistry, server: RedisServer) -> None:
     reader, id, honest = registry(), secrets.token_bytes(32), new_peer()
-    client = raw(server)
+    client = server.client()
     key = f"hyperspace:{NETWORK.hex()[:16]}:{id.hex()}"
     soon = now_ms() + 60_000
     await client.zadd(key, {"nobody": soon, b"\xff" * 40: soon, "1" * 5000: soon, "": soon, honest: soon})
@@ -177,7 +123,7 @@ async def test_what_is_no_peer_or_lasts_too_long_is_no_provider(registry: MakeRe
 
 
 async def test_a_set_is_bounded_and_redis_forgets_it_by_itself(registry: MakeRegistry, server: RedisServer) -> None:
-    writer, id, client = registry(), secrets.token_bytes(32), raw(server)
+    writer, id, client = registry(), secrets.token_bytes(32), server.client()
     key = f"hyperspace:{NETWORK.hex()[:16]}:{id.hex()}"
     await client.zadd(key, {f"peer {n}": now_ms() + 1000 + n for n in range(200)})
     writer.note_stored(id, now_ms() + 60_000)
@@ -216,7 +162,7 @@ async def test_a_redis_that_lost_its_data_unnoticed_is_filled_again(
     registry: MakeRegistry, server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_registry, "CHECK_S", 0.2)
-    a, b, id, client = registry(), registry(), secrets.token_bytes(32), raw(server)
+    a, b, id, client = registry(), registry(), secrets.token_bytes(32), server.client()
     a.note_stored(id, now_ms() + 60_000)
     await until(found(b, id))
     await client.flushall()

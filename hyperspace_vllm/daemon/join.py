@@ -27,9 +27,10 @@ from ..core.records.peer_record import PeerRecord
 from ..core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
 from ..response_db import database_path
 from .address_book import AddressBook
+from .fetched_response import Stored
 from .identity import Identity, IdentityError
 from .metrics import Metrics
-from .network_driver import Clients, NetworkDriver, Stored
+from .network_driver import Clients, NetworkDriver
 from .response_news import Told
 from .response_server import ResponseServer
 
@@ -134,6 +135,9 @@ class Network:
         """Nobody waits for the lookup any more."""
         if self._driver is not None:
             self._driver.release(lookup)
+
+    def purge(self, keys: Iterable[bytes]) -> None:
+        """The operator wants these gone: what peers have fetched stays there until it expires."""
 
     def used(self, keys: Iterable[bytes]) -> None:
         """Clients of this host had hits of these RequestKeys."""

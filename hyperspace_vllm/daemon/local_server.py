@@ -407,8 +407,11 @@ class LocalServer:
             case PurgeResponses(request_keys):
                 if self._responses is not None:
                     self._responses.purge(request_keys)
+                self._response_lookups.purge(request_keys)
             case ResponseAudited():
                 self._audited(message)
+                if message.far:
+                    self._response_lookups.purge((message.request_key,))
             case ClaimRequest():
                 self._leases.claim(session.route, message)
             case RequestDone(request_key):

@@ -33,12 +33,14 @@ from .identity import Identity, IdentityError
 from .join import Network
 from .local_server import LocalServer
 from .metrics import Metrics
+from .response_news import Listener
 from .row_cache import RowCache
 from .served import Served
 
 if TYPE_CHECKING:
     from .chunk_transport import ChunkTransport
     from .driver import Driver
+    from .redis_responses import RedisResponses
     from .response_store import ResponseStore
     from .similar import SimilarQuestions
 
@@ -127,7 +129,9 @@ class _Node:
         parts.callback(arena.close)
         self._cache = RowCache(arena)
         self._joined = Network(config, self._identity, self._metrics)
-        self._responses = self._open_responses(parts) if config.response_cache else None
+        self._shared = self._open_shared(parts) if config.response_cache else None
+        finder = self._shared or self._joined  # Redis asks the network about what it doesn't have
+        self._responses = self._open_responses(parts, finder.heard) if config.response_cache else None
         self._similar = self._open_similar(self._responses, parts) if self._responses else None
         self._driver = driver = await self._open_data_plane(parts) if config.kv_cache else None
         submit: Callable[[Event], None] = driver.submit if driver else lambda event: None
@@ -142,13 +146,15 @@ class _Node:
             self._responses,
             self._status,
             self._metrics,
-            self._joined,
+            finder,
             served,
             similar=self._similar,
             audited=audits.heard,
         )
         if driver:
             driver.server = self._server
+        if self._shared and self._responses:
+            self._shared.clients, self._shared.store = self._server, self._responses
         self._measure()
         if config.metrics_listen:
             self._metrics_endpoint = self._metrics.listen(config.metrics_listen)
@@ -160,7 +166,7 @@ class _Node:
             await self._joined.run(
                 self._transport.endpoint if self._transport else "",
                 self._responses,
-                server,
+                self._shared or server,
                 driver.set_peers if driver else lambda records: None,
                 lambda: self._on_joined(embedded),
             )
@@ -172,7 +178,28 @@ class _Node:
         if self._driver:
             self._driver.report_stored()
 
-    def _open_responses(self, parts: AsyncExitStack) -> "ResponseStore":
+    def _open_shared(self, parts: AsyncExitStack) -> "RedisResponses | None":
+        config = self._config
+        if not config.shared_responses or config.share == "private":
+            return None
+        from .response_server import ResponseServer
+
+        trust = self._joined.trust
+        server = ResponseServer(database_path(config.data_dir), self._network, trust.vouch)
+        parts.callback(server.close)
+        try:
+            from .redis_responses import RedisResponses
+
+            shared = RedisResponses(
+                config.shared_responses, self._network, config.share, server, trust, self._metrics, self._joined
+            )
+        except (ImportError, ValueError) as error:  # pip install hyperspace-vllm[redis]; an option of the URL
+            logger.error("shared_responses is off: %s", error)
+            return None
+        parts.push_async_callback(shared.close)
+        return shared
+
+    def _open_responses(self, parts: AsyncExitStack, listener: Listener) -> "ResponseStore":
         from .response_store import ResponseStore
 
         config = self._config
@@ -182,7 +209,7 @@ class _Node:
             config.response_ttl_s * 1000,
             self._identity,
             self._network,
-            listener=self._joined.heard,
+            listener=listener,
         )
         parts.callback(store.close)
         return store
@@ -303,6 +330,7 @@ class _Node:
                     "quarantined_bytes": arena.quarantined_bytes,
                     "rows": len(self._cache),
                 },
+                "shared_responses": self._shared.status() if self._shared else None,
                 "responses": self._responses.stats() if self._responses else None,
                 "similar": self._similar.stats() if self._similar else None,
                 **(self._driver.status() if self._driver else {}),

@@ -12,7 +12,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.lookups_total = Counter(
             "hyperspace_lookups_total",
-            "Lookups by layer (l1, l2), result (hit, miss) and reason.",
+            "Lookups by layer (l1, redis, l2), result (hit, miss) and reason.",
             ("layer", "result", "reason"),
             registry=self.registry,
         )
@@ -25,7 +25,7 @@ class Metrics:
         )
         self.bytes_total = Counter(
             "hyperspace_bytes_total",
-            "Payload bytes by direction: stored, fetched, served, copied.",
+            "Payload bytes by direction: stored, fetched, served, shared, copied.",
             ("direction",),
             registry=self.registry,
         )

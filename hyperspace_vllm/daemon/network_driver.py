@@ -55,8 +55,8 @@ from ..core.node.network_events import (
 from ..core.peers.trust import Trust
 from ..core.peers.vram_digest import approximate_count
 from ..core.records.errors import ProtocolViolation, Refused
-from ..core.records.ids import NetworkId, PeerId, RequestKey, RowId, peer_id, public_key_of
-from ..core.records.limits import PROVIDERS_MAX, KiB
+from ..core.records.ids import NetworkId, PeerId, RequestKey, RowId, public_key_of
+from ..core.records.limits import PROVIDERS_MAX
 from ..core.records.local import Scope
 from ..core.records.peer_record import PeerRecord
 from ..core.records.peer_wire import (
@@ -72,7 +72,8 @@ from ..core.records.peer_wire import (
     protocol_of,
 )
 from ..core.response.cache_proof import request_hash
-from ..core.response.exchange import LIES, Opened, judge_hit, unseal_hit
+from ..core.response.exchange import LIES, Opened
+from .fetched_response import Stored, found_response, keep, open_fetched
 from .metrics import Metrics
 from .peer_failed import PeerFailed
 from .response_lookups import FoundResponse
@@ -88,24 +89,7 @@ log = logging.getLogger(__name__)
 
 REPLY_S = 5.0  # the core answers at once; serving a response reads the disk
 PROVIDE_S = 10.0
-OPENED_HERE_BYTES_MAX = 64 * KiB  # in 0.1 ms, on the loop: a thread would cost more
 CLAIMS_MAX = 1_024
-VERIFIED_BY = "ed25519"
-
-
-class Stored(Protocol):
-    """Where fetched responses go (ResponseStore)."""
-
-    def store_fetched(
-        self,
-        key: RequestKey,
-        body: bytes,
-        raw_proof: bytes,
-        computed_at_ms: int,
-        expires_at_ms: int,
-        scope: Scope,
-    ) -> bool:
-        """Store with the original proof; never blocks."""
 
 
 class Clients(Protocol):
@@ -390,7 +374,9 @@ class NetworkDriver:
             answer = await self._ask(effect.peer, Query(effect.request_hash), deadline - self._loop.time())
             if not isinstance(answer, Hit):
                 raise PeerFailed(answer.reason if isinstance(answer, Miss | Refusal) else "protocol")
-            opened = await self._open(answer, lookup)
+            opened = await open_fetched(
+                answer, lookup.key, self._network, lookup.model_digest, self._trust, self._now_ms()
+            )
         except (PeerFailed, Refused) as failed:
             reason = "miss" if failed.reason == "unknown" else failed.reason
             self._refused(effect, reason, reason in LIES or reason == "protocol")
@@ -407,18 +393,6 @@ class NetworkDriver:
         if reason != "miss":
             self._metrics.failures_total.labels("l1", reason).inc()
         self.submit(ResponseRefused(effect.lookup, effect.peer, reason, lied))
-
-    async def _open(self, hit: Hit, lookup: _Lookup) -> Opened:
-        now_ms = self._now_ms()
-
-        def trusts(signer: bytes) -> bool:
-            return self._trust.trusts(signer, now_ms)
-
-        key, digest = lookup.key, lookup.model_digest
-        proof = judge_hit(hit, key, self._network, digest, trusts, self._trust.meet, now_ms)
-        if len(hit.sealed) <= OPENED_HERE_BYTES_MAX:
-            return unseal_hit(hit, key, self._network, proof)
-        return await asyncio.to_thread(unseal_hit, hit, key, self._network, proof)
 
     def _claim(self, name: bytes, popularity: int) -> None:
         self._claims[name] = popularity
@@ -445,30 +419,11 @@ class NetworkDriver:
             del self._opened[at]
         if lookup is None:
             return
-        found = None
-        if opened is not None:
-            proof = opened.proof
-            found = FoundResponse(
-                opened.body,
-                opened.raw_proof,
-                proof.computed_at_ms,
-                opened.expires_at_ms,
-                peer_id(proof.signer),
-                effect.source,
-                VERIFIED_BY,
-                self._trust.suspicion.suspects(proof.signer, self._now_ms()),
-            )
-            if self._store is not None:
-                self._store.store_fetched(
-                    lookup.key,
-                    opened.body,
-                    opened.raw_proof,
-                    proof.computed_at_ms,
-                    opened.expires_at_ms,
-                    self._scope,
-                )
+        if opened is not None and self._store is not None:
+            keep(self._store, lookup.key, opened, self._scope)
         self._note(lookup, effect)
-        self.clients.answer_response(effect.lookup, found, effect.reason)
+        answer = found_response(opened, effect.source, self._trust, self._now_ms()) if opened is not None else None
+        self.clients.answer_response(effect.lookup, answer, effect.reason)
 
     def _note(self, lookup: _Lookup, effect: AnswerResponse) -> None:
         took_s = self._loop.time() - lookup.began_s

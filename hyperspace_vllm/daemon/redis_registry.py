@@ -10,64 +10,32 @@ everything again. What stands in Redis is a hint, as everywhere: only well-forme
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any, TypeVar
-
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import NetworkId, PeerId, public_key_of
 from ..core.records.limits import CLOCK_SKEW_MS, PROVIDERS_MAX, REGISTRY_ENTRIES_MAX, REGISTRY_TTL_MS
+from .redis_link import AWAY, READ_S, WRITE_S, RedisLink
 
-READ_S = 0.1  # connecting included
-WRITE_S = 2.0
 CHECK_S = 5.0  # between two looks for the marker
-BACKOFF_S = 0.25  # after a failure, doubled for each in a row
-BACKOFF_S_MAX = 10.0
-CONNECTIONS_MAX = 16
 BATCH_MAX = 256  # ids written in one round trip
 QUEUE_MAX = 2 * REGISTRY_ENTRIES_MAX  # all entries, and as many that are gone: a long absence of Redis
 PEERS_MAX = 64  # of one id; those that last longest stay
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class RedisRegistry:
     """This node's entries in Redis, and everybody's providers from there. Make it in a running event loop."""
 
     def __init__(self, url: str, network: NetworkId, own_peer: PeerId, clock: Callable[[], int]) -> None:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=CONNECTIONS_MAX,
-            timeout=READ_S,
-            socket_connect_timeout=READ_S,
-            socket_timeout=WRITE_S,
-            protocol=2,  # every Redis speaks it
-            retry=Retry(NoBackoff(), 0),  # ours is the backoff
-        )
-        self._redis = Redis.from_pool(pool)
+        self._link = RedisLink(url)
         self._prefix = f"hyperspace:{network.hex()[:16]}:"
         self._own_peer = own_peer
         self._clock = clock
         self._own: dict[bytes, int] = {}  # oldest first
         self._queue: dict[bytes, int | None] = {}  # id -> expires at; None: gone
         self._wake = asyncio.Event()
-        self._commands: set[asyncio.Future[Any]] = set()  # under way, given up ones among them
-        self._failures = 0
-        self._away_until_s = 0.0  # the loop's time
         self._writer = asyncio.create_task(self._write(), name="redis-registry")
-
-    @property
-    def away(self) -> bool:
-        """Whether Redis failed so recently that it isn't asked."""
-        return asyncio.get_running_loop().time() < self._away_until_s
 
     def note_stored(self, id: bytes, expires_at_ms: int) -> None:
         """This node can serve `id` until then. At the bound the oldest entry goes."""
@@ -84,17 +52,17 @@ class RedisRegistry:
 
     async def providers(self, id: bytes) -> tuple[PeerId, ...]:
         """Up to PROVIDERS_MAX others that can serve `id`, the longest first; nobody if Redis doesn't say so in time."""
-        if self.away:
+        if self._link.away_s > 0:
             return ()
         now_ms = self._clock()
         try:
-            found = await self._within(
+            found = await self._link.within(
                 READ_S,
-                self._redis.zrevrangebyscore(
+                self._link.redis.zrevrangebyscore(
                     self._key(id), now_ms + REGISTRY_TTL_MS + CLOCK_SKEW_MS, f"({now_ms}", start=0, num=PEERS_MAX
                 ),
             )
-        except (RedisError, OSError, TimeoutError):
+        except AWAY:
             return ()
         peers = [peer for peer in map(_peer, found) if peer is not None and peer != self._own_peer]
         return tuple(peers[:PROVIDERS_MAX])
@@ -102,12 +70,8 @@ class RedisRegistry:
     async def close(self) -> None:
         """Give the connections back; what is queued is lost, and expires in Redis."""
         self._writer.cancel()
-        for command in self._commands:
-            command.cancel()
-        await asyncio.wait([self._writer, *self._commands], timeout=WRITE_S)
-        with contextlib.suppress(RedisError, OSError):
-            await self._redis.aclose()
-            await self._redis.connection_pool.disconnect()
+        await asyncio.wait([self._writer], timeout=WRITE_S)
+        await self._link.close()
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -124,8 +88,8 @@ class RedisRegistry:
                 await self._check_marker()
                 while self._queue:
                     await self._write_batch()
-            except (RedisError, OSError, TimeoutError):
-                await asyncio.sleep(self._away_until_s - asyncio.get_running_loop().time())
+            except AWAY:
+                await asyncio.sleep(self._link.away_s)
                 continue
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
@@ -134,13 +98,13 @@ class RedisRegistry:
 
     async def _check_marker(self) -> None:
         marker = f"{self._prefix}node:{self._own_peer}"
-        if await self._within(WRITE_S, self._redis.set(marker, b"", nx=True, px=REGISTRY_TTL_MS)):
+        if await self._link.within(WRITE_S, self._link.redis.set(marker, b"", nx=True, px=REGISTRY_TTL_MS)):
             self._queue = {**self._queue, **self._own}
 
     async def _write_batch(self) -> None:
         batch = dict(islice(self._queue.items(), BATCH_MAX))
         now_ms = self._clock()
-        pipeline = self._redis.pipeline(transaction=False)
+        pipeline = self._link.redis.pipeline(transaction=False)
         for id, expires_at_ms in batch.items():
             key = self._key(id)
             if expires_at_ms is None:
@@ -152,53 +116,13 @@ class RedisRegistry:
                 pipeline.pexpire(key, REGISTRY_TTL_MS)
             else:
                 self._own.pop(id, None)
-        await self._within(WRITE_S, pipeline.execute())
+        await self._link.within(WRITE_S, pipeline.execute())
         for id, expires_at_ms in batch.items():
             if self._queue.get(id, 0) == expires_at_ms:  # else it has changed meanwhile
                 del self._queue[id]
 
     def _key(self, id: bytes) -> str:
         return f"{self._prefix}{id.hex()}"
-
-    async def _within(self, timeout_s: float, answer: Awaitable[T]) -> T:
-        try:
-            value = await self._by_deadline(timeout_s, answer)
-        except (RedisError, OSError, TimeoutError) as error:
-            self._on_failure(type(error).__name__)
-            raise
-        if self._failures:
-            log.info("Redis is back")
-        self._failures = 0
-        self._away_until_s = 0.0
-        return value
-
-    async def _by_deadline(self, timeout_s: float, answer: Awaitable[T]) -> T:
-        # Not asyncio.timeout: redis 8.1 now and then swallows the cancellation of a command that is still connecting,
-        # which then lasts until its socket times out.
-        command = asyncio.ensure_future(answer)
-        self._commands.add(command)
-        command.add_done_callback(self._on_ended)
-        try:
-            await asyncio.wait([command], timeout=timeout_s)
-            if not command.done():
-                raise TimeoutError
-            return command.result()
-        finally:
-            command.cancel()
-
-    def _on_ended(self, command: asyncio.Future[T]) -> None:
-        self._commands.discard(command)
-        if not command.cancelled():
-            command.exception()  # nobody may be waiting for it any more
-
-    def _on_failure(self, reason: str) -> None:
-        if self.away:
-            return  # another command has just said so
-        if not self._failures:
-            log.warning("Redis is away (%s): lookups there find nobody", reason)
-        pause_s = min(BACKOFF_S * 2.0**self._failures, BACKOFF_S_MAX)
-        self._failures = min(self._failures + 1, 16)
-        self._away_until_s = asyncio.get_running_loop().time() + pause_s
 
 
 def _peer(member: object) -> PeerId | None:

@@ -1,6 +1,6 @@
 """The lookups of other nodes' responses that clients of this host wait for: their numbers, their bound, their end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -26,6 +26,9 @@ class ResponseFinder(Protocol):
 
     def release(self, lookup: int) -> None:
         """Nobody waits for the lookup any more; an answer would be ignored."""
+
+    def purge(self, keys: Iterable[bytes]) -> None:
+        """Delete entries wherever this node has put them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,11 @@ class ResponseLookups:
         """The client has gone: release what it waits for."""
         for client_lookup in list(self._clients.get(route, ())):
             self.release(route, client_lookup)
+
+    def purge(self, keys: Iterable[bytes]) -> None:
+        """The operator wants these entries gone."""
+        if self._finder is not None:
+            self._finder.purge(keys)
 
     def hint(self, lookup: int, hinted: bool) -> None:
         """Tell the client whether there is a hint; one that waits no more is ignored."""

@@ -1,0 +1,108 @@
+"""A fleet's Redis, which may be away: each command has a deadline, and after a failure it isn't asked for a while."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+READ_S = 0.1  # connecting included
+WRITE_S = 2.0
+BACKOFF_S = 0.25  # after a failure, doubled for each in a row
+BACKOFF_S_MAX = 10.0
+CONNECTIONS_MAX = 16
+# What a command raises when Redis is away, or answers what no Redis does: redis-py reads it with int() and recursion.
+AWAY = (RedisError, OSError, ValueError, RecursionError)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class RedisLink:
+    """Connections to the Redis at `url`, or `ValueError`; `redis` makes the commands that `within` waits for."""
+
+    def __init__(self, url: str) -> None:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=CONNECTIONS_MAX,
+            timeout=READ_S,
+            socket_connect_timeout=READ_S,
+            socket_timeout=WRITE_S,
+            protocol=2,  # every Redis speaks it
+            retry=Retry(NoBackoff(), 0),  # ours is the backoff
+        )
+        try:
+            pool.connection_class(**pool.connection_kwargs)  # it connects later
+        except TypeError as error:  # an option in the URL that there isn't
+            raise ValueError(str(error)) from error
+        self.redis = Redis.from_pool(pool)
+        self._commands: set[asyncio.Future[Any]] = set()  # under way, given up ones among them
+        self._failures = 0
+        self._away_until_s = 0.0  # the loop's time
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last command failed."""
+        return self._failures > 0
+
+    @property
+    def away_s(self) -> float:
+        """For how long it isn't asked, because it has just failed; at most 0 if it is."""
+        return self._away_until_s - asyncio.get_running_loop().time()
+
+    async def within(self, timeout_s: float, answer: Awaitable[T]) -> T:
+        """What the command `answer` brings in time; else one of `AWAY`, and `away_s` begins."""
+        try:
+            value = await self._by_deadline(timeout_s, answer)
+        except AWAY as error:
+            self._on_failure(type(error).__name__)
+            raise
+        if self._failures:
+            log.info("Redis is back")
+        self._failures = 0
+        self._away_until_s = 0.0
+        return value
+
+    async def close(self) -> None:
+        """Give the connections back; commands under way are given up."""
+        for command in self._commands:
+            command.cancel()
+        if self._commands:
+            await asyncio.wait(self._commands, timeout=WRITE_S)
+        with contextlib.suppress(RedisError, OSError):
+            await self.redis.aclose()
+            await self.redis.connection_pool.disconnect()
+
+    async def _by_deadline(self, timeout_s: float, answer: Awaitable[T]) -> T:
+        # Not asyncio.timeout: redis 8.1 now and then swallows the cancellation of a command that is still connecting,
+        # which then lasts until its socket times out.
+        command = asyncio.ensure_future(answer)
+        self._commands.add(command)
+        command.add_done_callback(self._on_ended)
+        try:
+            await asyncio.wait([command], timeout=timeout_s)
+            if not command.done():
+                raise TimeoutError
+            return command.result()
+        finally:
+            command.cancel()
+
+    def _on_ended(self, command: asyncio.Future[T]) -> None:
+        self._commands.discard(command)
+        if not command.cancelled():
+            command.exception()  # nobody may be waiting for it any more
+
+    def _on_failure(self, reason: str) -> None:
+        if self.away_s > 0:
+            return  # another command has just said so
+        if not self._failures:
+            log.warning("Redis is away (%s): whatever it would be asked is a miss", reason)
+        pause_s = min(BACKOFF_S * 2.0**self._failures, BACKOFF_S_MAX)
+        self._failures = min(self._failures + 1, 16)
+        self._away_until_s = asyncio.get_running_loop().time() + pause_s
