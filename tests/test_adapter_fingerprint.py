@@ -14,7 +14,13 @@ from vllm.engine.arg_utils import EngineArgs
 from hyperspace_vllm.core.records.errors import Refused
 from hyperspace_vllm.core.response.scope import sign_scope
 from hyperspace_vllm.vllm_adapter.connector import _check_supported, _scope_reader
-from hyperspace_vllm.vllm_adapter.fingerprint import adapter_digest, file_digest, kv_fingerprint, model_digest
+from hyperspace_vllm.vllm_adapter.fingerprint import (
+    adapter_digest,
+    file_digest,
+    kv_fingerprint,
+    model_digest,
+    tells_time,
+)
 from hyperspace_vllm.vllm_adapter.inherited import Inherited
 from hyperspace_vllm.vllm_adapter.kv_layout import plan_kv
 from tests.test_adapter_kv_layout import hybrid_cache
@@ -182,3 +188,24 @@ def test_a_scope_counts_when_this_server_signed_it(
         r.kv_transfer_params = {"hyperspace": sign_scope(key, scope, tenant, salt)}  # type: ignore[arg-type]
     found = _scope_reader(Inherited(secret, many_tenants))(r)
     assert (found.scope, found.tenant) == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "text", "tells"),
+    [
+        ("chat_template.jinja", "{{ messages }}", False),
+        ("chat_template.jinja", "{{ strftime_now('%d %b %Y') }}", True),
+        ("tokenizer_config.json", '{"chat_template": "{{ strftime_now() }}"}', True),
+        ("given.jinja", "{{ strftime_now() }}", True),
+        ("given.jinja", "{{ messages }}", False),
+    ],
+)
+def test_a_template_that_tells_the_date_is_noticed(tmp_path: Path, place: str, text: str, tells: bool) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / place).write_text(text)
+    given = str(tmp_path / place) if place == "given.jinja" else None
+    model = SimpleNamespace(tokenizer=str(tmp_path), tokenizer_revision=None)
+    assert tells_time(model, Namespace(chat_template=given)) is tells  # type: ignore[arg-type]
+    assert tells_time(model, Namespace(chat_template=text)) is tells  # type: ignore[arg-type]
+    elsewhere = SimpleNamespace(tokenizer="nobody/nothing", tokenizer_revision=None)
+    assert not tells_time(elsewhere, Namespace(chat_template=None))  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import vllm
+from huggingface_hub import try_to_load_from_cache
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -33,6 +34,7 @@ SMALL_FILE_BYTES = 64 << 20  # tokenizers and templates are hashed whole, up to 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 _TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
 # vLLM's "auto" takes the best backend that is installed, and backends lay their blocks out differently.
@@ -117,6 +119,17 @@ def model_digest(config: VllmConfig, args: Namespace) -> bytes:
         "options": _jsonable(options),
     }
     return fingerprint_digest(fields)
+
+
+def tells_time(model: ModelConfig, args: Namespace) -> bool:
+    """Whether the chat template may put the date into prompts: the answer of one day is none of the next one's."""
+    given = str(args.chat_template or "")
+    directory = Path(model.tokenizer)
+    if not directory.is_dir():
+        cached = try_to_load_from_cache(model.tokenizer, "tokenizer_config.json", revision=model.tokenizer_revision)
+        directory = Path(cached).parent if isinstance(cached, str) else directory
+    texts = [Path(given)] if os.path.isfile(given) else [directory / name for name in _TEMPLATE_FILES]
+    return "strftime" in given or any(file.is_file() and b"strftime" in file.read_bytes() for file in texts)
 
 
 def adapter_digest(path: str) -> bytes:

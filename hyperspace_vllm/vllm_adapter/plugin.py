@@ -110,7 +110,7 @@ class _Server:
         from ..core.records.ids import network_id
         from ..core.response.canonical import ACRONYMS
         from ..response_db import database_path
-        from .fingerprint import adapter_digest, model_digest
+        from .fingerprint import adapter_digest, model_digest, tells_time
         from .inherited import Inherited
 
         digest = model_digest(engine, args)
@@ -132,7 +132,9 @@ class _Server:
             store_streams=not getattr(args, "enable_return_routed_experts", False),
             sees_aborts=compat.notice_aborts(aborts.note),
             keeps_responses=bool(envs.VLLM_ENABLE_RESPONSES_API_STORE),
-            audits=not _BENDING & engine.model_config.get_diff_sampling_param().keys(),
+            audits=not (
+                _BENDING & engine.model_config.get_diff_sampling_param().keys() or tells_time(engine.model_config, args)
+            ),
             cache_sampled=config.sampled == "cache",
             semantic=config.semantic,
             max_error=config.max_error,
