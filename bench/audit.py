@@ -27,6 +27,7 @@ from .servers import MODELS
 
 TOKENS = 64
 BATCH = 16
+PROGRESS = Console(stderr=True)
 Alter = Callable[[list[str], random.Random, list[list[str]]], list[str]]
 
 
@@ -56,7 +57,7 @@ ALTERATIONS: dict[str, Alter] = {
 def greedy(tokenizer: AutoTokenizer, model: torch.nn.Module, prompts: list[str]) -> list[str]:
     """The answers to prompts, in float32."""
     answers: list[str] = []
-    for at in track(range(0, len(prompts), BATCH), "computing"):
+    for at in track(range(0, len(prompts), BATCH), "computing", console=PROGRESS):
         batch = tokenizer(prompts[at : at + BATCH], return_tensors="pt", padding=True, add_special_tokens=False)
         out = model.generate(**batch, max_new_tokens=TOKENS, do_sample=False)
         start = batch["input_ids"].shape[1]
@@ -93,7 +94,7 @@ def main() -> None:
         for name, alter in ALTERATIONS.items():
             found = [
                 distances(tokenizer, model, prompt, " ".join(alter(said, rng, words[:at] + words[at + 1 :])))
-                for at, (prompt, said) in enumerate(zip(track(prompts, name), words, strict=True))
+                for at, (prompt, said) in enumerate(zip(track(prompts, name, console=PROGRESS), words, strict=True))
             ]
             far = [sum(distance > FAR_NATS for distance in each) for each in found]
             rows.append(

@@ -47,11 +47,13 @@ from hyperspace_vllm.core.records.local import (
     NodeMessage,
     PrefixAnswer,
     PrefixesInMemory,
+    PurgeResponses,
     RegisterLayout,
     Rejected,
     ReleaseLookup,
     ReleaseResponse,
     RequestEnded,
+    ResponseAudited,
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
@@ -90,6 +92,7 @@ class Finder:
 
     wanted: list[tuple[int, bytes, bytes, int]] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
+    purged: list[bytes] = field(default_factory=list)
 
     def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
         self.wanted.append((lookup, request_key, model_digest, deadline_ms))
@@ -98,7 +101,8 @@ class Finder:
         self.released.append(lookup)
 
     def purge(self, keys: Iterable[bytes]) -> None:
-        """Nothing of it lies elsewhere."""
+        """What lies elsewhere has to go too."""
+        self.purged += keys
 
 
 @dataclass
@@ -138,6 +142,9 @@ class SmallNode:
 
     def touch(self, keys: Iterable[bytes]) -> None:
         self.touched.extend(keys)
+
+    def purge(self, keys: Iterable[bytes]) -> bool:
+        return True
 
     def submit(self, event: Event) -> None:
         self.events.append(event)
@@ -294,6 +301,16 @@ async def test_responses_go_to_their_store(node: SmallNode) -> None:
         client.send(TouchResponses((bytes(32),)))
         await until(lambda: node.touched)
         assert node.stored == [message]
+
+
+async def test_what_is_purged_or_found_false_goes_from_where_it_is_shared_too(node: SmallNode) -> None:
+    async with connected(node) as client:
+        client.send(ResponseAudited(b"passed".ljust(32), b"proof", 9, 0))
+        client.send(ResponseAudited(b"false".ljust(32), b"proof", 9, 1))
+        client.send(PurgeResponses((b"purged".ljust(32),)))
+        await until(lambda: len(node.finder.purged) == 2 if node.finder else False)
+    assert node.finder is not None
+    assert node.finder.purged == [b"false".ljust(32), b"purged".ljust(32)]
 
 
 async def test_lookups_beyond_the_bound_are_answered_busy_and_a_release_makes_room(node: SmallNode) -> None:
