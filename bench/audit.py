@@ -103,7 +103,7 @@ def main() -> None:
                     "count": len(far),
                     "entry_dropped": sum(each >= 1 for each in far),
                     "signer_convicted": sum(each >= 2 for each in far),
-                    "worst_nats": round(max(map(max, found)), 2),
+                    "worst_nats": round(max(distance for each in found for distance in each), 2),
                 }
             )
     if options.json:
