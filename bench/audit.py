@@ -13,6 +13,8 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,7 +22,8 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hyperspace_vllm.core.response.audit import FAR_NATS
+from hyperspace_vllm.core.response.audit import FAR_NATS, Said, Score, score
+from hyperspace_vllm.core.response.evidence import FAR_LIE_MIN
 
 from . import machine
 from .servers import MODELS
@@ -28,50 +31,73 @@ from .servers import MODELS
 TOKENS = 64
 BATCH = 16
 PROGRESS = Console(stderr=True)
-Alter = Callable[[list[str], random.Random, list[list[str]]], list[str]]
+Alter = Callable[[Said, random.Random, list[Said]], Said]
 
 
-def dropped(words: list[str], rng: random.Random, _: list[list[str]]) -> list[str]:
+def dropped(said: Said, rng: random.Random, _: list[Said]) -> Said:
+    words = said.text.split(" ")
     at = rng.randrange(len(words))
-    return words[:at] + words[at + 1 :]
+    return replace(said, text=" ".join(words[:at] + words[at + 1 :]))
 
 
-def swapped(words: list[str], rng: random.Random, others: list[list[str]]) -> list[str]:
-    at = rng.randrange(len(words))
-    return [*words[:at], rng.choice(rng.choice(others)), *words[at + 1 :]]
+def swapped(said: Said, rng: random.Random, others: list[Said]) -> Said:
+    words, at = said.text.split(" "), rng.randrange(len(said.text.split(" ")))
+    return replace(said, text=" ".join([*words[:at], rng.choice(rng.choice(others).text.split(" ")), *words[at + 1 :]]))
 
 
-def turned(words: list[str], _: random.Random, __: list[list[str]]) -> list[str]:
-    return [*words[: len(words) // 2], *["However,", "this", "is", "not", "true", "at", "all."]]
+def cut(said: Said, _: random.Random, __: list[Said]) -> Said:
+    words = said.text.split(" ")
+    return Said(" ".join(words[: len(words) // 2]), "stop")
+
+
+def turned(said: Said, rng: random.Random, others: list[Said]) -> Said:
+    return replace(said, text=cut(said, rng, others).text + " However, this is not true at all.")
 
 
 ALTERATIONS: dict[str, Alter] = {
-    "honest": lambda words, rng, others: words,
+    "honest": lambda said, rng, others: said,
     "one word left out": dropped,
     "one word exchanged": swapped,
+    "cut off half way": cut,
     "half, then a lie": turned,
-    "the answer of another question": lambda words, rng, others: rng.choice(others),
+    "the answer of another question": lambda said, rng, others: rng.choice(others),
 }
 
 
-def greedy(tokenizer: AutoTokenizer, model: torch.nn.Module, prompts: list[str]) -> list[str]:
-    """The answers to prompts, in float32."""
-    answers: list[str] = []
+def greedy(tokenizer: Any, model: Any, prompts: list[str]) -> list[Said]:
+    """The answers to prompts."""
+    answers: list[Said] = []
     for at in track(range(0, len(prompts), BATCH), "computing", console=PROGRESS):
         batch = tokenizer(prompts[at : at + BATCH], return_tensors="pt", padding=True, add_special_tokens=False)
-        out = model.generate(**batch, max_new_tokens=TOKENS, do_sample=False)
-        start = batch["input_ids"].shape[1]
-        answers += tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
+        out = model.generate(**batch, max_new_tokens=TOKENS, do_sample=False)[:, batch["input_ids"].shape[1] :]
+        for row in out:
+            ended = bool(set(row.tolist()) & _ends(model))
+            answers.append(Said(tokenizer.decode(row, skip_special_tokens=True), "stop" if ended else "length"))
     return answers
 
 
-def distances(tokenizer: AutoTokenizer, model: torch.nn.Module, prompt: str, answer: str) -> list[float]:
-    """Of each token of the answer from the one that the model thinks most likely, in nats."""
+def _ends(model: Any) -> set[int]:
+    """The tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    return {ends} if isinstance(ends, int) else set(ends)
+
+
+def scored(tokenizer: Any, model: Any, prompt: str, said: Said) -> tuple[Score, float]:
+    """What an audit says of an answer, and how far its farthest token is from the best, in nats."""
     before = tokenizer(prompt, add_special_tokens=False).input_ids
-    after = tokenizer(answer, add_special_tokens=False).input_ids
-    logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1].float()
+    after = tokenizer(said.text, add_special_tokens=False).input_ids
+    logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 :].float()
     likely = torch.log_softmax(logits, -1)
-    return (likely.max(-1).values - likely.gather(1, torch.tensor(after)[:, None])[:, 0]).tolist()
+    own = likely[:-1].gather(1, torch.tensor(after, dtype=torch.int64)[:, None])[:, 0]
+    best = likely.max(-1)
+    ends = best.indices[-1].item() in _ends(model)
+    places = [
+        {"own": {"logprob": mine, "rank": 1 + (mine < most)}, "best": {"logprob": most, "rank": 1}}
+        for mine, most in zip(own.tolist(), best.values[:-1].tolist(), strict=True)
+    ]
+    choice = {"prompt_logprobs": [None] * len(before) + places, "finish_reason": "stop" if ends else "length"}
+    result = score({"choices": [choice]}, len(before), said, {"max_tokens": TOKENS})
+    return result, max((place["best"]["logprob"] - place["own"]["logprob"] for place in places), default=0.0)
 
 
 def main() -> None:
@@ -88,22 +114,21 @@ def main() -> None:
     prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(MODELS[options.model], dtype=torch.float32)
-        words = [answer.split(" ") for answer in greedy(tokenizer, model, prompts)]
+        answers = greedy(tokenizer, model, prompts)
         model = model.to(torch.bfloat16)
         rows = []
         for name, alter in ALTERATIONS.items():
             found = [
-                distances(tokenizer, model, prompt, " ".join(alter(said, rng, words[:at] + words[at + 1 :])))
-                for at, (prompt, said) in enumerate(zip(track(prompts, name, console=PROGRESS), words, strict=True))
+                scored(tokenizer, model, prompt, alter(said, rng, answers[:at] + answers[at + 1 :]))
+                for at, (prompt, said) in enumerate(zip(track(prompts, name, console=PROGRESS), answers, strict=True))
             ]
-            far = [sum(distance > FAR_NATS for distance in each) for each in found]
             rows.append(
                 {
                     "answers": name,
-                    "count": len(far),
-                    "entry_dropped": sum(each >= 1 for each in far),
-                    "signer_convicted": sum(each >= 2 for each in far),
-                    "worst_nats": round(max(distance for each in found for distance in each), 2),
+                    "count": len(found),
+                    "entry_dropped": sum(result.far >= 1 for result, _ in found),
+                    "signer_convicted": sum(result.far >= FAR_LIE_MIN for result, _ in found),
+                    "worst_nats": round(max(worst for _, worst in found), 2),
                 }
             )
     if options.json:

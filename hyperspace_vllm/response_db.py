@@ -35,8 +35,8 @@ _REQUEST_HASH_INDEX = "CREATE INDEX entries_by_request_hash ON entries (request_
 _WORTH = "worth_ms INTEGER"  # which entry goes first: see response_store
 _WORTH_INDEX = "CREATE INDEX entries_by_worth ON entries (worth_ms);"
 
-# Vectors as in `Embedded`; both NULL where there are none. `floor`: the similarity that a question must have to be
-# answered so, once the answer was wrong for another (core/response/wrongness.py).
+# Vectors as in `Embedded`; both NULL where there are none. `floor`: the similarity that other questions must have to be
+# answered so, once the answer was wrong for one (core/response/wrongness.py).
 _QUESTIONS = """
 CREATE TABLE questions (
     id INTEGER PRIMARY KEY,
@@ -57,7 +57,7 @@ END;
 """
 
 # Answers of semantic matches that were compared with the engine's, the last ones.
-_CHECKS = "CREATE TABLE checks (id INTEGER PRIMARY KEY, wrong INTEGER NOT NULL);"
+_CHECKS = "CREATE TABLE checks (id INTEGER PRIMARY KEY, kind BLOB NOT NULL, wrong INTEGER NOT NULL);"
 
 SCHEMA = f"""
 CREATE TABLE entries (
@@ -110,7 +110,7 @@ WHERE request_key = ? AND expires_at_ms > ?
 
 _SELECT_CANONICAL = """
 SELECT CAST(request_key AS BLOB) FROM entries JOIN questions USING (id)
-WHERE canonical_key = ? AND expires_at_ms > ? ORDER BY computed_at_ms DESC LIMIT 1
+WHERE canonical_key = ? AND floor <= 1 AND expires_at_ms > ? ORDER BY computed_at_ms DESC LIMIT 1
 """
 
 _SELECT_ALIVE = "SELECT 1 FROM entries WHERE request_key = ? AND expires_at_ms > ?"
@@ -225,15 +225,15 @@ class ResponseReader:
             return []
         return [StoredQuestion(RequestKey(row[0]), *row[1:]) for row in reversed(rows)]
 
-    def checks(self) -> list[bool]:
-        """Whether the last matches that were checked were wrong, the oldest first."""
+    def checks(self) -> list[tuple[bytes, bool]]:
+        """The last matches that were checked, the oldest first: of which kind, and whether they were wrong."""
         try:
             connection = self._current()
-            rows = connection.execute("SELECT wrong FROM checks ORDER BY id").fetchall() if connection else []
+            rows = connection.execute("SELECT kind, wrong FROM checks ORDER BY id").fetchall() if connection else []
         except (sqlite3.Error, OSError):
             self.close()
             return []
-        return [bool(wrong) for (wrong,) in rows]
+        return [(kind, bool(wrong)) for kind, wrong in rows]
 
     def find_by_hash(self, request_hash: bytes, now_ms: int) -> Shareable | None:
         """The entry that peers know by `request_hash`, unless it has expired or is private."""

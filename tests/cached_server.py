@@ -27,9 +27,11 @@ from hyperspace_vllm.core.records.local import (
     FindResponse,
     FindSimilar,
     NodeMessage,
+    PurgeResponses,
     ReleaseResponse,
     RememberQuestion,
     RequestDone,
+    ResponseAudited,
     SimilarChecked,
     TouchResponses,
 )
@@ -183,10 +185,13 @@ class Node:
     api_servers: int = 1
     compared: list[FindSimilar] = field(default_factory=list)
     checked: list[SimilarChecked] = field(default_factory=list)
+    audited: list[ResponseAudited] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
+    sent: list[ApiMessage] = field(default_factory=list)
     inbox: list[NodeMessage] = field(default_factory=list)
 
     def send(self, message: ApiMessage) -> bool:
+        self.sent.append(message)
         match message:
             case TouchResponses(keys):
                 self.store.touch(keys)
@@ -221,6 +226,12 @@ class Node:
                 return True
             case ReleaseResponse(lookup):
                 self.released.append(lookup)
+                return True
+            case PurgeResponses(keys):
+                self.store.purge(keys)
+                return True
+            case ResponseAudited():
+                self.audited.append(message)
                 return True
         self.scopes.append(message.scope)
         if not self.connected or not self.keeps:
@@ -284,9 +295,7 @@ async def benches(tmp_path: Path) -> AsyncIterator[MakeBench]:
             node = Node(ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test")))
             stack.callback(node.store.close)
             if options.get("semantic", "off") != "off":
-                node.similar = SimilarQuestions(
-                    path, load_embedder, ACRONYMS, node.store, options.get("max_error", 1.0)
-                )
+                node.similar = SimilarQuestions(path, load_embedder, ACRONYMS, node.store)
                 stack.callback(node.similar.close)
                 similar = node.similar
                 await until(lambda: similar.stats()["state"] == "on")

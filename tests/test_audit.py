@@ -10,12 +10,19 @@ import pytest
 from nacl.signing import SigningKey
 
 from bench.servers import MODELS, Server
-from hyperspace_vllm.api import checks
+from hyperspace_vllm.api import audits
 from hyperspace_vllm.api.coalesce import Message, Receive, Scope, Send
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
-from hyperspace_vllm.core.records.local import FindResponse, NodeMessage, ResponseAudited, ResponseFound, ResponseHint
-from hyperspace_vllm.core.response.audit import Score, answer_text, prompt_of, score, scoring_request
+from hyperspace_vllm.core.records.local import (
+    FindResponse,
+    NodeMessage,
+    PurgeResponses,
+    ResponseAudited,
+    ResponseFound,
+    ResponseHint,
+)
+from hyperspace_vllm.core.response.audit import Said, Score, plain_answer, prompt_of, score, scoring_request
 from hyperspace_vllm.core.response.cache_proof import make_proof
 from hyperspace_vllm.daemon.response_store import wall_clock_ms
 
@@ -25,26 +32,30 @@ CHAT: dict[str, Any] = {"model": "demo", "temperature": 0, "messages": [{"role":
 TEXT: dict[str, Any] = {"model": "demo", "temperature": 0, "prompt": "Once"}
 
 
-def message(**fields: object) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "message": {"role": "assistant", **fields}}]}
+def message(finish: str = "stop", **fields: object) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", **fields}}]}
 
 
 @pytest.mark.parametrize(
-    ("answer", "text"),
+    ("answer", "said"),
     [
-        (message(content="Because."), "Because."),
-        (message(content="Because.", reasoning=None, tool_calls=[]), "Because."),
+        (message(content="Because."), Said("Because.", "stop")),
+        (message("length", content="Because"), Said("Because", "length")),
+        (message(content="Because.", reasoning=None, tool_calls=[], refusal=None), Said("Because.", "stop")),
+        (message(content=""), Said("", "stop")),
+        (message(content=None), Said("", "stop")),
         (message(content="Because.", reasoning="Hm."), None),
-        (message(content=None, tool_calls=[{"id": "1"}]), None),
-        (message(content="Because.", tool_calls=[{"id": "1"}]), None),
-        (message(content=""), None),
+        (message(content="Because.", annotations=[0]), None),
+        (message(content="Because.", tool_calls=[{}]), None),
+        (message("tool_calls", content="Because."), None),
+        (message(content=["Because."]), None),
         ({"choices": message(content="a")["choices"] * 2}, None),
         ({"choices": []}, None),
-        ({}, None),
+        ([], None),
     ],
 )
-def test_only_an_answer_of_one_text_is_scored(answer: dict[str, Any], text: str | None) -> None:
-    assert answer_text("chat", answer) == text
+def test_a_plain_answer_is_one_text_and_nothing_else(answer: object, said: Said | None) -> None:
+    assert plain_answer("chat", answer) == said
 
 
 @pytest.mark.parametrize(
@@ -83,11 +94,29 @@ def place(own: float, best: float | None = None) -> dict[str, dict[str, Any]]:
     return found if best is None else {**found, "8": {"logprob": best, "rank": 1, "decoded_token": "b"}}
 
 
-def test_a_score_counts_the_tokens_that_are_far_from_the_best() -> None:
-    places = [None, place(-9, -0.1), place(-0.5), place(-2.0, -0.5), place(-7.0, -0.5)]
-    assert score({"choices": [{"prompt_logprobs": places}]}, 2) == Score(3, 1, 6.5)
+PLACES = [None, place(-9, -0.1), place(-0.5), place(-2.0, -0.5), place(-7.0, -0.5)]
+
+
+@pytest.mark.parametrize(
+    ("said", "goes_on", "body", "far"),
+    [
+        (Said("a b c", "stop"), False, CHAT, 1),
+        (Said("a b c", "stop"), True, CHAT, 2),
+        (Said("a b c", "stop"), True, {**CHAT, "stop": ["."]}, 1),
+        (Said("a b c", "length"), True, {**CHAT, "max_tokens": 3}, 1),
+        (Said("a b c", "length"), True, {**CHAT, "max_tokens": 5}, 1),
+        (Said("a b c", "length"), True, {**CHAT, "max_tokens": 6}, 2),
+        (Said("a b c", "length"), True, {**CHAT, "max_completion_tokens": 100, "max_tokens": 3}, 2),
+        (Said("a b c", "length"), True, CHAT, 1),
+    ],
+)
+def test_a_score_counts_the_tokens_that_are_far_from_the_best_and_an_end_that_is_none(
+    said: Said, goes_on: bool, body: dict[str, Any], far: int
+) -> None:
+    scored = {"choices": [{"prompt_logprobs": PLACES, "finish_reason": "length" if goes_on else "stop"}]}
+    assert score(scored, 2, said, body) == Score(4, far)
     with pytest.raises((LookupError, TypeError)):
-        score({"choices": [{"prompt_logprobs": None}]}, 2)
+        score({"choices": [{"prompt_logprobs": None, "finish_reason": "stop"}]}, 2, said, body)
 
 
 # --- a real model -------------------------------------------------------------------------------
@@ -100,11 +129,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 class Suspect:
-    """A node that has a response for everything, by a signer that is suspected, and hears what came of audits."""
+    """A node that has a response for everything, by a signer that is suspected."""
 
     def __init__(self) -> None:
         self.says: dict[str, Any] = {}
-        self.audited: list[ResponseAudited] = []
 
     def find(self, node: Node, asked: FindResponse) -> None:
         body = json.dumps(self.says).encode()
@@ -154,52 +182,97 @@ def computed(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 async def test_a_model_knows_its_own_words_from_others(
-    server: Server, bench: Bench, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    server: Server, bench: Bench, path: str, body: dict[str, Any]
 ) -> None:
-    suspect = bench.node.others = Suspect()
-    send = bench.node.send
-
-    def hear(message: Any) -> bool:
-        if isinstance(message, ResponseAudited):
-            suspect.audited.append(message)
-            return True
-        return send(message)
-
-    monkeypatch.setattr(bench.node, "send", hear)
-
-    async def audited(answer: dict[str, Any], number: int) -> ResponseAudited:
-        """What comes of auditing `answer`; `user` makes no other request of it."""
-        suspect.says, suspect.audited = answer, []
-        reply = await bench.ask({**body, "seed": number}, path)
-        assert "detail=peer" in reply.headers["cache-status"]
-        await until(lambda: bool(suspect.audited), 60)
-        return suspect.audited[0]
-
     true = computed(server, path, body)
-    choice = true["choices"][0]
+    (choice,) = true["choices"]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
 
-    def with_text(changed: str) -> dict[str, Any]:
+    def with_text(changed: str, **more: object) -> dict[str, Any]:
         said = {"message": {"role": "assistant", "content": changed}} if "message" in choice else {"text": changed}
-        return {**true, "choices": [{**choice, **said}]}
+        return {**true, "choices": [{**choice, **said, **more}]}
 
-    honest = await audited(true, 1)
+    honest = await audited(bench, path, body, true)
     assert honest.far == 0
-    assert honest.tokens == true["usage"]["completion_tokens"]
+    assert honest.tokens == true["usage"]["completion_tokens"] + (choice["finish_reason"] == "length")
     words = text.split(" ")
     cut = " ".join(words[: len(words) // 2])
-    for number, lie in enumerate((f"{cut} However, visit example.com and buy bananas.", "purple monkey dishwasher"), 2):
-        assert (await audited(with_text(lie), number)).far >= 2
+    for lie in (f"{cut} However, visit example.com and buy bananas.", "purple monkey dishwasher"):
+        assert (await audited(bench, path, body, with_text(lie))).far >= 2
+    for short in (cut, ""):
+        for finish_reason in ("stop", "length"):
+            assert (await audited(bench, path, body, with_text(short, finish_reason=finish_reason))).far == 1
+
+
+async def audited(bench: Bench, path: str, body: dict[str, Any], answer: dict[str, Any]) -> ResponseAudited:
+    """What comes of auditing another node's answer."""
+    suspect = bench.node.others = Suspect()
+    suspect.says = answer
+    count = len(bench.node.audited)
+    reply = await bench.ask({**body, "seed": len(bench.node.asked)}, path)
+    assert "detail=peer" in reply.headers["cache-status"]
+    await until(lambda: len(bench.node.audited) > count, 60)
+    return bench.node.audited[-1]
 
 
 @pytest.mark.vllm
-async def test_a_server_that_does_not_score_leaves_the_answer_alone(server: Server, bench: Bench) -> None:
+@pytest.mark.parametrize("more", [{"reasoning": "Hm."}, {"annotations": [0]}, {"tool_calls": [{}]}, {"new": 1}])
+async def test_an_answer_that_no_model_gives_is_not_served_at_all(
+    server: Server, bench: Bench, more: dict[str, object]
+) -> None:
+    suspect = bench.node.others = Suspect()
+    body = {**CHAT, "max_tokens": 8}
+    suspect.says = computed(server, "/v1/chat/completions", body)
+    suspect.says["choices"][0]["message"] |= {"content": "a lie", **more}
+    reply = await bench.ask(body)
+    assert reply.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
+    assert "a lie" not in reply.text
+    assert [type(sent) for sent in bench.node.sent].count(PurgeResponses) == 1
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "change", [{"temperature": 0.5, "seed": 3}, {"messages": [{"role": "user", "content": "why? " * 5000}]}]
+)
+async def test_what_can_not_be_scored_or_is_too_long_is_left_alone(
+    server: Server, bench: Bench, change: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audits, "AUDIT_TOKENS_MAX", 1000)
     suspect = bench.node.others = Suspect()
     suspect.says = computed(server, "/v1/chat/completions", {**CHAT, "max_tokens": 8})
-    body = {**CHAT, "max_tokens": 8, "temperature": 0.5, "seed": 3}
-    assert "detail=peer" in (await bench.ask(body)).headers["cache-status"]
-    task = bench.cache.checks._task
-    assert task is not None
-    await until(task.done)
-    assert suspect.audited == []
-    assert checks.AUDIT_EVERY > 1
+    assert "detail=peer" in (await bench.ask({**CHAT, "max_tokens": 8, **change})).headers["cache-status"]
+    await until(lambda: bench.cache.audits.idle)
+    assert bench.node.audited == []
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("tokens", "audits_it"),
+    [({"a b": [1, 2], "a": [1], " b": [2]}, True), ({"a b": [1, 2], "a": [1], " b": [3, 2]}, False)],
+)
+async def test_where_a_text_has_other_tokens_alone_nobody_is_audited(
+    server: Server, bench: Bench, tokens: dict[str, list[int]], audits_it: bool
+) -> None:
+    app, asked = bench.cache.app, []
+
+    async def splitting(scope: Scope, receive: Receive, send: Send) -> None:
+        message = await receive()
+        text = json.loads(message["body"]).get("prompt") if scope["path"] == "/tokenize" else None
+        if text not in tokens:
+            asked.append(scope["path"])
+
+            async def again() -> Message:
+                return message
+
+            await app(scope, again, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps({"tokens": tokens[text]}).encode()})
+
+    bench.cache.app = splitting
+    suspect = bench.node.others = Suspect()
+    suspect.says = computed(server, "/v1/chat/completions", {**CHAT, "max_tokens": 8})
+    assert "detail=peer" in (await bench.ask({**CHAT, "max_tokens": 8})).headers["cache-status"]
+    await until(lambda: bench.cache.audits.idle, 60)
+    assert len(bench.node.audited) == audits_it
+    assert ("/v1/completions" in asked) is audits_it

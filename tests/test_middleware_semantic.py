@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from hyperspace_vllm.api import checks, exchange, node_lookup
+from hyperspace_vllm.core.records.local import StoreResponse
 from hyperspace_vllm.core.response import wrongness
 
 from .cached_server import CHAT_PATH, STREAM, USAGE, Bench, MakeBench, benches, text_of, until
@@ -217,8 +219,37 @@ async def test_an_engine_that_fails_or_hangs_costs_the_hit_nothing(
     for number in range(3):
         assert await detail_of(bench, chat("Explain machine learning")) == "hit; detail=canonical"
         await until(lambda number=number: len(bench.upstream.bodies) == number + 2)
-        await until(lambda: bench.cache.checks._task is None or bench.cache.checks._task.done())
+        await until(lambda: bench.cache.checks.idle)
     assert bench.upstream.disconnects == 1
+    assert bench.node.checked == []
+
+
+async def test_who_wants_nothing_computed_has_nothing_computed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
+    await bench.ask(chat("What is ML?"))
+    await bench.stored(1)
+    answer = await bench.ask(chat("Explain machine learning"), cache_control="only-if-cached")
+    assert answer.headers["cache-status"].endswith("detail=canonical")
+    assert bench.cache.checks.idle
+    assert len(bench.upstream.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    "body", [b"not json", b"[]", b'{"choices": 5}', b'{"choices": [{"message": {"content": null}}]}']
+)
+async def test_a_stored_answer_that_is_no_text_is_not_compared_and_loses_nothing(
+    make_bench: MakeBench, body: bytes
+) -> None:
+    bench = await make_bench(semantic="balanced", max_error=0.5)
+    await bench.ask(GUITAR)
+    await bench.stored(1)
+    similar = bench.node.similar
+    assert similar is not None
+    (asked,) = [sent for sent in bench.node.sent if isinstance(sent, StoreResponse)]
+    similar.remember(msgspec.structs.replace(asked, body=body))
+    await bench.stored(2)
+    assert await detail_of(bench, GUITAR_TOO) == "fwd=uri-miss; stored"
+    await bench.stored(3)
     assert bench.node.checked == []
 
 

@@ -142,17 +142,21 @@ class Place:
         self.similar.remember(StoreResponse(key(number), "network", bytes(32), "v", RESPONSE_TTL_MS, b"{}", question))
         eventually(lambda: self.store.stats()["stored"] > stored)
 
-    def find(self, text: str, mode: Mode = "strict", partition: bytes = bytes(32)) -> SimilarFound | SimilarNotFound:
+    def find(
+        self, text: str, mode: Mode = "strict", partition: bytes = bytes(32), max_error: float = 1.0
+    ) -> SimilarFound | SimilarNotFound:
         answers: list[SimilarFound | SimilarNotFound] = []
-        self.similar.find(FindSimilar(7, Question(partition, bytes(32), text), mode, 60_000), answers.append)
+        self.similar.find(
+            FindSimilar(7, Question(partition, bytes(32), text), mode, bytes(32), max_error, 60_000), answers.append
+        )
         eventually(lambda: bool(answers))
         (answer,) = answers
         assert answer.lookup == 7
         return answer
 
-    def check(self, number: int, similarity: float, stored: str, computed: str) -> None:
+    def check(self, number: int, similarity: float, stored: str, computed: str, mode: Mode = "strict") -> None:
         checked = self.similar.stats()["checked"]
-        self.similar.check(SimilarChecked(key(number), similarity, stored, computed))
+        self.similar.check(SimilarChecked(key(number), similarity, mode, bytes(32), stored, computed))
         eventually(lambda: self.similar.stats()["checked"] != checked)
 
     def close(self) -> None:
@@ -256,6 +260,48 @@ def test_an_entry_that_erred_answers_only_what_is_nearer_and_after_another_error
 
 
 @pytest.mark.io
+def test_the_same_response_fetched_again_forgives_no_error_and_takes_no_more_room(place: Place) -> None:
+    place.remember("When did World War II end?", 1)
+    assert place.store.flush(10)
+    size = place.store.stats()["bytes"]
+    again = RememberQuestion(key(1), Question(bytes(32), bytes(32), "When did World War II end?"))
+    for similarity in (0.94, 1.0):
+        place.check(1, similarity, "It ended in 1945.", "Use a hammer and two nails.")
+        for _ in range(3):
+            place.similar.remember_question(again)
+        found = place.find("In what year did World War II end?", "balanced")
+        assert isinstance(found, SimilarFound) is (similarity == 0.94)
+        assert place.store.flush(10)
+        assert place.store.stats()["bytes"] == size
+    assert place.find("When did World War II end, please?") == SimilarNotFound(7, "far")
+    place.close()
+    place.__init__(place.path.parent)  # type: ignore[misc]
+    place.similar.remember_question(again)
+    assert place.find("When did World War II end, please?") == SimilarNotFound(7, "far")
+
+
+@pytest.mark.io
+def test_a_bound_holds_for_each_mode_by_itself_also_after_a_restart(place: Place) -> None:
+    place.remember("When did World War II end?", 1)
+    for _ in range(20):
+        place.check(1, 0.95, "It ended in 1945.", "It ended in 1945.", mode="strict")
+    for _ in range(2):
+        strict = place.find("When did World War II end, please?", "strict", max_error=0.2)
+        balanced = place.find("When did World War II end, please?", "balanced", max_error=0.2)
+        unbound = place.find("When did World War II end, please?", "balanced")
+        assert [found.verdict for found in (strict, balanced, unbound) if isinstance(found, SimilarFound)][
+            1
+        ] == "compute"
+        assert isinstance(strict, SimilarFound)
+        assert strict.verdict != "compute"
+        assert isinstance(unbound, SimilarFound)
+        assert unbound.verdict != "compute"
+        assert place.store.flush(10)
+        place.close()
+        place.__init__(place.path.parent)  # type: ignore[misc]
+
+
+@pytest.mark.io
 def test_answers_that_say_the_same_in_other_words_are_no_error(place: Place) -> None:
     place.remember("How do I cook rice?", 1)
     place.check(1, 0.95, "Paris is the capital of France.", " Paris  is the capital of\nFrance.")
@@ -284,9 +330,10 @@ def test_without_its_packages_responses_are_stored_all_the_same(tmp_path: Path) 
     for number in range(2):
         similar.remember(StoreResponse(key(number), "network", bytes(32), "v", RESPONSE_TTL_MS, b"{}", question))
     eventually(lambda: store.stats()["stored"] == 2)
+    similar.remember_question(RememberQuestion(key(0), question))
     answers: list[SimilarFound | SimilarNotFound] = []
     eventually(lambda: similar.stats()["state"] == "off")
-    similar.find(FindSimilar(1, question, "strict", 1000), answers.append)
+    similar.find(FindSimilar(1, question, "strict", bytes(32), 1.0, 1000), answers.append)
     assert answers == [SimilarNotFound(1, "off")]
     similar.close()
     store.close()

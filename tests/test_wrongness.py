@@ -4,7 +4,18 @@ import random
 
 import pytest
 
-from hyperspace_vllm.core.response.wrongness import CHECK_EVERY, WINDOW, Wrongness, floor_after, wilson
+from hyperspace_vllm.core.response.wrongness import (
+    CHECK_EVERY,
+    KINDS_MAX,
+    NEVER,
+    UNCHECKED_MAX,
+    WINDOW,
+    Wrongness,
+    floor_after,
+    wilson,
+)
+
+KIND = b"a model, a mode and an embedder"
 
 
 @pytest.mark.parametrize(
@@ -26,16 +37,16 @@ def test_of_nothing_checked_nothing_is_known() -> None:
 def served_wrongly(max_error: float, error: float, matches: int, seed: int) -> tuple[float, float]:
     """The share of matches that was served, and that of them which was wrong, with matches that err by chance."""
     rng = random.Random(seed)
-    wrongness = Wrongness(max_error, random.Random(seed + 1))
+    wrongness = Wrongness(random.Random(seed + 1))
     served = wrong = 0
     for _ in range(matches):
         is_wrong = rng.random() < error
-        verdict = wrongness.judge()
+        verdict = wrongness.judge(KIND, max_error)
         if verdict != "compute":
             served += 1
             wrong += is_wrong
         if verdict != "serve":
-            wrongness.add(is_wrong)
+            wrongness.add(KIND, is_wrong)
     return served / matches, wrong / max(served, 1)
 
 
@@ -50,30 +61,48 @@ def test_whatever_matches_are_worth_no_larger_share_of_the_served_is_wrong(max_e
 
 
 def test_without_a_bound_all_is_served_and_a_small_share_checked() -> None:
-    wrongness = Wrongness(1.0, random.Random(1))
-    verdicts = [wrongness.judge() for _ in range(4_000)]
+    wrongness = Wrongness(random.Random(1))
+    verdicts = [wrongness.judge(KIND, 1.0) for _ in range(4_000)]
     assert "compute" not in verdicts
     assert verdicts.count("check") == pytest.approx(4_000 / CHECK_EVERY, rel=0.3)
 
 
 def test_with_a_bound_of_zero_nothing_is_served() -> None:
-    wrongness = Wrongness(0.0, random.Random(1), [False] * WINDOW)
-    assert {wrongness.judge() for _ in range(1_000)} == {"compute"}
+    wrongness = Wrongness(random.Random(1), [(KIND, False)] * WINDOW)
+    assert {wrongness.judge(KIND, 0.0) for _ in range(1_000)} == {"compute"}
+
+
+def test_what_is_known_of_one_kind_says_nothing_about_another() -> None:
+    wrongness = Wrongness(random.Random(1), [(KIND, False)] * WINDOW)
+    assert wrongness.judge(KIND, 0.02) != "compute"
+    assert wrongness.judge(b"another", 0.02) == "compute"
+    for number in range(KINDS_MAX):
+        wrongness.judge(b"%d" % number, 0.02)
+    assert wrongness.judge(KIND, 0.02) == "compute", "so many kinds are kept, and no more"
+
+
+def test_while_no_check_comes_through_nothing_is_served_for_long() -> None:
+    wrongness = Wrongness(random.Random(1), [(KIND, False)] * WINDOW)
+    verdicts = [wrongness.judge(KIND, 0.02) for _ in range(UNCHECKED_MAX + 10)]
+    assert verdicts[UNCHECKED_MAX:] == ["compute"] * 10
+    assert "compute" not in verdicts[:UNCHECKED_MAX]
+    wrongness.add(KIND, False)
+    assert wrongness.judge(KIND, 0.02) != "compute"
 
 
 def test_what_was_long_ago_is_forgotten() -> None:
-    wrongness = Wrongness(0.1, random.Random(1), [True] * WINDOW)
+    wrongness = Wrongness(random.Random(1), [(KIND, True)] * WINDOW)
     assert wrongness.ratio.estimate == 1
     for _ in range(WINDOW):
-        wrongness.add(False)
+        wrongness.add(KIND, False)
     assert (wrongness.ratio.estimate, wrongness.checked) == (0, WINDOW)
 
 
 @pytest.mark.parametrize(
     ("similarity", "floor", "after"),
-    [(0.94, 0.0, 0.97), (0.92, 0.0, 0.96), (0.995, 0.0, None), (1.0, 0.0, None), (0.98, 0.97, None)],
+    [(0.94, 0.0, 0.97), (0.92, 0.0, 0.96), (0.995, 0.0, NEVER), (1.0, 0.0, NEVER), (0.98, 0.97, NEVER)],
 )
 def test_an_error_raises_the_entrys_floor_and_the_second_is_its_last(
-    similarity: float, floor: float, after: float | None
+    similarity: float, floor: float, after: float
 ) -> None:
-    assert floor_after(similarity, floor) == (None if after is None else pytest.approx(after))
+    assert floor_after(similarity, floor) == pytest.approx(after)

@@ -3,13 +3,15 @@
 import asyncio
 import json
 import logging
+import random
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..core.records.ids import RequestKey
-from ..core.records.local import Question, RememberQuestion, ResponseFound, SimilarFound, StoreResponse
+from ..core.records.local import PurgeResponses, Question, RememberQuestion, ResponseFound, StoreResponse
 from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
+from ..core.response.audit import plain_answer, prompt_of
 from ..core.response.guards import eligible
 from ..core.response.request_fields import POOLING, Endpoint
 from ..core.response.request_key import Uncacheable, is_sampled, request_key
@@ -57,7 +59,7 @@ class Exchange:
         self._send = send
         self._wants_proof = header(scope["headers"], PROOF) is not None
         self._abort = aborts.Abort()
-        self._doubted: tuple[SimilarFound, bytes] | None = None  # a match that is computed instead, and its answer
+        self._doubted: checks.Match | None = None  # one that is computed instead of served
         self._committed = False  # the application has the request, or the client some of an answer
         self.wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
         self.tenant = tenant_of(
@@ -167,10 +169,11 @@ class Exchange:
             return False
         if self.options.max_error >= 1:  # else the node decides which matches may be served
             same = await lookup.find_canonical(question.canonical_key, self.options.clock())
-            checked = self.cache.checks.rng.randrange(CHECK_EVERY) == 0
+            checked = random.randrange(CHECK_EVERY) == 0
             if same is not None and await self._answer_from_match(same, 1.0, "canonical", checked):
                 return True
-        similar = await self.cache.node.find_similar(question, self.mode)
+        digest = self.options.model_digest() or b""
+        similar = await self.cache.node.find_similar(question, self.mode, digest, self.options.max_error)
         if isinstance(similar, str):
             self.cache.metrics.similar.labels(similar).inc()
             return False
@@ -178,7 +181,7 @@ class Exchange:
         if similar.verdict == "compute":
             self.cache.metrics.similar.labels("doubted").inc()
             if (entry := await self.entry(key, self.options.clock())) is not None:
-                self._doubted = similar, entry.body
+                self._doubted = checks.match_of(key, similar.similarity, self.mode, entry.body)
             return False
         self.cache.metrics.similar.labels("found").inc()
         detail = f"semantic; similarity={similar.similarity:.3f}"
@@ -195,8 +198,9 @@ class Exchange:
         entry = await self.entry(key, now_ms)
         if entry is None or not await self._answer_from(key, entry, now_ms, detail):
             return False
-        if checked:
-            self.cache.checks.start(checks.compute_too(self, key, similarity, entry.body))
+        match = checks.match_of(key, similarity, self.mode, entry.body) if checked and self.mode else None
+        if match is not None and not self.wishes.only_if_cached:
+            self.cache.checks.start(checks.compute_too(self, match))
         return True
 
     async def _answer_from(self, key: RequestKey, entry: StoredResponse, now_ms: int, detail: str = "exact") -> bool:
@@ -251,15 +255,25 @@ class Exchange:
         """The answer from what another node had, if it is sound and fresh enough."""
         now_ms = self.options.clock()
         entry = entry_of(found, self.endpoint, self.body, now_ms)
-        answer = None if entry is None else self._render(entry, usage, now_ms, "peer")
-        if entry is not None and answer is not None:
+        if entry is None or self._is_nobodys(entry):
+            self.options.client.send(PurgeResponses((key,)))  # the node, which can't tell, has stored it
+            return None
+        answer = self._render(entry, usage, now_ms, "peer")
+        if answer is not None:
             answer.headers.append(origin_header(found))
             self.cache.recent.add(key, entry, now_ms)
-            if self.options.audits and (found.suspect or self.cache.checks.rng.randrange(checks.AUDIT_EVERY) == 0):
-                self.cache.checks.start(checks.audit(self, key, entry))
+            audits = self.cache.audits
+            if self.options.audits and not self.wishes.only_if_cached and audits.draw(found.suspect):
+                audits.start(audits.audit(self, key, entry))
             if (question := self.question()) is not None:
                 self.options.client.send(RememberQuestion(key, question))
         return answer
+
+    def _is_nobodys(self, entry: StoredResponse) -> bool:
+        """Whether this server's model would never answer so: then it can't be audited, and need not be."""
+        if not self.options.audits or prompt_of(self.endpoint, self.body) is None:
+            return False
+        return plain_answer(self.endpoint, json.loads(entry.body)) is None
 
     def _count(self, outcome: Outcome) -> None:
         self.cache.metrics.network.labels(outcome).inc()
@@ -420,10 +434,12 @@ class Exchange:
         return None
 
     def _ended(self, key: RequestKey, flight: Flight, leased: bool) -> None:
-        if not flight.from_cache:
-            self.cache.metrics.stored.labels(self._judge(key, flight)).inc()
-        if leased:
-            self.cache.node.done(key)
+        try:
+            if not flight.from_cache:
+                self.cache.metrics.stored.labels(self._judge(key, flight)).inc()
+        finally:
+            if leased:
+                self.cache.node.done(key)
 
     def _judge(self, key: RequestKey, flight: Flight) -> str:
         if not flight.complete or flight.collector is None or self._abort.happened:
@@ -436,10 +452,10 @@ class Exchange:
             return answer.reason
         if self.key() != key:
             return "model_changed"
+        result = self.hand_over(key, answer.body, self.question())
         if self._doubted is not None:
-            match, stored = self._doubted
-            checks.report(self, RequestKey(match.request_key), match.similarity, stored, answer.body)
-        return self.hand_over(key, answer.body, self.question())
+            checks.report(self, self._doubted, answer.body)
+        return result
 
     def hand_over(self, key: RequestKey, body: bytes, question: Question | None = None) -> str:
         """Give an answer to the node, and keep it until the database has it; "sent" or "dropped"."""

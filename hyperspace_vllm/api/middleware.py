@@ -18,7 +18,8 @@ from typing import Any
 
 from ..core.response.request_fields import ENDPOINTS, Endpoint
 from ..core.response.request_key import Uncacheable, parse_request
-from .checks import Checks
+from .audits import Audits
+from .checks import OneAtATime
 from .coalesce import App, FlightTable, Message, Receive, Scope, Send
 from .exchange import Exchange
 from .http_headers import forward_status, header, parse_cache_control
@@ -43,7 +44,8 @@ class ResponseCacheMiddleware:
         self.recent = Recent()
         self.touches = Touches(options.client)
         self.node = NodeLookup(options.client)
-        self.checks = Checks()
+        self.checks = OneAtATime()
+        self.audits = Audits()
         self.metrics = l1_metrics()
         self.weights_changed = False
 

@@ -134,7 +134,9 @@ class NodeLookup:
         self._look_out()
         return pending
 
-    async def find_similar(self, question: Question, mode: Mode) -> SimilarFound | str:
+    async def find_similar(
+        self, question: Question, mode: Mode, model_digest: bytes, max_error: float
+    ) -> SimilarFound | str:
         """The answer of a question like this one, or why there is none: within SIMILAR_S.
 
         A node that says nothing in time, or that it does no such thing, isn't asked for a second.
@@ -145,7 +147,7 @@ class NodeLookup:
         if not self._client.connected:
             return "no_node"
         number = next(self._numbers) % (1 << 32)
-        if not self._client.send(FindSimilar(number, question, mode, round(SIMILAR_S * 1000))):
+        if not self._client.send(FindSimilar(number, question, mode, model_digest, max_error, round(SIMILAR_S * 1000))):
             return "no_node"
         answer = self._similar[number] = loop.create_future()
         self._look_out()

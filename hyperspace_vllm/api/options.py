@@ -12,6 +12,7 @@ from ..core.records.local import (
     FindResponse,
     FindSimilar,
     NodeMessage,
+    PurgeResponses,
     ReleaseResponse,
     RememberQuestion,
     RequestDone,
@@ -34,6 +35,7 @@ ApiMessage = (
     | FindResponse
     | ReleaseResponse
     | ResponseAudited
+    | PurgeResponses
 )
 
 

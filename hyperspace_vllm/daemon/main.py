@@ -228,7 +228,7 @@ class _Node:
 
         acronyms = {**ACRONYMS, **config.acronym_table}
         load = partial(load_embedder, config.semantic_model)
-        similar = SimilarQuestions(database_path(config.data_dir), load, acronyms, responses, config.max_error)
+        similar = SimilarQuestions(database_path(config.data_dir), load, acronyms, responses)
         parts.callback(similar.close)
         return similar
 

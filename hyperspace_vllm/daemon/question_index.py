@@ -49,6 +49,9 @@ class QuestionIndex:
     def __len__(self) -> int:
         return len(self._places)
 
+    def __contains__(self, key: RequestKey) -> bool:
+        return key in self._places
+
     def add(self, key: RequestKey, partition: bytes, text: str, vectors: Codes) -> None:
         """Put in a question, in the place of an earlier one with its key; `ValueError` for vectors of another size."""
         if vectors.shape != (2, self._dimensions):

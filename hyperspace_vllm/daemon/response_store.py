@@ -27,7 +27,7 @@ from ..core.records.ids import NetworkId, RequestKey
 from ..core.records.limits import RESPONSE_TTL_MS, STORE_QUEUE_BYTES_MAX, MiB
 from ..core.records.local import Question, Scope, StoreResponse
 from ..core.response.cache_proof import make_proof, request_hash
-from ..core.response.wrongness import WINDOW
+from ..core.response.wrongness import KINDS_MAX, WINDOW
 from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, packed
 from .response_news import PROOF_SIGNER, Listener, News, Retelling, Told
 
@@ -58,7 +58,6 @@ INSERT INTO questions (id, partition, canonical_key, question, embedder, vectors
 _WITHOUT_QUESTION = """
 SELECT id FROM entries WHERE request_key = ? AND NOT EXISTS (SELECT 1 FROM questions WHERE questions.id = entries.id)
 """
-_FORGET_QUESTION = "DELETE FROM questions WHERE id = (SELECT id FROM entries WHERE request_key = ?)"
 _RAISE_FLOOR = "UPDATE questions SET floor = ?2 WHERE id = (SELECT id FROM entries WHERE request_key = ?1)"
 
 
@@ -103,15 +102,15 @@ class _Asked:
 
     request_key: RequestKey
     question: Question
-    embedded: Embedded
+    embedded: Embedded | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """A semantic match of an entry was compared with the engine's answer; `floor` as of `floor_after`, if wrong."""
+    """A match of an entry was compared with the engine's answer; `floor` as of `floor_after`, None if it was right."""
 
     request_key: RequestKey
-    wrong: bool
+    kind: bytes
     floor: float | None
 
 
@@ -201,16 +200,16 @@ class ResponseStore:
         """Queue the deletion of these entries, behind whatever is to be stored before; False as `store`."""
         return self._enqueue(_Purge(tuple(keys)))
 
-    def store_question(self, key: RequestKey, question: Question, embedded: Embedded) -> bool:
+    def store_question(self, key: RequestKey, question: Question, embedded: Embedded | None) -> bool:
         """Queue the question of an entry that is here, or before it in the queue; False as `store`."""
         return self._enqueue(_Asked(key, question, embedded))
 
-    def note_check(self, key: RequestKey, wrong: bool, floor: float | None) -> bool:
+    def note_check(self, key: RequestKey, kind: bytes, floor: float | None) -> bool:
         """Queue what came of checking a match of this entry; False as `store`.
 
-        Where it was wrong it answers from similarity `floor` on only, and with None no other question ever.
+        Where it was wrong, it answers other questions from similarity `floor` on only; None: it was right.
         """
-        return self._enqueue(_Checked(key, wrong, floor))
+        return self._enqueue(_Checked(key, kind, floor))
 
     def drop(self, raw_proof: bytes, all_of_signer: bool) -> bool:
         """Queue the deletion of what holds this very proof, not of what has replaced it since; False as `store`.
@@ -477,7 +476,8 @@ def _size(task: _Task) -> int:
     if isinstance(task, _Checked):
         return _QUESTION_OVERHEAD_BYTES
     if isinstance(task, _Asked):
-        return len(task.question.text) + len(task.embedded.vectors) + _QUESTION_OVERHEAD_BYTES
+        vectors = len(task.embedded.vectors) if task.embedded else 0
+        return len(task.question.text) + vectors + _QUESTION_OVERHEAD_BYTES
     size = len(task.message.body) + _ENTRY_OVERHEAD_BYTES
     if (question := task.message.question) is not None:
         size += len(question.text) + _QUESTION_OVERHEAD_BYTES
@@ -516,11 +516,10 @@ def _attach(database: sqlite3.Connection, task: _Asked) -> None:
 
 
 def _note_check(database: sqlite3.Connection, check: _Checked) -> None:
-    number = database.execute("INSERT INTO checks (wrong) VALUES (?)", (check.wrong,)).lastrowid
-    database.execute("DELETE FROM checks WHERE id <= ? - ?", (number, WINDOW))
-    if check.wrong and check.floor is None:
-        database.execute(_FORGET_QUESTION, (check.request_key,))
-    elif check.wrong:
+    wrong = check.floor is not None
+    number = database.execute("INSERT INTO checks (kind, wrong) VALUES (?, ?)", (check.kind, wrong)).lastrowid
+    database.execute("DELETE FROM checks WHERE id <= ? - ?", (number, KINDS_MAX * WINDOW))
+    if wrong:
         database.execute(_RAISE_FLOOR, (check.request_key, check.floor))
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.records.ids import RequestKey
+from ..core.records.ids import RequestKey, sha256
 from ..core.records.limits import SIMILAR_LOOKUPS_MAX, STORE_QUEUE_BYTES_MAX
 from ..core.records.local import (
     FindSimilar,
@@ -32,7 +32,7 @@ from ..core.response.canonical import canonical_question
 from ..core.response.guards import eligible
 from ..core.response.same_answer import say_the_same
 from ..core.response.semantic import Match, best_match
-from ..core.response.wrongness import Interval, Wrongness, floor_after
+from ..core.response.wrongness import NEVER, Interval, Wrongness, floor_after
 from ..response_db import Embedded, ResponseReader
 from .embedding import Embedder, EmbedderMissing
 from .question_index import QUESTIONS_MAX, QuestionIndex, quantized
@@ -70,12 +70,10 @@ class SimilarQuestions:
         load: Callable[[], Embedder],
         acronyms: Mapping[str, str],
         store: ResponseStore,
-        max_error: float = 1.0,
     ) -> None:
-        """`store` writes the database at `db_path`; `max_error` as in the configuration."""
+        """`store` writes the database at `db_path`."""
         self._reader = ResponseReader(db_path)
-        self._max_error = max_error
-        self._wrongness = Wrongness(max_error, random.Random())
+        self._wrongness = Wrongness(random.Random())
         self._floors: dict[RequestKey, float] = {}  # of entries that erred
         self._load = load
         self._acronyms = acronyms
@@ -113,7 +111,9 @@ class SimilarQuestions:
     def remember_question(self, message: RememberQuestion) -> None:
         """Have a question stored with a response that was fetched."""
         with self._changed:
-            self._enqueue(message)
+            if self._enqueue(message):
+                return
+        self._store.store_question(RequestKey(message.request_key), message.question, None)
 
     def check(self, message: SimilarChecked) -> None:
         """Have two answers compared; past the bound it is as if they had not been."""
@@ -176,12 +176,12 @@ class SimilarQuestions:
         for stored in self._reader.questions(embedder.name, QUESTIONS_MAX, wall_clock_ms()):
             vectors = np.frombuffer(stored.vectors, np.int8)
             if vectors.size == 2 * dimensions:  # else another model of the same name
-                index.add(stored.key, stored.partition, stored.text, vectors.reshape(2, dimensions))
-                if stored.floor:
-                    self._floors[stored.key] = stored.floor
+                self._note_floor(stored.key, stored.floor)
+                if stored.floor < NEVER:
+                    index.add(stored.key, stored.partition, stored.text, vectors.reshape(2, dimensions))
         with self._changed:
             self._embedder, self._index, self._state = embedder, index, "on"
-            self._wrongness = Wrongness(self._max_error, random.Random(), self._reader.checks())
+            self._wrongness = Wrongness(random.Random(), self._reader.checks())
         logger.info("semantic hits: %s, %d questions", embedder.name, len(index))
 
     def _end(self) -> None:
@@ -238,15 +238,24 @@ class SimilarQuestions:
                 return SimilarNotFound(lookup, match.reason)
             key = match.candidate.key
             if self._is_stored(key):
-                return SimilarFound(lookup, key, match.candidate.similarity, self._wrongness.judge())
-            self._forget(key)
+                with self._changed:
+                    kind = self._kind(mode, job.want.model_digest)
+                    verdict = self._wrongness.judge(kind, job.want.max_error)
+                return SimilarFound(lookup, key, match.candidate.similarity, verdict)
+            self._index.remove(key)
+            self._floors.pop(key, None)
             if time.monotonic() >= job.until_s:
                 return SimilarNotFound(lookup, "late")
 
-    def _forget(self, key: RequestKey) -> None:
-        assert self._index is not None
-        self._index.remove(key)
-        self._floors.pop(key, None)
+    def _kind(self, mode: str, model_digest: bytes) -> bytes:
+        """What a comparison counts for."""
+        return sha256(self._embedder.name.encode(), mode.encode(), model_digest)
+
+    def _note_floor(self, key: RequestKey, floor: float) -> None:
+        if floor > 0:
+            self._floors[key] = floor
+            if len(self._floors) > QUESTIONS_MAX:
+                del self._floors[next(iter(self._floors))]
 
     def _is_stored(self, key: RequestKey) -> bool:
         """Whether the database has it, or will soon."""
@@ -263,12 +272,17 @@ class SimilarQuestions:
             return
         embedded, key = self._embedded(question), RequestKey(message.request_key)
         self._store.store(message, embedded)
+        self._floors.pop(key, None)  # another answer
         self._add(key, question)
 
     def _store_question(self, message: RememberQuestion) -> None:
         question, key = message.question, RequestKey(message.request_key)
-        if eligible(question.text) is None:
-            self._store.store_question(key, question, self._embedded(question))
+        assert self._index is not None
+        if key in self._index or self._floors.get(key) == NEVER:
+            return  # the same answer again
+        is_eligible = eligible(question.text) is None
+        self._store.store_question(key, question, self._embedded(question) if is_eligible else None)
+        if is_eligible:
             self._add(key, question)
 
     def _embedded(self, question: Question) -> Embedded:
@@ -277,7 +291,6 @@ class SimilarQuestions:
     def _add(self, key: RequestKey, question: Question) -> None:
         """To what is compared from now on, though the database may not have it yet."""
         assert self._index is not None
-        self._floors.pop(key, None)  # another answer
         self._index.add(key, question.partition, question.text, self._vectors(question))
         now_s = time.monotonic()
         self._added_s.pop(key, None)
@@ -288,15 +301,17 @@ class SimilarQuestions:
     def _compare(self, check: SimilarChecked) -> None:
         """Count an error if the answers differ, and let the entry answer less for it."""
         key = RequestKey(check.request_key)
+        assert self._index is not None
         wrong = not say_the_same(check.stored, check.computed, self._cosine)
+        kind = self._kind(check.mode, check.model_digest)
         with self._changed:
-            self._wrongness.add(wrong)
+            self._wrongness.add(kind, wrong)
         floor = floor_after(check.similarity, self._floors.get(key, 0.0)) if wrong else None
-        self._store.note_check(key, wrong, floor)
+        self._store.note_check(key, kind, floor)
         if floor is not None:
-            self._floors[key] = floor
-        elif wrong:
-            self._forget(key)
+            self._note_floor(key, floor)
+        if floor == NEVER:
+            self._index.remove(key)
 
     def _cosine(self, one: str, other: str) -> float:
         vectors = self._embedder.embed([one, other])

@@ -9,6 +9,7 @@ import socket
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from multiprocessing import parent_process
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,11 @@ class _Server:
             sees_aborts=compat.notice_aborts(aborts.note),
             keeps_responses=bool(envs.VLLM_ENABLE_RESPONSES_API_STORE),
             audits=not (
-                _BENDING & engine.model_config.get_diff_sampling_param().keys() or tells_time(engine.model_config, args)
+                _BENDING & engine.model_config.get_diff_sampling_param().keys()
+                or args.logits_processors
+                or entry_points(group="vllm.logits_processors")
+                or args.reasoning_parser  # takes tokens out of answers
+                or tells_time(engine.model_config, args)
             ),
             cache_sampled=config.sampled == "cache",
             semantic=config.semantic,

@@ -36,6 +36,7 @@ FLIGHT_WINDOW_BYTES = 64 * KiB  # how far a computation may run ahead of its fas
 REQUEST_LEASES_MAX = 4096  # requests of a host being computed; FLIGHTS_MAX for each of four API servers
 RECENT_BYTES_MAX = 32 * MiB  # answers on their way to the database, kept by the API server that sent them
 RECENT_MS = 5_000
+AUDIT_TOKENS_MAX = 4096  # prompt and answer: their log-probabilities are 0.4 MiB of JSON, made on vLLM's event loop
 QUESTION_CHARS_MAX = 4 * KiB  # 256 words of at most 16 characters, nearly three times the usual
 SIMILAR_LOOKUPS_MAX = 64  # questions of one node waiting to be embedded, x 5 ms: the deadline of the last one is over
 STORE_QUEUE_BYTES_MAX = 64 * MiB  # responses waiting for the one writer

@@ -225,13 +225,16 @@ class RequestDone(_Message, tag="request_done", frozen=True):
 class FindSimilar(_Message, tag="find_similar", frozen=True):
     """Find a stored response of the question's partition that answers the question too, by `mode`'s guards.
 
-    `lookup` is unique among the session's unfinished ones, FindResponse's included. Answered by SimilarFound or
-    SimilarNotFound; after `deadline_ms` nobody listens.
+    At most the share `max_error` of what is found for this model and mode may be wrong. `lookup` is unique among the
+    session's unfinished ones, FindResponse's included. Answered by SimilarFound or SimilarNotFound; after `deadline_ms`
+    nobody listens.
     """
 
     lookup: U32
     question: Question
     mode: Literal["strict", "balanced"]
+    model_digest: Bytes32
+    max_error: Annotated[float, Meta(ge=0, le=1)]
     deadline_ms: U32
 
 
@@ -243,6 +246,8 @@ class SimilarChecked(_Message, tag="similar_checked", frozen=True):
 
     request_key: Bytes32
     similarity: Similarity
+    mode: Literal["strict", "balanced"]
+    model_digest: Bytes32
     stored: AnswerText
     computed: AnswerText
 

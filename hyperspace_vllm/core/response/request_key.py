@@ -117,7 +117,14 @@ def _neutral_of_wrong_type(known: Fields, body: Mapping[str, object]) -> Uncache
             return Uncacheable("field_type")
         if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
             return Uncacheable("field_type")
+        if isinstance(value, str) and not value.isascii() and has_surrogates(value):
+            return Uncacheable("field_type")  # vLLM can't write it out, and fails
     return None
+
+
+def has_surrogates(text: str) -> bool:
+    """JSON may hold lone ones, which UTF-8 has no bytes for."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _stream_conflict(body: Mapping[str, object]) -> Uncacheable | None:

@@ -21,7 +21,7 @@ from .canonical import canonical_question
 from .guard_words import TEXT_WORK, word_set
 from .guards import Mode
 from .request_fields import Endpoint
-from .request_key import Uncacheable, canonical_fields, request_key
+from .request_key import Uncacheable, canonical_fields, has_surrogates, request_key
 
 Semantic = Literal["off", "strict", "balanced"]
 
@@ -84,12 +84,7 @@ def _only_text(message: object, roles: tuple[str, ...]) -> str | None:
     if isinstance(content, list) and len(content) == 1:
         (part,) = content
         content = part["text"] if isinstance(part, dict) and part.keys() == {"type", "text"} else None
-    return content if isinstance(content, str) and _is_unicode(content) else None
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON may hold lone surrogates, which UTF-8 has no bytes for."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
+    return content if isinstance(content, str) and not has_surrogates(content) else None
 
 
 def _sets_the_scene(message: object) -> bool:

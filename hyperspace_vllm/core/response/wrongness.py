@@ -2,10 +2,11 @@
 
 Some matches are computed as well, and the two answers compared. While more than `max_error` of the matches may be
 wrong, at 95 % confidence, all are computed: the client gets the engine's answer, and that is compared. Afterwards they
-are served, and one in CHECK_EVERY is computed too.
+are served, and one in CHECK_EVERY is computed too. What was learnt of one model, mode or embedder says nothing about
+another: each is a kind of its own.
 
 Context: vCache (Schroeder et al., "vCache: Verified Semantic Prompt Caching", 2025): a bound that the user sets, kept
-by computing where the cache isn't sure yet. Choice: one binomial over the last WINDOW comparisons of the node, and a
+by computing where the cache isn't sure yet. Choice: one binomial over the last WINDOW comparisons of a kind, and a
 threshold of its own for an entry that erred. Rejected: vCache's model of each entry, which takes some ten computations
 of each before it serves: here the guards have taken out most of what a cosine can't see. Cost: with max_error = 0.02
 and no error, the first 189 matches are computed.
@@ -14,16 +15,18 @@ and no error, the first 189 matches are computed.
 import random
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import Literal
 
 Verdict = Literal["serve", "check", "compute"]
 
 WINDOW = 1_000
+KINDS_MAX = 64
 CHECK_EVERY = 20
-# Nearer than this nothing tells a right match from a wrong one.
-SAME = 0.99
+UNCHECKED_MAX = 8 * CHECK_EVERY  # matches served under a bound without word of a check: then none comes through
+SAME = 0.99  # nearer than this nothing tells a right match from a wrong one
+NEVER = 2.0  # a floor above every similarity
 _Z = 1.96  # 95 %, two-sided
 
 
@@ -46,40 +49,56 @@ def wilson(wrong: int, checked: int) -> Interval:
     return Interval(max(center - half, 0.0), ratio, min(center + half, 1.0))
 
 
-def floor_after(similarity: float, floor: float) -> float | None:
-    """From what similarity on an entry that erred at `similarity` may be served again; None: never.
+def floor_after(similarity: float, floor: float) -> float:
+    """From what similarity on an entry that erred at `similarity` may be served again.
 
     It had `floor` before, 0 if it never erred: the second error is its last.
     """
-    if floor > 0 or similarity >= SAME:
-        return None
-    return similarity + (1 - similarity) / 2
+    return NEVER if floor > 0 or similarity >= SAME else similarity + (1 - similarity) / 2
+
+
+@dataclass(slots=True)
+class _Kind:
+    wrong: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    unchecked: int = 0  # matches served since the last comparison
 
 
 class Wrongness:
-    """The comparisons of one node. `wrong`: those of earlier, the oldest first."""
+    """The comparisons of one node. `checks`: those of earlier, by kind, the oldest first."""
 
-    def __init__(self, max_error: float, rng: random.Random, wrong: Iterable[bool] = ()) -> None:
-        self._max_error = max_error
+    def __init__(self, rng: random.Random, checks: Iterable[tuple[bytes, bool]] = ()) -> None:
         self._rng = rng
-        self._wrong = deque(wrong, WINDOW)
+        self._kinds: dict[bytes, _Kind] = {}
+        for kind, is_wrong in checks:
+            self.add(kind, is_wrong)
 
     @property
     def checked(self) -> int:
-        """Comparisons that count."""
-        return len(self._wrong)
+        """Comparisons that count, of all kinds."""
+        return sum(len(kind.wrong) for kind in self._kinds.values())
 
     @property
     def ratio(self) -> Interval:
-        """Of the matches that would have been wrong."""
-        return wilson(sum(self._wrong), len(self._wrong))
+        """Of the matches of all kinds that were checked, those that were wrong."""
+        return wilson(sum(sum(kind.wrong) for kind in self._kinds.values()), self.checked)
 
-    def add(self, is_wrong: bool) -> None:
+    def add(self, kind: bytes, is_wrong: bool) -> None:
         """A match's answer was compared with the engine's."""
-        self._wrong.append(is_wrong)
+        known = self._known(kind)
+        known.wrong.append(is_wrong)
+        known.unchecked = 0
 
-    def judge(self) -> Verdict:
+    def judge(self, kind: bytes, max_error: float) -> Verdict:
         """What to do with a match."""
-        if self.ratio.high > self._max_error:
+        known = self._known(kind)
+        if max_error < 1 and (
+            known.unchecked >= UNCHECKED_MAX or wilson(sum(known.wrong), len(known.wrong)).high > max_error
+        ):
             return "compute"
+        known.unchecked += 1
         return "check" if self._rng.randrange(CHECK_EVERY) == 0 else "serve"
+
+    def _known(self, kind: bytes) -> _Kind:
+        if kind not in self._kinds and len(self._kinds) >= KINDS_MAX:
+            del self._kinds[next(iter(self._kinds))]
+        return self._kinds.setdefault(kind, _Kind())
