@@ -88,7 +88,7 @@ def _cache(config: Config, options: argparse.Namespace, origins: dict[str, str])
 
 def _config(config: Config, options: argparse.Namespace, origins: dict[str, str]) -> int:
     for setting in SETTINGS:
-        value = setting.text_of(getattr(config, setting.name))
+        value = setting.shown(setting.text_of(getattr(config, setting.name)))
         print(f"{setting.name} = {value or '(none)'}  # {origins[setting.name]}")
     return 0
 

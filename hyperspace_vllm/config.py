@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from .core.records.errors import ProtocolViolation
 from .core.records.ids import public_key_of
@@ -25,6 +25,9 @@ _UNITS = {"": 1, "kib": KiB, "mib": MiB, "gib": GiB, "tib": 1024 * GiB}
 _SOCKET_PATH_MAX = 107  # sockaddr_un.sun_path holds 108 bytes, the last one zero
 _FILE_VARIABLE = "HYPERSPACE_CONFIG"
 _ENVIRONMENT = "the environment"
+_REDIS_URLS = ("registry", "shared_responses")
+_TLS_OPTIONS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
+_REDIS_OPTIONS = {"redis": {"db"}, "rediss": {"db", *_TLS_OPTIONS}, "unix": {"db"}}  # by scheme, what may follow "?"
 
 
 class ConfigError(ValueError):
@@ -37,7 +40,7 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
     return (Path(base) if base else Path.home() / ".local" / "share") / "hyperspace"
 
 
-def _setting(default: T, doc: str, at_most: int = 1 << 62, at_least: int = 0) -> T:
+def _setting(default: T, doc: str, at_most: int | float = 1 << 62, at_least: int | float = 0) -> T:
     declared: T = field(default=default, metadata={"doc": doc, "at_most": at_most, "at_least": at_least})
     return declared
 
@@ -95,7 +98,10 @@ class Config:
         "all-MiniLM-L6-v2", "What compares questions: the built-in model, or any that sentence-transformers loads."
     )
     max_error: float = _setting(
-        1.0, "Share of semantic hits that may be wrong: until that is sure, matches are computed; 1: no bound.", 1
+        1.0,
+        "Share of semantic hits that may be wrong, from 0.004: until that is sure, matches are computed; 1: no bound.",
+        at_most=1,
+        at_least=0.004,  # of none wrong in wrongness.WINDOW no less is sure: 0.0038
     )
     acronyms: tuple[str, ...] = _setting(
         (), "More acronyms with one reading each, written out when questions are compared: `K8s=Kubernetes`."
@@ -147,8 +153,8 @@ class Setting:
     kind: object  # Path, str, int, float, bool, tuple[str, ...] or Literal[...]
     default: object
     doc: str
-    at_least: int
-    at_most: int
+    at_least: int | float
+    at_most: int | float
 
     @property
     def variable(self) -> str:
@@ -165,6 +171,12 @@ class Setting:
         if isinstance(value, tuple):
             return ",".join(value)
         return str(value).lower() if isinstance(value, bool) else str(value)
+
+    def shown(self, text: str) -> str:
+        """A value's text (or repr) as people may see it: without a URL's user and password, whatever they contain."""
+        if self.name not in _REDIS_URLS:
+            return text
+        return re.sub(r"^(['\"]?)(\w+://)?.*@", r"\1\2***@", text, flags=re.DOTALL)
 
     def parse(self, value: object, origin: str) -> object:
         """`value`, as a TOML file, a variable or JSON hold it, as the setting's own type; or `ConfigError`."""
@@ -197,7 +209,7 @@ class Setting:
     def check(self, value: object, origin: str) -> None:
         """Raise `ConfigError` unless `value` has the right type and lies within its bounds."""
         for expected in self._complaints(value):
-            raise ConfigError(f"{self.name} = {value!r} (from {origin}): expected {expected}")
+            raise ConfigError(f"{self.name} = {self.shown(repr(value))} (from {origin}): expected {expected}")
 
     def _complaints(self, value: object) -> Iterator[str]:
         if self.choices:
@@ -227,9 +239,9 @@ class Setting:
                 yield f"a path of at most {longest} bytes (a Unix socket lies in it)"
         elif not isinstance(value, str):
             yield "a string"
-        elif self.name in ("registry", "shared_responses"):
+        elif self.name in _REDIS_URLS:
             if value and not _is_redis_url(value):
-                yield "redis://host:port/0, rediss://… or unix://…"
+                yield "one redis://host:port/0, rediss://… or unix:///path?db=0"
         elif self.name.endswith("listen") and not (value == "" and self.name != "listen"):
             bare_port = self.default == "" and value.isdigit()
             if not _is_host_port(f"127.0.0.1:{value}" if bare_port else value):
@@ -252,13 +264,20 @@ def _is_host_port(text: str) -> bool:
 
 
 def _is_redis_url(text: str) -> bool:
+    """Whether redis-py takes all of it, as it reads: it ignores a path that is no number."""
     try:
         url = urlsplit(text)
-        return bool(
-            url.path if url.scheme == "unix" else url.scheme in ("redis", "rediss") and url.hostname and url.port != 0
-        )
-    except ValueError:  # the port is no number
+        options = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query)))
+        port = url.port
+    except ValueError:  # the port is no number, an option has no value
         return False
+    known = url.scheme in _REDIS_OPTIONS and options.keys() <= _REDIS_OPTIONS[url.scheme]
+    if not known or url.fragment or not re.fullmatch(r"[0-9]+", options.get("db", "0")):
+        return False
+    if url.scheme == "unix":
+        return bool(url.path) and not url.hostname
+    is_host = re.fullmatch(r"[^\s,]+", url.hostname or "") is not None
+    return is_host and port != 0 and re.fullmatch(r"/?|/[0-9]+", url.path) is not None
 
 
 def _peer_complaints(peer: str) -> Iterator[str]:

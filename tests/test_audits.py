@@ -6,18 +6,22 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
+from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.node.network import NetworkNode
 from hyperspace_vllm.core.node.network_effects import Publish
 from hyperspace_vllm.core.node.network_events import FalseAnswer
+from hyperspace_vllm.core.peers.reputation import score_of
 from hyperspace_vllm.core.records.errors import ProtocolViolation
 from hyperspace_vllm.core.records.ids import RequestKey, network_id, public_key_of, sha256
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.records.local import ResponseAudited, ResponseFound, ResponseNotFound, StoreResponse
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.daemon.audits import Audits
+from hyperspace_vllm.daemon.identity import Identity as StoredIdentity
+from hyperspace_vllm.daemon.join import Network
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.response_news import Told
-from hyperspace_vllm.daemon.response_store import ResponseStore
+from hyperspace_vllm.daemon.response_store import ResponseStore, wall_clock_ms
 from hyperspace_vllm.response_db import ResponseReader, database_path
 
 from .network_nodes import NetworkedNode, body_of, private_network, request_key, until
@@ -177,12 +181,30 @@ def test_an_audit_that_cannot_be_right_breaks_the_protocol(node: Node, proof: by
     assert node.counted() == {}
 
 
+@pytest.mark.parametrize("p2p_listen", ["", "127.0.0.1:0"], ids=["without libp2p", "before it has joined"])
+@pytest.mark.parametrize(("far", "trusted"), [(1, True), (40, False)])
+async def test_who_is_caught_is_suspected_or_convicted_without_a_network_too(
+    tmp_path: Path, p2p_listen: str, far: int, trusted: bool
+) -> None:
+    identity, liar = StoredIdentity.load(tmp_path), Identity(LIAR)
+    config = Config(data_dir=tmp_path, p2p_listen=p2p_listen, peers=(f"{liar.peer}@127.0.0.1:1",))
+    metrics = Metrics()
+    network = Network(config, identity, metrics)
+    audits = Audits(NETWORK, identity.public_key, None, network.blame, metrics)
+    now_ms = wall_clock_ms()
+    assert network.trust.trusts(liar.public_key, now_ms)
+    audits.heard(ResponseAudited(key(0), proof_of(0), 40, far))
+    assert network.trust.suspicion.suspects(liar.public_key, now_ms)
+    assert network.trust.trusts(liar.public_key, now_ms) == trusted
+    assert (network.trust.reputation.score(liar.peer, now_ms) < score_of(0, 0, 0)) != trusted
+
+
 # --- node processes -----------------------------------------------------------------------------
 
 
 @pytest.mark.io
-@pytest.mark.parametrize(("share", "suspected"), [("network", 1), ("private", 0)])
-def test_a_node_that_shares_nothing_blames_nobody(tmp_path: Path, share: str, suspected: int) -> None:
+@pytest.mark.parametrize(("share", "told"), [("network", True), ("private", False)])
+def test_a_node_that_shares_nothing_tells_nobody_whom_it_caught(tmp_path: Path, share: str, told: bool) -> None:
     (node,) = private_network(tmp_path, 1, share=share)
     try:
         until(lambda: node.status()["p2p"].get("address"), 60)
@@ -192,7 +214,8 @@ def test_a_node_that_shares_nothing_blames_nobody(tmp_path: Path, share: str, su
         status = node.status()
     finally:
         node.stop()
-    assert status["p2p"]["suspected_peers"] == suspected
+    assert status["p2p"]["suspected_peers"] == 1
+    assert ("peer_false_response" in {each["labels"].get("reason") for each in status["metrics"]}) == told
     assert [each["value"] for each in status["metrics"] if each["name"] == "hyperspace_audits_total"] == [1]
 
 

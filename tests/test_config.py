@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 
+from hyperspace_vllm.cli import main
 from hyperspace_vllm.config import SETTINGS, Config, ConfigError, load_config, load_config_with_origins
 from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import GiB, MiB
+from hyperspace_vllm.core.response.wrongness import WINDOW, wilson
 
 PEER = f"{peer_id(bytes(32))}@10.0.0.1:4000"
 
@@ -55,6 +57,11 @@ def test_a_named_file_is_read_and_may_choose_the_data_directory(tmp_path: Path) 
         ("registry", "redis://h:6379/0", "redis://h:6379/0"),
         ("shared_responses", "rediss://user:word@[::1]/1", "rediss://user:word@[::1]/1"),
         ("shared_responses", "unix:///run/redis.sock", "unix:///run/redis.sock"),
+        ("shared_responses", "unix://:word@/run/redis.sock?db=1", "unix://:word@/run/redis.sock?db=1"),
+        ("shared_responses", "rediss://h/1?ssl_ca_certs=/ca.pem", "rediss://h/1?ssl_ca_certs=/ca.pem"),
+        ("shared_responses", "redis://h/", "redis://h/"),
+        ("max_error", "0.004", 0.004),
+        ("max_error", 1, 1.0),
     ],
 )
 def test_variables_are_read_as_their_settings_type(tmp_path: Path, name: str, text: str, value: object) -> None:
@@ -85,12 +92,62 @@ def test_variables_are_read_as_their_settings_type(tmp_path: Path, name: str, te
         ("shared_responses", "redis://"),
         ("shared_responses", "redis://host:port"),
         ("shared_responses", "unix://"),
+        ("shared_responses", "redis://h/abc"),
+        ("shared_responses", "redis://h?foo=1"),
+        ("shared_responses", "redis://h?ssl_ca_certs=/ca.pem"),
+        ("shared_responses", "redis://h?db=one"),
+        ("shared_responses", "redis://h?db"),
+        ("shared_responses", "redis://h, redis://i"),
+        ("shared_responses", "redis://h,i"),
+        ("registry", "redis://h/0#1"),
+        ("registry", "unix://run/redis.sock"),
+        ("max_error", "0.0039"),
+        ("max_error", 1.5),
+        ("max_error", "nan"),
         ("data_dir", "/" + "d" * 200),
     ],
 )
 def test_wrong_values_are_refused_by_setting_and_origin(tmp_path: Path, name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} = .*\(from kv_connector_extra_config\): expected "):
         load_config(environ(tmp_path), {name: value})
+
+
+def test_the_least_max_error_is_one_that_can_be_shown(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^max_error = 0.001 .*: expected a number from 0.004 to 1$"):
+        load_config(environ(tmp_path, HYPERSPACE_MAX_ERROR="0.001"))
+    least = next(setting.at_least for setting in SETTINGS if setting.name == "max_error")
+    assert least * 0.95 < wilson(0, WINDOW).high <= least
+
+
+@pytest.mark.parametrize("name", ["registry", "shared_responses"])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("redis://:secret@h:x/0", "redis://***@h:x/0"),
+        ("redis://user:se@cret/secret#@h", "redis://***@h"),
+        ("redis://:secret@h, redis://:secret@i", "redis://***@i"),
+        ("user:secret@h", "***@h"),
+        (["redis://:secret@h"], "***@h"),
+    ],
+)
+def test_no_error_shows_the_password_of_a_redis(tmp_path: Path, name: str, text: object, shown: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(environ(tmp_path), {name: text})
+    assert shown in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+def test_the_config_command_shows_no_password_and_a_node_process_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "rediss://user:secret@h:6379/1"
+    monkeypatch.setenv("HYPERSPACE_REGISTRY", url)
+    monkeypatch.setenv("HYPERSPACE_SHARED_RESPONSES", url)
+    assert main(["config", "--data-dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("rediss://***@h:6379/1") == 2
+    assert "secret" not in printed
+    assert Config(data_dir=tmp_path, registry=url).as_environ()["HYPERSPACE_REGISTRY"] == url
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_valid_one(tmp_path: Path) -> None:

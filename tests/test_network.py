@@ -7,12 +7,23 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from hyperspace_vllm.core.records.limits import MiB
+from hyperspace_vllm.core.records.local import FindResponse, PurgeResponses, ResponseHint, ResponseNotFound
 
-from .network_nodes import NetworkedNode, body_of, memory_bytes, private_network, until, workers_of
+from .network_nodes import (
+    MODEL,
+    NetworkedNode,
+    body_of,
+    memory_bytes,
+    private_network,
+    request_key,
+    until,
+    workers_of,
+)
 
 pytestmark = pytest.mark.io
 
@@ -158,3 +169,30 @@ def test_memory_stays_bounded_with_ten_thousand_entries(network: Network) -> Non
         assert memory_bytes(node.process.pid) <= 200 * MiB
         assert all(memory_bytes(worker) <= 150 * MiB for worker in workers_of(node.process.pid))
     print([memory_bytes(node.process.pid) // MiB for node in live])
+
+
+def test_what_is_purged_while_a_peer_is_asked_for_it_is_not_stored_again(tmp_path: Path) -> None:
+    nodes = peer, asker = private_network(tmp_path, 2)
+
+    def fetched_bytes() -> float:
+        samples = [each for each in asker.status()["metrics"] if each["name"] == "hyperspace_bytes_total"]
+        return sum(each["value"] for each in samples if "fetched" in each["labels"].values())
+
+    try:
+        until(lambda: all(node.card().get("p2p") for node in nodes), 60)
+        until(lambda: all(node.status()["p2p"]["known_peers"] == 1 for node in nodes), 60)
+        peer.store("x")
+        until(lambda: asker.status()["p2p"]["hints"] == 1, 20)
+        peer.process.send_signal(signal.SIGSTOP)
+        assert asker.client.send(FindResponse(1_000, request_key("x"), MODEL, 5_000))
+        assert asker._await(lambda message: message == ResponseHint(1_000, True), 10)
+        assert asker.client.send(PurgeResponses((request_key("x"),)))
+        assert asker._await(lambda message: message == ResponseNotFound(1_000, "not_found"), 2)
+        peer.process.send_signal(signal.SIGCONT)
+        until(fetched_bytes, 10)
+        asker.store("later")
+        until(lambda: asker.status()["responses"]["stored"] == 1, 10)
+        assert asker.status()["responses"]["fetched"] == 0
+    finally:
+        for node in nodes:
+            node.stop()

@@ -10,19 +10,20 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.records.ids import network_id
+from hyperspace_vllm.core.records.ids import network_id, peer_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX, MiB
-from hyperspace_vllm.core.records.local import Scope, StoreResponse
+from hyperspace_vllm.core.records.local import ResponseAudited, Scope, StoreResponse
 from hyperspace_vllm.core.records.peer_wire import Hit, Miss, decode_answer, encode
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.core.response.exchange import make_hit
+from hyperspace_vllm.daemon.audits import Audits
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.join import Network
 from hyperspace_vllm.daemon.metrics import Metrics
@@ -415,6 +416,79 @@ async def test_a_purged_entry_leaves_redis_too_and_an_evicted_one_stays(node: Ma
     assert await client.exists(redis_key("evicted")) == 1
 
 
+@pytest.mark.parametrize("turns", [0, 1, 2, 4, 8, 16])
+async def test_a_read_under_way_brings_back_nothing_that_is_purged(node: MakeNode, turns: int) -> None:
+    a, b = await node("a"), await node("b")
+    await a.share("x")
+    await a.share("y")
+    assert await b.find("y") is not None  # it is connected
+    lookup = b.begin("x")
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    was_answered = lookup in b.answers
+    b.store.purge([request_key("x")])
+    b.shared.purge([request_key("x")])
+    after = b.begin("x")
+    await until(lambda: {lookup, after} <= b.answers.keys())
+    assert b.answers[after] == (None, "not_found")
+    assert was_answered or b.answers[lookup] == (None, "not_found")
+    await until(lambda: b.shared.status()["queued"] == 0)
+    assert await b.find("x") is None
+    assert b.stored("x") is None
+    assert b.stored("y") is not None
+
+
+async def test_what_is_purged_while_redis_is_frozen_is_not_brought_back(node: MakeNode, server: RedisServer) -> None:
+    a, b = await node("a"), await node("b")
+    await a.share("x")
+    assert await b.find("nothing") is None  # it is connected
+    server.signal(signal.SIGSTOP)
+    lookup = b.begin("x")
+    await asyncio.sleep(0)
+    b.store.purge([request_key("x")])
+    b.shared.purge([request_key("x")])
+    assert b.answers[lookup] == (None, "not_found")
+    server.signal(signal.SIGCONT)
+    await until(lambda: b.shared.status()["queued"] == 0)
+    assert await b.find("x") is None
+    assert b.stored("x") is None
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_what_is_computed_after_a_purge_takes_the_place_of_what_was_purged(
+    node: MakeNode, server: RedisServer, client: "Redis", busy: bool
+) -> None:
+    a = await node("a")
+    await a.share("x")
+    purged = await client.get(redis_key("x"))
+    server.signal(signal.SIGSTOP)
+    if busy:  # the deletion has to wait
+        a.compute("y")
+        await until(lambda: a.shared.status()["queued"] == 1)
+    a.store.purge([request_key("x")])
+    a.shared.purge([request_key("x")])
+    a.compute("x")
+    assert a.stored("x") is not None
+    await asyncio.sleep(0)  # it has been told
+    server.signal(signal.SIGCONT)
+    await until(lambda: a.shared.status()["queued"] == 0)
+    await until(lambda: a.written == 2 + busy)
+    assert await client.get(redis_key("x")) not in (None, purged)
+
+
+async def test_who_is_caught_by_a_node_that_has_only_redis_is_believed_no_more(node: MakeNode) -> None:
+    a, b = await node("a"), await node("b")
+    await a.share("x")
+    await a.share("y")
+    found = await b.find("x")
+    assert found is not None
+    audits = Audits(NETWORK, b.identity.public_key, b.store, b.network.blame, b.metrics)
+    audits.heard(ResponseAudited(request_key("x"), found.proof, 40, 40))
+    assert await b.find("y") is None
+    assert b.failures("untrusted_signer") == 1
+    assert b.stored("x") is None
+
+
 async def test_a_node_that_starts_again_writes_only_what_redis_lacks(node: MakeNode, client: "Redis") -> None:
     a = await node("a")
     await a.share("kept")
@@ -479,6 +553,42 @@ async def test_what_speaks_no_redis_is_a_miss(node: MakeNode, nonsense: bytes) -
             assert time.monotonic() - began < DEADLINE_S
         assert not a.shared._writer.done()
         await a.close()
+
+
+LISTED = f"{peer_id(bytes(32))}@127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "with_key", "warning"),
+    [
+        ({"share": "private"}, True, 'shared_responses is off: share = "private"'),
+        ({}, False, "set network_key_file (or peers, bootstrap, allowed)"),
+        ({"trust": "allowlist"}, True, "set allowed"),
+        ({}, True, ""),
+        ({"peers": (LISTED,)}, False, ""),
+        ({"trust": "reputation"}, False, ""),
+    ],
+)
+def test_a_node_that_shares_in_vain_says_once_what_to_set(
+    tmp_path: Path, key_file: Path, settings: dict[str, Any], with_key: bool, warning: str
+) -> None:
+    key = str(key_file) if with_key else ""
+    config = Config(
+        data_dir=tmp_path,
+        network_key_file=key,
+        p2p_listen="",
+        kv_cache=False,
+        shared_responses="redis://127.0.0.1:1/0",
+        **settings,
+    )
+    node = NetworkedNode(config)
+    try:
+        node.status()
+    finally:
+        node.stop()
+    warned = [line for line in (tmp_path / "log").read_text().splitlines() if "shared_responses" in line]
+    assert len(warned) == bool(warning)
+    assert all("WARNING" in line and warning in line for line in warned)
 
 
 def hyperspace(node: NetworkedNode, *command: str) -> str:

@@ -20,7 +20,7 @@ class Droppable(Protocol):
 
 
 class Audits:
-    """`blame` hears of signers that the network core should suspect or convict, never of this node itself."""
+    """`blame` hears of signers to be suspected or convicted, never of this node itself."""
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from ..core.records.ids import PeerId, RequestKey, RowId, network_id, public_key
 from ..core.records.local import Scope
 from ..core.records.peer_record import PeerRecord
 from ..core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
+from ..core.response.evidence import verdict
 from ..response_db import database_path
 from .address_book import AddressBook
 from .fetched_response import Stored
@@ -137,7 +138,9 @@ class Network:
             self._driver.release(lookup)
 
     def purge(self, keys: Iterable[bytes]) -> None:
-        """The operator wants these gone: what peers have fetched stays there until it expires."""
+        """The operator wants these gone, from lookups too: what peers have fetched stays there until it expires."""
+        if self._driver is not None:
+            self._driver.purge(keys)
 
     def used(self, keys: Iterable[bytes]) -> None:
         """Clients of this host had hits of these RequestKeys."""
@@ -145,9 +148,12 @@ class Network:
             self._driver.used(keys)
 
     def blame(self, event: FalseAnswer) -> None:
-        """An audit of this host caught another node; a node that asks nobody for responses needs to blame nobody."""
+        """An audit of this host caught another node, which others hear if there are any and this node shares."""
         if self._driver is not None and self._config.share != "private":
             self._driver.submit(event)
+        else:
+            evidence = event.evidence
+            self.trust.caught(evidence.signer, verdict(evidence.far) == "lie", _now_ms())
 
     def heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
         """What the response store can serve now, and what no more (response_news.Listener); from any thread."""

@@ -180,11 +180,17 @@ class _Node:
 
     def _open_shared(self, parts: AsyncExitStack) -> "RedisResponses | None":
         config = self._config
-        if not config.shared_responses or config.share == "private":
+        if not config.shared_responses:
+            return None
+        if config.share == "private":
+            logger.warning('shared_responses is off: share = "private" lets no response leave this node')
             return None
         from .response_server import ResponseServer
 
         trust = self._joined.trust
+        if not trust.may_trust_others():
+            lists = "allowed" if trust.mode == "allowlist" else "network_key_file (or peers, bootstrap, allowed)"
+            logger.warning("shared_responses: this node believes no other's responses; set %s", lists)
         server = ResponseServer(database_path(config.data_dir), self._network, trust.vouch)
         parts.callback(server.close)
         try:

@@ -210,6 +210,13 @@ class NetworkDriver:
             self._lookups[lookup].released = True
             self.submit(ResponseReleased(lookup))
 
+    def purge(self, keys: Iterable[bytes]) -> None:
+        """Lookups of these come to nothing at once: what is being fetched for them would be stored again."""
+        purged = set(keys)
+        for number in [number for number, lookup in self._lookups.items() if lookup.key in purged]:
+            del self._lookups[number]  # the core ends its own by the deadline
+            self.clients.answer_response(number, None, "not_found")
+
     def heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
         """What the store can serve now, and what no more."""
         if self._redis is not None:

@@ -39,7 +39,7 @@ class RedisLink:
         )
         try:
             pool.connection_class(**pool.connection_kwargs)  # it connects later
-        except TypeError as error:  # an option in the URL that there isn't
+        except (TypeError, RedisError) as error:  # an option in the URL that there isn't, or not with this value
             raise ValueError(str(error)) from error
         self.redis = Redis.from_pool(pool)
         self._commands: set[asyncio.Future[Any]] = set()  # under way, given up ones among them

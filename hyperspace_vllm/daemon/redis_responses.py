@@ -62,8 +62,9 @@ class RedisResponses:
         self._metrics = metrics
         self._network = network
         self._loop = asyncio.get_running_loop()
-        self._reading: dict[int, asyncio.Task[None]] = {}
-        self._queue: dict[bytes, int | None] = {}  # request hash -> expires at; None: the operator wants it gone
+        self._reading: dict[int, tuple[RequestKey, asyncio.Task[None]]] = {}
+        self._queue: dict[bytes, int | None] = {}  # request hash -> expires at; None: nothing to write
+        self._purged: set[bytes] = set()  # of those in `_queue`: to be deleted first, and not read until then
         self._wake = asyncio.Event()
         self._counts = dict.fromkeys(("written", "dropped", "hits"), 0)
         self._writer = asyncio.create_task(self._write(), name="redis-responses")
@@ -74,7 +75,7 @@ class RedisResponses:
 
     async def close(self) -> None:
         """Give the connections back; what is queued is told again when the node starts again."""
-        tasks = [self._writer, *self._reading.values()]
+        tasks = [self._writer, *(task for _, task in self._reading.values())]
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=WRITE_S)
@@ -84,17 +85,19 @@ class RedisResponses:
 
     def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
         """Look for a response in Redis, for READ_S at most, and then in the network."""
-        if self._link.away_s > 0 or len(self._reading) >= READS_MAX:
+        purged = request_hash(self._id, request_key) in self._purged
+        if purged or self._link.away_s > 0 or len(self._reading) >= READS_MAX:
             self._network.find(lookup, request_key, model_digest, deadline_ms)
             return
         work = self._find(lookup, request_key, model_digest, deadline_ms)
-        task = self._reading[lookup] = asyncio.create_task(work, name="redis-response")
+        task = asyncio.create_task(work, name="redis-response")
+        self._reading[lookup] = request_key, task
         task.add_done_callback(lambda _: self._reading.pop(lookup))
 
     def release(self, lookup: int) -> None:
         """Nobody waits for the lookup any more."""
-        if (task := self._reading.get(lookup)) is not None:
-            task.cancel()
+        if (reading := self._reading.get(lookup)) is not None:
+            reading[1].cancel()
         self._network.release(lookup)
 
     async def _find(self, lookup: int, key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
@@ -162,15 +165,24 @@ class RedisResponses:
         self._loop.call_soon_threadsafe(self._enqueue, computed)
 
     def purge(self, keys: Iterable[bytes]) -> None:
-        """The operator wants these gone, from Redis too."""
-        self._enqueue({request_hash(self._id, RequestKey(key)): None for key in keys})
+        """The operator wants these gone, from Redis too: lookups of them come to nothing, or would store them again."""
+        purged = {RequestKey(key) for key in keys}
+        names = [request_hash(self._id, key) for key in purged]
+        self._purged.update(names)
+        self._enqueue(dict.fromkeys(names))
+        for lookup, (key, task) in self._reading.items():
+            if key in purged and task.cancel():
+                self.clients.answer_response(lookup, None, "not_found")
+        self._network.purge(purged)
 
     def _enqueue(self, changes: Mapping[bytes, int | None]) -> None:
         for name, expires_at_ms in changes.items():
             self._queue.pop(name, None)
             self._queue[name] = expires_at_ms
             if len(self._queue) > QUEUE_MAX:
-                del self._queue[next(iter(self._queue))]
+                oldest = next(iter(self._queue))
+                del self._queue[oldest]
+                self._purged.discard(oldest)
                 self._counts["dropped"] += 1
         self._wake.set()
 
@@ -187,12 +199,18 @@ class RedisResponses:
     async def _write_oldest(self) -> None:
         name = next(iter(self._queue))
         key = self._key(name)
+        if name in self._purged:
+            await self._ask(WRITE_S, "DEL", key)
+            self._purged.discard(name)
+            if self._queue.get(name, 0) is None:  # else it was computed again since
+                del self._queue[name]
+            return
         held_ms = await self._ask(WRITE_S, "PTTL", key)
         # Only now, for without Redis it stays queued. What fails from here on is lost: it might fail for ever.
-        expires_at_ms = self._queue.pop(name, 0)
+        expires_at_ms = self._queue.get(name)
         if expires_at_ms is None:
-            await self._ask(WRITE_S, "DEL", key)
-            return
+            return  # purged meanwhile, and its turn comes; or dropped
+        del self._queue[name]
         left_ms = expires_at_ms - wall_clock_ms()
         # A node that starts tells all that it has, of which most lies there already.
         if left_ms <= 0 or not isinstance(held_ms, int) or left_ms <= held_ms + SAME_MS:

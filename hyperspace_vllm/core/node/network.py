@@ -336,14 +336,12 @@ class NetworkNode:
 
     def _blame(self, evidence: EvidenceEntry, now_ms: int) -> list[NetworkEffect]:
         """What our own audit found: only a lie is told to others."""
-        accused = peer_id(evidence.signer)
-        if verdict(evidence.far) != "lie":
-            self._trust.suspicion.accuse(self._public_key, evidence.signer, now_ms)
+        lied = verdict(evidence.far) == "lie"
+        self._trust.caught(evidence.signer, lied, now_ms)
+        if not lied:
             return []
-        self._trust.suspicion.convict(evidence.signer, now_ms)
-        self._trust.reputation.failed(accused, "false_response", now_ms)
         self._outbox.accuse(evidence)
-        return [ChargePeer(accused, "false_response"), *self._outbox.flush(now_ms)]
+        return [ChargePeer(peer_id(evidence.signer), "false_response"), *self._outbox.flush(now_ms)]
 
     def _hear_evidence(self, accuser: bytes, evidence: EvidenceEntry, now_ms: int) -> None:
         """What others' audits found can't be checked: it is worth audits of our own, and nothing else."""

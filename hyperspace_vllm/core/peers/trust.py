@@ -76,6 +76,19 @@ class Trust:
             case _:
                 assert_never(self.mode)
 
+    def may_trust_others(self) -> bool:
+        """Whether anybody but this node can ever count."""
+        by_membership = self.mode == "members" and bool(self._listed or self._network_key)
+        return self.mode == "reputation" or by_membership or bool(self._allowed)
+
+    def caught(self, public_key: bytes, lied: bool, now_ms: int) -> None:
+        """This node's own audit found an answer that this peer signed false; `lied`: beyond doubt."""
+        if lied:
+            self.suspicion.convict(public_key, now_ms)
+            self.reputation.failed(peer_id(public_key), "false_response", now_ms)
+        else:
+            self.suspicion.accuse(self._own_key, public_key, now_ms)
+
     def admits(self, public_key: bytes) -> bool:
         """Whether KV is asked of this peer and served to it: by `reputation` anybody, who else could earn one?"""
         return self.mode == "reputation" or self.is_member(public_key) or public_key in self._allowed
