@@ -356,11 +356,13 @@ hour time quarter semester monday tuesday wednesday thursday friday saturday sun
 DEICTIC_PHRASES = ("so far", "these days", "at the moment", "as of", "to date")
 
 # One of these is in nearly every English question, and is no word of German, Dutch, French, Spanish and their like, as
-# "is", "was", "of" and "die" are.
+# "is", "was", "of" and "die" are; or one of these others, beside one of ENGLISH_BESIDE, which both such languages have.
 ENGLISH = word_set("""
 what who whom whose which when where why how are the and does did should would could explain describe define tell there
-your you they it between about this from
+your you they it between about this from can be any ever someone if than better with some many
 """)
+ENGLISH_OTHERS = word_set("my has have need make good really just possible easy like free high or")
+ENGLISH_BESIDE = word_set("is in of was will do to for we")
 
 # A system prompt with one of these works on the user's text, whose wording then matters.
 TEXT_WORK = word_set("""

@@ -20,6 +20,8 @@ from .guard_words import (
     DEICTIC_PERIODS,
     DEICTIC_PHRASES,
     ENGLISH,
+    ENGLISH_BESIDE,
+    ENGLISH_OTHERS,
     FUNCTION,
     KINDS,
     LANGUAGES,
@@ -46,6 +48,7 @@ _EXPLETIVE = re.compile(
 )
 _WHAT_FOLLOWS = re.compile(r"\b(?:to|that|if|when|for|like|\w+ing)\b", re.IGNORECASE)
 _LIMITS = re.compile(r"\b(?:above|below) [$€£₹¥]?(?:rs\.? ?)?\d")
+_ENGLISH = re.compile(r"^\W*do\b|\bis (\w+ )?an?\b", re.IGNORECASE)
 _DEICTIC = re.compile(
     rf"\b(?:(?:{'|'.join(sorted(DEICTIC_DETERMINERS))}) (?:{'|'.join(sorted(DEICTIC_PERIODS))})"
     rf"|{'|'.join(DEICTIC_PHRASES)})\b",
@@ -63,11 +66,16 @@ def eligible(text: str) -> str | None:
     if len(text) > QUESTION_CHARS_MAX or len(text.split()) > WORDS_MAX:
         return "too_long"
     words = re.findall(r"[\w']+", _LIMITS.sub("", text.lower()))
-    if not ENGLISH & {word.partition("'")[0] for word in words}:
+    if not _is_english(text, {word.partition("'")[0] for word in words}):
         return "not_english"
     if DEICTIC & set(words) or _DEICTIC.search(text) or _points_outside(text, words):
         return "deictic"
     return None
+
+
+def _is_english(text: str, words: set[str]) -> bool:
+    others = len(ENGLISH_OTHERS & words)
+    return bool(ENGLISH & words or others > 1 or (others and ENGLISH_BESIDE & words) or _ENGLISH.search(text))
 
 
 def refusal(a: str, b: str, mode: Mode) -> str | None:
