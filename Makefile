@@ -65,6 +65,10 @@ bench: setup ## Measure time to first token (cold, from the network, from the re
 	@$(BIN)/python -m bench.ttft --model $(MODEL) $(ARGS)
 	@$(MAKE) --no-print-directory bench-erasure ARGS=
 
+.PHONY: bench-responses
+bench-responses: setup ## The response cache in figures, with its limits (ARGS=--peers: beside LiteLLM and GPTCache)
+	@$(BIN)/python -m bench.response_cache $(ARGS)
+
 .PHONY: bench-erasure
 bench-erasure: SETUP_ARGS = --bench
 bench-erasure: setup ## Measure the erasure code beside ISA-L, zfec and others, and commitments; fails if a ratio is missed
