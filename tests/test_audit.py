@@ -108,6 +108,7 @@ PLACES = [None, place(-9, -0.1), place(-0.5), place(-2.0, -0.5), place(-7.0, -0.
         (Said("a b c", "length"), True, {**CHAT, "max_tokens": 6}, 2),
         (Said("a b c", "length"), True, {**CHAT, "max_completion_tokens": 100, "max_tokens": 3}, 2),
         (Said("a b c", "length"), True, CHAT, 1),
+        (Said("a b c", "length"), True, {**CHAT, "max_tokens": "100"}, 1),
     ],
 )
 def test_a_score_counts_the_tokens_that_are_far_from_the_best_and_an_end_that_is_none(

@@ -28,6 +28,13 @@ async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
         yield make
 
 
+@pytest.fixture(autouse=True)
+def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed as well by chance."""
+    monkeypatch.setattr(wrongness, "CHECK_EVERY", 1 << 40)
+    monkeypatch.setattr(exchange, "CHECK_EVERY", 1 << 40)
+
+
 @pytest.fixture
 async def bench(make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setattr(node_lookup, "SIMILAR_S", 5.0)  # not the subject here, and the machine may be busy

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -41,20 +42,23 @@ class OneAtATime:
             work.close()
 
 
-class Match:
-    """A match whose answer is to be compared: the stored answer's key and text, and how near its question is."""
+@dataclass(frozen=True, slots=True)
+class ToCompare:
+    """A semantic match whose answer is text, `stored` under `key`; `similarity` is that of the questions."""
 
-    def __init__(self, key: RequestKey, similarity: float, mode: Mode, stored: str) -> None:
-        self.key, self.similarity, self.mode, self.stored = key, similarity, mode, stored
+    key: RequestKey
+    similarity: float
+    mode: Mode
+    stored: str
 
 
-def match_of(key: RequestKey, similarity: float, mode: Mode, stored: bytes) -> Match | None:
-    """A match whose stored answer is text; None for any other."""
+def to_compare(key: RequestKey, similarity: float, mode: Mode, stored: bytes) -> ToCompare | None:
+    """None for a match whose answer isn't text."""
     text = _text(stored)
-    return None if text is None else Match(key, similarity, mode, text)
+    return None if text is None else ToCompare(key, similarity, mode, text)
 
 
-async def compute_too(exchange: "Exchange", match: Match) -> None:
+async def compute_too(exchange: "Exchange", match: ToCompare) -> None:
     """Have the engine answer a request that a match was served to, store that too, and let the two be compared."""
     key = exchange.key()
     body = {name: value for name, value in exchange.body.items() if name not in ("stream", "stream_options")}
@@ -68,7 +72,7 @@ async def compute_too(exchange: "Exchange", match: Match) -> None:
         report(exchange, match, admitted.body)
 
 
-def report(exchange: "Exchange", match: Match, computed: bytes) -> None:
+def report(exchange: "Exchange", match: ToCompare, computed: bytes) -> None:
     """Let the node compare the answers, if the engine's is text as well."""
     digest, text = exchange.options.model_digest(), _text(computed)
     if digest is not None and text is not None:

@@ -59,7 +59,7 @@ class Exchange:
         self._send = send
         self._wants_proof = header(scope["headers"], PROOF) is not None
         self._abort = aborts.Abort()
-        self._doubted: checks.Match | None = None  # one that is computed instead of served
+        self._doubted: checks.ToCompare | None = None  # one that is computed instead of served
         self._committed = False  # the application has the request, or the client some of an answer
         self.wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
         self.tenant = tenant_of(
@@ -181,7 +181,7 @@ class Exchange:
         if similar.verdict == "compute":
             self.cache.metrics.similar.labels("doubted").inc()
             if (entry := await self.entry(key, self.options.clock())) is not None:
-                self._doubted = checks.match_of(key, similar.similarity, self.mode, entry.body)
+                self._doubted = checks.to_compare(key, similar.similarity, self.mode, entry.body)
             return False
         self.cache.metrics.similar.labels("found").inc()
         detail = f"semantic; similarity={similar.similarity:.3f}"
@@ -198,7 +198,7 @@ class Exchange:
         entry = await self.entry(key, now_ms)
         if entry is None or not await self._answer_from(key, entry, now_ms, detail):
             return False
-        match = checks.match_of(key, similarity, self.mode, entry.body) if checked and self.mode else None
+        match = checks.to_compare(key, similarity, self.mode, entry.body) if checked and self.mode else None
         if match is not None and not self.wishes.only_if_cached:
             self.cache.checks.start(checks.compute_too(self, match))
         return True

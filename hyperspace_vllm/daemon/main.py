@@ -273,9 +273,7 @@ class _Node:
         self._metrics.store_bytes.labels("memory").set_function(lambda: self._cache.row_bytes)
         if (similar := self._similar) is not None:
             for end in ("low", "estimate", "high"):
-                self._metrics.semantic_wrong_ratio.labels(end).set_function(
-                    partial(lambda end: getattr(similar.wrong_ratio, end), end)
-                )
+                self._metrics.semantic_wrong_ratio.labels(end).set_function(partial(similar.wrong_ratio, end))
         if (responses := self._responses) is not None:
             self._metrics.store_bytes.labels("response").set_function(lambda: responses.stats()["bytes"])
 

@@ -32,7 +32,7 @@ from ..core.response.canonical import canonical_question
 from ..core.response.guards import eligible
 from ..core.response.same_answer import say_the_same
 from ..core.response.semantic import Match, best_match
-from ..core.response.wrongness import NEVER, Interval, Wrongness, floor_after
+from ..core.response.wrongness import NEVER, Wrongness, floor_after
 from ..response_db import Embedded, ResponseReader
 from .embedding import Embedder, EmbedderMissing
 from .question_index import QUESTIONS_MAX, QuestionIndex, quantized
@@ -120,11 +120,10 @@ class SimilarQuestions:
         with self._changed:
             self._enqueue(message)
 
-    @property
-    def wrong_ratio(self) -> Interval:
-        """Of the matches that were checked."""
+    def wrong_ratio(self, end: str) -> float:
+        """Of the matches that were checked: the "estimate", or the "low" or "high" end of its interval."""
         with self._changed:
-            return self._wrongness.ratio
+            return float(getattr(self._wrongness.ratio, end))
 
     def stats(self) -> dict[str, object]:
         """For `hyperspace status`."""

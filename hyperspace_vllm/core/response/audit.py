@@ -12,7 +12,7 @@ answer to one that isn't a plain answer is nobody's.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from .guard_words import word_set
 from .request_fields import Endpoint
@@ -92,7 +92,7 @@ def _may_end(said: Said, tokens: int, goes_on: bool, body: Mapping[str, Any]) ->
         return not goes_on or bool(body.get("stop"))
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
     # Special tokens are not in the text, and what is tokenised again may have fewer.
-    return limit is None or tokens >= cast(int, limit) - 2 - cast(int, limit) // 16
+    return not isinstance(limit, int) or tokens >= limit - 2 - limit // 16
 
 
 def _distance(place: Mapping[str, Mapping[str, Any]]) -> float:
