@@ -10,7 +10,7 @@ MODEL ?= gemma
 SCENARIO ?= all
 NODES ?= 20
 SEED ?= 1
-TESTS ?= not soak
+TESTS ?= not soak and not slow
 ARGS ?=
 BIN := .venv/bin
 
@@ -32,8 +32,12 @@ demo: setup ## Two vLLM servers share a prefix: who served what, and how fast (M
 
 .PHONY: test
 test: SETUP_ARGS = --tests
-test: setup ## Run all tests but the long soak runs (TESTS="not soak and not vllm": no real servers)
+test: setup ## Run all tests but the slow and the soaking ones (TESTS="not soak and not vllm": no real servers)
 	@$(BIN)/python -m pytest -m "$(TESTS)" $(ARGS)
+
+.PHONY: test-all
+test-all: ## Run every test: those of `make test`, every topology and every supported vLLM, soak runs (hours)
+	@$(MAKE) --no-print-directory test TESTS=
 
 .PHONY: check
 check: setup ## Formatting, lint, types, layers and architecture tests (under a minute)
