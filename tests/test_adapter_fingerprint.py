@@ -1,6 +1,5 @@
 """What separates KV and responses of different models, and what must not."""
 
-import json
 import shutil
 from argparse import Namespace
 from dataclasses import replace
@@ -14,19 +13,15 @@ from vllm.engine.arg_utils import EngineArgs
 from hyperspace_vllm.core.records.errors import Refused
 from hyperspace_vllm.core.response.scope import sign_scope
 from hyperspace_vllm.vllm_adapter.connector import _check_supported, _scope_reader
-from hyperspace_vllm.vllm_adapter.fingerprint import (
-    adapter_digest,
-    file_digest,
-    kv_fingerprint,
-    model_digest,
-    tells_time,
-)
+from hyperspace_vllm.vllm_adapter.fingerprint import kv_fingerprint, model_digest, tells_time
 from hyperspace_vllm.vllm_adapter.inherited import Inherited
 from hyperspace_vllm.vllm_adapter.kv_layout import plan_kv
+from hyperspace_vllm.vllm_adapter.loaded_files import Identity
 from tests.test_adapter_kv_layout import hybrid_cache
 from tests.test_adapter_scheduler import request
 
 TINY = Path(__file__).parents[1] / ".models" / "tiny"
+FILES = Identity(("model.safetensors 00",), (), ("tokenizer.json 00",), ())
 
 
 @pytest.fixture(scope="module")
@@ -40,30 +35,32 @@ def copy_of(tmp_path: Path) -> Path:
 
 def fingerprint(config: VllmConfig) -> bytes:
     cache = hybrid_cache()
-    return kv_fingerprint(config, cache, plan_kv(config, cache))
+    return kv_fingerprint(config, cache, plan_kv(config, cache), FILES)
 
 
 def at(model: Path, **options: object) -> VllmConfig:
     return EngineArgs(model=str(model), **options).create_engine_config()  # type: ignore[arg-type]
 
 
-def flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
+def digest_of(config: VllmConfig, files: Identity = FILES, **arguments: object) -> bytes:
+    return model_digest(config, Namespace(**{"chat_template": None, **arguments}), files)
+
+
+@pytest.mark.parametrize(
+    ("role", "counts_for_kv", "counts_for_responses"),
+    [("weights", True, True), ("draft", True, False), ("code", True, True), ("texts", False, True)],
+)
+def test_a_file_counts_for_what_it_can_change(
+    config: VllmConfig, role: str, counts_for_kv: bool, counts_for_responses: bool
+) -> None:
+    cache, other = hybrid_cache(), replace(FILES, **{role: ("a 11",)})
+    other_kv = kv_fingerprint(config, cache, plan_kv(config, cache), other)
+    assert (other_kv != fingerprint(config)) is counts_for_kv
+    assert (digest_of(config, other) != digest_of(config)) is counts_for_responses
 
 
 def test_the_same_model_at_another_path_is_the_same(config: VllmConfig, tmp_path: Path) -> None:
     assert fingerprint(at(copy_of(tmp_path))) == fingerprint(config)
-
-
-def test_a_changed_tensor_is_another_model(config: VllmConfig, tmp_path: Path) -> None:
-    model = copy_of(tmp_path)
-    weights = model / "model.safetensors"
-    header = json.loads(weights.read_bytes()[8 : 8 + (length := int.from_bytes(weights.read_bytes()[:8], "little"))])
-    start, end = header["model.layers.0.mlp.up_proj.weight"]["data_offsets"]
-    flip(weights, 8 + length + (start + end) // 2)
-    assert fingerprint(at(model)) != fingerprint(config)
 
 
 @pytest.mark.parametrize(
@@ -93,51 +90,18 @@ def test_groups_and_their_windows_are_part_of_it(config: VllmConfig) -> None:
     narrow = hybrid_cache()
     for group in narrow.kv_cache_groups[:2]:
         group.kv_cache_spec = replace(group.kv_cache_spec, sliding_window=256)
-    seen = {kv_fingerprint(config, c, plan_kv(config, c)) for c in (cache, narrow)}
+    seen = {kv_fingerprint(config, c, plan_kv(config, c), FILES) for c in (cache, narrow)}
     assert len(seen) == 2
-
-
-def test_random_weights_are_named_by_their_seed() -> None:
-    seeds = [at(TINY, load_format="dummy", seed=seed) for seed in (1, 1, 2)]
-    first, again, other = (fingerprint(one) for one in seeds)
-    assert first == again != other
-
-
-def test_a_model_that_is_neither_local_nor_pinned_is_refused(config: VllmConfig) -> None:
-    from hyperspace_vllm.vllm_adapter.fingerprint import _weights_identity
-
-    branch = SimpleNamespace(model="some/model", revision="main", seed=0)
-    with pytest.raises(Refused, match="neither local nor pinned"):
-        _weights_identity(branch, "auto")
-    pinned = SimpleNamespace(model="some/model", revision="0" * 40, seed=0)
-    assert _weights_identity(pinned, "auto") == ["commit", "some/model", "0" * 40]
 
 
 def test_the_chat_template_and_server_defaults_are_part_of_a_response(config: VllmConfig, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages }}")
-    plain = model_digest(config, Namespace(chat_template=None))
-    assert model_digest(config, Namespace(chat_template=None)) == plain
-    assert model_digest(config, Namespace(chat_template=str(template))) != plain
+    plain = digest_of(config)
+    assert digest_of(config) == plain
+    assert digest_of(config, chat_template=str(template)) != plain
     for option in ({"override_generation_config": {"top_k": 1}}, {"logprobs_mode": "processed_logprobs"}):
-        assert model_digest(config, Namespace(chat_template=None, **option)) != plain
-
-
-def test_adapters_are_known_by_their_files(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    (tmp_path / "adapter_model.bin").write_bytes(b"\0" * 5000)
-    first = adapter_digest(str(tmp_path))
-    flip(tmp_path / "adapter_model.bin", 100)
-    assert adapter_digest(str(tmp_path)) != first
-    with pytest.raises(Refused, match="lora"):
-        adapter_digest("some/hub-adapter")
-
-
-def test_a_file_that_isnt_what_it_says_is_refused(tmp_path: Path) -> None:
-    broken = tmp_path / "model.safetensors"
-    broken.write_bytes(b"\xff" * 100)
-    with pytest.raises(Refused, match="not a safetensors file"):
-        file_digest(str(broken))
+        assert digest_of(config, **option) != plain
 
 
 @pytest.mark.parametrize(

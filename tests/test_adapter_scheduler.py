@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
@@ -83,15 +84,28 @@ class Clock:
         return self.seconds
 
 
+class LoadedAdapters:
+    """Adapters by vLLM's id; one whose files were replaced has no digest any more."""
+
+    def __init__(self) -> None:
+        self.digests: dict[int, bytes | None] = {}
+
+    def digest(self, number: int, path: str) -> bytes | None:
+        return self.digests.get(number)
+
+
 class Bench:
     """One scheduler half, its node and its clock."""
 
     def __init__(self, fetch: str = "auto", deadline_ms: int = 10_000, speculative: bool = False) -> None:
         self.node, self.clock, self.scope = NodePeer(), Clock(), DEFAULT_SCOPE
+        self.fingerprint: bytes | None = FINGERPRINT
+        self.adapters = LoadedAdapters()
         self.side = SchedulerSide(
             self.node,  # type: ignore[arg-type]
             PLAN,
-            FINGERPRINT,
+            lambda: self.fingerprint,
+            self.adapters,  # type: ignore[arg-type]
             fetch,  # type: ignore[arg-type]
             deadline_ms,
             speculative,
@@ -583,18 +597,60 @@ def test_a_request_that_never_ran_needs_no_tracking() -> None:
     assert not bench.node.sent
 
 
-def test_after_a_reset_nothing_old_matches_and_running_requests_save_nothing() -> None:
+def test_after_a_reset_running_requests_save_nothing_and_the_same_weights_match_again() -> None:
     bench = Bench()
     running = admitted(bench, request(600, "a"))
     before = bench.node.of(LookupPrefix)[0].segment_keys
     bench.side.reset()
     assert bench.step({running: 600}) is IDLE
     bench.side.matched_tokens(request(600, "b"), 0)
-    assert set(bench.node.of(LookupPrefix)[-1].segment_keys).isdisjoint(before)
-    bench.side.reset()
-    bench.side.matched_tokens(request(600, "c"), 0)
-    first, second = (set(m.segment_keys) for m in bench.node.of(LookupPrefix)[-2:])
+    assert bench.node.of(LookupPrefix)[-1].segment_keys == before
+
+
+def test_other_weights_have_other_keys() -> None:
+    bench = Bench()
+    bench.side.matched_tokens(request(600, "a"), 0)
+    bench.fingerprint = bytes(32)
+    bench.side.matched_tokens(request(600, "b"), 0)
+    first, second = (set(m.segment_keys) for m in bench.node.of(LookupPrefix))
     assert first.isdisjoint(second)
+
+
+def test_nothing_is_asked_or_saved_until_the_models_files_are_identified() -> None:
+    bench = Bench()
+    bench.fingerprint = None
+    early = request(600, "early")
+    assert bench.side.matched_tokens(early, 0) == (0, False)
+    assert bench.step({early: 600}) is IDLE
+    assert not bench.node.sent
+    assert bench.side.layout is None
+    assert bench.counts()["hyperspace_l2_lookups_total"] == {"miss|unidentified": 1}
+    bench.fingerprint = FINGERPRINT
+    assert bench.side.matched_tokens(request(600, "later"), 0) == (None, False)
+    assert bench.side.matched_tokens(early, 0) == (0, False)
+
+
+def test_an_adapter_that_is_not_known_is_a_miss_and_one_that_is_has_keys_of_its_own() -> None:
+    bench = Bench()
+    for name, digest in (("a", None), ("b", b"1" * 32), ("c", b"2" * 32)):
+        r = request(600, name)
+        r.lora_request = LoRARequest("lora", 7, "/adapter")
+        bench.adapters.digests[7] = digest
+        bench.side.matched_tokens(r, 0)
+    assert bench.counts()["hyperspace_l2_lookups_total"] == {"miss|lora": 1}
+    asked = [list(message.segment_keys) for message in bench.node.of(LookupPrefix)]
+    assert asked == [keys_of([*request(600).all_token_ids], lora=digest)[:2] for digest in (b"1" * 32, b"2" * 32)]
+
+
+def test_what_an_adapter_computed_is_not_named_once_its_files_were_replaced() -> None:
+    bench, r = Bench(), request(600)
+    r.lora_request = LoRARequest("lora", 7, "/adapter")
+    bench.adapters.digests[7] = b"1" * 32
+    admitted(bench, r)
+    bench.adapters.digests[7] = None
+    bench.step({r: 600})
+    bench.side.finished(r)
+    assert not bench.node.of(SegmentNamed)
 
 
 def test_an_idle_step_has_no_work_and_makes_no_object() -> None:

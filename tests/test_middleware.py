@@ -294,11 +294,26 @@ async def test_a_model_that_is_no_name_is_the_servers_to_refuse(bench: Bench) ->
     assert answer.headers["cache-status"] == "hyperspace; fwd=bypass; detail=unknown_model"
 
 
-async def test_weights_that_were_replaced_are_not_answered_for(bench: Bench) -> None:
+async def test_a_request_for_a_route_of_weights_changes_nothing_by_itself(bench: Bench) -> None:
     await bench.ask(CHAT)
     await bench.stored(1)
-    await bench.client.post("/update_weights", json={})
-    assert (await bench.ask(CHAT)).headers["cache-status"] == "hyperspace; fwd=bypass; detail=no_model_digest"
+    for route in ("/update_weights", "/collective_rpc", "/start_weight_update"):
+        await bench.client.post(route, json={})
+    assert "hit" in (await bench.ask(CHAT)).headers["cache-status"]
+
+
+async def test_what_was_computed_while_the_weights_changed_is_not_stored(make_bench: MakeBench) -> None:
+    changes = 0
+    bench = await make_bench(weights_changes=lambda: changes)
+    bench.upstream.gate.clear()
+    asked = asyncio.create_task(bench.ask(CHAT))
+    await until(lambda: len(bench.upstream.bodies) == 1)
+    changes = 1  # and back again: the digest is the same as before
+    bench.upstream.gate.set()
+    await asked
+    await bench.ask(CHAT)
+    await bench.stored(1)
+    assert len(bench.node.scopes) == 1
 
 
 async def test_other_routes_and_methods_are_not_ours(bench: Bench) -> None:

@@ -59,6 +59,7 @@ class Exchange:
         self._send = send
         self._wants_proof = header(scope["headers"], PROOF) is not None
         self._abort = aborts.Abort()
+        self._weights_changes = self.options.weights_changes()
         self._doubted: checks.ToCompare | None = None  # one that is computed instead of served
         self._committed = False  # the application has the request, or the client some of an answer
         self.wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
@@ -138,7 +139,7 @@ class Exchange:
 
     def names(self) -> Names | Uncacheable:
         """Model digest, LoRA digest and tenant, or why the request can't have a key."""
-        digest = None if self.cache.weights_changed else self.options.model_digest()
+        digest = self.options.model_digest()
         model = self.body.get("model") or None
         if self.cache.lookup is None:
             return Uncacheable("off")
@@ -450,7 +451,7 @@ class Exchange:
         answer = raw if isinstance(raw, NotStored) else admit(self.endpoint, self.body, raw)
         if isinstance(answer, NotStored):
             return answer.reason
-        if self.key() != key:
+        if self.key() != key or self.options.weights_changes() != self._weights_changes:
             return "model_changed"
         result = self.hand_over(key, answer.body, self.question())
         if self._doubted is not None:

@@ -29,9 +29,6 @@ from .node_lookup import NodeLookup
 from .options import ResponseCacheOptions
 from .request_body import read_body, read_rest, replayed
 
-# After these (vLLM's development mode has them) nobody can say any more which weights answer.
-_WEIGHT_ROUTES = frozenset(("/collective_rpc", "/start_weight_update", "/update_weights", "/finish_weight_update"))
-
 
 class ResponseCacheMiddleware:
     """Answers repeated POSTs to `ENDPOINTS`; passes everything else by untouched."""
@@ -47,13 +44,11 @@ class ResponseCacheMiddleware:
         self.checks = OneAtATime()
         self.audits = Audits()
         self.metrics = l1_metrics()
-        self.weights_changed = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request (ASGI 3)."""
         endpoint = _endpoint(scope)
         if endpoint is None:
-            self.weights_changed = self.weights_changed or _path(scope) in _WEIGHT_ROUTES
             return await self.app(scope, receive, send)
         raw, too_large = await read_body(receive), False
         if isinstance(raw, list) and _stays_here(scope):
@@ -83,15 +78,9 @@ class ResponseCacheMiddleware:
 
 
 def _endpoint(scope: Scope) -> Endpoint | None:
-    return ENDPOINTS.get(_path(scope))
-
-
-def _path(scope: Scope) -> str:
-    """Where a POST goes; '' for anything else."""
     if scope["type"] != "http" or scope["method"] != "POST":
-        return ""
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-    return path
+        return None
+    return ENDPOINTS.get(scope["path"].removeprefix(scope.get("root_path", "")))
 
 
 def _stays_here(scope: Scope) -> bool:

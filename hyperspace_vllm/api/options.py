@@ -72,13 +72,15 @@ class ResponseCacheOptions:
 
     `db_path` None turns the cache off and leaves the signing of scopes. `model_digest` gives the 32-byte digest of
     weights, quantisation, chat template, server sampling defaults and whatever else the server adds to a request;
-    None while there is none (weights being replaced), which switches the cache off for that request.
+    None while there is none (the model's files are being read), which switches the cache off for that request.
+    `weights_changes` counts how often the engine's weights began to change.
     """
 
     db_path: Path | None
     model_digest: Callable[[], bytes | None]
     client: NodeLink
     served_models: frozenset[str] = frozenset()  # names of the base model
+    weights_changes: Callable[[], int] = lambda: 0
     loras: Mapping[str, bytes] = field(default_factory=dict)  # adapter name -> digest of its files; may be updated
     api_keys: tuple[str, ...] = ()  # the server's; () when its tenants share
     fleet_secret: bytes = b""  # the same on all servers: makes tenants of API keys

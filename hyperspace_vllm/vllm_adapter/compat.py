@@ -1,12 +1,19 @@
 """The places where we change vLLM instead of using an interface of it. One dated function each."""
 
 import functools
+import inspect
+import weakref
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .weights_epoch import WeightsWatch
 
 CONNECTOR = "hyperspace"
 _MARK = "_hyperspace"
+_WATCHES, _LOADERS = "_hyperspace_watches", "_hyperspace_loaders"
 
 
 def register_connector(module: str, class_name: str) -> None:
@@ -147,6 +154,77 @@ def innermost_middleware(add: Callable[[Any], None]) -> None:
         return result
 
     launcher.init_entrypoints_middleware = _mark(initialise_and_add)
+
+
+def watch_engine(watch: "WeightsWatch", load_adapter: Callable[[int, str], None]) -> None:
+    """Tell `watch` of every call that may change an engine's weights, and `load_adapter(id, path)` of LoRA adapters.
+
+    vLLM 0.29 to 0.33 (2026-11): connectors hear of none of it, nor of a reset unless it is asked to tell them. Can go
+    when there is such an event. In every engine of this process; for as long as the caller keeps both.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    _watch_weights(EngineCore, watch)
+    loaders = getattr(EngineCore, _LOADERS, None)
+    if loaders is None:
+        add_lora, loaders = EngineCore.add_lora, weakref.WeakKeyDictionary()
+        setattr(EngineCore, _LOADERS, loaders)
+
+        @functools.wraps(add_lora)
+        def load_and_add(self: Any, lora_request: Any) -> Any:
+            for load in list(loaders.values()):
+                load(lora_request.lora_int_id, lora_request.lora_path)
+            return add_lora(self, lora_request)
+
+        EngineCore.add_lora = load_and_add
+    loaders[watch] = load_adapter
+
+
+def watch_client(watch: "WeightsWatch") -> None:
+    """The same calls in an API server, where they are made: `watch` hears of them before the engine does.
+
+    vLLM 0.29 to 0.33 (2026-11).
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    _watch_weights(AsyncLLM, watch)
+
+
+def _watch_weights(engine: Any, watch: "WeightsWatch") -> None:
+    watches = getattr(engine, _WATCHES, None)
+    if watches is None:
+        watches = weakref.WeakSet()
+        setattr(engine, _WATCHES, watches)
+        rpc, sleep = engine.collective_rpc, engine.sleep
+
+        def around(method: Any, arguments: tuple[Any, ...]) -> ExitStack:
+            stack = ExitStack()
+            for each in list(watches):
+                stack.enter_context(each.rpc(method, arguments))
+            return stack
+
+        def call(self: Any, method: Any, *rest: Any, **named: Any) -> Any:
+            with around(method, _arguments(*rest, **named)):
+                return rpc(self, method, *rest, **named)
+
+        async def acall(self: Any, method: Any, *rest: Any, **named: Any) -> Any:
+            with around(method, _arguments(*rest, **named)):
+                return await rpc(self, method, *rest, **named)
+
+        @functools.wraps(sleep)
+        def tell_and_sleep(self: Any, level: int = 1, *rest: Any, **kwargs: Any) -> Any:
+            for each in list(watches):
+                each.sleeps(level)
+            return sleep(self, level, *rest, **kwargs)
+
+        engine.collective_rpc = functools.wraps(rpc)(acall if inspect.iscoroutinefunction(rpc) else call)
+        engine.sleep = tell_and_sleep
+    watches.add(watch)
+
+
+def _arguments(timeout: Any = None, args: Any = (), kwargs: Any = None) -> tuple[Any, ...]:
+    """What `collective_rpc` hands to the workers' method."""
+    return args, kwargs
 
 
 def notice_aborts(note: Callable[[], None]) -> bool:

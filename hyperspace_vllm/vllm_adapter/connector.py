@@ -37,14 +37,17 @@ from ..config import Config, ConfigError, load_config
 from ..core.records.errors import Refused
 from ..core.response.scope import DEFAULT_SCOPE, RequestScope, verify_scope
 from . import compat
+from .adapters import Adapters
 from .cached_segments import CachedSegments
 from .engine_report import EngineReport
 from .fingerprint import kv_fingerprint
 from .inherited import Inherited, ensure_node
 from .kv_layout import plan_kv
+from .loaded_files import LoadedFiles
 from .metadata import IDLE, StepMetadata
 from .scheduler_side import SchedulerSide
 from .stats import HyperspacePromMetrics, HyperspaceStats
+from .weights_epoch import WeightsEpoch, WeightsWatch
 from .worker_side import WorkerSide
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ class HyperspaceConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         self._worker: WorkerSide | None = None
         self._report: EngineReport | None = None
         self._cached: CachedSegments | None = None
+        self._watch: WeightsWatch | None = None  # vLLM's engine has a weak reference to it
         if role == KVConnectorRole.SCHEDULER:
             # vLLM's default fails the request; the scheduler reads this after building us, whoever set it.
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
@@ -82,14 +86,25 @@ class HyperspaceConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
             logger.warning("hyperspace: KV sharing (L2) is off: %s", error)
 
     def _build_scheduler(self, config: Config) -> SchedulerSide:
-        plan = plan_kv(self._vllm_config, self._kv_cache_config)
-        fingerprint = kv_fingerprint(self._vllm_config, self._kv_cache_config, plan)
+        vllm_config, kv_cache_config = self._vllm_config, self._kv_cache_config
+        plan = plan_kv(vllm_config, kv_cache_config)
+        loaded = LoadedFiles(
+            vllm_config,
+            config.data_dir,
+            "KV sharing (L2)",
+            lambda files: kv_fingerprint(vllm_config, kv_cache_config, plan, files),
+        )
+        loaded.start()
+        epoch, adapters = WeightsEpoch(), Adapters(config.data_dir)
+        self._watch = WeightsWatch(epoch, loaded.unchanged, self._forget)
+        compat.watch_engine(self._watch, adapters.load)
         ensure_node(config)
         self._client = NodeClient(config, "scheduler", _client_name(self._vllm_config))
         return SchedulerSide(
             self._client,
             plan,
-            fingerprint,
+            lambda: epoch.key(loaded.digest()),
+            adapters,
             config.fetch,
             config.lookup_deadline_ms,
             self._vllm_config.speculative_config is not None,
@@ -117,7 +132,8 @@ class HyperspaceConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         if compat.has_kv_events(gpu_block_pool):
             self._cached = self._scheduler.watch(gpu_block_pool)
         requests_at_once = self._vllm_config.scheduler_config.max_num_seqs
-        self._report = EngineReport(self._client, self._scheduler.layout, requests_at_once, self._cached)
+        scheduler = self._scheduler
+        self._report = EngineReport(self._client, lambda: scheduler.layout, requests_at_once, self._cached)
         self._report.start()
 
     def on_new_request(self, request: Request) -> None:
@@ -165,10 +181,13 @@ class HyperspaceConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         return self.request_finished_all_groups(request, (block_ids,))
 
     def reset_cache(self) -> bool | None:
-        """Weights may have changed: nothing from before is ever loaded again."""
+        """What is under way ends as a miss. Changed weights are noticed by themselves (weights_epoch.py)."""
+        self._forget()
+        return True
+
+    def _forget(self) -> None:
         if self._scheduler is not None:
             self._scheduler.reset()
-        return True
 
     # --- worker ----------------------------------------------------------------------------------
 

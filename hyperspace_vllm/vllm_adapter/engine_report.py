@@ -4,6 +4,7 @@ A thread of its own, because an engine without requests takes no steps: what cha
 """
 
 import threading
+from collections.abc import Callable
 
 from vllm.v1.request import Request
 
@@ -21,7 +22,11 @@ class EngineReport:
     """One engine's. `cached` is None where vLLM doesn't say what leaves its cache."""
 
     def __init__(
-        self, client: NodeClient, layout: Layout, requests_at_once: int, cached: CachedSegments | None
+        self,
+        client: NodeClient,
+        layout: Callable[[], Layout | None],
+        requests_at_once: int,
+        cached: CachedSegments | None,
     ) -> None:
         self._client, self._layout, self._requests_at_once, self._cached = client, layout, requests_at_once, cached
         self._requests: set[str] = set()  # that run or wait
@@ -67,7 +72,8 @@ class EngineReport:
         """A new session knows nothing; an engine is known by its layout before its first request."""
         epoch = self._client.epoch
         if epoch != self._epoch:
-            if not self._client.send(RegisterLayout(self._layout)):
+            layout = self._layout()
+            if layout is None or not self._client.send(RegisterLayout(layout)):
                 return False
             self._epoch, self._told, self._told_load = epoch, frozenset(), -1
         return True

@@ -6,8 +6,6 @@ backend and block layout "auto" means. Rejected: asking workers for the chosen b
 before the first step. Cost: a fleet in the middle of a vLLM upgrade shares only among equal versions.
 """
 
-import functools
-import json
 import os
 import re
 from argparse import Namespace
@@ -17,25 +15,19 @@ from typing import Any
 
 import torch
 import vllm
-from huggingface_hub import try_to_load_from_cache
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from ..core.prefix.segment import fingerprint_digest
 from ..core.records.errors import Refused
-from ..core.records.ids import sha256
 from .kv_layout import KVPlan, describe_group
+from .loaded_files import Identity
+from .model_files import source_of
 
 FORMAT_VERSION = 1  # of the row payload that kv_layout.py describes
-SAMPLE_BYTES = 4096
-FILE_SAMPLES = 1024  # 4 MiB of a weights file whose tensors we can't list
-SMALL_FILE_BYTES = 64 << 20  # tokenizers and templates are hashed whole, up to this size
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
-_TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
 # vLLM's "auto" takes the best backend that is installed, and backends lay their blocks out differently.
 _ATTENTION_PACKAGES = ("flashinfer-python", "flash-attn", "triton", "aiter")
@@ -79,14 +71,15 @@ _OUTPUT_ARGS = (
 )
 
 
-def kv_fingerprint(config: VllmConfig, kv_cache: KVCacheConfig, plan: KVPlan) -> bytes:
-    """Digest (32 bytes) of everything that KV bytes depend on; `Refused` when the weights can't be identified."""
+def kv_fingerprint(config: VllmConfig, kv_cache: KVCacheConfig, plan: KVPlan, files: Identity) -> bytes:
+    """Digest (32 bytes) of everything that KV bytes depend on."""
     cache, attention = config.cache_config, config.attention_config
     fields = {
         "format": FORMAT_VERSION,
         "vllm": vllm.__version__,
-        "model": _model_identity(config.model_config, str(config.load_config.load_format)),
+        "model": _model_identity(config.model_config),
         "draft": _draft_identity(config),
+        "files": [files.weights, files.draft, files.code],
         "cache_dtype": str(cache.cache_dtype),
         "cache_dtype_skip_layers": sorted(map(str, cache.kv_cache_dtype_skip_layers)),
         "kv_cache_layout": str(kv_cache.kv_cache_layout),
@@ -102,17 +95,17 @@ def kv_fingerprint(config: VllmConfig, kv_cache: KVCacheConfig, plan: KVPlan) ->
     return fingerprint_digest(fields)
 
 
-def model_digest(config: VllmConfig, args: Namespace) -> bytes:
+def model_digest(config: VllmConfig, args: Namespace, files: Identity) -> bytes:
     """Digest (32 bytes) of everything that a response depends on besides the request."""
     model = config.model_config
     options: dict[str, Any] = {name: getattr(args, name, None) for name in _OUTPUT_ARGS}
     template = options["chat_template"]
     if template and os.path.isfile(template):
-        options["chat_template"] = file_digest(template).hex()
+        options["chat_template"] = Path(template).read_text()
     fields = {
         "vllm": vllm.__version__,
-        "model": _model_identity(model, str(config.load_config.load_format)),
-        "tokenizer": _texts_identity(model.tokenizer, model.tokenizer_revision),
+        "model": _model_identity(model),
+        "files": [files.weights, files.code, files.texts],
         "generation_config": _jsonable(model.try_get_generation_config()),
         "default_sampling": _jsonable(model.get_diff_sampling_param()),
         "max_model_len": model.max_model_len,
@@ -124,69 +117,20 @@ def model_digest(config: VllmConfig, args: Namespace) -> bytes:
 def tells_time(model: ModelConfig, args: Namespace) -> bool:
     """Whether the chat template may put the date into prompts: the answer of one day is none of the next one's."""
     given = str(args.chat_template or "")
-    directory = Path(model.tokenizer)
-    if not directory.is_dir():
-        cached = try_to_load_from_cache(model.tokenizer, "tokenizer_config.json", revision=model.tokenizer_revision)
-        directory = Path(cached).parent if isinstance(cached, str) else directory
-    texts = [Path(given)] if os.path.isfile(given) else [directory / name for name in _TEMPLATE_FILES]
+    texts = [Path(given)]
+    if not os.path.isfile(given):
+        try:
+            directory = source_of(str(model.tokenizer), model.tokenizer_revision).path
+        except Refused:  # then nothing is cached at all
+            return False
+        texts = [directory / name for name in _TEMPLATE_FILES]
     return "strftime" in given or any(file.is_file() and b"strftime" in file.read_bytes() for file in texts)
 
 
-def adapter_digest(path: str) -> bytes:
-    """Digest (32 bytes) of a LoRA adapter's files; `Refused` when it isn't a local directory."""
-    try:
-        entries = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
-    except OSError as error:
-        raise Refused("lora", f"{path}: {error.strerror}") from error
-    if not entries:
-        raise Refused("lora", f"{path} holds no files")
-    return sha256(*(os.path.basename(entry).encode() + b"\0" + file_digest(entry) for entry in entries))
-
-
-def file_digest(path: str) -> bytes:
-    """Digest (32 bytes) of a file: whole if small, else its size, tensor headers and samples of its content."""
-    try:
-        status = os.stat(path)
-        return _file_digest(path, status.st_mtime_ns, status.st_size)
-    except (OSError, ValueError) as error:
-        raise Refused("weights", f"{path}: {error}") from error
-
-
-@functools.lru_cache(maxsize=4096)
-def _file_digest(path: str, mtime_ns: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        if size <= SMALL_FILE_BYTES and not path.endswith(_WEIGHT_SUFFIXES):
-            return sha256(b"whole", file.read())
-        header, offsets = b"", range(0, size, max(size // FILE_SAMPLES, 1))
-        if path.endswith(".safetensors"):
-            header, offsets = _safetensors_samples(file.read(8), file)
-        samples = []
-        for offset in offsets:
-            file.seek(offset)
-            samples.append(file.read(SAMPLE_BYTES))
-        return sha256(b"sampled", size.to_bytes(8, "big"), sha256(header), *samples)
-
-
-def _safetensors_samples(head: bytes, file: Any) -> tuple[bytes, Any]:
-    """The header, and one offset in the middle of every tensor: a fine-tune changes whole tensors."""
-    length = int.from_bytes(head, "little")
-    if len(head) != 8 or length > 100 << 20:  # the format's own bound on headers
-        raise ValueError("not a safetensors file")
-    header = file.read(length)
-    tensors = json.loads(header)
-    middles = []
-    for name, tensor in tensors.items():
-        if name != "__metadata__":
-            start, end = tensor["data_offsets"]
-            middles.append(8 + length + (start + end) // 2)
-    return header, sorted(middles)
-
-
-def _model_identity(model: ModelConfig, load_format: str) -> dict[str, Any]:
+def _model_identity(model: ModelConfig) -> dict[str, Any]:
     config = {k: v for k, v in model.hf_config.to_dict().items() if k not in _VOLATILE}
     return {
         "config": _jsonable(config),
-        "weights": _weights_identity(model, load_format),
         "dtype": str(model.dtype),
         # The length of the whole context chooses between LongRoPE's factors, for every position.
         "long_rope": model.max_model_len if "longrope" in repr(config) else None,
@@ -196,38 +140,11 @@ def _model_identity(model: ModelConfig, load_format: str) -> dict[str, Any]:
 
 
 def _draft_identity(config: VllmConfig) -> Any:
-    """A speculator's layers may share the KV groups, so its weights count as the model's do."""
+    """A speculator's layers may share the KV groups, so its configuration counts as the model's does."""
     speculative = config.speculative_config
     if speculative is None or speculative.draft_model_config is None:
         return None
-    return [str(speculative.method), _model_identity(speculative.draft_model_config, "draft")]
-
-
-def _weights_identity(model: ModelConfig, load_format: str) -> list[str]:
-    """The commit that a hub revision resolved to (never a branch name), or digests of the local files."""
-    if load_format == "dummy":  # random weights from the seed
-        return ["dummy", str(model.seed)]
-    directory = Path(model.model)
-    if not directory.exists():
-        if model.revision and _COMMIT.fullmatch(model.revision):
-            return ["commit", model.model, model.revision]
-        raise Refused("weights", f"{model.model} is neither local nor pinned to a commit")
-    files = [directory] if directory.is_file() else sorted(directory.glob("*"))
-    weights = [str(file) for file in files if file.suffix in _WEIGHT_SUFFIXES]
-    if not weights:
-        raise Refused("weights", f"no weight files in {model.model}")
-    return ["files", *(f"{os.path.basename(file)} {file_digest(file).hex()}" for file in weights)]
-
-
-def _texts_identity(path: str | None, revision: str | None) -> list[str]:
-    """Tokenizer, chat template and the rest of a model's small files."""
-    directory = Path(path or "")
-    if path and directory.is_dir():
-        texts = [file for file in sorted(directory.iterdir()) if file.suffix in _TEXT_SUFFIXES]
-        return [f"{file.name} {file_digest(str(file)).hex()}" for file in texts]
-    if revision and _COMMIT.fullmatch(revision):
-        return ["commit", str(path), revision]
-    raise Refused("weights", f"the tokenizer {path} is neither local nor pinned to a commit")
+    return [str(speculative.method), _model_identity(speculative.draft_model_config)]
 
 
 def _installed(package: str) -> str:

@@ -3,16 +3,23 @@
 The names start with an underscore, because HYPERSPACE_* are settings, and unknown ones are errors.
 """
 
+import logging
 import os
 import secrets
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..client import start_node
 from ..config import Config
+from ..core.records.errors import Refused
+from .weights_epoch import WeightsEpoch, shared_epoch
+
+logger = logging.getLogger("vllm.hyperspace")
 
 _SECRET = "_HYPERSPACE_PROCESS_SECRET"
 _MANY_TENANTS = "_HYPERSPACE_MANY_TENANTS"
 _NODE = "_HYPERSPACE_NODE_STARTED"
+_EPOCH = "_HYPERSPACE_EPOCH_FILE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,22 @@ def hand_down(config: Config, many_tenants: bool) -> None:
     Inherited.read()
     os.environ[_NODE] = str(config.data_dir)
     start_node(config)
+    try:
+        path, _ = shared_epoch(config.data_dir)  # its descriptor stays open, and with it the file, until we end
+        os.environ[_EPOCH] = str(path)
+    except OSError as error:
+        logger.warning("hyperspace: the response cache (L1) is off: %s: %s", error.filename, error.strerror)
+
+
+def server_epoch() -> WeightsEpoch:
+    """What all API servers of this server know of the weights; `Refused` where nothing was handed down."""
+    path = os.environ.get(_EPOCH)
+    try:
+        if path is None:
+            raise Refused("epoch", "the main process left no file for its API servers")
+        return WeightsEpoch(Path(path))
+    except OSError as error:
+        raise Refused("epoch", f"{path}: {error.strerror}") from error
 
 
 def ensure_node(config: Config) -> None:

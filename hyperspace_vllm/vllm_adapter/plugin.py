@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from ..api.options import ResponseCacheOptions
     from ..config import Config
+    from .loaded_files import Identity
+    from .weights_epoch import WeightsWatch
 
 logger = logging.getLogger("vllm.hyperspace")
 
@@ -49,6 +51,7 @@ class _Server:
     args: Namespace | None = None
     engine: "VllmConfig | None" = None
     config: "Config | None" = None
+    watch: "WeightsWatch | None" = None  # vLLM's engine client has a weak reference to it
 
     def on_args(self, args: Namespace) -> None:
         """Arguments were parsed: from here on an API server may be built."""
@@ -66,6 +69,7 @@ class _Server:
 
         from ..config import ConfigError, load_config
         from .inherited import hand_down
+        from .loaded_files import before_load
 
         self.engine = self.config = None
         transfer = engine.kv_transfer_config
@@ -81,6 +85,7 @@ class _Server:
         if self.config.kv_cache and self.config.p2p_listen and self.config.share != "private":
             compat.switch_kv_events_on(engine)  # for the digest of prefixes in memory that others may see
         if parent_process() is None:
+            before_load(engine)
             if envs.VLLM_USE_RUST_FRONTEND and self.config.response_cache:
                 logger.warning("hyperspace: the response cache (L1) is off: vLLM's Rust frontend runs no middleware")
             hand_down(self.config, len(self._tenant_keys()) > 1)
@@ -111,16 +116,27 @@ class _Server:
         from ..core.records.ids import network_id
         from ..core.response.canonical import ACRONYMS
         from ..response_db import database_path
-        from .fingerprint import adapter_digest, model_digest, tells_time
-        from .inherited import Inherited
+        from .adapters import Adapters, NamedAdapters
+        from .fingerprint import model_digest, tells_time
+        from .inherited import Inherited, server_epoch
+        from .loaded_files import LoadedFiles
+        from .weights_epoch import WeightsWatch
 
-        digest = model_digest(engine, args)
+        def digest_of(files: "Identity") -> bytes:
+            return model_digest(engine, args, files)
+
+        epoch = server_epoch()
+        loaded = LoadedFiles(engine, config.data_dir, "the response cache (L1)", digest_of)
+        loaded.start()
+        self.watch = WeightsWatch(epoch, loaded.unchanged, lambda: None)
+        compat.watch_client(self.watch)
         # Where adapters may be replaced at run time, a name says nothing about files: their answers are not cached.
         modules = () if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING else args.lora_modules or ()
-        adapters = {module.name: adapter_digest(module.path) for module in modules}
+        adapters = NamedAdapters(Adapters(config.data_dir), {module.name: module.path for module in modules})
         return ResponseCacheOptions(
             db_path=database_path(config.data_dir) if config.response_cache else None,
-            model_digest=lambda: digest,
+            model_digest=lambda: epoch.key(loaded.digest()),
+            weights_changes=lambda: epoch.count,
             client=NodeClient(config, "api", f"{socket.gethostname()}-{os.getpid()}"),
             served_models=frozenset(args.served_model_name or [args.model]),
             loras=adapters,

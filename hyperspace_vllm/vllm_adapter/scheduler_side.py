@@ -7,7 +7,6 @@ every step while the request waits, and must not make us look again.
 
 import itertools
 import logging
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -21,8 +20,7 @@ from vllm.v1.request import Request
 
 from ..client import NodeClient
 from ..core.prefix.segment import Multimodal, chain_seed, next_key
-from ..core.records.errors import Refused
-from ..core.records.ids import SegmentKey, sha256
+from ..core.records.ids import SegmentKey
 from ..core.records.layout import Layout
 from ..core.records.limits import FETCH_PREFILL_SHARE, LOOKUP_ROWS_MAX, PROMPT_SEGMENTS_MAX
 from ..core.records.local import (
@@ -37,8 +35,8 @@ from ..core.records.local import (
     SegmentNamed,
 )
 from ..core.response.scope import RequestScope
+from .adapters import Adapters
 from .cached_segments import CachedSegments
-from .fingerprint import adapter_digest
 from .kv_layout import KVPlan
 from .metadata import IDLE, BlockTables, PrefixLoad, SegmentSave, StepMetadata
 from .prefill_rate import PrefillRate
@@ -75,6 +73,7 @@ class _Tracked:
     seed: bytes
     scope: RequestScope
     multimodal: tuple[Multimodal, ...]
+    lora: bytes
     keys: list[SegmentKey] = field(default_factory=list)
     waiting_since_s: float | None = None
     promised_from: int = 0  # token from which the last promise counts
@@ -91,13 +90,17 @@ class _Tracked:
 
 
 class SchedulerSide:
-    """One per engine. `scope_of` reads a request's scope; `now_s` is a monotonic clock in seconds."""
+    """One per engine. `scope_of` reads a request's scope; `now_s` is a monotonic clock in seconds.
+
+    `fingerprint` is None until the model's files are identified, and another one once its weights are changed.
+    """
 
     def __init__(
         self,
         client: NodeClient,
         plan: KVPlan,
-        fingerprint: bytes,
+        fingerprint: Callable[[], bytes | None],
+        adapters: Adapters,
         fetch: Literal["auto", "always", "never"],
         lookup_deadline_ms: int,
         speculative: bool,
@@ -105,8 +108,8 @@ class SchedulerSide:
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client, self._plan, self._now_s, self._scope_of = client, plan, now_s, scope_of
-        self._layout = plan.layout(fingerprint)
-        self._fingerprint, self._speculative = fingerprint, speculative
+        self._fingerprint, self._adapters, self._speculative = fingerprint, adapters, speculative
+        self._layout: Layout | None = None
         self._fetch, self._deadline_ms = fetch, lookup_deadline_ms
         self._segments_max = min(PROMPT_SEGMENTS_MAX, LOOKUP_ROWS_MAX // (len(plan.parts) * plan.ranks))
         self._tracked: dict[str, _Tracked | None] = {}  # None: declined for good
@@ -127,8 +130,10 @@ class SchedulerSide:
         return self._cached
 
     @property
-    def layout(self) -> Layout:
-        """What the node is told of this engine."""
+    def layout(self) -> Layout | None:
+        """What the node is told of this engine, from when its fingerprint is known."""
+        if self._layout is None and (fingerprint := self._fingerprint()) is not None:
+            self._layout = self._plan.layout(fingerprint)
         return self._layout
 
     # --- reading ---------------------------------------------------------------------------------
@@ -285,11 +290,12 @@ class SchedulerSide:
 
     def _in_session(self) -> bool:
         """Whether the node is there; a new session hears our layout first and knows none of our segments."""
-        if not self._client.connected:
+        layout = self.layout
+        if not self._client.connected or layout is None:
             return False
         epoch = self._client.epoch
         if epoch != self._epoch:
-            if not self._client.send(RegisterLayout(self._layout)):
+            if not self._client.send(RegisterLayout(layout)):
                 return False
             self._epoch = epoch
             self._known.clear()
@@ -382,6 +388,10 @@ class SchedulerSide:
 
     def _name_known(self, tracked: _Tracked) -> None:
         """Name the saved segments whose last token has come (under async scheduling it lags a step)."""
+        # vLLM may have read an adapter's files anew since this request came.
+        if tracked.unnamed and tracked.lora and self._adapter(tracked.request) != tracked.lora:
+            tracked.spoilt.update(tracked.unnamed)
+            tracked.unnamed.clear()
         while tracked.unnamed and self._extend_keys(tracked, tracked.unnamed[0] + 1):
             segment = tracked.unnamed.pop(0)
             scope = tracked.scope.scope
@@ -409,11 +419,7 @@ class SchedulerSide:
             self._client.send(RequestEnded(request.request_id))
 
     def reset(self) -> None:
-        """Nothing saved or loaded from now on has anything to do with what was before.
-
-        Random, not counted: two engines that were each given new weights must not meet at "1".
-        """
-        self._fingerprint = sha256(self._layout.fingerprint, os.urandom(32))
+        """Requests under way save and load nothing any more: vLLM drops its caches, or the weights change."""
         self._known.clear()
         if self._cached is not None:
             self._cached.clear()
@@ -434,20 +440,23 @@ class SchedulerSide:
         if len(request.request_id) > NAME_CHARS_MAX:  # a client's X-Request-Id; the node would reject every message
             self.stats.count("hyperspace_l2_lookups_total", "miss", "request_id")
             return None
-        lora = b""
-        if request.lora_request is not None:
-            try:
-                lora = adapter_digest(request.lora_request.lora_path)
-            except Refused as error:
-                self.stats.count("hyperspace_l2_lookups_total", "miss", error.reason)
-                return None
+        fingerprint, lora = self._fingerprint(), self._adapter(request)
+        if fingerprint is None or lora is None:
+            reason = "unidentified" if fingerprint is None else "lora"
+            self.stats.count("hyperspace_l2_lookups_total", "miss", reason)
+            return None
         scope = self._scope_of(request)
-        seed = chain_seed(self._fingerprint, lora, request.cache_salt or "", scope.tenant)
+        seed = chain_seed(fingerprint, lora, request.cache_salt or "", scope.tenant)
         items = tuple((f.mm_hash or f.identifier, f.mm_position.offset) for f in request.mm_features)
         if items:
             # A client may name its images itself, also by the hash of another: what it saves is not for everybody.
             scope = RequestScope("private", scope.tenant)
-        return _Tracked(request, seed, scope, tuple((name.encode(), offset) for name, offset in items))
+        return _Tracked(request, seed, scope, tuple((name.encode(), offset) for name, offset in items), lora)
+
+    def _adapter(self, request: Request) -> bytes | None:
+        """The digest of its LoRA adapter, b"" without one; None: its files are not known, or were replaced."""
+        lora = request.lora_request
+        return b"" if lora is None else self._adapters.digest(lora.lora_int_id, lora.lora_path)
 
     def _notice_preemption(self, tracked: _Tracked) -> None:
         """A preempted request starts from token 0: it may ask again, and resamples what was in flight."""

@@ -28,7 +28,8 @@ class Engine:
                 process_group=0,  # not a session: spinning ranks would starve the nodes (client.py says why)
                 env={
                     **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
-                    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", **environment,
+                    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+                    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment,
                 },
             )  # fmt: skip
         self._send({"model": str(model), **llm})
@@ -95,7 +96,9 @@ def _serve() -> None:
         enforce_eager=True, max_num_seqs=4, max_model_len=4096,
         kv_transfer_config=KVTransferConfig(kv_connector="hyperspace", kv_role="kv_both"), **settings,
     )  # fmt: skip
-    llm.collective_rpc(worker_probe.install)
+    # Not through the engine: a call that it doesn't know may change the weights, and ends all sharing.
+    workers = llm.llm_engine.model_executor
+    workers.collective_rpc(worker_probe.install)
     answer("ready")
     while True:
         try:
@@ -111,7 +114,7 @@ def _serve() -> None:
                 [result] = llm.generate([prompt], sampling, use_tqdm=False)
                 answer((list(result.outputs[0].token_ids), result.num_cached_tokens))
             case ("copied",):
-                answer(llm.collective_rpc(worker_probe.take))
+                answer(workers.collective_rpc(worker_probe.take))
             case ("reset",):
                 answer(llm.reset_prefix_cache())
 

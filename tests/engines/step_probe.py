@@ -152,7 +152,7 @@ class _Probe:
         from hyperspace_vllm.core.prefix.segment import chain_seed, segment_keys
 
         told = self.scheduler.connector._report._told
-        keys = segment_keys(chain_seed(self.side._fingerprint, b"", "", ""), tokens, self.side._plan.segment_tokens)
+        keys = segment_keys(chain_seed(self.side._fingerprint(), b"", "", ""), tokens, self.side._plan.segment_tokens)
         return {"told": len(told), "of_prompt": [key in told for key in keys]}
 
     def state(self) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""Whether an engine still holds the weights that it loaded from its files.
+
+Whatever may change them begins another epoch *before* it does: a random one, folded into every key, so that nothing
+from before serves what comes after, on no node. Weights that are loaded anew from the same files end it. Sleeping and
+waking at level 1 keep the weights, and so does resetting caches.
+"""
+
+import fcntl
+import hashlib
+import mmap
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+_EPOCH_BYTES, _COUNT_BYTES = 16, 8
+_AS_LOADED = bytes(_EPOCH_BYTES)
+# Methods of workers that vLLM itself calls and that leave the weights alone. All others may do anything.
+_HARMLESS = frozenset(
+    [
+        "check_health",
+        "compute_weight_checksums",
+        "get_encoder_timing_stats",
+        "get_model_inspection",
+        "init_weight_transfer_engine",
+        "profile",
+        "release_late_interaction_query_cache",
+        "shutdown_weight_transfer_engine",
+        "synchronize_device",
+        "update_max_model_len",
+    ]
+)
+
+
+class WeightsEpoch:
+    """One process's view: an epoch (16 bytes, zero for the weights of the files) and how many have begun.
+
+    `shared` is a file that all API servers of one server map.
+    """
+
+    def __init__(self, shared: Path | None = None) -> None:
+        self._state: bytearray | mmap.mmap = bytearray(_EPOCH_BYTES + _COUNT_BYTES)
+        if shared is not None:
+            with shared.open("r+b") as file:
+                self._state = mmap.mmap(file.fileno(), _EPOCH_BYTES + _COUNT_BYTES)
+
+    @property
+    def count(self) -> int:
+        """Epochs begun so far: what was computed while it changed is of no one epoch."""
+        return int.from_bytes(self._state[_EPOCH_BYTES:], "little")
+
+    def key(self, digest: bytes | None) -> bytes | None:
+        """`digest` of what was loaded as it counts for the weights of now; None stays None."""
+        epoch = self._state[:_EPOCH_BYTES]
+        return digest if epoch == _AS_LOADED or digest is None else hashlib.sha256(digest + epoch).digest()
+
+    def begin(self) -> None:
+        """The weights are about to change."""
+        self._state[_EPOCH_BYTES:] = (self.count + 1).to_bytes(_COUNT_BYTES, "little")
+        self._state[:_EPOCH_BYTES] = secrets.token_bytes(_EPOCH_BYTES)
+
+    def end(self) -> None:
+        """The weights are again those of the files that were loaded first."""
+        self._state[:_EPOCH_BYTES] = _AS_LOADED
+
+
+class WeightsWatch:
+    """Advances an epoch for the calls that reach an engine. `unchanged` looks whether the files are as they were."""
+
+    def __init__(self, epoch: WeightsEpoch, unchanged: Callable[[], bool], began: Callable[[], None]) -> None:
+        self._epoch, self._unchanged, self._began = epoch, unchanged, began
+
+    @contextmanager
+    def rpc(self, method: Any, arguments: tuple[Any, ...]) -> Iterator[None]:
+        """Around `collective_rpc(method, *arguments)` of the workers."""
+        if isinstance(method, str) and method in _HARMLESS:
+            yield
+            return
+        as_loaded = method == "reload_weights" and not any(arguments) and self._unchanged()
+        self._begin()
+        yield
+        if as_loaded and self._unchanged():
+            self._epoch.end()
+
+    def sleeps(self, level: int) -> None:
+        """From level 2 on the weights are discarded; until they are loaded again they are any."""
+        if level >= 2:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._epoch.begin()
+        self._began()
+
+
+def shared_epoch(data_dir: Path) -> tuple[Path, int]:
+    """A new file for a server's API servers, and the descriptor that keeps it: the files of dead servers go."""
+    directory = data_dir / "epochs"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in directory.iterdir():
+        with suppress(OSError), path.open("rb") as file:  # BlockingIOError: its server lives
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    descriptor, name = tempfile.mkstemp(dir=directory)
+    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    os.ftruncate(descriptor, _EPOCH_BYTES + _COUNT_BYTES)
+    return Path(name), descriptor
