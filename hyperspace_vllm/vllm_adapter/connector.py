@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
-    KVConnectorTransferResults,
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -28,7 +26,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
@@ -45,6 +42,7 @@ from .inherited import Inherited, ensure_node
 from .kv_layout import plan_kv
 from .loaded_files import LoadedFiles
 from .metadata import IDLE, StepMetadata
+from .older_vllm import CacheHitSource, ConnectorBase, KVConnectorTransferResults
 from .scheduler_side import SchedulerSide
 from .stats import HyperspacePromMetrics, HyperspaceStats
 from .weights_epoch import WeightsEpoch, WeightsWatch
@@ -59,7 +57,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.hyperspace")
 
 
-class HyperspaceConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # vLLM is untyped for us
+class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # vLLM is untyped for us
     """Loads and saves prompt prefixes through the host's Hyperspace node."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:

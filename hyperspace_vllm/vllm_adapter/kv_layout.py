@@ -32,6 +32,7 @@ from ..core.prefix.segment import segment_tokens
 from ..core.records.errors import Refused
 from ..core.records.layout import Layout, Part
 from ..core.records.limits import PARTS_MAX, RANKS_MAX, ROW_BYTES_MAX
+from .older_vllm import FAILED_LOADS_HAVE_NAMES, lies_in_host_memory, replayed_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,11 @@ def plan_kv(config: VllmConfig, kv_cache: KVCacheConfig) -> KVPlan:
     """The plan for this engine; `Refused` names what L2 can't carry (the caller turns L2 off and says so)."""
     scheduler_block_tokens, _ = resolve_kv_cache_block_sizes(kv_cache, config)
     ranks = config.parallel_config.tensor_parallel_size
+    if len(kv_cache.kv_cache_groups) > 1 and not FAILED_LOADS_HAVE_NAMES:
+        raise Refused("unsupported", "several KV cache groups: a load that fails would stop this vLLM, 0.30 goes on")
     by_window: dict[int, list[int]] = {}
     for index, group in enumerate(kv_cache.kv_cache_groups):
-        if not group.enable_kv_transfer or group.host_resident:
+        if not group.enable_kv_transfer or lies_in_host_memory(group):
             raise Refused("kv_group", f"group {index} holds KV that vLLM doesn't let connectors move")
         by_window.setdefault(window_of(group.kv_cache_spec), []).append(index)
     if not 1 <= len(by_window) <= PARTS_MAX or ranks > RANKS_MAX:
@@ -111,7 +114,7 @@ def window_of(spec: KVCacheSpec) -> int:
     windows = set()
     for one in specs:
         # Exact types: subclasses (ring buffers, sinks, hidden states, replayed windows) keep other state too.
-        if type(one) in (SlidingWindowSpec, SlidingWindowMLASpec) and not one.prefix_replay_tokens:
+        if type(one) in (SlidingWindowSpec, SlidingWindowMLASpec) and not replayed_tokens(one):
             windows.add(one.sliding_window)
         elif type(one) in (FullAttentionSpec, MLAAttentionSpec) and not getattr(one, "non_causal", False):
             windows.add(0)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
@@ -39,6 +38,7 @@ from .adapters import Adapters
 from .cached_segments import CachedSegments
 from .kv_layout import KVPlan
 from .metadata import IDLE, BlockTables, PrefixLoad, SegmentSave, StepMetadata
+from .older_vllm import CacheHitSource, block_tables, has_failed
 from .prefill_rate import PrefillRate
 from .stats import HyperspaceStats
 
@@ -179,10 +179,11 @@ class SchedulerSide:
             if tracked is None or not tracked.loading:
                 continue
             tracked.loading = False
-            tracked.load_failed = request_id in output.failed_recving
             assert tracked.lookup is not None
             answer = tracked.lookup.answer
             assert answer is not None
+            end_token = answer.end_segment * self._plan.segment_tokens
+            tracked.load_failed = has_failed(output, tracked.request, end_token)
             if not tracked.load_failed:
                 self._remember(tracked, range(answer.end_segment))
             self._release(tracked)
@@ -339,8 +340,7 @@ class SchedulerSide:
                 self._note_cached(self._cached, tracked, end_segment)
             if end_segment <= tracked.done_segments:
                 continue
-            state = output.kv_connector_block_state
-            tables = state.get_block_ids(request_id) if state is not None else None
+            tables = block_tables(output, request_id)
             for segment in range(tracked.done_segments, end_segment):
                 if planned == STEP_SAVES_MAX:
                     self.stats.count("hyperspace_l2_saves_total", "skipped", "step_full", by=end_segment - segment)

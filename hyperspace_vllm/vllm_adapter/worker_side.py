@@ -11,7 +11,6 @@ import queue
 from collections.abc import Mapping
 
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from ..client import NodeClient
 from ..core.records.errors import Refused
@@ -21,6 +20,7 @@ from ..session_lock import SessionLock
 from .kv_copy import Copier, EncodeDevice, copier_for
 from .kv_layout import KVPlan, block_views
 from .metadata import PrefixLoad, SegmentSave, StepMetadata
+from .older_vllm import KVConnectorTransferResults
 from .stats import HyperspaceStats
 
 logger = logging.getLogger("vllm.hyperspace")
