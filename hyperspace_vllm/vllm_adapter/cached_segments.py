@@ -25,6 +25,7 @@ from .kv_layout import KVPlan
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHash
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +52,7 @@ class CachedSegments:
         self._seen = 0
         self._changed = False
 
-    def note(self, keys: Sequence[SegmentKey], first: int, block_hashes: Sequence[bytes]) -> int:
+    def note(self, keys: Sequence[SegmentKey], first: int, block_hashes: Sequence["BlockHash"]) -> int:
         """Take in the segments from number `first` of a prompt with these keys, until one isn't in the pool.
 
         Returns the number of that one, or of the first that has no key yet.
@@ -129,7 +130,7 @@ class CachedSegments:
 
     # --- the pool -------------------------------------------------------------------------------
 
-    def _look(self, keys: Sequence[SegmentKey], number: int, block_hashes: Sequence[bytes]) -> _Segment | None:
+    def _look(self, keys: Sequence[SegmentKey], number: int, block_hashes: Sequence["BlockHash"]) -> _Segment | None:
         """The segment, if the pool has what every request needs of it."""
         blocks = self._blocks(number, block_hashes, windows=False)
         if blocks is None or not all(self._has(group, each) for group, each in blocks):
@@ -143,15 +144,15 @@ class CachedSegments:
             named = tuple((group, compat.event_number(each)) for group, each in (*blocks, *windows))
         return _Segment(keys[number], keys[number - 1] if number else None, named, ends_here)
 
-    def _has_windows(self, number: int, block_hashes: Sequence[bytes]) -> bool:
+    def _has_windows(self, number: int, block_hashes: Sequence["BlockHash"]) -> bool:
         return all(self._has(group, each) for group, each in self._blocks(number, block_hashes, windows=True) or ())
 
-    def _has(self, group: int, block_hash: bytes) -> bool:
+    def _has(self, group: int, block_hash: "BlockHash") -> bool:
         return self._pool.get_cached_block(block_hash, [group]) is not None
 
     def _blocks(
-        self, number: int, block_hashes: Sequence[bytes], windows: bool
-    ) -> tuple[tuple[int, bytes], ...] | None:
+        self, number: int, block_hashes: Sequence["BlockHash"], windows: bool
+    ) -> tuple[tuple[int, "BlockHash"], ...] | None:
         """Group and hash of a segment's blocks in full attention, or of those in its last windows; None if unknown."""
         start, end = number * self._tokens, (number + 1) * self._tokens
         size = self._pool.hash_block_size  # a block's hash is that of the last of these runs in it

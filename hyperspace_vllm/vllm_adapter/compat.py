@@ -6,9 +6,13 @@ import weakref
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.block_pool import BlockPool
+
     from .weights_epoch import WeightsWatch
 
 CONNECTOR = "hyperspace"
@@ -27,7 +31,7 @@ def register_connector(module: str, class_name: str) -> None:
         KVConnectorFactory.register_connector(CONNECTOR, module, class_name)
 
 
-def add_connector_flag(engine_args: Any, on_args: Callable[[Namespace], None]) -> None:
+def add_connector_flag(engine_args: "type[EngineArgs]", on_args: Callable[[Namespace], None]) -> None:
     """`--kv-connector NAME` for vLLM's own CLI, short for --kv-transfer-config; `on_args` hears of parsed arguments.
 
     vLLM 0.32 (2026-09): its plugins load before the parser is built, but have no hook into it. Can go when vLLM has
@@ -35,7 +39,8 @@ def add_connector_flag(engine_args: Any, on_args: Callable[[Namespace], None]) -
     """
     if _marked(engine_args.add_cli_args):
         return
-    add_cli_args, from_cli_args = engine_args.add_cli_args, engine_args.from_cli_args.__func__
+    add_cli_args, bound = engine_args.add_cli_args, cast(Any, engine_args.from_cli_args)
+    from_cli_args = bound.__func__
 
     @functools.wraps(add_cli_args)
     def with_flag(parser: Any) -> Any:
@@ -56,7 +61,7 @@ def add_connector_flag(engine_args: Any, on_args: Callable[[Namespace], None]) -
         return from_cli_args(cls, args)
 
     engine_args.add_cli_args = staticmethod(_mark(with_flag))
-    engine_args.from_cli_args = classmethod(with_transfer_config)
+    engine_args.from_cli_args = cast(Any, classmethod(with_transfer_config))
 
 
 def _transfer_config(args: Namespace) -> Any:
@@ -66,14 +71,14 @@ def _transfer_config(args: Namespace) -> Any:
     if name is None:
         return given
     if given is None:
-        policy = "recompute" if name == CONNECTOR else "fail"
+        policy: Literal["recompute", "fail"] = "recompute" if name == CONNECTOR else "fail"
         return KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_load_failure_policy=policy)
     if given.kv_connector != name:
         raise ValueError(f"--kv-connector {name} contradicts --kv-transfer-config with {given.kv_connector}")
     return given
 
 
-def after_engine_config(engine_args: Any, on_config: Callable[[Any], None]) -> None:
+def after_engine_config(engine_args: "type[EngineArgs]", on_config: Callable[[Any], None]) -> None:
     """`on_config(vllm_config)` in every process that makes a configuration, before it starts others.
 
     vLLM 0.32 (2026-09): there is no hook between the configuration and the engine's processes, and the node and the
@@ -92,7 +97,7 @@ def after_engine_config(engine_args: Any, on_config: Callable[[Any], None]) -> N
     engine_args.create_engine_config = _mark(create_and_tell)
 
 
-def switch_kv_events_on(config: Any) -> None:
+def switch_kv_events_on(config: "VllmConfig") -> None:
     """Let vLLM note which blocks leave its prefix cache, where nobody has configured its KV events.
 
     vLLM 0.32 (2026-09): `kv_events_config`, published to nobody. `config` is a VllmConfig. What a user has configured,
@@ -104,7 +109,7 @@ def switch_kv_events_on(config: Any) -> None:
         config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
 
 
-def kv_event_queue(pool: Any) -> list[Any]:
+def kv_event_queue(pool: "BlockPool") -> list[Any]:
     """The KV events that vLLM hasn't taken to publish yet: it takes them once a step by replacing the list.
 
     vLLM 0.32 (2026-09): connectors are shown the pool, but not its events. Can go when they are handed them.

@@ -18,6 +18,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
@@ -114,9 +115,14 @@ def window_of(spec: KVCacheSpec) -> int:
     windows = set()
     for one in specs:
         # Exact types: subclasses (ring buffers, sinks, hidden states, replayed windows) keep other state too.
-        if type(one) in (SlidingWindowSpec, SlidingWindowMLASpec) and not replayed_tokens(one):
+        exact = type(one)
+        if (
+            isinstance(one, SlidingWindowSpec)
+            and exact in (SlidingWindowSpec, SlidingWindowMLASpec)
+            and not replayed_tokens(one)
+        ):
             windows.add(one.sliding_window)
-        elif type(one) in (FullAttentionSpec, MLAAttentionSpec) and not getattr(one, "non_causal", False):
+        elif exact in (FullAttentionSpec, MLAAttentionSpec) and not getattr(one, "non_causal", False):
             windows.add(0)
         else:
             raise Refused("kv_group", f"{type(one).__name__} layers")
@@ -167,6 +173,7 @@ def page_bytes(spec: KVCacheSpec, layer: str) -> int:
     if isinstance(spec, UniformTypeKVCacheSpecs):
         # The scheduler's copy keeps one representative spec; a worker whose layers differ refuses the plan.
         spec = spec.kv_cache_specs.get(layer, spec.first_spec)
+    assert isinstance(spec, AttentionSpec)  # `window_of` took no other
     return int(spec.unpadded_page_size_bytes)
 
 

@@ -1,4 +1,4 @@
-"""Every request field of vLLM 0.32 by what it does to the answer, an endpoint at a time.
+"""Every request field of vLLM 0.29 to 0.33 by what it does to the answer, an endpoint at a time.
 
 A test compares these tables with vLLM's own request models, and fails when a release adds a field that nobody judged.
 """
@@ -79,7 +79,6 @@ _SAMPLING: dict[str, object] = {
     "min_tokens": 0,
     "ignore_eos": False,
     "include_stop_str_in_output": False,
-    "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
     "truncate_prompt_tokens": None,
     "truncation_side": None,
@@ -95,6 +94,7 @@ _SAMPLING: dict[str, object] = {
     "return_tokens_as_token_ids": None,
     "return_token_ids": None,
     "return_token_offsets": False,
+    "return_weight_versions": False,
     "routed_experts_prompt_start": 0,
     "mm_payload": "tensors",
     "return_mm_kwargs": None,
@@ -132,6 +132,7 @@ _CHAT = _SAMPLING | {
     "media_io_kwargs": None,
     "mm_processor_kwargs": None,
     "return_prompt_text": None,
+    "return_assistant_tokens_mask": False,
 }
 
 # https://platform.openai.com/docs/api-reference/responses; the answer repeats metadata and user (api/stored_answer.py).
@@ -156,7 +157,6 @@ _RESPONSES: dict[str, object] = {
     "top_k": None,
     "min_p": None,
     "truncation": "disabled",
-    "skip_special_tokens": True,
     "include_stop_str_in_output": False,
     "presence_penalty": None,
     "frequency_penalty": None,
@@ -166,6 +166,8 @@ _RESPONSES: dict[str, object] = {
     "mm_payload": "tensors",
     "return_mm_kwargs": None,
     "cache_salt": None,
+    "prompt_cache_options": None,
+    "spaces_between_special_tokens": True,
     "enable_response_messages": False,
     "previous_input_messages": None,
     "structured_outputs": None,
@@ -224,6 +226,9 @@ _SCORING: dict[str, object] = _POOLING | {
     "chat_template_kwargs": None,
 }
 
+# True where a request doesn't say, but from vLLM 0.33 on what the model's generation config says.
+_SERVERS_DEFAULT = frozenset({"skip_special_tokens"})
+
 _POOLING_NEUTRAL = {**_UNKNOWN, "user": (str, _NULL), "request_id": (str,), "priority": (int,)}
 
 FIELDS: dict[Endpoint, Fields] = {
@@ -232,6 +237,7 @@ FIELDS: dict[Endpoint, Fields] = {
         _FORBIDDEN,
         _COMPLETIONS,
         frozenset({"stop", "stop_token_ids", "echo", "max_tokens", "return_token_offsets"}),
+        _SERVERS_DEFAULT,
     ),
     # tool_choice: absent means "auto" with tools and "none" without, and null is neither.
     "chat": Fields(
@@ -239,7 +245,7 @@ FIELDS: dict[Endpoint, Fields] = {
         _FORBIDDEN,
         _CHAT,
         frozenset({"stop", "stop_token_ids", "logprobs", "top_logprobs", "return_token_offsets"}),
-        frozenset({"tool_choice"}),
+        _SERVERS_DEFAULT | {"tool_choice"},
     ),
     "responses": Fields(
         {
@@ -250,6 +256,7 @@ FIELDS: dict[Endpoint, Fields] = {
         },
         _FORBIDDEN | {"prompt"},
         _RESPONSES,
+        verbatim=_SERVERS_DEFAULT,
     ),
     "messages": Fields(
         {**_UNKNOWN, **_STREAM, "metadata": (dict, _NULL)},

@@ -1,0 +1,133 @@
+"""The newest supported vLLM has no CPU build to run: its source is held against what we use of it.
+
+What we use is read from our own source, by the type checker: every import, attribute, argument and override.
+"""
+
+import ast
+import difflib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, Endpoint
+
+from .setup_modules import setup_modules
+from .vllm_source import NO_DEFAULT, REQUEST_MODELS, VllmSource, interface
+
+ROOT = Path(__file__).parents[1]
+ADAPTER = ROOT / "hyperspace_vllm" / "vllm_adapter"
+SNAPSHOT = Path(__file__).parent / "vectors" / "kv_connector_interface.txt"
+TYPES = """\
+[mypy]
+python_version = 3.11
+check_untyped_defs = True
+follow_imports = silent
+ignore_missing_imports = True
+# What vLLM's own annotations bring up, not what it has: replaced methods, options that are set by the time we look.
+disable_error_code = misc, import-untyped, method-assign, union-attr, no-redef
+"""
+# Fields that releases had which are still supported, and newer ones have no more.
+ONLY_OLDER = {"return_assistant_tokens_mask"}  # vLLM 0.30
+
+
+@pytest.fixture(scope="module")
+def newest() -> VllmSource:
+    with setup_modules("engine", "releases") as setup:
+        base = setup.engine.Venv(Path(sys.prefix))
+        return VllmSource(setup.releases.fetch_source(ROOT, base, setup.releases.RELEASES[-1]))
+
+
+def complaints(source: VllmSource, tmp_path: Path) -> list[str]:
+    """What the type checker says of our adapter beside a release's source."""
+    (tmp_path / "mypy.ini").write_text(TYPES)
+    command = [sys.executable, "-m", "mypy", "--config-file", str(tmp_path / "mypy.ini"), "--no-site-packages"]
+    cache = ["--cache-dir", str(ROOT / ".mypy_cache" / source.root.name), "--no-error-summary"]
+    done = subprocess.run(
+        [*command, *cache, "-p", "hyperspace_vllm.vllm_adapter"],
+        cwd=ROOT,
+        env={"MYPYPATH": str(source.root), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode in (0, 1), done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_newest_vllm_has_all_that_we_use(newest: VllmSource, tmp_path: Path) -> None:
+    assert complaints(newest, tmp_path) == []
+
+
+def test_what_is_missing_from_a_release_is_found(newest: VllmSource, tmp_path: Path) -> None:
+    """The check above has teeth: beside a release whose connectors report differently it says so."""
+    changed = tmp_path / "changed"
+    files = "distributed/kv_transfer/kv_connector/v1/base.py", "v1/core/sched/output.py"
+    for path in files:
+        text = (newest.root / "vllm" / path).read_text()
+        text = text.replace("num_computed_tokens: int,\n", "num_computed_tokens: int, more: int,\n")
+        copy = changed / "vllm" / path
+        copy.parent.mkdir(parents=True)
+        copy.write_text(text.replace("total_num_scheduled_tokens", "all_scheduled_tokens"))
+    for package in {parent for path in changed.rglob("*.py") for parent in path.parents if parent != changed}:
+        if changed in package.parents:
+            (package / "__init__.py").touch()
+    found = "\n".join(complaints(VllmSource(changed), tmp_path))
+    assert '"SchedulerOutput" has no attribute "total_num_scheduled_tokens"' in found
+    assert 'Signature of "get_num_new_matched_tokens" incompatible' in found
+
+
+def test_the_connector_interface_of_the_newest_vllm_is_the_one_we_were_written_for(newest: VllmSource) -> None:
+    base = "distributed/kv_transfer/kv_connector/v1/base.py"
+    theirs = [
+        line for name in ("KVConnectorBase_V1", "SupportsHMA") for line in interface(next(newest.classes(base, name)))
+    ]
+    known = SNAPSHOT.read_text().splitlines()
+    difference = "\n".join(difflib.unified_diff(known, theirs, "supported vLLM", "newest vLLM", lineterm=""))
+    assert not difference, f"vLLM's KV connector interface changed; read what is new, then update it:\n{difference}"
+
+
+def test_the_newest_vllm_reads_every_variable_that_we_ask_for(newest: VllmSource) -> None:
+    ours = {
+        node.attr
+        for path in ADAPTER.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "envs"
+    }
+    theirs = {node.value for node in ast.walk(newest.tree("envs.py")) if isinstance(node, ast.Constant)}
+    assert ours
+    assert ours - theirs == set()
+
+
+def test_the_newest_vllm_calls_what_we_replace_by_the_names_that_we_replace(newest: VllmSource) -> None:
+    called = {
+        ast.unparse(node.func)
+        for node in ast.walk(newest.tree("entrypoints/launchers/app.py"))
+        if isinstance(node, ast.Call)
+    }
+    assert "init_entrypoints_middleware" in called
+    methods = {
+        node.name: [ast.unparse(decorator) for decorator in node.decorator_list]
+        for node in next(newest.classes("engine/arg_utils.py", "EngineArgs")).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert methods["add_cli_args"] == ["staticmethod"]
+    assert methods["from_cli_args"] == ["classmethod"]
+    assert methods["create_engine_config"] == []
+    serving = {
+        ast.unparse(node.func)
+        for node in ast.walk(newest.tree("entrypoints/openai/responses/serving.py"))
+        if isinstance(node, ast.Call)
+    }
+    assert "self._raise_if_error" in serving
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values())
+def test_every_field_of_the_newest_vllm_is_classified(newest: VllmSource, endpoint: Endpoint) -> None:
+    fields, theirs = FIELDS[endpoint], newest.fields(*REQUEST_MODELS[endpoint])
+    known = fields.keyed.keys() | fields.neutral.keys() | fields.forbidden | fields.verbatim
+    assert theirs.keys() - known == set(), "fields of vLLM's that we have not judged"
+    assert fields.keyed.keys() - theirs.keys() - ONLY_OLDER == set(), "fields that vLLM no longer has"
+    for name, default in fields.keyed.items():
+        if name in theirs and theirs[name] is not NO_DEFAULT:
+            assert theirs[name] == default, f"vLLM's default of {name} has changed"
