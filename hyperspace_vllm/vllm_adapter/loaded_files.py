@@ -139,7 +139,7 @@ def _roles(config: VllmConfig) -> Iterator[Callable[[], _Files]]:
         if model.trust_remote_code:
             yield lambda: _code(model, load)
     speculative = config.speculative_config
-    draft = speculative and speculative.draft_model_config
+    draft = speculative.draft_model_config if speculative is not None else None
     if speculative is not None and draft is not None and draft.model != model.model:
         yield lambda: _weights("draft", model_source(draft, speculative.draft_load_config or load), "auto")
     if model.tokenizer and not model.skip_tokenizer_init:
