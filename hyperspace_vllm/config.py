@@ -1,23 +1,28 @@
 """Every setting, its default, its meaning and where it may come from. The only reader of the environment.
 
 Later sources win: the TOML file (HYPERSPACE_CONFIG, else <data_dir>/hyperspace.toml if it is there), HYPERSPACE_<NAME>
-variables, then vLLM's kv_connector_extra_config. A name that we don't know is an error, never ignored: a misspelt
-`peers` would otherwise be a node that silently caches for nobody.
+variables, then vLLM's kv_connector_extra_config. An unknown name in a file or in vLLM's options is an error: a misspelt
+`peers` would otherwise be a node that silently caches for nobody. An unknown variable is only warned of, because others
+set variables too: Kubernetes describes a Service called `hyperspace` to every pod as HYPERSPACE_PORT and the like.
 """
 
 import difflib
+import logging
 import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import parse_qsl, urlsplit
 
 from .core.records.errors import ProtocolViolation
 from .core.records.ids import public_key_of
 from .core.records.limits import GiB, KiB, MiB
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 ENVIRONMENT_PREFIX = "HYPERSPACE_"
@@ -25,9 +30,17 @@ _UNITS = {"": 1, "kib": KiB, "mib": MiB, "gib": GiB, "tib": 1024 * GiB}
 _SOCKET_PATH_MAX = 107  # sockaddr_un.sun_path holds 108 bytes, the last one zero
 _FILE_VARIABLE = "HYPERSPACE_CONFIG"
 _ENVIRONMENT = "the environment"
+# `NAME=value` as Kubernetes writes it for a Service called `hyperspace` or `hyperspace-…`.
+_OF_KUBERNETES = re.compile(
+    r"HYPERSPACE(_\w+)?_(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=\d+|PORT(_\d+_[A-Z]+)?=\w+://.*"
+    r"|PORT_\d+_[A-Z]+_(PROTO|PORT|ADDR)=.*)"
+)
 _REDIS_URLS = ("registry", "shared_responses")
 _TLS_OPTIONS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
 _REDIS_OPTIONS = {"redis": {"db"}, "rediss": {"db", *_TLS_OPTIONS}, "unix": {"db"}}  # by scheme, what may follow "?"
+
+
+CHOOSE_DATA_DIR = "set HYPERSPACE_DATA_DIR to a directory that this user can write"
 
 
 class ConfigError(ValueError):
@@ -35,9 +48,13 @@ class ConfigError(ValueError):
 
 
 def default_data_dir(environ: Mapping[str, str]) -> Path:
-    """$XDG_DATA_HOME/hyperspace, else ~/.local/share/hyperspace."""
-    base = environ.get("XDG_DATA_HOME", "")
-    return (Path(base) if base else Path.home() / ".local" / "share") / "hyperspace"
+    """$XDG_DATA_HOME/hyperspace, else ~/.local/share/hyperspace; `ConfigError` where there is no home directory."""
+    if base := environ.get("XDG_DATA_HOME", ""):
+        return Path(base).absolute() / "hyperspace"
+    try:
+        return Path.home() / ".local" / "share" / "hyperspace"
+    except RuntimeError:  # no HOME, and a uid without an entry in the user database
+        raise ConfigError(f"data_dir: user {os.geteuid()} has no home directory; {CHOOSE_DATA_DIR}") from None
 
 
 def _setting(default: T, doc: str, at_most: int | float = 1 << 62, at_least: int | float = 0) -> T:
@@ -225,8 +242,8 @@ class Setting:
             if type(value) is not bool:
                 yield "true or false"
         elif get_origin(self.kind) is tuple:
-            if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
-                yield "a list of strings"
+            if not isinstance(value, tuple) or not all(map(_is_list_item, value)):
+                yield "a list of strings without commas"
             elif self.name in ("peers", "bootstrap"):
                 yield from (complaint for peer in value for complaint in _peer_complaints(peer))
             elif self.name == "acronyms":
@@ -235,9 +252,9 @@ class Setting:
                 yield from (complaint for peer in value for complaint in _peer_id_complaints(peer))
         elif self.kind is Path:
             longest = _SOCKET_PATH_MAX - len("/node.sock")
-            if not isinstance(value, Path) or len(os.fsencode(value)) > longest:
-                yield f"a path of at most {longest} bytes (a Unix socket lies in it)"
-        elif not isinstance(value, str):
+            if not isinstance(value, Path) or not _is_text(str(value)) or len(os.fsencode(value)) > longest:
+                yield f"a path of at most {longest} bytes of UTF-8 (a Unix socket lies in it)"
+        elif not _is_text(value):
             yield "a string"
         elif self.name in _REDIS_URLS:
             if value and not _is_redis_url(value):
@@ -246,6 +263,19 @@ class Setting:
             bare_port = self.default == "" and value.isdigit()
             if not _is_host_port(f"127.0.0.1:{value}" if bare_port else value):
                 yield "host:port"
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether it is a string that environment variables, paths and messages can carry."""
+    try:
+        return isinstance(value, str) and b"\0" not in value.encode()
+    except UnicodeEncodeError:  # half a character, as of a path that is not UTF-8
+        return False
+
+
+def _is_list_item(value: object) -> bool:
+    """Whether a variable that lists values separated by commas can carry it."""
+    return _is_text(value) and "," not in value and value == value.strip() != ""
 
 
 def _fraction(value: object) -> object:
@@ -332,20 +362,16 @@ def load_config_with_origins(
 ) -> tuple[Config, dict[str, str]]:
     """The effective configuration, and for every setting where its value came from."""
     outer = [_environment_layer(environ), _extra_layer(extra or {}, extra_origin)]
-    data_dir = default_data_dir(environ)
-    for layer in outer:
-        if "data_dir" in layer.values:
-            chosen = _checked(_BY_NAME["data_dir"], layer)
-            assert isinstance(chosen, Path)
-            data_dir = chosen
-    values: dict[str, object] = {"data_dir": data_dir}
+    values: dict[str, object] = {}
     origins = dict.fromkeys(_BY_NAME, "default")
-    for layer in [*_file_layers(environ, data_dir), *outer]:
+    for layer in [*_file_layers(environ, outer), *outer]:
         for name in layer.values:
             if name not in _BY_NAME:
                 raise ConfigError(_unknown(name, layer.origin))
             values[name] = _checked(_BY_NAME[name], layer)
             origins[name] = layer.origin
+    if "data_dir" not in values:
+        values["data_dir"] = default_data_dir(environ)
     return Config(**values), origins  # type: ignore[arg-type]  # every value was checked against its type
 
 
@@ -356,12 +382,21 @@ def _checked(setting: Setting, layer: _Layer) -> object:
 
 
 def _environment_layer(environ: Mapping[str, str]) -> _Layer:
-    found = {
-        variable.removeprefix(ENVIRONMENT_PREFIX).lower(): value
-        for variable, value in environ.items()
-        if variable.startswith(ENVIRONMENT_PREFIX) and variable != _FILE_VARIABLE
-    }
+    found = {}
+    for variable, value in environ.items():
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == _FILE_VARIABLE:
+            continue
+        if name in _BY_NAME:
+            found[name] = value
+        elif not _OF_KUBERNETES.fullmatch(f"{variable}={value}"):
+            _warn_once(f"ignored: {_unknown(name, _ENVIRONMENT)}")
     return _Layer(_ENVIRONMENT, found)
+
+
+@cache
+def _warn_once(complaint: str) -> None:
+    logger.warning("hyperspace: %s", complaint)
 
 
 def _extra_layer(extra: Mapping[str, object], origin: str) -> _Layer:
@@ -371,20 +406,38 @@ def _extra_layer(extra: Mapping[str, object], origin: str) -> _Layer:
     return _Layer(origin, nested)
 
 
-def _file_layers(environ: Mapping[str, str], data_dir: Path) -> Iterator[_Layer]:
+def _file_layers(environ: Mapping[str, str], outer: list[_Layer]) -> Iterator[_Layer]:
     named = environ.get(_FILE_VARIABLE, "")
-    path = Path(named).expanduser() if named else data_dir / "hyperspace.toml"
+    path = _named_file(named) if named else _data_dir(environ, outer) / "hyperspace.toml"
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         if named:
             raise ConfigError(f"{_FILE_VARIABLE} = {named!r}: no such file") from None
         return
     except (OSError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
-        raise ConfigError(f"{path}: {error}") from error
+        advice = f"; {CHOOSE_DATA_DIR}" if isinstance(error, OSError) and not named else ""
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}{advice}") from error
     if not named and "data_dir" in values:
         raise ConfigError(f"data_dir (from {path}): a file inside the data directory can't move it")
     yield _Layer(str(path), values)
+
+
+def _named_file(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise ConfigError(f"{_FILE_VARIABLE} = {text!r}: {error}") from error
+
+
+def _data_dir(environ: Mapping[str, str], outer: list[_Layer]) -> Path:
+    """The data directory, if no file chooses it."""
+    for layer in reversed(outer):
+        if "data_dir" in layer.values:
+            chosen = _checked(_BY_NAME["data_dir"], layer)
+            assert isinstance(chosen, Path)
+            return chosen
+    return default_data_dir(environ)
 
 
 def _unknown(name: str, origin: str) -> str:
@@ -392,5 +445,5 @@ def _unknown(name: str, origin: str) -> str:
         return ENVIRONMENT_PREFIX + known.upper() if origin == _ENVIRONMENT else known
 
     near = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.5)
-    hint = f"did you mean {spell(near[0])}?" if near else f"there are {', '.join(map(spell, _BY_NAME))}"
+    hint = f"did you mean {spell(near[0])}?" if near else "`hyperspace config` lists them all"
     return f"{spell(name)} (from {origin}): no such setting; {hint}"

@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -105,6 +106,12 @@ def test_variables_are_read_as_their_settings_type(tmp_path: Path, name: str, te
         ("max_error", 1.5),
         ("max_error", "nan"),
         ("data_dir", "/" + "d" * 200),
+        ("data_dir", os.fsdecode(b"/caf\xe9")),
+        ("data_dir", "/zero\0byte"),
+        ("network", "zero\0byte"),
+        ("network", "\ud800"),
+        ("acronyms", ["K8s=Kubernetes, in full"]),
+        ("peers", [""]),
     ],
 )
 def test_wrong_values_are_refused_by_setting_and_origin(tmp_path: Path, name: str, value: object) -> None:
@@ -153,8 +160,73 @@ def test_the_config_command_shows_no_password_and_a_node_process_gets_it(
 def test_an_unknown_name_is_refused_with_the_nearest_valid_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"kv_cach .*did you mean kv_cache"):
         load_config(environ(tmp_path), {"kv_cach": False})
-    with pytest.raises(ConfigError, match=r"HYPERSPACE_PEER .*did you mean HYPERSPACE_PEERS"):
-        load_config(environ(tmp_path, HYPERSPACE_PEER=PEER))
+
+
+def test_an_unknown_variable_is_only_warned_of_with_the_nearest_valid_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    variables = environ(tmp_path, HYPERSPACE_NICEST="3", HYPERSPACE_METRICS_PORT="9100", HYPERSPACE_NICE="4")
+    assert load_config(variables).nice == 4
+    assert load_config(variables).nice == 4
+    warnings = sorted(record.getMessage() for record in caplog.records)
+    assert [re.sub(r".*(HYPERSPACE_\w+) \(.*did you mean (\w+)\?", r"\1 \2", text) for text in warnings] == [
+        "HYPERSPACE_METRICS_PORT HYPERSPACE_METRICS_LISTEN",
+        "HYPERSPACE_NICEST HYPERSPACE_NICE",
+    ]
+
+
+def variables_of_kubernetes(service: str) -> dict[str, str]:
+    """What the kubelet puts into a pod for a Service with an unnamed port 7790 and one called `metrics`."""
+    name = service.upper().replace("-", "_")
+    return {
+        f"{name}_SERVICE_HOST": "10.0.0.7",
+        f"{name}_SERVICE_PORT": "7790",
+        f"{name}_SERVICE_PORT_METRICS": "9100",
+        f"{name}_PORT": "tcp://10.0.0.7:7790",
+        f"{name}_PORT_7790_TCP": "tcp://10.0.0.7:7790",
+        f"{name}_PORT_7790_TCP_PROTO": "tcp",
+        f"{name}_PORT_7790_TCP_PORT": "7790",
+        f"{name}_PORT_7790_TCP_ADDR": "10.0.0.7",
+        f"{name}_PORT_53_UDP": "udp://[fd00::7]:53",
+    }
+
+
+@pytest.mark.parametrize("service", ["hyperspace", "hyperspace-gateway", "hyperspace-listen", "hyperspace-config"])
+def test_what_kubernetes_says_of_a_service_is_no_setting(
+    tmp_path: Path, service: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load_config(environ(tmp_path, **variables_of_kubernetes(service))) == load_config(environ(tmp_path))
+    assert caplog.records == []
+
+
+def test_no_setting_has_a_variable_that_kubernetes_may_set() -> None:
+    services = [f"hyperspace-{part}" for s in SETTINGS for part in (s.name.replace("_", "-"), s.name.split("_")[0])]
+    set_by_kubernetes = {name for service in (*services, "hyperspace") for name in variables_of_kubernetes(service)}
+    assert not set_by_kubernetes & {"HYPERSPACE_CONFIG", *(setting.variable for setting in SETTINGS)}
+    ends = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$")
+    assert [setting.variable for setting in SETTINGS if ends.search(setting.variable)] == []
+
+
+def test_a_user_without_a_home_directory_is_told_to_choose_a_data_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 12345)  # where Path.home() looks without HOME
+    for variables in ({}, {"HYPERSPACE_DATA_DIR": "~/d"}, {"HYPERSPACE_CONFIG": "~/hyperspace.toml"}):
+        with pytest.raises(ConfigError, match=r"home directory|HYPERSPACE_CONFIG"):
+            load_config(variables)
+    with pytest.raises(ConfigError, match="set HYPERSPACE_DATA_DIR to a directory"):
+        Config()
+    assert load_config({"HYPERSPACE_DATA_DIR": str(tmp_path)}).data_dir == tmp_path
+    file = tmp_path / "elsewhere.toml"
+    file.write_text(f'data_dir = "{tmp_path}/d"\n')
+    assert load_config({"HYPERSPACE_CONFIG": str(file)}).data_dir == tmp_path / "d"
+
+
+def test_a_data_directory_that_is_a_file_is_a_wrong_setting(tmp_path: Path) -> None:
+    (tmp_path / "hyperspace").write_text("")
+    with pytest.raises(ConfigError, match="Not a directory; set HYPERSPACE_DATA_DIR"):
+        load_config(environ(tmp_path))
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:

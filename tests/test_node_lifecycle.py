@@ -173,10 +173,17 @@ def test_config_says_where_each_setting_came_from(tmp_path: Path) -> None:
 
 
 def test_a_wrong_setting_ends_the_command_with_one_line(tmp_path: Path) -> None:
-    wrong = hyperspace("config", HYPERSPACE_NICEST="3")
+    wrong = hyperspace("config", HYPERSPACE_NICE="30")
     assert wrong.returncode == 1
-    assert wrong.stderr == (
-        "hyperspace: HYPERSPACE_NICEST (from the environment): no such setting; did you mean HYPERSPACE_NICE?\n"
+    assert wrong.stderr == "hyperspace: nice = 30 (from the environment): expected a whole number from 0 to 19\n"
+
+
+def test_an_unknown_variable_is_one_line_of_the_command_that_goes_on(tmp_path: Path) -> None:
+    shown = hyperspace("config", "--data-dir", str(tmp_path), HYPERSPACE_NICEST="3", HYPERSPACE_PORT="tcp://10.0.0.7:1")
+    assert shown.returncode == 0
+    assert shown.stderr == (
+        "hyperspace: ignored: HYPERSPACE_NICEST (from the environment): no such setting; "
+        "did you mean HYPERSPACE_NICE?\n"
     )
 
 

@@ -1,6 +1,6 @@
 """What the main process hands down to the processes it starts: the one channel that reaches all of them is environ.
 
-The names start with an underscore, because HYPERSPACE_* are settings, and unknown ones are errors.
+The names start with an underscore, because HYPERSPACE_* are settings, and unknown ones are warned of.
 """
 
 import logging
