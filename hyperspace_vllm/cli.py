@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config, origins = load_config_with_origins(os.environ, given, "the command line")
         status: int = options.run(config, options, origins)
-    except (ConfigError, PermissionError) as error:
+    except (ConfigError, OSError) as error:
         print(f"hyperspace: {error}", file=sys.stderr)
         return 1
     return status
@@ -66,9 +66,18 @@ def _positive(text: str) -> int:
 
 
 def _node(config: Config, options: argparse.Namespace, origins: dict[str, str]) -> int:
-    from .daemon.main import run_node  # the node's libraries are an extra
+    from .daemon.stopping import Stopping
 
-    return run_node(config, options.embedded)
+    stopping = Stopping()
+    # vLLM sets it with several API servers, whose metrics a node that inherits it would write among.
+    for variable in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
+        os.environ.pop(variable, None)
+    try:
+        from .daemon.main import run_node
+    except ImportError as error:
+        print(f"hyperspace: no node: {error}; pip install hyperspace-vllm[node]", file=sys.stderr)
+        return 1
+    return run_node(config, options.embedded, stopping)
 
 
 def _id(config: Config, options: argparse.Namespace, origins: dict[str, str]) -> int:

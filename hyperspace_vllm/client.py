@@ -5,19 +5,15 @@ and the caller computes instead. What a caller leased lasts as long as `epoch`: 
 lookup from before is gone.
 """
 
-import fcntl
-import json
 import logging
 import mmap
 import os
 import secrets
-import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections import deque
-from typing import IO, Literal
+from typing import Literal
 
 import zmq
 
@@ -40,6 +36,8 @@ from .core.records.local import (
     decode_node_message,
     encode,
 )
+from .node_process import revive_node
+from .node_process import start_node as start_node  # a client's other way to a node
 from .session_lock import SessionLock
 
 logger = logging.getLogger(__name__)
@@ -49,6 +47,8 @@ _HELLO_AGAIN_S = 1.0
 _LOOK_S = 0.05  # between looks for a node while there is none, at first …
 _LOOK_LATER_S = 0.5  # … and once it has been missing for a while
 _SOON_S = 10.0
+_UNMAPPED_S = 10.0  # a node whose arena can't be mapped may be another one by then
+_TOUCH_KV = ("scheduler", "worker")  # roles; a scheduler that couldn't see the arena would promise what no worker loads
 _BEAT_S = HEARTBEAT_MS / 1000
 _LEASE_S = LEASE_MS / 1000
 # Alone for so long: the embedded node is started again, by the engine, or where there is none by the API server.
@@ -171,60 +171,6 @@ class NodeClient:
         return self._link
 
 
-def start_node(config: Config) -> None:
-    """Start an embedded node for the data directory, in a process group of its own; returns at once.
-
-    If another one holds the directory's lock, the process only keeps that one alive until this process's engine has
-    attached (and takes over should it leave). It exits when its last client has been gone for EMBEDDED_LINGER_MS, and
-    when everybody who inherited this process's end of its pipe dies before any client came.
-    """
-    _spawn_node(config, subprocess.PIPE)
-
-
-def revive_node(config: Config) -> bool:
-    """Start an embedded node again that was killed; whether it was. Never raises.
-
-    Killed means: its card is still there, and nobody holds the directory's lock. One that was stopped took its card
-    with it, one that is frozen holds its lock, and one that systemd or an operator started is theirs. If several
-    processes try, all but one of the nodes exit at once.
-    """
-    try:
-        card = json.loads((config.data_dir / "node.json").read_text())
-        if not isinstance(card, dict) or card.get("embedded") is not True:
-            return False
-        with (config.data_dir / "node.lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        _spawn_node(config, subprocess.DEVNULL)
-    except (OSError, ValueError) as error:  # BlockingIOError: somebody is there
-        logger.debug("hyperspace node not started again: %s", error)
-        return False
-    logger.warning("hyperspace node of %s was killed: started it again", config.data_dir)
-    return True
-
-
-def _spawn_node(config: Config, stdin: int) -> None:
-    # Neither settings of ours that `config` overrode, nor what the server hands down to its own processes.
-    others = {k: v for k, v in os.environ.items() if not k.startswith(("HYPERSPACE_", "_HYPERSPACE_"))}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hyperspace_vllm.cli", "node", "--embedded"],
-        stdin=stdin,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # Ctrl-C on the server must not take the node of other servers with it. Not a session of its own: the kernel
-        # would schedule it as a group (sched(7), autogroup), where nice means nothing, and spinning ranks starve it.
-        process_group=0,
-        env=others | config.as_environ(),
-    )
-    threading.Thread(target=_reap, args=(process,), name="hyperspace-node", daemon=True).start()
-
-
-def _reap(process: "subprocess.Popen[bytes]") -> None:
-    process.wait()
-    pipe: IO[bytes] | None = process.stdin
-    if pipe is not None:
-        pipe.close()
-
-
 def _forget_link(client: "weakref.ref[NodeClient]") -> None:
     # In a forked child: the parent's heartbeat thread is not here, its lock may be held for ever, and its socket is
     # the parent's (pyzmq doesn't close what another process opened).
@@ -272,6 +218,7 @@ class _Link:
         self._data_dir = config.data_dir
         self._session: bytes | None = None  # the next Hello's, or that of the session it began
         self._locks: dict[bytes, SessionLock] = {}  # by session
+        self._complaints: set[str] = set()
         self._hello_at = self._heartbeat_at = float("-inf")
         self._heard_at = self._alone_since = self._welcomed_at = time.monotonic()
         self._revived_at = float("-inf")
@@ -370,12 +317,17 @@ class _Link:
     def _new_session(self) -> bytes:
         if self._session is None:
             self._session = secrets.token_bytes(16)
-            if self._role == "worker":
-                try:
-                    self._locks[self._session] = SessionLock(self._data_dir, self._session)
-                except OSError as error:  # then the node never reuses what this session leaves behind
-                    logger.warning("hyperspace: no lock file for this session: %s", error)
+        if self._role == "worker" and self._session not in self._locks:
+            try:
+                self._locks[self._session] = SessionLock(self._data_dir, self._session)
+            except OSError as error:  # then the node never reuses what this session leaves behind
+                self._warn_once(f"no session lock in {self._data_dir}, its slabs are used only once: {error.strerror}")
         return self._session
+
+    def _warn_once(self, complaint: str) -> None:
+        if complaint not in self._complaints:
+            logger.warning("hyperspace: %s", complaint)
+        self._complaints.add(complaint)
 
     def _lose(self, now: float) -> None:
         self.welcome = self._session = None
@@ -406,11 +358,17 @@ class _Link:
             logger.warning("hyperspace node speaks protocol %d, this is %d", welcome.protocol, LOCAL_PROTOCOL)
             return
         known = self.last_welcome
-        if self.arena is None or known is None or known.arena_path != welcome.arena_path:
+        if self._role in _TOUCH_KV and (self.arena is None or known is None or known.arena_path != welcome.arena_path):
             try:
                 self.arena = _map_arena(welcome)
-            except (OSError, ValueError) as error:  # e.g. a container that doesn't share the node's /dev/shm
-                logger.warning("hyperspace node's shared memory can't be mapped: %s", error)
+            except (OSError, ValueError) as error:
+                self._warn_once(
+                    f"KV sharing (L2) is off, the node's arena can't be mapped: {getattr(error, 'strerror', error)}. "
+                    "Containers that share a node must share its data directory and /dev/shm; otherwise choose another "
+                    "HYPERSPACE_DATA_DIR for this one."
+                )
+                self.send(encode(Goodbye()))
+                self._hello_at = now + _UNMAPPED_S
                 return
             self.generations = self.arena[: len(self.arena) // 8 * 8].cast("Q")
         self.welcome = self.last_welcome = welcome

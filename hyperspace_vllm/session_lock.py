@@ -17,9 +17,16 @@ class SessionLock:
 
     def __init__(self, data_dir: Path, session: bytes) -> None:
         path = _path(data_dir, session)
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # a worker may come before its node
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        draft = path.with_suffix(".new")  # a node that starts now must not find the file before it is locked
+        self._file = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            draft.rename(path)
+        except OSError:
+            os.close(self._file)
+            raise
 
     def release(self) -> None:
         """The session's slabs are written no more."""

@@ -178,6 +178,7 @@ async def small_node(
     config = Config(data_dir=tmp_path, kv_cache=kv_cache)
     arena = Arena.create(tmp_path, size)
     node = SmallNode(config, RowCache(arena), finder=Finder() if finds else None)
+    node.server.bind()
     serving = asyncio.create_task(node.server.run())
     try:
         yield node
@@ -185,6 +186,7 @@ async def small_node(
         serving.cancel()
         with suppress(asyncio.CancelledError):
             await serving
+        node.server.close()
         arena.close()
 
 

@@ -83,7 +83,6 @@ class ChunkServer:
         zap = context.socket(zmq.ROUTER)
         zap.setsockopt(zmq.LINGER, 0)
         zap.bind(ZAP_ENDPOINT)
-        self._zap = Pump(zap, self._authenticate)
         socket = context.socket(zmq.ROUTER)
         set_link_options(socket)
         socket.setsockopt(zmq.CURVE_SERVER, 1)
@@ -94,8 +93,10 @@ class ChunkServer:
         socket.setsockopt(zmq.MAXMSGSIZE, PEER_CONTROL_BYTES_MAX)
         socket.setsockopt(zmq.SNDHWM, QUEUED_MESSAGES_MAX)
         socket.setsockopt(zmq.RCVHWM, PEER_REQUESTS_MAX)
+        socket.setsockopt(zmq.IPV6, listen.startswith("["))  # else a name would be bound for IPv6 alone
         socket.bind(f"tcp://{listen}")
         self.endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
+        self._zap = Pump(zap, self._authenticate)
         self._pump = Pump(socket, self._receive)
 
     def admit(self, peers: Mapping[bytes, PeerId]) -> None:

@@ -26,6 +26,7 @@ from .identity import Identity, curve_public_of
 from .metrics import Metrics
 from .peer_failed import PeerFailed
 from .peer_link import Chunks, PeerLink
+from .start_error import needed
 from .zmq_pump import Socket
 
 LINKS_MAX = 64  # to discovered peers; three descriptors each, of usually 1024 a process
@@ -33,7 +34,10 @@ log = logging.getLogger(__name__)
 
 
 class ChunkTransport:
-    """Serves this node's chunks and asks peers for theirs. Lives on one event loop."""
+    """Serves this node's chunks and asks peers for theirs. Lives on one event loop.
+
+    zmq.ZMQError when it can't listen; StartError when a configured peer is none.
+    """
 
     def __init__(self, config: Config, identity: Identity, store: ChunkStore, metrics: Metrics, trust: Trust) -> None:
         self._identity = identity
@@ -44,10 +48,18 @@ class ChunkTransport:
         self.charges: Counter[tuple[PeerId, str]] = Counter()
         self._context: zmq.Context[Socket] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 4096)
-        self._curve_keys = {peer: z85.decode(curve_public_of(peer)) for peer in self._configured}
-        self._server = ChunkServer(self._context, config.listen, identity, store, metrics, self.charge, trust.vouch)
+        self._curve_keys: dict[PeerId, bytes] = {}
+        self._links: dict[PeerId, PeerLink] = {}
+        try:
+            for peer, address in self._configured.items():
+                with needed(f"peers: {peer}@{address}", "correct it, or take it out (HYPERSPACE_PEERS)"):
+                    self._curve_keys[peer] = z85.decode(curve_public_of(peer))
+                    self._links[peer] = self._connect(peer, address)
+            self._server = ChunkServer(self._context, config.listen, identity, store, metrics, self.charge, trust.vouch)
+        except BaseException:
+            self._close_links()  # a context with an open socket can't be dropped: it would wait for ever
+            raise
         self.admit(())
-        self._links = {peer: self._connect(peer, address) for peer, address in self._configured.items()}
         metrics.peers.set(len(self._configured))
 
     @property
@@ -140,6 +152,9 @@ class ChunkTransport:
     async def close(self) -> None:
         """End everything at once."""
         await self._server.close()
+        self._close_links()
+
+    def _close_links(self) -> None:
         for link in self._links.values():
             link.close()
         self._context.destroy(linger=0)

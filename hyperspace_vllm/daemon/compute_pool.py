@@ -147,8 +147,10 @@ class _KzgClient:
             try:
                 if await self._run_worker():
                     pause_s = KZG_RESTART_S
+                elif pause_s == KZG_RESTART_S:
+                    log.error("the KZG worker does not start: KV is neither published nor taken from other nodes")
             except OSError as error:  # no process to be had just now
-                log.warning("the KZG worker did not start: %s", error)
+                log.error("the KZG worker does not start: %s", error)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, KZG_RESTART_S_MAX)
 

@@ -17,11 +17,12 @@ from zmq.utils import z85
 
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import PeerId, peer_id, public_key_of
+from .start_error import StartError
 
 _SEED_BYTES = 32
 
 
-class IdentityError(Exception):
+class IdentityError(StartError):
     """The key file can't be used; the message says what to do."""
 
 

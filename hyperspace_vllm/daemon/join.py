@@ -9,9 +9,10 @@ import os
 import random
 import socket
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from .metrics import Metrics
 from .network_driver import Clients, NetworkDriver
 from .response_news import Told
 from .response_server import ResponseServer
+from .start_error import StartError, needed
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +48,12 @@ def load_network_key(config: Config) -> bytes | None:
     """The 32 bytes in `network_key_file`, None without one; `IdentityError` if it is unsafe or damaged."""
     if not config.network_key_file:
         return None
-    path = Path(config.network_key_file).expanduser()
     try:
+        path = Path(config.network_key_file).expanduser()
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise IdentityError(f"network_key_file {path}: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody
+        reason = getattr(error, "strerror", error)
+        raise IdentityError(f"network_key_file {config.network_key_file}: {reason}") from error
     try:
         if stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
             raise IdentityError(f"network_key_file {path} can be read by others: run `chmod 600 {path}`")
@@ -116,9 +119,9 @@ class Network:
             async with AsyncExitStack() as parts:
                 try:
                     self._driver = await self._join(parts, endpoint, store, clients, on_peers)
-                except OSError as error:
-                    self._failure = f"p2p_listen {self._config.p2p_listen}: {error.strerror or error}"
-                    log.error("not joined: %s", self._failure)
+                except (StartError, OSError, ImportError) as error:
+                    self._failure = str(error)
+                    log.error("not joined, and tried again every %.0f s: %s", JOIN_AGAIN_S, error)
                 else:
                     self._tell_what_was_before(self._driver)
                     on_joined()
@@ -210,7 +213,7 @@ class Network:
         on_peers: Callable[[tuple[PeerRecord, ...]], None],
     ) -> NetworkDriver:
         """A driver whose node has begun to join; everything it needs is closed with `parts`."""
-        await asyncio.to_thread(import_module, ".libp2p_host", __package__)  # seconds, in which engines are served
+        await _imported(".libp2p_host")  # seconds, in which engines are served
         from .libp2p_host import Libp2pHost
         from .registry_documents import RegistryDocuments
 
@@ -219,7 +222,8 @@ class Network:
         if config.registry:
             from .redis_registry import RedisRegistry
 
-            redis = RedisRegistry(config.registry, self._network, identity.peer_id, _now_ms)
+            with needed("registry", "correct its URL (HYPERSPACE_REGISTRY)"):
+                redis = RedisRegistry(config.registry, self._network, identity.peer_id, _now_ms)
             parts.push_async_callback(redis.close)
         documents = None if redis else RegistryDocuments(self._network, identity.signing_key, _now_ms, config.nice)
         if documents:
@@ -232,15 +236,18 @@ class Network:
         topics, protocols = (RESPONSE_TOPIC, PREFIX_TOPIC), (CACHE_PROTOCOL, PEERS_PROTOCOL)
         host = Libp2pHost(identity.signing_key, config.p2p_listen, self._key, config.mdns, protocols, topics, relay)
         parts.push_async_callback(host.close)
-        await host.start()
+        choose = "choose an address and a free port of this machine (HYPERSPACE_P2P_LISTEN)"
+        with needed(f"p2p_listen = {config.p2p_listen!r}", choose):
+            await host.start()
         bootstrap = tuple((PeerId(entry.partition("@")[0]), entry.partition("@")[2]) for entry in config.bootstrap)
         book = AddressBook(config.data_dir)
         parts.callback(book.close)
-        address = _reachable(config.advertise, host.address)
+        with needed(f"advertise = {config.advertise!r}", "name an address of this host (HYPERSPACE_ADVERTISE)"):
+            address, endpoint = (_reachable(config.advertise, bound) for bound in (host.address, endpoint))
         options = NetworkOptions(
             self._network,
             address,
-            _reachable(config.advertise, endpoint),
+            endpoint,
             bootstrap,
             self._key,
             config.disk_bytes + config.response_bytes,
@@ -262,6 +269,28 @@ class Network:
         parts.push_async_callback(driver.close)
         driver.start()
         return driver
+
+
+async def _imported(module: str) -> None:
+    """Import a module of this package in a thread that a node which stops doesn't wait for."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if not ended.done():
+            ended.set_exception(error) if error else ended.set_result(None)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            import_module(module, __package__)
+        except Exception as failure:
+            error = failure
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, name="hyperspace-import", daemon=True).start()
+    await ended
 
 
 class _Relay:

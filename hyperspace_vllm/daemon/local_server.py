@@ -172,20 +172,34 @@ class LocalServer:
         self._lookups: dict[int, tuple[_Session, int]] = {}
         self._numbers = count(1)
         self._drain_due = False
+        self._bound: os.stat_result | None = None
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
 
     @property
     def engine_leases(self) -> int:
         """Sessions that need the node; a `hyperspace status` doesn't."""
         return sum(session.role != "cli" for session in self._sessions.values())
 
-    async def run(self) -> None:
-        """Serve until cancelled."""
-        self._loop = asyncio.get_running_loop()
+    def bind(self) -> None:
+        """Take the socket's path; OSError or ZMQError when that is impossible. Clients wait until `run`."""
         session_lock.remove_leftovers(self._config.data_dir)
-        self._socket = self._bind()
-        bound = os.stat(self._config.socket_path)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a full or gone client is an error here, not a silent loss
+        self._socket.setsockopt(zmq.MAXMSGSIZE, LOCAL_MESSAGE_BYTES_MAX)
+        self._socket.setsockopt(zmq.SNDHWM, _QUEUED_MESSAGES_MAX)
+        self._socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES_MAX)
+        path = self._config.socket_path
+        self._socket.bind(f"ipc://{path}")
+        self._bound = os.stat(path)
+        os.chmod(path, 0o600)  # the directory is 0700 from the start
+
+    async def run(self) -> None:
+        """Serve until cancelled; `bind` comes before."""
+        self._loop = asyncio.get_running_loop()
         descriptor = self._socket.fileno()
         self._loop.add_reader(descriptor, self._drain)
+        self._drain_soon()  # the descriptor signals edges, and clients may have come since `bind`
         try:
             while True:
                 await asyncio.sleep(self._lease_s / 10)
@@ -195,12 +209,15 @@ class LocalServer:
                 self._staging.reclaim(partial(session_lock.look, self._config.data_dir))
         finally:
             self._loop.remove_reader(descriptor)
-            self._socket.close(linger=0)
-            self._context.term()
-            # Another node's, if the directory was replaced meanwhile.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(bound, os.stat(self._config.socket_path)):
-                    self._config.socket_path.unlink()
+
+    def close(self) -> None:
+        """Let go of the socket, bound or not."""
+        self._socket.close(linger=0)
+        self._context.term()
+        # Another node's, if the directory was replaced meanwhile.
+        with suppress(OSError):
+            if self._bound is not None and os.path.samestat(self._bound, os.stat(self._config.socket_path)):
+                self._config.socket_path.unlink()
 
     def answer_prefix(
         self,
@@ -247,19 +264,6 @@ class LocalServer:
         self._staging.drop(staged, reason)
 
     # --- the socket -----------------------------------------------------------------------------
-
-    def _bind(self) -> zmq.Socket[bytes]:
-        self._context = zmq.Context()
-        socket = self._context.socket(zmq.ROUTER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a full or gone client is an error here, not a silent loss
-        socket.setsockopt(zmq.MAXMSGSIZE, LOCAL_MESSAGE_BYTES_MAX)
-        socket.setsockopt(zmq.SNDHWM, _QUEUED_MESSAGES_MAX)
-        socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES_MAX)
-        path = self._config.socket_path
-        socket.bind(f"ipc://{path}")
-        os.chmod(path, 0o600)  # the directory is 0700 from the start
-        return socket
 
     def _drain(self) -> bool:
         """Handle what has arrived; False if there may be more (then it is due again at once)."""

@@ -1,16 +1,10 @@
 """Builds a node from its parts, runs it and takes it down. One node per data directory, by a lock."""
 
 import asyncio
-import fcntl
 import json
 import logging
-import logging.handlers
 import os
 import random
-import select
-import signal
-import stat
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
@@ -19,23 +13,24 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import zmq
-
-from ..client import NodeClient
 from ..config import Config
 from ..core.node.events import Event
 from ..core.records.ids import PeerId, network_id
-from ..core.records.limits import EMBEDDED_LINGER_MS, MiB
 from ..response_db import database_path
 from .arena import Arena
 from .audits import Audits
-from .identity import Identity, IdentityError
+from .directory import claim_directory, lock_directory
+from .embedded import say_all_is_well, until_unwanted, wait_in_line
+from .identity import Identity
 from .join import Network
 from .local_server import LocalServer
+from .logs import log_to_file, log_to_stderr
 from .metrics import Metrics
 from .response_news import Listener
 from .row_cache import RowCache
 from .served import Served
+from .start_error import StartError, needed
+from .stopping import Stopping
 
 if TYPE_CHECKING:
     from .chunk_transport import ChunkTransport
@@ -46,42 +41,38 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NOBODY_CAME_S = 120.0
-_STARTER_COMES_S = 3600.0  # a large model loads for that long before its engine attaches
-_LOOK_S = 0.25
-_LOG_BYTES_MAX = 4 * MiB  # and one older file of that size
+_LISTEN = "choose an address and a free port of this machine"
 
 
-def run_node(config: Config, embedded: bool) -> int:
+def run_node(config: Config, embedded: bool, stopping: Stopping) -> int:
     """Run the node of `config.data_dir` until it is told to stop; the process's exit status.
 
     Embedded: quiet when another node is there, and gone when nobody needs it.
     """
     os.umask(0o077)
-    _claim_directory(config.data_dir)
-    _log_to(config, embedded)
-    lock = _lock(config.data_dir)
-    if lock is None and embedded:
-        logger.info("pid %d: another node serves %s already", os.getpid(), config.data_dir)
-        lock = _wait_in_line(config)
-        if lock is None:
-            return 0
-    if lock is None:
-        print(
-            f"hyperspace: a node serves {config.data_dir} already (`hyperspace status` shows it). "
-            "Stop it, or give this one a directory of its own with --data-dir.",
-            file=sys.stderr,
-        )
-        return 1
+    log_to_stderr(config, embedded)
     try:
-        asyncio.run(_Node(config).run(embedded))
-    except (OSError, IdentityError, zmq.ZMQError) as error:  # ZMQError: e.g. the address is in use
-        logger.critical("node failed: %s", error)
-        if not embedded:
-            print(f"hyperspace: {error}", file=sys.stderr)
+        claim_directory(config.data_dir)
+        if embedded:
+            log_to_file(config)
+        lock = lock_directory(config.data_dir)
+        if lock is None and embedded:
+            logger.info("pid %d: another node serves %s already", os.getpid(), config.data_dir)
+            lock = wait_in_line(config)
+            if lock is None:
+                return 0
+        if lock is None:
+            raise StartError(
+                f"a node serves {config.data_dir} already (`hyperspace status` shows it); "
+                "stop it, or give this one a directory of its own with --data-dir"
+            )
+        try:
+            asyncio.run(_Node(config).run(embedded, stopping))
+        finally:
+            os.close(lock)
+    except StartError as error:
+        logger.critical("no node: %s", error)
         return 1
-    finally:
-        os.close(lock)
     return 0
 
 
@@ -95,37 +86,45 @@ class _Node:
         self._transport: ChunkTransport | None = None
         self._metrics_endpoint = ""
 
-    async def run(self, embedded: bool) -> None:
+    async def run(self, embedded: bool, stopping: Stopping) -> None:
         """Serve until a signal, or (embedded) until nobody needs it."""
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
         async with AsyncExitStack() as parts:
-            server = await self._build(parts)
-            serving = asyncio.create_task(server.run())
-            joining = asyncio.create_task(self._join(server, embedded))
-            enough = asyncio.create_task(_until_unwanted(server) if embedded else stop.wait())
-            stopping = asyncio.create_task(stop.wait())
-            self._write_card(embedded)
-            parts.callback(self._remove_card)
-            logger.info("node %s serves %s", self._identity.peer_id, self._config.data_dir)
             try:
-                done, _ = await asyncio.wait((serving, enough, stopping), return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    await task  # a server that failed ends the node with its error
+                server = await self._build(parts)
+                with needed(self._card, "make room, or choose another HYPERSPACE_DATA_DIR"):
+                    self._write_card(embedded)
+                parts.callback(self._remove_card)
+                await self._serve(server, embedded, stopping)
             finally:
-                for task in (joining, serving, enough, stopping):
-                    task.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await task
+                stopping.set_deadline()
         logger.info("node %s has stopped", self._identity.peer_id)
+
+    async def _serve(self, server: LocalServer, embedded: bool, stopping: Stopping) -> None:
+        serving = asyncio.create_task(server.run())
+        joining = asyncio.create_task(self._join(server, embedded))
+        stop = asyncio.create_task(stopping.requested())
+        unwanted = asyncio.create_task(until_unwanted(server)) if embedded else stop
+        logger.info("node %s serves %s", self._identity.peer_id, self._config.data_dir)
+        if embedded:
+            say_all_is_well()
+        try:
+            done, _ = await asyncio.wait((serving, unwanted, stop), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                await task  # a server that failed ends the node with its error
+        finally:
+            for task in (joining, serving, unwanted, stop):
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
 
     async def _build(self, parts: AsyncExitStack) -> LocalServer:
         config = self._config
-        self._identity = Identity.load(config.data_dir)
+        key = config.data_dir / "node.key"
+        with needed(key, f"let this user alone read {key}, or delete it to become a new node"):
+            self._identity = Identity.load(config.data_dir)
         self._metrics = Metrics()
-        arena = Arena.create(config.data_dir, config.arena_bytes)
+        with needed("arena_bytes", "make room in /dev/shm (docker run --shm-size) or in the data directory"):
+            arena = Arena.create(config.data_dir, config.arena_bytes)
         parts.callback(arena.close)
         self._cache = RowCache(arena)
         self._joined = Network(config, self._identity, self._metrics)
@@ -157,7 +156,11 @@ class _Node:
             self._shared.clients, self._shared.store = self._server, self._responses
         self._measure()
         if config.metrics_listen:
-            self._metrics_endpoint = self._metrics.listen(config.metrics_listen)
+            with needed(f"metrics_listen = {config.metrics_listen!r}", f"{_LISTEN} (HYPERSPACE_METRICS_LISTEN)"):
+                self._metrics_endpoint = self._metrics.listen(config.metrics_listen)
+        parts.callback(self._server.close)
+        with needed(config.socket_path, "the data directory (HYPERSPACE_DATA_DIR) must allow sockets"):
+            self._server.bind()
         return self._server
 
     async def _join(self, server: LocalServer, embedded: bool) -> None:
@@ -248,10 +251,13 @@ class _Node:
         config = self._config
         peers = tuple(PeerId(peer.partition("@")[0]) for peer in config.peers)
         node = Node(self._network, peers, config.fetch, random.Random(), self._joined.hints)
-        store = ChunkStore(config.data_dir / "chunks", config.disk_bytes)
-        compute = ComputePool(config.nice)
+        chunks = config.data_dir / "chunks"
+        with needed(chunks, "delete it: its KV is then computed anew"):
+            store = ChunkStore(chunks, config.disk_bytes)
         trust = self._joined.trust
-        transport = ChunkTransport(config, self._identity, store, self._metrics, trust)
+        with needed(f"listen = {config.listen!r}", f"{_LISTEN} (HYPERSPACE_LISTEN)"):
+            transport = ChunkTransport(config, self._identity, store, self._metrics, trust)
+        compute = ComputePool(config.nice)
         driver = Driver(
             node,
             self._cache,
@@ -346,92 +352,6 @@ class _Node:
                 ],
             }
         ).encode()
-
-
-async def _until_unwanted(server: LocalServer) -> None:
-    """Return when an embedded node's last client has been gone for a while, or nobody ever came."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _patience_s()
-    orphaned = asyncio.Event()
-    if _has_starter():
-        loop.add_reader(0, lambda: orphaned.set() if _starter_is_dead() else None)
-    came = False
-    while loop.time() < deadline and (came or not orphaned.is_set()):
-        await asyncio.sleep(_LOOK_S)
-        if orphaned.is_set():
-            loop.remove_reader(0)
-        if server.engine_leases or (server.had_engine and not came):
-            came = True
-            deadline = loop.time() + EMBEDDED_LINGER_MS / 1000
-    logger.info("nobody needs this node any more")
-
-
-def _wait_in_line(config: Config) -> int | None:
-    """Hold a lease for the server that started us until it can hold its own; the lock, if the node leaves first.
-
-    A server that is restarted finds the node of its predecessor about to leave, and needs minutes to load its model
-    before it attaches. Without this it would run without a node for the rest of its life.
-    """
-    if not _has_starter():
-        return None
-    client = NodeClient(config, "api", f"starter-{os.getpid()}")
-    deadline = time.monotonic() + _patience_s()
-    try:
-        while time.monotonic() < deadline:
-            client.wait_connected(0)
-            lock = _lock(config.data_dir)
-            if lock is not None:
-                return lock
-            if select.select([0], [], [], _LOOK_S)[0] and _starter_is_dead():
-                return None
-        return None
-    finally:
-        client.close()
-
-
-def _has_starter() -> bool:
-    """Is standard input the pipe from `client.start_node`? It closes when everybody who could have come is dead."""
-    return stat.S_ISFIFO(os.fstat(0).st_mode)
-
-
-def _starter_is_dead() -> bool:
-    return not os.read(0, 4096)
-
-
-def _patience_s() -> float:
-    return _STARTER_COMES_S if _has_starter() else _NOBODY_CAME_S
-
-
-def _claim_directory(data_dir: Path) -> None:
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if data_dir.stat().st_uid != os.geteuid():
-        raise PermissionError(f"{data_dir} belongs to another user")
-    data_dir.chmod(0o700)
-
-
-def _lock(data_dir: Path) -> int | None:
-    descriptor = os.open(data_dir / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _log_to(config: Config, embedded: bool) -> None:
-    handler: logging.Handler = logging.StreamHandler()
-    if embedded:
-        handler = logging.handlers.RotatingFileHandler(
-            config.data_dir / "node.log", maxBytes=_LOG_BYTES_MAX, backupCount=1
-        )
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        handlers=[handler],
-        force=True,
-    )
-    sys.excepthook = lambda kind, error, trace: logger.critical("node crashed", exc_info=(kind, error, trace))
 
 
 def _version() -> str:

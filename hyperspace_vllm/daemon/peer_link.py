@@ -83,6 +83,7 @@ class PeerLink:
         socket.setsockopt(zmq.RCVHWM, REPLIES_QUEUED_MAX)
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
+        socket.setsockopt(zmq.IPV6, address.startswith("["))
         try:
             socket.connect(f"tcp://{address}")
         except zmq.ZMQError:

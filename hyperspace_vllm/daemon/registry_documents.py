@@ -205,7 +205,7 @@ class _Worker:
             await self._end()
             self._failures += 1
             self._start_at_s = time.monotonic() + min(2.0**self._failures, RESTART_S_MAX)
-            log.warning("the registry worker did not start: %s", type(error).__name__)
+            log.error("the registry worker does not start (%s): others don't hear what is here", type(error).__name__)
             raise Refused("worker", "did not start") from error
         except BaseException:
             await self._end()

@@ -10,6 +10,7 @@ takes its place; readers notice by the file's identity.
 """
 
 import contextlib
+import logging
 import os
 import sqlite3
 import threading
@@ -30,6 +31,8 @@ from ..core.response.cache_proof import make_proof, request_hash
 from ..core.response.wrongness import KINDS_MAX, WINDOW
 from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, packed
 from .response_news import PROOF_SIGNER, Listener, News, Retelling, Told
+
+logger = logging.getLogger(__name__)
 
 _ENTRY_OVERHEAD_BYTES = 1024  # proof, key, index entries and the tail of a page
 _QUESTION_OVERHEAD_BYTES = 256  # its keys and the index entry
@@ -164,6 +167,7 @@ class ResponseStore:
         self._closing = False
         self._busy = True
         self._damaged = False
+        self._complaint = ""
         self._next_expiry_ms = 0
         self._totals = {"entries": 0, "bytes": 0}
         self._counts = dict.fromkeys(
@@ -305,6 +309,9 @@ class ResponseStore:
                 database.close()
                 database, self._damaged = None, True
             if database is None:  # e.g. a read-only or full disk: wait before the next attempt
+                if self._complaint != str(error):
+                    logger.error("%s can't be opened, no response is stored: %s", self._path, error)
+                self._complaint = str(error)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, 1.0)
             return database
@@ -364,6 +371,7 @@ class ResponseStore:
                 os.unlink(f"{self._path}{suffix}")
         self._damaged = False
         self._count(moved_aside=1)
+        logger.warning("%s was damaged: moved aside, a fresh one takes its place", self._path)
 
     def _write(
         self,
