@@ -86,8 +86,8 @@ def _relay(launcher: "subprocess.Popen[bytes]", data_dir: Path) -> None:
     heard.register(launcher.stderr, select.POLLIN)
     if not heard.poll(_SILENT_S * 1000):
         logger.warning(
-            "hyperspace node of %s: not started after %.0f s. The machine is overloaded, or the directory's file system "
-            "hangs; nothing is cached so far.",
+            "hyperspace node of %s: not started after %.0f s, nothing is cached so far: the machine is overloaded, or "
+            "the directory's file system hangs",
             data_dir,
             _SILENT_S,
         )

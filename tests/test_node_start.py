@@ -3,7 +3,6 @@
 import fcntl
 import logging
 import os
-import re
 import shutil
 import signal
 import socket
@@ -78,7 +77,7 @@ class Obstacle:
 
 
 OBSTACLES = {
-    "listen_taken": Obstacle(r"listen = '{taken}': Address already in use; .*HYPERSPACE_LISTEN", {"listen": "{taken}"}),
+    "listen_taken": Obstacle("listen = '{taken}': Address already in use", {"listen": "{taken}"}),
     "listen_elsewhere": Obstacle("listen = '192.0.2.1:1': ", {"listen": "192.0.2.1:1"}),
     "listen_nowhere": Obstacle("listen = '256.1.1.1:1': ", {"listen": "256.1.1.1:1"}),
     "metrics_taken": Obstacle("metrics_listen = '{taken}': Address already in use", {"metrics_listen": "{taken}"}),
@@ -119,7 +118,7 @@ def test_a_node_that_cannot_start_says_why_and_leaves_nothing_behind(nodes: Node
     if obstacle.directory:
         shutil.rmtree(nodes.config.data_dir / obstacle.directory)
     assert process.returncode == 1
-    assert re.search(fill(obstacle.says).replace("(", r"\("), errors), errors
+    assert fill(obstacle.says) in errors
     assert "Traceback" not in errors
     assert not arena_is_left(nodes)
     with (nodes.config.data_dir / "node.lock").open("wb") as lock:
