@@ -1,6 +1,7 @@
 """Starts that fail, and who hears of it; what signals do at any moment; nodes in containers."""
 
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -11,7 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ import pytest
 from hyperspace_vllm.client import NodeClient, start_node
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.ids import peer_id
-from hyperspace_vllm.core.records.limits import LEASE_MS
+from hyperspace_vllm.core.records.limits import LEASE_MS, MiB
 from hyperspace_vllm.core.records.local import GetStatus, Status
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.session_lock import look
 
-from .node_processes import REPOSITORY, Nodes, alive, until
+from .node_processes import REPOSITORY, Nodes, alive, hyperspace, until
 
 pytestmark = pytest.mark.io
 NODE = [sys.executable, "-m", "hyperspace_vllm.cli", "node"]
@@ -123,6 +124,29 @@ def test_a_node_that_cannot_start_says_why_and_leaves_nothing_behind(nodes: Node
     assert not arena_is_left(nodes)
     with (nodes.config.data_dir / "node.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_nodes_reach_each_other_by_ipv6(tmp_path: Path) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("there is no IPv6 here")
+    a, b = Nodes(tmp_path / "a"), Nodes(tmp_path / "b")
+    ids = [Identity.load(each.config.data_dir).peer_id for each in (a, b)]
+    with ExitStack() as running:
+        a.config = replace(a.config, kv_cache=True, listen="[::1]:0", peers=(f"{ids[1]}@[::1]:1",))
+        running.callback(a.stop)
+        a.start_and_wait()
+        b.config = replace(b.config, kv_cache=True, peers=(f"{ids[0]}@{a.card()['endpoint']}",))
+        running.callback(b.stop)
+        b.start_and_wait()
+
+        def is_connected() -> bool:
+            shown = hyperspace("status", "--json", "--data-dir", str(b.config.data_dir)).stdout
+            return bool(shown) and bool(json.loads(shown)["peers"][0]["connected"])
+
+        until(is_connected, HEARD_S)
 
 
 def heard(caplog: pytest.LogCaptureFixture, text: str) -> bool:
@@ -293,6 +317,29 @@ def test_sigterm_ends_a_node_that_is_the_first_process_of_its_container(nodes: N
         until(lambda: not any(map(alive, everybody)))
     (nodes.config.data_dir / "node.json").unlink(missing_ok=True)
     assert not arena_is_left(nodes)
+
+
+def test_a_node_serves_on_a_read_only_root_file_system_with_dockers_64_mib_of_dev_shm(nodes: Nodes) -> None:
+    directory = nodes.config.data_dir
+    directory.mkdir()
+    nodes.config = replace(nodes.config, arena_bytes=512 * MiB)
+    docker = """
+    mount -t tmpfs -o size=64m tmpfs /dev/shm && mount -t tmpfs tmpfs "$HYPERSPACE_DATA_DIR" &&
+    mount -o remount,ro,bind / && ! touch /here && exec "$@"
+    """
+    container = subprocess.Popen(
+        [*unshared("--mount"), "sh", "-c", docker, "sh", *NODE],
+        cwd=REPOSITORY,
+        env=os.environ | nodes.config.as_environ() | {"HOME": "/"},
+        text=True,
+    )
+    seen = Path(f"/proc/{container.pid}/root{directory}")
+    with ended_at_last(container):
+        until(lambda: (seen / "node.json").exists() or container.poll() is not None, HEARD_S)
+        assert container.poll() is None
+        assert (seen / "arena").stat().st_size == 512 * MiB, "where there is room for one"
+        container.terminate()
+        assert container.wait(STOPS_WITHIN_S) == 0
 
 
 def test_where_dev_shm_is_not_shared_responses_are_and_one_line_says_why_kv_is_not(

@@ -148,7 +148,11 @@ class _KzgClient:
                 if await self._run_worker():
                     pause_s = KZG_RESTART_S
                 elif pause_s == KZG_RESTART_S:
-                    log.error("the KZG worker does not start: KV is neither published nor taken from other nodes")
+                    log.error(
+                        "the KZG worker ended, or took more than %.0f s to start: until one starts, KV is neither "
+                        "published nor taken from other nodes",
+                        KZG_START_S,
+                    )
             except OSError as error:  # no process to be had just now
                 log.error("the KZG worker does not start: %s", error)
             await asyncio.sleep(pause_s)
