@@ -299,23 +299,23 @@ def unshared(*options: str) -> list[str]:
     return command
 
 
-def test_sigterm_ends_a_node_that_is_the_first_process_of_its_container(nodes: Nodes) -> None:
+def test_sigterm_ends_a_node_that_is_the_first_process_of_its_container(tmp_path: Path) -> None:
+    nodes = Nodes(tmp_path / "d")  # never stopped by the pid in its card: 1 is another process out here
     nodes.config = replace(nodes.config, kv_cache=True)
     container = subprocess.Popen(
-        [*unshared("--pid", "--fork", "--mount-proc"), *NODE],
+        [*unshared("--pid", "--fork", "--kill-child", "--mount-proc"), *NODE],
         cwd=REPOSITORY,
         env=os.environ | nodes.config.as_environ(),
         text=True,
     )
     with ended_at_last(container):
-        until(lambda: nodes.card())
+        until(lambda: nodes.card(), HEARD_S)
         assert nodes.card()["pid"] == 1
         everybody = descendants(container.pid)
         assert len(everybody) > 1, "a KZG worker at least"
         os.kill(everybody[0], signal.SIGTERM)
         assert container.wait(STOPS_WITHIN_S) == 0
         until(lambda: not any(map(alive, everybody)))
-    (nodes.config.data_dir / "node.json").unlink(missing_ok=True)
     assert not arena_is_left(nodes)
 
 
@@ -353,7 +353,7 @@ def test_where_dev_shm_is_not_shared_responses_are_and_one_line_says_why_kv_is_n
         text=True,
     )
     with ended_at_last(container):
-        until(lambda: nodes.card())
+        until(lambda: nodes.card(), HEARD_S)
         assert not arena_is_left(nodes)
         api, worker = NodeClient(nodes.config, "api", "server"), NodeClient(nodes.config, "worker", "engine")
         assert api.wait_connected(10)
