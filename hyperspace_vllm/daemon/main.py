@@ -88,6 +88,7 @@ class _Node:
 
     async def run(self, embedded: bool, stopping: Stopping) -> None:
         """Serve until a signal, or (embedded) until nobody needs it."""
+        stopping.attach()  # an interrupted start of a worker process would leave it behind
         async with AsyncExitStack() as parts:
             try:
                 server = await self._build(parts)

@@ -28,9 +28,12 @@ class Stopping:
         signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(told,), name="hyperspace-stop", daemon=True).start()
 
+    def attach(self) -> None:
+        """On the running loop: from here on a signal interrupts nothing, `requested` returns instead."""
+        self._loop = asyncio.get_running_loop()
+
     async def requested(self) -> None:
         """Return when a signal asks the node to stop."""
-        self._loop = asyncio.get_running_loop()
         await self._requested.wait()
 
     def set_deadline(self) -> None:
@@ -39,7 +42,7 @@ class Stopping:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._loop is None:
-            raise SystemExit(0)  # nothing is built yet that this would not unwind
+            raise SystemExit(0)  # nothing is built yet
         with suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._requested.set)
 
