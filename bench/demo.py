@@ -30,6 +30,7 @@ from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof,
 from hyperspace_vllm.response_db import database_path, unpacked
 
 from .documents import document, prompt
+from .machine import dtype
 from .servers import MODELS, ROOT, Completion, Server, found_network, free_port
 
 FULL, L1, L1_NETWORK, L2 = "full inference", "L1 local", "L1 network", "L2 network"
@@ -231,6 +232,7 @@ def environment(model: Path) -> dict[str, object]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "model": model.name,
+        "dtype": dtype("generate"),
         "vllm": version("vllm"),
         "hyperspace": version("hyperspace-vllm"),
         "commit": commit.stdout.strip(),
@@ -270,6 +272,7 @@ def main() -> int:
         settings["HYPERSPACE_FETCH"] = "always"
     if (os.cpu_count() or 1) < 4:  # left to itself, vLLM puts both servers on the first core
         environments = [{**e, "VLLM_CPU_OMP_THREADS_BIND": str(core)} for core, e in enumerate(environments)]
+    console.print(f"{model.name} in {dtype('generate')}, which the set-up saw work on this machine")
     servers = [
         Server(name, model, directory, environment={**settings, **extra})
         for name, directory, extra in zip("AB", directories, environments, strict=True)

@@ -30,6 +30,7 @@ from hyperspace_vllm.core.records.manifest import chunk_bytes_for
 from hyperspace_vllm.daemon.object_codec import encode_row
 from hyperspace_vllm.native_cuda import KVPages, LayerPages
 
+from .machine import dtype
 from .servers import MODELS, ROOT
 
 KEY, NONCE = bytes(range(32)), bytes(range(12))
@@ -285,7 +286,9 @@ def measure_decoding(model: str, cache: Cache, report: Report) -> None:
     from vllm import LLM, SamplingParams
 
     # What it caches of a prompt would make the next one's first steps shorter.
-    llm = LLM(model, gpu_memory_utilization=0.5, max_model_len=1024, enable_prefix_caching=False)
+    llm = LLM(
+        model, dtype=dtype("generate"), gpu_memory_utilization=0.5, max_model_len=1024, enable_prefix_caching=False
+    )
     sampling = SamplingParams(max_tokens=DECODED_TOKENS, temperature=0, ignore_eos=True)
     coder = Coder(cache)
     steps: dict[str, list[float]] = {"alone": [], "coding": []}

@@ -1,13 +1,23 @@
 """What a figure was measured on: printed beside every one."""
 
+import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the native code, or what it is compared with, has kernels for.
 FLAGS = ("avx2", "avx512f", "avx512bw", "gfni", "asimd")
+
+
+def dtype(kind: Literal["generate", "pool"]) -> str:
+    """The number format in which the set-up saw vLLM do that on this machine."""
+    with suppress(OSError, ValueError):
+        return str(json.loads((ROOT / ".venv" / "setup.json").read_text()).get(f"dtype to {kind}", "float32"))
+    return "float32"
 
 
 def describe() -> str:

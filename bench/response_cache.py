@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from .machine import dtype
 from .servers import MODELS, ROOT, Server, free_port
 from .ttft import bootstrap_interval
 
@@ -332,7 +333,7 @@ def measure(with_peers: bool, console: Console) -> dict[str, Figures]:
     with cached, plain, console.status("Two servers start"):
         cached.ready()
         plain.ready()
-        console.print("asking for the same, over one connection and over 64")
+        console.print(f"the tiny model in {dtype('generate')}; asking for the same, over one connection and over 64")
         ours, headers = asyncio.run(measure_hits(cached.port, lambda found: "hit" in found["cache-status"].split("; ")))
         inside = [float(found["server-timing"].partition("dur=")[2]) for found in headers if "server-timing" in found]
         ours |= {name.replace("hit_ms", "hit_inside_ms"): n for name, n in quantiles(inside, "hit_ms").items()}

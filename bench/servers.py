@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-ROOT = Path(__file__).resolve().parent.parent
+from .machine import ROOT, dtype
+
 MODELS = {
     "gemma": ROOT / ".models" / "gemma-3-270m",
     "tiny": ROOT / ".models" / "tiny",
@@ -115,8 +116,7 @@ class Server:
             str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--host", "127.0.0.1",
             "--port", str(self.port), "--served-model-name", "demo", "--enforce-eager",
             "--max-model-len", "8192", "--max-num-seqs", "16", "--enable-prompt-tokens-details",
-            # Without AVX-512, bfloat16 matrices are emulated and a prefill takes ten times as long.
-            *(["--dtype", "float32"] if "gemma-3" in model.name else []),
+            "--dtype", dtype("pool" if "pooling" in arguments else "generate"),
             *(["--kv-connector", "hyperspace"] if connector else []), *arguments,
         ]  # fmt: skip
         self.environment = {

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = ROOT / "deploy" / "setup"
-MODULES = ("progress", "system", "engine", "models", "interop", "vllm_metadata")
+MODULES = ("progress", "system", "engine", "models", "interop", "dtypes", "vllm_metadata")
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +184,55 @@ def version_of(name: str) -> str | None:
         return version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+# ---------------------------------------------------------------------------------------- number formats
+
+DEATHS = {
+    "an illegal instruction": "import os, signal; os.kill(os.getpid(), signal.SIGILL)",
+    "an exception": "raise RuntimeError('not this one')",
+    "a hang": "import time; time.sleep(60)",
+}
+
+
+@pytest.mark.io
+@pytest.mark.parametrize("death", DEATHS.values(), ids=DEATHS.keys())
+def test_a_format_that_a_process_dies_in_is_not_used(setup: SimpleNamespace, death: str) -> None:
+    scripts = {"bfloat16": death, "float32": "pass"}
+
+    def chosen(*dtypes: str) -> str:
+        limit_s = 1 if "sleep" in death else 30
+        return str(setup.dtypes.first_that_works(dtypes, lambda d: [sys.executable, "-c", scripts[d]], limit_s))
+
+    assert chosen("bfloat16", "float32") == "float32"
+    with pytest.raises(setup.engine.Failed, match=r"signal 4|not this one|not end within 1 s"):
+        chosen("bfloat16")
+
+
+def test_a_cpu_without_bfloat16_instructions_is_tried_in_float32_first(setup: SimpleNamespace) -> None:
+    assert setup.dtypes.preferred({"avx2", "avx512f"}) == ("float32", "bfloat16")
+    for flag in ("avx512_bf16", "amx_bf16", "bf16"):
+        assert setup.dtypes.preferred({"avx2", flag}) == ("bfloat16", "float32")
+    assert setup.dtypes.cpu_flags() & {"fpu", "fp", "asimd"}
+
+
+def test_another_cpu_or_another_vllm_is_tried_anew(
+    setup: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(setup.dtypes, "choose", lambda venv, chosen, kind: tried.append(kind) or "float32")
+    stamps = setup.main.Stamps(tmp_path / "setup.json")
+    for engine, flags, tests in [
+        ("0.32", {"avx2"}, False),
+        ("0.32", {"avx2"}, True),
+        ("0.32", {"avx2"}, True),
+        ("0.32", {"avx2", "amx_bf16"}, True),
+        ("0.33", {"avx2", "amx_bf16"}, False),
+    ]:
+        monkeypatch.setattr(setup.dtypes, "cpu_flags", lambda flags=flags: frozenset(flags))
+        setup.main.choose_dtypes(None, None, stamps, engine, tests)
+    assert tried == ["generate", "pool", "generate", "pool", "generate"]
+    assert stamps.of("dtype to generate") == "float32"
 
 
 # ------------------------------------------------------------------------------------- the name of the build

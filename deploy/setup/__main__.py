@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import dtypes
 import engine
 import interop
 import models
@@ -77,12 +78,23 @@ def set_up(chosen: engine.Engine, tests: bool, bench: bool) -> None:
     if missing:
         engine.run_models(venv, missing)
 
+    choose_dtypes(venv, chosen, stamps, wanted, tests)
+
     if not tests:
         return
     try:
         interop.install()
     except engine.Failed as problem:  # one test needs it, and tries again; the product doesn't
         print(f"{problem}\nGoing on without js-libp2p: tests/test_interop.py will fail.", file=sys.stderr)
+
+
+def choose_dtypes(venv: engine.Venv, chosen: engine.Engine, stamps: Stamps, installed: str, tests: bool) -> None:
+    """Anew for another CPU, which a copied environment may come to. Only the tests pool."""
+    machine = digest(installed, *sorted(dtypes.cpu_flags()))
+    for kind in ("generate", "pool") if tests else ("generate",):
+        if stamps.of(f"dtype to {kind}, tried on") != machine:
+            stamps.write(f"dtype to {kind}", dtypes.choose(venv, chosen, kind))
+            stamps.write(f"dtype to {kind}, tried on", machine)
 
 
 class Stamps:

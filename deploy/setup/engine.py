@@ -222,9 +222,12 @@ def run_models(venv: Venv, names: list[str]) -> None:
         raise Failed(f"preparing {', '.join(names)} failed (exit status {done.returncode})")
 
 
-def run(command: list[str]) -> str:
-    """A command's output; `Failed` with its last lines where it fails."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+def run(command: list[str], limit_s: float | None = None) -> str:
+    """A command's output; `Failed` with its last lines where it fails, or takes longer than that many seconds."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{' '.join(command)} did not end within {limit_s:.0f} s") from None
     if done.returncode != 0:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
         said = "\n".join((done.stdout + done.stderr).splitlines()[-REFUSALS_SHOWN:])

@@ -70,4 +70,4 @@ def step(title: str) -> Iterator[Step]:
             stop.set()
             painter.join()
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-    print(f"{current.elapsed_s:5.0f} s  {title}", file=sys.stderr, flush=True)
+    print(f"{current.elapsed_s:5.0f} s  {current.title}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.machine import dtype
 from bench.servers import have_machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ class Engine:
                     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment,
                 },
             )  # fmt: skip
-        self._send({"model": str(model), **llm})
+        self._send({"model": str(model), "dtype": dtype("generate"), **llm})
 
     def _send(self, request: object) -> None:
         assert self._process.stdin is not None

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.machine import dtype
 from bench.servers import have_machine
 
 START_S = 240.0
@@ -86,7 +87,13 @@ class _Probe:
         from vllm.config import KVTransferConfig
 
         transfer = KVTransferConfig(kv_connector="hyperspace", kv_role="kv_both", kv_connector_extra_config=settings)
-        options = {"max_model_len": 4096, "enforce_eager": True, "disable_log_stats": False, **options}
+        options = {
+            "dtype": dtype("generate"),
+            "max_model_len": 4096,
+            "enforce_eager": True,
+            "disable_log_stats": False,
+            **options,
+        }
         self.sampling = SamplingParams
         self.llm = LLM(model=model, kv_transfer_config=transfer, **options)
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
