@@ -272,7 +272,7 @@ class Bench:
         await until(lambda: self.node.store.stats()["stored"] >= count)
 
 
-async def until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def until(true: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, "did not happen in time"

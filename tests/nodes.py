@@ -186,7 +186,7 @@ class TestNode:
         self,
         segment_keys: tuple[SegmentKey, ...],
         layout: Layout = LAYOUT,
-        deadline_ms: int = 5000,
+        deadline_ms: int = 20_000,
         may_ask_peers: bool = True,
     ) -> Answer:
         lookup = next(self._numbers)
@@ -225,7 +225,7 @@ class TestNode:
         self.arena.close()
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     """Poll until `condition()` holds; TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 (what is waited for happens in threads and other processes)

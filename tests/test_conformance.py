@@ -7,7 +7,7 @@ import base64
 import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import anthropic
@@ -20,6 +20,7 @@ from bench.servers import MODELS, Server
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.response.cache_proof import decode_proof
 
+from .frozen_engine import frozen_engine
 from .network_nodes import until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -303,13 +304,23 @@ def test_what_may_not_be_cached_passes_by_and_says_why(server: Server) -> None:
 
 
 def test_equal_requests_at_one_time_are_computed_once(server: Server) -> None:
-    question = f"Why {time.time_ns()}?"
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: asked(server, question, {}, max_tokens=200, ignore_eos=True), range(8)))
-    assert len({answer.content for answer in answers}) == 1
-    statuses = sorted(answer.headers["cache-status"] for answer in answers)
-    assert statuses.count(COMPUTED) == 1, statuses
-    assert "hyperspace; fwd=uri-miss; collapsed" in statuses, statuses
+    question = {"role": "user", "content": f"Why {time.time_ns()}?"}
+    body = {"model": "demo", "max_tokens": 400, "messages": [question], "stream": True, "ignore_eos": True}
+    finished = server.metric("vllm:request_success_total")
+    with httpx.Client(timeout=120) as client, ExitStack() as opened:
+
+        def stream() -> httpx.Response:
+            """Its headers come with the answer's first frame."""
+            return opened.enter_context(client.stream("POST", f"{server.url}/v1/chat/completions", json=body))
+
+        streams = [stream()]
+        with frozen_engine(server):  # no answer can end before the last request has come
+            streams += [stream() for _ in range(7)]
+        answers = {each.read() for each in streams}
+    assert len(answers) == 1
+    statuses = [each.headers["cache-status"] for each in streams]
+    assert statuses == [COMPUTED, *["hyperspace; fwd=uri-miss; collapsed"] * 7]
+    assert server.metric("vllm:request_success_total") == finished + 1
 
 
 # --- models that pool -----------------------------------------------------------------------------

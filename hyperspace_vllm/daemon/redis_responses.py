@@ -20,7 +20,7 @@ from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import NetworkId, RequestKey
 from ..core.records.limits import STREAM_FRAME_BYTES_MAX
 from ..core.records.local import Scope
-from ..core.records.peer_wire import Hit, decode_answer, encode
+from ..core.records.peer_wire import Hit, Miss, decode_answer, encode
 from ..core.response.cache_proof import request_hash
 from ..core.response.exchange import Opened
 from .fetched_response import Stored, found_response, keep, open_fetched
@@ -36,6 +36,7 @@ from .response_store import wall_clock_ms
 READS_MAX = 8  # at once, of at most 8 MiB each; further lookups pass Redis by
 QUEUE_MAX = 20_000  # ids, some 4 MiB; a body is read from the database when its turn comes
 SAME_MS = 1_000  # between two expiries of one entry, for clocks are set and commands travel
+BUSY_S = 0.1  # until the own database is read again
 
 
 class RedisResponses:
@@ -216,7 +217,10 @@ class RedisResponses:
         if left_ms <= 0 or not isinstance(held_ms, int) or left_ms <= held_ms + SAME_MS:
             return
         hit = await self._responses.answer(name, 0, to_member=True)
-        if isinstance(hit, Hit):  # else it has gone meanwhile
+        if hit == Miss("busy"):
+            self._queue.setdefault(name, expires_at_ms)
+            await asyncio.sleep(BUSY_S)
+        elif isinstance(hit, Hit):  # else it has gone meanwhile
             value = encode(hit)
             if await self._ask(WRITE_S, "SET", key, value, "PX", left_ms) is True:
                 self._counts["written"] += 1
