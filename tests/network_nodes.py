@@ -100,7 +100,7 @@ class NetworkedNode:
         until(lambda: self.client.send(message), 60)
 
     def find(self, name: object, deadline_ms: int = 5_000) -> Lookup:
-        """As the middleware asks, but with more time: by default that is 300 ms, which a busy machine needs for itself."""
+        """As the middleware asks, with more time than its 300 ms: a busy machine needs those for itself."""
         assert self.client.wait_connected(60)
         number = next(self._numbers)
         began, hinted = time.monotonic(), False
