@@ -235,7 +235,7 @@ def found(node: NetworkedNode, name: str) -> ResponseFound:
         answers.append(node.find(name).answer)
         return isinstance(answers[-1], ResponseFound)
 
-    until(is_there, 30)
+    until(is_there, 60)
     assert isinstance(answers[-1], ResponseFound)
     return answers[-1]
 
@@ -253,12 +253,12 @@ def test_a_node_that_catches_another_at_a_lie_refuses_it_and_makes_the_third_aud
     assert not false.suspect
     assert not found(third, "three").suspect
     reader = ResponseReader(database_path(auditor.config.data_dir))
-    until(lambda: reader.get(request_key("one"), false.computed_at_ms), 10)
+    until(lambda: reader.get(request_key("one"), false.computed_at_ms), 60)
 
     assert auditor.client.send(ResponseAudited(request_key("one"), false.proof, 40, 2))
 
-    until(lambda: [node.status()["p2p"]["suspected_peers"] for node in network] == [0, 1, 1], 20)
-    until(lambda: reader.get(request_key("one"), false.computed_at_ms) is None, 10)
+    until(lambda: [node.status()["p2p"]["suspected_peers"] for node in network] == [0, 1, 1], 60)
+    until(lambda: reader.get(request_key("one"), false.computed_at_ms) is None, 60)
     audited = found(third, "two")
     assert audited.suspect
     assert audited.body == body_of("two")

@@ -31,7 +31,7 @@ def node(tmp_path: Path) -> Iterator[NetworkedNode]:
 def stored(node: NetworkedNode, count: int) -> None:
     for name in range(count):
         node.store(name, "private" if name % 2 else "network")
-    until(lambda: node.status()["responses"]["entries"] == count, 20)
+    until(lambda: node.status()["responses"]["entries"] == count, 60)
 
 
 def run(node: NetworkedNode, *arguments: str) -> int:
@@ -86,11 +86,11 @@ def test_everything_is_exported_into_a_private_file_that_is_never_overwritten(
 def test_what_is_purged_is_gone_and_the_rest_stays(node: NetworkedNode) -> None:
     stored(node, 5)
     assert run(node, "purge", request_key(0).hex(), request_key(3).hex()[:16]) == 0
-    until(lambda: node.status()["responses"]["purged"] == 2, 10)
+    until(lambda: node.status()["responses"]["purged"] == 2, 60)
     assert node.status()["responses"]["entries"] == 3
     assert run(node, "purge") == 1
     assert run(node, "purge", "--all") == 0
-    until(lambda: node.status()["responses"]["entries"] == 0, 10)
+    until(lambda: node.status()["responses"]["entries"] == 0, 60)
 
 
 def test_without_a_node_entries_are_read_and_the_way_to_delete_them_is_said(

@@ -806,7 +806,7 @@ async def test_nodes_on_one_network_discover_each_other(members: Members) -> Non
     a, b = await members(2, meet=False, mdns=True, network_key=bytes(32))
     (other,) = await members(1, meet=False, mdns=True)
     try:
-        await until(lambda: b.peer in a.discovered and a.peer in b.discovered, 8)
+        await until(lambda: b.peer in a.discovered and a.peer in b.discovered, 20)
     except TimeoutError:
         pytest.skip("no multicast on this machine's loopback")
     assert a.discovered == {b.peer: b.host.address}

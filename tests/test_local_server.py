@@ -695,7 +695,7 @@ def receive(kind):
 
 row_bytes = int(sys.argv[2])
 client = NodeClient(Config(data_dir=Path(sys.argv[1])), "worker", "child")
-assert client.wait_connected(10)
+assert client.wait_connected(60)
 client.send(RegisterLayout(Layout(bytes(32), 256, (Part(0, row_bytes), Part(512, row_bytes // 2)), 1)))
 client.send(WantStaging(row_bytes, 2))
 slabs = receive(StagingGranted).slabs
@@ -813,7 +813,7 @@ async def test_a_forked_child_has_a_session_of_its_own(node: SmallNode) -> None:
     async with connected(node, "worker") as client:
         child = os.fork()
         if child == 0:
-            fine = not client.connected and client.wait_connected(10) and client.send(GetStatus())
+            fine = not client.connected and client.wait_connected(60) and client.send(GetStatus())
             client.close()
             os._exit(0 if fine else 1)
         await until(lambda: node.server.engine_leases == 2)

@@ -36,7 +36,7 @@ def test_status_shows_what_a_peer_serves_until_its_engine_goes(nodes: list[Netwo
     until(lambda: shown(second, first), 60)
     first.store("x")
     engine = NodeClient(first.config, "scheduler", "engine")
-    assert engine.wait_connected(10)
+    assert engine.wait_connected(60)
     assert engine.send(RegisterLayout(LAYOUT))
     assert engine.send(PrefixesInMemory(300, tuple(sha256(bytes([number])) for number in range(20)), ()))
     serving = {
@@ -46,8 +46,8 @@ def test_status_shows_what_a_peer_serves_until_its_engine_goes(nodes: list[Netwo
         "load_permille": 300,
         "segments_in_memory": 20,
     }
-    until(lambda: shown(second, first) == serving, 20)
+    until(lambda: shown(second, first) == serving, 60)
     assert first.status()["p2p"]["serves"] == serving
     engine.close()
     gone = serving | {"fingerprints": 0, "load_permille": 0, "segments_in_memory": 0}
-    until(lambda: shown(second, first) == gone, 20)
+    until(lambda: shown(second, first) == gone, 60)
