@@ -16,7 +16,7 @@ from hyperspace_vllm.core.records.limits import MiB
 REPOSITORY = Path(__file__).parent.parent
 
 
-def until(condition: Callable[[], object], timeout_s: float = 15.0) -> None:
+def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
@@ -80,7 +80,7 @@ class Nodes:
         for pid in filter(alive, filter(None, pids)):
             os.kill(pid, signal.SIGTERM)
         for process in self.started:
-            process.communicate(timeout=20)
+            process.communicate(timeout=60)
         until(lambda: not any(map(alive, filter(None, pids))))
 
     def arena(self) -> Path:
