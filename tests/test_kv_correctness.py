@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.machine import dtype
 from bench.servers import MODELS, free_port, hyperspace, introduce
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
@@ -183,9 +184,13 @@ def test_fetched_blocks_equal_the_producers_and_the_consumers_own(consumer: Cons
 
 def assert_close(left: bytes, right: bytes, message: str) -> None:
     """Equal within bfloat16's tolerance: matrix shapes differ between runs, so the last bits may."""
-    a, b = (
-        (np.frombuffer(x, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64) for x in (left, right)
-    )
+    a, b = numbers(left), numbers(right)
     cosine = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
     assert cosine > 0.9999, f"{message}: cosine {cosine}"
     assert float(np.max(np.abs(a - b))) <= 0.05 * float(np.max(np.abs(a))), message
+
+
+def numbers(block: bytes) -> np.ndarray:
+    if dtype("generate") == "float32":
+        return np.frombuffer(block, np.float32).astype(np.float64)
+    return (np.frombuffer(block, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
