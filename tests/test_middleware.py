@@ -603,7 +603,7 @@ async def test_a_slow_client_does_not_slow_those_who_share_its_computation(bench
 async def test_a_client_that_holds_up_the_others_for_too_long_is_cut_off(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coalesce, "LAGGARD_S", 0.1)
+    monkeypatch.setattr(coalesce, "LAGGARD_S", 1.0)
     bench.upstream.words, bench.upstream.filler = 4000, "x" * 10_000  # 40 MB
     bench.upstream.gate.clear()
     with ask_and_not_read(bench, CHAT | STREAM) as sock:

@@ -36,7 +36,7 @@ def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def bench(make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr(node_lookup, "SIMILAR_S", 5.0)  # not the subject here, and the machine may be busy
+    monkeypatch.setattr(node_lookup, "SIMILAR_S", 30.0)  # not the subject here, and the machine may be busy
     return await make_bench(semantic="balanced")
 
 
@@ -147,6 +147,7 @@ async def test_a_node_that_says_nothing_is_not_waited_for_again(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(node_lookup, "SIMILAR_S", 0.05)
+    monkeypatch.setattr(node_lookup, "_USELESS_S", 60.0)
     bench = await make_bench(semantic="strict")
     node = bench.node
     assert node.similar is not None
@@ -215,7 +216,7 @@ async def test_an_engine_that_fails_or_hangs_costs_the_hit_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
-    monkeypatch.setattr(checks, "CHECK_S", 0.2)
+    monkeypatch.setattr(checks, "CHECK_S", 2.0)
     await bench.ask(chat("What is ML?"))
     await bench.stored(1)
     bench.upstream.failures = ["stall", "refuse", "raise"]
