@@ -1,6 +1,10 @@
 """Cheap tests first: a mistake in a pure function is found before a server has started."""
 
-from collections.abc import Generator
+import os
+import signal
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +28,24 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     if item.get_closest_marker("vllm"):
         have_machine()
     return (yield)
+
+
+@pytest.fixture(autouse=True)
+def no_node_stays() -> Iterator[None]:
+    """An engine that is configured in this process starts a node, which would otherwise stay as long as pytest does."""
+    before = embedded_nodes()
+    yield
+    for pid in embedded_nodes() - before:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
+def embedded_nodes() -> set[int]:
+    """Those that this process has started itself."""
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):
+            for pid in (task / "children").read_text().split():
+                if b"--embedded" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.add(int(pid))
+    return found
