@@ -158,7 +158,7 @@ def test_a_second_standalone_node_says_who_to_ask(nodes: Nodes) -> None:
 def test_a_second_embedded_node_leaves_quietly(nodes: Nodes) -> None:
     first = nodes.start_and_wait()
     second = nodes.start("--embedded")
-    output, errors = second.communicate(timeout=20)
+    output, errors = second.communicate(timeout=60)
     assert (output, errors.strip()) == ("", "")
     assert second.returncode == 0
     assert first.poll() is None
