@@ -321,6 +321,7 @@ def test_equal_requests_at_one_time_are_computed_once(server: Server) -> None:
     assert len(answers) == 1
     statuses = [each.headers["cache-status"] for each in (first, *others)]
     assert statuses == [COMPUTED, *["hyperspace; fwd=uri-miss; collapsed"] * 7]
+    until(lambda: server.metric("vllm:request_success_total") > finished, 60)
     assert server.metric("vllm:request_success_total") == finished + 1
 
 
