@@ -157,6 +157,9 @@ def _print_status(status: dict[str, Any]) -> None:
     table.add_row("data directory", status["data_dir"])
     table.add_row("running", f"pid {status['pid']}, {status['uptime_s']:.0f} s, version {status['version']}")
     table.add_row("engine processes", str(status["engine_leases"]))
+    for model in status["identifying"]:
+        share = f"{_size(model['done_bytes'])} of {_size(model['total_bytes'])} read"
+        table.add_row("identifying", f"{model['title']}: {share}; L1 and L2 come on then")
     peers = [
         f"{peer['peer_id']} at {peer['endpoint']}, {'connected' if peer['connected'] else 'not connected'}"
         for peer in status["peers"]

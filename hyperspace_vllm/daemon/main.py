@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ..config import Config
 from ..core.node.events import Event
 from ..core.records.ids import PeerId, network_id
+from ..file_digests import in_progress
 from ..response_db import database_path
 from .arena import Arena
 from .audits import Audits
@@ -341,6 +342,7 @@ class _Node:
                     "quarantined_bytes": arena.quarantined_bytes,
                     "rows": len(self._cache),
                 },
+                "identifying": in_progress(self._config.data_dir),
                 "shared_responses": self._shared.status() if self._shared else None,
                 "responses": self._responses.stats() if self._responses else None,
                 "similar": self._similar.stats() if self._similar else None,
