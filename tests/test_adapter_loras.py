@@ -87,7 +87,7 @@ def test_a_file_system_that_hangs_is_a_miss_within_moments(
     monkeypatch.setattr(adapters, "_states", states)
     began = time.monotonic()
     assert [known.digest(1, str(lora)) for _ in range(100)] == [None] * 100
-    assert time.monotonic() - began < 100 * adapters.LOOK_S  # only the first one waited
+    assert time.monotonic() - began < 10  # only the first one waited
     hangs = False
     assert digest(known, 1, lora)
 

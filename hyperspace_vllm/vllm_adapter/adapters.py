@@ -22,7 +22,7 @@ from .model_files import source_of, states_of
 logger = logging.getLogger("vllm.hyperspace")
 
 ADAPTERS_MAX = 4096
-LOOK_S = 0.02  # for a look at the files; a file system that takes longer is a miss
+LOOK_S = 0.25  # for a look at the files, usually 0.1 ms; a file system that hangs costs this once
 
 
 @dataclass(slots=True)
