@@ -10,6 +10,8 @@ MODEL ?= gemma
 SCENARIO ?= all
 NODES ?= 20
 SEED ?= 1
+VERSIONS ?= 0.29.0 0.30.0 0.31.0
+OLDEST := $(firstword $(VERSIONS))
 TESTS ?= not soak and not slow
 ARGS ?=
 BIN := .venv/bin
@@ -31,9 +33,19 @@ demo: setup ## Two vLLM servers share a prefix: who served what, and how fast (M
 	@$(BIN)/python -m bench.demo --model $(MODEL) $(ARGS)
 
 .PHONY: test
-test: SETUP_ARGS = --tests
+test: SETUP_ARGS = --tests --releases $(OLDEST)
 test: setup ## Run all tests but the slow and the soaking ones (TESTS="not soak and not vllm": no real servers)
 	@$(BIN)/python -m pytest -m "$(TESTS)" $(ARGS)
+	@$(BIN)/python -m tests.releases $(OLDEST) tests/test_serve.py tests/test_older_vllm.py tests/test_request_key.py
+
+.PHONY: test-vllm
+test-vllm: SETUP_ARGS = --releases $(VERSIONS)
+test-vllm: setup ## Run the end-to-end tests with other releases of vLLM (VERSIONS="0.29.0 0.31.0": an environment for each)
+	@$(BIN)/python -m tests.releases $(VERSIONS) $(ARGS)
+
+.PHONY: support-table
+support-table: setup ## Take what tests recorded of releases and features over into docs/operations.md
+	@$(BIN)/python -m tests.support
 
 .PHONY: test-all
 test-all: ## Run every test: those of `make test`, every topology and every supported vLLM, soak runs (hours)
@@ -115,4 +127,4 @@ clean: ## Remove build outputs and caches
 
 .PHONY: distclean
 distclean: clean ## Remove .venv and .models as well
-	rm -rf .venv .models
+	rm -rf .venv .venvs .models

@@ -4,12 +4,17 @@ import os
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from bench.machine import dtype
 from bench.servers import have_machine
+
+from .support import add_results
+
+_outcomes: dict[str, dict[str, dict[str, str]]] = {}  # release -> feature -> test -> outcome
 
 
 def pytest_report_header() -> str:
@@ -20,6 +25,9 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order by cost: pure, real IO, real vLLM; within a kind as written."""
     items.sort(key=lambda item: [item.get_closest_marker(kind) is not None for kind in ("vllm", "io")])
+    for item in items:
+        for marker in item.iter_markers("feature"):
+            item.user_properties.append(("feature", (*marker.args, marker.kwargs.get("release"))))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -49,3 +57,20 @@ def embedded_nodes() -> set[int]:
                 if b"--embedded" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     found.add(int(pid))
     return found
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note what the last try of a test says of its features; a set-up that failed or skipped counts too."""
+    if report.outcome == "rerun" or (report.when != "call" and report.passed):
+        return
+    for name, value in report.user_properties:
+        if name == "feature":
+            feature, release = value
+            release = release or version("vllm").partition("+")[0]
+            _outcomes.setdefault(release, {}).setdefault(feature, {})[report.nodeid] = report.outcome
+
+
+def pytest_sessionfinish() -> None:
+    """Write it where `make support-table` looks."""
+    for release, outcomes in _outcomes.items():
+        add_results(release, outcomes)

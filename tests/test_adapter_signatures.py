@@ -2,9 +2,12 @@
 
 import inspect
 
+import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
 
 from hyperspace_vllm.vllm_adapter.connector import HyperspaceConnector
+
+pytestmark = pytest.mark.feature("the connector's interface")
 
 
 def test_our_overrides_take_what_vllm_passes() -> None:

@@ -23,7 +23,11 @@ from hyperspace_vllm.core.response.cache_proof import decode_proof
 from .frozen_engine import frozen_engine
 from .network_nodes import until
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(600),
+    pytest.mark.feature("every endpoint: what is replayed is what was computed"),
+]
 
 TOOL = {
     "type": "function",

@@ -20,6 +20,7 @@ from bench.servers import MODELS, free_port, hyperspace, introduce
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.local import GetStatus, Status
+from hyperspace_vllm.vllm_adapter.older_vllm import FAILED_LOADS_HAVE_NAMES
 from tests.engines.engine_process import Engine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -29,10 +30,11 @@ WINDOW = 512  # tiny-gemma3's
 ATTEMPTS = 3  # with other tokens each: on a machine with more to do than cores, a fetch may rightly end as a miss
 PRODUCED_MAX = 6
 LENGTHS = (255, 256, 257, 511, 512, 513, 769, 1023, 1024, 1025, 1281)
+TWO_RANKS_OF = "tiny-gemma3" if FAILED_LOADS_HAVE_NAMES else "tiny"  # the oldest vLLM has the former declined
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "full attention": ("tiny", {}, {}),
     "sliding windows": ("tiny-gemma3", {}, {}),
-    "two ranks": ("tiny-gemma3", {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+    "two ranks": (TWO_RANKS_OF, {"tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
 }
 
 
@@ -58,7 +60,13 @@ class Consumer:
     ranks: int
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, id=name.replace(" ", "-"), marks=pytest.mark.feature(f"KV between nodes: {name}"))
+        for name in CASES
+    ],
+)
 def consumer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consumer]:
     """A's engine ends before B's starts, so that B's has the machine."""
     root = tmp_path_factory.mktemp("kv")
@@ -66,6 +74,8 @@ def consumer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     for directory in directories:
         directory.mkdir(mode=0o700)
     model, options, environment = CASES[request.param]
+    if model == "tiny-gemma3" and not FAILED_LOADS_HAVE_NAMES:
+        pytest.skip("declined by design: test_failed_load.py")
     # Two ranks spin on both cores while they wait for each other: encoding at its usual nice 10 would hardly run.
     settings = {"HYPERSPACE_FETCH": "always", "HYPERSPACE_ARENA_BYTES": str(512 << 20), "HYPERSPACE_NICE": "0"}
     environments = [

@@ -308,8 +308,11 @@ def vllms_models(endpoint: Endpoint) -> list[Any]:
     return models[endpoint]
 
 
+@pytest.mark.feature("every request field is judged")
 @pytest.mark.parametrize("endpoint", ENDPOINTS.values())
 def test_every_field_of_vllm_is_classified(endpoint: Endpoint) -> None:
+    from vllm import SamplingParams
+
     fields = FIELDS[endpoint]
     known = fields.keyed.keys() | fields.neutral.keys() | fields.forbidden | fields.verbatim
     theirs = {name: field for model in vllms_models(endpoint) for name, field in model.model_fields.items()}
@@ -317,7 +320,10 @@ def test_every_field_of_vllm_is_classified(endpoint: Endpoint) -> None:
     for name in fields.keyed.keys() & theirs.keys():  # newer and older releases have others, too
         default, field = fields.keyed[name], theirs[name]
         value = None if field.is_required() else field.get_default(call_default_factory=True)
-        assert value == default, f"vLLM's default of {name} has changed"
+        if value != default:  # vLLM 0.29 and 0.30 read a null as their default
+            assert default is None, f"vLLM's default of {name} has changed"
+            null, absent = SamplingParams.from_optional(**{name: None}), SamplingParams.from_optional(**{name: value})
+            assert null == absent
     (model, *_) = vllms_models(endpoint)
     for name in fields.null_is_default & theirs.keys():
         read = getattr(model.model_validate(SAMPLES[endpoint] | {name: None}), name)
@@ -328,6 +334,7 @@ def test_every_field_of_vllm_is_classified(endpoint: Endpoint) -> None:
                 model.model_validate(SAMPLES[endpoint] | {name: None})
 
 
+@pytest.mark.feature("every request field is judged")
 @pytest.mark.parametrize("endpoint", ENDPOINTS.values())
 def test_vllm_accepts_neutral_fields_in_the_types_that_we_do(endpoint: Endpoint) -> None:
     (model, *_) = vllms_models(endpoint)

@@ -16,7 +16,11 @@ import pytest
 
 from bench.servers import MODELS, Server
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(600),
+    pytest.mark.feature("servers of one host: responses, KV, API keys, other middleware"),
+]
 
 KEY = "sk-one"
 ARENA = {

@@ -21,7 +21,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import dtypes
 import engine
 import interop
 import models
+import releases
 import system
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,11 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--engine", choices=("auto", "cpu", "gpu"), default="auto", help="which build of vLLM")
     parser.add_argument("--tests", action="store_true", help="get what only the tests need as well")
     parser.add_argument("--bench", action="store_true", help="get what only the benches need as well")
+    parser.add_argument("--releases", nargs="*", default=(), help="make environments for these releases of vLLM, too")
     args = parser.parse_args(argv)
     chosen = engine.choose(args.engine)
     try:
+        releases.check(args.releases)
         with only_one_at_a_time(ROOT / "build" / "setup.lock"):
-            set_up(chosen, args.tests, args.bench)
+            set_up(chosen, args.tests, args.bench, args.releases)
     except (system.Missing, engine.Failed) as problem:
         print(f"\n{problem}", file=sys.stderr)
         return 1
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def set_up(chosen: engine.Engine, tests: bool, bench: bool) -> None:
+def set_up(chosen: engine.Engine, tests: bool, bench: bool, others: Sequence[str] = ()) -> None:
     pyproject = ROOT / "pyproject.toml"
     system.ensure(system.needed(chosen.name, pyproject.read_text(), tests, bench))
 
@@ -79,9 +82,11 @@ def set_up(chosen: engine.Engine, tests: bool, bench: bool) -> None:
         engine.run_models(venv, missing)
 
     choose_dtypes(venv, chosen, stamps, wanted, tests)
-
+    for release in others:
+        releases.install(ROOT, venv, wanted, release)
     if not tests:
         return
+    releases.fetch_source(ROOT, venv, releases.RELEASES[-1])
     try:
         interop.install()
     except engine.Failed as problem:  # one test needs it, and tries again; the product doesn't

@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -161,6 +162,25 @@ class _Probe:
         told = self.scheduler.connector._report._told
         keys = segment_keys(chain_seed(self.side._fingerprint(), b"", "", ""), tokens, self.side._plan.segment_tokens)
         return {"told": len(told), "of_prompt": [key in told for key in keys]}
+
+    def kill_after_promise(self, pid: int) -> dict[str, Any]:
+        """Kill the node between the next promise of a load and the load itself."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        step, worker = self.side.step, get_kv_transfer_group()._client
+
+        def step_and_kill(output: Any) -> Any:
+            metadata = step(output)
+            if metadata.loads:
+                self.side.step = step
+                os.kill(pid, signal.SIGKILL)
+                deadline = time.monotonic() + 20
+                while worker.connected and time.monotonic() < deadline:
+                    time.sleep(0.01)
+            return metadata
+
+        self.side.step = step_and_kill
+        return {}
 
     def state(self) -> dict[str, Any]:
         connected = self.client is not None and self.client.connected

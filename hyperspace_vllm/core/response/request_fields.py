@@ -84,7 +84,6 @@ _SAMPLING: dict[str, object] = {
     "truncation_side": None,
     "use_beam_search": False,
     "length_penalty": 1,
-    "watermarking": None,
     "prompt_logprobs": None,
     "logprob_token_ids": None,
     "response_format": None,
@@ -160,7 +159,6 @@ _RESPONSES: dict[str, object] = {
     "include_stop_str_in_output": False,
     "presence_penalty": None,
     "frequency_penalty": None,
-    "watermarking": None,
     "media_io_kwargs": None,
     "mm_processor_kwargs": None,
     "mm_payload": "tensors",
@@ -226,8 +224,9 @@ _SCORING: dict[str, object] = _POOLING | {
     "chat_template_kwargs": None,
 }
 
-# True where a request doesn't say, but from vLLM 0.33 on what the model's generation config says.
-_SERVERS_DEFAULT = frozenset({"skip_special_tokens"})
+# Where a request doesn't say: true, from vLLM 0.33 on what the model's generation config says; the server's, before
+# vLLM 0.32 true. So absent is neither true nor null.
+_SERVERS_DEFAULT = frozenset({"skip_special_tokens", "watermarking"})
 
 _POOLING_NEUTRAL = {**_UNKNOWN, "user": (str, _NULL), "request_id": (str,), "priority": (int,)}
 
