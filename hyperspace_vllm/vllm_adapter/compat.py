@@ -151,6 +151,8 @@ def innermost_middleware(add: Callable[[Any], None]) -> None:
     initialise = launcher.init_entrypoints_middleware
     if _marked(initialise):
         return
+    if list(inspect.signature(initialise).parameters)[:2] != ["args", "app"]:
+        raise AttributeError(f"init_entrypoints_middleware{inspect.signature(initialise)}")
 
     @functools.wraps(initialise)
     def initialise_and_add(args: Namespace, app: Any, *rest: Any, **kwargs: Any) -> Any:

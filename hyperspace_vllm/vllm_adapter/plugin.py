@@ -32,7 +32,7 @@ _BENDING = frozenset(("repetition_penalty", "frequency_penalty", "presence_penal
 def register() -> None:
     """Add the connector and, where command lines are parsed or engines configured, our hooks."""
     try:
-        compat.register_connector("hyperspace_vllm.vllm_adapter.connector", "HyperspaceConnector")
+        compat.register_connector("hyperspace_vllm.vllm_adapter.entry", "HyperspaceConnector")
         # Engine and worker processes don't parse arguments, and needn't import what does.
         if parent_process() is None or "vllm.engine.arg_utils" in sys.modules:
             from vllm.engine.arg_utils import EngineArgs

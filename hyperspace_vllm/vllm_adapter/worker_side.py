@@ -17,6 +17,7 @@ from ..core.records.errors import Refused
 from ..core.records.layout import Layout
 from ..core.records.local import LoadedRow, RegisterLayout, Rejected, RowStaged, Slab, StagingGranted, WantStaging
 from ..session_lock import SessionLock
+from .copy_proof import prove_copies
 from .kv_copy import Copier, EncodeDevice, copier_for
 from .kv_layout import KVPlan, block_views
 from .metadata import PrefixLoad, SegmentSave, StepMetadata
@@ -50,7 +51,9 @@ class WorkerSide:
         """Take the tensors that vLLM allocated, and slabs to stage from them."""
         try:
             views = block_views(self._plan, kv_caches, num_blocks)
-            self._copier = copier_for(self._plan, views, self._encode_device)
+            copier = copier_for(self._plan, views, self._encode_device)
+            prove_copies(copier, self._plan, views, num_blocks)
+            self._copier = copier
         except Refused as error:
             logger.error("hyperspace: KV sharing is off, this worker's KV isn't as planned: %s", error)
             return
