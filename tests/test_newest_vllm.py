@@ -32,11 +32,15 @@ disable_error_code = misc, import-untyped, method-assign, union-attr, no-redef
 ONLY_OLDER = {"return_assistant_tokens_mask"}  # vLLM 0.30
 
 
+NEWEST = "0.33.0"
+
+
 @pytest.fixture(scope="module")
 def newest() -> VllmSource:
     with setup_modules("engine", "releases") as setup:
+        assert setup.releases.RELEASES[-1] == NEWEST
         base = setup.engine.Venv(Path(sys.prefix))
-        return VllmSource(setup.releases.fetch_source(ROOT, base, setup.releases.RELEASES[-1]))
+        return VllmSource(setup.releases.fetch_source(ROOT, base, NEWEST))
 
 
 def complaints(source: VllmSource, tmp_path: Path) -> list[str]:
@@ -55,6 +59,7 @@ def complaints(source: VllmSource, tmp_path: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.feature("by its source: all that we use is there", release=NEWEST)
 def test_the_newest_vllm_has_all_that_we_use(newest: VllmSource, tmp_path: Path) -> None:
     assert complaints(newest, tmp_path) == []
 
@@ -122,6 +127,7 @@ def test_the_newest_vllm_calls_what_we_replace_by_the_names_that_we_replace(newe
     assert "self._raise_if_error" in serving
 
 
+@pytest.mark.feature("every request field is judged", release=NEWEST)
 @pytest.mark.parametrize("endpoint", ENDPOINTS.values())
 def test_every_field_of_the_newest_vllm_is_classified(newest: VllmSource, endpoint: Endpoint) -> None:
     fields, theirs = FIELDS[endpoint], newest.fields(*REQUEST_MODELS[endpoint])

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = ROOT / "deploy" / "setup"
-MODULES = ("progress", "system", "engine", "models", "interop", "dtypes", "vllm_metadata")
+MODULES = ("progress", "system", "engine", "models", "interop", "dtypes", "releases", "vllm_metadata")
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +165,47 @@ def test_the_project_is_installed_with_its_node_and_dev_extras(setup: SimpleName
     assert {"pynacl", "ckzg", "pytest", "scikit-build-core", "nanobind"} <= wanted
 
 
-def test_the_readme_names_the_supported_release_and_setup_installs_one_of_it(setup: SimpleNamespace) -> None:
+def test_the_readme_names_the_supported_releases_and_setup_installs_one_of_it(setup: SimpleNamespace) -> None:
     readme = (ROOT / "README.md").read_text()
-    named = re.search(r"Supported: vLLM (\d+\.\d+)\.x", readme)
+    named = re.search(r"Supported: vLLM (\d+\.\d+) to (\d+\.\d+)", readme)
     assert named
-    assert setup.engine.VLLM_VERSION.startswith(named[1] + ".")
+    oldest, *_, newest = setup.releases.RELEASES
+    assert (f"{named[1]}.0", f"{named[2]}.0") == (oldest, newest)
+    assert setup.engine.VLLM_VERSION in setup.releases.RELEASES
     assert f"installs {setup.engine.VLLM_VERSION}" in readme
     assert (version_of("vllm") or "").startswith(setup.engine.VLLM_VERSION)
+
+
+@pytest.mark.parametrize(
+    ("release", "said"), [("0.28.0", "not among the supported"), ("0.33.0", "no CPU build"), ("latest", "not among")]
+)
+def test_a_release_that_can_have_no_environment_is_refused_with_those_that_can(
+    setup: SimpleNamespace, release: str, said: str
+) -> None:
+    with pytest.raises(setup.engine.Failed, match=f"{said}.*0.29.0 0.30.0 0.31.0 0.32.0"):
+        setup.releases.check(["0.29.0", release])
+
+
+def test_the_makefile_tests_every_release_that_has_a_cpu_build(setup: SimpleNamespace) -> None:
+    (named,) = re.findall(r"^VERSIONS \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    setup.releases.check(named.split())
+    others = set(setup.releases.RELEASES) - setup.releases.WITHOUT_CPU_BUILD - {setup.engine.VLLM_VERSION}
+    assert set(named.split()) == others
+
+
+def test_an_environment_of_another_release_finds_its_own_packages_before_those_of_venv(
+    setup: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Made as `releases.install` makes it, with a package of ours in the place of vLLM."""
+    setup.engine.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)])
+    overlay = setup.engine.Venv(tmp_path)
+    setup.releases.put_before(overlay, setup.engine.Venv(Path(sys.prefix)))
+    own = Path(setup.engine.run([str(overlay.python), "-c", setup.releases.SITE_PACKAGES]).strip())
+    (own / "blake3.py").touch()
+    script = "import blake3, msgspec, hyperspace_vllm; print(blake3.__file__, hyperspace_vllm.__file__, sep='\\n')"
+    found, editable = setup.engine.run([str(overlay.python), "-c", script]).splitlines()
+    assert Path(found) == own / "blake3.py"
+    assert Path(editable).is_relative_to(ROOT)
 
 
 def test_the_makefiles_clang_format_is_the_pinned_one(setup: SimpleNamespace) -> None:
