@@ -76,6 +76,7 @@ def test_the_idle_connector_answers_whatever_vllm_asks() -> None:
     assert asked.wait_for_save() is None
 
 
+@pytest.mark.io
 def test_vllm_gets_an_idle_connector_and_one_line_where_a_name_is_missing() -> None:
     """In a process of its own: the name is gone before anything of ours is loaded."""
     script = """
@@ -85,7 +86,7 @@ del vllm.v1.kv_cache_interface.group_kernel_blocks
 from hyperspace_vllm.vllm_adapter import entry
 print(entry.HyperspaceConnector.__module__, entry.HyperspaceConnector.__abstractmethods__)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.stdout.splitlines()[-1:] == ["hyperspace_vllm.vllm_adapter.entry frozenset()"], done.stderr
     said = (done.stdout + done.stderr).splitlines()
     (line,) = (each for each in said if "hyperspace: KV sharing (L2) is off" in each)
