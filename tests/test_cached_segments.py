@@ -216,7 +216,7 @@ class Reported:
 
     def __post_init__(self) -> None:
         layout = PLAN.layout(FINGERPRINT)
-        self.report = EngineReport(self.node, layout, 4, self.cache.cached)  # type: ignore[arg-type]
+        self.report = EngineReport(self.node, lambda: layout, 4, self.cache.cached)  # type: ignore[arg-type]
 
     def told(self) -> list[object]:
         """What the node heard of the next report."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from vllm import envs
 from vllm.config import LoadConfig, ModelConfig
@@ -120,7 +121,10 @@ def source_of(name: str, revision: str | None, cache: str | None = None) -> Sour
 
 def _snapshot(repo: str, revision: str | None, cache: Path) -> Path | None:
     """The directory `snapshots/<commit>` of a repository in the hub's cache, as huggingface_hub lays it out."""
-    root = cache / repo_folder_name(repo_id=repo, repo_type="model")
+    try:
+        root = cache / repo_folder_name(repo_id=repo, repo_type="model")
+    except HFValidationError:
+        return None  # the path of something that isn't there
     # vLLM 0.32's revision reads as it was asked for, and carries the commit that it stood for at start.
     commit = getattr(revision, "resolved", None) or str(revision or "main")
     if not _COMMIT.fullmatch(commit):
