@@ -97,7 +97,9 @@ class LoadedAdapters:
 class Bench:
     """One scheduler half, its node and its clock."""
 
-    def __init__(self, fetch: str = "auto", deadline_ms: int = 10_000, speculative: bool = False) -> None:
+    def __init__(
+        self, fetch: str = "auto", deadline_ms: int = 10_000, speculative: bool = False, role: str = "kv_both"
+    ) -> None:
         self.node, self.clock, self.scope = NodePeer(), Clock(), DEFAULT_SCOPE
         self.fingerprint: bytes | None = FINGERPRINT
         self.adapters = LoadedAdapters()
@@ -109,6 +111,7 @@ class Bench:
             fetch,  # type: ignore[arg-type]
             deadline_ms,
             speculative,
+            role,  # type: ignore[arg-type]
             lambda request: self.scope,
             self.clock,
         )
@@ -205,7 +208,8 @@ def test_a_found_prefix_is_promised_then_loaded_then_released() -> None:
     metadata = load(bench, r, 3)
     (planned,) = metadata.loads
     assert (planned.request_id, planned.start_token, planned.end_token, len(planned.rows)) == ("r", 0, 768, 6)
-    assert metadata.layout == PLAN.layout(FINGERPRINT)
+    assert metadata.engine in bench.node.of(RegisterLayout)
+    assert metadata.engine.layout == PLAN.layout(FINGERPRINT)
     assert bench.side.hit_sources(r, 768) == {CacheHitSource.P2P: 768}
     bench.side.allocated(r, (), 0)  # vLLM calls again when the load is over
     assert not bench.node.of(ReleaseLookup)
@@ -388,10 +392,17 @@ def test_images_stay_in_the_node_because_clients_may_name_them_themselves(name: 
     assert bench.node.of(LookupPrefix)[0].scope == "private"
 
 
-def test_a_request_id_longer_than_messages_allow_is_left_to_vllm() -> None:
-    bench, r = Bench(), request(600, "r" * 257)
-    assert bench.side.matched_tokens(r, 0) == (0, False)
-    assert bench.step({r: 600}) is IDLE
+def test_two_engines_and_two_requests_of_one_id_share_no_name() -> None:
+    first, second = Bench(), Bench()
+    names = []
+    for bench in (first, second, first):
+        r = admitted(bench, request(600, "r" * 300))
+        (one, two) = bench.step({r: 600}).saves
+        bench.side.finished(r)
+        assert {one.name, two.name} == {m.request_id for m in bench.node.of(SegmentNamed)[-2:]}
+        assert bench.node.of(RequestEnded)[-1].request_id == one.name
+        names.append((bench.node.of(RegisterLayout)[0].engine, one.name))
+    assert len(set(names)) == 3
 
 
 # --- saving -------------------------------------------------------------------------------------
@@ -537,11 +548,75 @@ def test_freed_window_blocks_are_fine_outside_the_window_and_skip_the_part_insid
     assert bench.counts()["hyperspace_l2_saves_total"] == {"skipped|blocks_freed": 1}
 
 
-def test_a_step_saves_a_bounded_number_of_segments() -> None:
+def test_what_a_step_has_no_place_for_is_saved_by_the_next_ones_in_order() -> None:
+    bench = Bench()
+    count = 2 * STEP_SAVES_MAX + 3
+    long = admitted(bench, request(count * S + 1, "long"))
+    short = admitted(bench, request(3 * S + 1, "short", cache_salt="other"))
+    steps = [bench.step({long: count * S, short: 3 * S}).saves]
+    while len(steps) < 4:
+        steps.append(bench.step({long: 1, short: 1}).saves)
+        for r in (long, short):
+            r.append_output_token_ids(7)
+    assert [len(saves) for saves in steps] == [STEP_SAVES_MAX, STEP_SAVES_MAX, 6, 0]
+    saved = [(save.name, save.segment, save.blocks) for saves in steps for save in saves]
+    full, window = blocks(count * S)
+    whole = [((full[i], full[i + 1]), (window[i], window[i + 1])) for i in range(0, 2 * count, 2)]
+    assert [(segment, held) for _, segment, held in saved] == [*enumerate(whole), *enumerate(whole[:3])]
+    assert len({name for name, _, _ in saved}) == 2
+    assert "hyperspace_l2_saves_total" not in bench.counts()
+    assert len(bench.node.of(SegmentNamed)) == count + 3
+
+
+def test_segments_left_over_when_a_request_ends_are_counted_as_skipped() -> None:
     bench = Bench()
     r = admitted(bench, request((STEP_SAVES_MAX + 3) * S + 1))
     assert len(bench.step({r: (STEP_SAVES_MAX + 3) * S}).saves) == STEP_SAVES_MAX
+    bench.side.finished(r)
     assert bench.counts()["hyperspace_l2_saves_total"] == {"skipped|step_full": 3}
+
+
+def test_a_preempted_request_has_nothing_left_over() -> None:
+    bench = Bench()
+    r = admitted(bench, request((STEP_SAVES_MAX + 3) * S + 1))
+    bench.step({r: (STEP_SAVES_MAX + 3) * S})
+    r.num_preemptions, r.num_computed_tokens = 1, 0
+    assert bench.step({r: 1}) is IDLE
+    bench.side.finished(r)
+    assert "hyperspace_l2_saves_total" not in bench.counts()
+
+
+def test_window_blocks_freed_before_their_turn_skip_that_part_alone() -> None:
+    bench, count = Bench(), STEP_SAVES_MAX + 2
+    r = admitted(bench, request(count * S + 1))
+    bench.step({r: count * S})
+    full, window = blocks(count * S + 1)
+    window[: 2 * count - 4] = [0] * (2 * count - 4)
+    window[2 * count - 4] = 0  # of segment count - 2, the first that is left over
+    (first, second) = bench.step({r: 1}, {r.request_id: (full, window)}).saves
+    assert (first.segment, first.parts, second.segment, second.parts) == (count - 2, (0,), count - 1, (0, 1))
+    assert bench.counts()["hyperspace_l2_saves_total"] == {"skipped|blocks_freed": 1}
+
+
+# --- roles --------------------------------------------------------------------------------------
+
+
+def test_a_producer_saves_and_never_looks_up_nor_counts_misses() -> None:
+    bench, r = Bench(role="kv_producer"), request(600)
+    assert bench.side.matched_tokens(r, 0) == (0, False)
+    assert [save.segment for save in bench.step({r: 600}).saves] == [0, 1]
+    assert not bench.node.of(LookupPrefix)
+    assert bench.counts() == {}
+
+
+def test_a_consumer_loads_and_never_saves() -> None:
+    bench, r = Bench(role="kv_consumer"), request(1000)
+    assert len(load(bench, r, 2).loads) == 1
+    bench.side.received(KVConnectorOutput(finished_recving={"r"}))
+    r.num_computed_tokens = 512
+    assert bench.step({r: 488}) is IDLE
+    bench.side.finished(r)
+    assert not bench.node.of(SegmentNamed)
 
 
 def test_a_new_node_is_given_everything_again() -> None:
@@ -623,7 +698,7 @@ def test_nothing_is_asked_or_saved_until_the_models_files_are_identified() -> No
     assert bench.side.matched_tokens(early, 0) == (0, False)
     assert bench.step({early: 600}) is IDLE
     assert not bench.node.sent
-    assert bench.side.layout is None
+    assert bench.side.engine is None
     assert bench.counts()["hyperspace_l2_lookups_total"] == {"miss|unidentified": 1}
     bench.fingerprint = FINGERPRINT
     assert bench.side.matched_tokens(request(600, "later"), 0) == (None, False)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hyperspace_vllm.core.records.local import (
+    NO_ENGINE,
     ClientMessage,
     LoadedRow,
     NodeMessage,
@@ -28,7 +29,7 @@ from hyperspace_vllm.vllm_adapter.metadata import IDLE, PrefixLoad, SegmentSave,
 from hyperspace_vllm.vllm_adapter.worker_side import SEGMENTS_STAGED_MAX, WorkerSide
 from tests.test_adapter_kv_layout import BLOCKS, caches, engine, hybrid_cache
 
-FINGERPRINT = b"\x01" * 32
+FINGERPRINT, ENGINE = b"\x01" * 32, b"\x02" * 16
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Bench:
         return tuple(rows)
 
     def work(self, *, loads: tuple[PrefixLoad, ...] = (), saves: tuple[SegmentSave, ...] = ()) -> StepMetadata:
-        metadata = StepMetadata(self.plan.layout(FINGERPRINT), loads, saves)
+        metadata = StepMetadata(RegisterLayout(self.plan.layout(FINGERPRINT), ENGINE), loads, saves)
         self.side.load(metadata)
         self.side.save(metadata)
         return metadata
@@ -171,7 +172,7 @@ def test_a_worker_whose_tensors_differ_fails_every_receive_and_saves_nothing(pla
     side.register({}, BLOCKS)
     save = SegmentSave("s", 0, (0, 1), ((1, 2), (3, 4), (5, 6)))
     load = PrefixLoad("r", 0, 256, TABLES, ())
-    metadata = StepMetadata(plan.layout(FINGERPRINT), (load,), (save,))
+    metadata = StepMetadata(RegisterLayout(plan.layout(FINGERPRINT), ENGINE), (load,), (save,))
     side.load(metadata)
     side.save(metadata)
     results = side.transfer_results()
@@ -188,13 +189,13 @@ def test_a_filled_segment_is_staged_part_by_part(plan: KVPlan) -> None:
     assert row == b"".join(bench.bytes_of(name, block) for block in (5, 6) for name in ("f.0", "f.1"))
 
 
-def test_the_node_knows_the_schedulers_layout_before_the_first_row(plan: KVPlan) -> None:
+def test_the_node_knows_layout_and_engine_of_the_scheduler_before_the_first_row(plan: KVPlan) -> None:
     bench = Bench(plan)
     bench.work(saves=(SegmentSave("r", 0, (0,), ((1, 2), (3, 4), (5, 6))),))
     kinds = [type(message) for message in bench.node.sent]
     assert kinds.index(RegisterLayout) < kinds.index(WantStaging) < kinds.index(RowStaged)
-    layouts = [message.layout for message in bench.node.of(RegisterLayout)]
-    assert layouts[-1] == plan.layout(FINGERPRINT)
+    assert [message.engine for message in bench.node.of(RegisterLayout)] == [NO_ENGINE, ENGINE]
+    assert bench.node.of(RegisterLayout)[-1].layout == plan.layout(FINGERPRINT)
     assert kinds.index(RowStaged) > max(i for i, kind in enumerate(kinds) if kind is RegisterLayout)
 
 
@@ -267,7 +268,7 @@ def test_a_slab_that_the_node_took_back_while_we_wrote_is_not_staged(plan: KVPla
 def test_a_layout_other_than_the_schedulers_turns_saving_off(plan: KVPlan) -> None:
     bench = Bench(plan)
     other = StepMetadata(
-        plan_kv(engine(ranks=2), hybrid_cache()).layout(FINGERPRINT),
+        RegisterLayout(plan_kv(engine(ranks=2), hybrid_cache()).layout(FINGERPRINT), ENGINE),
         (),
         (SegmentSave("r", 0, (0,), ((1, 2), (3, 4), (5, 6))),),
     )

@@ -207,6 +207,9 @@ def test_a_prompt_is_noted_as_it_is_computed_and_forgotten_when_weights_may_have
 # --- the report ---------------------------------------------------------------------------------
 
 
+ENGINE = RegisterLayout(PLAN.layout(FINGERPRINT), bytes(range(16)))
+
+
 @dataclass
 class Reported:
     """A report, its node and its cache."""
@@ -215,8 +218,7 @@ class Reported:
     cache: Cache = field(default_factory=Cache)
 
     def __post_init__(self) -> None:
-        layout = PLAN.layout(FINGERPRINT)
-        self.report = EngineReport(self.node, lambda: layout, 4, self.cache.cached)  # type: ignore[arg-type]
+        self.report = EngineReport(self.node, lambda: ENGINE, 4, self.cache.cached)  # type: ignore[arg-type]
 
     def told(self) -> list[object]:
         """What the node heard of the next report."""
@@ -228,7 +230,7 @@ class Reported:
 def test_the_node_hears_of_changes_and_of_nothing_else() -> None:
     engine, r = Reported(), request(256)
     (key,) = keys_of(r)
-    assert engine.told() == [RegisterLayout(PLAN.layout(FINGERPRINT)), PrefixesInMemory(0, (), ())]
+    assert engine.told() == [ENGINE, PrefixesInMemory(0, (), ())]
     assert engine.told() == []
     engine.report.added(r)
     engine.cache.compute(r)
@@ -247,8 +249,8 @@ def test_a_new_session_hears_everything_and_a_full_queue_loses_nothing() -> None
     engine.cache.cached.note(keys_of(r), 0, r.block_hashes)
     engine.told()
     engine.node.epoch += 1
-    layout, message = engine.told()
-    assert isinstance(layout, RegisterLayout)
+    registered, message = engine.told()
+    assert registered == ENGINE
     assert isinstance(message, PrefixesInMemory)
     assert set(message.come) == set(keys_of(r))
     engine.cache.free(r)

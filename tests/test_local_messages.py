@@ -32,7 +32,7 @@ CLIENT_MESSAGES: list[local.ClientMessage] = [
     local.Hello(1, "worker", bytes(16), "host-1-0"),
     local.Heartbeat(),
     local.Goodbye(),
-    local.RegisterLayout(LAYOUT),
+    local.RegisterLayout(LAYOUT, bytes(16)),
     local.WantStaging(4096, 8),
     local.RowStaged("r", 0, 0, 0, SLAB),
     local.StagingUnused(SLAB),

@@ -38,6 +38,7 @@ from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, RESPONSE_BYTES_MAX, MiB
 from hyperspace_vllm.core.records.local import (
     LOCAL_PROTOCOL,
+    NO_ENGINE,
     FindResponse,
     GetStatus,
     Hello,
@@ -83,6 +84,7 @@ pytestmark = pytest.mark.io
 ROW_BYTES = 2 * PAGE_BYTES
 LAYOUT = Layout(bytes(32), 256, (Part(0, ROW_BYTES), Part(512, PAGE_BYTES)), 1)
 KEY = SegmentKey(bytes(range(32)))
+ENGINE = bytes(range(16))
 M = TypeVar("M")
 
 
@@ -119,7 +121,7 @@ class SmallNode:
     finder: Finder | None = field(default_factory=Finder)
     told: list[ServedChanged] = field(default_factory=list)
     lease_ms: int = 1_000
-    _staged: dict[tuple[str, int], RowArrived] = field(default_factory=dict)
+    _staged: dict[tuple[str, str, int], RowArrived] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         identity = Identity.load(self.config.data_dir)
@@ -150,11 +152,12 @@ class SmallNode:
         self.events.append(event)
         match event:
             case RowArrived():
-                self._staged[event.request_id, event.segment] = event
+                self._staged[event.client, event.request_id, event.segment] = event
             case SegmentKeyKnown():
-                arrived = self._staged.pop((event.request_id, event.segment))
-                slab = self.server.take_staged(arrived.staged)
-                assert slab is not None
+                arrived = self._staged.pop((event.client, event.request_id, event.segment), None)
+                slab = self.server.take_staged(arrived.staged) if arrived else None
+                if arrived is None or slab is None:
+                    return  # of another engine, or not here yet
                 self.cache.keep(row_key(event.segment_key, arrived.part, arrived.rank), slab)
             case PrefixWanted() if self.answers:
                 slab = self.cache.lease(row_key(event.segment_keys[0], 0, 0), event.lookup)
@@ -213,13 +216,13 @@ async def next_message(client: NodeClient, kind: type[M]) -> M:
 
 @asynccontextmanager
 async def connected(
-    node: SmallNode, role: str = "worker", name: str = "engine", layout: Layout | None = LAYOUT
+    node: SmallNode, role: str = "worker", engine: bytes = ENGINE, layout: Layout | None = LAYOUT
 ) -> AsyncIterator[NodeClient]:
-    client = NodeClient(node.config, role, name)  # type: ignore[arg-type]
+    client = NodeClient(node.config, role, "engine")  # type: ignore[arg-type]
     try:
         await until(lambda: client.connected)
         if layout:
-            assert client.send(RegisterLayout(layout))
+            assert client.send(RegisterLayout(layout, engine))
         yield client
     finally:
         client.close()
@@ -274,11 +277,41 @@ async def test_a_staged_and_named_row_is_read_back_through_shared_memory(node: S
         named = next(e for e in node.events if isinstance(e, SegmentKeyKnown))
         arrived = next(e for e in node.events if isinstance(e, RowArrived))
         assert (named.client, named.shareable, arrived.client, arrived.length) == (
-            "engine",
+            ENGINE.hex(),
             False,
-            "engine",
+            ENGINE.hex(),
             ROW_BYTES,
         )
+
+
+async def test_engines_of_one_name_never_get_each_others_rows(node: SmallNode) -> None:
+    others = bytes(range(1, 17))
+    async with (
+        connected(node, "worker") as worker,
+        connected(node, "scheduler") as scheduler,
+        connected(node, "worker", others) as other_worker,
+        connected(node, "scheduler", others) as other_scheduler,
+    ):
+        for client in (worker, other_worker):
+            (slab,) = await granted(client)
+            assert client.send(RowStaged("1", 0, 0, 0, slab))
+        for client in (scheduler, other_scheduler):
+            assert client.send(SegmentNamed("1", 0, KEY, "private"))
+        await until(lambda: node.count(RowArrived) == node.count(SegmentKeyKnown) == 2)
+        rows = {event.client for event in node.events if isinstance(event, RowArrived)}
+        names = {event.client for event in node.events if isinstance(event, SegmentKeyKnown)}
+        assert rows == names == {ENGINE.hex(), others.hex()}
+        scheduler.close()
+        await until(lambda: ClientGone(ENGINE.hex()) in node.events)
+        assert ClientGone(others.hex()) not in node.events
+
+
+async def test_a_row_of_no_known_engine_is_rejected(node: SmallNode) -> None:
+    async with connected(node, "worker", NO_ENGINE) as worker:
+        (slab,) = await granted(worker)
+        assert worker.send(RowStaged("1", 0, 0, 0, slab))
+        assert "register" in (await next_message(worker, Rejected)).detail
+        assert not node.count(RowArrived)
 
 
 @pytest.mark.parametrize(("scope", "asks"), [("private", False), ("network", True), ("public", True)])
@@ -293,7 +326,7 @@ async def test_only_a_private_lookup_stays_inside_the_node(tmp_path: Path, scope
 async def test_a_request_that_ends_is_forgotten(node: SmallNode) -> None:
     async with connected(node, "scheduler") as scheduler:
         scheduler.send(RequestEnded("r"))
-        await until(lambda: RequestOver("engine", "r") in node.events)
+        await until(lambda: RequestOver(ENGINE.hex(), "r") in node.events)
 
 
 async def test_responses_go_to_their_store(node: SmallNode) -> None:
@@ -494,7 +527,7 @@ async def test_a_node_that_dies_is_not_waited_for(tmp_path: Path) -> None:
 
 
 async def test_staging_never_takes_more_than_half_of_the_arena(node: SmallNode) -> None:
-    async with connected(node) as worker, connected(node, name="other") as other:
+    async with connected(node) as worker, connected(node, engine=bytes(range(1, 17))) as other:
         half = node.cache.arena.capacity_bytes // 2 // ROW_BYTES
         slabs = await granted(worker, 1000)
         assert len(slabs) == half
@@ -657,7 +690,7 @@ async def test_a_thousand_cycles_of_staging_and_leasing_leak_nothing(tmp_path: P
                     continue
                 worker.view(slab)[:8] = cycle.to_bytes(8, "big")
                 worker.send(RowStaged(f"r{cycle}", 0, 0, 0, slab))
-                await until(lambda n=f"r{cycle}": (n, 0) in node._staged)  # type: ignore[misc]
+                await until(lambda n=f"r{cycle}": (ENGINE.hex(), n, 0) in node._staged)  # type: ignore[misc]
                 scheduler.send(SegmentNamed(f"r{cycle}", 0, key, "network"))
                 scheduler.send(lookup(cycle, key))
                 (row,) = (await next_message(scheduler, PrefixAnswer)).rows
@@ -696,7 +729,8 @@ def receive(kind):
 row_bytes = int(sys.argv[2])
 client = NodeClient(Config(data_dir=Path(sys.argv[1])), "worker", "child")
 assert client.wait_connected(60)
-client.send(RegisterLayout(Layout(bytes(32), 256, (Part(0, row_bytes), Part(512, row_bytes // 2)), 1)))
+layout = Layout(bytes(32), 256, (Part(0, row_bytes), Part(512, row_bytes // 2)), 1)
+client.send(RegisterLayout(layout, b"the childs token"))
 client.send(WantStaging(row_bytes, 2))
 slabs = receive(StagingGranted).slabs
 client.send(LookupPrefix(1, "r", (bytes(range(32)),), 0, 0, 1000, "network"))
@@ -771,7 +805,7 @@ async def test_a_client_frozen_past_its_lease_corrupts_nobody_and_notices(
     await until(lambda: node.server.engine_leases == 0)
     assert arena.quarantined_bytes == 2 * ROW_BYTES
     assert node.count(PrefixReleased) == 1
-    assert node.events[-1] == ClientGone("child")
+    assert node.events[-1] == ClientGone(b"the childs token".hex())
     # Everything that is left goes to others, the leased row's pages too, and they fill it.
     others: list[Slab] = []
     while (slab := node.cache.allocate(PAGE_BYTES)) is not None:
@@ -850,7 +884,7 @@ async def test_a_client_finds_the_next_node_and_drops_what_the_last_one_leased(t
         async with small_node(tmp_path):
             await until(lambda e=epoch: client.connected and client.epoch == e)  # type: ignore[misc]
             assert not any(client.is_current(slab) for slab in slabs)
-            client.send(RegisterLayout(LAYOUT))
+            client.send(RegisterLayout(LAYOUT, ENGINE))
             slabs = list(await granted(client, 2))
             assert all(client.is_current(slab) for slab in slabs)
     client.close()

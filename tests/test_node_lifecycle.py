@@ -398,7 +398,7 @@ def test_a_prefix_that_one_node_was_given_is_read_whole_from_another(pair: tuple
     clients = [NodeClient(node.config, role, "engine") for node in pair for role in ("worker", "scheduler")]
     for client in clients:
         assert client.wait_connected(60)
-        assert client.send(RegisterLayout(layout))
+        assert client.send(RegisterLayout(layout, bytes(range(16))))
     worker_a, scheduler_a, worker_b, scheduler_b = clients
 
     worker_a.send(WantStaging(128 * KiB, len(keys)))

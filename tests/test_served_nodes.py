@@ -37,7 +37,7 @@ def test_status_shows_what_a_peer_serves_until_its_engine_goes(nodes: list[Netwo
     first.store("x")
     engine = NodeClient(first.config, "scheduler", "engine")
     assert engine.wait_connected(60)
-    assert engine.send(RegisterLayout(LAYOUT))
+    assert engine.send(RegisterLayout(LAYOUT, bytes(range(16))))
     assert engine.send(PrefixesInMemory(300, tuple(sha256(bytes([number])) for number in range(20)), ()))
     serving = {
         "peer_id": first.status()["peer_id"],

@@ -34,6 +34,7 @@ from ..core.records.layout import Layout
 from ..core.records.limits import CLIENTS_MAX, LEASE_MS, LOCAL_MESSAGE_BYTES_MAX, LOOKUPS_PER_CLIENT_MAX
 from ..core.records.local import (
     LOCAL_PROTOCOL,
+    NO_ENGINE,
     ClaimRequest,
     ClientMessage,
     FindResponse,
@@ -126,12 +127,18 @@ class _Session:
     name: str
     expires_at: float
     layout: Layout | None = None
+    engine: str = ""  # what an engine's scheduler and workers have in common and no other engine has
     lookups: dict[int, int] = field(default_factory=dict)  # the client's number -> ours
 
     def registered_layout(self) -> Layout:
         if self.layout is None:
             raise ProtocolViolation("layout: register it first")
         return self.layout
+
+    def known_engine(self) -> str:
+        if not self.engine:
+            raise ProtocolViolation("engine: register it first")
+        return self.engine
 
 
 class LocalServer:
@@ -354,9 +361,9 @@ class LocalServer:
         self._served.ended(session.key)
         self._staging.end(session.key, vanished)
         # Without its scheduler nobody names what an engine staged; a new one starts with new requests.
-        engine = {s.role for s in self._sessions.values() if s.name == session.name} & {"scheduler", "worker"}
-        if session.role == "scheduler" or (session.role == "worker" and not engine):
-            self._submit(ClientGone(session.name))
+        others = any(s.engine == session.engine for s in self._sessions.values())
+        if session.engine and (session.role == "scheduler" or not others):
+            self._submit(ClientGone(session.engine))
 
     # --- messages -------------------------------------------------------------------------------
 
@@ -368,8 +375,9 @@ class LocalServer:
                 self._send(session.route, HeartbeatAck(self._epoch, api_servers))
             case Goodbye():
                 self._end(session, vanished=False)
-            case RegisterLayout(layout):
+            case RegisterLayout(layout, engine):
                 session.layout = layout
+                session.engine = engine.hex() if engine != NO_ENGINE else ""
                 self._served.fingerprint(session.key, layout.fingerprint)
             case WantStaging():
                 self._grant(session, message)
@@ -380,7 +388,7 @@ class LocalServer:
             case SegmentNamed(request_id, segment, segment_key, scope):
                 self._submit(
                     SegmentKeyKnown(
-                        session.name,
+                        session.known_engine(),
                         request_id,
                         segment,
                         SegmentKey(segment_key),
@@ -389,7 +397,8 @@ class LocalServer:
                     )
                 )
             case RequestEnded(request_id):
-                self._submit(RequestOver(session.name, request_id))
+                if session.engine:
+                    self._submit(RequestOver(session.engine, request_id))
             case LookupPrefix():
                 self._look_up(session, message)
             case ReleaseLookup(lookup):
@@ -461,7 +470,7 @@ class LocalServer:
                 self._staging.give_back(session.key, slab)
 
     def _accept(self, session: _Session, row: RowStaged) -> None:
-        layout = session.registered_layout()
+        layout, engine = session.registered_layout(), session.known_engine()
         if row.part >= len(layout.parts) or row.rank >= layout.ranks:
             raise ProtocolViolation(f"row part {row.part} rank {row.rank}: the layout has no such row")
         if row.slab.length != layout.parts[row.part].row_bytes:
@@ -469,7 +478,7 @@ class LocalServer:
         staged = self._staging.accept(session.key, row.slab)
         self._submit(
             RowArrived(
-                session.name,
+                engine,
                 row.request_id,
                 row.segment,
                 row.part,

@@ -106,6 +106,7 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
             config.fetch,
             config.lookup_deadline_ms,
             self._vllm_config.speculative_config is not None,
+            self._kv_transfer_config.kv_role,
             _scope_reader(Inherited.read()),
         )
 
@@ -131,7 +132,7 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
             self._cached = self._scheduler.watch(gpu_block_pool)
         requests_at_once = self._vllm_config.scheduler_config.max_num_seqs
         scheduler = self._scheduler
-        self._report = EngineReport(self._client, lambda: scheduler.layout, requests_at_once, self._cached)
+        self._report = EngineReport(self._client, lambda: scheduler.engine, requests_at_once, self._cached)
         self._report.start()
 
     def on_new_request(self, request: Request) -> None:

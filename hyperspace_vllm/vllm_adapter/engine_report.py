@@ -10,7 +10,6 @@ from vllm.v1.request import Request
 
 from ..client import NodeClient
 from ..core.records.ids import SegmentKey
-from ..core.records.layout import Layout
 from ..core.records.local import PrefixesInMemory, RegisterLayout
 from .cached_segments import CachedSegments
 
@@ -24,11 +23,11 @@ class EngineReport:
     def __init__(
         self,
         client: NodeClient,
-        layout: Callable[[], Layout | None],
+        engine: Callable[[], RegisterLayout | None],
         requests_at_once: int,
         cached: CachedSegments | None,
     ) -> None:
-        self._client, self._layout, self._requests_at_once, self._cached = client, layout, requests_at_once, cached
+        self._client, self._engine, self._requests_at_once, self._cached = client, engine, requests_at_once, cached
         self._requests: set[str] = set()  # that run or wait
         self._told: frozenset[SegmentKey] = frozenset()
         self._present: frozenset[SegmentKey] = frozenset()
@@ -72,8 +71,8 @@ class EngineReport:
         """A new session knows nothing; an engine is known by its layout before its first request."""
         epoch = self._client.epoch
         if epoch != self._epoch:
-            layout = self._layout()
-            if layout is None or not self._client.send(RegisterLayout(layout)):
+            engine = self._engine()
+            if engine is None or not self._client.send(engine):
                 return False
             self._epoch, self._told, self._told_load = epoch, frozenset(), -1
         return True

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from ..core.records.layout import Layout
-from ..core.records.local import LoadedRow
+from ..core.records.local import LoadedRow, RegisterLayout
 
 BlockTables = tuple[tuple[int, ...], ...]  # block ids by KV cache group; 0 is vLLM's null block
 
@@ -26,9 +25,12 @@ class PrefixLoad:
 
 @dataclass(frozen=True, slots=True)
 class SegmentSave:
-    """Stage these `parts` of one segment; `blocks` are the segment's own, by group, valid in this step only."""
+    """Stage these `parts` of one segment; `blocks` are the segment's own, by group, valid in this step only.
 
-    request_id: str
+    `name` is what the scheduler calls the request to the node.
+    """
+
+    name: str
     segment: int
     parts: tuple[int, ...]
     blocks: BlockTables
@@ -36,9 +38,12 @@ class SegmentSave:
 
 @dataclass(frozen=True, slots=True)
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped for us
-    """One step's work. `layout` is there whenever there is any, so that workers can check their tensors against it."""
+    """One step's work. `engine` is there whenever there is any: what the scheduler told the node, and workers tell it.
 
-    layout: Layout | None = None
+    Workers check their tensors against its layout.
+    """
+
+    engine: RegisterLayout | None = None
     loads: tuple[PrefixLoad, ...] = ()
     saves: tuple[SegmentSave, ...] = ()
 

@@ -7,12 +7,14 @@ every step while the request waits, and must not make us look again.
 
 import itertools
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from vllm.config.kv_transfer import KVRole
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
@@ -20,10 +22,8 @@ from vllm.v1.request import Request
 from ..client import NodeClient
 from ..core.prefix.segment import Multimodal, chain_seed, next_key
 from ..core.records.ids import SegmentKey
-from ..core.records.layout import Layout
 from ..core.records.limits import FETCH_PREFILL_SHARE, LOOKUP_ROWS_MAX, PROMPT_SEGMENTS_MAX
 from ..core.records.local import (
-    NAME_CHARS_MAX,
     Heartbeat,
     LookupPrefix,
     PrefixAnswer,
@@ -49,7 +49,7 @@ logger = logging.getLogger("vllm.hyperspace")
 
 LOOKUPS_MAX = 64  # unfinished ones; each may pin a prefix in the arena
 KNOWN_KEYS_MAX = 65_536  # segments the node has from us or gave us: 64 Ki x 32 B = 2 MiB
-STEP_SAVES_MAX = 32  # segments gathered in one step: 32 x 256 tokens, what one large prefill step computes
+STEP_SAVES_MAX = 32  # segments gathered in one step: a step waits for 32 x 256 tokens' worth of copies at most
 DEADLINE_MS_MIN = 20  # the node answers a local lookup in about 1 ms; leaves it room when the host is busy
 PROBE_S = 0.1  # while something waits: sending to a dead node fails at once, its lease lapses only after 5 s
 ANSWER_GRACE_MS = 100  # the node keeps the deadline; we give up this much later if its answer doesn't come
@@ -70,6 +70,7 @@ class _Lookup:
 @dataclass(slots=True)
 class _Tracked:
     request: Request
+    name: str  # to the node: a client may give two requests one id, an earlier one's rows may still be on their way
     seed: bytes
     scope: RequestScope
     multimodal: tuple[Multimodal, ...]
@@ -83,6 +84,7 @@ class _Tracked:
     load_failed: bool = False
     preemptions: int = 0
     done_segments: int = 0  # segments before this one were loaded, saved or skipped
+    filled_segments: int = 0  # segments before this one are whole in its blocks
     unnamed: list[int] = field(default_factory=list)  # saved, but their last token isn't known yet
     spoilt: set[int] = field(default_factory=set)  # saved with tokens that were dropped: never named
     noted: int = 0  # segments before this one are in `CachedSegments`, or left it since
@@ -104,13 +106,16 @@ class SchedulerSide:
         fetch: Literal["auto", "always", "never"],
         lookup_deadline_ms: int,
         speculative: bool,
+        role: KVRole,
         scope_of: Callable[[Request], RequestScope],
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client, self._plan, self._now_s, self._scope_of = client, plan, now_s, scope_of
         self._fingerprint, self._adapters, self._speculative = fingerprint, adapters, speculative
-        self._layout: Layout | None = None
+        self._token = os.urandom(16)
+        self._engine: RegisterLayout | None = None
         self._fetch, self._deadline_ms = fetch, lookup_deadline_ms
+        self._loading, self._saving = role != "kv_producer", role != "kv_consumer"
         self._segments_max = min(PROMPT_SEGMENTS_MAX, LOOKUP_ROWS_MAX // (len(plan.parts) * plan.ranks))
         self._tracked: dict[str, _Tracked | None] = {}  # None: declined for good
         self._lookups: dict[int, _Tracked] = {}
@@ -130,18 +135,18 @@ class SchedulerSide:
         return self._cached
 
     @property
-    def layout(self) -> Layout | None:
+    def engine(self) -> RegisterLayout | None:
         """What the node is told of this engine, from when its fingerprint is known."""
-        if self._layout is None and (fingerprint := self._fingerprint()) is not None:
-            self._layout = self._plan.layout(fingerprint)
-        return self._layout
+        if self._engine is None and (fingerprint := self._fingerprint()) is not None:
+            self._engine = RegisterLayout(self._plan.layout(fingerprint), self._token)
+        return self._engine
 
     # --- reading ---------------------------------------------------------------------------------
 
     def matched_tokens(self, request: Request, start_token: int) -> tuple[int | None, bool]:
         """Tokens beyond `start_token` that can be loaded: a multiple of the block size, or None while we ask."""
         tracked = self._track(request)
-        if tracked is None:
+        if tracked is None or not self._loading:
             return 0, False
         self._notice_preemption(tracked)
         tokens = self._matched(tracked, start_token)
@@ -232,7 +237,7 @@ class SchedulerSide:
         number = next(self._numbers) & 0xFFFFFFFF
         message = LookupPrefix(
             number,
-            request.request_id,
+            tracked.name,
             tuple(tracked.keys[:count]),
             start_token,
             prefill_ms,
@@ -291,12 +296,12 @@ class SchedulerSide:
 
     def _in_session(self) -> bool:
         """Whether the node is there; a new session hears our layout first and knows none of our segments."""
-        layout = self.layout
-        if not self._client.connected or layout is None:
+        engine = self.engine
+        if not self._client.connected or engine is None:
             return False
         epoch = self._client.epoch
         if epoch != self._epoch:
-            if not self._client.send(RegisterLayout(layout)):
+            if not self._client.send(engine):
                 return False
             self._epoch = epoch
             self._known.clear()
@@ -312,10 +317,11 @@ class SchedulerSide:
         prompt_tokens = output.total_num_scheduled_tokens - len(output.num_scheduled_tokens)
         self._rate.started(self._now_s(), prompt_tokens)
         loads, self._loads = tuple(self._loads), []
-        saves = tuple(self._saves(output)) if output.num_scheduled_tokens and self._in_session() else ()
+        may_save = self._saving and output.num_scheduled_tokens and self._in_session()
+        saves = tuple(self._saves(output)) if may_save else ()
         if not loads and not saves:
             return IDLE
-        return StepMetadata(self._layout, loads, saves)
+        return StepMetadata(self.engine, loads, saves)
 
     def step_ended(self) -> None:
         """The oldest step's output came back."""
@@ -338,18 +344,17 @@ class SchedulerSide:
             end_segment = end_token // self._plan.segment_tokens
             if self._cached is not None and tracked.noted < end_segment:
                 self._note_cached(self._cached, tracked, end_segment)
-            if end_segment <= tracked.done_segments:
+            tracked.filled_segments = max(tracked.filled_segments, end_segment)
+            if end_segment <= tracked.done_segments or planned == STEP_SAVES_MAX:
                 continue
             tables = block_tables(output, request_id)
-            for segment in range(tracked.done_segments, end_segment):
-                if planned == STEP_SAVES_MAX:
-                    self.stats.count("hyperspace_l2_saves_total", "skipped", "step_full", by=end_segment - segment)
-                    break
-                save = self._save(tracked, segment, tables) if tables is not None else None
+            # What this step has no place for is saved by the request's next ones: its blocks are held until it ends.
+            while tracked.done_segments < end_segment and planned < STEP_SAVES_MAX:
+                save = self._save(tracked, tracked.done_segments, tables) if tables is not None else None
+                tracked.done_segments += 1
                 if save is not None:
                     planned += 1
                     yield save
-            tracked.done_segments = end_segment
 
     def _note_cached(self, cached: CachedSegments, tracked: _Tracked, end_segment: int) -> None:
         """vLLM has put the blocks of this step into its cache already, as far as it knows their tokens."""
@@ -384,7 +389,7 @@ class SchedulerSide:
         tracked.unnamed.append(segment)
         if named:
             self._name_known(tracked)
-        return SegmentSave(tracked.request.request_id, segment, tuple(parts), tuple(blocks))
+        return SegmentSave(tracked.name, segment, tuple(parts), tuple(blocks))
 
     def _name_known(self, tracked: _Tracked) -> None:
         """Name the saved segments whose last token has come (under async scheduling it lags a step)."""
@@ -395,7 +400,7 @@ class SchedulerSide:
         while tracked.unnamed and self._extend_keys(tracked, tracked.unnamed[0] + 1):
             segment = tracked.unnamed.pop(0)
             scope = tracked.scope.scope
-            self._client.send(SegmentNamed(tracked.request.request_id, segment, tracked.keys[segment], scope))
+            self._client.send(SegmentNamed(tracked.name, segment, tracked.keys[segment], scope))
             self._remember(tracked, range(segment, segment + 1))
 
     def _remember(self, tracked: _Tracked, segments: range) -> None:
@@ -414,9 +419,11 @@ class SchedulerSide:
         if tracked is None:
             return
         self._name_known(tracked)
+        if left := max(tracked.filled_segments - tracked.done_segments, 0):
+            self.stats.count("hyperspace_l2_saves_total", "skipped", "step_full", by=left)
         self._release(tracked)
         if tracked.node_knows:
-            self._client.send(RequestEnded(request.request_id))
+            self._client.send(RequestEnded(tracked.name))
 
     def reset(self) -> None:
         """Requests under way save and load nothing any more: vLLM drops its caches, or the weights change."""
@@ -437,9 +444,6 @@ class SchedulerSide:
         """None for requests whose KV isn't a function of their tokens (embeddings), or doesn't stay so (sessions)."""
         if request.prompt_embeds is not None or request.pooling_params is not None or request.resumable:
             return None
-        if len(request.request_id) > NAME_CHARS_MAX:  # a client's X-Request-Id; the node would reject every message
-            self.stats.count("hyperspace_l2_lookups_total", "miss", "request_id")
-            return None
         fingerprint, lora = self._fingerprint(), self._adapter(request)
         if fingerprint is None or lora is None:
             reason = "unidentified" if fingerprint is None else "lora"
@@ -451,7 +455,8 @@ class SchedulerSide:
         if items:
             # A client may name its images itself, also by the hash of another: what it saves is not for everybody.
             scope = RequestScope("private", scope.tenant)
-        return _Tracked(request, seed, scope, tuple((name.encode(), offset) for name, offset in items), lora)
+        multimodal = tuple((name.encode(), offset) for name, offset in items)
+        return _Tracked(request, str(next(self._numbers)), seed, scope, multimodal, lora)
 
     def _adapter(self, request: Request) -> bytes | None:
         """The digest of its LoRA adapter, b"" without one; None: its files are not known, or were replaced."""
@@ -465,7 +470,7 @@ class SchedulerSide:
         tracked.preemptions = tracked.request.num_preemptions
         tracked.spoilt.update(tracked.unnamed)
         tracked.unnamed.clear()
-        tracked.done_segments = tracked.noted = 0
+        tracked.done_segments = tracked.filled_segments = tracked.noted = 0
         tracked.settled = tracked.load_failed
         tracked.waiting_since_s = None
 

@@ -14,8 +14,16 @@ import torch
 
 from ..client import NodeClient
 from ..core.records.errors import Refused
-from ..core.records.layout import Layout
-from ..core.records.local import LoadedRow, RegisterLayout, Rejected, RowStaged, Slab, StagingGranted, WantStaging
+from ..core.records.local import (
+    NO_ENGINE,
+    LoadedRow,
+    RegisterLayout,
+    Rejected,
+    RowStaged,
+    Slab,
+    StagingGranted,
+    WantStaging,
+)
 from ..session_lock import SessionLock
 from .copy_proof import prove_copies
 from .kv_copy import Copier, EncodeDevice, copier_for
@@ -40,7 +48,7 @@ class WorkerSide:
         # Twice a step's worth: the node frees and grants anew while the next step computes.
         self._slabs_wanted = min(2 * step_segments, SEGMENTS_STAGED_MAX)
         self._copier: Copier | None = None  # None: L2 is off here
-        self._layout: Layout | None = None  # what the node was told in this session
+        self._engine: RegisterLayout | None = None  # what the node was told in this session
         self._epoch = 0
         self._slabs: dict[int, list[Slab]] = {plan.row_bytes(part): [] for part in range(len(plan.parts))}
         self._asked: dict[int, int] = dict.fromkeys(self._slabs, 0)
@@ -128,7 +136,7 @@ class WorkerSide:
         """Stage the segments that this step filled."""
         if not metadata.saves:
             return
-        skipped = self._why_not_save(metadata.layout)
+        skipped = self._why_not_save(metadata.engine)
         if skipped is None:
             self._take_grants()
         for save in metadata.saves:
@@ -139,22 +147,22 @@ class WorkerSide:
         if skipped is None:
             self._ask_for_slabs()
 
-    def _why_not_save(self, layout: Layout | None) -> str | None:
+    def _why_not_save(self, engine: RegisterLayout | None) -> str | None:
         if self._copier is None:
             return "off"
         if not self._client.connected:
             return "no_node"
-        assert layout is not None
-        if self._plan.layout(layout.fingerprint) != layout:
+        assert engine is not None
+        if self._plan.layout(engine.layout.fingerprint) != engine.layout:
             logger.error("hyperspace: KV sharing is off, this worker's KV layout differs from the scheduler's")
             self._copier.close()
             self._copier = None
             return "off"
         self._enter_session()
-        if self._layout != layout:
-            if not self._client.send(RegisterLayout(layout)):
+        if self._engine != engine:
+            if not self._client.send(engine):
                 return "node_busy"
-            self._layout = layout
+            self._engine = engine
         return None
 
     def _stage(self, save: SegmentSave, number: int) -> str | None:
@@ -179,7 +187,7 @@ class WorkerSide:
             # A slab of a lost lease is quarantined by the node, so what we wrote there harms nobody.
             if self._client.epoch != epoch or not self._client.is_current(slab):
                 return
-            if not self._client.send(RowStaged(save.request_id, save.segment, number, self._rank, slab)):
+            if not self._client.send(RowStaged(save.name, save.segment, number, self._rank, slab)):
                 slabs.append(slab)
 
         try:
@@ -197,13 +205,13 @@ class WorkerSide:
         epoch = self._client.epoch
         if epoch == self._epoch or not self._client.connected:
             return
-        # The scheduler's fingerprint comes with the first step's work; until then only the sizes matter.
-        if not self._client.send(RegisterLayout(self._plan.layout(bytes(32)))):
+        # Fingerprint and engine come from the scheduler with the first step's work; until then only the sizes matter.
+        if not self._client.send(RegisterLayout(self._plan.layout(bytes(32)), NO_ENGINE)):
             return
         if self._copier is not None:
             for lock in self._client.take_earlier_locks():
                 self._copier.after_copies(functools.partial(_release, lock))
-        self._epoch, self._layout = epoch, None
+        self._epoch, self._engine = epoch, None
         for size in self._slabs:
             self._slabs[size], self._asked[size] = [], 0
         self._ask_for_slabs()

@@ -146,7 +146,7 @@ class RowFailed:
 class RowArrived:
     """A worker staged one row. `staged` is the node's number for the slab; (client, request_id) scopes the rest.
 
-    `client` names the engine (schedulers and workers of one engine share it), not the session.
+    `client` is an engine, by the token that no other start of an engine has (local.RegisterLayout).
     """
 
     client: str

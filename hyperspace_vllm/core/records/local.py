@@ -23,11 +23,13 @@ from .limits import (
     VRAM_SEGMENTS_MAX,
 )
 
-LOCAL_PROTOCOL = 5
+LOCAL_PROTOCOL = 6
 NAME_CHARS_MAX = 256
 PURGED_KEYS_MAX = 4096
+NO_ENGINE = bytes(16)
 ANSWER_CHARS_MAX = 8192  # far more than an embedder reads
 
+Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Name = Annotated[str, Meta(max_length=NAME_CHARS_MAX)]
 U32 = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
@@ -74,7 +76,7 @@ class Hello(_Message, tag="hello", frozen=True):
 
     protocol: U32
     role: Literal["api", "scheduler", "worker", "cli"]
-    session: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    session: Bytes16
     name: Name
 
 
@@ -87,9 +89,15 @@ class Goodbye(_Message, tag="goodbye", frozen=True):
 
 
 class RegisterLayout(_Message, tag="layout", frozen=True):
-    """From schedulers and workers, once a session, before anything that depends on it."""
+    """From schedulers and workers, before anything that depends on it.
+
+    `engine` is 16 random bytes that a scheduler draws and hands its workers with each step's work: the node joins rows
+    to names by it, because names of clients and ids of requests may be equal in two engines. A worker that has not
+    heard from its scheduler yet sends NO_ENGINE.
+    """
 
     layout: Layout
+    engine: Bytes16
 
 
 class WantStaging(_Message, tag="want_staging", frozen=True):
@@ -100,7 +108,7 @@ class WantStaging(_Message, tag="want_staging", frozen=True):
 
 
 class RowStaged(_Message, tag="row_staged", frozen=True):
-    """A worker filled a granted slab with one row; it becomes the node's."""
+    """A worker filled a granted slab with one row; it becomes the node's. `request_id` as in SegmentNamed."""
 
     request_id: Name
     segment: U32
@@ -116,7 +124,10 @@ class StagingUnused(_Message, tag="staging_unused", frozen=True):
 
 
 class SegmentNamed(_Message, tag="segment_named", frozen=True):
-    """The scheduler names a staged segment, once its last token is known. `scope` limits who may fetch it."""
+    """The scheduler names a staged segment, once its last token is known. `scope` limits who may fetch it.
+
+    `request_id` is the scheduler's own, never used twice by one engine.
+    """
 
     request_id: Name
     segment: U32
