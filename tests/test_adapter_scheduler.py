@@ -606,6 +606,8 @@ def test_a_producer_saves_and_never_looks_up_nor_counts_misses() -> None:
     assert bench.side.matched_tokens(r, 0) == (0, False)
     assert [save.segment for save in bench.step({r: 600}).saves] == [0, 1]
     assert not bench.node.of(LookupPrefix)
+    bench.fingerprint = None
+    assert bench.side.matched_tokens(request(600, "unidentified"), 0) == (0, False)
     assert bench.counts() == {}
 
 

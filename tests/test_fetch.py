@@ -18,6 +18,7 @@ from hyperspace_vllm.core.node.effects import (
     FindProviders,
     FindRows,
     LoadRow,
+    ReleaseRows,
 )
 from hyperspace_vllm.core.node.events import (
     ChunksVerified,
@@ -116,7 +117,8 @@ class Script:
         peer = PeerId(plain[0]) if plain else PeerId("")
         match verb:
             case "found":
-                return RowsFound(1, frozenset(keys("memory")), frozenset(keys("disk")))
+                memory, disk = frozenset(keys("memory")), frozenset(keys("disk"))
+                return RowsFound(1, memory, disk, frozenset(keys("leased")), int(options.get("room", 1 << 62)))
             case "offer":
                 columns = mask(options.get("columns", "0..63"))
                 base = int(options.get("base", 0))
@@ -163,6 +165,8 @@ class Script:
                 return f"find-rows {len(effect.row_keys)}"
             case LoadRow():
                 return f"load {self.numbers[effect.row_key]}"
+            case ReleaseRows():
+                return f"release {','.join(str(self.numbers[key]) for key in effect.row_keys)}"
             case FindProviders():
                 return f"find-providers {' '.join(effect.peers)} rows={len(effect.row_ids)} ms={effect.timeout_ms}"
             case FetchManifest():
@@ -294,9 +298,9 @@ def test_a_local_prefix_is_loaded_and_answered_without_asking_anybody():
         > want A segments=3
         find-rows 3
         > found memory=0,2 disk=1
-        load 0
-        load 1
+        load 0  # at once: making room for row 1 must not take what is needed next
         load 2
+        load 1
         > ready row=0
         > ready row=2
         > ready row=1
@@ -538,8 +542,8 @@ def test_a_stall_falls_back_to_what_is_ready_or_here():
         find-providers A rows=2 ms=250
         > offer A m rows=1,3 columns=0..31
         load 0
-        fetch-manifest A m
         load 2
+        fetch-manifest A m
         > ready row=0
         > ready row=2
         > manifest A m rows=0..3 now=10
@@ -551,6 +555,112 @@ def test_a_stall_falls_back_to_what_is_ready_or_here():
         > tick now=300
         charge A stalled
         answer 3 network stalled rows=3
+    """)
+
+
+def test_a_prefix_longer_than_the_room_is_cut_where_the_room_ends():
+    Script().run(f"""
+        > want A segments=4
+        find-rows 4
+        > found memory=1,3 disk=0,2 leased=1 room={2 * MiB}
+        load 1  # leased by others: it costs nothing
+        load 0
+        load 2
+        > ready row=1
+        > ready row=0
+        > ready row=2
+        answer 3 disk arena_full rows=3
+    """)
+
+
+def test_a_window_takes_room_for_its_tail_alone():
+    # rows: 2i is segment i of the full part, 2i + 1 of the window; an end needs the last two window rows
+    Script(MIXED).run(f"""
+        > want A segments=6
+        find-rows 12
+        > found disk=0..11 room={5 * MiB}
+        load 0
+        load 2
+        load 3
+        load 4
+        load 5
+        > ready row=0
+        > ready row=2
+        > ready row=3
+        > ready row=4
+        > ready row=5
+        answer 3 disk arena_full rows=5
+    """)
+
+
+def test_a_row_without_a_gap_costs_the_end_of_the_prefix_not_all_of_it():
+    Script().run("""
+        > want A segments=3
+        find-rows 3
+        > found memory=1,2 disk=0
+        load 1
+        load 2
+        load 0
+        > ready row=1
+        > ready row=2
+        > failed arena_full row=0
+        release 2
+        load 0
+        > ready row=0
+        answer 2 disk arena_full rows=2
+    """)
+
+
+def test_a_fetched_row_without_a_gap_makes_do_with_what_is_under_way():
+    Script().run("""
+        > want A segments=3
+        find-rows 3
+        > found
+        find-providers A rows=3 ms=250
+        > offer A m rows=0..2 now=3
+        fetch-manifest A m
+        > manifest A m rows=0..2 now=8
+        fetch A m row=0 0..31
+        fetch A m row=1 0..31
+        fetch A m row=2 0..31
+        > failed arena_full row=1
+        release 2
+        fetch A m row=1 0..31
+        > ready row=2 now=9
+        release 2
+        > ready row=0
+        > ready row=1
+        answer 2 network arena_full rows=2
+    """)
+
+
+def test_a_lookup_that_finds_no_room_holds_nothing_and_looks_again_for_a_moment():
+    script = Script()
+    script.run(f"""
+        > want A segments=2
+        find-rows 2
+        > found disk=0,1 room=0
+        > tick now=20
+        find-rows 2
+        > found memory=0 disk=1 room={MiB} now=21
+        load 0
+        > ready row=0
+        answer 1 memory arena_full rows=1
+    """)
+    Script().run("""
+        > want A segments=1 prefill=100
+        find-rows 1
+        > found disk=0 room=0
+        > tick now=20
+        find-rows 1
+        > found disk=0 room=0
+        > tick now=40
+        find-rows 1
+        > found disk=0 room=0
+        > tick now=50  # half of the prefill is over
+        find-rows 1
+        > found disk=0 room=0
+        answer 0 none arena_full rows=0
     """)
 
 
@@ -696,8 +806,8 @@ def test_an_offer_that_its_manifest_contradicts_is_charged(lie):
         > found memory=1
         find-providers A B rows=1 ms=250
         > offer A m rows=0 rtt=1
-        fetch-manifest A m
         load 1
+        fetch-manifest A m
         > offer B n rows=0 rtt=9
         > manifest A m {lie}
         charge A false_offer

@@ -76,7 +76,7 @@ from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.local_server import LocalServer
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.response_lookups import FoundResponse
-from hyperspace_vllm.daemon.row_cache import RowCache
+from hyperspace_vllm.daemon.row_cache import UNSTORED, RowCache
 from hyperspace_vllm.daemon.served import Served
 
 pytestmark = pytest.mark.io
@@ -528,13 +528,26 @@ async def test_a_node_that_dies_is_not_waited_for(tmp_path: Path) -> None:
 
 async def test_staging_never_takes_more_than_half_of_the_arena(node: SmallNode) -> None:
     async with connected(node) as worker, connected(node, engine=bytes(range(1, 17))) as other:
-        half = node.cache.arena.capacity_bytes // 2 // ROW_BYTES
-        slabs = await granted(worker, 1000)
-        assert len(slabs) == half
-        assert await granted(other, 10) == ()
-        assert worker.send(StagingUnused(slabs[0]))
-        await until(lambda: node.cache.arena.free_bytes >= node.cache.arena.capacity_bytes // 2 + ROW_BYTES)
-        assert len(await granted(other, 10)) == 1
+        half = node.cache.arena.capacity_bytes // 2
+        shares = [len(await granted(client, 1000)) for client in (worker, other)]
+        assert shares == [half * 3 // 4 // ROW_BYTES, (half - shares[0] * ROW_BYTES) * 3 // 4 // ROW_BYTES]
+        assert min(shares) > 0
+        (free,) = {len(await granted(client, 1000)) for client in (worker, other)}
+        assert free == 0
+        assert node.cache.arena.free_bytes >= half
+
+
+async def test_rows_that_wait_to_be_stored_count_as_staged(node: SmallNode) -> None:
+    half = node.cache.arena.capacity_bytes // 2
+    for number in range(half // ROW_BYTES):
+        slab = node.cache.allocate(ROW_BYTES)
+        assert slab is not None
+        node.cache.keep(RowKey(bytes([number]) * 32), slab)
+        node.cache.lease(RowKey(bytes([number]) * 32), UNSTORED)
+    async with connected(node) as worker:
+        assert await granted(worker, 10) == ()
+        node.cache.end_leases(UNSTORED)
+        assert len(await granted(worker, 10)) == 10
 
 
 async def test_without_the_kv_cache_nothing_is_staged_or_found(tmp_path: Path) -> None:

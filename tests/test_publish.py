@@ -2,7 +2,7 @@
 
 import pytest
 
-from hyperspace_vllm.core.node.effects import DropStaged, Effect, EncodeObject, KeepRow
+from hyperspace_vllm.core.node.effects import DropStaged, Effect, EncodeObject, KeepRow, UnpinRows
 from hyperspace_vllm.core.node.events import (
     ClientGone,
     ObjectEncoded,
@@ -43,6 +43,7 @@ class Engine:
         self.kept: dict[int, bytes] = {}
         self.dropped: dict[int, str] = {}
         self.encoded: list[EncodeObject] = []
+        self.pinned: set[bytes] = set()
         self.next_staged = 0
 
     def tell(self, event: publish.PublishEvent) -> list[Effect]:
@@ -53,6 +54,9 @@ class Engine:
                     assert effect.staged not in self.kept
                     assert effect.staged not in self.dropped
                     self.kept[effect.staged] = effect.row_key
+                    self.pinned.add(effect.row_key)
+                case UnpinRows():
+                    self.pinned.difference_update(effect.row_keys)
                 case DropStaged():
                     assert effect.staged not in self.kept
                     assert effect.staged not in self.dropped
@@ -261,6 +265,44 @@ def test_two_objects_are_encoded_at_once_and_the_queue_loses_its_oldest():
     engine.name(1, "again")
     engine.stage(1, request="again")
     assert len(engine.kept) == count + 1  # what was not stored is no longer known
+
+
+def test_kept_rows_stay_until_they_are_stored():
+    engine = Engine()
+    for segment in range(3):
+        engine.name(segment)
+        engine.stage(segment)
+    engine.over()
+    assert engine.pinned == {row_key(key(segment), 0, 0) for segment in range(3)}
+    engine.tell(ObjectEncoded(1, ManifestDigest(bytes(32))))
+    assert not engine.pinned
+
+
+@pytest.mark.parametrize("fault", ["failed", "timeout", "queue_full", "incomplete", "request_over", "client_gone"])
+def test_kept_rows_that_are_never_stored_do_not_stay_for_ever(fault):
+    engine = Engine(FOUR if fault in ("incomplete", "request_over", "client_gone") else ONE)
+    for number in range(3 + ENCODE_QUEUE_MAX if fault == "queue_full" else 1):
+        engine.name(number, f"r{number}")
+        engine.stage(number, request=f"r{number}")
+        if engine.layout is ONE:
+            engine.over(f"r{number}")
+    match fault:
+        case "failed":
+            engine.tell(ObjectFailed(1, "disk_full"))
+        case "timeout":
+            engine.wait(ENCODE_TIMEOUT_MS)
+        case "queue_full":
+            assert row_key(key(2), 0, 0) not in engine.pinned
+            return
+        case "incomplete":
+            assert len(engine.pinned) == 1
+            engine.wait(UNNAMED_MS)
+        case "request_over":
+            engine.over("r0")
+            engine.wait(OVER_GRACE_MS)
+        case "client_gone":
+            engine.tell(ClientGone("c"))
+    assert not engine.pinned
 
 
 def test_an_encoding_that_never_ends_does_not_block_others():

@@ -18,7 +18,7 @@ ROWS = tuple(row_id(NETWORK, row_key(key, 1, 0)) for key in KEYS)
 def asked(node: Node, lookup: int = 1, may_ask_peers: bool = True) -> tuple[PeerId, ...]:
     """Whom the lookup of KEYS asks."""
     wanted = PrefixWanted(lookup, WINDOWED, KEYS, 0, 0, 5000, may_ask_peers)
-    effects = node.handle(wanted, 0) + node.handle(RowsFound(lookup, frozenset(), frozenset()), 0)
+    effects = node.handle(wanted, 0) + node.handle(RowsFound(lookup, frozenset(), frozenset(), frozenset(), 1 << 62), 0)
     return next((effect.peers for effect in effects if isinstance(effect, FindProviders)), ())
 
 

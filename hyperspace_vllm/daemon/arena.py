@@ -19,10 +19,9 @@ import stat
 from bisect import bisect_left
 from pathlib import Path
 
-from ..core.records.limits import KiB, MiB
-from ..core.records.local import Slab
+from ..core.records.limits import MiB
+from ..core.records.local import PAGE_BYTES, Slab, pages_bytes
 
-PAGE_BYTES = 64 * KiB
 # Less than this in /dev/shm (Docker gives 64 MiB) holds too few rows to be worth it: a file does better.
 SHARED_MEMORY_BYTES_MIN = 256 * MiB
 _GENERATION_BYTES = 8
@@ -144,14 +143,9 @@ class Arena:
         self._generations[slab.slot] = slab.generation + 1
 
 
-def pages_bytes(length: int) -> int:
-    """What a slab of `length` bytes takes from the arena."""
-    return _pages_of(length) * PAGE_BYTES
-
-
 def _pages_of(length: int) -> int:
     assert length > 0
-    return -(-length // PAGE_BYTES)
+    return pages_bytes(length) // PAGE_BYTES
 
 
 def _free_bytes(directory: Path) -> int:

@@ -24,6 +24,8 @@ from ..core.node.effects import (
     FindRows,
     KeepRow,
     LoadRow,
+    ReleaseRows,
+    UnpinRows,
 )
 from ..core.node.events import (
     Event,
@@ -48,7 +50,7 @@ from ..core.peers.trust import Trust
 from ..core.records.errors import Refused
 from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, row_id
 from ..core.records.limits import LOOKUP_ROWS_MAX, REGISTRY_TTL_MS
-from ..core.records.local import LoadedRow
+from ..core.records.local import LoadedRow, Slab
 from ..core.records.peer_record import PeerRecord
 from ..core.records.sealing import seal_key
 from .chunk_keeper import ChunkKeeper
@@ -63,7 +65,7 @@ from .object_codec import ObjectRecord
 from .object_encoder import ObjectEncoder
 from .peer_failed import PeerFailed
 from .row_assembly import RowAssembly
-from .row_cache import RowCache
+from .row_cache import UNSTORED, RowCache
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +119,7 @@ class Driver:
         self._failures: dict[int, Counter[str]] = {}  # lookup -> what went wrong on its way
         self._tasks: dict[int, set[asyncio.Task[None]]] = {}  # by lookup, except those of the assembly
         self._background: set[asyncio.Task[None]] = set()
+        self._filling: set[Slab] = set()  # with rows from the disk, not yet the cache's
         self._last_lookup: dict[str, object] = {}
         self._objects_stored = 0
         self.events = 0
@@ -204,6 +207,9 @@ class Driver:
                 self._find_rows(effect)
             case LoadRow():
                 self._load_row(effect)
+            case ReleaseRows(lookup, row_keys):
+                self._assembly.end_some(lookup, row_keys)
+                self._cache.end_some(lookup, row_keys)
             case FindProviders():
                 for peer in effect.peers:
                     failed = ProviderFailed(effect.lookup, peer, "bug")
@@ -223,6 +229,9 @@ class Driver:
                 slab = self.server.take_staged(staged)
                 if slab is not None:
                     self._cache.keep(row_key, slab)
+                    self._cache.lease(row_key, UNSTORED)
+            case UnpinRows(row_keys):
+                self._cache.end_some(UNSTORED, row_keys)
             case DropStaged(staged, reason):
                 self.server.drop_staged(staged, reason)
             case EncodeObject():
@@ -244,12 +253,13 @@ class Driver:
 
     # --- tasks ----------------------------------------------------------------------------------
 
-    def _start(self, lookup: int, work: Coroutine[None, None, None], if_bug: Event) -> None:
+    def _start(self, lookup: int, work: Coroutine[None, None, None], if_bug: Event) -> asyncio.Task[None]:
         """Run a lookup's work until it ends or the lookup does."""
         tasks = self._tasks.setdefault(lookup, set())
         task = self._spawn(work, if_bug)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+        return task
 
     def _spawn(self, work: Coroutine[None, None, None], if_bug: Event | None) -> asyncio.Task[None]:
         task = asyncio.create_task(self._watch(work, if_bug))
@@ -280,42 +290,49 @@ class Driver:
         on_disk = frozenset(
             key for key in effect.row_keys if key not in in_memory and self._store.holds(row_id(self._network, key))
         )
-        self.submit(RowsFound(effect.lookup, in_memory, on_disk))
+        leased = frozenset(filter(self._cache.is_leased, in_memory))
+        self.submit(RowsFound(effect.lookup, in_memory, on_disk, leased, self._cache.room_bytes))
 
     def _load_row(self, effect: LoadRow) -> None:
         if self._cache.lease(effect.row_key, effect.lookup) is not None:
             self.submit(RowReady(effect.lookup, effect.row_key))
             return
+        found = self._store.find(row_id(self._network, effect.row_key))
+        # Now, not in the task: rows get their room in the order in which the core asks for them.
+        slab = self._cache.allocate(found[0].manifest.rows[found[1]].length) if found else None
+        if found is None or slab is None:
+            self.submit(RowFailed(effect.lookup, effect.row_key, "arena_full" if found else "evicted"))
+            return
+        self._filling.add(slab)
         bug = RowFailed(effect.lookup, effect.row_key, "bug")
-        self._start(effect.lookup, self._load_from_disk(effect), bug)
+        task = self._start(effect.lookup, self._load_from_disk(effect, *found, slab), bug)
+        task.add_done_callback(lambda _: self._free_unless_kept(slab))  # it may end before its first step
 
-    async def _load_from_disk(self, effect: LoadRow) -> None:
+    async def _load_from_disk(self, effect: LoadRow, record: ObjectRecord, row: int, slab: Slab) -> None:
         try:
-            await self._open_from_disk(effect)
+            await self._open_from_disk(effect, record, row, slab)
         except Refused as refused:
             self.submit(RowFailed(effect.lookup, effect.row_key, refused.reason))
             return
         self._cache.lease(effect.row_key, effect.lookup)
         self.submit(RowReady(effect.lookup, effect.row_key))
 
-    async def _open_from_disk(self, effect: LoadRow) -> None:
-        found = self._store.find(row_id(self._network, effect.row_key))
-        if found is None:
-            raise Refused("evicted")
-        record, row = found
-        slab = self._cache.allocate(record.manifest.rows[row].length)
-        if slab is None:
-            raise Refused("arena_full")
+    async def _open_from_disk(self, effect: LoadRow, record: ObjectRecord, row: int, slab: Slab) -> None:
         key = seal_key(effect.row_key, self._network)
         try:
             await self._compute.run(self._store.load_row, record, row, key, self._cache.view(slab))
-        except BaseException as error:
-            self._cache.free(slab)
-            if isinstance(error, Refused) and error.reason == "damaged":
+        except Refused as refused:
+            if refused.reason == "damaged":
                 self._spawn(self._keeper.discard(record.digest), None)
             raise
+        self._filling.remove(slab)
         self._cache.keep(effect.row_key, slab)
         self._metrics.bytes_total.labels("copied").inc(slab.length)
+
+    def _free_unless_kept(self, slab: Slab) -> None:
+        if slab in self._filling:
+            self._filling.remove(slab)
+            self._cache.free(slab)
 
     async def _ask_provider(self, effect: FindProviders, peer: PeerId) -> None:
         row_ids = effect.row_ids[:LOOKUP_ROWS_MAX]
@@ -405,6 +422,9 @@ class Driver:
         result = "hit" if effect.end_segment else "miss"
         self._metrics.lookups_total.labels("l2", result, effect.reason).inc()
         took_s = self._loop.time() - began
+        failures = self._failures.pop(effect.lookup, Counter())
+        if effect.reason == "arena_full" and not failures["arena_full"]:  # cut short before any row failed
+            self._metrics.failures_total.labels("l2", "arena_full").inc()
         self._metrics.lookup_seconds.labels("l2").observe(took_s)
         self._last_lookup = {
             "result": result,
@@ -413,7 +433,7 @@ class Driver:
             "verified_by": VERIFIED_BY[effect.source],
             "rows": len(rows),
             "took_ms": round(took_s * 1000, 1),
-            "failures": dict(self._failures.pop(effect.lookup, {})),
+            "failures": dict(failures),
         }
         self.server.answer_prefix(
             effect.lookup,

@@ -461,10 +461,11 @@ class LocalServer:
         self._similar.find(want, answer)
 
     def _grant(self, session: _Session, want: WantStaging) -> None:
-        if all(part.row_bytes != want.row_bytes for part in session.registered_layout().parts):
+        layout = session.registered_layout()
+        if all(part.row_bytes != want.row_bytes for part in layout.parts):
             raise ProtocolViolation(f"row_bytes {want.row_bytes}: no part of the layout has such rows")
         wanted = want.count if self._config.kv_cache else 0
-        slabs = self._staging.grant(session.key, want.row_bytes, wanted)
+        slabs = self._staging.grant(session.key, want.row_bytes, wanted, layout.ranks)
         if not self._send(session.route, StagingGranted(want.row_bytes, slabs)):
             for slab in slabs:
                 self._staging.give_back(session.key, slab)

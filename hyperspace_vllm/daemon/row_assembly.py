@@ -103,7 +103,13 @@ class RowAssembly:
 
     def end(self, lookup: int) -> None:
         """Cancel whatever runs for the lookup. Rows that are ready are the cache's."""
-        for row in self._rows.pop(lookup, {}).values():
+        self.end_some(lookup, list(self._rows.get(lookup, ())))
+        self._rows.pop(lookup, None)
+
+    def end_some(self, lookup: int, row_keys: Iterable[RowKey]) -> None:
+        """Cancel whatever runs for these rows of the lookup; each may be fetched again, from its beginning."""
+        rows = self._rows.get(lookup, {})
+        for row in [rows.pop(row_key) for row_key in row_keys if row_key in rows]:
             self._end_row(row, None)
             if not row.tasks:
                 self._free(row)

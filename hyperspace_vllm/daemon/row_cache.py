@@ -4,12 +4,14 @@ A row with a lease stays. Holders are opaque (the driver uses lookup numbers); a
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from ..core.records.ids import RowKey
-from ..core.records.local import Slab
-from .arena import Arena, pages_bytes
+from ..core.records.local import Slab, pages_bytes
+from .arena import Arena
+
+UNSTORED = "unstored"  # the holder of rows that wait to be written to the disk
 
 
 @dataclass(slots=True)
@@ -25,6 +27,7 @@ class RowCache:
         self.arena = arena
         self._rows: OrderedDict[RowKey, _Row] = OrderedDict()  # least recently used first
         self._leases: dict[Hashable, set[RowKey]] = {}
+        self._idle_bytes = 0  # of rows without a lease
 
     def __contains__(self, row_key: RowKey) -> bool:
         return row_key in self._rows
@@ -38,7 +41,9 @@ class RowCache:
             return None  # evicting everything would not help
         slab = self.arena.allocate(length)
         while slab is None and (victim := self._least_recently_used()) is not None:
-            self.arena.free(self._rows.pop(victim).slab)
+            evicted = self._rows.pop(victim).slab
+            self._idle_bytes -= pages_bytes(evicted.length)
+            self.arena.free(evicted)
             slab = self.arena.allocate(length)
         return slab
 
@@ -52,6 +57,7 @@ class RowCache:
             self.arena.free(slab)
             return False
         self._rows[row_key] = _Row(slab)
+        self._idle_bytes += pages_bytes(slab.length)
         return True
 
     def lease(self, row_key: RowKey, holder: Hashable) -> Slab | None:
@@ -60,17 +66,41 @@ class RowCache:
         if row is None:
             return None
         self._rows.move_to_end(row_key)
+        if not row.holders:
+            self._idle_bytes -= pages_bytes(row.slab.length)
         row.holders.add(holder)
         self._leases.setdefault(holder, set()).add(row_key)
         return row.slab
 
     def end_leases(self, holder: Hashable, keep: frozenset[RowKey] = frozenset()) -> None:
         """End the holder's leases, except on the rows in `keep`."""
-        leased = self._leases.pop(holder, set())
-        for row_key in leased - keep:
-            self._rows[row_key].holders.discard(holder)
-        if leased & keep:
-            self._leases[holder] = leased & keep
+        self.end_some(holder, self._leases.get(holder, set()) - keep)
+
+    def end_some(self, holder: Hashable, row_keys: Iterable[RowKey]) -> None:
+        """End the holder's leases on these rows, as far as it has any."""
+        leased = self._leases.get(holder, set())
+        for row_key in leased.intersection(row_keys):
+            leased.discard(row_key)
+            row = self._rows[row_key]
+            row.holders.discard(holder)
+            if not row.holders:
+                self._idle_bytes += pages_bytes(row.slab.length)
+        if not leased:
+            self._leases.pop(holder, None)
+
+    def is_leased(self, row_key: RowKey) -> bool:
+        """Whether the row is here and stays."""
+        row = self._rows.get(row_key)
+        return row is not None and bool(row.holders)
+
+    def leased_bytes(self, holder: Hashable) -> int:
+        """What the holder's leases take from the arena."""
+        return sum(pages_bytes(self._rows[row_key].slab.length) for row_key in self._leases.get(holder, ()))
+
+    @property
+    def room_bytes(self) -> int:
+        """What could be allocated if it were in one piece: what is free, and rows without a lease."""
+        return self.arena.free_bytes + self._idle_bytes
 
     def view(self, slab: Slab) -> memoryview:
         """The slab's bytes, writable."""

@@ -1,7 +1,8 @@
 """The slabs that workers fill with rows on their way into the node.
 
-Granted to one session, then staged (the node's, waiting for its name), then kept as a row or dropped. All of them
-together never take more than half of the arena, so that rows that can be served keep the other half.
+Granted to one session, then staged (the node's, waiting for its name), then kept as a row or dropped. With the rows
+that wait to be stored they never take more than half of the arena: rows that can be served keep the other half. Of what
+is left of that half a session is granted three quarters at most, so that another engine always finds some.
 """
 
 from collections.abc import Callable
@@ -9,10 +10,9 @@ from itertools import count
 from typing import Literal
 
 from ..core.records.errors import ProtocolViolation
-from ..core.records.local import Slab
-from .arena import pages_bytes
+from ..core.records.local import Slab, pages_bytes
 from .metrics import Metrics
-from .row_cache import RowCache
+from .row_cache import UNSTORED, RowCache
 
 
 class Staging:
@@ -28,11 +28,14 @@ class Staging:
         self._ended: dict[bytes, list[Slab]] = {}  # session -> slabs that it may yet write
         self._numbers = count(1)
 
-    def grant(self, session: bytes, length: int, wanted: int) -> tuple[Slab, ...]:
-        """Up to `wanted` slabs of `length` bytes that only this session may write."""
+    def grant(self, session: bytes, length: int, wanted: int, ranks: int) -> tuple[Slab, ...]:
+        """Up to `wanted` slabs of `length` bytes that only this session, one of its engine's `ranks`, may write."""
         granted = self._granted.setdefault(session, {})
+        own = sum(pages_bytes(slab.length) for slab in granted.values())
+        others = self._bytes - own + self._cache.leased_bytes(UNSTORED)
+        share = (self._bytes_max - others) * 3 // 4 // ranks
         slabs: list[Slab] = []
-        while len(slabs) < wanted and self._bytes + pages_bytes(length) <= self._bytes_max:
+        while len(slabs) < wanted and own + (len(slabs) + 1) * pages_bytes(length) <= share:
             slab = self._cache.allocate(length)
             if slab is None:
                 break

@@ -24,6 +24,8 @@ from ..core.node.effects import (
     FindRows,
     KeepRow,
     LoadRow,
+    ReleaseRows,
+    UnpinRows,
 )
 from ..core.node.events import (
     ChunksVerified,
@@ -53,6 +55,7 @@ from ..core.records.layout import Layout
 from ..core.records.limits import DATA_CHUNKS, TOTAL_CHUNKS
 
 ALL_COLUMNS = (1 << TOTAL_CHUNKS) - 1
+ROOM_BYTES = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +188,16 @@ class World:
         match effect:
             case FindRows():
                 keys = set(effect.row_keys)
-                found = RowsFound(effect.lookup, frozenset(keys & host.memory), frozenset(keys & host.disk))
+                memory, disk = frozenset(keys & host.memory), frozenset(keys & host.disk)
+                room_bytes = ROOM_BYTES if len(host.ready) < host.arena_rows else 0
+                found = RowsFound(effect.lookup, memory, disk, memory, room_bytes)
                 self.at(0, partial(self.tell, host, found))
             case LoadRow():
                 self._load(host, effect)
+            case ReleaseRows():
+                released = {(effect.lookup, key) for key in effect.row_keys}
+                host.ready -= released
+                host.arrived = {at: columns for at, columns in host.arrived.items() if at[:2] not in released}
             case FindProviders():
                 for peer in effect.peers:
                     self._ask_providers(host, self.hosts[peer], effect)
@@ -207,6 +216,8 @@ class World:
             case KeepRow():
                 host.staged[effect.staged] += 1
                 host.memory.add(effect.row_key)
+            case UnpinRows():
+                pass  # nothing is evicted here
             case DropStaged():
                 host.staged[effect.staged] += 1
             case EncodeObject():

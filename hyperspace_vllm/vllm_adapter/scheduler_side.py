@@ -446,8 +446,9 @@ class SchedulerSide:
             return None
         fingerprint, lora = self._fingerprint(), self._adapter(request)
         if fingerprint is None or lora is None:
-            reason = "unidentified" if fingerprint is None else "lora"
-            self.stats.count("hyperspace_l2_lookups_total", "miss", reason)
+            if self._loading:
+                reason = "unidentified" if fingerprint is None else "lora"
+                self.stats.count("hyperspace_l2_lookups_total", "miss", reason)
             return None
         scope = self._scope_of(request)
         seed = chain_seed(fingerprint, lora, request.cache_salt or "", scope.tenant)

@@ -30,6 +30,14 @@ class LoadRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ReleaseRows:
+    """End the lookup's leases on these rows, and their fetching, unanswered. They may be asked for again."""
+
+    lookup: int
+    row_keys: tuple[RowKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FindProviders:
     """Ask every peer that may know who serves these rows. ProviderAnswered or ProviderFailed, one per peer.
 
@@ -112,10 +120,17 @@ class ChargePeer:
 
 @dataclass(frozen=True, slots=True)
 class KeepRow:
-    """The staged slab holds this row: index it in the memory tier. Not answered."""
+    """The staged slab holds this row: index it in the memory tier and keep it there until UnpinRows. Not answered."""
 
     staged: int
     row_key: RowKey
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinRows:
+    """These kept rows are stored, or never will be: they may be evicted. Not answered."""
+
+    row_keys: tuple[RowKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +158,7 @@ class EncodeObject:
 Effect = (
     FindRows
     | LoadRow
+    | ReleaseRows
     | FindProviders
     | FetchManifest
     | FetchRow
@@ -150,6 +166,7 @@ Effect = (
     | AnswerPrefix
     | ChargePeer
     | KeepRow
+    | UnpinRows
     | DropStaged
     | EncodeObject
 )

@@ -35,11 +35,16 @@ class PrefixReleased:
 
 @dataclass(frozen=True, slots=True)
 class RowsFound:
-    """Answers FindRows: which of the rows this node holds, by tier."""
+    """Answers FindRows: which of the rows this node holds, by tier, and how much room there is for others.
+
+    `leased` rows are in memory and stay there whatever this lookup does; the others share `room_bytes` of the arena.
+    """
 
     lookup: int
     in_memory: frozenset[RowKey]
     on_disk: frozenset[RowKey]
+    leased: frozenset[RowKey]
+    room_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,15 @@
       └────── everything is here, or nobody may be asked ────────────────────────────────▲
 
 *Getting* aims at an end segment and gets every row that it needs, from the arena, the disk and peers. Rows that turn
-out not to be had lower the aim; a stall, a spent budget or a full arena lower it to what needs no peer (*retreat*).
+out not to be had lower the aim, and so does an arena without room for more; a stall or a spent budget lower it to what
+needs no peer (*retreat*). Where nothing fits at all, the lookup lets go of everything and waits a moment for room.
 """
 
 from collections import deque
-from collections.abc import Callable
 from itertools import islice
 from typing import Literal
 
-from ..node.effects import AnswerPrefix, ChargePeer, Effect, FindProviders, FindRows, LoadRow
+from ..node.effects import AnswerPrefix, ChargePeer, Effect, FindProviders, FindRows, LoadRow, ReleaseRows
 from ..node.events import (
     ChunksVerified,
     HolderStalled,
@@ -36,7 +36,8 @@ from .cost_model import (
     search_budget_ms,
     worth_fetching,
 )
-from .plan import Row, needed, rows_of, usable_end
+from .plan import PrefixRows, Row
+from .room import AGAIN_MS, Room
 from .transfers import Transfers
 
 FetchMode = Literal["auto", "always", "never"]
@@ -78,13 +79,9 @@ class PrefixLookup:
         self._wanted = wanted
         self._mode = mode
         self._peers = peers if wanted.may_ask_peers and mode != "never" else ()
-        self._rows = rows_of(network, wanted.layout, wanted.segment_keys, wanted.start_token)
-        self._by_id = {row.id: row for row in self._rows.values()}
-        self._by_place: dict[tuple[int, int], list[Row]] = {}
-        for row in self._rows.values():
-            self._by_place.setdefault((row.segment, row.part), []).append(row)
-        self._end_max = max((row.segment + 1 for row in self._rows.values()), default=0)
-        self._phase: Literal["local", "searching", "getting"] = "local"
+        self._rows = PrefixRows(network, wanted.layout, wanted.segment_keys, wanted.start_token)
+        self._room = Room()
+        self._phase: Literal["local", "searching", "getting", "waiting"] = "local"
         self._started_ms = now_ms
         margin_ms = min(ANSWER_MARGIN_MS, wanted.deadline_ms // 10)
         self._deadline_ms = now_ms + wanted.deadline_ms - margin_ms
@@ -108,8 +105,8 @@ class PrefixLookup:
 
     def start(self, now_ms: int) -> list[Effect]:
         """The first effects."""
-        if self._rows:
-            self._effects.append(FindRows(self.lookup, tuple(self._rows)))
+        if self._rows.by_key:
+            self._effects.append(FindRows(self.lookup, tuple(self._rows.by_key)))
         else:
             self._answer(0, "nothing_beyond", now_ms)
         return self._take_effects()
@@ -133,6 +130,8 @@ class PrefixLookup:
         """When to call with Tick, if nothing else happens before."""
         if self.answered:
             return None
+        if self._phase == "waiting":
+            return min(self._deadline_ms, self._room.look_at_ms or self._deadline_ms)
         times = [self._deadline_ms]
         if self._orphans:
             times.append(self._search_ends_ms)
@@ -147,14 +146,14 @@ class PrefixLookup:
 
     def absent(self, event: RowsFound) -> set[RowKey]:
         """The rows that the lookup asked for and this node doesn't have."""
-        return self._rows.keys() - event.in_memory - event.on_disk
+        return self._rows.by_key.keys() - event.in_memory - event.on_disk
 
     # --- what happened --------------------------------------------------------------------------
 
     def _note(self, event: LookupEvent | Tick, now_ms: int) -> None:
         match event:
             case RowsFound():
-                if self._phase == "local":
+                if self._phase in ("local", "waiting"):
                     self._rows_found(event, now_ms)
             case ProviderAnswered():
                 self._silent.discard(event.peer)
@@ -166,7 +165,7 @@ class PrefixLookup:
             case Tick():
                 pass
             case _:
-                if self._phase == "getting":
+                if self._phase in ("getting", "waiting"):
                     self._note_transfer(event, now_ms)
 
     def _note_transfer(
@@ -181,9 +180,9 @@ class PrefixLookup:
             case ManifestRefused():
                 transfers.manifest_refused(event, now_ms)
             case RowReady():
-                self._row_ready(self._rows.get(event.row_key), now_ms)
+                self._row_ready(self._rows.by_key.get(event.row_key), now_ms)
             case _:
-                row = self._rows.get(event.row_key)
+                row = self._rows.by_key.get(event.row_key)
                 if row is None or row.state != "moving":
                     return
                 match event:
@@ -195,18 +194,28 @@ class PrefixLookup:
                         self._row_failed(row, event.reason, now_ms)
 
     def _rows_found(self, event: RowsFound, now_ms: int) -> None:
-        for key in event.on_disk | event.in_memory:
-            if key in self._rows:
-                self._rows[key].tier = "memory" if key in event.in_memory else "disk"
-        self._local_end = self._usable(lambda row: row.tier != "none")
-        if self._local_end < self._end_max:
+        self._room.found(event)
+        for key, row in self._rows.by_key.items():
+            if key in event.in_memory or key in event.on_disk:
+                row.tier = "memory" if key in event.in_memory else "disk"
+            elif row.tier != "network":
+                row.tier = "none"
+        if self._phase == "waiting":
+            self._phase = "getting"
+            self._transfers.forgive(AGAIN_MS)
+            self._aim_again(now_ms)
+            return
+        self._local_end = self._fitting()
+        if self._rows.usable(_is_to_be_had) < self._rows.end_max:
             self._search(now_ms)
         else:
             self._get_local("", now_ms)
 
     def _row_ready(self, row: Row | None, now_ms: int) -> None:
+        if row is not None and row.state == "idle":
+            self._release([row])  # it was under way when the aim was lowered
         if row is None or row.state in ("ready", "idle"):
-            return  # known already, or never asked for
+            return
         if row.state == "orphan":  # somebody delivered after all
             self._orphans.remove(row)
         row.state = "ready"
@@ -216,7 +225,9 @@ class PrefixLookup:
             self._transfers.finish(row, now_ms)
 
     def _row_failed(self, row: Row, reason: str, now_ms: int) -> None:
-        if row.tier != "network":
+        if reason == "arena_full":
+            self._make_do(row, now_ms)
+        elif row.tier != "network":
             self._loading.discard(row)
             self._lose([row], reason, now_ms)
         elif reason == "condemned":
@@ -235,7 +246,7 @@ class PrefixLookup:
             return
         budget_ms = SEARCH_MS_MAX
         if self._mode == "auto":
-            budget_ms = search_budget_ms(self._saves_ms(self._local_end, self._end_max))
+            budget_ms = search_budget_ms(self._saves_ms(self._local_end, self._rows.end_max))
         if budget_ms == 0:
             self._get_local("too_short", now_ms)
             return
@@ -250,20 +261,20 @@ class PrefixLookup:
         firsts = [self.layout.first_segment(part, start, self._local_end + 1) for part in range(len(self.layout.parts))]
         return {
             i: row
-            for i, row in self._by_id.items()
+            for i, row in self._rows.by_id.items()
             if row.tier in ("none", "network") and row.segment >= firsts[row.part]
         }
 
     def _choose(self, now_ms: int) -> None:
         """The search is over: aim at the longest prefix that the offers complete, if fetching it pays."""
-        for row in self._rows.values():
+        for row in self._rows.by_key.values():
             if row.tier == "none" and self._transfers.fetchable(row):
                 row.tier = "network"
-        end = self._usable(lambda row: row.tier != "none")
+        end = self._fitting()
         if end <= self._local_end:
             self._get_local("not_found" if not self._silent else "search_timeout", now_ms)
             return
-        remote = [row for row in self._needed(end) if row.tier == "network"]
+        remote = [row for row in self._rows.needed(end) if row.tier == "network"]
         saves_ms = self._saves_ms(self._local_end, end)
         spent_ms = now_ms - self._started_ms
         if self._mode == "auto" and not worth_fetching(
@@ -277,7 +288,7 @@ class PrefixLookup:
         if self._mode == "auto" and saves_ms:
             self._phase_ends_ms = self._started_ms + fetch_budget_ms(saves_ms)
         self._transfers.timeout_at_ms = min(self._deadline_ms, self._phase_ends_ms or self._deadline_ms)
-        self._aim(end, now_ms)
+        self._aim_again(now_ms)
 
     # --- getting --------------------------------------------------------------------------------
 
@@ -286,26 +297,65 @@ class PrefixLookup:
         self._not_fetched = not_fetched
         self._phase = "getting"
         self._phase_ends_ms = None
-        saves_ms = self._saves_ms(0, self._local_end)
+        for row in self._rows.by_key.values():
+            if row.tier == "network":
+                row.tier = "none"
+        saves_ms = self._saves_ms(0, self._rows.usable(_is_to_be_had))
         if self._mode == "auto" and saves_ms:
             self._phase_ends_ms = self._started_ms + max(fetch_budget_ms(saves_ms), LOAD_GRACE_MS)
-        self._aim(self._local_end, now_ms)
+        self._aim_again(now_ms)
 
-    def _aim(self, end: int, now_ms: int) -> None:
-        self._end = end
-        if end == 0:
-            self._answer(0, self._cause or self._not_fetched or "miss", now_ms)
-            return
-        rows = self._needed(end)
+    def _aim_again(self, now_ms: int) -> None:
+        """Aim at the longest prefix that is to be had and that there is room for."""
+        usable = self._rows.usable(_is_to_be_had)
+        self._end = self._fitting()
+        if self._end < usable:
+            self._cause = "arena_full"
+        rows = self._rows.needed(self._end)
         self._missing = {row for row in rows if row.state != "ready"}
-        self._queue = deque(row for row in rows if row.state == "idle")
+        # What is in memory is leased first: making room for the others must not take it.
+        idle = sorted((row for row in rows if row.state == "idle"), key=lambda row: row.tier != "memory")
+        self._queue = deque(idle)
+        if self._end == 0:
+            self._wait_or_give_up(usable, now_ms)
+
+    def _wait_or_give_up(self, usable: int, now_ms: int) -> None:
+        if usable and self._room.wait(now_ms, self._phase_ends_ms or self._deadline_ms):
+            self._phase = "waiting"
+            self._release_unneeded()
+        else:
+            self._answer(0, self._cause or self._not_fetched or "miss", now_ms)
+
+    def _make_do(self, row: Row, now_ms: int) -> None:
+        """There is no gap for the row: leases and fragments leave less room than was counted."""
+        self._drop(row)
+        self._room.shrink(row for row in self._rows.needed(self._end) if row.state in ("moving", "ready"))
+        self._aim_again(now_ms)
+        self._release_unneeded()
+
+    def _release_unneeded(self) -> None:
+        needed = set(self._rows.needed(self._end))
+        held = [row for row in self._rows.by_key.values() if row.state in ("moving", "ready") and row not in needed]
+        for row in held:
+            self._drop(row)
+        self._release(held)
+
+    def _drop(self, row: Row) -> None:
+        row.state = "idle"
+        self._loading.discard(row)
+        if row.tier == "network":
+            self._transfers.drop(row)
+
+    def _release(self, rows: list[Row]) -> None:
+        if rows:
+            self._effects.append(ReleaseRows(self.lookup, tuple(row.key for row in rows)))
 
     def _lose(self, rows: list[Row], cause: str, now_ms: int) -> None:
         """Rows can't be had: aim at what can be reached without them."""
         for row in rows:
             row.state = "lost"
         self._cause = cause
-        self._aim(self._usable(lambda row: row.tier != "none" and row.state != "lost"), now_ms)
+        self._aim_again(now_ms)
 
     def _retreat(self, cause: str, now_ms: int) -> None:
         """Give up fetching; use what is ready and what this node can still load within a moment."""
@@ -315,7 +365,7 @@ class PrefixLookup:
         self._fetching = False
         self._orphans.clear()
         self._phase_ends_ms = min(now_ms + LOAD_GRACE_MS, self._deadline_ms)
-        remote = [r for r in self._rows.values() if r.tier in ("none", "network") and r.state != "ready"]
+        remote = [r for r in self._rows.by_key.values() if r.tier in ("none", "network") and r.state != "ready"]
         self._lose(remote, cause, now_ms)
 
     def _advance(self, now_ms: int) -> None:
@@ -324,6 +374,9 @@ class PrefixLookup:
             over = self._phase_ends_ms is not None and now_ms >= self._phase_ends_ms
             if over or not self._silent or self._found_everything():
                 self._choose(now_ms)
+        if self._phase == "waiting" and self._room.look_at_ms is not None and now_ms >= self._room.look_at_ms:
+            self._room.look_at_ms = None
+            self._effects.append(FindRows(self.lookup, tuple(self._rows.by_key)))
         if self._phase == "getting" and not self.answered:
             self._check_limits(now_ms)
             self._get_more(now_ms)
@@ -387,11 +440,11 @@ class PrefixLookup:
         ahead = max(MOVING_ROWS_MAX, 2 * len(self.layout.parts) * self.layout.ranks)
         for row in list(islice(self._queue, ahead)):
             room = self._has_room(row)
-            if not room and row.announced:
+            if not room and row.announced and row.tier != "memory":
                 continue
             row.announced = True
             if row.tier != "network":
-                if room:
+                if room or row.tier == "memory":
                     self._queue.remove(row)
                     row.state = "moving"
                     self._loading.add(row)
@@ -410,12 +463,12 @@ class PrefixLookup:
     # --- answering ------------------------------------------------------------------------------
 
     def _answer_ready(self, cause: str, now_ms: int) -> None:
-        self._answer(self._usable(lambda row: row.state == "ready"), cause, now_ms)
+        self._answer(self._rows.usable(lambda row: row.state == "ready"), cause, now_ms)
 
     def _answer(self, end: int, reason: str, now_ms: int) -> None:
         assert not self.answered
         self._transfers.stop(now_ms)
-        rows = self._needed(end) if end else []
+        rows = self._rows.needed(end)
         tiers = {row.tier for row in rows}
         source: Literal["none", "memory", "disk", "network"] = "none"
         for tier in ("memory", "disk", "network"):
@@ -427,18 +480,12 @@ class PrefixLookup:
 
     # --- leaves ---------------------------------------------------------------------------------
 
-    def _needed(self, end: int) -> list[Row]:
-        places = needed(self.layout, self._wanted.start_token, end)
-        return [row for place in places for row in self._by_place[place]]
-
-    def _usable(self, has: Callable[[Row], bool]) -> int:
-        def present(segment: int, part: int) -> bool:
-            return all(has(row) for row in self._by_place[segment, part])
-
-        return usable_end(self.layout, self._wanted.start_token, self._end_max, present)
+    def _fitting(self) -> int:
+        return self._rows.usable(_is_to_be_had, self._room.cost, self._room.bytes)
 
     def _found_everything(self) -> bool:
-        return self._usable(lambda row: row.tier != "none" or self._transfers.fetchable(row)) == self._end_max
+        found = self._rows.usable(lambda row: row.tier != "none" or self._transfers.fetchable(row))
+        return found == self._rows.end_max
 
     def _saves_ms(self, from_end: int, to_end: int) -> int:
         """Prefill that segments [from_end, to_end) save; 0: unknown."""
@@ -450,3 +497,7 @@ class PrefixLookup:
         effects = list(self._effects)
         self._effects.clear()
         return effects
+
+
+def _is_to_be_had(row: Row) -> bool:
+    return row.tier != "none" and row.state != "lost"

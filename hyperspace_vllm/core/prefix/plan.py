@@ -50,14 +50,23 @@ def leading_rows(
         yield row_id(network, row_key(segment, part, 0))
 
 
-def usable_end(layout: Layout, start_token: int, end_max: int, present: Callable[[int, int], bool]) -> int:
+def usable_end(
+    layout: Layout,
+    start_token: int,
+    end_max: int,
+    present: Callable[[int, int], bool],
+    cost: Callable[[int, int], int] = lambda segment, part: 0,
+    room: int = 0,
+) -> int:
     """The most segments, up to `end_max`, after which the engine can continue; 0: none beyond `start_token`.
 
-    `present(segment, part)` says whether all ranks' rows are there. Full attention needs every segment from
-    `start_token` on, a sliding window only its tail, so that a longer prefix may be usable where a shorter isn't.
+    `present(segment, part)` says whether all ranks' rows are there, `cost(segment, part)` what they take of `room`.
+    Full attention needs every segment from `start_token` on, a sliding window only its tail, so that a longer prefix
+    may be usable where a shorter isn't.
     """
     first = start_token // layout.segment_tokens
     run_start = [first] * len(layout.parts)  # per part, where the run of present rows that ends at `end` starts
+    costs = [[0] for _ in layout.parts]  # per part, of the segments [first, first + i)
     best = 0
     for end in range(first + 1, end_max + 1):
         for part, spec in enumerate(layout.parts):
@@ -65,7 +74,10 @@ def usable_end(layout: Layout, start_token: int, end_max: int, present: Callable
                 if not spec.window_tokens:
                     return best
                 run_start[part] = end
-        if all(start <= layout.first_segment(p, start_token, end) for p, start in enumerate(run_start)):
+            costs[part].append(costs[part][-1] + cost(end - 1, part))
+        firsts = [layout.first_segment(part, start_token, end) for part in range(len(layout.parts))]
+        whole = all(start <= needed for start, needed in zip(run_start, firsts, strict=True))
+        if whole and sum(c[-1] - c[needed - first] for c, needed in zip(costs, firsts, strict=True)) <= room:
             best = end
     return best
 
@@ -77,6 +89,37 @@ def needed(layout: Layout, start_token: int, end: int) -> Iterator[tuple[int, in
         for part, first in enumerate(firsts):
             if segment >= first:
                 yield segment, part
+
+
+class PrefixRows:
+    """Every row that one lookup may need, by key, by id and by place."""
+
+    def __init__(
+        self, network: NetworkId, layout: Layout, segment_keys: Sequence[SegmentKey], start_token: int
+    ) -> None:
+        self._layout, self._start_token = layout, start_token
+        self.by_key = rows_of(network, layout, segment_keys, start_token)
+        self.by_id = {row.id: row for row in self.by_key.values()}
+        self._by_place: dict[tuple[int, int], list[Row]] = {}
+        for row in self.by_key.values():
+            self._by_place.setdefault((row.segment, row.part), []).append(row)
+        self.end_max = max((row.segment + 1 for row in self.by_key.values()), default=0)
+
+    def needed(self, end: int) -> list[Row]:
+        """The rows to continue after `end` segments, by segment; none for 0."""
+        places = needed(self._layout, self._start_token, end) if end else ()
+        return [row for place in places for row in self._by_place[place]]
+
+    def usable(self, has: Callable[[Row], bool], cost: Callable[[Row], int] = lambda row: 0, room: int = 0) -> int:
+        """The most segments after which the engine can continue with the rows that `has` and `room` admit."""
+        return usable_end(
+            self._layout,
+            self._start_token,
+            self.end_max,
+            lambda segment, part: all(map(has, self._by_place[segment, part])),
+            lambda segment, part: sum(map(cost, self._by_place[segment, part])),
+            room,
+        )
 
 
 def assign_columns(count: int, exclude: int, holders: Sequence[tuple[PeerId, int]]) -> dict[PeerId, int]:

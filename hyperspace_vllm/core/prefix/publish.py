@@ -1,7 +1,8 @@
 """From rows staged by workers to objects on disk: name, keep, group, encode.
 
 A row is staged before its segment has a name (the last token may lag a step) or after (workers and scheduler use
-different sockets), so either order joins. A named row is kept in the memory tier at once. A segment whose rows are all
+different sockets), so either order joins. A named row is kept in the memory tier at once, until it is stored or given
+up: an arena smaller than a prompt would otherwise lose its beginning before it is encoded. A segment whose rows are all
 here joins the groups of its request, one a part and rank, and a group becomes an object when it is full, its request is
 over, or nothing came for a moment. Everything is bounded; whatever doesn't fit stays in memory only, and is counted.
 """
@@ -10,7 +11,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ..node.effects import DropStaged, Effect, EncodeObject, KeepRow
+from ..node.effects import DropStaged, Effect, EncodeObject, KeepRow, UnpinRows
 from ..node.events import (
     ClientGone,
     ObjectEncoded,
@@ -26,7 +27,7 @@ from ..records.limits import LOOKUP_ROWS_MAX, OBJECT_ROWS_MAX
 
 STAGED_ROWS_MAX = 1024  # staged and unnamed, a client: as many as one grant of staging slabs
 SEGMENTS_MAX = 8192  # unfinished, a client: two of the longest prompts
-UNNAMED_MS = 30_000  # a name lags a few steps; what waits longer belongs to a request long gone
+UNNAMED_MS = 30_000  # a name, or another rank's row, lags a few steps; what waits longer waits in vain
 OVER_GRACE_MS = 1_000  # rows of a request that is over may still be on their way from its workers
 IDLE_MS = 100
 ENCODES_MAX = 2  # outstanding: one in the compute pool, one to follow
@@ -96,7 +97,8 @@ class Publisher:
                 for client, request_id in [k for k in self._requests if k[0] == event.client]:
                     self._end(client, request_id, "client_gone")
             case ObjectEncoded():
-                self._encoding.pop(event.object_id, None)
+                if (encoded := self._encoding.pop(event.object_id, None)) is not None:
+                    self._effects.append(UnpinRows(encoded[0].row_keys))
             case ObjectFailed():
                 self._give_up(self._encoding.pop(event.object_id, None), event.reason)
             case Tick():
@@ -224,8 +226,7 @@ class Publisher:
 
     def _give_up(self, encoding: tuple[EncodeObject, int] | None, reason: str) -> None:
         if encoding is not None:
-            self.skipped[reason] += len(encoding[0].row_keys)
-            self.forget(encoding[0].row_keys)
+            self._skip(encoding[0].row_keys, reason)
 
     def _start_encoding(self, now_ms: int) -> None:
         while self._queue and len(self._encoding) < ENCODES_MAX:
@@ -253,7 +254,8 @@ class Publisher:
 
     def _sweep_request(self, client: str, request: _Request, now_ms: int) -> None:
         self._flush(request, [at for at, g in request.groups.items() if now_ms >= g.last_ms + IDLE_MS])
-        waiting = [(number, s.first_ms + UNNAMED_MS) for number, s in request.segments.items() if s.staged]
+        unfinished = request.segments.items()
+        waiting = [(number, s.first_ms + UNNAMED_MS) for number, s in unfinished if s.staged or s.fresh]
         for number, due_ms in waiting:
             if now_ms >= due_ms:
                 self._remove_segment(client, request, number, "unnamed")
@@ -297,8 +299,13 @@ class Publisher:
         for staged in segment.staged.values():
             self._drop(staged, reason)
         if segment.fresh and segment.key is not None:
-            self.skipped["incomplete"] += len(segment.fresh)
-            self.forget(row_key(segment.key, *place) for place in segment.fresh)
+            self._skip(tuple(row_key(segment.key, *place) for place in sorted(segment.fresh)), "incomplete")
+
+    def _skip(self, rows: tuple[RowKey, ...], reason: str) -> None:
+        """Kept rows won't be encoded."""
+        self.skipped[reason] += len(rows)
+        self.forget(rows)
+        self._effects.append(UnpinRows(rows))
 
     def _drop(self, staged: int, reason: str) -> None:
         self._effects.append(DropStaged(staged, reason))

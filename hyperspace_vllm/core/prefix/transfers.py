@@ -134,6 +134,13 @@ class Transfers:
                     self._delivered(peer, missing * row.length // DATA_CHUNKS, now_ms)
                     break
 
+    def drop(self, row: Row) -> None:
+        """The row isn't wanted for now, and nothing of it was kept."""
+        self._moving.pop(row.id, None)
+        for source in self._offers.of(row):
+            source.asked.clear()
+            source.verified = 0
+
     def stop(self, now_ms: int) -> list[PeerId]:
         """End all fetching and feed the rates; returns who was asked FETCH_STALL_MS ago or more and still owes."""
         late = {peer for t in self._moving.values() for s in self._offers.of(t.row) for peer in s.asked}

@@ -21,9 +21,11 @@ from .limits import (
     RESPONSE_BYTES_MAX,
     ROW_BYTES_MAX,
     VRAM_SEGMENTS_MAX,
+    KiB,
 )
 
 LOCAL_PROTOCOL = 6
+PAGE_BYTES = 64 * KiB  # of the arena: a slab takes whole ones
 NAME_CHARS_MAX = 256
 PURGED_KEYS_MAX = 4096
 NO_ENGINE = bytes(16)
@@ -54,6 +56,11 @@ class Slab(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offset: U63
     length: Annotated[int, Meta(ge=1, le=ROW_BYTES_MAX)]
     generation: U63
+
+
+def pages_bytes(length: int) -> int:
+    """What a slab of `length` bytes takes from the arena."""
+    return -(-length // PAGE_BYTES) * PAGE_BYTES
 
 
 class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,0 +1,47 @@
+"""What of the arena one lookup may take: how much its rows cost, and how long it waits where none fits.
+
+Room is free, or held by rows that no lookup, encoder or worker has a lease on. A lookup takes it row by row, so that
+several at once share it; what it can't use it lets go of, and one that got nothing holds nothing while it waits.
+"""
+
+from collections.abc import Iterable
+
+from ..node.events import RowsFound
+from ..records.ids import RowKey
+from ..records.limits import FETCH_STALL_MS
+from ..records.local import pages_bytes
+from .plan import Row
+
+AGAIN_MS = 20  # between two looks for room: a lease on an answer lasts about as long as a copy
+WAIT_MS = FETCH_STALL_MS  # as long as for a peer that delivers nothing
+
+
+class Room:
+    """The room of one lookup, as the node last counted it."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.look_at_ms: int | None = None  # when to look again; None: not waiting, or already looking
+        self._leased: frozenset[RowKey] = frozenset()
+        self._until_ms: int | None = None
+
+    def found(self, event: RowsFound) -> None:
+        """The node has counted, while the lookup held nothing."""
+        self.bytes, self._leased = event.room_bytes, event.leased
+
+    def cost(self, row: Row) -> int:
+        """Bytes of the room that the row takes; none where others keep it in the arena anyway."""
+        return 0 if row.key in self._leased else pages_bytes(row.length)
+
+    def shrink(self, held: Iterable[Row]) -> None:
+        """There is no gap for one more row: what the lookup holds is all that it gets."""
+        self.bytes = sum(map(self.cost, held))
+
+    def wait(self, now_ms: int, until_ms: int) -> bool:
+        """Whether the lookup may look again in a moment: for WAIT_MS in all, and not beyond `until_ms`."""
+        if self._until_ms is None:
+            self._until_ms = min(now_ms + WAIT_MS, until_ms)
+        if now_ms >= self._until_ms:
+            return False
+        self.look_at_ms = min(now_ms + AGAIN_MS, self._until_ms)
+        return True

@@ -1,0 +1,94 @@
+"""Nodes whose arena holds less than a prompt: real arena, disk, sealing, coding and bulk transport."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from hyperspace_vllm.core.records.ids import row_key
+from hyperspace_vllm.core.records.layout import Layout, Part
+from hyperspace_vllm.core.records.limits import MiB
+from hyperspace_vllm.core.records.manifest import digest_blob
+from hyperspace_vllm.daemon.identity import Identity
+from tests.nodes import SharedPool, TestNode, keys, peer_of, until
+
+pytestmark = pytest.mark.io
+
+ROW_BYTES = 512 * 1024
+LAYOUT = Layout(bytes(32), 256, (Part(0, ROW_BYTES),), 1)
+WINDOWED = Layout(bytes(32), 256, (Part(0, ROW_BYTES), Part(512, ROW_BYTES)), 1)
+ARENA_BYTES = 8 * MiB  # a header of one page and 15 rows
+KEYS = keys("long", 31)
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[SharedPool]:
+    shared = SharedPool()
+    await shared.commit(digest_blob(bytes(64 * 32), 1))  # its process has started
+    yield shared
+    await shared.end()
+
+
+async def stored(node: TestNode, layout: Layout = LAYOUT, step: int = 3) -> None:
+    """The prompt is computed, a few segments a step, and lies on the node's disk."""
+    per_segment = len(layout.parts)
+    for first in range(0, len(KEYS), step):
+        node.stage(KEYS[first : first + step], layout)
+        await until(lambda: not node.node.publisher.waiting_rows)
+    await until(lambda: node.store.rows == len(KEYS) * per_segment)
+
+
+async def test_the_beginning_of_a_prompt_longer_than_the_arena_is_served(tmp_path: Path, pool: SharedPool) -> None:
+    node = TestNode(tmp_path, arena_bytes=ARENA_BYTES, compute=pool)
+    await stored(node)
+    await node.look_up(KEYS[:15], LAYOUT)
+    node.release()
+    slabs = []  # of a worker, which take the place of row 0 and others; it keeps one
+    while row_key(KEYS[0], 0, 0) in node.cache:
+        slabs.append(node.cache.allocate(ROW_BYTES))
+    for slab in slabs[1:]:
+        assert slab is not None
+        node.cache.free(slab)
+    for source in ("disk", "memory"):
+        answer = await node.look_up(KEYS, LAYOUT)
+        assert (answer.end_segment, answer.source, answer.reason) == (14, source, "arena_full")
+        assert node.rows_are_right(answer, KEYS)
+        node.release()
+    assert node.failures()["arena_full"] == 2
+    await node.close()
+
+
+async def test_a_window_leaves_more_of_a_small_arena_to_full_attention(tmp_path: Path, pool: SharedPool) -> None:
+    node = TestNode(tmp_path, arena_bytes=ARENA_BYTES, compute=pool)
+    await stored(node, WINDOWED)
+    answer = await node.look_up(KEYS, WINDOWED)
+    assert (answer.end_segment, len(answer.rows)) == (13, 15)
+    assert node.rows_are_right(answer, KEYS)
+    node.release()
+    await node.close()
+
+
+async def test_a_peer_fills_a_small_arena_as_far_as_it_goes(tmp_path: Path, pool: SharedPool) -> None:
+    identity = Identity.load(tmp_path / "small")
+    large = TestNode(tmp_path / "large", (peer_of(identity),), compute=pool)
+    small = TestNode(tmp_path / "small", (large.address,), arena_bytes=ARENA_BYTES, compute=pool)
+    await stored(large, step=len(KEYS))
+    await until(lambda: small.transport.is_connected(large.identity.peer_id))
+    answer = await small.look_up(KEYS, LAYOUT)
+    assert (answer.end_segment, answer.source, answer.reason) == (15, "network", "arena_full"), small.failures()
+    assert small.rows_are_right(answer, KEYS)
+    small.release()
+    await small.close()
+    await large.close()
+
+
+async def test_rows_are_stored_however_much_is_written_after_them(tmp_path: Path, pool: SharedPool) -> None:
+    node = TestNode(tmp_path, arena_bytes=ARENA_BYTES, compute=pool)
+    node.stage(KEYS[:7], LAYOUT)
+    while node.cache.allocate(ROW_BYTES) is not None:
+        pass  # another engine's rows
+    await until(lambda: not node.node.publisher.waiting_rows)
+    await until(lambda: node.store.rows == 7)
+    assert "evicted" not in node.failures()
+    assert node.cache.allocate(ROW_BYTES) is not None  # nothing stays for longer
+    await node.close()
