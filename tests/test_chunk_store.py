@@ -20,6 +20,7 @@ from hyperspace_vllm.daemon.object_codec import (
     good_chunks,
     new_nonce,
     open_row,
+    sign_anew,
     sign_record,
 )
 
@@ -214,3 +215,32 @@ def test_objects_of_producers_that_are_trusted_no_longer_are_forgotten_for_good(
     store.forget_others(lambda kept: False)
     assert not store.holds(row_id(record, 0))
     assert not ChunkStore(tmp_path, 8 * MiB).holds(row_id(record, 0))
+
+
+def test_an_object_signed_anew_keeps_its_chunks_and_forgets_its_old_name(store: ChunkStore, tmp_path: Path) -> None:
+    old, rows = store_object(store, "a", shareable=False)
+    other, _ = store_object(store, "b")
+    used = store.used_bytes
+    assert store.dated_after(-1) == [old, other]
+    new = sign_anew(old, SIGNING_KEY, 7)
+    assert store.replace(old.digest, new)
+    for each in (store, ChunkStore(tmp_path, 8 * MiB)):
+        assert each.used_bytes == used
+        assert each.record(old.digest) is None
+        assert each.record(new.digest) == new
+        assert each.record(new.digest, for_peer=True) is None
+        assert [load(each, new, row) for row in (0, 1)] == rows
+        assert each.dated_after(6) == [new]
+        assert each.dated_after(7) == []
+    assert not store.replace(old.digest, new)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_an_object_whose_new_signature_finds_no_disk_is_gone_as_a_whole(store: ChunkStore, tmp_path: Path) -> None:
+    old, _ = store_object(store, "a")
+    new = sign_anew(old, SIGNING_KEY, 7)
+    (tmp_path / f"{new.digest.hex()}.meta").mkdir()  # a file can't take its place
+    with pytest.raises(Refused):
+        store.replace(old.digest, new)
+    assert store.rows == store.used_bytes == 0
+    assert not list(tmp_path.glob("*.obj"))

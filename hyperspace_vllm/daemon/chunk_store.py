@@ -108,6 +108,7 @@ class ChunkStore:
         self._places: dict[RowId, dict[ManifestDigest, int]] = {}
         self._reserved_bytes = 0
         self._used_bytes = 0
+        self._latest_ms = 0  # no manifest here is of a later date
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._read_index()
 
@@ -162,6 +163,15 @@ class ChunkStore:
                 if entry.shareable
             ]
         return [(record, rows) for record, rows in held if rows]
+
+    def dated_after(self, at_ms: int) -> list[ObjectRecord]:
+        """Objects whose manifests were signed after `at_ms`; cheap where there are none, as usual."""
+        if self._latest_ms <= at_ms:
+            return []
+        with self._lock:
+            records = [entry.record for entry in self._objects.values()]
+            self._latest_ms = max((record.manifest.created_at_ms for record in records), default=0)
+        return [record for record in records if record.manifest.created_at_ms > at_ms]
 
     @property
     def used_bytes(self) -> int:
@@ -231,6 +241,25 @@ class ChunkStore:
                 self.discard(record.digest)
                 raise
             self._index(entry)
+
+    def replace(self, digest: ManifestDigest, record: ObjectRecord) -> bool:
+        """Keep an object's chunks under another manifest of the same content; False if it has gone."""
+        with self._writing:
+            entry = self._objects.get(digest)
+            if entry is None:
+                return False
+            signed = _Entry(record, entry.shareable, entry.columns)
+            try:
+                with _disk_errors():
+                    self._object_path(digest).rename(self._object_path(record.digest))
+                self._write_sidecar(signed)
+            except Refused:
+                self.discard(record.digest)
+                raise
+            finally:
+                self.discard(digest)
+            self._index(signed)
+            return True
 
     def put_columns(self, record: ObjectRecord, row: int, chunks: Mapping[int, memoryview]) -> None:
         """Keep verified chunks of a fetched row under its producer's manifest; a restart keeps what was flushed."""
@@ -320,6 +349,7 @@ class ChunkStore:
             digest = entry.record.digest
             self._objects[digest] = entry
             self._used_bytes += entry.bytes_held
+            self._latest_ms = max(self._latest_ms, entry.record.manifest.created_at_ms)
             for row, described in enumerate(entry.record.manifest.rows):
                 if entry.columns[row]:
                     self._places.setdefault(described.row_id, {})[digest] = row

@@ -69,6 +69,7 @@ from .row_cache import UNSTORED, RowCache
 
 log = logging.getLogger(__name__)
 
+SIGN_ANEW_S = 1.0
 CLOSE_S = 5.0  # for what is being written
 VERIFIED_BY = {"none": "", "memory": "memory", "disk": "blake3", "network": "ed25519+kzg+blake3"}
 
@@ -115,6 +116,7 @@ class Driver:
         self._handling = False
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
+        self._signing = self._loop.call_soon(self._sign_anew)
         self._unanswered: dict[int, float] = {}  # lookup -> when it began
         self._failures: dict[int, Counter[str]] = {}  # lookup -> what went wrong on its way
         self._tasks: dict[int, set[asyncio.Task[None]]] = {}  # by lookup, except those of the assembly
@@ -170,6 +172,7 @@ class Driver:
             self._end_lookup(lookup)
         if self._timer:
             self._timer.cancel()
+        self._signing.cancel()
         if self._background:
             _, late = await asyncio.wait(self._background, timeout=CLOSE_S)
             for task in late:
@@ -461,3 +464,17 @@ class Driver:
                 self._report_stored(record, tuple(range(len(record.manifest.rows))))
 
         self._spawn(encode(), ObjectFailed(effect.object_id, "bug"))
+
+    def _sign_anew(self) -> None:
+        """The clock may have been set back, or was ahead when an earlier run signed: see to it once a second."""
+
+        async def sign() -> None:
+            try:
+                for record in await self._encoder.sign_anew():
+                    self._report_stored(record, tuple(range(len(record.manifest.rows))))
+            except Refused as refused:
+                self._metrics.failures_total.labels("l2", refused.reason).inc()
+            if not self._closed:
+                self._signing = self._loop.call_later(SIGN_ANEW_S, self._sign_anew)
+
+        self._spawn(sign(), None)

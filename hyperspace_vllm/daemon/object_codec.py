@@ -7,7 +7,7 @@ length: padding is *not* sealed, so that every node pads the same way without kn
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import blake3
 from nacl.signing import SigningKey
@@ -72,6 +72,12 @@ def sign_record(
     producer = key.verify_key.encode()
     manifest = Manifest(network, fingerprint, chunk_bytes, nonce, commitment, producer, now_ms, entries).sign(key)
     return ObjectRecord(manifest.digest, manifest.encode(), manifest, digests, proof)
+
+
+def sign_anew(record: ObjectRecord, key: SigningKey, now_ms: int) -> ObjectRecord:
+    """The same object under a manifest of another date, and so of another digest; `key` is its producer's."""
+    manifest = replace(record.manifest, created_at_ms=now_ms).sign(key)
+    return replace(record, digest=manifest.digest, raw=manifest.encode(), manifest=manifest)
 
 
 def new_nonce() -> bytes:

@@ -11,6 +11,7 @@ from ..core.node.effects import EncodeObject
 from ..core.node.events import Event, ObjectEncoded, ObjectFailed
 from ..core.records.errors import Refused
 from ..core.records.ids import NetworkId, RowKey, row_id
+from ..core.records.limits import CLOCK_SKEW_MS
 from ..core.records.local import Slab
 from ..core.records.manifest import chunk_bytes_for, digest_blob
 from ..core.records.sealing import seal_key
@@ -18,7 +19,7 @@ from .chunk_store import ChunkStore
 from .compute_pool import ComputePool
 from .identity import Identity
 from .metrics import Metrics
-from .object_codec import ObjectRecord, encode_row, new_nonce, sign_record
+from .object_codec import ObjectRecord, encode_row, new_nonce, sign_anew, sign_record
 from .row_cache import RowCache
 
 
@@ -62,6 +63,17 @@ class ObjectEncoder:
         finally:
             self._cache.end_leases(("encode", effect.object_id))
         return ObjectEncoded(effect.object_id, record.digest)
+
+    async def sign_anew(self) -> list[ObjectRecord]:
+        """Date objects of this node anew that were signed while its clock was ahead: nobody else would believe them."""
+        now_ms = time.time_ns() // 1_000_000
+        signed = []
+        for record in self._store.dated_after(now_ms + CLOCK_SKEW_MS):
+            if record.manifest.producer == self._identity.public_key:
+                new = sign_anew(record, self._identity.signing_key, now_ms)
+                if await self._compute.run_in_background(self._store.replace, record.digest, new):
+                    signed.append(new)
+        return signed
 
     async def _encode(self, effect: EncodeObject, slabs: list[Slab]) -> ObjectRecord:
         compute, chunk_bytes, nonce = self._compute, chunk_bytes_for(effect.length), new_nonce()

@@ -348,9 +348,11 @@ class SchedulerSide:
             if end_segment <= tracked.done_segments or planned == STEP_SAVES_MAX:
                 continue
             tables = block_tables(output, request_id)
+            if tables is None:
+                continue
             # What this step has no place for is saved by the request's next ones: its blocks are held until it ends.
             while tracked.done_segments < end_segment and planned < STEP_SAVES_MAX:
-                save = self._save(tracked, tracked.done_segments, tables) if tables is not None else None
+                save = self._save(tracked, tracked.done_segments, tables)
                 tracked.done_segments += 1
                 if save is not None:
                     planned += 1
