@@ -93,6 +93,13 @@ class NodeClient:
             return self._current().epoch
 
     @property
+    def arena_bytes(self) -> int:
+        """Size of the node's arena; 0 before the first session."""
+        with self._lock:
+            seen = self._current().last_welcome
+            return seen.arena_bytes if seen else 0
+
+    @property
     def peer_id(self) -> str:
         """The node's peer id; '' before the first session."""
         with self._lock:

@@ -99,7 +99,10 @@ class Config:
     )
     network_deadline_ms: int = _setting(300, "Longest wait of a request for a response of another node, ms.", 60_000)
     arena_bytes: int = _setting(
-        GiB, "Shared memory for KV rows; at most half of what is free in /dev/shm is taken.", at_least=MiB
+        0,
+        "Shared memory for KV rows, 0: four of the model's longest prompts, at most an eighth of the memory. At most "
+        "half of what is free in /dev/shm is taken.",
+        at_least=MiB,
     )
     disk_bytes: int = _setting(20 * GiB, "Quota of the chunk store on disk.")
     response_bytes: int = _setting(GiB, "Quota of the response store on disk.")
@@ -233,7 +236,7 @@ class Setting:
             if value not in self.choices:
                 yield "one of " + ", ".join(self.choices)
         elif self.kind is int:
-            if type(value) is not int or not self.at_least <= value <= self.at_most:
+            if type(value) is not int or not (self.at_least <= value <= self.at_most or value == self.default):
                 yield f"a whole number from {self.at_least} to {self.at_most}"
         elif self.kind is float:
             if type(value) is not float or not self.at_least <= value <= self.at_most:

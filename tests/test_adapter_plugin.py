@@ -14,8 +14,11 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from hyperspace_vllm import arena_size
 from hyperspace_vllm.api.middleware import ResponseCacheMiddleware
-from hyperspace_vllm.vllm_adapter import plugin
+from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.records.limits import MiB
+from hyperspace_vllm.vllm_adapter import inherited, plugin
 
 TINY = Path(__file__).parents[1] / ".models" / "tiny"
 
@@ -101,6 +104,22 @@ def test_several_keys_make_unsigned_requests_private(locked_directory: Path, own
     assert os.environ["_HYPERSPACE_MANY_TENANTS"] == "0"
     application(locked_directory, "k2")
     assert os.environ["_HYPERSPACE_MANY_TENANTS"] == "1"
+
+
+@pytest.mark.parametrize("setting", [None, "3MiB"])
+def test_a_server_starts_its_node_with_an_arena_for_its_prompts_unless_a_setting_says_its_size(
+    own_environ: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None
+) -> None:
+    started: list[Config] = []
+    monkeypatch.setattr(inherited, "start_node", started.append)
+    monkeypatch.setattr(arena_size, "LEAST_BYTES", 0)
+    extra = {"data_dir": str(tmp_path)} | ({"arena_bytes": setting} if setting else {})
+    transfer = {"kv_connector": "hyperspace", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    engine = AsyncEngineArgs.from_cli_args(parse("--kv-transfer-config", json.dumps(transfer))).create_engine_config()
+    model, hf = engine.model_config, engine.model_config.hf_text_config
+    token_bytes = 2 * hf.num_hidden_layers * hf.num_key_value_heads * hf.head_dim * model.dtype.itemsize
+    expected = 3 * MiB if setting else max(4 * token_bytes * model.max_model_len, MiB)
+    assert [config.arena_bytes for config in started] == [expected]
 
 
 def test_wrong_settings_are_named_and_vllm_serves_without_us(

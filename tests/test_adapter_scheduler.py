@@ -53,6 +53,7 @@ class NodePeer:
     connected: bool = True
     accepting: bool = True
     epoch: int = 1
+    arena_bytes: int = 1 << 40
 
     def send(self, message: ClientMessage) -> bool:
         if self.connected and self.accepting:

@@ -216,9 +216,10 @@ class Reported:
 
     node: NodePeer = field(default_factory=NodePeer)
     cache: Cache = field(default_factory=Cache)
+    prompt_tokens_max: int = 1000
 
     def __post_init__(self) -> None:
-        self.report = EngineReport(self.node, lambda: ENGINE, 4, self.cache.cached)  # type: ignore[arg-type]
+        self.report = EngineReport(self.node, lambda: ENGINE, 4, self.prompt_tokens_max, self.cache.cached)  # type: ignore[arg-type]
 
     def told(self) -> list[object]:
         """What the node heard of the next report."""
@@ -261,3 +262,19 @@ def test_a_new_session_hears_everything_and_a_full_queue_loses_nothing() -> None
     (message,) = engine.told()
     assert isinstance(message, PrefixesInMemory)
     assert set(message.gone) == set(keys_of(r))
+
+
+def test_a_session_warns_of_an_arena_that_one_prompt_overflows(caplog: pytest.LogCaptureFixture) -> None:
+    page = 64 * 1024
+    engine = Reported(prompt_tokens_max=1050)  # four segments: four pages of full attention, two of the window's tail
+    for arena_pages, segments, warned in ((6, 4, False), (3, 1, True), (0, 0, True)):
+        engine.node.arena_bytes = arena_pages * page
+        engine.node.epoch += 1
+        caplog.clear()
+        engine.report.report()
+        engine.report.report()
+        assert len(caplog.records) == warned
+        if warned:
+            assert f"holds {segments * 256} tokens" in caplog.text
+            assert "1050" in caplog.text
+            assert "arena_bytes to 1 MiB" in caplog.text

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import arena_size
 from ..config import Config
 from ..core.node.events import Event
 from ..core.records.ids import PeerId, network_id
@@ -125,8 +126,9 @@ class _Node:
         with needed(key, f"let this user alone read {key}, or delete it to become a new node"):
             self._identity = Identity.load(config.data_dir)
         self._metrics = Metrics()
+        size = config.arena_bytes or arena_size.arena_bytes(None, arena_size.memory_bytes())
         with needed("arena_bytes", "make room in /dev/shm (docker run --shm-size) or in the data directory"):
-            arena = Arena.create(config.data_dir, config.arena_bytes)
+            arena = Arena.create(config.data_dir, size)
         parts.callback(arena.close)
         self._cache = RowCache(arena)
         self._joined = Network(config, self._identity, self._metrics)

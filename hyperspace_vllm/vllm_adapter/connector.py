@@ -132,7 +132,8 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
             self._cached = self._scheduler.watch(gpu_block_pool)
         requests_at_once = self._vllm_config.scheduler_config.max_num_seqs
         scheduler = self._scheduler
-        self._report = EngineReport(self._client, lambda: scheduler.engine, requests_at_once, self._cached)
+        longest = self._vllm_config.model_config.max_model_len
+        self._report = EngineReport(self._client, lambda: scheduler.engine, requests_at_once, longest, self._cached)
         self._report.start()
 
     def on_new_request(self, request: Request) -> None:

@@ -1,17 +1,25 @@
 """Tells the node once a second how loaded the engine is, and which segments came into its KV cache and left it.
 
+And says so, once a session, when the node's arena is too small for one of the engine's longest prompts.
+
 A thread of its own, because an engine without requests takes no steps: what changed in its last one must go out too.
 """
 
+import logging
 import threading
 from collections.abc import Callable
 
 from vllm.v1.request import Request
 
 from ..client import NodeClient
+from ..core.prefix.plan import segments_that_fit
 from ..core.records.ids import SegmentKey
+from ..core.records.layout import Layout
+from ..core.records.limits import MiB
 from ..core.records.local import PrefixesInMemory, RegisterLayout
 from .cached_segments import CachedSegments
+
+logger = logging.getLogger("vllm.hyperspace")
 
 REPORT_S = 1.0
 LOAD_PERMILLE_MAX = (1 << 16) - 1
@@ -25,8 +33,10 @@ class EngineReport:
         client: NodeClient,
         engine: Callable[[], RegisterLayout | None],
         requests_at_once: int,
+        prompt_tokens_max: int,
         cached: CachedSegments | None,
     ) -> None:
+        self._prompt_tokens_max = prompt_tokens_max
         self._client, self._engine, self._requests_at_once, self._cached = client, engine, requests_at_once, cached
         self._requests: set[str] = set()  # that run or wait
         self._told: frozenset[SegmentKey] = frozenset()
@@ -74,8 +84,22 @@ class EngineReport:
             engine = self._engine()
             if engine is None or not self._client.send(engine):
                 return False
+            self._check_arena(engine.layout)
             self._epoch, self._told, self._told_load = epoch, frozenset(), -1
         return True
+
+    def _check_arena(self, layout: Layout) -> None:
+        segments = self._prompt_tokens_max // layout.segment_tokens
+        fits, whole_bytes = segments_that_fit(layout, segments, self._client.arena_bytes)
+        if fits < segments:
+            logger.warning(
+                "hyperspace: the node's arena of %d MiB holds %d tokens of this model's KV, less than a prompt of %d "
+                "(max_model_len): the end of longer ones is computed every time. Set arena_bytes to %d MiB or more.",
+                self._client.arena_bytes // MiB,
+                fits * layout.segment_tokens,
+                self._prompt_tokens_max,
+                -(-2 * whole_bytes // MiB),  # half of an arena is for what is being written
+            )
 
     def _run(self) -> None:
         while not self._over.wait(REPORT_S):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
@@ -107,6 +108,15 @@ def plan_kv(config: VllmConfig, kv_cache: KVCacheConfig) -> KVPlan:
         if plan.row_bytes(number) > ROW_BYTES_MAX:
             raise Refused("row_bytes", f"a row of {plan.row_bytes(number)} bytes, at most {ROW_BYTES_MAX}")
     return plan
+
+
+def estimate_prompt_bytes(config: VllmConfig) -> int:
+    """KV of a prompt of max_model_len on all ranks, as if all layers kept all of it: an estimate before vLLM plans."""
+    model, parallel = config.model_config, config.parallel_config
+    value = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model).itemsize
+    heads = model.get_num_kv_heads(parallel) * parallel.tensor_parallel_size
+    layer_bytes = (1 if model.use_mla else 2) * heads * model.get_head_size() * value
+    return int(model.get_num_layers(parallel) * layer_bytes * model.max_model_len)
 
 
 def window_of(spec: KVCacheSpec) -> int:

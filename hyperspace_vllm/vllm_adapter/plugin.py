@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from multiprocessing import parent_process
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,7 @@ class _Server:
             before_load(engine)
             if envs.VLLM_USE_RUST_FRONTEND and self.config.response_cache:
                 logger.warning("hyperspace: the response cache (L1) is off: vLLM's Rust frontend runs no middleware")
-            hand_down(self.config, len(self._tenant_keys()) > 1)
+            hand_down(_sized(self.config, engine), len(self._tenant_keys()) > 1)
 
     def add_middleware(self, app: Any) -> None:
         """The response cache, inside everything that vLLM and the operator put around the application."""
@@ -168,3 +168,18 @@ class _Server:
         keys = tuple(dict.fromkeys(key for key in getattr(self.args, "api_key", None) or () if key))
         shared = self.config is not None and self.config.tenants == "shared"
         return () if shared else keys
+
+
+def _sized(config: "Config", engine: "VllmConfig") -> "Config":
+    """The settings of the node that is to be started: its arena fits the model, unless a setting says its size."""
+    from ..arena_size import arena_bytes, memory_bytes
+    from .kv_layout import estimate_prompt_bytes
+
+    if config.arena_bytes:
+        return config
+    try:
+        size = arena_bytes(estimate_prompt_bytes(engine), memory_bytes())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a cache dtype or an architecture of its own
+        logger.debug("hyperspace: the arena isn't sized by the model: %s", error)
+        return config
+    return replace(config, arena_bytes=size)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..records.ids import NetworkId, PeerId, RowId, RowKey, SegmentKey, row_id, row_key
 from ..records.layout import Layout
 from ..records.limits import LOOKUP_ROWS_MAX, TOTAL_CHUNKS
+from ..records.local import pages_bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +37,16 @@ def rows_of(
                 key = row_key(segment_keys[segment], number, rank)
                 rows[key] = Row(segment, number, rank, key, row_id(network, key), part.row_bytes)
     return rows
+
+
+def segments_that_fit(layout: Layout, segments: int, room: int) -> tuple[int, int]:
+    """How many of a prompt's first `segments` an arena of `room` bytes holds, and the bytes that all of them take."""
+
+    def cost(segment: int, part: int) -> int:
+        return layout.ranks * pages_bytes(layout.parts[part].row_bytes)
+
+    fits = usable_end(layout, 0, segments, lambda segment, part: True, cost, room)
+    return fits, sum(cost(*place) for place in needed(layout, 0, segments))
 
 
 def leading_rows(
