@@ -102,6 +102,7 @@ class _Probe:
         self.client = self.scheduler.connector._client
         self.counts: dict[str, dict[str, int]] = {}
         self.preemptions = 0
+        self.loads: list[str | None] = []  # why each load failed, None where it didn't, since `kill_after_promise`
         preempt = self.scheduler._preempt_request
         self.scheduler._preempt_request = lambda *a, **k: self._preempted() or preempt(*a, **k)
         if self.side is not None:
@@ -167,7 +168,9 @@ class _Probe:
         """Kill the node between the next promise of a load and the load itself."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        step, worker = self.side.step, get_kv_transfer_group()._client
+        step, worker = self.side.step, get_kv_transfer_group()
+        settle = worker._worker._settle
+        worker._worker._settle = lambda *result: self.loads.append(result[1]) or settle(*result)
 
         def step_and_kill(output: Any) -> Any:
             metadata = step(output)
@@ -175,7 +178,7 @@ class _Probe:
                 self.side.step = step
                 os.kill(pid, signal.SIGKILL)
                 deadline = time.monotonic() + 20
-                while worker.connected and time.monotonic() < deadline:
+                while worker._client.connected and time.monotonic() < deadline:
                     time.sleep(0.01)
             return metadata
 
@@ -189,6 +192,7 @@ class _Probe:
             "connected": connected,
             "counts": self.counts,
             "preemptions": self.preemptions,
+            "loads": self.loads,
             "last_miss": self.misses[-1] if self.side is not None and self.misses else None,
         }
 
