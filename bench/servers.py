@@ -94,7 +94,7 @@ class Completion:
 
 
 class Server:
-    """A running `vllm serve MODEL [--kv-connector hyperspace]`; use as a context manager."""
+    """A running `vllm serve MODEL [--kv-connector hyperspace]`, or `program`; use as a context manager."""
 
     def __init__(
         self,
@@ -103,6 +103,7 @@ class Server:
         data_dir: Path,
         *,
         connector: bool = True,
+        program: Sequence[str] | None = None,
         arguments: Sequence[str] = (),
         environment: dict[str, str] | None = None,
     ) -> None:
@@ -113,7 +114,7 @@ class Server:
         self.log_path = data_dir / "vllm.log"
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         command = [
-            str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--host", "127.0.0.1",
+            *(program or (str(Path(sys.executable).parent / "vllm"), "serve", str(model))), "--host", "127.0.0.1",
             "--port", str(self.port), "--served-model-name", "demo", "--enforce-eager",
             "--max-model-len", "8192", "--max-num-seqs", "16", "--enable-prompt-tokens-details",
             "--dtype", dtype("pool" if "pooling" in arguments else "generate"),

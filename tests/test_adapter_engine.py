@@ -164,6 +164,24 @@ def _reconnected(engine: SteppedEngine, node: Node) -> bool:
     return bool(engine.ask("state")["connected"])
 
 
+def test_an_error_of_ours_while_a_prefix_is_loaded_costs_a_miss_and_switches_both_halves_off(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    running = SteppedEngine(MODELS / "tiny", {"data_dir": str(tmp_path), "fetch": "always"})
+    try:
+        first, second = prompt(1000, seed=1), prompt(1000, seed=2)
+        expected = [running.generate(each)["tokens"] for each in (first, second)]
+        until(lambda: node.rows() >= 6, "staging")
+        running.ask("reset", connector=False)
+        running.ask("spoil", method="_load")
+        for number, each in enumerate((first, second)):
+            answer = running.generate(each)
+            assert (answer["tokens"], answer["cached"]) == (expected[number], [0])
+            assert not running.ask("state")["on"]
+    finally:
+        running.close()
+        node.close()
+
+
 def test_the_record_says_what_is_in_memory_and_no_more_what_was_evicted_or_reset(tmp_path: Path) -> None:
     node = Node(tmp_path)
     # Nine blocks of 128 tokens besides the null block: a second prompt pushes out the end of the first.

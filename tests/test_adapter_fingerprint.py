@@ -137,8 +137,8 @@ def test_engines_whose_kv_we_cant_carry_are_named(part: str, change: dict[str, o
         (False, ("public", ""), None, ("public", "")),
         (False, ("network", "t1"), "pepper", ("private", "t1")),
         (False, None, "pepper", ("private", "")),
-        (True, "forged", None, ("private", "")),
-        (False, "forged", None, ("network", "")),
+        (True, "forged", None, ("private", "unverified t9")),
+        (False, "forged", None, ("private", "unverified t9")),
     ],
 )
 def test_a_scope_counts_when_this_server_signed_it(

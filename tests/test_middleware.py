@@ -22,6 +22,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hyperspace_vllm.api import coalesce
+from hyperspace_vllm.api.middleware import response_cache
+from hyperspace_vllm.api.options import ResponseCacheOptions
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX, RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import decode_proof
@@ -334,6 +336,49 @@ async def test_an_error_of_ours_is_a_bypass(
         answer = await bench.ask(CHAT | asked_as)
         assert answer.status_code == 200
         assert answer.headers["cache-status"] == "hyperspace; fwd=bypass; detail=error"
+
+
+@pytest.mark.parametrize("asked_as", [{}, STREAM])
+@pytest.mark.parametrize(
+    "broken", ["middleware.parse_request", "middleware.header", "exchange.tenant_of", "exchange.storage_scope"]
+)
+async def test_an_error_before_the_way_is_known_leaves_the_request_to_the_application(
+    bench: Bench, asked_as: dict[str, Any], broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"hyperspace_vllm.api.{broken}", lambda *_: 1 / 0)
+    answer = await bench.ask(CHAT | asked_as)
+    assert answer.status_code == 200
+    assert "cache-status" not in answer.headers
+    assert json.loads(bench.upstream.bodies[0]) == CHAT | asked_as
+
+
+async def test_a_scope_that_cant_be_signed_is_no_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperspace_vllm.api.exchange.rewritten", lambda *_, **__: 1 / 0)
+    for _ in range(2):
+        answer = await bench.ask(CHAT)
+        assert answer.status_code == 200
+        assert answer.headers["cache-status"] == "hyperspace; fwd=bypass; detail=error"
+
+
+@pytest.mark.parametrize("broken", ["CompletionCollector.feed", "CompletionCollector.result"])
+async def test_a_collector_that_raises_breaks_no_stream(
+    bench: Bench, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = CHAT | STREAM | USAGE
+    expected = await bench.ask(body, cache_control="no-store")
+    monkeypatch.setattr(f"hyperspace_vllm.api.collect.{broken}", lambda *_: 1 / 0)
+    for _ in range(2):
+        answer = await bench.ask(body)
+        assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
+        assert len(data_of(answer)) == len(data_of(expected))
+
+
+def test_a_cache_that_cant_be_made_leaves_the_application_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def application(*_: object) -> None: ...
+
+    monkeypatch.setattr("hyperspace_vllm.api.middleware.l1_metrics", lambda: 1 / 0)
+    options = ResponseCacheOptions(None, lambda: None, None)  # type: ignore[arg-type]
+    assert response_cache(application, options) is application
 
 
 async def test_without_a_node_bodies_pass_unchanged_and_nothing_claims_to_be_stored(bench: Bench) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..contained import report_error
 from ..core.records.limits import (
     FLIGHT_BYTES_MAX,
     FLIGHT_WINDOW_BYTES,
@@ -218,12 +219,22 @@ class Flight:
         *frames, self._partial = (self._partial + body).split(b"\n\n")
         for frame in frames:
             whole = frame + b"\n\n"
-            self._append(Piece(whole, self.collector.feed(whole) if self.collector else "other"))
+            self._append(Piece(whole, self._kind(whole)))
         if self._partial and (last or len(self._partial) > FLIGHT_BYTES_MAX):
             self._append(Piece(self._partial))
-            if self.collector is not None:
-                self.collector.feed(self._partial)
+            self._kind(self._partial)
             self._partial = b""
+
+    def _kind(self, frame: bytes) -> FrameKind:
+        """Shows a frame to the collector, which must not break the stream: without it nothing is stored."""
+        if self.collector is None:
+            return "other"
+        try:
+            return self.collector.feed(frame)
+        except Exception:
+            report_error("a collector of frames")
+            self.collector = None
+            return "other"
 
     def _append(self, piece: Piece) -> None:
         self._log.append(piece)

@@ -2,12 +2,12 @@
 
 import asyncio
 import json
-import logging
 import random
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..contained import contained, report_error
 from ..core.records.ids import RequestKey
 from ..core.records.local import PurgeResponses, Question, RememberQuestion, ResponseFound, StoreResponse
 from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
@@ -32,8 +32,6 @@ from .streams import collector
 
 if TYPE_CHECKING:
     from .middleware import ResponseCacheMiddleware
-
-logger = logging.getLogger(__name__)
 
 _COMMIT_LOOKS, _COMMIT_LOOK_S = 20, 0.005  # the node commits within milliseconds, or is busy
 Names = tuple[bytes, bytes | None, str]
@@ -99,7 +97,7 @@ class Exchange:
         except Exception:
             if self._committed:
                 raise
-            logger.exception("a request passes by the response cache: please report it")
+            report_error("the response cache: a request passes by it")
             await self.bypass("bypass", "error")
 
     async def _choose(self) -> None:
@@ -252,6 +250,7 @@ class Exchange:
             return None
         return self.cache.node.start(key, digest, deadline_s)
 
+    @contained()
     def _answer_found(self, key: RequestKey, usage: bool, found: ResponseFound) -> StoredAnswer | None:
         """The answer from what another node had, if it is sound and fresh enough."""
         now_ms = self.options.clock()
@@ -301,10 +300,14 @@ class Exchange:
 
     async def bypass(self, why: str, reason: str) -> None:
         """Have vLLM answer, told of the scope and nothing else."""
-        body = rewritten(self.raw, self.body, self.signed_scope(), add_usage=False)
+        body = self._signed_body()
         request = replayed([{"type": "http.request", "body": body, "more_body": False}], self.receive)
         send = self.cache.passing(self.send, why, reason)
         await self.app(with_content_length(self.scope, len(body)), request, send)
+
+    @contained(lambda self: self.raw)
+    def _signed_body(self) -> bytes:
+        return rewritten(self.raw, self.body, self.signed_scope(), add_usage=False)
 
     def signed_scope(self) -> dict[str, str] | None:
         """The scope for the connector, unless it is the default. An unknown tenant gets none, hence nothing shared."""
@@ -364,12 +367,13 @@ class Exchange:
         lookup: Pending | None,
         leased: bool = False,
     ) -> None:
+        # Whatever may raise comes before the flight is open: one that never starts would hold up who joins it.
         taking = collector(self.endpoint) if storing else None
+        adds_usage = asks_usage and not self.wants_usage
+        body = rewritten(self.raw, self.body, self.signed_scope(), adds_usage)
         flight = Flight(taking) if shared is None else self.cache.flights.open(shared, taking)
         if storing:
             flight.on_end = partial(self._ended, key, flight, leased)
-        adds_usage = asks_usage and not self.wants_usage
-        body = rewritten(self.raw, self.body, self.signed_scope(), adds_usage)
         leader = Relay(flight.join(), self.send, forward_status(why, stored=storing), adds_usage)
         race = None if lookup is None else self._race(key, why, flight, lookup, asks_usage)
         app = partial(self._leased, key, why, flight, race) if leased else race or self.app
@@ -434,6 +438,7 @@ class Exchange:
             await asyncio.sleep(_COMMIT_LOOK_S)
         return None
 
+    @contained()
     def _ended(self, key: RequestKey, flight: Flight, leased: bool) -> None:
         try:
             if not flight.from_cache:

@@ -14,8 +14,11 @@ that may be joined, the database reader, and what is on its way to the node (ans
 """
 
 import json
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
+from ..contained import contained, report_error
 from ..core.response.request_fields import ENDPOINTS, Endpoint
 from ..core.response.request_key import Uncacheable, parse_request
 from .audits import Audits
@@ -28,6 +31,8 @@ from .metrics import l1_metrics
 from .node_lookup import NodeLookup
 from .options import ResponseCacheOptions
 from .request_body import read_body, read_rest, replayed
+
+Answer = Callable[[], Awaitable[None]]
 
 
 class ResponseCacheMiddleware:
@@ -46,25 +51,40 @@ class ResponseCacheMiddleware:
         self.metrics = l1_metrics()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request (ASGI 3)."""
+        """One request (ASGI 3). An error of ours before its way is known leaves it to the application."""
         endpoint = _endpoint(scope)
         if endpoint is None:
             return await self.app(scope, receive, send)
-        raw, too_large = await read_body(receive), False
+        heard: list[Message] = []
+
+        async def hear() -> Message:
+            heard.append(await receive())
+            return heard[-1]
+
+        try:
+            answer = await self._way(endpoint, scope, receive, hear, send)
+        except Exception:
+            report_error("the response cache")
+            answer = partial(self.app, scope, replayed(heard, receive), send)
+        return await answer()
+
+    async def _way(self, endpoint: Endpoint, scope: Scope, receive: Receive, hear: Receive, send: Send) -> Answer:
+        """How a request will be answered. `hear` is `receive`, remembered."""
+        raw, too_large = await read_body(hear), False
         if isinstance(raw, list) and _stays_here(scope):
-            raw, too_large = await read_rest(raw, receive), True
+            raw, too_large = await read_rest(raw, hear), True
         if isinstance(raw, list):
-            return await self._untouched(scope, replayed(raw, receive), send, "too_large")
+            return partial(self._untouched, scope, replayed(raw, receive), send, "too_large")
         request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
         if (header(scope["headers"], b"content-type") or "").split(";")[0].strip().lower() != "application/json":
-            return await self._untouched(scope, request, send, "not_json")
+            return partial(self._untouched, scope, request, send, "not_json")
         body = Uncacheable("too_large") if too_large else parse_request(raw)
         if not isinstance(body, Uncacheable):
-            return await Exchange(self, endpoint, raw, body, scope, receive, send).run()
+            return Exchange(self, endpoint, raw, body, scope, receive, send).run
         if (lenient := _as_vllm_reads(raw)) is None:
-            return await self._untouched(scope, request, send, body.reason)
+            return partial(self._untouched, scope, request, send, body.reason)
         # It has no key, but the connector must hear all the same how far its KV may travel.
-        return await Exchange(self, endpoint, raw, lenient, scope, receive, send).bypass("bypass", body.reason)
+        return partial(Exchange(self, endpoint, raw, lenient, scope, receive, send).bypass, "bypass", body.reason)
 
     async def _untouched(self, scope: Scope, receive: Receive, send: Send, reason: str) -> None:
         await self.app(scope, receive, self.passing(send, "bypass", reason))
@@ -75,6 +95,12 @@ class ResponseCacheMiddleware:
             return send
         self.metrics.lookups.labels("bypass", reason).inc()
         return _adding_status(send, forward_status(why, detail=reason))
+
+
+@contained(lambda app, options: app)
+def response_cache(app: App, options: ResponseCacheOptions) -> App:
+    """The middleware around `app`, or `app` alone if it can't be made."""
+    return ResponseCacheMiddleware(app, options)
 
 
 def _endpoint(scope: Scope) -> Endpoint | None:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 import weakref
 from argparse import Namespace
 from collections.abc import Callable
@@ -15,20 +16,27 @@ if TYPE_CHECKING:
 
     from .weights_epoch import WeightsWatch
 
+from ..contained import contained
+
 CONNECTOR = "hyperspace"
+CONNECTOR_CLASS = "HyperspaceConnector"
+CONNECTOR_NAMES = (CONNECTOR, CONNECTOR_CLASS)
+MULTI_CONNECTOR = "MultiConnector"
 _MARK = "_hyperspace"
 _WATCHES, _LOADERS = "_hyperspace_watches", "_hyperspace_loaders"
 
 
-def register_connector(module: str, class_name: str) -> None:
-    """Name our connector to vLLM. `register_connector` raises for a known name, and plugins may load twice.
+def register_connector() -> None:
+    """Name our connector to vLLM, by the name of its class too, which MultiConnector looks for with its statistics.
 
-    vLLM 0.9 to 0.32 (2026-09). A public interface but for `_registry`; can go when registering twice is allowed.
+    vLLM 0.9 to 0.32 (2026-09). A public interface but for `_registry`: `register_connector` raises for a known name,
+    and plugins may load twice. Can go when registering twice is allowed.
     """
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    if CONNECTOR not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(CONNECTOR, module, class_name)
+    for name in CONNECTOR_NAMES:
+        if name not in KVConnectorFactory._registry:
+            KVConnectorFactory.register_connector(name, "hyperspace_vllm.vllm_adapter.entry", CONNECTOR_CLASS)
 
 
 def add_connector_flag(engine_args: "type[EngineArgs]", on_args: Callable[[Namespace], None]) -> None:
@@ -45,18 +53,13 @@ def add_connector_flag(engine_args: "type[EngineArgs]", on_args: Callable[[Names
     @functools.wraps(add_cli_args)
     def with_flag(parser: Any) -> Any:
         parser = add_cli_args(parser)
-        if "--kv-connector" not in parser._option_string_actions:
-            parser.add_argument(
-                "--kv-connector",
-                default=None,
-                metavar="NAME",
-                help="KV connector for loading and saving, e.g. hyperspace; short for --kv-transfer-config.",
-            )
+        _add_flag(parser)
         return parser
 
     @functools.wraps(from_cli_args)
     def with_transfer_config(cls: Any, args: Namespace) -> Any:
-        args.kv_transfer_config = _transfer_config(args)
+        if getattr(args, "kv_connector", None) is not None:
+            args.kv_transfer_config = _transfer_config(args.kv_connector, getattr(args, "kv_transfer_config", None))
         on_args(args)
         return from_cli_args(cls, args)
 
@@ -64,12 +67,20 @@ def add_connector_flag(engine_args: "type[EngineArgs]", on_args: Callable[[Names
     engine_args.from_cli_args = cast(Any, classmethod(with_transfer_config))
 
 
-def _transfer_config(args: Namespace) -> Any:
+@contained()
+def _add_flag(parser: Any) -> None:
+    if "--kv-connector" not in parser._option_string_actions:
+        parser.add_argument(
+            "--kv-connector",
+            default=None,
+            metavar="NAME",
+            help="KV connector for loading and saving, e.g. hyperspace; short for --kv-transfer-config.",
+        )
+
+
+def _transfer_config(name: str, given: Any) -> Any:
     from vllm.config import KVTransferConfig
 
-    name, given = getattr(args, "kv_connector", None), args.kv_transfer_config
-    if name is None:
-        return given
     if given is None:
         policy: Literal["recompute", "fail"] = "recompute" if name == CONNECTOR else "fail"
         return KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_load_failure_policy=policy)
@@ -140,17 +151,22 @@ def event_number(block_hash: bytes) -> int:
     return int.from_bytes(block_hash, "big") & ((1 << 64) - 1)
 
 
-def innermost_middleware(add: Callable[[Any], None]) -> None:
+def innermost_middleware(add: Callable[[Any], None]) -> bool:
     """`add(app)` after vLLM has added its own middleware; append to `app.user_middleware` there (last = innermost).
+
+    False, with nothing done, in a process that doesn't serve HTTP: an API server has loaded its application's module
+    before it configures an engine, and nothing else needs it.
 
     vLLM 0.32 (2026-09): its --middleware list is outermost, outside authentication. `build_app` calls the function by
     the name it imported, so that is what we replace. Can go when vLLM lets plugins add middleware inside its own.
     """
+    if "vllm.entrypoints.launchers.app" not in sys.modules:
+        return False
     from vllm.entrypoints.launchers import app as launcher
 
     initialise = launcher.init_entrypoints_middleware
     if _marked(initialise):
-        return
+        return True
     if list(inspect.signature(initialise).parameters)[:2] != ["args", "app"]:
         raise AttributeError(f"init_entrypoints_middleware{inspect.signature(initialise)}")
 
@@ -161,6 +177,7 @@ def innermost_middleware(add: Callable[[Any], None]) -> None:
         return result
 
     launcher.init_entrypoints_middleware = _mark(initialise_and_add)
+    return True
 
 
 def watch_engine(watch: "WeightsWatch", load_adapter: Callable[[int, str], None]) -> None:
@@ -184,7 +201,7 @@ def watch_engine(watch: "WeightsWatch", load_adapter: Callable[[int, str], None]
             return add_lora(self, lora_request)
 
         EngineCore.add_lora = load_and_add
-    loaders[watch] = load_adapter
+    loaders[watch] = contained()(load_adapter)
 
 
 def watch_client(watch: "WeightsWatch") -> None:
@@ -246,11 +263,12 @@ def notice_aborts(note: Callable[[], None]) -> bool:
     if raise_if_error is None or envs.VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT:  # its context doesn't ask
         return False
     if not _marked(raise_if_error):
+        note_safely = contained()(note)
 
         @functools.wraps(raise_if_error)
         def note_and_raise(self: Any, finish_reason: str | None, *rest: Any) -> None:
             if finish_reason == "abort":
-                note()
+                note_safely()
             raise_if_error(self, finish_reason, *rest)
 
         OpenAIServingResponses._raise_if_error = _mark(note_and_raise)

@@ -2,12 +2,16 @@
 
 Context: vLLM builds the connector with a config and hopes for the best; whatever raises here stops the engine. Choice:
 anything that L2 can't do (a layout it can't carry, weights it can't identify, settings that are wrong) turns it off
-with one line, and both halves answer "nothing" from then on. Cost: a misconfigured server serves, uncached.
+with one line, and both halves answer "nothing" from then on; so does any error of ours. What a half that is off still
+owes is kept here, outside of the halves: vLLM waits for every promised load until every rank has reported it, once.
+Cost: a misconfigured server serves, uncached.
 """
 
+import inspect
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +19,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -31,6 +36,7 @@ from vllm.v1.request import Request
 
 from ..client import NodeClient
 from ..config import Config, ConfigError, load_config
+from ..contained import contained
 from ..core.records.errors import Refused
 from ..core.response.scope import DEFAULT_SCOPE, RequestScope, verify_scope
 from . import compat
@@ -38,10 +44,10 @@ from .adapters import Adapters
 from .cached_segments import CachedSegments
 from .engine_report import EngineReport
 from .fingerprint import kv_fingerprint
-from .inherited import Inherited, ensure_node
+from .inherited import Inherited, ensure_node, handed_down
 from .kv_layout import plan_kv
 from .loaded_files import LoadedFiles
-from .metadata import IDLE, StepMetadata
+from .metadata import IDLE, PrefixLoad, StepMetadata, WorkerOff
 from .older_vllm import CacheHitSource, ConnectorBase, KVConnectorTransferResults
 from .scheduler_side import SchedulerSide
 from .stats import HyperspacePromMetrics, HyperspaceStats
@@ -56,7 +62,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.hyperspace")
 
+_NO_PLUGIN = (
+    "hyperspace: the response cache (L1) is off, and KV stays on this node: the process that configured this engine "
+    "has not loaded the plugin (VLLM_PLUGINS, if it is set, must name hyperspace)"
+)
 
+
+def _all_contained(connector: type) -> type:
+    """Decorates the connector: where a method raises, the half switches off, and answers as one that is off."""
+
+    def answer_off(entry: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(self: "HyperspaceConnector", *args: Any, **kwargs: Any) -> Any:
+            self._switch_off()
+            return entry(self, *args, **kwargs)
+
+        return answer
+
+    for name, entry in vars(connector).copy().items():
+        if inspect.isfunction(entry) and not name.startswith("_"):
+            setattr(connector, name, contained(answer_off(entry))(entry))
+    return connector
+
+
+@_all_contained
 class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # vLLM is untyped for us
     """Loads and saves prompt prefixes through the host's Hyperspace node."""
 
@@ -68,15 +96,23 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         self._report: EngineReport | None = None
         self._cached: CachedSegments | None = None
         self._watch: WeightsWatch | None = None  # vLLM's engine has a weak reference to it
+        self._owed: dict[str, PrefixLoad] = {}  # promised in this step, without the rows
+        self._unreported: set[str] = set()  # loads that this worker has been told of
         if role == KVConnectorRole.SCHEDULER:
             # vLLM's default fails the request; the scheduler reads this after building us, whoever set it.
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
+        self._build(vllm_config, role)
+
+    @contained(lambda self, *_: self._switch_off())
+    def _build(self, vllm_config: VllmConfig, role: KVConnectorRole) -> None:
         try:
             config = load_config(extra=self._kv_transfer_config.kv_connector_extra_config)
             if not config.kv_cache:
                 raise Refused("off", "kv_cache is false")
             _check_supported(vllm_config)
             if role == KVConnectorRole.SCHEDULER:
+                if not handed_down():
+                    logger.warning(_NO_PLUGIN)
                 self._scheduler = self._build_scheduler(config)
             else:
                 self._worker = self._build_worker(config)
@@ -149,8 +185,10 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
 
     def update_state_after_alloc(self, request: Request, blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         """See SchedulerSide.allocated."""
+        tables = tuple(map(tuple, blocks.get_block_ids())) if num_external_tokens else ()
+        if num_external_tokens:
+            self._owed[request.request_id] = PrefixLoad(request.request_id, 0, num_external_tokens, tables, ())
         if self._scheduler is not None:
-            tables = tuple(map(tuple, blocks.get_block_ids())) if num_external_tokens else ()
             self._scheduler.allocated(request, tables, num_external_tokens)
 
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
@@ -158,13 +196,21 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         return self._scheduler.hit_sources(request, num_external_tokens) if self._scheduler is not None else {}
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """This step's loads and saves."""
-        return self._scheduler.step(scheduler_output) if self._scheduler is not None else IDLE
+        """This step's loads and saves; a load that was promised and got lost fails."""
+        metadata = self._scheduler.step(scheduler_output) if self._scheduler is not None else IDLE
+        owed, self._owed = self._owed, {}
+        if lost := owed.keys() - metadata.promised:
+            metadata = replace(metadata, loads=(*metadata.loads, *(owed[request_id] for request_id in lost)))
+        return metadata
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Loads that all ranks have reported."""
-        if self._scheduler is not None:
-            self._scheduler.received(connector_output)
+        if self._scheduler is None:
+            return
+        self._scheduler.received(connector_output)
+        if isinstance(connector_output.kv_connector_worker_meta, WorkerOff):
+            logger.warning("hyperspace: KV sharing (L2) is off: a worker can't load")
+            self._switch_off()
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
@@ -185,6 +231,7 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         self._forget()
         return True
 
+    @contained(lambda self: self._switch_off())
     def _forget(self) -> None:
         if self._scheduler is not None:
             self._scheduler.reset()
@@ -198,21 +245,29 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
         """Runs after the forward of the step: our loads are for requests that aren't in it."""
-        if self._worker is not None:
-            self._worker.load(self._step_metadata())
+        metadata = self._connector_metadata
+        if isinstance(metadata, StepMetadata):
+            self._unreported |= metadata.promised
+            if self._worker is not None:
+                self._worker.load(metadata)
 
     def wait_for_save(self) -> None:
         """The only thing a step waits for: gathering the segments that it filled."""
-        if self._worker is not None:
-            self._worker.save(self._step_metadata())
+        if self._worker is not None and isinstance(self._connector_metadata, StepMetadata):
+            self._worker.save(self._connector_metadata)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Every promised receive, once. Sends are never promised."""
         if self._worker is not None:
-            return self._worker.transfer_results()
-        loads = self._step_metadata().loads if self._role == KVConnectorRole.WORKER else ()
-        promised = {load.request_id for load in loads}  # a scheduler that is on while this worker is off
-        return KVConnectorTransferResults(finished_recving=promised, failed_recving=set(promised))
+            results = self._worker.transfer_results()
+        else:
+            results = KVConnectorTransferResults(set(), set(self._unreported), set(self._unreported))
+        self._unreported -= results.finished_recving
+        return results
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """Whether this worker is off, for the scheduler's half to make no more promises."""
+        return WorkerOff() if self._worker is None or self._worker.is_off else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: no request runs before its load has been reported."""
@@ -224,10 +279,6 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Nothing to hurry: a save has left its blocks when the step returns."""
-
-    def _step_metadata(self) -> StepMetadata:
-        metadata = self._connector_metadata
-        return metadata if isinstance(metadata, StepMetadata) else IDLE
 
     # --- both ------------------------------------------------------------------------------------
 
@@ -241,11 +292,13 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         return self._worker.stats.take() if self._worker is not None else None
 
     @classmethod
+    @contained()
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
         """What arrived from another process."""
         return HyperspaceStats(data=data or {})
 
     @classmethod
+    @contained()
     def build_prom_metrics(
         cls,
         vllm_config: VllmConfig,
@@ -254,16 +307,25 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KVConnectorPromMetrics:
         """Our metrics on vLLM's /metrics."""
+        compat.register_connector()  # without the plugin MultiConnector would not find the statistics' class
         return HyperspacePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         """Goodbye to the node: it frees what this process leased."""
-        if self._worker is not None:
-            self._worker.close()
-        if self._report is not None:
-            self._report.close()
-        if self._client is not None:
-            self._client.close()
+        self._switch_off()
+
+    def _switch_off(self) -> None:
+        """Answer "nothing" from now on. A worker's copies end first: what fails is given to other requests."""
+        parts = (self._worker, self._report, self._client)
+        self._scheduler = self._worker = self._report = self._cached = self._client = None
+        for part in parts:
+            if part is not None:
+                _close(part)
+
+
+@contained()
+def _close(part: WorkerSide | EngineReport | NodeClient) -> None:
+    part.close()
 
 
 def _check_supported(config: VllmConfig) -> None:
@@ -289,11 +351,19 @@ def _client_name(config: VllmConfig) -> str:
 def _scope_reader(inherited: Inherited) -> Callable[[Request], RequestScope]:
     def scope_of(request: Request) -> RequestScope:
         signed = (request.kv_transfer_params or {}).get("hyperspace")
-        scope = verify_scope(inherited.secret, signed, request.cache_salt) if signed is not None else None
-        if scope is None:
+        if signed is None:
             scope = RequestScope("private", "") if inherited.many_tenants else DEFAULT_SCOPE
+        else:
+            scope = verify_scope(inherited.secret, signed, request.cache_salt) or _unverified(signed)
         if request.cache_salt:
             return RequestScope("private", scope.tenant)
         return scope
 
     return scope_of
+
+
+def _unverified(signed: object) -> RequestScope:
+    """Of a scope that another process tree has signed (an API server on another host), or a client made up: whose it is
+    keeps it apart from the other tenants', and from what is verified.
+    """
+    return RequestScope("private", f"unverified {signed.get('tenant') if isinstance(signed, dict) else ''}")

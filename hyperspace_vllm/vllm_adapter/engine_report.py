@@ -12,6 +12,7 @@ from collections.abc import Callable
 from vllm.v1.request import Request
 
 from ..client import NodeClient
+from ..contained import contained
 from ..core.prefix.plan import segments_that_fit
 from ..core.records.ids import SegmentKey
 from ..core.records.layout import Layout
@@ -102,5 +103,6 @@ class EngineReport:
             )
 
     def _run(self) -> None:
+        report = contained()(self.report)
         while not self._over.wait(REPORT_S):
-            self.report()
+            report()

@@ -59,3 +59,4 @@ def _connector() -> type:
 
 
 HyperspaceConnector = _connector()
+hyperspace = HyperspaceConnector  # what kv_connector_module_path looks up, with this module and our short name

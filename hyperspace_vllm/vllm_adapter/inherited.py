@@ -1,4 +1,5 @@
-"""What the main process hands down to the processes it starts: the one channel that reaches all of them is environ.
+"""What the process that configures an engine hands down to the processes of it: the one channel that reaches all of
+them is environ.
 
 The names start with an underscore, because HYPERSPACE_* are settings, and unknown ones are warned of.
 """
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..client import start_node
-from ..config import Config
+from ..config import ENVIRONMENT_PREFIX, Config
 from ..core.records.errors import Refused
 from .weights_epoch import WeightsEpoch, shared_epoch
 
@@ -20,6 +21,7 @@ _SECRET = "_HYPERSPACE_PROCESS_SECRET"
 _MANY_TENANTS = "_HYPERSPACE_MANY_TENANTS"
 _NODE = "_HYPERSPACE_NODE_STARTED"
 _EPOCH = "_HYPERSPACE_EPOCH_FILE"
+_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"  # names what vLLM gives to the workers that Ray starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,18 @@ class Inherited:
         return cls(secret, os.environ.get(_MANY_TENANTS) != "0")
 
 
+def handed_down() -> bool:
+    """Whether this process, or one above it, has handed down."""
+    return _MANY_TENANTS in os.environ
+
+
 def hand_down(config: Config, many_tenants: bool) -> None:
-    """In the main process, before it starts others: the secret, and a node (a second one finds the lock taken)."""
+    """Before the engine's processes start: the secret, and a node (a second one finds the lock taken)."""
     os.environ[_MANY_TENANTS] = "1" if many_tenants else "0"
     Inherited.read()
+    # Neither the secret nor URLs, which may hold passwords: workers need none of them.
+    ours = {name for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX) and "://" not in value}
+    os.environ[_RAY_COPIES] = ",".join(sorted({*filter(None, os.environ.get(_RAY_COPIES, "").split(",")), *ours}))
     os.environ[_NODE] = str(config.data_dir)
     start_node(config)
     try:
@@ -64,6 +74,6 @@ def server_epoch() -> WeightsEpoch:
 
 
 def ensure_node(config: Config) -> None:
-    """Start the data directory's node, unless the main process of this tree did."""
+    """Start the data directory's node, unless a process above this one did."""
     if os.environ.get(_NODE) != str(config.data_dir):
         start_node(config)

@@ -1,8 +1,8 @@
-"""What the scheduler's half of the connector tells the workers' halves, once a step."""
+"""What the scheduler's half of the connector and the workers' halves tell each other, once a step."""
 
 from dataclasses import dataclass
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from ..core.records.local import LoadedRow, RegisterLayout
 
@@ -13,7 +13,8 @@ BlockTables = tuple[tuple[int, ...], ...]  # block ids by KV cache group; 0 is v
 class PrefixLoad:
     """Copy `rows` into the blocks of tokens [start_token, end_token); both are multiples of every block size.
 
-    `blocks` are the request's whole block tables. Every rank reports the request exactly once.
+    `blocks` are the request's whole block tables. Every rank reports the request exactly once; without `rows`, as
+    failed.
     """
 
     request_id: str
@@ -47,5 +48,19 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untype
     loads: tuple[PrefixLoad, ...] = ()
     saves: tuple[SegmentSave, ...] = ()
 
+    @property
+    def promised(self) -> set[str]:
+        """The requests that every rank has to report, once."""
+        return {load.request_id for load in self.loads}
+
 
 IDLE = StepMetadata()  # one object for all steps without work
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOff(KVConnectorWorkerMetadata):  # type: ignore[misc]  # vLLM is untyped for us
+    """At least one rank neither loads nor saves any more, so every promise of a load would fail."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """One is enough."""
+        return self

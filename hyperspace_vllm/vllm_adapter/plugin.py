@@ -8,11 +8,13 @@ import os
 import socket
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from multiprocessing import parent_process
 from typing import TYPE_CHECKING, Any
 
+from ..contained import contained
 from . import compat
 
 if TYPE_CHECKING:
@@ -29,10 +31,11 @@ logger = logging.getLogger("vllm.hyperspace")
 _BENDING = frozenset(("repetition_penalty", "frequency_penalty", "presence_penalty"))
 
 
+@contained()
 def register() -> None:
     """Add the connector and, where command lines are parsed or engines configured, our hooks."""
     try:
-        compat.register_connector("hyperspace_vllm.vllm_adapter.entry", "HyperspaceConnector")
+        compat.register_connector()
         # Engine and worker processes don't parse arguments, and needn't import what does.
         if parent_process() is None or "vllm.engine.arg_utils" in sys.modules:
             from vllm.engine.arg_utils import EngineArgs
@@ -46,55 +49,72 @@ def register() -> None:
 
 @dataclass(slots=True)
 class _Server:
-    """What one process learns about the server that it is part of, from its arguments to its application."""
+    """What one process learns about the server that it is part of, from its arguments to its application.
+
+    API servers that vLLM spawns have read their arguments before they load plugins: `args` is None there.
+    """
 
     args: Namespace | None = None
     engine: "VllmConfig | None" = None
     config: "Config | None" = None
     watch: "WeightsWatch | None" = None  # vLLM's engine client has a weak reference to it
 
+    @contained()
     def on_args(self, args: Namespace) -> None:
-        """Arguments were parsed: from here on an API server may be built."""
+        """Arguments were parsed."""
         self.args = args
-        transfer = args.kv_transfer_config
-        if transfer is not None and transfer.kv_connector == compat.CONNECTOR:
-            try:
-                compat.innermost_middleware(self.add_middleware)
-            except (ImportError, AttributeError) as error:
-                logger.error("hyperspace: the response cache (L1) is off, this vLLM isn't as expected: %s", error)
 
+    @contained()
     def on_config(self, engine: "VllmConfig") -> None:
-        """An engine was configured and will be started."""
+        """An engine was configured and will be started, or is the one that this API server talks to."""
         from vllm import envs
 
         from ..config import ConfigError, load_config
-        from .inherited import hand_down
+        from .inherited import Inherited, hand_down, handed_down
         from .loaded_files import before_load
 
         self.engine = self.config = None
         transfer = engine.kv_transfer_config
-        if transfer is None or transfer.kv_connector != compat.CONNECTOR:
+        if transfer is None or (settings := _our_settings(transfer)) is None:
             return
+        if transfer.kv_connector == compat.MULTI_CONNECTOR and transfer.kv_load_failure_policy != "recompute":
+            logger.info("hyperspace: prefixes that can't be loaded are computed, those of the other connectors too")
         transfer.kv_load_failure_policy = "recompute"  # a cache failure is a miss, never an error to the user
         self.engine = engine
         try:
-            self.config = load_config(extra=transfer.kv_connector_extra_config)
+            self.config = load_config(extra=settings)
         except ConfigError as error:
             logger.error("hyperspace: off, because of its settings: %s", error)
             return
         if self.config.kv_cache and self.config.p2p_listen and self.config.share != "private":
             compat.switch_kv_events_on(engine)  # for the digest of prefixes in memory that others may see
-        if parent_process() is None:
-            before_load(engine)
-            if envs.VLLM_USE_RUST_FRONTEND and self.config.response_cache:
-                logger.warning("hyperspace: the response cache (L1) is off: vLLM's Rust frontend runs no middleware")
-            hand_down(_sized(self.config, engine), len(self._tenant_keys()) > 1)
+        serves = self._expect_application()
+        spawned_by_one = parent_process() is not None and handed_down()
+        if spawned_by_one and serves:
+            return  # one of several API servers: it was handed down what they share, and the engine loads already
+        before_load(engine)
+        if envs.VLLM_USE_RUST_FRONTEND and self.config.response_cache:
+            logger.warning("hyperspace: the response cache (L1) is off: vLLM's Rust frontend runs no middleware")
+        headless = bool(getattr(self.args, "headless", False))
+        if headless:
+            logger.warning("hyperspace: KV of this engine stays on this host: it can't check what the head signs")
+        many = len(self._tenant_keys(self.args)) > 1 or (spawned_by_one and Inherited.read().many_tenants)
+        hand_down(_sized(self.config, engine), many or headless or (serves and self.args is None))
 
+    def _expect_application(self) -> bool:
+        """Whether this process serves HTTP; the application that it builds gets the response cache."""
+        try:
+            return compat.innermost_middleware(self.add_middleware)
+        except (ImportError, AttributeError) as error:
+            logger.error("hyperspace: the response cache (L1) is off, this vLLM isn't as expected: %s", error)
+            return True
+
+    @contained()
     def add_middleware(self, app: Any) -> None:
         """The response cache, inside everything that vLLM and the operator put around the application."""
         from starlette.middleware import Middleware
 
-        from ..api.middleware import ResponseCacheMiddleware
+        from ..api.middleware import response_cache
         from ..core.records.errors import Refused
 
         if self.config is None or self.engine is None:
@@ -104,7 +124,7 @@ class _Server:
         except Refused as error:
             logger.warning("hyperspace: the response cache (L1) is off: %s", error)
             return
-        app.user_middleware.append(Middleware(ResponseCacheMiddleware, options=options))
+        app.user_middleware.append(Middleware(response_cache, options=options))
 
     def _options(self, config: "Config", engine: "VllmConfig", args: Namespace) -> "ResponseCacheOptions":
         import vllm
@@ -140,7 +160,7 @@ class _Server:
             client=NodeClient(config, "api", f"{socket.gethostname()}-{os.getpid()}"),
             served_models=frozenset(args.served_model_name or [args.model]),
             loras=adapters,
-            api_keys=self._tenant_keys(),
+            api_keys=self._tenant_keys(args),
             # Tenants' entries never leave their node, so their names needn't be secret, only the same everywhere.
             fleet_secret=network_id(config.network),
             process_secret=Inherited.read().secret,
@@ -164,8 +184,8 @@ class _Server:
             network_deadline_s=config.network_deadline_ms / 1000,
         )
 
-    def _tenant_keys(self) -> tuple[str, ...]:
-        keys = tuple(dict.fromkeys(key for key in getattr(self.args, "api_key", None) or () if key))
+    def _tenant_keys(self, args: Namespace | None) -> tuple[str, ...]:
+        keys = tuple(dict.fromkeys(key for key in getattr(args, "api_key", None) or () if key))
         shared = self.config is not None and self.config.tenants == "shared"
         return () if shared else keys
 
@@ -183,3 +203,16 @@ def _sized(config: "Config", engine: "VllmConfig") -> "Config":
         logger.debug("hyperspace: the arena isn't sized by the model: %s", error)
         return config
     return replace(config, arena_bytes=size)
+
+
+def _our_settings(transfer: Any) -> Mapping[str, Any] | None:
+    """Our connector's kv_connector_extra_config, where it is the only one or one of several; None elsewhere."""
+    settings: Mapping[str, Any] = transfer.kv_connector_extra_config
+    if transfer.kv_connector in compat.CONNECTOR_NAMES:
+        return settings
+    if transfer.kv_connector == compat.MULTI_CONNECTOR:
+        for child in settings.get("connectors", ()):
+            if child.get("kv_connector") in compat.CONNECTOR_NAMES:
+                found: Mapping[str, Any] = child.get("kv_connector_extra_config", {})
+                return found
+    return None

@@ -20,6 +20,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from ..client import NodeClient
+from ..contained import contained
 from ..core.prefix.segment import Multimodal, chain_seed, next_key
 from ..core.records.ids import SegmentKey
 from ..core.records.limits import FETCH_PREFILL_SHARE, LOOKUP_ROWS_MAX, PROMPT_SEGMENTS_MAX
@@ -442,6 +443,7 @@ class SchedulerSide:
             self._tracked[request.request_id] = self._admit(request)
         return self._tracked[request.request_id]
 
+    @contained()  # what a client or a file brings must not cost the others anything: that request is left to vLLM
     def _admit(self, request: Request) -> _Tracked | None:
         """None for requests whose KV isn't a function of their tokens (embeddings), or doesn't stay so (sessions)."""
         if request.prompt_embeds is not None or request.pooling_params is not None or request.resumable:

@@ -15,6 +15,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetricT,
 )
 
+from ..contained import contained
+
 LOOKUP_SECONDS = "hyperspace_l2_lookup_seconds"
 LOOKUP_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SAMPLES_MAX = 1000  # lookup times kept between two reports; more would only repeat the distribution
@@ -62,6 +64,7 @@ class HyperspaceStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untype
         """Nothing was counted."""
         return not self.data
 
+    @contained(lambda self, other: self)
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """This one with `other`'s counts added."""
         for name, values in other.data.items():
@@ -73,6 +76,7 @@ class HyperspaceStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untype
                     self.count(name, key, by=value)
         return self
 
+    @contained(lambda self: {})
     def reduce(self) -> dict[str, int | float]:
         """One line for vLLM's periodic log."""
         line: dict[str, int | float] = {}
@@ -107,6 +111,7 @@ class HyperspacePromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # vL
             buckets=LOOKUP_BUCKETS_S,
         )
 
+    @contained()
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add one report to the metrics."""
         engine = self.per_engine_labelvalues[engine_idx]

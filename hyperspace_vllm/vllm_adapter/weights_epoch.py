@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..contained import contained
+
 _EPOCH_BYTES, _COUNT_BYTES = 16, 8
 _AS_LOADED = bytes(_EPOCH_BYTES)
 # Methods of workers that vLLM itself calls and that leave the weights alone. All others may do anything.
@@ -71,7 +73,7 @@ class WeightsWatch:
     """Advances an epoch for the calls that reach an engine. `unchanged` looks whether the files are as they were."""
 
     def __init__(self, epoch: WeightsEpoch, unchanged: Callable[[], bool], began: Callable[[], None]) -> None:
-        self._epoch, self._unchanged, self._began = epoch, unchanged, began
+        self._epoch, self._unchanged, self._began = epoch, contained(lambda: False)(unchanged), contained()(began)
 
     @contextmanager
     def rpc(self, method: Any, arguments: tuple[Any, ...]) -> Iterator[None]:

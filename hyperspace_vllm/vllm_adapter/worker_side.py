@@ -68,6 +68,11 @@ class WorkerSide:
         self._client.wait_connected(STARTUP_WAIT_S)
         self._enter_session()
 
+    @property
+    def is_off(self) -> bool:
+        """Whether every load would fail."""
+        return self._copier is None
+
     # --- loading ---------------------------------------------------------------------------------
 
     def load(self, metadata: StepMetadata) -> None:

@@ -156,6 +156,13 @@ class _Probe:
         """vLLM's own prefix cache is emptied, and the connector's keys are made new if asked for."""
         return {"ok": self.scheduler.reset_prefix_cache(reset_connector=connector)}
 
+    def spoil(self, method: str) -> dict[str, Any]:
+        """From now on `method` of the worker's half raises."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        setattr(get_kv_transfer_group()._worker, method, lambda *_: 1 / 0)
+        return {}
+
     def in_memory(self, tokens: list[int]) -> dict[str, Any]:
         """How many segments the node was told of, and which of a prompt's are among them."""
         from hyperspace_vllm.core.prefix.segment import chain_seed, segment_keys
@@ -188,7 +195,7 @@ class _Probe:
     def state(self) -> dict[str, Any]:
         connected = self.client is not None and self.client.connected
         return {
-            "on": self.side is not None,
+            "on": self.scheduler.connector._scheduler is not None,
             "connected": connected,
             "counts": self.counts,
             "preemptions": self.preemptions,
