@@ -112,6 +112,16 @@ def test_a_file_replaced_later_changes_nothing_until_it_is_loaded(tmp_path: Path
     assert digest(at(model), tmp_path) not in (right, None)
 
 
+@pytest.mark.parametrize("also", ["lora_config", "speculative_config"])
+def test_what_is_not_loaded_again_with_the_model_is_never_known_to_be_unchanged(tmp_path: Path, also: str) -> None:
+    config = at(TINY)
+    before_load(config)
+    files, _ = loaded(config, tmp_path)
+    assert files.unchanged()
+    setattr(config, also, SimpleNamespace())
+    assert not files.unchanged()
+
+
 def test_an_engine_that_was_told_nothing_has_no_identity(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert loaded(at(TINY), tmp_path)[0].digest() is None
     assert "not told in which state the files were before they were loaded" in caplog.text

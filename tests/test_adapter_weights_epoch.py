@@ -115,6 +115,17 @@ def test_other_files_do_not(watched: Watched, engine: Any, arguments: tuple[Any,
     assert not watched.as_loaded()
 
 
+@pytest.mark.parametrize("before", [("reload_weights", None, (), {"weights_path": "/other"}), ("update_weights",)])
+def test_once_anything_else_was_called_the_same_files_do_not_count_as_the_same_weights(
+    watched: Watched, engine: Any, before: tuple[Any, ...]
+) -> None:
+    engine.collective_rpc(*before)  # vLLM loads from the other path from then on
+    engine.collective_rpc("reload_weights")
+    engine.sleep(2)
+    engine.collective_rpc("reload_weights")
+    assert not watched.as_loaded()
+
+
 def test_a_reload_that_fails_leaves_weights_that_are_nothing_known(watched: Watched, engine: Any) -> None:
     engine.model_executor.fails = True
     with pytest.raises(RuntimeError, match="half of the weights"):
@@ -165,14 +176,14 @@ async def test_an_api_servers_client_tells_before_it_asks_the_engine(watched: Wa
     client = object.__new__(AsyncLLM)
     client.engine_core = SimpleNamespace(collective_rpc_async=rpc, sleep_async=sleep)
     client.logger_manager = None
-    client.renderer = SimpleNamespace(clear_mm_cache_async=nothing)
+    client.renderer = SimpleNamespace(clear_mm_cache_async=nothing, shutdown=lambda: None)
     compat.watch_client(watched.watch)
-    await client.start_weight_update()
     await client.collective_rpc("reload_weights")
     assert watched.as_loaded()
     await client.sleep(level=1)
     await client.sleep(2)
-    assert seen == [("start_weight_update", False), ("reload_weights", False), (1, True), (2, False)]
+    await client.start_weight_update()
+    assert seen == [("reload_weights", False), (1, True), (2, False), ("start_weight_update", False)]
 
 
 def test_all_api_servers_of_a_server_see_one_epoch(tmp_path: Path) -> None:
@@ -180,12 +191,15 @@ def test_all_api_servers_of_a_server_see_one_epoch(tmp_path: Path) -> None:
     first, second = WeightsEpoch(path), WeightsEpoch(path)
     assert first.key(DIGEST) == second.key(DIGEST) == DIGEST
     assert first.key(None) is None
-    first.begin()
+    first.begin(strays=False)
     assert first.key(DIGEST) == second.key(DIGEST) != DIGEST
     assert second.count == 1
     second.end()
     assert first.key(DIGEST) == DIGEST
     assert first.count == 1
+    first.begin(strays=True)
+    second.end()
+    assert first.key(DIGEST) == second.key(DIGEST) != DIGEST
 
 
 def test_the_epochs_of_servers_that_are_gone_leave_the_directory(tmp_path: Path) -> None:

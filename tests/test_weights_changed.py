@@ -137,23 +137,25 @@ def test_an_adapter_replaced_on_disk_is_not_cached_under_either_name(
     assert rows_of(first) == rows
 
 
-def test_weights_that_are_loaded_anew_answer_nothing_with_the_old_ones_and_may_come_back(
+def test_the_same_weights_loaded_anew_share_again_and_others_never(
     servers: tuple[Server, Server], tmp_path: Path
 ) -> None:
-    first, _ = servers
-    text, before = prompt("reload"), rows_of(first)
-    as_loaded = ask(first, text)
-    published(first, before + 1)
-    assert is_hit(ask(first, text))
-    rpc(first, "reload_weights", weights_path=str(checkpoint(tmp_path / "other", slice(None))))
-    changed = ask(first, text)
+    _, server = servers
+    text, before = prompt("reload"), rows_of(server)
+    as_loaded = ask(server, text)
+    published(server, before + 1)
+    rpc(server, "reload_weights")  # what it was started with
+    assert is_hit(ask(server, text))
+    again = ask(server, text, tokens=5)
+    assert again.cached_tokens > 0
+    assert again.text.startswith(as_loaded.text)
+    rpc(server, "reload_weights", weights_path=str(checkpoint(tmp_path / "other", slice(None))))
+    changed = ask(server, text)
     assert (changed.cached_tokens, is_hit(changed)) == (0, False)
     assert changed.text != as_loaded.text
-    rpc(first, "reload_weights")  # what it was started with
-    assert is_hit(ask(first, text))
-    back = ask(first, text, tokens=5)
-    assert back.cached_tokens > 0
-    assert back.text.startswith(as_loaded.text)
+    rpc(server, "reload_weights")  # vLLM loads the other path again
+    changed = ask(server, text)
+    assert (changed.cached_tokens, is_hit(changed)) == (0, False)
 
 
 def test_a_request_that_vllm_refuses_changes_no_weights(servers: tuple[Server, Server]) -> None:

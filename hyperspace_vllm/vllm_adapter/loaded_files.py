@@ -83,7 +83,9 @@ class LoadedFiles:
         return self._digest
 
     def unchanged(self) -> bool:
-        """Whether what vLLM would load now is what it loaded then."""
+        """Whether what vLLM would load now is what it loaded then, and all that it holds."""
+        if self._config.lora_config is not None or self._config.speculative_config is not None:
+            return False  # adapters and speculators are not loaded again with the model
         try:
             return self._states is not None and self._states == _states(role() for role in _roles(self._config))
         except (Refused, OSError):

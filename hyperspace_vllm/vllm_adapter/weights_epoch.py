@@ -1,8 +1,9 @@
 """Whether an engine still holds the weights that it loaded from its files.
 
 Whatever may change them begins another epoch *before* it does: a random one, folded into every key, so that nothing
-from before serves what comes after, on no node. Weights that are loaded anew from the same files end it. Sleeping and
-waking at level 1 keep the weights, and so does resetting caches.
+from before serves what comes after, on no node. Sleeping and waking at level 1 keep the weights; so do resets of caches.
+Weights that were discarded (level 2) and are loaded anew from the same files end the epoch; not so once anything
+else was called, since that may have left the engine with another path to load from.
 """
 
 import fcntl
@@ -19,6 +20,8 @@ from typing import Any
 from ..contained import contained
 
 _EPOCH_BYTES, _COUNT_BYTES = 16, 8
+_STRAYED = _EPOCH_BYTES + _COUNT_BYTES  # place of the byte that says that no epoch ends any more
+_STATE_BYTES = _STRAYED + 1
 _AS_LOADED = bytes(_EPOCH_BYTES)
 # Methods of workers that vLLM itself calls and that leave the weights alone. All others may do anything.
 _HARMLESS = frozenset(
@@ -44,29 +47,32 @@ class WeightsEpoch:
     """
 
     def __init__(self, shared: Path | None = None) -> None:
-        self._state: bytearray | mmap.mmap = bytearray(_EPOCH_BYTES + _COUNT_BYTES)
+        self._state: bytearray | mmap.mmap = bytearray(_STATE_BYTES)
         if shared is not None:
             with shared.open("r+b") as file:
-                self._state = mmap.mmap(file.fileno(), _EPOCH_BYTES + _COUNT_BYTES)
+                self._state = mmap.mmap(file.fileno(), _STATE_BYTES)
 
     @property
     def count(self) -> int:
         """Epochs begun so far: what was computed while it changed is of no one epoch."""
-        return int.from_bytes(self._state[_EPOCH_BYTES:], "little")
+        return int.from_bytes(self._state[_EPOCH_BYTES:_STRAYED], "little")
 
     def key(self, digest: bytes | None) -> bytes | None:
         """`digest` of what was loaded as it counts for the weights of now; None stays None."""
         epoch = self._state[:_EPOCH_BYTES]
         return digest if epoch == _AS_LOADED or digest is None else hashlib.sha256(digest + epoch).digest()
 
-    def begin(self) -> None:
-        """The weights are about to change."""
-        self._state[_EPOCH_BYTES:] = (self.count + 1).to_bytes(_COUNT_BYTES, "little")
+    def begin(self, strays: bool) -> None:
+        """The weights are about to change; `strays`: loading the files again need not bring them back."""
+        if strays:
+            self._state[_STRAYED] = 1
+        self._state[_EPOCH_BYTES:_STRAYED] = (self.count + 1).to_bytes(_COUNT_BYTES, "little")
         self._state[:_EPOCH_BYTES] = secrets.token_bytes(_EPOCH_BYTES)
 
     def end(self) -> None:
-        """The weights are again those of the files that were loaded first."""
-        self._state[:_EPOCH_BYTES] = _AS_LOADED
+        """The weights were loaded again from the files that were loaded first."""
+        if not self._state[_STRAYED]:
+            self._state[:_EPOCH_BYTES] = _AS_LOADED
 
 
 class WeightsWatch:
@@ -81,8 +87,9 @@ class WeightsWatch:
         if isinstance(method, str) and method in _HARMLESS:
             yield
             return
-        as_loaded = method == "reload_weights" and not any(arguments) and self._unchanged()
-        self._begin()
+        reloads = method == "reload_weights" and not any(arguments)
+        as_loaded = reloads and self._unchanged()
+        self._begin(strays=not reloads)
         yield
         if as_loaded and self._unchanged():
             self._epoch.end()
@@ -90,10 +97,10 @@ class WeightsWatch:
     def sleeps(self, level: int) -> None:
         """From level 2 on the weights are discarded; until they are loaded again they are any."""
         if level >= 2:
-            self._begin()
+            self._begin(strays=False)
 
-    def _begin(self) -> None:
-        self._epoch.begin()
+    def _begin(self, strays: bool) -> None:
+        self._epoch.begin(strays)
         self._began()
 
 
@@ -107,5 +114,5 @@ def shared_epoch(data_dir: Path) -> tuple[Path, int]:
             path.unlink()
     descriptor, name = tempfile.mkstemp(dir=directory)
     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    os.ftruncate(descriptor, _EPOCH_BYTES + _COUNT_BYTES)
+    os.ftruncate(descriptor, _STATE_BYTES)
     return Path(name), descriptor
