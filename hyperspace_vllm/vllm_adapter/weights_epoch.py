@@ -1,7 +1,7 @@
 """Whether an engine still holds the weights that it loaded from its files.
 
 Whatever may change them begins another epoch *before* it does: a random one, folded into every key, so that nothing
-from before serves what comes after, on no node. Sleeping and waking at level 1 keep the weights; so do resets of caches.
+from before serves what comes after, on no node. Sleep and waking at level 1 keep the weights; so do resets of caches.
 Weights that were discarded (level 2) and are loaded anew from the same files end the epoch; not so once anything
 else was called, since that may have left the engine with another path to load from.
 """
