@@ -78,7 +78,7 @@ class Node:
 
     def held(self) -> list[int]:
         """The responses in the database."""
-        assert self.store.flush(10)
+        assert self.store.flush(60)
         reader = ResponseReader(self.path)
         return [number for number in range(9) if reader.get(key(number), self.now_ms)]
 

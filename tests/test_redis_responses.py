@@ -115,7 +115,7 @@ class FleetNode:
 
     def stored(self, name: object) -> bytes | None:
         """The proof of what lies in its own database."""
-        assert self.store.flush(10)
+        assert self.store.flush(60)
         reader = ResponseReader(self.path)
         entry = reader.get(request_key(name), wall_clock_ms())
         reader.close()

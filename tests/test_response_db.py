@@ -118,7 +118,7 @@ def test_what_was_stored_is_read_in_place_with_its_proof(open_store: Open, path:
     store, reader = open_store(), ResponseReader(path)
     assert reader.get(key(1), clock()) is None
     assert store.store(response(1, b'{"a":1}'))
-    assert store.flush(10)
+    assert store.flush(60)
     entry = reader.get(key(1), clock())
     assert entry is not None
     assert entry.body == b'{"a":1}'
@@ -133,7 +133,7 @@ def test_a_newer_answer_replaces_the_older(open_store: Open, path: Path, clock: 
     store = open_store()
     for body in (b"old", b"new"):
         store.store(response(1, body))
-        assert store.flush(10)
+        assert store.flush(60)
     entry = ResponseReader(path).get(key(1), clock())
     assert entry is not None
     assert entry.body == b"new"
@@ -149,12 +149,12 @@ def test_an_entry_ends_with_the_shortest_of_its_lives(
 ) -> None:
     store, reader = open_store(ttl_ms=store_ttl_ms), ResponseReader(path)
     store.store(response(1, ttl_ms=message_ttl_ms))
-    assert store.flush(10)
+    assert store.flush(60)
     assert reader.get(key(1), clock() + lives_ms - 1) is not None
     assert reader.get(key(1), clock() + lives_ms) is None
     clock.now_ms += lives_ms + 60_000
     store.touch([key(9)])  # any work brings the expiry along
-    assert store.flush(10)
+    assert store.flush(60)
     assert store.stats() | {"entries": 0, "bytes": 0, "expired": 1} == store.stats()
 
 
@@ -167,12 +167,12 @@ def test_over_its_quota_the_store_drops_what_was_used_longest_ago(open_store: Op
     for number in range(5):
         clock.now_ms += 1
         store.store(response(number, NOISE))
-        assert store.flush(10)
+        assert store.flush(60)
     clock.now_ms += 1
     store.touch([key(0)])
-    assert store.flush(10)
+    assert store.flush(60)
     store.store(response(5, NOISE))
-    assert store.flush(10)
+    assert store.flush(60)
     assert [reader.get(key(number), clock()) is not None for number in range(6)] == [
         True,
         False,
@@ -191,11 +191,11 @@ def test_what_was_asked_for_often_outlives_what_was_used_lately(open_store: Open
     for number in range(3):
         store.store(response(number, NOISE))
     store.touch([key(0)] * 7)  # log2(1 + 7): worth as much as a use three hours later
-    assert store.flush(10)
+    assert store.flush(60)
 
     def survivors(stored: int) -> list[int]:
         store.store(response(stored, NOISE))
-        assert store.flush(10)
+        assert store.flush(60)
         return [number for number in range(9) if reader.get(key(number), clock()) is not None]
 
     clock.now_ms += 1
@@ -242,7 +242,7 @@ def test_answers_take_less_room_than_they_are_long(open_store: Open, path: Path,
     body = json.dumps({"choices": [{"message": {"content": "The sky is blue because of the air. " * 50}}]}).encode()
     store = open_store()
     store.store(response(1, body))
-    assert store.flush(10)
+    assert store.flush(60)
     assert store.stats()["bytes"] < 1024 + len(body) / 4
     found = ResponseReader(path).get(key(1), clock())
     assert found is not None
@@ -251,7 +251,7 @@ def test_answers_take_less_room_than_they_are_long(open_store: Open, path: Path,
 
 def test_a_writer_that_is_behind_drops_and_never_blocks(open_store: Open, path: Path, clock: Clock) -> None:
     store = open_store()
-    assert store.flush(10)
+    assert store.flush(60)
     blocker = sqlite3.connect(path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")  # the writer waits for this lock, up to its timeout
     try:
@@ -273,7 +273,7 @@ def test_a_damaged_database_is_moved_aside_and_a_fresh_one_serves(
     store = open_store()
     for number in range(50):
         store.store(response(number, bytes(3000)))
-    assert store.flush(10)
+    assert store.flush(60)
     store.close()
     reader = ResponseReader(path)
     assert reader.get(key(1), clock()) is not None
@@ -295,7 +295,7 @@ def test_a_damaged_database_is_moved_aside_and_a_fresh_one_serves(
         assert ResponseReader(path).get(key(40), clock()) is None
     store = open_store()
     store.store(response(100, b"fresh"))
-    assert store.flush(10)
+    assert store.flush(60)
     assert store.stats()["moved_aside"] == 1
     assert path.with_suffix(".damaged").exists()
     entry = reader.get(key(100), clock())  # the reader notices the new file by itself
@@ -306,7 +306,7 @@ def test_a_damaged_database_is_moved_aside_and_a_fresh_one_serves(
 def test_a_flipped_byte_in_a_body_is_a_miss(open_store: Open, path: Path, clock: Clock) -> None:
     store = open_store()
     store.store(response(1, b"The sky is blue."))
-    assert store.flush(10)
+    assert store.flush(60)
     store.close()
     raw = path.read_bytes()
     assert raw.count(b"The sky is blue.") == 1
@@ -322,7 +322,7 @@ def test_a_reader_outlives_a_missing_locked_and_replaced_file(open_store: Open, 
     path.rmdir()
     store = open_store()
     store.store(response(1))
-    assert store.flush(10)
+    assert store.flush(60)
     assert reader.get(key(1), clock()) is not None
     store.close()
     assert reader.get(key(1), clock()) is not None  # nobody writes any more
@@ -351,7 +351,7 @@ def test_what_a_peer_computed_is_served_on_with_its_own_proof_and_time(
     store, reader, at_ms = open_store(), ResponseReader(path), clock() - 3_600_000
     sent = fetched(1, b"from a peer", at_ms)
     assert store.store_fetched(**sent)
-    assert store.flush(10)
+    assert store.flush(60)
     found = reader.find_by_hash(request_hash(NETWORK, key(1)), clock())
     assert found == Shareable(
         key(1), "network", StoredResponse(b"from a peer", sent["raw_proof"], at_ms, at_ms + RESPONSE_TTL_MS)
@@ -369,12 +369,12 @@ def test_what_was_computed_here_gives_way_to_what_is_newer_alone(
     store = open_store()
     store.store(response(1, b"computed"))
     store.store_fetched(**fetched(1, b"fetched", clock() - age_ms))
-    assert store.flush(10)
+    assert store.flush(60)
     entry = ResponseReader(path).get(key(1), clock())
     assert entry is not None
     assert entry.body == stays
     store.store(response(1, b"computed again"))
-    assert store.flush(10)
+    assert store.flush(60)
     entry = ResponseReader(path).get(key(1), clock())
     assert entry is not None
     assert entry.body == b"computed again"
@@ -384,7 +384,7 @@ def test_this_nodes_shorter_ttl_holds_for_what_others_computed(open_store: Open,
     store, reader = open_store(ttl_ms=5_000), ResponseReader(path)
     store.store_fetched(**fetched(1, b"old", clock() - 5_000))
     store.store_fetched(**fetched(2, b"young", clock() - 3_000))
-    assert store.flush(10)
+    assert store.flush(60)
     assert [reader.get(key(number), clock() + 1_999) is not None for number in (1, 2)] == [False, True]
     assert reader.get(key(2), clock() + 2_000) is None
 
@@ -395,13 +395,13 @@ def test_private_entries_are_neither_told_of_nor_found(open_store: Open, path: P
     for number, scope in enumerate(("private", "network", "public")):
         store.store(response(number, scope=scope))  # type: ignore[arg-type]
     store.store_fetched(**fetched(3, b"{}", clock(), "private"))
-    assert store.flush(10)
+    assert store.flush(60)
     reader = ResponseReader(path)
     found = [reader.find_by_hash(request_hash(NETWORK, key(number)), clock()) is not None for number in range(4)]
     assert found == [False, True, True, False]
     assert heard.numbers() == [1, 2]
     store.store(response(1, scope="private"))  # from now on its owner keeps it
-    assert store.flush(10)
+    assert store.flush(60)
     assert heard.numbers() == [2]
     assert reader.find_by_hash(request_hash(NETWORK, key(1)), clock()) is None
 
@@ -415,7 +415,7 @@ def test_what_can_be_served_is_told_after_it_can_be_read(open_store: Open, path:
     store = open_store(listener=listener)
     for number in range(50):
         store.store(response(number))
-    assert store.flush(10)
+    assert store.flush(60)
     assert not missing
 
 
@@ -426,14 +426,14 @@ def test_computed_and_fetched_are_told_apart_and_replacing_is_no_loss(
     store = open_store(listener=heard)
     store.store(response(1))
     store.store_fetched(**fetched(2, b"{}", clock() - 1000))
-    assert store.flush(10)
+    assert store.flush(60)
     assert heard.servable == {
         (name := request_hash(NETWORK, key(1))): Told(name, clock() + RESPONSE_TTL_MS, True),
         (name := request_hash(NETWORK, key(2))): Told(name, clock() - 1000 + RESPONSE_TTL_MS, False),
     }
     clock.now_ms += 1
     store.store(response(2))
-    assert store.flush(10)
+    assert store.flush(60)
     assert heard.servable[name] == Told(name, clock() + RESPONSE_TTL_MS, True)
     assert not any(gone for _, gone in heard.calls)
 
@@ -444,11 +444,11 @@ def test_evicted_and_expired_entries_are_told_as_gone(open_store: Open, path: Pa
     for number in range(5):
         clock.now_ms += 1
         store.store(response(number, NOISE, ttl_ms=100_000 * (number + 1)))
-        assert store.flush(10)
+        assert store.flush(60)
     assert heard.numbers() == [2, 3, 4]
     clock.now_ms += 350_000
     store.touch([key(9)])
-    assert store.flush(10)
+    assert store.flush(60)
     assert heard.numbers() == [3, 4]
 
 
@@ -457,7 +457,7 @@ def test_an_entry_that_has_expired_when_it_is_stored_is_not_told_of(open_store: 
     store = open_store(ttl_ms=0, listener=heard)
     store.store(response(1))
     store.store_fetched(**fetched(2, b"{}", clock()))
-    assert store.flush(10)
+    assert store.flush(60)
     assert heard.numbers() == []
 
 
@@ -467,7 +467,7 @@ def test_a_node_that_starts_again_tells_of_all_it_has_bit_by_bit(open_store: Ope
         store.store(response(number, scope="private" if number % 3 == 0 else "network"))
     store.store_fetched(**fetched(600, b"{}", clock()))
     store.store(response(601, ttl_ms=1))
-    assert store.flush(10)
+    assert store.flush(60)
     store.close()
     clock.now_ms += 1
     heard, began_s = Heard(), time.monotonic()
@@ -488,7 +488,7 @@ def test_a_listener_whose_loop_has_closed_stops_nothing(open_store: Open, path: 
     store = open_store(listener=lambda stored, gone: loop.call_soon_threadsafe(print) and None)
     for number in range(2):
         store.store(response(number))
-        assert store.flush(10)
+        assert store.flush(60)
     assert store.stats()["stored"] == 2
 
 
@@ -508,7 +508,7 @@ def test_a_database_of_the_first_version_is_taken_over(open_store: Open, path: P
     heard = Heard()
     store = open_store(listener=heard)
     store.store(response(2))
-    assert store.flush(10)
+    assert store.flush(60)
     found = reader.find_by_hash(proof.request_hash, clock())
     assert found is not None
     assert found.response.body == b"kept"
@@ -564,7 +564,7 @@ _FULL_DISK = """
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # write() fails beyond, as on a full disk
 for number, size in enumerate((1000, 2_000_000, 1000), 1):
     store.store(response(number, size))
-    assert store.flush(10)
+    assert store.flush(60)
 assert (store.stats()["stored"], store.stats()["failed"]) == (2, 1), store.stats()
 store.close()
 """
@@ -583,7 +583,7 @@ while True:
     number += 1
     store.store(response(number, 20_000))
     if number % 20 == 0:
-        store.flush(10)
+        store.flush(60)
         print(number, flush=True)
 """
 
@@ -599,6 +599,6 @@ def test_kill_9_while_writing_loses_nothing_that_was_committed(open_store: Open,
     reader = ResponseReader(path)
     assert all(reader.get(key(number), clock()) is not None for number in range(1, committed + 1))
     store = open_store()
-    assert store.flush(10)
+    assert store.flush(60)
     assert store.stats()["moved_aside"] == 0
     assert store.stats()["entries"] >= committed

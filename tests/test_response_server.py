@@ -18,6 +18,7 @@ from hyperspace_vllm.core.records.peer_wire import Hit, Miss
 from hyperspace_vllm.core.records.signing import member_tag
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.core.response.exchange import Opened, open_hit
+from hyperspace_vllm.daemon import response_server
 from hyperspace_vllm.daemon.response_server import ANSWER_S, ANSWERS_MAX, ResponseServer
 from hyperspace_vllm.daemon.response_store import ResponseStore, wall_clock_ms
 
@@ -46,6 +47,12 @@ def vouch(signer: bytes) -> bytes:
     return member_tag(SECRET, signer)
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is there may be as slow as the machine is busy."""
+    monkeypatch.setattr(response_server, "ANSWER_S", 30.0)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "responses.sqlite"
@@ -67,7 +74,7 @@ async def server(path: Path) -> AsyncIterator[ResponseServer]:
 
 def put(store: ResponseStore, number: int, body: bytes = b"{}", scope: Scope = "network", ttl_ms: int = 60_000) -> None:
     assert store.store(StoreResponse(key(number), scope, MODEL, "vllm 0.32.0", ttl_ms, body))
-    assert store.flush(10)
+    assert store.flush(60)
 
 
 def opened(answer: Hit | Miss, number: int) -> Opened:
@@ -95,7 +102,7 @@ async def test_what_was_fetched_is_served_on_with_its_original_proof(
     at_ms = wall_clock_ms() - 1000
     proof = make_proof(PEER, NETWORK, key(1), b"theirs", MODEL, "v", at_ms)
     store.store_fetched(key(1), b"theirs", proof.encode(), at_ms, at_ms + RESPONSE_TTL_MS, "network")
-    assert store.flush(10)
+    assert store.flush(60)
     found = opened(await server.answer(name(1), 0, to_member=True), 1)
     assert found == Opened(b"theirs", proof, proof.encode(), at_ms + RESPONSE_TTL_MS)
 
@@ -166,8 +173,9 @@ class HangingDisk:
 
 
 async def test_a_disk_that_hangs_costs_its_askers_a_busy_and_the_next_ones_nothing(
-    disk: HangingDisk, store: ResponseStore, server: ResponseServer
+    disk: HangingDisk, store: ResponseStore, server: ResponseServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(response_server, "ANSWER_S", ANSWER_S)
     put(store, 1)
     store.close()
     disk.hang()

@@ -222,11 +222,11 @@ def test_a_response_from_elsewhere_answers_other_wordings_once_its_question_is_k
         found = place.find("How can I cook rice?")
         assert isinstance(found, SimilarFound)
         assert found.request_key == key(1)
-        assert place.store.flush(10)
+        assert place.store.flush(60)
         size = place.store.stats()["bytes"]
         place.close()
         place.__init__(place.path.parent)  # type: ignore[misc]
-    assert place.store.flush(10)
+    assert place.store.flush(60)
     assert place.store.stats()["bytes"] == size > len(body) + 2 * DIMENSIONS
     place.store.purge([key(1)])
     eventually(lambda: place.store.stats()["purged"] == 1)
@@ -246,13 +246,13 @@ def test_an_entry_that_erred_answers_only_what_is_nearer_and_after_another_error
     assert isinstance(nearest, SimilarFound)
     for _ in range(2):
         assert place.find("In what year did World War II end?", "balanced") == SimilarNotFound(7, "far")
-        assert place.store.flush(10)
+        assert place.store.flush(60)
         place.close()
         place.__init__(place.path.parent)  # type: ignore[misc]
     place.check(1, nearest.similarity, "It ended in 1945.", "Use a hammer and two nails.")
     for _ in range(2):
         assert place.find("When did World War II end, please?") == SimilarNotFound(7, "far")
-        assert place.store.flush(10)
+        assert place.store.flush(60)
         place.close()
         place.__init__(place.path.parent)  # type: ignore[misc]
     assert place.similar.stats()["questions"] == 0
@@ -262,7 +262,7 @@ def test_an_entry_that_erred_answers_only_what_is_nearer_and_after_another_error
 @pytest.mark.io
 def test_the_same_response_fetched_again_forgives_no_error_and_takes_no_more_room(place: Place) -> None:
     place.remember("When did World War II end?", 1)
-    assert place.store.flush(10)
+    assert place.store.flush(60)
     size = place.store.stats()["bytes"]
     again = RememberQuestion(key(1), Question(bytes(32), bytes(32), "When did World War II end?"))
     for similarity in (0.94, 1.0):
@@ -271,7 +271,7 @@ def test_the_same_response_fetched_again_forgives_no_error_and_takes_no_more_roo
             place.similar.remember_question(again)
         found = place.find("In what year did World War II end?", "balanced")
         assert isinstance(found, SimilarFound) is (similarity == 0.94)
-        assert place.store.flush(10)
+        assert place.store.flush(60)
         assert place.store.stats()["bytes"] == size
     assert place.find("When did World War II end, please?") == SimilarNotFound(7, "far")
     place.close()
@@ -296,7 +296,7 @@ def test_a_bound_holds_for_each_mode_by_itself_also_after_a_restart(place: Place
         assert strict.verdict != "compute"
         assert isinstance(unbound, SimilarFound)
         assert unbound.verdict != "compute"
-        assert place.store.flush(10)
+        assert place.store.flush(60)
         place.close()
         place.__init__(place.path.parent)  # type: ignore[misc]
 
@@ -314,7 +314,7 @@ def test_answers_that_say_the_same_in_other_words_are_no_error(place: Place) -> 
         assert stats["wrong_ratio"] == 0.3333
         assert stats["wrong_ratio_low"] == 0.0615
         assert stats["wrong_ratio_high"] == 0.7923
-        assert place.store.flush(10)
+        assert place.store.flush(60)
         place.close()
         place.__init__(place.path.parent)  # type: ignore[misc]
 
