@@ -22,7 +22,8 @@ DAY_S = 86_400
 @pytest.fixture
 async def pool() -> AsyncIterator[SharedPool]:
     shared = SharedPool()
-    await shared.commit(digest_blob(bytes(64 * 32), 1))  # its process has started
+    await shared.commit(digest_blob(bytes(64 * 32), 1))
+    await until(lambda: shared.can_verify)  # both of its processes have started
     yield shared
     await shared.end()
 

@@ -664,6 +664,34 @@ def test_a_lookup_that_finds_no_room_holds_nothing_and_looks_again_for_a_moment(
     """)
 
 
+def test_what_peers_have_waits_for_room_too_and_is_no_reason_to_keep_less():
+    Script().run(f"""
+        > want A segments=2
+        find-rows 2
+        > found room=0
+        find-providers A rows=2 ms=250
+        > offer A m rows=0..1 now=3
+        > tick now=23
+        find-rows 2
+        > found room={MiB}
+        fetch-manifest A m
+        > manifest A m rows=0..1
+        fetch A m row=0 0..31
+        > ready row=0
+        answer 1 network arena_full rows=1
+    """)
+    Script().run(f"""
+        > want A segments=2
+        find-rows 2
+        > found disk=0 room={MiB}
+        find-providers A rows=1 ms=250
+        > offer A m rows=1 now=3
+        load 0
+        > ready row=0
+        answer 1 disk hit rows=1
+    """)
+
+
 def test_a_retreat_loads_the_window_rows_that_the_shorter_prefix_needs():
     # rows: 2i is segment i of the full part, 2i + 1 of the window; an end needs the last two window rows
     Script(MIXED).run("""

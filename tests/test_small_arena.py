@@ -24,7 +24,8 @@ KEYS = keys("long", 31)
 @pytest.fixture
 async def pool() -> AsyncIterator[SharedPool]:
     shared = SharedPool()
-    await shared.commit(digest_blob(bytes(64 * 32), 1))  # its process has started
+    await shared.commit(digest_blob(bytes(64 * 32), 1))
+    await until(lambda: shared.can_verify)  # both of its processes have started
     yield shared
     await shared.end()
 
@@ -91,4 +92,30 @@ async def test_rows_are_stored_however_much_is_written_after_them(tmp_path: Path
     await until(lambda: node.store.rows == 7)
     assert "evicted" not in node.failures()
     assert node.cache.allocate(ROW_BYTES) is not None  # nothing stays for longer
+    await node.close()
+
+
+async def test_engines_of_several_layouts_share_a_small_arena(tmp_path: Path, pool: SharedPool) -> None:
+    """Two architectures, and one model under two block sizes, hence segment lengths: keys and rows of each its own."""
+    layouts = (
+        Layout(b"a" * 32, 256, (Part(0, 100_000),), 1),
+        Layout(b"b" * 32, 256, (Part(0, 300_000), Part(600, 40_000)), 2),
+        Layout(b"c" * 32, 384, (Part(0, 150_000),), 1),
+        Layout(b"d" * 32, 1024, (Part(512, 700_000), Part(4096, 9_000)), 1),
+    )
+    node = TestNode(tmp_path, arena_bytes=ARENA_BYTES, compute=pool)
+    prompts = [keys(f"prompt {number}", 8) for number in range(len(layouts))]
+    for first in range(0, 8, 2):
+        for prompt, layout in zip(prompts, layouts, strict=True):
+            node.stage(prompt[first : first + 2], layout)
+        await until(lambda: not node.node.publisher.waiting_rows)
+    await until(lambda: node.store.rows == 8 * sum(len(layout.parts) * layout.ranks for layout in layouts))
+    for _ in range(2):
+        answers = []
+        for prompt, layout in zip(prompts, layouts, strict=True):
+            answers.append(await node.look_up(prompt, layout))
+            assert answers[-1].end_segment > 0
+            assert node.rows_are_right(answers[-1], prompt)
+            node.release()
+        assert [answer.end_segment for answer in answers] == [8, 8, 8, 8]
     await node.close()

@@ -270,12 +270,14 @@ class PrefixLookup:
         for row in self._rows.by_key.values():
             if row.tier == "none" and self._transfers.fetchable(row):
                 row.tier = "network"
-        end = self._fitting()
-        if end <= self._local_end:
-            self._get_local("not_found" if not self._silent else "search_timeout", now_ms)
+        usable, end = self._rows.usable(_is_to_be_had), self._fitting()
+        offered = usable > self._rows.usable(lambda row: row.tier in ("memory", "disk"))
+        if end <= self._local_end and (end or not offered):
+            not_found = "search_timeout" if self._silent else "not_found"
+            self._get_local("arena_full" if offered else not_found, now_ms)
             return
         remote = [row for row in self._rows.needed(end) if row.tier == "network"]
-        saves_ms = self._saves_ms(self._local_end, end)
+        saves_ms = self._saves_ms(self._local_end, end or usable)
         spent_ms = now_ms - self._started_ms
         if self._mode == "auto" and not worth_fetching(
             spent_ms + self._transfers.estimate_ms(remote, now_ms), saves_ms
