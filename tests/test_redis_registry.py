@@ -225,7 +225,9 @@ def test_whole_nodes_find_each_others_responses_through_redis_and_do_without_it(
     try:
         first, second = nodes
         network_nodes.until(lambda: second.card().get("p2p") and first.status()["p2p"]["known_peers"] == 1, 60)
-        first.store("early")
+        names = [f"early {number}" for number in range(20)]
+        for name in names:
+            first.store(name)
         network_nodes.until(lambda: first.find("nothing").answer is not None, 60)
         directory = tmp_path / "late"
         directory.mkdir(mode=0o700)
@@ -233,9 +235,8 @@ def test_whole_nodes_find_each_others_responses_through_redis_and_do_without_it(
         nodes.append(NetworkedNode(network_nodes.config_of(directory, key, nodes, registry=server.url)))
         late = nodes[-1]  # it has heard no gossip of it
         network_nodes.until(lambda: late.card().get("p2p") and late.status()["p2p"]["known_peers"] == 2, 60)
-        found = late.find("early")
-        assert found.hinted
-        assert found.body == body_of("early")
+        found = ((late.find(name), body_of(name)) for name in names)  # Redis has 100 ms for a hint
+        assert any(lookup.hinted and lookup.body == body for lookup, body in found)
 
         server.kill()
         second.store("without Redis")

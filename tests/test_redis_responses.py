@@ -645,15 +645,14 @@ def test_whole_nodes_share_through_redis_and_ask_peers_for_the_rest(tmp_path: Pa
             each.store(f"of {each.config.data_dir.name}")
         network_nodes.until(lambda: alone.status()["shared_responses"]["written"] == 2, 60)
         assert mute.status()["shared_responses"] is None
-        found = joined.find("x")
-        assert found.body == body_of("x")
+        network_nodes.until(lambda: joined.find("x").body == body_of("x"), 60)  # Redis has 100 ms each time
         assert joined.find("of mute").body is None
         # What Redis doesn't have comes from peers.
         network_nodes.until(lambda: joined.card().get("p2p") and joined.status()["p2p"]["known_peers"] >= 1, 60)
         peer.store("at the peer")
         network_nodes.until(lambda: joined.find("at the peer").body == body_of("at the peer"), 60)
 
-        assert re.search(r"responses in Redis: hits\W+1\b", hyperspace(joined, "status"))
+        assert re.search(r"responses in Redis: hits\W+[1-9]", hyperspace(joined, "status"))
         hyperspace(alone, "cache", "purge", "--all")
         network_nodes.until(lambda: joined.find("of alone").body is None, 60)
         server.kill()
