@@ -162,7 +162,7 @@ def test_a_request_that_vllm_refuses_changes_no_weights(servers: tuple[Server, S
     first, _ = servers
     text = prompt("refused")
     ask(first, text)
-    for path, body in (("/update_weights", b"{}"), ("/collective_rpc", b"not json"), ("/start_weight_update", b"")):
+    for path, body in (("/update_weights", b"{}"), ("/collective_rpc", b"not json")):
         request = urllib.request.Request(first.url + path, body, {"Content-Type": "application/json"})
         with pytest.raises(urllib.error.HTTPError, match=r"HTTP Error (400|404|422|500)"):
             urllib.request.urlopen(request, timeout=60)
