@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import multiprocessing
 import os
 from argparse import Namespace
@@ -65,6 +66,21 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> It
     plugin.logger.addHandler(caplog.handler)
     yield caplog
     plugin.logger.removeHandler(caplog.handler)
+
+
+def test_what_the_package_logs_is_in_vllms_log_whatever_the_root_loggers_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.register()
+    plugin.register()
+    monkeypatch.setattr(logging.root, "level", logging.ERROR)  # as vLLM's application does
+    logging.root.manager._clear_cache()  # type: ignore[attr-defined]
+    monkeypatch.setattr(plugin.logger, "level", logging.INFO)
+    said: list[str] = []
+    seen = logging.Handler()
+    seen.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    plugin.logger.addHandler(seen)
+    logging.getLogger("hyperspace_vllm.client").warning("no shared memory")
+    plugin.logger.removeHandler(seen)
+    assert said == ["no shared memory"]
 
 
 def test_registering_twice_changes_nothing_the_second_time() -> None:

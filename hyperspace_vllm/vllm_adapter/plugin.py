@@ -31,9 +31,27 @@ logger = logging.getLogger("vllm.hyperspace")
 _BENDING = frozenset(("repetition_penalty", "frequency_penalty", "presence_penalty"))
 
 
+class _IntoVLLMsLog(logging.Handler):
+    """Hands the records of the package's other loggers to vLLM's, whose format and level then count."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        if logger.isEnabledFor(record.levelno):
+            logger.handle(record)
+
+
+def _log_where_vllm_logs() -> None:
+    """vLLM's application raises the root logger's level to ERROR, and with it that of loggers which have none."""
+    package = logging.getLogger(__name__.partition(".")[0])
+    if not any(isinstance(handler, _IntoVLLMsLog) for handler in package.handlers):
+        package.addHandler(_IntoVLLMsLog())
+        package.setLevel(logging.INFO)
+
+
 @contained()
 def register() -> None:
     """Add the connector and, where command lines are parsed or engines configured, our hooks."""
+    _log_where_vllm_logs()
     try:
         compat.register_connector()
         # Engine and worker processes don't parse arguments, and needn't import what does.
