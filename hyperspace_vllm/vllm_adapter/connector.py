@@ -142,7 +142,7 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
             config.fetch,
             config.lookup_deadline_ms,
             self._vllm_config.speculative_config is not None,
-            self._kv_transfer_config.kv_role,
+            self._kv_transfer_config.kv_role or "kv_both",  # its type allows None in vLLM 0.33
             _scope_reader(Inherited.read()),
         )
 
