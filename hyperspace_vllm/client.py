@@ -18,6 +18,7 @@ from typing import Literal
 import zmq
 
 from .config import Config
+from .contained import report_error
 from .core.records.errors import ProtocolViolation
 from .core.records.ids import NetworkId
 from .core.records.limits import HEARTBEAT_MS, LEASE_MS, LOCAL_MESSAGE_BYTES_MAX
@@ -187,6 +188,15 @@ def _forget_link(client: "weakref.ref[NodeClient]") -> None:
 
 
 def _beat(client: "weakref.ref[NodeClient]") -> None:
+    try:
+        _keep(client)
+    except Exception:
+        report_error("the heartbeat to the node")
+        if (ours := client()) is not None:
+            ours.close()  # one that looked connected would have requests wait for a node that has forgotten it
+
+
+def _keep(client: "weakref.ref[NodeClient]") -> None:
     pause_s = 0.0
     while True:
         time.sleep(pause_s)

@@ -176,6 +176,18 @@ def test_an_engine_whose_requests_come_from_another_host_takes_unsigned_ones_as_
     assert "KV of this engine stays on this host" in log.text
 
 
+@pytest.mark.parametrize(
+    "broken",
+    ["config.load_config", "vllm_adapter.inherited.hand_down", "vllm_adapter.plugin._sized", "client.NodeClient"],
+)
+def test_an_error_of_ours_while_a_server_starts_leaves_it_a_server_without_us(
+    locked_directory: Path, own_environ: None, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.setattr(f"hyperspace_vllm.{broken}", lambda *_, **__: 1 / 0)
+    app = application(locked_directory)
+    assert response_cache not in [middleware.cls for middleware in app.user_middleware]
+
+
 def test_multi_connector_finds_our_statistics_by_the_name_of_our_class() -> None:
     plugin.register()
     stats = MultiConnector.build_kv_connector_stats({"HyperspaceConnector": {"hyperspace_l2_tokens_total": {"hit": 1}}})

@@ -3,6 +3,7 @@
 import fcntl
 import inspect
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from vllm.v1.outputs import KVConnectorOutput
 
 from hyperspace_vllm import contained
 from hyperspace_vllm.client import NodeClient
+from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.records.local import Heartbeat
 from hyperspace_vllm.vllm_adapter import connector as connector_module
 from hyperspace_vllm.vllm_adapter import engine_report, plugin
 from hyperspace_vllm.vllm_adapter.connector import HyperspaceConnector
@@ -195,6 +198,17 @@ def test_the_report_to_the_node_goes_on_after_an_error(
     build(KVConnectorRole.SCHEDULER)
     monkeypatch.setattr(NodeClient, "connected", property(connected))
     assert all(asked.acquire(timeout=10) for _ in range(2))
+
+
+def test_a_client_whose_heartbeat_fails_is_without_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperspace_vllm.client._Link.tick", lambda *_: 1 / 0)
+    client = NodeClient(Config(data_dir=tmp_path), "scheduler", "engine")
+    deadline = time.monotonic() + 60
+    while not client._closed:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not client.connected
+    assert not client.send(Heartbeat())
 
 
 @pytest.mark.parametrize("broken", ["allocated", "step"])
