@@ -137,7 +137,7 @@ def private_network(root: Path, size: int, **settings: Any) -> list[NetworkedNod
         directory.mkdir(mode=0o700)
         nodes.append(NetworkedNode(config_of(directory, key, nodes, **settings)))
         if number == 0:
-            until(lambda: nodes[0].card().get("p2p"), 120)
+            until(lambda: nodes[0].card().get("p2p"), 600)
     return nodes
 
 

@@ -44,7 +44,7 @@ from hyperspace_vllm.daemon.response_lookups import FoundResponse
 
 from .network_nodes import MODEL, NetworkedNode, body_of, private_network, request_key, until
 
-pytestmark = pytest.mark.io
+pytestmark = [pytest.mark.io, pytest.mark.timeout(2_400)]
 
 NODES, PER_NODE = 10, 2
 NETWORK = network_id("default")
@@ -54,8 +54,8 @@ NAMES = tuple(f"{number}/{each}" for number in range(NODES) for each in range(PE
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[NetworkedNode]]:
     started = private_network(tmp_path_factory.mktemp("network"), NODES)
-    until(lambda: all(node.card().get("p2p") for node in started), 60)
-    until(lambda: all(node.status()["p2p"].get("known_peers") == NODES - 1 for node in started), 60)
+    until(lambda: all(node.card().get("p2p") for node in started), 600)
+    until(lambda: all(node.status()["p2p"].get("known_peers") == NODES - 1 for node in started), 600)
     yield started
     for node in started:
         node.stop()
@@ -124,15 +124,15 @@ async def test_the_dht_alone_finds_what_was_provided(
     for number, node in enumerate(nodes):
         for each in range(PER_NODE):
             node.store(f"{number}/{each}")
-    await asyncio.to_thread(until, lambda: all(node.status()["p2p"]["provided"] >= PER_NODE for node in nodes), 120)
+    await asyncio.to_thread(until, lambda: all(node.status()["p2p"]["provided"] >= PER_NODE for node in nodes), 600)
     took = []
     async with deaf_node(nodes) as (driver, clients):
-        await asyncio.to_thread(until, lambda: len(driver.host.connected) >= 5, 60)
+        await asyncio.to_thread(until, lambda: len(driver.host.connected) >= 5, 600)
         for number, name in enumerate(NAMES):
             began = time.monotonic()
             clients.answer = asyncio.get_running_loop().create_future()
             driver.find(number, request_key(name), MODEL, 20_000)
-            found = await asyncio.wait_for(clients.answer, 60)
+            found = await asyncio.wait_for(clients.answer, 600)
             assert not clients.hinted
             if found is not None and found.body == body_of(name):
                 took.append(time.monotonic() - began)
@@ -196,7 +196,7 @@ async def test_a_listener_on_everything_learns_no_prompt_no_response_and_no_key(
         # GossipSub takes a moment to graft a newcomer: what was announced before that is in the registry.
         for name in secrets:
             nodes[1].store(name)
-        await asyncio.to_thread(until, lambda: wanted <= listener.announced, 60)
+        await asyncio.to_thread(until, lambda: wanted <= listener.announced, 600)
         hits = [decode_answer(await ask(peers[1][0], Query(each))) for each in wanted]
         assert all(isinstance(hit, Hit) for hit in hits)
     finally:
