@@ -50,6 +50,7 @@ support-table: setup ## Take what tests recorded of releases and features over i
 .PHONY: test-all
 test-all: ## Run every test: those of `make test`, every topology and every supported vLLM, soak runs (hours)
 	@$(MAKE) --no-print-directory test TESTS=
+	@$(MAKE) --no-print-directory test-vllm
 
 .PHONY: check
 check: setup ## Formatting, lint, types, layers and architecture tests (under a minute)
