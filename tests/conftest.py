@@ -1,5 +1,6 @@
 """Cheap tests first: a mistake in a pure function is found before a server has started."""
 
+import logging
 import os
 import signal
 from collections.abc import Generator, Iterator
@@ -46,6 +47,15 @@ def no_node_stays() -> Iterator[None]:
     for pid in embedded_nodes() - before:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> None:
+    """An earlier test that registered the plugin handed our records to vLLM's log, which pytest can't always read."""
+    package = logging.getLogger("hyperspace_vllm")
+    package.handlers.clear()
+    package.setLevel(logging.NOTSET)
+    package.propagate = True
 
 
 def embedded_nodes() -> set[int]:

@@ -78,9 +78,12 @@ def test_what_the_package_logs_is_in_vllms_log_whatever_the_root_loggers_level(m
     seen = logging.Handler()
     seen.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     plugin.logger.addHandler(seen)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # as with VLLM_CONFIGURE_LOGGING=0
+    logging.root.addHandler(seen)
     logging.getLogger("hyperspace_vllm.client").warning("no shared memory")
     plugin.logger.removeHandler(seen)
-    assert said == ["no shared memory"]
+    logging.root.removeHandler(seen)
+    assert said == ["no shared memory"] * 2
 
 
 def test_registering_twice_changes_nothing_the_second_time() -> None:

@@ -46,6 +46,7 @@ def _log_where_vllm_logs() -> None:
     if not any(isinstance(handler, _IntoVLLMsLog) for handler in package.handlers):
         package.addHandler(_IntoVLLMsLog())
         package.setLevel(logging.INFO)
+        package.propagate = False  # vLLM's logger may hand on to the root logger itself (VLLM_CONFIGURE_LOGGING=0)
 
 
 @contained()
