@@ -237,8 +237,12 @@ def peer(number: int) -> PeerId:
     return PeerId(f"peer {number}")
 
 
+def everybody(_: PeerId) -> bool:
+    return True
+
+
 def test_hints_name_their_providers_until_they_expire() -> None:
-    hints = Hints()
+    hints = Hints(everybody)
     hints.add(name(1), peer(1), NOW_MS + 10, NOW_MS)
     hints.add(name(1), peer(2), NOW_MS + 20, NOW_MS)
     assert hints.providers(name(1), NOW_MS) == (peer(1), peer(2))
@@ -249,7 +253,7 @@ def test_hints_name_their_providers_until_they_expire() -> None:
 
 
 def test_a_hint_said_again_is_one_hint_with_the_later_word_on_its_expiry() -> None:
-    hints = Hints()
+    hints = Hints(everybody)
     hints.add(name(1), peer(1), NOW_MS + 10, NOW_MS)
     hints.add(name(1), peer(1), NOW_MS + 30, NOW_MS)
     assert len(hints) == 1
@@ -257,14 +261,33 @@ def test_a_hint_said_again_is_one_hint_with_the_later_word_on_its_expiry() -> No
 
 
 def test_the_first_providers_stay_however_many_claim_the_same_later() -> None:
-    hints = Hints()
+    hints = Hints(everybody)
     for number in range(PROVIDERS_MAX + 3):
         hints.add(name(1), peer(number), LATER_MS, NOW_MS)
     assert hints.providers(name(1), NOW_MS) == tuple(map(peer, range(PROVIDERS_MAX)))
 
 
+def test_strangers_that_claim_an_id_first_keep_nobody_with_standing_out() -> None:
+    hints = Hints(lambda other: other in (peer(3), peer(90), peer(91)))
+    for number in (*range(PROVIDERS_MAX), 90, 91, 92):
+        hints.add(name(1), peer(number), LATER_MS, NOW_MS)
+    assert hints.providers(name(1), NOW_MS) == tuple(map(peer, (*range(PROVIDERS_MAX - 2), 90, 91)))
+    assert len(hints) == PROVIDERS_MAX
+
+
+def test_a_crowd_of_strangers_takes_no_hint_from_who_has_standing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hints_module, "RESPONSE_HINTS_MAX", 500)
+    hints = Hints(lambda other: other == peer(0))
+    for number in range(200):
+        hints.add(name(number), peer(0), LATER_MS, NOW_MS)
+    for number in range(2_000):
+        hints.add(name(1_000 + number), peer(1 + number % 100), LATER_MS, NOW_MS)
+    assert len(hints) <= 500
+    assert all(hints.providers(name(number), NOW_MS) == (peer(0),) for number in range(200))
+
+
 def test_expired_providers_make_room() -> None:
-    hints = Hints()
+    hints = Hints(everybody)
     for number in range(PROVIDERS_MAX):
         hints.add(name(1), peer(number), NOW_MS + 10, NOW_MS)
     hints.add(name(1), peer(99), LATER_MS, NOW_MS + 10)
@@ -274,7 +297,7 @@ def test_expired_providers_make_room() -> None:
 def test_who_announces_everything_displaces_only_its_own_hints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hints_module, "HINTS_PER_PEER_MAX", 100)
     monkeypatch.setattr(hints_module, "RESPONSE_HINTS_MAX", 250)
-    hints = Hints()
+    hints = Hints(everybody)
     for number in range(20):
         hints.add(name(number), peer(0), LATER_MS, NOW_MS)
     for boaster in (1, 2, 3):
@@ -286,7 +309,7 @@ def test_who_announces_everything_displaces_only_its_own_hints(monkeypatch: pyte
 
 
 def test_hints_never_lose_count() -> None:
-    hints = Hints()
+    hints = Hints(everybody)
     for number in range(200):
         hints.add(name(number % 30), peer(number % 7), NOW_MS + number % 11, NOW_MS)
         hints.remove(name(number % 13), peer(number % 5))

@@ -51,6 +51,7 @@ from hyperspace_vllm.core.node.network_events import (
 )
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
 from hyperspace_vllm.core.peers.membership import DIALS_MAX
+from hyperspace_vllm.core.peers.patience import LENT_MAX_MS, LENT_SHARE
 from hyperspace_vllm.core.records.announcement import (
     RESPONSE_TOPIC,
     Announcement,
@@ -82,6 +83,7 @@ from hyperspace_vllm.core.records.peer_wire import (
     WantDeltas,
     WantPeers,
 )
+from hyperspace_vllm.core.response.lookup import RACE_MS
 
 from .network_world import HOUR_MS, NETWORK, NETWORK_KEY, NOW_MS, SECOND_MS, Identity, World, make_node, only
 
@@ -248,6 +250,7 @@ def test_a_liar_is_charged_and_not_asked_again_for_a_while() -> None:
         fetch a from 1 for 300
         > lied a 1 bad_signature
         charge 1 bad_signature
+        hint no
         search a
         > found a 1                 # the DHT knows nobody else
         answer a none none bad_signature
@@ -271,6 +274,7 @@ def test_a_miss_takes_back_the_hint() -> None:
         hint yes
         fetch a from 1 for 300
         > refused a 1 miss
+        hint no
         search a
         > found a
         answer a none none not_found
@@ -309,7 +313,8 @@ def test_a_connection_that_opened_just_before_the_deadline_costs_a_peer_nothing(
         fetch a from 1 for 300
         > at=290 meet 1
         > at=299 refused a 1 timeout
-        answer a none none timeout
+        hint no
+        search a
         > at=299 want b
         hint yes
         fetch b from 1 for 300
@@ -384,6 +389,71 @@ def test_a_hint_at_somebody_unknown_is_none() -> None:
         search a
         """
     )
+
+
+def test_a_stranger_makes_no_request_wait_until_it_has_delivered_nor_for_longer_than_that_earned_it() -> None:
+    script = Script(make_node(network_key=None))
+    script.run(
+        f"""
+        > meet 1
+        > gossip 1 abcd
+        > want a
+        hint no
+        fetch a from 1 for {RACE_MS}
+        > at=40 got a 1
+        answer a 1 hint hit
+        > want b
+        hint yes
+        fetch b from 1 for 300
+        > at=330 refused b 1 miss       # 290 of the 300 ms that its delivery earned it
+        hint no
+        search b
+        > found b
+        answer b none none not_found
+        > want c
+        hint yes
+        fetch c from 1 for 300
+        > at=340 refused c 1 miss
+        hint no
+        search c
+        > found c
+        answer c none none not_found
+        > want d
+        hint no
+        fetch d from 1 for {RACE_MS}
+        """
+    )
+
+
+def test_strangers_are_asked_after_those_a_request_waits_for() -> None:
+    script = Script(make_node(network_key=None, listed=(2,)))
+    script.run("> meet 1 2 3\n> want a 1 3 2\nhint yes\nfetch a from 2 for 300")
+
+
+def test_members_that_never_delivered_waste_no_more_than_all_of_them_are_lent() -> None:
+    """A holder of the network key can be as many members as it likes."""
+    script = Script()
+    waits = 0
+    for number in range(1, 40):
+        script.run(f"> meet {number}\n> gossip {number} a")
+        hint, *_ = script.act(f"want a {number}")
+        waits += hint == "hint yes"
+        script.now_ms += 300
+        script.act("tick")
+        script.act("release a")
+        script.act(f"refused a {number} timeout")
+        script.act("found a")
+        script.act(f"at={script.now_ms - NOW_MS + RACE_MS} tick")
+    passed_ms = script.now_ms - NOW_MS
+    assert LENT_MAX_MS // 300 <= waits <= (LENT_MAX_MS + LENT_SHARE * passed_ms) / 300 + 1
+
+
+def test_what_a_convicted_peer_says_it_has_is_not_waited_for() -> None:
+    script = Script()
+    script.run("> meet 1")
+    script.node._trust.patience.delivered(Identity(1).peer)
+    script.node._trust.suspicion.convict(Identity(1).public_key, NOW_MS)
+    script.run(f"> want a 1\nhint no\nfetch a from 1 for {RACE_MS}")
 
 
 def test_hinted_lookups_leave_the_search_budget_alone() -> None:
@@ -718,7 +788,10 @@ def test_whatever_comes_time_goes_on_and_every_lookup_is_hinted_and_answered_onc
             event = ResponseWanted(lookups, response("a"), 300)
         for effects in (node.handle(event, now_ms), tick(node, now_ms)):
             assert len(effects) < 100
-            hinted += [effect.lookup for effect in effects if isinstance(effect, HintResponse)]
+            for effect in effects:
+                if isinstance(effect, HintResponse):
+                    withdrawn = effect.lookup in hinted and not effect.hinted
+                    hinted += [] if withdrawn else [effect.lookup]
             answered += [effect.lookup for effect in effects if isinstance(effect, AnswerResponse)]
     answered += [effect.lookup for effect in only(tick(node, now_ms + 10 * SECOND_MS), AnswerResponse)]
     assert sorted(hinted) == sorted(answered) == list(range(1, lookups + 1))

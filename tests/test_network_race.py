@@ -194,6 +194,27 @@ async def test_a_hint_that_was_wrong_is_over_when_the_node_says_so(bench: Bench)
     assert bench.node.released == []
 
 
+@pytest.mark.parametrize("finds", [True, False])
+async def test_once_a_hint_is_withdrawn_the_engine_starts_and_races_the_lookup(bench: Bench, finds: bool) -> None:
+    bench.node.others = Says(hinted=True)
+    bench.upstream.gate.clear()
+    counts = Counts.now()
+    asking = asyncio.create_task(bench.ask(CHAT))
+    lookup = await asked(bench)
+    assert await pending(bench, lookup).hint
+    assert bench.upstream.bodies == []
+    bench.node.inbox.append(ResponseHint(lookup.lookup, False))
+    await until(lambda: len(bench.upstream.bodies) == 1)
+    if finds:
+        bench.node.inbox.append(found(lookup))
+        assert text_of(await asking) == "from afar"
+        await until(lambda: counts.since().get("network_won") == 1)
+    else:
+        bench.upstream.gate.set()
+        assert text_of(await asking).startswith("w1.0")
+        await until(lambda: counts.since().get("engine_won") == 1)
+
+
 @as_json_and_streams
 async def test_a_client_that_leaves_while_it_waits_releases_the_lookup(bench: Bench, asked_as: dict[str, Any]) -> None:
     bench.node.others = Says(hinted=True)

@@ -36,8 +36,11 @@ DEADLINE_MS = 300
 
 
 def candidates(names: list[str]) -> list[Candidate]:
-    """A name with a plus is of a peer that a connection is open to."""
-    return [Candidate(PeerId(name[0]), f"10.0.0.1:{ord(name[0])}", 10.0, name.endswith("+")) for name in names]
+    """A name with a plus is of a peer that a connection is open to, one with a question mark of a stranger."""
+    return [
+        Candidate(PeerId(name[0]), f"10.0.0.1:{ord(name[0])}", 10.0, name.endswith("+"), not name.endswith("?"))
+        for name in names
+    ]
 
 
 class Script:
@@ -164,27 +167,81 @@ def test_whose_connection_breaks_is_asked_once_more_after_the_others() -> None:
         > at=9 refused B unreachable    # nobody is there
         fetch A for 291
         > at=20 refused A unreachable
-        search for 280
+        unhinted                        # nobody is left to wait for: the engine starts
+        search for 1500
         > at=40 found A B
         answer None none unreachable
         """
     )
 
 
-def test_after_the_last_known_provider_the_dht_is_searched_in_the_time_that_is_left() -> None:
+def test_after_the_last_known_provider_the_dht_is_searched_while_the_engine_computes() -> None:
     Script().run(
-        """
+        f"""
         > want A
         hinted
         fetch A for 300
         > at=10 refused A miss
-        search for 290
+        unhinted
+        search for {DHT_MS}
         > at=60 found A B           # A has said no already
-        fetch B for 240
+        fetch B for {RACE_MS - 60}
         > at=70 hit B
         answer B dht hit
         """
     )
+
+
+def test_strangers_hints_race_the_engine_and_make_no_request_wait() -> None:
+    script = Script()
+    script.run(
+        f"""
+        > want A? B?
+        unhinted
+        fetch A for {RACE_MS}
+        > at=30 tick
+        fetch B for {RACE_MS - 30}
+        > at=40 hit B
+        answer B hint hit
+        """
+    )
+    assert script.lookup.waited_ms(40) == {}
+
+
+def test_a_request_waits_for_those_who_are_worth_it_and_for_strangers_no_longer() -> None:
+    script = Script()
+    script.run(
+        f"""
+        > want A B?
+        hinted
+        fetch A for 300
+        > at=30 tick                # B may help, if A is late
+        fetch B for 270
+        > at=100 refused A miss
+        unhinted
+        > at={RACE_MS} tick
+        answer None none deadline
+        """
+    )
+    assert script.lookup.waited_ms(RACE_MS) == {"A": 100}
+
+
+def test_what_a_request_waited_for_each_is_known_but_for_who_answered() -> None:
+    script = Script()
+    script.run(
+        """
+        > want A B C
+        hinted
+        fetch A for 300
+        > at=30 tick
+        fetch B for 270
+        > at=40 refused B miss
+        fetch C for 260
+        > at=90 hit C
+        answer C hint hit
+        """
+    )
+    assert script.lookup.waited_ms(90) == {"A": 90, "B": 10}
 
 
 def test_an_unhinted_lookup_may_take_longer_because_nobody_waits_for_it() -> None:
@@ -277,6 +334,7 @@ def test_the_answer_says_why_the_last_provider_was_refused() -> None:
         > refused A bad_signature
         fetch B for 300
         > refused B miss
+        unhinted
         answer None none bad_signature
         """
     )

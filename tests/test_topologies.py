@@ -130,7 +130,9 @@ def check(topology: Topology, producer: Server, environment: dict[str, str], dir
             found = [cached(f"{shared}{rank}", {"X-data-parallel-rank": str(rank)}) for rank in engines]
             assert min(found) >= 1024, found
             assert cached(shared + "salted", {}, cache_salt="s") == 0
-        counted = {name for name in server.metrics() if name.startswith("hyperspace_l2_lookups_total") and '"hit"' in name}
+        counted = {
+            name for name in server.metrics() if name.startswith("hyperspace_l2_lookups_total") and '"hit"' in name
+        }
         assert len({name.partition('engine="')[2].partition('"')[0] for name in counted}) == topology.engines
         assert server.metric("vllm:request_success_total", 'finished_reason="error"') == 0
         assert "please report" not in server.log_path.read_text()

@@ -1,8 +1,9 @@
 """Other nodes and the engine, whichever answers first: an ASGI application around vLLM's, for one computation.
 
-With a hint the request waits for the other nodes until the lookup's deadline, and the engine starts only after that.
-Without one the engine starts at once, and the first body frame wins: the engine's start is held back until then, its
-body never. The loser hears of it, the lookup by its release, the engine as of a client's disconnect.
+With a hint the request waits for the other nodes until the lookup's deadline, or until the node withdraws the hint, and
+the engine starts only after that. Without one the engine starts at once, and the first body frame wins: the engine's
+start is held back until then, its body never. The loser hears of it, the lookup by its release, the engine as of a
+client's disconnect.
 
 It runs inside a flight, so everybody who waits for the same computation gets the winner's answer, and a disconnect is
 one of them all.
@@ -87,7 +88,11 @@ class NetworkRace:
         self._lookup.release()
 
     async def _wait(self, send: Send) -> None:
-        """Send what the lookup brings; if it won't do, the engine has to answer."""
+        """Send what the lookup brings; if it won't do, the engine has to answer, and if the hint is withdrawn, race."""
+        if not self._waits:
+            await asyncio.wait((self._lookup.answer, self._lookup.withdrawn), return_when=asyncio.FIRST_COMPLETED)
+            if not self._lookup.answer.done():
+                return
         found = await self._lookup.answer
         answer = self._find(found) if found is not None and not self._gone.is_set() else None
         if answer is None:

@@ -48,13 +48,15 @@ _CALM_S = 0.003
 class Pending:
     """One lookup. Both futures are done by its deadline at the latest; `release` does them at once.
 
-    A lookup that the node has no hint for races the engine and holds nobody up: `race` gives it RACE_S instead.
+    A lookup that the node has no hint for, or none any longer, races the engine and holds nobody up: `race` gives it
+    RACE_S instead.
     """
 
     def __init__(self, lookups: "NodeLookup", number: int) -> None:
         loop = asyncio.get_running_loop()
         self.number = number
         self.hint: asyncio.Future[bool] = loop.create_future()  # is it worth waiting for the answer?
+        self.withdrawn: asyncio.Future[None] = loop.create_future()  # it was, and is no longer
         self.answer: asyncio.Future[ResponseFound | None] = loop.create_future()
         self.timers: list[asyncio.TimerHandle] = []  # the last one is that of the deadline
         self.raced_by: float | None = None  # set once the node has said that it searches without a hint
@@ -80,9 +82,11 @@ class Pending:
             self.answer.set_result(found)
 
     def say_hint(self, hinted: bool) -> None:
-        """The first word counts."""
+        """The first word counts; a second one can only take it back."""
         if not self.hint.done():
             self.hint.set_result(hinted)
+        elif self.hint.result() and not hinted and not self.withdrawn.done():
+            self.withdrawn.set_result(None)
 
 
 class _Claim:

@@ -254,11 +254,11 @@ class _Node:
 
         config = self._config
         peers = tuple(PeerId(peer.partition("@")[0]) for peer in config.peers)
-        node = Node(self._network, peers, config.fetch, random.Random(), self._joined.hints)
         chunks = config.data_dir / "chunks"
         with needed(chunks, "delete it: its KV is then computed anew"):
             store = ChunkStore(chunks, config.disk_bytes)
         trust = self._joined.trust
+        node = Node(self._network, peers, config.fetch, random.Random(), self._joined.hints, trust.has_standing)
         with needed(f"listen = {config.listen!r}", f"{_LISTEN} (HYPERSPACE_LISTEN)"):
             transport = ChunkTransport(config, self._identity, store, self._metrics, trust)
         compute = ComputePool(config.nice)

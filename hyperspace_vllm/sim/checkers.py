@@ -2,9 +2,10 @@
 
 Safety: no client gets a wrong or an expired response; every lookup is hinted once and answered once, by its deadline;
 tables and what one event causes stay within bounds; every request of a peer is answered at once; no honest node is
-charged by another. Liveness: a request is a hit, hinted and within its deadline, when an honest node that had said so
-SPREAD_MS ago could be reached all the while. Lost segments between the two excuse a miss, a freeze does, and so do
-SILENT_MAX that were asked and could not help (fleet.py): they cost half of the time, and then it takes a handshake.
+charged by another. Liveness: a request is a hit within its deadline when an honest node that had said so
+SPREAD_MS ago could be reached all the while; the engine may be quicker only where nothing was waited for. Lost segments
+between the two excuse a miss, a freeze does, and so do SILENT_MAX that were asked and could not help (fleet.py): they
+cost half of the time, and then it takes a handshake.
 """
 
 from collections.abc import Iterator, Mapping, Sized
@@ -61,9 +62,10 @@ class Checker:
         if unanswered:
             self.violated(host.number, f"{type(message).__name__} of a peer left without an answer")
 
-    def on_hint(self, host: "SimHost", request: "Request") -> None:
-        """A lookup was hinted."""
-        if request.asked_ms != self._fleet.agenda.now_ms:
+    def on_hint(self, host: "SimHost", request: "Request", hinted: bool) -> None:
+        """A lookup was hinted, or its hint is withdrawn."""
+        withdrawn = request.hinted is True and not hinted
+        if request.asked_ms != self._fleet.agenda.now_ms and not withdrawn:
             self.violated(host.number, f"lookup {request.lookup}: the hint came late, or twice")
 
     def on_fetch(self, host: "SimHost", effect: FetchResponse, in_flight: int) -> None:
@@ -119,7 +121,11 @@ class Checker:
             if request.answered_ms < 0:
                 if request.asked_ms + RACE_MS + LATE_MS < fleet.agenda.now_ms:
                     self.violated(request.host, f"lookup {request.lookup} of {request.asked_ms} ms never answered")
-            elif not (request.hit and request.waiting) and request.promised and not request.hindered:
+            elif (
+                not (request.hit and (request.waiting or not request.hinted))
+                and request.promised
+                and not request.hindered
+            ):
                 how = {None: "no hint", True: "hinted", False: "unhinted"}[request.hinted]
                 self.violated(
                     request.host,

@@ -207,8 +207,8 @@ class SimHost:
 
     def _hinted(self, effect: HintResponse) -> None:
         request = self.requests[effect.lookup]
+        self.fleet.checker.on_hint(self, request, effect.hinted)
         request.hinted = effect.hinted
-        self.fleet.checker.on_hint(self, request)
         if not effect.hinted:
             self.later(self.rng.uniform(*ENGINE_FIRST_MS), partial(self._engine_first, request))
 

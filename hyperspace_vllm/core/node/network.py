@@ -139,7 +139,7 @@ class NetworkNode:
             now_ms,
         )
         self.registry = Registry(options.network, self._public_key, rng)
-        self.hints = Hints()
+        self.hints = Hints(trust.has_standing)
         self._outbox = Outbox(options.network, signing_key, now_ms)
         self._inbox = Inbox(options.network, self._public_key, self._counts)
         self._popularity = Popularity()
@@ -383,6 +383,7 @@ class NetworkNode:
 
     def _fetched(self, event: ResponseFetched, now_ms: int) -> list[NetworkEffect]:
         self._trust.reputation.served(event.peer, now_ms)
+        self._trust.patience.delivered(event.peer)
         self._avoidance.served(event.peer)
         self._heard(event.peer, now_ms)
         lookup = self._lookups.get(event.lookup)
@@ -419,7 +420,11 @@ class NetworkNode:
         for effect in effects:
             if isinstance(effect, FetchResponse):
                 self.members.used(effect.peer, now_ms)
+            elif isinstance(effect, HintResponse) and not effect.hinted:  # withdrawn; at the start none has waited
+                self._trust.patience.wasted(lookup.waited_ms(now_ms), now_ms)
             elif isinstance(effect, AnswerResponse):
+                if lookup.hinted:
+                    self._trust.patience.wasted(lookup.waited_ms(now_ms), now_ms)
                 self._over(lookup, effect, now_ms)
         return effects
 
@@ -443,7 +448,7 @@ class NetworkNode:
         return now_ms - since_ms >= FAIR_MS
 
     def _candidates(self, told: tuple[PeerId, ...], now_ms: int) -> list[Candidate]:
-        """Providers that can be asked now, the best first: good, connected, lately heard of, near.
+        """Providers that can be asked now, the best first: worth waiting for, good, connected, lately heard of, near.
 
         The second is whoever said so first: those who claim what others have are heard after them, and with a fifth of
         the network doing so, one provider in twenty that claim it is the one that has it.
@@ -460,13 +465,16 @@ class NetworkNode:
                 continue
             score = round(self._trust.reputation.score(peer, now_ms), 1)
             quiet = min((now_ms - known.alive_at_ms) // QUIET_MS, QUIET_MAX)
-            order = (known.silent, -score, not known.connected, quiet, known.rtt_ms, self._rng.random())
-            found.append((order, known))
-        first = next((known for _, known in found if not known.silent), None)
-        best = [known for _, known in sorted(found, key=lambda each: each[0])]
+            waited_for = self._trust.may_be_waited_for(peer, now_ms)
+            standing = not waited_for, known.silent, -score, not known.connected, quiet
+            candidate = Candidate(known.peer, known.address, known.rtt_ms, known.connected, waited_for)
+            found.append(((*standing, known.rtt_ms, self._rng.random()), candidate))
+        best = [candidate for _, candidate in sorted(found, key=lambda each: each[0])]
+        spoken = [candidate for (_, silent, *_), candidate in found if not silent]
+        first = min(spoken, key=lambda each: not each.worth_waiting, default=None)
         if first is not None and first is not best[0]:
-            best = [best[0], first, *(known for known in best[1:] if known is not first)]
-        return [Candidate(known.peer, known.address, known.rtt_ms, known.connected) for known in best]
+            best = [best[0], first, *(candidate for candidate in best[1:] if candidate is not first)]
+        return best
 
     def _may_search(self, request_hash: bytes, now_ms: int) -> bool:
         return bool(self.members.neighbours()) and self._searches.take(request_hash, now_ms)

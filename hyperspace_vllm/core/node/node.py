@@ -45,7 +45,7 @@ STALLED_MS = 5_000  # slow is no crime, but one stall in a while is enough
 class Node:
     """Everything that a node decides about prefixes. `peers` may be asked; it draws no randomness but from `rng`.
 
-    `hints` names peers that are said to serve a row.
+    `hints` names peers that are said to serve a row; `has_standing` says for whom a request may wait.
     """
 
     def __init__(
@@ -55,10 +55,12 @@ class Node:
         fetch: FetchMode,
         rng: random.Random,
         hints: Callable[[RowId], tuple[PeerId, ...]] = lambda row: (),
+        has_standing: Callable[[PeerId], bool] = lambda peer: True,
     ) -> None:
         self.network = network
         self.peers = peers
         self.hints = hints
+        self.has_standing = has_standing
         self.fetch: FetchMode = fetch
         self.rng = rng
         self.publisher = Publisher()
@@ -117,7 +119,9 @@ class Node:
 
     def _whom_to_ask(self, event: PrefixWanted, now_ms: int) -> tuple[PeerId, ...]:
         """At most ASKED_MAX: those with hints first, beginning with the longest prefix's."""
-        peers = [peer for peer in self.peers if self._avoid_until_ms.get(peer, now_ms) <= now_ms]
+        peers = [
+            peer for peer in self.peers if self._avoid_until_ms.get(peer, now_ms) <= now_ms and self.has_standing(peer)
+        ]
         self.rng.shuffle(peers)  # equally good holders share the load
         if len(peers) <= ASKED_MAX or not event.may_ask_peers:
             return tuple(peers)

@@ -13,9 +13,10 @@ import hmac
 from collections import OrderedDict
 from typing import Literal, assert_never
 
-from ..records.ids import peer_id
+from ..records.ids import PeerId, peer_id, public_key_of
 from ..records.limits import PEERS_KNOWN_MAX
 from ..records.signing import NO_MEMBER_TAG, member_tag
+from .patience import Patience
 from .reputation import THRESHOLD, Reputation
 from .suspicion import Suspicion
 
@@ -38,6 +39,7 @@ class Trust:
         self.mode: TrustMode = mode
         self.reputation = reputation
         self.suspicion = Suspicion(own_key)
+        self.patience = Patience()
         self._own_key = own_key
         self._listed = listed
         self._allowed = allowed
@@ -91,7 +93,21 @@ class Trust:
 
     def admits(self, public_key: bytes) -> bool:
         """Whether KV is asked of this peer and served to it: by `reputation` anybody, who else could earn one?"""
-        return self.mode == "reputation" or self.is_member(public_key) or public_key in self._allowed
+        return self.mode == "reputation" or self.is_chosen(public_key)
+
+    def is_chosen(self, public_key: bytes) -> bool:
+        """Whether the peer counts by the operator's choice, whatever it did: a member, or on the allowlist."""
+        return self.is_member(public_key) or public_key in self._allowed
+
+    def has_standing(self, peer: PeerId) -> bool:
+        """Whether the peer was chosen, or has delivered: strangers' hints don't take its place."""
+        return self.patience.has_earned(peer) or self.is_chosen(public_key_of(peer))
+
+    def may_be_waited_for(self, peer: PeerId, now_ms: int) -> bool:
+        """Whether a request may wait for what this peer says it has."""
+        if self.suspicion.is_convicted(public_key_of(peer), now_ms):
+            return False
+        return self.patience.has_earned(peer) or (self.has_standing(peer) and self.patience.lends(now_ms))
 
     def vouch(self, public_key: bytes) -> bytes:
         """The member tag of a signer that is known to hold the network key; zeros for everybody else.

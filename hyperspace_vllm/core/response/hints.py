@@ -1,11 +1,13 @@
 """What gossip has said about who serves what. Hints only: each is checked by asking.
 
 Who says most loses first: a peer's own oldest hints make room for its newest, and where all have said too much the
-oldest of whoever has said most. So nobody pushes out what others said. Of the providers of one id the first to come
-stay, because whoever claims what others have is heard after them.
+oldest of whoever has said most, of those without standing while there are any. So nobody pushes out what others said.
+Of the providers of one id the first to come stay, because whoever claims what others have is heard after them; but a
+provider with standing takes the place of one without, so that strangers that claim an id early keep no member out.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import islice
 
 from ..records.ids import PeerId
@@ -16,9 +18,10 @@ _THINNED = 64  # at once: finding out who has said most costs a look at every pe
 
 
 class Hints:
-    """Providers by id (request hash or row id)."""
+    """Providers by id (request hash or row id). `has_standing(peer)`: whether it counts more than a stranger."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_standing: Callable[[PeerId], bool]) -> None:
+        self._has_standing = has_standing
         self._providers: dict[bytes, dict[PeerId, int]] = {}
         self._said: dict[PeerId, OrderedDict[bytes, None]] = {}  # by each peer, the oldest first
         self._count = 0
@@ -60,13 +63,25 @@ class Hints:
     def _make_room(self, name: bytes, peer: PeerId, now_ms: int) -> bool:
         if len(self._providers.get(name, ())) >= PROVIDERS_MAX:
             self._forget_expired(name, now_ms)
-            if len(self._providers.get(name, ())) >= PROVIDERS_MAX:
+            if len(self._providers.get(name, ())) >= PROVIDERS_MAX and not self._give_way(name, peer):
                 return False
         if len(self._said.get(peer, ())) >= HINTS_PER_PEER_MAX:
             self._forget_oldest(peer, 1)
         if self._count >= RESPONSE_HINTS_MAX:
-            self._forget_oldest(max(self._said, key=lambda other: len(self._said[other])), _THINNED)
+            self._forget_oldest(max(self._said, key=self._said_too_much), _THINNED)
         return True
+
+    def _said_too_much(self, peer: PeerId) -> tuple[bool, int]:
+        return not self._has_standing(peer), len(self._said[peer])
+
+    def _give_way(self, name: bytes, peer: PeerId) -> bool:
+        """Whether `peer` may have the place of another one; the last of those without standing loses it."""
+        if not self._has_standing(peer):
+            return False
+        loser = next((other for other in reversed(self._providers[name]) if not self._has_standing(other)), None)
+        if loser is not None:
+            self.remove(name, loser)
+        return loser is not None
 
     def _forget_expired(self, name: bytes, now_ms: int) -> None:
         providers = self._providers.get(name, {})

@@ -1,9 +1,10 @@
 """The machine of one L1 lookup across the network: which provider to ask, when to hedge, when to give up.
 
-    start ── providers known ──▶ hinted: ask the best, hedge to the next, at most IN_FLIGHT_MAX at once; then the DHT
-      └───── none known ───────▶ unhinted: the DHT, while the engine computes
+    start ── a provider worth waiting for ──▶ hinted: ask the best, hedge to the next, at most IN_FLIGHT_MAX at once
+      └───── none ──▶ unhinted: the same with the others, then the DHT, while the engine computes ◀── none is left
 
-Who refuses makes room for the next at once; who keeps silent is hedged, first after `hedge_delay_ms`, and once more at
+Whom a request may wait for is decided elsewhere (peers/patience.py); the others are asked as well, but never waited
+for. Who refuses makes room for the next at once; who keeps silent is hedged, first after `hedge_delay_ms`, and again at
 half time, since by then the first two are more likely frozen than slow. Whose connection breaks is asked once more
 over a new one, after the others: the other side may have closed it as idle or as one too many just when we asked. A
 hinted lookup ends by its request's deadline. An unhinted one holds nobody up, so it may take RACE_MS; what it finds
@@ -45,6 +46,7 @@ class Candidate:
     address: str
     rtt_ms: float
     connected: bool
+    worth_waiting: bool
 
 
 class ResponseLookup:
@@ -58,13 +60,15 @@ class ResponseLookup:
     ) -> None:
         self.number = wanted.lookup
         self.request_hash = wanted.request_hash
-        self.hinted = bool(providers)
+        self.hinted = any(provider.worth_waiting for provider in providers)
         self.over = False
         self.searched = False  # the DHT has answered
-        may_take_ms = wanted.deadline_ms if self.hinted else max(wanted.deadline_ms, RACE_MS)
-        self._deadline_ms = now_ms + may_take_ms
-        self._half_time_ms = now_ms + may_take_ms // 2
+        self._race_ends_ms = now_ms + max(wanted.deadline_ms, RACE_MS)
+        self._deadline_ms = now_ms + wanted.deadline_ms if self.hinted else self._race_ends_ms
+        self._half_time_ms = (now_ms + self._deadline_ms) // 2
         self._waiting = list(providers)
+        self._worth_waiting = {provider.peer for provider in providers if provider.worth_waiting}
+        self._waited_ms: dict[PeerId, int] = {}  # for those that refused, while the lookup was hinted
         self._in_flight: dict[PeerId, int] = {}  # since when
         self._asked: set[PeerId] = set()
         self._connected: dict[PeerId, Candidate] = {}  # those asked over a connection that was there, once each
@@ -99,13 +103,15 @@ class ResponseLookup:
 
     def on_fetched(self, event: ResponseFetched) -> list[NetworkEffect]:
         """A verified answer."""
-        return self._end(event.peer, "hit") if event.peer in self._in_flight else []
+        return self._end(event.peer, "hit") if self._in_flight.pop(event.peer, None) is not None else []
 
     def on_refused(self, event: ResponseRefused, now_ms: int) -> list[NetworkEffect]:
         """The next one."""
         if event.peer not in self._in_flight:
             return []
-        del self._in_flight[event.peer]
+        asked_ms = self._in_flight.pop(event.peer)
+        if self.hinted:
+            self._waited_ms[event.peer] = now_ms - asked_ms
         self._reason = event.reason if event.reason != "miss" else self._reason
         broken = self._connected.pop(event.peer, None) if event.reason == "unreachable" else None
         if broken is not None and broken.address:
@@ -121,8 +127,14 @@ class ResponseLookup:
         self._waiting = [candidate for candidate in candidates if candidate.peer not in self._asked]
         return self._go_on(now_ms)
 
+    def waited_ms(self, now_ms: int) -> dict[PeerId, int]:
+        """How long the request has waited for each peer that was worth it and has brought nothing so far."""
+        in_flight = {peer: now_ms - since_ms for peer, since_ms in self._in_flight.items()}
+        return {peer: for_ms for peer, for_ms in (self._waited_ms | in_flight).items() if peer in self._worth_waiting}
+
     def shift(self, by_ms: int) -> None:
         """The clock was set."""
+        self._race_ends_ms += by_ms
         self._deadline_ms += by_ms
         self._half_time_ms += by_ms
         if self._hedge_at_ms is not None:
@@ -132,6 +144,9 @@ class ResponseLookup:
     def _go_on(self, now_ms: int) -> list[NetworkEffect]:
         if now_ms >= self._deadline_ms:
             return self._end(None, "deadline")
+        if self.hinted and self._worth_waiting.isdisjoint([*self._in_flight, *(each.peer for each in self._waiting)]):
+            self.hinted, self._deadline_ms = False, self._race_ends_ms
+            return [HintResponse(self.number, False), *self._go_on(now_ms)]
         effects = self._ask(now_ms)
         if effects or self._in_flight or self._searching:
             return effects

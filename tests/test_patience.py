@@ -1,0 +1,62 @@
+"""For whom a request may wait: what a delivery earns, what a silence costs, and what members are lent."""
+
+import pytest
+
+from hyperspace_vllm.core.peers.patience import EARNED_MAX_MS, EARNED_MS, LENT_MAX_MS, LENT_SHARE, Patience
+from hyperspace_vllm.core.records.ids import PeerId
+from hyperspace_vllm.core.records.limits import PEERS_KNOWN_MAX
+
+PEER, OTHER = PeerId("peer"), PeerId("other")
+
+
+@pytest.mark.parametrize(
+    ("deliveries", "wasted_ms", "has_earned"),
+    [
+        (0, 0, False),
+        (1, 0, True),
+        (1, EARNED_MS - 1, True),
+        (1, EARNED_MS, False),
+        (2, EARNED_MS, True),
+        (1_000, EARNED_MAX_MS - 1, True),
+        (1_000, EARNED_MAX_MS, False),
+    ],
+)
+def test_a_peer_may_waste_what_its_deliveries_earned(deliveries: int, wasted_ms: int, has_earned: bool) -> None:
+    patience = Patience()
+    for _ in range(deliveries):
+        patience.delivered(PEER)
+    patience.wasted({PEER: wasted_ms}, 0)
+    assert patience.has_earned(PEER) is has_earned
+    assert patience.lends(0)
+
+
+def test_what_members_that_earned_nothing_waste_is_lent_once_however_many_they_are() -> None:
+    patience = Patience()
+    crowd = {PeerId(f"member {number}"): 300 for number in range(3)}
+    for _ in range(LENT_MAX_MS // 300):
+        assert patience.lends(0)
+        patience.wasted(crowd, 0)
+    assert not patience.lends(0)
+    assert patience.lends(round(1 / LENT_SHARE))
+    patience.wasted({}, 10_000_000)
+    patience.wasted({OTHER: LENT_MAX_MS}, 10_000_000)
+    assert not patience.lends(10_000_000)
+
+
+def test_a_clock_that_is_set_back_lends_nothing_and_takes_nothing() -> None:
+    patience = Patience()
+    patience.wasted({OTHER: LENT_MAX_MS - 1}, 1_000_000)
+    assert patience.lends(0)
+    patience.wasted({OTHER: 1}, 0)
+    assert not patience.lends(0)
+    assert patience.lends(1_000)
+
+
+def test_those_that_delivered_longest_ago_are_forgotten() -> None:
+    patience = Patience()
+    patience.delivered(PEER)
+    patience.delivered(OTHER)
+    for number in range(PEERS_KNOWN_MAX - 1):
+        patience.delivered(PeerId(f"peer {number}"))
+    assert not patience.has_earned(PEER)
+    assert patience.has_earned(OTHER)
