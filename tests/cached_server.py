@@ -87,13 +87,13 @@ class Upstream:
         if failure == "stall":
             await self._until_disconnect(request, asyncio.Event())
         if body.get("stream"):
-            frames = self._frames(body, number, failure, chat=request.url.path.endswith("chat/completions"))
+            frames = self._frames(body, number, failure, self._id(request, body, number), _is_chat(request))
             return StreamingResponse(frames, media_type="text/event-stream")
         if not await self._until_disconnect(request, self.gate):
             return Response(status_code=499)
         if failure == "raise":
             raise RuntimeError("engine died")
-        return JSONResponse(self._answer(number, chat=request.url.path.endswith("chat/completions")))
+        return JSONResponse(self._answer(number, self._id(request, body, number), _is_chat(request)))
 
     async def _until_disconnect(self, request: Request, gate: asyncio.Event) -> bool:
         gone = asyncio.create_task(request.receive())
@@ -107,11 +107,16 @@ class Upstream:
     def _text(self, number: int) -> list[str]:
         return [self.says.pop(0)] if self.says else [f"w{number}.{at}{self.filler} " for at in range(self.words)]
 
-    def _answer(self, number: int, chat: bool) -> dict[str, Any]:
+    def _id(self, request: Request, body: dict[str, Any], number: int) -> str:
+        """As vLLM makes it of what the client calls its request."""
+        named = request.headers.get("x-request-id", body.get("request_id"))
+        return f"id-{number}" if named is None else f"{'chatcmpl' if _is_chat(request) else 'cmpl'}-{named}"
+
+    def _answer(self, number: int, answer_id: str, chat: bool) -> dict[str, Any]:
         text = "".join(self._text(number))
         shape = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         return {
-            "id": f"id-{number}",
+            "id": answer_id,
             "object": "chat.completion" if chat else "text_completion",
             "created": 1,
             "model": "base",
@@ -124,14 +129,16 @@ class Upstream:
     def _usage(self) -> dict[str, int]:
         return {"prompt_tokens": 5, "total_tokens": 5 + self.words, "completion_tokens": self.words}
 
-    async def _frames(self, body: dict[str, Any], number: int, failure: str, chat: bool) -> AsyncIterator[str]:
+    async def _frames(
+        self, body: dict[str, Any], number: int, failure: str, answer_id: str, chat: bool
+    ) -> AsyncIterator[str]:
         usage = (body.get("stream_options") or {}).get("include_usage")
         finished = False
 
         def frame(shape: dict[str, Any] | None, finish: str | None = None, **more: object) -> str:
             choices = [] if shape is None else [{"index": 0, **shape, "logprobs": None, "finish_reason": finish}]
             kind = "chat.completion.chunk" if chat else "text_completion"
-            head = {"id": f"id-{number}", "object": kind, "created": 1, "model": "base", "choices": choices}
+            head = {"id": answer_id, "object": kind, "created": 1, "model": "base", "choices": choices}
             self.frames_sent += 1
             return f"data: {json.dumps(head | more, separators=(',', ':'))}\n\n"
 
@@ -159,6 +166,10 @@ class Upstream:
             finished = True
         finally:
             self.disconnects += not finished
+
+
+def _is_chat(request: Request) -> bool:
+    return request.url.path.endswith("chat/completions")
 
 
 class Others(Protocol):
@@ -343,6 +354,11 @@ def data_of(response: httpx.Response) -> list[Any]:
     *frames, done, rest = response.text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
     return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+
+
+def said(response: httpx.Response) -> dict[str, Any]:
+    """A JSON answer without its id, of which each client has its own."""
+    return {name: value for name, value in response.json().items() if name != "id"}
 
 
 def text_of(response: httpx.Response) -> str:

@@ -1,7 +1,6 @@
 """On a local miss: a real server and client, a real cache, and a node whose words are scripted."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -83,8 +82,8 @@ def found(asked: FindResponse, said: dict[str, Any] = SAID, age_ms: int = 60_000
     """Another node's answer to CHAT; it says so."""
     choice = {"index": 0, "finish_reason": "stop"} | said
     usage = {"prompt_tokens": 5, "total_tokens": 7, "completion_tokens": 2}
-    head = {"id": "afar", "object": "chat.completion", "created": 1, "model": "base", "system_fingerprint": "fp"}
-    body = json.dumps(head | {"choices": [choice], "usage": usage}).encode()
+    head = {"object": "chat.completion", "created": 1, "model": "base", "system_fingerprint": "fp"}
+    body = msgspec.json.encode(head | {"choices": [choice], "usage": usage})
     at_ms = wall_clock_ms() - age_ms
     key, network = RequestKey(asked.request_key), network_id("test")
     proof = make_proof(SigningKey(bytes(32)), network, key, body, asked.model_digest, "vllm 0.32.0", at_ms)

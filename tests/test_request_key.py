@@ -283,7 +283,7 @@ def test_keys_match_the_published_vectors(vector: dict[str, str]) -> None:
     assert made.hex() == vector["key"]
     # The slow twin: the documented bytes, written out.
     tenant = hashlib.sha256(vector["tenant"].encode()).digest()
-    head = b"hyperspace/request/1" + bytes.fromhex(vector["model_digest"]) + (lora or bytes(32)) + tenant
+    head = b"hyperspace/request/2" + bytes.fromhex(vector["model_digest"]) + (lora or bytes(32)) + tenant
     assert hashlib.sha256(head + vector["canonical"].encode()).hexdigest() == vector["key"]
 
 

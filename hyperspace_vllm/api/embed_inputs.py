@@ -54,7 +54,8 @@ async def answer_inputs(exchange: "Exchange") -> None:
     else:
         exchange.cache.metrics.lookups.labels("hit", "local").inc()
         headers = _hit_headers([entry for entry in entries.values() if entry], now_ms)
-    body = merged([(found | computed)[key] for key in keys], exchange.body.get("encoding_format", "float"))
+    encoding = exchange.body.get("encoding_format", "float")
+    body = merged([(found | computed)[key] for key in keys], encoding, exchange.ids().answer)
     await exchange.send({"type": "http.response.start", "status": 200, "headers": headers + json_headers(body)})
     return await exchange.send({"type": "http.response.body", "body": body})
 

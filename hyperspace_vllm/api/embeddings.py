@@ -9,7 +9,6 @@ nobody could divide. Cost: some front-end work a missing input, hence INPUTS_MAX
 import base64
 import struct
 import sys
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,16 +26,15 @@ Input = str | list[int]
 class Embedding:
     """The answer to one input; `vector` is the base64 of float32, little-endian."""
 
-    id: str
     created: int
     model: str
     vector: str
     usage: dict[str, Any]
 
     def encode(self) -> bytes:
-        """As it is stored: an answer of vLLM's to this one input, in base64."""
+        """As it is stored: an answer of vLLM's to this one input, in base64, without id."""
         data = [{"index": 0, "object": "embedding", "embedding": self.vector}]
-        return _answer(self, data, self.usage)
+        return msgspec.json.encode(_answer(self.created, self.model, data, self.usage))
 
 
 def inputs_of(body: Mapping[str, Any]) -> list[Input] | Uncacheable:
@@ -67,19 +65,16 @@ def decode(raw: bytes) -> Embedding | None:
         vector = entry["embedding"]
         if not isinstance(vector, str) or len(base64.b64decode(vector, validate=True)) % 4 or not vector:
             return None
-        embedding = Embedding(body["id"], body["created"], body["model"], vector, body["usage"])
+        embedding = Embedding(body["created"], body["model"], vector, body["usage"])
         tokens = embedding.usage["prompt_tokens"], embedding.usage["total_tokens"]
     except (ValueError, LookupError, TypeError, RecursionError):  # ValueError: what JSON, UTF-8 and base64 raise
         return None
-    sound = isinstance(embedding.created, int) and isinstance(embedding.id, str) and isinstance(embedding.model, str)
+    sound = isinstance(embedding.created, int) and isinstance(embedding.model, str)
     return embedding if sound and all(isinstance(count, int) for count in tokens) else None
 
 
-def merged(embeddings: Sequence[Embedding], encoding_format: object) -> bytes:
-    """vLLM's answer to all the inputs at once. That to one is as it was; others have an id and a time of their own."""
-    last = max(embeddings, key=lambda each: each.created)
-    fresh = Embedding(f"embd-{uuid.uuid4().hex}", last.created, last.model, "", {})
-    head = embeddings[0] if len(embeddings) == 1 else fresh
+def merged(embeddings: Sequence[Embedding], encoding_format: object, answer_id: str) -> bytes:
+    """vLLM's answer to all the inputs at once, as old as the newest of them."""
     data = [
         {
             "index": index,
@@ -88,17 +83,15 @@ def merged(embeddings: Sequence[Embedding], encoding_format: object) -> bytes:
         }
         for index, each in enumerate(embeddings)
     ]
-    if len(embeddings) == 1:
-        return _answer(head, data, embeddings[0].usage)
+    last = max(embeddings, key=lambda each: each.created)
     usage = {**embeddings[0].usage}
     for name in ("prompt_tokens", "total_tokens"):
         usage[name] = sum(each.usage[name] for each in embeddings)
-    return _answer(head, data, usage)
+    return msgspec.json.encode({"id": answer_id, **_answer(last.created, last.model, data, usage)})
 
 
-def _answer(head: Embedding, data: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
-    body = {"id": head.id, "object": "list", "created": head.created, "model": head.model, "data": data, "usage": usage}
-    return msgspec.json.encode(body)
+def _answer(created: int, model: str, data: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+    return {"object": "list", "created": created, "model": model, "data": data, "usage": usage}
 
 
 def _floats(vector: str) -> list[float]:

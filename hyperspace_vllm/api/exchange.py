@@ -11,6 +11,7 @@ from ..contained import contained, report_error
 from ..core.records.ids import RequestKey
 from ..core.records.local import PurgeResponses, Question, RememberQuestion, ResponseFound, StoreResponse
 from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
+from ..core.response.answer_ids import ID_CHARS_MAX, named_by
 from ..core.response.audit import plain_answer, prompt_of
 from ..core.response.guards import eligible
 from ..core.response.request_fields import POOLING, Endpoint
@@ -22,9 +23,10 @@ from ..response_db import StoredResponse
 from . import aborts, checks
 from .coalesce import Flight, Laggard, LeaderFailed, Message, Receive, Scope, Send
 from .embed_inputs import answer_inputs
-from .http_headers import PROOF, forward_status, header, parse_cache_control, without_proof
+from .http_headers import PROOF, first_header, forward_status, header, parse_cache_control, without_proof
 from .network_race import HITS, NetworkRace, Outcome
 from .node_lookup import Pending
+from .own_ids import OwnIds
 from .relay import Relay, leaving_on_disconnect
 from .request_body import replayed, rewritten, with_content_length
 from .stored_answer import StoredAnswer, Wanted, entry_of, json_headers, origin_header, render
@@ -70,6 +72,7 @@ class Exchange:
             self.wishes.private or self.wishes.no_store or endpoint == "embeddings",
         )
         self.mode = tightened(self.options.semantic, header(scope["headers"], b"x-hyperspace-semantic"))
+        self.named = named_by(endpoint, body, first_header(scope["headers"], b"x-request-id"))
         self.streams = endpoint not in POOLING and bool(body.get("stream"))
         # Others' streams end with usage whether asked to or not.
         self.chooses_usage = self.streams and endpoint in ("completions", "chat")
@@ -143,6 +146,8 @@ class Exchange:
             return Uncacheable("off")
         if self.tenant is None:
             return Uncacheable("unknown_tenant")
+        if len(self.named or "") > ID_CHARS_MAX:
+            return Uncacheable("request_id")
         if digest is None or (self.chooses_usage and self.options.force_include_usage):
             return Uncacheable("no_model_digest" if digest is None else "continuous_usage")
         lora = self.options.loras.get(model) if isinstance(model, str) else None
@@ -209,22 +214,28 @@ class Exchange:
             return False
         self.cache.metrics.lookups.labels("hit", "local" if detail == "exact" else detail.partition(";")[0]).inc()
         self.cache.touches.add(key)
-        for message in answer.messages():
+        for message in answer.messages(self.cache.sending):
             await self.send(message)
         self.cache.metrics.hit_seconds.observe(time.perf_counter() - self.started_s)
         return True
 
     def _render(self, entry: StoredResponse, usage: bool, now_ms: int, detail: str) -> StoredAnswer | None:
-        """The answer from an entry, if it is as fresh as this client wants it."""
+        """The answer from an entry, if it is as fresh as this client wants it, and there is room for it."""
         age_s = max(now_ms - entry.computed_at_ms, 0) // 1000
         ttl_s = max(entry.expires_at_ms - now_ms, 0) // 1000
         if not self.wishes.allows(age_s, ttl_s):
             return None
-        answer = render(entry, Wanted(self.endpoint, self.streams, usage, self.repeated), age_s, ttl_s, detail)
-        if answer is not None:
-            took_ms = (time.perf_counter() - self.started_s) * 1000
-            answer.headers.append((b"server-timing", f"hyperspace;dur={took_ms:.3f}".encode()))
+        wanted = Wanted(self.endpoint, self.streams, usage, self.repeated, self.ids())
+        answer = render(entry, wanted, age_s, ttl_s, detail)
+        if answer is None or not self.cache.sending.has_room(answer):
+            return None
+        took_ms = (time.perf_counter() - self.started_s) * 1000
+        answer.headers.append((b"server-timing", f"hyperspace;dur={took_ms:.3f}".encode()))
         return answer
+
+    def ids(self) -> OwnIds:
+        """Ids for an answer that was not computed for this request."""
+        return OwnIds(self.endpoint, self.named)
 
     async def not_cached(self, why: str) -> None:
         """Answer `only-if-cached` as RFC 9111 §5.2.1.7 says, in the shape of vLLM's errors."""
@@ -290,7 +301,7 @@ class Exchange:
 
         request = replayed([{"type": "http.request", "body": self.raw, "more_body": False}], self.receive)
         find = partial(self._answer_found, key, self.wants_usage)
-        race = NetworkRace(refuse, lookup, find, self._count, waits=True)
+        race = NetworkRace(refuse, lookup, find, self._count, self.cache.sending, waits=True)
         await race(self.scope, request, self.send)
         if race.outcome in HITS:
             self.cache.metrics.network_hit_seconds.observe(time.perf_counter() - self.started_s)
@@ -346,7 +357,7 @@ class Exchange:
         follower = Relay(flight.join(), self.send, forward_status(why, collapsed=True), strips_usage)
         try:
             async with leaving_on_disconnect(self.receive, follower.reader):
-                await follower.follow(self.options.follow_deadline_s)
+                await follower.follow(self.options.follow_deadline_s, self.ids())
         except LeaderFailed:
             if not follower.started:
                 return False
@@ -398,7 +409,7 @@ class Exchange:
             else:
                 self.cache.metrics.lookups.labels("miss", why).inc()
 
-        return NetworkRace(self.app, lookup, partial(self._answer_found, key, usage), decided)
+        return NetworkRace(self.app, lookup, partial(self._answer_found, key, usage), decided, self.cache.sending)
 
     async def _leased(
         self,
@@ -420,7 +431,7 @@ class Exchange:
             if (answer := await self._answer_of_another(key)) is not None:
                 flight.from_cache = True
                 self.cache.metrics.lookups.labels("collapsed", why).inc()
-                for message in answer.messages():
+                for message in answer.messages(self.cache.sending):
                     await send(message)
                 return
             self.cache.node.lead(key)

@@ -31,6 +31,11 @@ def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
     return ", ".join(values) if values else None
 
 
+def first_header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
+    """The first value of a header, which is all that vLLM reads."""
+    return next((value.decode("latin-1") for key, value in headers if key.lower() == name), None)
+
+
 def parse_cache_control(value: str | None) -> Directives:
     """What we understand of a Cache-Control header; the rest is ignored, as the RFC asks."""
     wishes: dict[str, str] = {}

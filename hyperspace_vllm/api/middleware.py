@@ -31,6 +31,7 @@ from .metrics import l1_metrics
 from .node_lookup import NodeLookup
 from .options import ResponseCacheOptions
 from .request_body import read_body, read_rest, replayed
+from .stored_answer import Sending
 
 Answer = Callable[[], Awaitable[None]]
 
@@ -44,6 +45,7 @@ class ResponseCacheMiddleware:
         self.flights = FlightTable()
         self.lookup = Lookup(options.db_path, options.read_deadline_s) if options.db_path else None
         self.recent = Recent()
+        self.sending = Sending()
         self.touches = Touches(options.client)
         self.node = NodeLookup(options.client)
         self.checks = OneAtATime()

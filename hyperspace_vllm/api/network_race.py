@@ -18,7 +18,7 @@ from typing import Literal
 from ..core.records.local import ResponseFound
 from .coalesce import ABANDONED_GRACE_S, App, Message, Receive, Scope, Send, drops_silently
 from .node_lookup import Pending
-from .stored_answer import StoredAnswer
+from .stored_answer import Sending, StoredAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +47,14 @@ class NetworkRace:
         lookup: Pending,
         find: Callable[[ResponseFound], StoredAnswer | None],
         decided: Callable[[Outcome], None],
+        sending: Sending,
         waits: bool = False,
     ) -> None:
         self._engine = engine
         self._lookup = lookup
         self._find = find
         self._decided = decided
+        self._sending = sending
         self._waits = waits
         self.outcome: Outcome | None = None
         self._held: Message | None = None  # the engine's start
@@ -100,7 +102,7 @@ class NetworkRace:
             return
         self._decide("waited_hit")
         self._gone.set()
-        await _send_all(answer, send)
+        await self._send_all(answer, send)
 
     async def _race(self, scope: Scope, receive: Receive, send: Send) -> None:
         silent = drops_silently(scope)
@@ -147,7 +149,7 @@ class NetworkRace:
         self._decide("network_won")
         self._gone.set()
         patience.reschedule(asyncio.get_running_loop().time() + ABANDONED_GRACE_S)
-        await _send_all(answer, send)
+        await self._send_all(answer, send)
 
     async def _let_start(self, send: Send) -> None:
         held, self._held = self._held, None
@@ -159,8 +161,7 @@ class NetworkRace:
             self.outcome = outcome
             self._decided(outcome)
 
-
-async def _send_all(answer: StoredAnswer, send: Send) -> None:
-    with suppress(OSError):  # its clients have gone
-        for message in answer.messages():
-            await send(message)
+    async def _send_all(self, answer: StoredAnswer, send: Send) -> None:
+        with suppress(OSError):  # its clients have gone
+            for message in answer.messages(self._sending):
+                await send(message)

@@ -3,9 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import msgspec
 
 from .coalesce import LeaderFailed, Piece, Reader, Receive, Send
+from .own_ids import OwnIds
 from .replay import fingerprint_of, with_fingerprint
+from .request_body import with_content_length
 
 _ERROR_FRAMES = b'data: {"error"', b"event: error", b"event: response.failed"
 
@@ -29,25 +34,42 @@ class Relay:
             await self._give(piece)
         await self._end()
 
-    async def follow(self, deadline_s: float) -> None:
-        """Pass on a good answer. Nothing is sent before its first frame is there: until then the client has a choice.
+    async def follow(self, deadline_s: float, ids: OwnIds) -> None:
+        """Pass on a good answer under this client's own ids.
 
+        Nothing is sent before its first frame (a JSON body: all of it) is there: until then the client has a choice.
         `LeaderFailed` for an answer that may be bad for reasons of the leader's own, or that does not come.
         """
         start: Piece | None = None
+        body = bytearray()
         while (piece := await self.reader.next(None if self.started else deadline_s)) is not None:
             if piece.start is not None:
                 start = piece
                 if piece.start["status"] != 200:
                     raise LeaderFailed
                 continue
+            if not self.reader.flight.streams:
+                body += piece.body
+                continue
             if start is not None:
                 if piece.body.startswith(_ERROR_FRAMES):
                     raise LeaderFailed
                 await self._give(start)
                 start = None
-            await self._give(piece)
+            await self._give(replace(piece, body=ids.frame(piece.body)))
+        if start is not None and not self.reader.gone:
+            await self._give_json(start, bytes(body), ids)
         await self._end()
+
+    async def _give_json(self, start: Piece, body: bytes, ids: OwnIds) -> None:
+        assert start.start is not None
+        try:
+            own = msgspec.json.encode(ids.decoded(body))
+        except (ValueError, RecursionError):
+            raise LeaderFailed from None
+        sized = with_content_length({"headers": (), **start.start}, len(own))
+        await self._give(replace(start, start=sized))
+        await self._give(Piece(own))
 
     async def _give(self, piece: Piece) -> None:
         if piece.start is not None:

@@ -72,7 +72,7 @@ def rewritten(raw: bytes, body: Mapping[str, Any], signed_scope: Mapping[str, st
 
 
 def with_content_length(scope: Scope, length: int) -> Scope:
-    """The scope of a request whose body now has another length."""
+    """The scope of a request, or the start of a response, whose body now has another length."""
     headers = [
         (name, str(length).encode() if name.lower() == b"content-length" else value) for name, value in scope["headers"]
     ]

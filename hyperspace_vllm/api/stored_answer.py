@@ -1,13 +1,15 @@
 """From a stored response to the ASGI messages that answer a request with it."""
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
 
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import sha256
+from ..core.records.limits import REPLAY_BYTES_MAX, SENDING_BYTES_MAX
 from ..core.records.local import ResponseFound
 from ..core.response.admission import Admitted, admit
 from ..core.response.cache_proof import decode_proof
@@ -15,6 +17,7 @@ from ..core.response.request_fields import Endpoint
 from ..response_db import StoredResponse
 from .coalesce import Message
 from .http_headers import RawHeaders, hit_headers, quoted
+from .own_ids import OwnIds
 from .streams import frames
 
 _MESSAGE_BYTES = 65_536
@@ -28,16 +31,45 @@ class StoredAnswer:
     headers: RawHeaders
     parts: list[bytes]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the body."""
+        return sum(map(len, self.parts))
+
     def with_status(self, status: bytes) -> "StoredAnswer":
         """The same with another Cache-Status."""
         others = [(name, value) for name, value in self.headers if name != b"cache-status"]
         return StoredAnswer([*others, (b"cache-status", status)], self.parts)
 
-    def messages(self) -> Iterable[Message]:
+    def messages(self, sending: "Sending") -> Iterable[Message]:
         """The whole answer, from its start to its last part."""
-        yield {"type": "http.response.start", "status": 200, "headers": self.headers}
-        for at, part in enumerate(self.parts):
-            yield {"type": "http.response.body", "body": part, "more_body": at + 1 < len(self.parts)}
+        with sending.holding(self.size):
+            yield {"type": "http.response.start", "status": 200, "headers": self.headers}
+            for at, part in enumerate(self.parts):
+                yield {"type": "http.response.body", "body": part, "more_body": at + 1 < len(self.parts)}
+
+
+class Sending:
+    """The memory of what the cache answers with, while clients read it: SENDING_BYTES_MAX in all.
+
+    Answers of one message each are not held to it: vLLM's own connections have buffers of that size.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def has_room(self, answer: StoredAnswer) -> bool:
+        """Whether one more may be sent."""
+        return answer.size <= _MESSAGE_BYTES or self.bytes + answer.size <= SENDING_BYTES_MAX
+
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """While an answer is sent."""
+        self.bytes += size
+        try:
+            yield
+        finally:
+            self.bytes -= size
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +83,19 @@ class Wanted:
     streams: bool
     usage: bool
     repeated: Mapping[str, object]
+    ids: OwnIds
 
 
 def render(entry: StoredResponse, wanted: Wanted, age_s: int, ttl_s: int, detail: str) -> StoredAnswer | None:
-    """The answer from an entry, or None when its body has another version's shape."""
+    """The answer from an entry; None when its body has another version's shape, or its stream would be too long."""
     headers = hit_headers(age_s, ttl_s, base64.b64encode(entry.proof), detail)
-    if not (wanted.streams or wanted.repeated):
-        return StoredAnswer(headers + json_headers(entry.body), [entry.body])
     try:
-        stored = {**msgspec.json.decode(entry.body), **wanted.repeated}
         if not wanted.streams:
-            body = msgspec.json.encode(stored)
+            ids, repeated = wanted.ids, wanted.repeated
+            body = msgspec.json.encode({**ids.decoded(entry.body), **repeated}) if repeated else ids.body(entry.body)
             return StoredAnswer(headers + json_headers(body), [body])
-        parts = _grouped(frames(wanted.endpoint, stored, wanted.usage))
+        answer = {**wanted.ids.decoded(entry.body), **wanted.repeated}
+        parts = _grouped(frames(wanted.endpoint, answer, wanted.usage))
     except (msgspec.MsgspecError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return None
     return StoredAnswer([*headers, _EVENT_STREAM], parts)
@@ -99,7 +131,11 @@ def json_headers(body: bytes) -> RawHeaders:
 def _grouped(parts: Iterable[bytes]) -> list[bytes]:
     """The frames in as few messages as their size allows."""
     groups = [bytearray()]
+    size = 0
     for part in parts:
+        size += len(part)
+        if size > REPLAY_BYTES_MAX:
+            raise ValueError(f"a stream of more than {REPLAY_BYTES_MAX} bytes")
         if len(groups[-1]) + len(part) > _MESSAGE_BYTES and groups[-1]:
             groups.append(bytearray())
         groups[-1] += part

@@ -34,6 +34,8 @@ FLIGHT_BYTES_MAX = 8 * MiB  # frames a computation keeps for those who join late
 FLIGHTS_BYTES_MAX = 256 * MiB  # all of them together: 1024 answers of 256 KiB
 FLIGHT_WINDOW_BYTES = 64 * KiB  # how far a computation may run ahead of its fastest reader
 REQUEST_LEASES_MAX = 4096  # requests of a host being computed; FLIGHTS_MAX for each of four API servers
+REPLAY_BYTES_MAX = 32 * MiB  # frames of one hit: 4 x an answer, in which one-word choices grow the most; longer: a miss
+SENDING_BYTES_MAX = 256 * MiB  # of all hits while clients read them; hits over 64 KiB beyond that are misses
 RECENT_BYTES_MAX = 32 * MiB  # answers on their way to the database, kept by the API server that sent them
 RECENT_MS = 5_000
 AUDIT_TOKENS_MAX = 4096  # prompt and answer: their log-probabilities are 0.4 MiB of JSON, made on vLLM's event loop
@@ -94,6 +96,7 @@ assert DIGEST_TABLE_BYTES_MAX + MANIFEST_BYTES_MAX < PEER_CONTROL_BYTES_MAX
 assert LEASE_MS >= 3 * HEARTBEAT_MS
 assert RESPONSE_BYTES_MAX + CACHE_PROOF_BYTES_MAX + 4 * KiB < LOCAL_MESSAGE_BYTES_MAX
 assert RESPONSE_LOOKUPS_MAX <= LOOKUPS_PER_CLIENT_MAX
+assert RESPONSE_BYTES_MAX < REPLAY_BYTES_MAX < SENDING_BYTES_MAX
 assert FLIGHT_WINDOW_BYTES < FLIGHT_BYTES_MAX < FLIGHTS_BYTES_MAX
 assert REGISTRY_ENTRIES_MAX * 76 < REGISTRY_DELTA_BYTES_MAX  # measured: 75.2 B an entry
 assert REGISTRY_EPOCH_MS < REGISTRY_COMPACT_MS

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ..records.limits import RESPONSE_BYTES_MAX
+from .answer_ids import without_ids
 from .request_fields import Endpoint
 from .request_key import choice_count
 from .scope import RequestScope, Scope
@@ -32,7 +33,10 @@ class NotStored:
 
 
 def admit(endpoint: Endpoint, request: Mapping[str, object], raw: bytes) -> Admitted | NotStored:
-    """Judge the complete JSON body of a 200 response. Needed to be there: usage, and every choice, finished."""
+    """Judge the complete JSON body of a 200 response. Needed to be there: usage, and every choice, finished.
+
+    What is stored is admitted unchanged.
+    """
     if len(raw) > RESPONSE_BYTES_MAX:
         return NotStored("too_large")
     try:
@@ -49,20 +53,18 @@ def admit(endpoint: Endpoint, request: Mapping[str, object], raw: bytes) -> Admi
     if not _is_finished(endpoint, request, body):
         return NotStored("unfinished")
     told = _PER_REQUEST | _REPEATED if endpoint == "responses" else _PER_REQUEST
-    if all(body.get(field) is None for field in told):
-        return Admitted(raw)
-    return Admitted(msgspec.json.encode({name: value for name, value in (body | told).items() if name in body}))
+    return Admitted(msgspec.json.encode(without_ids(body | {name: told[name] for name in told if name in body})))
 
 
 # What an answer has, and its value if it is always the same.
 _NEEDED: dict[Endpoint, dict[str, str | None]] = {
-    "chat": {"id": None, "created": None, "model": None, "choices": None, "object": "chat.completion"},
-    "completions": {"id": None, "created": None, "model": None, "choices": None, "object": "text_completion"},
-    "responses": {"id": None, "created_at": None, "model": None, "output": None, "object": "response"},
-    "messages": {"id": None, "model": None, "content": None, "type": "message", "role": "assistant"},
-    "embeddings": {"id": None, "created": None, "model": None, "data": None, "object": "list"},
-    "rerank": {"id": None, "model": None, "results": None},
-    "score": {"id": None, "created": None, "model": None, "data": None, "object": "list"},
+    "chat": {"created": None, "model": None, "choices": None, "object": "chat.completion"},
+    "completions": {"created": None, "model": None, "choices": None, "object": "text_completion"},
+    "responses": {"created_at": None, "model": None, "output": None, "object": "response"},
+    "messages": {"model": None, "content": None, "type": "message", "role": "assistant"},
+    "embeddings": {"created": None, "model": None, "data": None, "object": "list"},
+    "rerank": {"model": None, "results": None},
+    "score": {"created": None, "model": None, "data": None, "object": "list"},
 }
 
 

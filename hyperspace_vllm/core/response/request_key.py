@@ -18,7 +18,7 @@ from ..records.ids import RequestKey, sha256
 from .request_fields import FIELDS, POOLING, Endpoint, Fields
 from .request_media import why_not_by_bytes
 
-_TAG = b"hyperspace/request/1"
+_TAG = b"hyperspace/request/2"  # 1: answers were stored with the ids of whoever asked first
 
 
 @dataclass(frozen=True, slots=True)
