@@ -5,7 +5,7 @@ import json
 import re
 import socket
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from hyperspace_vllm.api.stored_answer import Sending, StoredAnswer
 from hyperspace_vllm.api.streams import frames
 from hyperspace_vllm.core.response.admission import Admitted, admit
 from hyperspace_vllm.core.response.answer_ids import ID_CHARS_MAX, answer_id, named_by, without_ids
-from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, POOLING, Endpoint
+from hyperspace_vllm.core.response.request_fields import ENDPOINTS, POOLING, Endpoint
 
+from .answers import MARK, canaries, events, ids_in
 from .cached_server import CHAT, CHAT_PATH, STREAM, TEXT, TEXT_PATH, MakeBench, benches, text_of, until
 
 Json = dict[str, Any]
 
-MARK = "alice's words"
 PATHS = {endpoint: path for path, endpoint in ENDPOINTS.items()}
 BODIES: dict[Endpoint, Json] = {"chat": CHAT, "completions": TEXT}
 
@@ -84,22 +84,6 @@ def answers() -> dict[Endpoint, Json]:
         "rerank": {"model": "base", "results": [{"index": 0, "relevance_score": 1.0}], "usage": counts},
         "score": {"object": "list", "data": [{"index": 0, "score": 1.0}], **named},
     }  # fmt: skip
-
-
-def ids_in(value: object, name: str = "") -> Iterator[str]:
-    """Every id in an answer or an event, but for what tools are given."""
-    if isinstance(value, dict):
-        for key, each in value.items():
-            yield from ids_in(each, key) if key not in ("input", "arguments") else ()
-    elif isinstance(value, list):
-        for each in value:
-            yield from ids_in(each, name)
-    elif name in ("id", "call_id", "item_id", "signature") and isinstance(value, str):
-        yield value
-
-
-def events(stream: bytes) -> list[Json]:
-    return [json.loads(line[5:]) for line in stream.splitlines() if line.startswith(b"data: {")]
 
 
 # --- the stored form --------------------------------------------------------------------------------
@@ -260,16 +244,6 @@ async def test_those_who_share_a_computation_have_ids_of_their_own(make_bench: M
     assert ids_of(others[0]) == {"chatcmpl-bob"}
     assert len(ids_of(others[1]) | ids_of(others[2])) == 2
     assert {text_of(answer) for answer in (leader, *others)} == {"w1.0 w1.1 w1.2 "}
-
-
-def canaries(endpoint: Endpoint) -> Json:
-    """Every field that doesn't count for the key, and one that vLLM doesn't know, with words of the client's."""
-    given: dict[type, object] = {str: MARK, dict: {MARK: MARK}, object: MARK, list: [MARK]}
-    neutral = FIELDS[endpoint].neutral
-    named = {name: next((given[kind] for kind in kinds if kind in given), None) for name, kinds in neutral.items()}
-    for name in ("stream", "stream_options", "encoding_format", "endianness"):
-        named.pop(name, None)
-    return {name: value for name, value in named.items() if value is not None}
 
 
 class VllmsOwn:
