@@ -52,7 +52,7 @@ class _Shell:
         self._network = network_id("bench")
         self._key = SigningKey(bytes(32))
         self.owner = self._key.verify_key.encode()
-        self.registry = Registry(self._network, self.owner, random.Random(1))
+        self.registry = Registry(self._network, self.owner, lambda owner: None, random.Random(1))
         self._document = OwnDocument(())
         self._epoch = self._sequence = 0
         self.epochs = 0

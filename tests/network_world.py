@@ -76,6 +76,10 @@ class Identity:
     def address(self) -> str:
         return f"10.0.{self.number // 250}.{self.number % 250 + 1}:4001"
 
+    @property
+    def host(self) -> str:
+        return self.address.partition(":")[0]
+
     def record(
         self,
         sequence: int = 1,
@@ -96,13 +100,14 @@ def make_node(
     network_key: bytes | None = NETWORK_KEY,
     now_ms: int = NOW_MS,
     listed: tuple[int, ...] = (),
+    registry: bool = False,
 ) -> NetworkNode:
     """A node of the test network."""
     me = Identity(number)
     known = frozenset(Identity(other).public_key for other in listed)
     trust = Trust("members", me.public_key, known, frozenset(), network_key, Reputation())
     addresses = tuple((Identity(other).peer, Identity(other).address) for other in bootstrap)
-    options = NetworkOptions(NETWORK, me.address, "", addresses, network_key, registry=False)
+    options = NetworkOptions(NETWORK, me.address, "", addresses, network_key, registry=registry)
     return NetworkNode(options, me.key, trust, random.Random(number), now_ms)
 
 
@@ -211,7 +216,8 @@ class World:
                     tell_me(SECOND_MS, ConnectFailed(peer, "unreachable"))
                 else:
                     self.links.add(frozenset({number, other}))
-                    self._queue.extend([(number, PeerConnected(peer)), (other, PeerConnected(me))])
+                    self._queue.append((number, PeerConnected(peer, Identity(other).host)))
+                    self._queue.append((other, PeerConnected(me, Identity(number).host)))
             case Disconnect(peer):
                 other = self._number(peer)
                 if frozenset({number, other}) in self.links:

@@ -133,7 +133,7 @@ class Silent:
     def gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
         pass
 
-    def peer_changed(self, peer: PeerId, connected: bool) -> None:
+    def peer_changed(self, peer: PeerId, host: str | None) -> None:
         pass
 
 
@@ -178,6 +178,14 @@ async def test_connect_proves_who_is_there(members: Members) -> None:
     assert a.host.connected == frozenset()
     await a.meet(b)  # the failure is not held against the address
     assert a.host.connected == {b.peer}
+
+
+@pytest.mark.parametrize("network_key", [None, bytes(32)])
+async def test_each_side_knows_the_address_at_the_other_end(members: Members, network_key: bytes | None) -> None:
+    a, b = await members(2, network_key=network_key)
+    assert a.host.host_of(b.peer) == b.host.host_of(a.peer) == "127.0.0.1"
+    await a.host.disconnect(b.peer)
+    await until(lambda: b.host.host_of(a.peer) == "")
 
 
 async def test_connect_fails_within_its_deadline(members: Members) -> None:
@@ -867,7 +875,18 @@ def test_the_library_is_the_one_that_was_read() -> None:
 )
 def test_every_overridden_method_is_still_the_librarys(ours: type) -> None:
     new = {
-        *("live", "drop", "close_sockets", "_handshaking", "forget", "_may_pass", "_deliver", "renew", "_tell"),
+        *(
+            "live",
+            "host_of",
+            "drop",
+            "close_sockets",
+            "_handshaking",
+            "forget",
+            "_may_pass",
+            "_deliver",
+            "renew",
+            "_tell",
+        ),
         *("_forget", "_ask_closer", "_query", "_walk", "_learn_addresses"),
     }
     for name, value in vars(ours).items():

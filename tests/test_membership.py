@@ -38,7 +38,14 @@ from hyperspace_vllm.core.peers.peer_table import Peer, PeerTable
 from hyperspace_vllm.core.peers.reputation import Reputation
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import PeerId, network_id
-from hyperspace_vllm.core.records.limits import CLOCK_SKEW_MS, PEER_RECORD_TTL_MS, PEERS_KNOWN_MAX, PEX_RECORDS_MAX
+from hyperspace_vllm.core.records.limits import (
+    CLOCK_SKEW_MS,
+    PEER_RECORD_TTL_MS,
+    PEERS_KNOWN_MAX,
+    PEERS_OF_SOURCE_MAX,
+    PEX_OF_SOURCE_MAX,
+    PEX_RECORDS_MAX,
+)
 from hyperspace_vllm.core.records.peer_record import PeerRecord, decode_peer_record
 from hyperspace_vllm.core.records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
 from hyperspace_vllm.core.records.signing import member_tag
@@ -66,7 +73,7 @@ class Node:
             ME.peer,
             self._own,
             addresses,
-            trust.meet,
+            trust,
             self._ask,
             self.network_key is not None,
             random.Random(1),
@@ -89,7 +96,7 @@ class Node:
                 known = self.members.get(who.peer)
                 assert known is not None
                 known.dialling = True
-            self.members.on_connected(who.peer, self.now_ms)
+            self.members.on_connected(who.peer, who.host, self.now_ms)
             assert self.learn(number, own_word=True) == []
 
     def learn(self, number: int, own_word: bool = False, told_by: int = 1, **said: object) -> list[NetworkEffect]:
@@ -246,7 +253,9 @@ def test_the_own_record_is_renewed_in_time_and_told_to_neighbours() -> None:
 def test_peers_that_the_asker_lacks_are_told_and_silent_ones_not() -> None:
     node = Node()
     for number in (1, 2, 3, 4):
+        node.connect(number)
         node.learn(number, sequence=7)
+    node.learn(5)  # whom others told it of, and it hasn't met
     silent = node.members.get(Identity(4).peer)
     assert silent is not None
     silent.silent = True
@@ -257,8 +266,7 @@ def test_peers_that_the_asker_lacks_are_told_and_silent_ones_not() -> None:
 
 def test_at_most_so_many_records_travel_at_once_and_not_always_the_same() -> None:
     node = Node()
-    for number in range(1, 2 * PEX_RECORDS_MAX):
-        node.learn(number)
+    node.connect(*range(1, 2 * PEX_RECORDS_MAX))
     first, second = (node.members.answer_peers(WantPeers(b""), NOW_MS).records for _ in range(2))
     assert len(first) == len(second) == PEX_RECORDS_MAX
     assert set(first) != set(second)
@@ -266,7 +274,7 @@ def test_at_most_so_many_records_travel_at_once_and_not_always_the_same() -> Non
 
 def test_a_question_that_is_no_multiple_of_an_entry_is_answered_too() -> None:
     node = Node()
-    node.learn(1)
+    node.connect(1)
     assert len(node.members.answer_peers(WantPeers(b"x" * 23), NOW_MS).records) == 1
 
 
@@ -308,21 +316,42 @@ def test_a_neighbour_that_invents_peers_displaces_its_own_inventions() -> None:
         node.learn(number, told_by=2, network_key=None)
     for number in range(100, 100 + PEERS_KNOWN_MAX + 200):
         node.learn(number, told_by=1, network_key=None, expires_at_ms=NOW_MS + PEER_RECORD_TTL_MS + CLOCK_SKEW_MS)
-    assert len(node.members._peers) == PEERS_KNOWN_MAX
+    assert len(node.members._peers) == len(honest) + 2 + PEERS_OF_SOURCE_MAX
     assert peers(1, 2, *honest) <= node.usable()
 
 
-def test_members_and_those_who_were_heard_outlive_strangers() -> None:
+def test_what_one_host_brings_under_many_names_holds_a_quarter_of_the_table() -> None:
+    node = Node(network_key=None)
+    for number in range(10, 10 + 2 * PEERS_OF_SOURCE_MAX):
+        who = Identity(number)
+        node.members.on_connected(who.peer, "198.51.100.7", node.now_ms)
+        node.learn(number, own_word=True, network_key=None)
+        node.members.on_disconnected(who.peer, node.now_ms)
+        node.learn(2_000 + number, told_by=number, network_key=None)  # by who has left: counted as that host's too
+    assert len(node.members._peers) <= PEERS_OF_SOURCE_MAX + DIALS_MAX
+
+
+def test_a_node_tells_others_of_a_few_of_those_that_it_met_at_one_host() -> None:
+    node = Node()
+    for number in range(10, 10 + 2 * PEX_OF_SOURCE_MAX):
+        node.members.on_connected(Identity(number).peer, "198.51.100.7", node.now_ms)
+        node.learn(number, own_word=True)
+    node.connect(1, 2)
+    told = {decode_peer_record(raw).peer for raw in node.members.answer_peers(WantPeers(b""), NOW_MS).records}
+    assert told == peers(1, 2, *range(10, 10 + PEX_OF_SOURCE_MAX))
+
+
+def test_the_listed_and_those_who_were_met_outlive_those_that_others_tell_of() -> None:
     table = PeerTable()
-    member = Peer(PeerId("member"), member=True)
-    heard = Peer(PeerId("heard"), heard_at_ms=1)
+    listed = Peer(PeerId("listed"), listed=True)
+    met = Peer(PeerId("met"), heard_at_ms=1, source="a")
     configured = Peer(PeerId("configured"), configured="10.0.0.1:1")
-    for peer in (member, heard, configured):
+    for peer in (listed, met, configured):
         assert table.add(peer)
     for number in range(2 * PEERS_KNOWN_MAX):
-        assert table.add(Peer(PeerId(str(number)), told_by=PeerId("teller")))
+        table.add(Peer(PeerId(str(number)), source=str(number % 7)))
     assert len(table) == PEERS_KNOWN_MAX
-    assert [peer for peer in table if not peer.peer.isdigit()] == [member, heard, configured]
+    assert [peer for peer in table if not peer.peer.isdigit()] == [listed, met, configured]
 
 
 def test_a_table_full_of_connected_peers_takes_nobody_else() -> None:
@@ -378,7 +407,7 @@ def test_a_peer_that_this_node_hung_up_on_is_not_taken_for_silent() -> None:
 
 def test_who_connects_and_never_greets_is_disconnected() -> None:
     node = Node()
-    node.members.on_connected(Identity(1).peer, node.now_ms)
+    node.members.on_connected(Identity(1).peer, Identity(1).host, node.now_ms)
     effects = node.run(GREET_BY_MS + 2 * HEARTBEAT_MS)
     assert Disconnect(Identity(1).peer) in effects
     node.members.on_disconnected(Identity(1).peer, node.now_ms)
@@ -387,7 +416,7 @@ def test_who_connects_and_never_greets_is_disconnected() -> None:
 
 def test_a_node_does_not_talk_to_itself() -> None:
     node = Node()
-    assert node.members.on_connected(ME.peer, NOW_MS) == [Disconnect(ME.peer)]
+    assert node.members.on_connected(ME.peer, ME.host, NOW_MS) == [Disconnect(ME.peer)]
 
 
 # --- heartbeats ---------------------------------------------------------------------------------
@@ -502,7 +531,7 @@ def test_who_takes_connections_only_to_close_them_is_left_alone() -> None:
     for _ in range(60):
         for effect in only(node.run(SECOND_MS, answer=False), Connect):
             dials += 1
-            node.members.on_connected(effect.peer, node.now_ms)
+            node.members.on_connected(effect.peer, Identity(1).host, node.now_ms)
             node.members.on_disconnected(effect.peer, node.now_ms)
     assert dials <= 60 * SECOND_MS / (DIAL_AGAIN_MS_MAX / 2) + 3
 

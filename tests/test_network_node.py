@@ -19,6 +19,7 @@ from hyperspace_vllm.core.node.network_effects import (
     FetchResponse,
     FindProviders,
     HintResponse,
+    ImportDeltas,
     NetworkEffect,
     PeersChanged,
     Provide,
@@ -30,6 +31,7 @@ from hyperspace_vllm.core.node.network_effects import (
 from hyperspace_vllm.core.node.network_events import (
     Answered,
     ConnectFailed,
+    DeltasImported,
     DeltasRefused,
     FalseAnswer,
     GossipReceived,
@@ -64,10 +66,14 @@ from hyperspace_vllm.core.records.ids import PeerId, sha256
 from hyperspace_vllm.core.records.limits import (
     CLOCK_SKEW_MS,
     PEER_RECORD_TTL_MS,
+    PEERS_KNOWN_MAX,
+    PEERS_OF_SOURCE_MAX,
     PEX_RECORDS_MAX,
+    REGISTRY_INDEX_OF_SOURCE_MAX,
     REGISTRY_TTL_MS,
     RESPONSE_TTL_MS,
 )
+from hyperspace_vllm.core.records.peer_record import decode_peer_record
 from hyperspace_vllm.core.records.peer_wire import (
     Deltas,
     Greet,
@@ -83,6 +89,7 @@ from hyperspace_vllm.core.records.peer_wire import (
     WantDeltas,
     WantPeers,
 )
+from hyperspace_vllm.core.records.registry_delta import RegistryDelta, encode_delta
 from hyperspace_vllm.core.response.lookup import RACE_MS
 
 from .network_world import HOUR_MS, NETWORK, NETWORK_KEY, NOW_MS, SECOND_MS, Identity, World, make_node, only
@@ -894,6 +901,59 @@ def test_a_crowd_of_invented_peers_leaves_the_honest_ones_connected() -> None:
         dials += len(only(node.members.on_peers(liar, Peers(ghosts), world.now_ms), Connect))
     assert {0, 2, 3, 4} <= world.linked(1)
     assert dials <= 8 * DIALS_MAX
+
+
+@pytest.mark.parametrize("network_key", [None, NETWORK_KEY])
+def test_one_connection_that_brings_a_thousand_owners_takes_a_quarter_of_the_registry(
+    network_key: bytes | None,
+) -> None:
+    node = make_node(network_key=network_key, listed=(4,), registry=True)
+    expires_at_ms = NOW_MS + REGISTRY_TTL_MS
+
+    def meet(number: int) -> None:
+        who = Identity(number)
+        node.handle(PeerConnected(who.peer, who.host), NOW_MS)
+        node.handle(RequestReceived(number, who.peer, Greet(who.record(network_key=network_key))), NOW_MS)
+
+    def answer(number: int, message: WantPeers | WantDeltas, with_: PeerAnswer) -> None:
+        """What `number` answers when it is asked."""
+        send = node._ask(Identity(number).peer, message, 1_000)
+        imports = only(node.handle(Answered(send.request, send.peer, with_), NOW_MS), ImportDeltas)
+        while imports:  # a document here is a hundred ids of its owner's
+            imports = [new for each in imports for new in imported(each)]
+
+    def imported(done: ImportDeltas) -> list[ImportDeltas]:
+        ids = tuple((sha256(done.owner, bytes([number])), expires_at_ms) for number in range(200))
+        node.handle(DeltasImported(done.owner, done.epoch, done.sequence, ids, (), True), NOW_MS)
+        return only(node.registry.on_tick(NOW_MS), ImportDeltas)
+
+    def document(number: int) -> bytes:
+        who = Identity(number)
+        delta = RegistryDelta(NETWORK, who.public_key, NOW_MS, 0, "snapshot", expires_at_ms, b"document")
+        return encode_delta(delta, who.key)
+
+    def is_provider(number: int) -> bool:
+        who = Identity(number)
+        return node.providers(sha256(who.public_key, bytes(1)), NOW_MS) == (who.peer,)
+
+    for honest in (1, 2):
+        meet(honest)
+        answer(honest, WantDeltas(()), Deltas((document(honest),), ()))
+    meet(9)  # who brings them
+    invented = range(10, 10 + PEERS_KNOWN_MAX, PEX_RECORDS_MAX)
+    for first in invented:
+        crowd = range(first, first + PEX_RECORDS_MAX)
+        answer(9, WantPeers(b""), Peers(tuple(Identity(n).record(network_key=network_key) for n in crowd)))
+    for first in invented:
+        answer(9, WantDeltas(()), Deltas(tuple(document(n) for n in range(first, first + PEX_RECORDS_MAX)), ()))
+    for late in (3, 4):  # 4 is on this node's own list
+        meet(late)
+        answer(late, WantDeltas(()), Deltas((document(late),), ()))
+    assert all(is_provider(number) for number in (1, 2, 3, 4))
+    assert 100 <= sum(is_provider(number) for number in range(10, 10 + PEERS_KNOWN_MAX)) <= PEERS_OF_SOURCE_MAX
+    assert node.registry.entries <= REGISTRY_INDEX_OF_SOURCE_MAX + 4 * 200
+    told = node.members.answer_peers(WantPeers(b""), NOW_MS).records
+    assert {decode_peer_record(raw).peer for raw in told} == {Identity(n).peer for n in (1, 2, 3, 4, 9)}
 
 
 def test_the_same_events_have_the_same_effects() -> None:

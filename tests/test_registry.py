@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -19,13 +19,16 @@ from hyperspace_vllm.core.node.network_effects import (
 from hyperspace_vllm.core.node.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
 from hyperspace_vllm.core.peers import registry as registry_module
 from hyperspace_vllm.core.peers.registry import Registry
+from hyperspace_vllm.core.peers.standing import Rank, Standing
 from hyperspace_vllm.core.records.ids import PeerId, network_id, peer_id, sha256
 from hyperspace_vllm.core.records.limits import (
     REGISTRY_COMPACT_MS,
     REGISTRY_ENTRIES_MAX,
     REGISTRY_EPOCH_MS,
+    REGISTRY_INDEX_OF_SOURCE_MAX,
     REGISTRY_LOG_BYTES_MAX,
     REGISTRY_OWNERS_MAX,
+    REGISTRY_OWNERS_OF_SOURCE_MAX,
     REGISTRY_REPLY_BYTES_MAX,
     REGISTRY_TTL_MS,
     REGISTRY_WRITE_MS,
@@ -38,8 +41,12 @@ START_MS = 1_790_000_000_000
 RELAY = peer_id(SigningKey(bytes(32)).verify_key.encode())
 
 
-def everybody(_: bytes) -> bool:
-    return True
+Known = Callable[[bytes], Standing | None]
+
+
+def everybody(owner: bytes) -> Standing:
+    """All owners are met, each at a host of its own."""
+    return Standing(Rank.MET, owner.hex())
 
 
 def ids(count: int, first: int = 0) -> list[bytes]:
@@ -117,10 +124,10 @@ class Documents:
 class Node:
     """A registry with its shell; effects are performed at once unless `held`."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, standing: Known = everybody) -> None:
         self.owner = Owner(seed)
         self.peer = self.owner.peer
-        self.registry = Registry(NETWORK, self.owner.public, random.Random(seed))
+        self.registry = Registry(NETWORK, self.owner.public, standing, random.Random(seed))
         self.documents = Documents()
         self.charged: list[ChargePeer] = []
         self.forgotten: list[bytes] = []
@@ -158,12 +165,12 @@ class Node:
         raise AssertionError("a registry that is never done")
 
     def take(self, raws: Iterable[bytes], now_ms: int = START_MS, relay: PeerId = RELAY) -> None:
-        self.perform(self.registry.on_deltas(relay, Deltas(tuple(raws), ()), everybody, now_ms), now_ms)
+        self.perform(self.registry.on_deltas(relay, Deltas(tuple(raws), ()), now_ms), now_ms)
         self.tick(now_ms)
 
     def pull(self, other: "Node", now_ms: int) -> bool:
         answer = other.registry.answer(self.registry.want(), now_ms)
-        self.perform(self.registry.on_deltas(other.peer, answer, everybody, now_ms), now_ms)
+        self.perform(self.registry.on_deltas(other.peer, answer, now_ms), now_ms)
         self.tick(now_ms)
         return answer.more
 
@@ -268,10 +275,9 @@ def test_an_owner_that_begins_anew_all_the_time_is_heard_now_and_then() -> None:
 
 
 def test_strangers_have_no_document_here() -> None:
-    node, owner = Node(1), Owner(2)
+    node, owner = Node(1, standing=lambda key: None), Owner(2)
     raw = owner.snapshot([(ids(1)[0], START_MS + 1000)])
-    effects = node.registry.on_deltas(RELAY, Deltas((raw,), ()), lambda key: key != owner.public, START_MS)
-    assert effects == []
+    assert node.registry.on_deltas(RELAY, Deltas((raw,), ()), START_MS) == []
     assert node.registry.stats().owners == 0
 
 
@@ -322,8 +328,10 @@ def test_too_many_entries_end_the_epoch() -> None:
 
 
 def test_the_largest_owner_makes_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry_module, "REGISTRY_LOGS_BYTES_MAX", 2_000_000)
-    monkeypatch.setattr(registry_module, "REGISTRY_INDEX_MAX", 100)
+    for name in ("REGISTRY_LOGS_BYTES_MAX", "REGISTRY_LOGS_BYTES_OF_SOURCE_MAX"):
+        monkeypatch.setattr(registry_module, name, 2_000_000)
+    for name in ("REGISTRY_INDEX_MAX", "REGISTRY_INDEX_OF_SOURCE_MAX"):
+        monkeypatch.setattr(registry_module, name, 100)
     node = Node(1)
     until = START_MS + 1000
     honest = [Owner(n) for n in range(10, 30)]
@@ -338,6 +346,59 @@ def test_the_largest_owner_makes_room_for_the_others(monkeypatch: pytest.MonkeyP
     assert set(node.registry.providers(a, START_MS)) >= {owner.peer for owner in honest}
     assert node.registry.entries <= 100
     assert node.charged == []
+
+
+def told_by_one(honest: Iterable[Owner], rank: Rank = Rank.MET) -> Known:
+    """The honest have `rank`, each at its own host; everybody else was told of from one host."""
+    hosts = {owner.public: Standing(rank, f"honest {owner.seed}") for owner in honest}
+    return lambda key: hosts.get(key, Standing(Rank.TOLD, "inventor"))
+
+
+@pytest.mark.parametrize("rank", list(Rank))
+def test_owners_that_one_peer_invents_push_out_no_honest_one_and_hold_a_quarter_at_most(rank: Rank) -> None:
+    honest = [Owner(n) for n in range(10, 13)]
+    late = Owner(13)
+    node = Node(1, told_by_one([*honest, late], rank))
+    until = START_MS + REGISTRY_TTL_MS
+    (a,) = ids(1, first=1_000_000)
+    node.take(owner.snapshot([(a, until), *((id, until) for id in ids(1_000, 1_000 * owner.seed))]) for owner in honest)
+    for n in range(1_000, 1_000 + REGISTRY_OWNERS_MAX, 100):
+        invented = [Owner(seed) for seed in range(n, n + 100)]
+        node.take(owner.snapshot([(id, until) for id in ids(199, owner.seed * 199)]) for owner in invented)
+        assert set(node.registry.providers(a, START_MS)) == {owner.peer for owner in honest}
+    node.take([late.snapshot([(a, until)])])
+    assert late.peer in node.registry.providers(a, START_MS)
+    assert node.registry.entries <= REGISTRY_INDEX_OF_SOURCE_MAX + 3 * 1_001 + 1
+    stats = node.registry.stats()
+    assert stats.owners - stats.ignored_owners <= REGISTRY_OWNERS_OF_SOURCE_MAX + 4
+    encode(node.registry.want())
+
+
+def test_whose_document_found_no_room_is_heard_again_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "REGISTRY_INDEX_OF_SOURCE_MAX", 10)
+    known: dict[bytes, Standing] = {}
+    node, owner = Node(1, lambda key: known.get(key, Standing(Rank.TOLD, "host"))), Owner(2)
+    snapshot = owner.snapshot([(id, START_MS + REGISTRY_TTL_MS) for id in ids(11)])
+    node.take([snapshot])
+    assert node.registry.entries == 0
+    node.take([snapshot, owner.snapshot([(ids(1)[0], START_MS + REGISTRY_TTL_MS)], START_MS + 3_000)], START_MS + 3_000)
+    assert node.registry.entries == 0
+    known[owner.public] = Standing(Rank.LISTED, "")
+    node.tick(START_MS + 61_000)
+    node.take([snapshot], START_MS + 61_000)
+    assert node.registry.entries == 11
+
+
+def test_a_document_without_end_costs_a_source_its_own_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "REGISTRY_LOGS_BYTES_OF_SOURCE_MAX", 1_000_000)
+    honest = Owner(10)
+    node = Node(1, told_by_one([honest], Rank.TOLD))
+    (a,) = ids(1)
+    node.take([honest.snapshot([(a, START_MS + 1_000)], padding=600_000)])
+    for n in range(20, 25):
+        node.take([Owner(n).snapshot([(a, START_MS + 1_000)], padding=400_000)])
+    assert honest.peer in node.registry.providers(a, START_MS)
+    assert node.registry.stats().log_bytes <= 1_700_000
 
 
 def test_owners_are_bounded() -> None:
@@ -401,11 +462,11 @@ def imports_of(effects: list[NetworkEffect]) -> list[ImportDeltas]:
 
 
 def test_one_import_of_an_owner_is_under_way_and_the_next_takes_all_that_came_meanwhile() -> None:
-    registry, owner = Registry(NETWORK, Owner(1).public, random.Random(1)), Owner(2)
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
     raws = [owner.snapshot([])] + [owner.update([(id, START_MS + 9)]) for id in ids(3)]
-    (first,) = imports_of(registry.on_deltas(RELAY, Deltas((raws[0],), ()), everybody, START_MS))
+    (first,) = imports_of(registry.on_deltas(RELAY, Deltas((raws[0],), ()), START_MS))
     for raw in raws[1:]:
-        assert registry.on_deltas(RELAY, Deltas((raw,), ()), everybody, START_MS) == []
+        assert registry.on_deltas(RELAY, Deltas((raw,), ()), START_MS) == []
     registry.on_imported(DeltasImported(owner.public, first.epoch, 0, (), (), True))
     assert registry.next_deadline_ms() is not None
     (second,) = imports_of(registry.on_tick(START_MS))
@@ -423,8 +484,8 @@ def test_a_worker_that_lost_its_documents_gets_them_again_from_the_logs() -> Non
 
 
 def test_a_document_that_no_worker_survives_is_given_up_without_blame() -> None:
-    registry, owner = Registry(NETWORK, Owner(1).public, random.Random(1)), Owner(2)
-    effects = registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), everybody, START_MS)
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
+    effects = registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), START_MS)
     now_ms, tries = START_MS, 0
     while not any(isinstance(effect, ForgetOwner) for effect in effects):
         if imports_of(effects):
@@ -439,12 +500,12 @@ def test_a_document_that_no_worker_survives_is_given_up_without_blame() -> None:
 
 
 def test_a_new_epoch_during_an_import_is_imported_next() -> None:
-    registry, owner = Registry(NETWORK, Owner(1).public, random.Random(1)), Owner(2)
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
     a, b = ids(2)
     later = START_MS + REGISTRY_EPOCH_MS
-    (first,) = imports_of(registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), everybody, START_MS))
+    (first,) = imports_of(registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), START_MS))
     new = owner.snapshot([], later)
-    assert registry.on_deltas(RELAY, Deltas((new,), ()), everybody, later) == []
+    assert registry.on_deltas(RELAY, Deltas((new,), ()), later) == []
     registry.on_imported(DeltasImported(owner.public, first.epoch, 0, ((a, later + 9),), (), True))
     assert registry.providers(a, later) == (owner.peer,)
     (second,) = imports_of(registry.on_tick(later))
@@ -454,10 +515,10 @@ def test_a_new_epoch_during_an_import_is_imported_next() -> None:
 
 
 def test_the_refusal_of_an_epoch_that_is_over_says_nothing_of_the_next() -> None:
-    registry, owner = Registry(NETWORK, Owner(1).public, random.Random(1)), Owner(2)
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
     later = START_MS + REGISTRY_EPOCH_MS
-    registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), everybody, START_MS)
-    registry.on_deltas(RELAY, Deltas((owner.snapshot([], later),), ()), everybody, later)
+    registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), START_MS)
+    registry.on_deltas(RELAY, Deltas((owner.snapshot([], later),), ()), later)
     effects = registry.on_refused(DeltasRefused(owner.public, "malformed"))
     assert [type(effect) for effect in effects] == [ImportDeltas]
 
@@ -466,7 +527,7 @@ def test_the_refusal_of_an_epoch_that_is_over_says_nothing_of_the_next() -> None
 
 
 def test_the_first_write_begins_an_epoch_even_of_nothing() -> None:
-    registry = Registry(NETWORK, Owner(1).public, random.Random(1))
+    registry = Registry(NETWORK, Owner(1).public, everybody, random.Random(1))
     assert registry.next_deadline_ms() == 0
     assert registry.on_tick(START_MS) == [WriteRegistry((), (), compact=True)]
     assert registry.on_tick(START_MS + 9000) == []
@@ -546,7 +607,7 @@ def test_a_flood_of_own_entries_keeps_the_newest_and_stays_within_what_others_ta
 
 
 def test_a_write_that_failed_is_made_good_by_a_new_epoch() -> None:
-    registry = Registry(NETWORK, Owner(1).public, random.Random(1))
+    registry = Registry(NETWORK, Owner(1).public, everybody, random.Random(1))
     a, b = ids(2)
     registry.note_stored(a, START_MS + REGISTRY_TTL_MS)
     registry.on_tick(START_MS)

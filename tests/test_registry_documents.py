@@ -16,6 +16,7 @@ from bench.registry_growth import measure
 from hyperspace_vllm.core.node.network_effects import ImportDeltas, WriteRegistry
 from hyperspace_vllm.core.node.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
 from hyperspace_vllm.core.peers.registry import Registry
+from hyperspace_vllm.core.peers.standing import Rank, Standing
 from hyperspace_vllm.core.records.ids import network_id, peer_id
 from hyperspace_vllm.core.records.limits import REGISTRY_DELTA_BYTES_MAX, REGISTRY_ENTRIES_MAX, MiB
 from hyperspace_vllm.core.records.registry_delta import check_delta, decode_delta
@@ -168,8 +169,9 @@ async def test_a_killed_worker_costs_its_documents_which_the_core_rebuilds(docum
     """The real core and its real shell; the worker dies between and during jobs."""
     owner_key = SigningKey.generate()
     owner = RegistryDocuments(NETWORK, owner_key, lambda: NOW_MS, nice=0)
-    registry = Registry(NETWORK, KEY.verify_key.encode(), random.Random(1))
-    source = Registry(NETWORK, owner_key.verify_key.encode(), random.Random(2))
+    met = Standing(Rank.MET, "10.0.0.1")
+    registry = Registry(NETWORK, KEY.verify_key.encode(), lambda owner: met, random.Random(1))
+    source = Registry(NETWORK, owner_key.verify_key.encode(), lambda owner: met, random.Random(2))
     try:
         every = entries(50)
         now_ms = NOW_MS
@@ -178,7 +180,7 @@ async def test_a_killed_worker_costs_its_documents_which_the_core_rebuilds(docum
             now_ms += 300
             await perform(source, source.on_tick(now_ms), owner, now_ms)
             answer = source.answer(registry.want(), now_ms)
-            effects = registry.on_deltas(peer_id(owner_key.verify_key.encode()), answer, lambda _: True, now_ms)
+            effects = registry.on_deltas(peer_id(owner_key.verify_key.encode()), answer, now_ms)
             job = asyncio.create_task(perform(registry, effects, documents, now_ms))
             if number % 10 == 3 and documents.worker_pid:
                 os.kill(documents.worker_pid, signal.SIGKILL)
@@ -189,7 +191,7 @@ async def test_a_killed_worker_costs_its_documents_which_the_core_rebuilds(docum
             now_ms += 1000
             await perform(source, source.on_tick(now_ms), owner, now_ms)
             answer = source.answer(registry.want(), now_ms)
-            effects = registry.on_deltas(peer_id(owner_key.verify_key.encode()), answer, lambda _: True, now_ms)
+            effects = registry.on_deltas(peer_id(owner_key.verify_key.encode()), answer, now_ms)
             await perform(registry, effects + registry.on_tick(now_ms), documents, now_ms)
         assert registry.entries == 50
         assert all(registry.providers(id, now_ms) for id, _ in every)

@@ -137,6 +137,19 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield node.module.partition(".")[0]
 
 
+def test_every_bound_in_the_security_page_is_a_constant_and_has_a_test() -> None:
+    table = (ROOT / "docs" / "security.md").read_text().partition("## What others can take")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][1:]
+    code = "".join(text for path, text in texts().items() if path.startswith("hyperspace_vllm/"))
+    for row in rows:
+        constants, (test, *_) = re.findall(r"`(\w+)`", row[5]), re.findall(r"`(\w+\.py::\w+)`", row[6])
+        assert constants, row
+        undefined = [name for name in constants if not re.search(rf"^{name} = |^[A-Z_, ]*\b{name}\b.* = ", code, re.M)]
+        assert undefined == [], row
+        file, name = test.split("::")
+        assert f"def {name}(" in texts()[f"tests/{file}"], row
+
+
 def test_the_core_decides_and_does_nothing_itself() -> None:
     guilty = [
         (path, name) for path, tree in modules(PACKAGE / "core") for name in imported(tree) if name in DOES_THINGS

@@ -81,7 +81,7 @@ class Libp2pHost:
         self._mdns_wanted = mdns
         self._mdns: Mdns | None = None
         self._handler = handler
-        self._connected: set[PeerId] = set()
+        self._connected: dict[PeerId, str] = {}  # and the IP address at the other end
         self._calls: set[asyncio.Future[object]] = set()
         self._publishing = 0
         self._closing = threading.Event()
@@ -110,6 +110,10 @@ class Libp2pHost:
     def connected(self) -> frozenset[PeerId]:
         """Peers with an open connection."""
         return frozenset(self._connected)
+
+    def host_of(self, peer: PeerId) -> str:
+        """The IP address that a peer is connected from or to; '' if it isn't."""
+        return self._connected.get(peer, "")
 
     async def connect(self, peer: PeerId, address: str, timeout_s: float) -> None:
         """Open a connection to `peer` at `host:port`, unless there is one; PeerFailed(timeout | unreachable)."""
@@ -267,17 +271,17 @@ class Libp2pHost:
             if not call.done():
                 call.set_exception(PeerFailed("unreachable"))
         for peer in list(self._connected):
-            self.on_peer(peer, False)
+            self.on_peer(peer, None)
 
-    def on_peer(self, peer: PeerId, connected: bool) -> None:
-        """A peer came or went (for the thread's events; not part of the interface)."""
-        if connected == (peer in self._connected):
+    def on_peer(self, peer: PeerId, host: str | None) -> None:
+        """A peer came, or went (None) (for the thread's events; not part of the interface)."""
+        if (host is not None) == (peer in self._connected):
             return
-        if connected:
-            self._connected.add(peer)
+        if host is not None:
+            self._connected[peer] = host
             self._handler.on_connected(peer)
         else:
-            self._connected.discard(peer)
+            del self._connected[peer]
             self._handler.on_disconnected(peer)
 
     @property
@@ -367,8 +371,8 @@ class _Events:
         self._gossip_waiting = 0
         self._answering: set[asyncio.Task[None]] = set()
 
-    def peer_changed(self, peer: PeerId, connected: bool) -> None:
-        self._inbox.put(lambda: self._host.on_peer(peer, connected))
+    def peer_changed(self, peer: PeerId, host: str | None) -> None:
+        self._inbox.put(lambda: self._host.on_peer(peer, host))
 
     def gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
         if self._gossip_waiting >= GOSSIP_MAX:

@@ -62,7 +62,7 @@ class NodeEvents(Protocol):
 
     async def answer(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None: ...
     def gossip(self, topic: str, relay: PeerId, payload: bytes) -> None: ...
-    def peer_changed(self, peer: PeerId, connected: bool) -> None: ...
+    def peer_changed(self, peer: PeerId, host: str | None) -> None: ...  # None: it has gone
 
 
 def dht_key(key: str) -> bytes:
@@ -236,7 +236,7 @@ class Libp2pNode:
             self._dht.routing_table.remove_peer(peer_id)
         peer = PeerId(peer_id.to_base58())
         if _is_node(peer):
-            self._events.peer_changed(peer, connected)
+            self._events.peer_changed(peer, self._swarm.host_of(peer_id) if connected else None)
 
     def _on_message(self, topic: str, relay: ID, payload: bytes) -> None:
         self._events.gossip(topic, PeerId(relay.to_base58()), payload)

@@ -168,6 +168,14 @@ class NodeSwarm(Swarm):
         conns = self.connections.get(peer_id, [])
         return [conn for conn in conns if not conn.is_closed and conn.muxed_conn.is_established]  # type: ignore[misc]
 
+    def host_of(self, peer_id: ID) -> str:
+        """The IP address at the other end of the peer's newest connection, '' if there is none."""
+        for conn in reversed(self.live(peer_id)):
+            address = conn.muxed_conn.get_remote_address()  # type: ignore[attr-defined]
+            if address is not None:
+                return str(address[0])
+        return ""
+
     def drop(self, peer_id: ID) -> list[SwarmConn]:
         """End every connection to a peer, without waiting for anything; those that are ending."""
         ending = self.live(peer_id)

@@ -272,7 +272,7 @@ class NetworkDriver:
 
     def on_connected(self, peer: PeerId) -> None:
         """A connection is open."""
-        self.submit(PeerConnected(peer))
+        self.submit(PeerConnected(peer, self.host.host_of(peer)))
 
     def on_disconnected(self, peer: PeerId) -> None:
         """The last connection has closed."""

@@ -274,7 +274,8 @@ class SimHost:
 
     def opened(self, peer: int) -> None:
         """A connection is there."""
-        self.tell(PeerConnected(self.fleet.hosts[peer].peer))
+        other = self.fleet.hosts[peer]
+        self.tell(PeerConnected(other.peer, other.address.partition(":")[0]))
 
     def closed(self, peer: int) -> None:
         """It has gone, and what was asked over it will not be answered."""

@@ -132,13 +132,13 @@ class NetworkNode:
             self._me,
             self._own_record,
             options.bootstrap,
-            trust.meet,
+            trust,
             self._ask,
             key is not None,
             rng,
             now_ms,
         )
-        self.registry = Registry(options.network, self._public_key, rng)
+        self.registry = Registry(options.network, self._public_key, self.members.standing, rng)
         self.hints = Hints(trust.has_standing)
         self._outbox = Outbox(options.network, signing_key, now_ms)
         self._inbox = Inbox(options.network, self._public_key, self._counts)
@@ -184,8 +184,8 @@ class NetworkNode:
 
     def _dispatch(self, event: NetworkEvent, now_ms: int) -> list[NetworkEffect]:
         match event:
-            case PeerConnected(peer):
-                return self.members.on_connected(peer, now_ms)
+            case PeerConnected(peer, host):
+                return self.members.on_connected(peer, host, now_ms)
             case PeerDisconnected(peer):
                 return self.members.on_disconnected(peer, now_ms)
             case ConnectFailed(peer):
@@ -289,12 +289,12 @@ class NetworkNode:
         match asked.message, event.message:
             case Greet(), Greeting(record):
                 charges = self.members.on_record(record, event.peer, now_ms, own_word=True)
-                effects = self.members.on_greeted(event.peer)
+                effects = self.members.on_greeted(event.peer, now_ms)
                 return charges + effects + (self._sync_with(event.peer) if self.members.greeted(event.peer) else [])
             case WantPeers(), Peers():
                 return self.members.on_peers(event.peer, event.message, now_ms)
             case WantDeltas(), Deltas():
-                effects = self.registry.on_deltas(event.peer, event.message, self._counts, now_ms)
+                effects = self.registry.on_deltas(event.peer, event.message, now_ms)
                 charged = any(isinstance(effect, ChargePeer) for effect in effects)
                 goes_on = event.message.more and effects and not charged
                 return effects + (self._sync_with(event.peer) if goes_on else [])
@@ -518,10 +518,8 @@ class NetworkNode:
         return [self._ask(peer, self.registry.want(), SYNC_TIMEOUT_MS)]
 
     def _counts(self, public_key: bytes) -> bool:
-        """Whether this node may announce and be in the registry: members, or all that greeted where there's no key."""
-        if self._trust.is_member(public_key):
-            return True
-        return self._options.network_key is None and self.members.greeted(peer_id(public_key))
+        """Whether what this peer announces is heard: its record is here, or it is on this node's lists."""
+        return self.members.standing(public_key) is not None
 
     def _ask(self, peer: PeerId, message: PeerRequest, timeout_ms: int) -> Send:
         self._requests += 1

@@ -17,9 +17,13 @@ from ..records.registry_delta import RegistryDelta
 
 @dataclass(frozen=True, slots=True)
 class PeerConnected:
-    """A libp2p connection to `peer` is open; Noise has proved its identity (and the network key, if there is one)."""
+    """A libp2p connection to `peer` is open; Noise has proved its identity (and the network key, if there is one).
+
+    `host` is the IP address at the other end, '' where the shell doesn't know it.
+    """
 
     peer: PeerId
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)

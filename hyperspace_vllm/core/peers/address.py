@@ -6,7 +6,7 @@ that only means something on this machine (loopback; link-local, where clouds ke
 node itself is reached at such an address. Rejected: refusing private ranges, which is where fleets live.
 """
 
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 _BROADCAST = IPv4Address("255.255.255.255")
 
@@ -23,6 +23,12 @@ def may_dial(address: str, own_address: str) -> bool:
         return True
     own = _ip(own_address.rpartition(":")[0])
     return own is not None and (own.is_loopback, own.is_link_local) == (ip.is_loopback, ip.is_link_local)
+
+
+def source_of(host: str) -> str:
+    """What stands for the machine at an IP address: the address itself, of IPv6 the /64 that one machine may fill."""
+    ip = _ip(host)
+    return str(ip_network((ip, 64), strict=False)) if isinstance(ip, IPv6Address) else str(ip or host)
 
 
 def _ip(host: str) -> IPv4Address | IPv6Address | None:

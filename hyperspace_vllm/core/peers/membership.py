@@ -18,18 +18,20 @@ from collections.abc import Callable, Iterable, Iterator
 
 from ..node.network_effects import ChargePeer, Connect, Disconnect, NetworkEffect, Send
 from ..records.errors import ProtocolViolation, Refused
-from ..records.ids import NetworkId, PeerId
+from ..records.ids import NetworkId, PeerId, peer_id, public_key_of
 from ..records.limits import (
     CLOCK_SKEW_MS,
     PEER_RECORD_AGAIN_MS,
     PEER_RECORD_TTL_MS,
     PEERS_KNOWN_MAX,
-    PEX_RECORDS_MAX,
 )
 from ..records.peer_record import PeerRecord, check_peer_record, decode_peer_record
-from ..records.peer_wire import KNOWN_BYTES, Greet, PeerRequest, Peers, Ping, WantPeers
-from .address import may_dial
+from ..records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
+from .address import may_dial, source_of
+from .peer_exchange import answer_peers, want_peers
 from .peer_table import Peer, PeerTable
+from .standing import Rank, Standing
+from .trust import Trust
 
 TARGET_NEIGHBOURS = 8
 OUTBOUND_MIN = 4
@@ -42,7 +44,7 @@ GREET_MS = 3_000
 GREET_BY_MS = 2 * GREET_MS  # a connection without a record is closed
 UNUSED_MS = 10_000  # an unused connection may be closed
 RENEW_MS = PEER_RECORD_TTL_MS // 5
-EXCHANGE_MS = 5_000
+EXCHANGE_MS = 2_000  # with each neighbour in turn: none knows more than those that it has met
 EXCHANGE_SOON_MS = 1_000  # while the last exchange brought something new
 EXPLORE_MS = 10_000
 DIAL_AGAIN_MS = 2_000  # doubled for every failure
@@ -51,7 +53,6 @@ SHUN_MS = 60_000
 DIALS_MAX = 4  # at once, and in a heartbeat: records of peers that don't exist must not make it a port scanner
 
 Ask = Callable[[PeerId, PeerRequest, int], Send]
-Meet = Callable[[bytes, bytes], bool]
 
 
 def dial_delay_ms(failures: int) -> int:
@@ -60,7 +61,7 @@ def dial_delay_ms(failures: int) -> int:
 
 
 class Membership:
-    """`ask` makes a Send and remembers it; `meet` is Trust.meet; `own` signs this node's record (sequence, expiry)."""
+    """`ask` makes a Send and remembers it; `own` signs this node's record (sequence, expiry)."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class Membership:
         me: PeerId,
         own: Callable[[int, int], PeerRecord],
         bootstrap: tuple[tuple[PeerId, str], ...],
-        meet: Meet,
+        trust: Trust,
         ask: Ask,
         members_only: bool,
         rng: random.Random,
@@ -77,7 +78,7 @@ class Membership:
         self._network = network
         self._me = me
         self._sign_own = own
-        self._meet = meet
+        self._trust = trust
         self._ask = ask
         self._members_only = members_only
         self._rng = rng
@@ -127,6 +128,13 @@ class Membership:
         known = self._peers.get(peer)
         return known is not None and known.record is not None
 
+    def standing(self, public_key: bytes) -> Standing | None:
+        """How well a peer is known whose record is here; None: it isn't, unless it is on this node's lists."""
+        known = self._peers.get(peer_id(public_key))
+        if known is not None and known.record is not None:
+            return known.standing
+        return Standing(Rank.LISTED, "") if self._trust.is_listed(public_key) else None
+
     def usable(self, now_ms: int) -> tuple[PeerRecord, ...]:
         """Valid records of peers that don't keep silent, in the order in which they were met."""
         return tuple(known.record for known in self._usable(now_ms) if known.record is not None)
@@ -141,13 +149,16 @@ class Membership:
 
     # --- connections ----------------------------------------------------------------------------
 
-    def on_connected(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
-        """Greet it."""
+    def on_connected(self, peer: PeerId, host: str, now_ms: int) -> list[NetworkEffect]:
+        """Greet it; it is met at `host`."""
         known = self._peers.get(peer)
         if known is None:
-            known = Peer(peer)
+            known = self._new(peer, source_of(host))
+            known.connected = True  # so that it stays
             if peer == self._me or not self._peers.add(known):
                 return [Disconnect(peer)]
+            known.connected = False
+        known.source = source_of(host)
         if not known.connected:
             known.outbound, known.connected_at_ms = known.dialling, now_ms
         known.connected, known.dialling, known.dismissed = True, False, False
@@ -238,23 +249,14 @@ class Membership:
             return [ChargePeer(peer, refused.reason)] if refused.reason in ("bad_signature", "other_network") else []
         return []
 
-    def on_greeted(self, peer: PeerId) -> list[NetworkEffect]:
+    def on_greeted(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
         """A neighbour's record has come: it may know others."""
-        return [self._want_peers(peer)] if self.greeted(peer) else [Disconnect(peer)]
+        known = self._peers.get(peer)
+        return [self._want_peers(known, now_ms)] if known and known.record else [Disconnect(peer)]
 
     def answer_peers(self, want: WantPeers, now_ms: int) -> Peers:
         """Some records that the asker lacks."""
-        size = KNOWN_BYTES
-        theirs = {want.known[at : at + 8]: want.known[at + 8 : at + size] for at in range(0, len(want.known), size)}
-        lacking = [
-            known.raw
-            for known in self._usable(now_ms)
-            if known.record is not None
-            and theirs.get(known.record.public_key[:8], b"") < known.record.sequence.to_bytes(8, "big")
-        ]
-        if len(lacking) > PEX_RECORDS_MAX:
-            lacking = self._rng.sample(lacking, PEX_RECORDS_MAX)
-        return Peers(tuple(lacking))
+        return answer_peers(want, self._usable(now_ms), self._rng)
 
     def on_peers(self, peer: PeerId, answer: Peers, now_ms: int) -> list[NetworkEffect]:
         """Take in what a neighbour knows."""
@@ -290,7 +292,8 @@ class Membership:
             self._exchange_at_ms = now_ms + EXCHANGE_MS
             neighbours = self.neighbours()
             if neighbours:
-                effects.append(self._want_peers(self._rng.choice(neighbours).peer))
+                longest_ago = min(neighbours, key=lambda known: known.exchanged_at_ms)
+                effects.append(self._want_peers(longest_ago, now_ms))
         return effects
 
     def shift(self, by_ms: int) -> None:
@@ -408,13 +411,20 @@ class Membership:
             if known.record is not None and known.record.expires_at_ms > now_ms and not known.silent:
                 yield known
 
+    def _new(self, peer: PeerId, source: str) -> Peer:
+        return Peer(peer, listed=self._trust.is_listed(public_key_of(peer)), source=source)
+
+    def _source_told_by(self, peer: PeerId | None) -> str:
+        teller = self._peers.get(peer) if peer is not None else None
+        return teller.source if teller is not None and teller.source else str(peer)
+
     def _accept(self, record: PeerRecord, raw: bytes, told_by: PeerId | None, now_ms: int) -> None:
-        is_member = self._meet(record.public_key, record.member_tag)
+        is_member = self._trust.meet(record.public_key, record.member_tag)
         if self._members_only and not is_member:
             raise Refused("stranger")
         known = self._peers.get(record.peer)
         if known is None:
-            known = Peer(record.peer, told_by=told_by)
+            known = self._new(record.peer, self._source_told_by(told_by))
             if not self._peers.add(known):
                 return
         moved = known.record is not None and known.record.address != record.address
@@ -451,11 +461,10 @@ class Membership:
             known.silent, known.silent_at_ms = True, now_ms
             self.changed = True
 
-    def _want_peers(self, peer: PeerId) -> Send:
-        known = [(each.record.public_key, each.record.sequence) for each in self._peers if each.record is not None]
-        known.append((self._own.public_key, self._sequence))
-        pieces = [public_key[:8] + sequence.to_bytes(8, "big") for public_key, sequence in known[-PEERS_KNOWN_MAX:]]
-        return self._ask(peer, WantPeers(b"".join(pieces)), GREET_MS)
+    def _want_peers(self, neighbour: Peer, now_ms: int) -> Send:
+        neighbour.exchanged_at_ms = now_ms
+        known = (each.record for each in self._peers if each.record is not None)
+        return self._ask(neighbour.peer, want_peers(known, self._own), GREET_MS)
 
     def _renew(self, now_ms: int) -> None:
         self._sequence += 1

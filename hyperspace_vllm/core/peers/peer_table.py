@@ -1,17 +1,15 @@
-"""The peers that a node knows, and who has to go when there are too many.
+"""The peers that a node knows, and who has to go when there are too many (standing.py).
 
-New identities cost nothing, so a flood of them must not push out those that are of use: connected and configured peers
-stay; members and those that were once heard go last; of the rest whoever introduced most loses one, so that a neighbour
-that invents peers displaces its own inventions.
+Connected and configured peers, and those that are being dialled, stay.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..records.ids import PeerId
-from ..records.limits import PEERS_KNOWN_MAX
+from ..records.limits import PEERS_KNOWN_MAX, PEERS_OF_SOURCE_MAX
 from ..records.peer_record import PeerRecord
+from .standing import Rank, Standing, who_goes
 
 
 @dataclass(slots=True)
@@ -20,7 +18,8 @@ class Peer:
 
     peer: PeerId
     configured: str = ""  # its address on the bootstrap list
-    told_by: PeerId | None = None  # None: it came by itself
+    listed: bool = False  # on one of this node's own lists
+    source: str = ""  # the machine that brought it (standing.py)
     record: PeerRecord | None = None
     raw: bytes = b""
     advertised: str = ""  # its record's address, if it may be dialled
@@ -30,6 +29,7 @@ class Peer:
     dismissed: bool = False  # this node hung up: what it hears no more says nothing of the peer
     connected_at_ms: int = 0
     asked_at_ms: int = 0  # for its record
+    exchanged_at_ms: int = 0  # when it was last asked for others' records
     silent: bool = False  # it left a ping or a dial unanswered
     silent_at_ms: int = 0
     heard_at_ms: int = 0
@@ -46,6 +46,17 @@ class Peer:
     def bootstrap(self) -> bool:
         """Whether it is on the bootstrap list."""
         return bool(self.configured)
+
+    @property
+    def met(self) -> bool:
+        """Whether it has ever shown over a connection who it is."""
+        return self.heard_at_ms > 0
+
+    @property
+    def standing(self) -> Standing:
+        """How well it is known."""
+        rank = Rank.LISTED if self.listed or self.bootstrap else Rank.MET if self.met else Rank.TOLD
+        return Standing(rank, self.source)
 
     @property
     def address(self) -> str:
@@ -65,6 +76,7 @@ class Peer:
         """The clock was set."""
         self.connected_at_ms += by_ms
         self.asked_at_ms += by_ms
+        self.exchanged_at_ms += by_ms
         self.silent_at_ms += by_ms
         self.heard_at_ms += by_ms if self.heard_at_ms else 0
         self.alive_at_ms += by_ms
@@ -91,30 +103,18 @@ class PeerTable:
         return self._peers.get(peer)
 
     def add(self, peer: Peer) -> bool:
-        """False: the table is full of peers that must stay."""
-        if len(self._peers) >= PEERS_KNOWN_MAX and not self._make_room():
-            return False
+        """False: the table is full of peers that must stay, or of better known ones."""
         self._peers[peer.peer] = peer
-        return True
+        of_source = sum(each.source == peer.source for each in self._peers.values())
+        if len(self) <= PEERS_KNOWN_MAX and of_source <= PEERS_OF_SOURCE_MAX:
+            return True
+        idle = [each for each in self if not (each.connected or each.bootstrap or each.dialling)]
+        room = PEERS_KNOWN_MAX - (len(self) - len(idle))
+        losers = who_goes(((each, each.standing, 1) for each in idle), max(room, 0), PEERS_OF_SOURCE_MAX)
+        for loser in losers if room >= 0 else [peer]:
+            del self._peers[loser.peer]
+        return peer.peer in self._peers
 
     def remove(self, peer: PeerId) -> None:
         """Forget a peer."""
         del self._peers[peer]
-
-    def _make_room(self) -> bool:
-        idle = [each for each in self._peers.values() if not (each.connected or each.bootstrap or each.dialling)]
-        if not idle:
-            return False
-        introduced = Counter(each.told_by for each in idle if not each.heard_at_ms)
-        loser = min(
-            idle,
-            key=lambda each: (
-                each.member,
-                each.heard_at_ms > 0,
-                -introduced[each.told_by],
-                each.heard_at_ms,
-                each.record.expires_at_ms if each.record else 0,
-            ),
-        )
-        del self._peers[loser.peer]
-        return True

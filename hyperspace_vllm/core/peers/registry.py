@@ -11,9 +11,9 @@ after a gap is left aside without blame, because a relay sends it in good faith;
 is missing. Of two different deltas with the same number the first to come stays, and the owner, who signed both, is
 charged. What doesn't decode or isn't signed by its owner is charged to the relay, who could have checked.
 
-Under a bound that concerns all owners together (bytes of logs, entries) the largest owner goes, so that many small
-honest documents survive a few large ones. An owner that went or whose document was refused is ignored until its next
-epoch.
+Under a bound on all owners together (their number, bytes of logs, entries), and under the quarter of it that is one
+source's, the least known owner goes (standing.py): what one peer invents pushes out its own inventions. An owner that
+went is ignored for a minute, one whose document was refused until its next epoch.
 """
 
 import random
@@ -29,16 +29,20 @@ from ..records.limits import (
     REGISTRY_EPOCH_MS,
     REGISTRY_IMPORTS_MAX,
     REGISTRY_INDEX_MAX,
+    REGISTRY_INDEX_OF_SOURCE_MAX,
     REGISTRY_LOG_BYTES_MAX,
     REGISTRY_LOG_DELTAS_MAX,
     REGISTRY_LOGS_BYTES_MAX,
+    REGISTRY_LOGS_BYTES_OF_SOURCE_MAX,
     REGISTRY_OWNERS_MAX,
+    REGISTRY_OWNERS_OF_SOURCE_MAX,
     REGISTRY_REPLY_BYTES_MAX,
 )
 from ..records.peer_wire import Deltas, RegistryHead, WantDeltas
 from ..records.registry_delta import RegistryDelta, check_delta, decode_delta
 from .registry_log import DeltaLog
 from .registry_own import OwnEntries
+from .standing import Standing, who_goes
 
 _SWEEP_MS = 60_000
 _RETRY_MS = 2_000  # after the worker failed, doubled for each time in a row
@@ -53,9 +57,11 @@ class _Owner:
     peer: PeerId
     log: DeltaLog
     taken_at_ms: int  # when the epoch began here
+    standing: Standing  # when it was last known
     imported: int | None = None  # sequence up to which `entries` has the log; None: nothing of this epoch
     entries: dict[bytes, int] = field(default_factory=dict)
     ignored: bool = False  # until the next epoch
+    crowded_out: bool = False  # ignored for want of room, until the next sweep
     failures: int = 0
 
 
@@ -71,11 +77,17 @@ class RegistryStats:
 
 
 class Registry:
-    """The union of all owners' documents. The owner of none of the methods' arguments is believed before its checks."""
+    """The union of all owners' documents, of owners that have a `standing(public key)`.
 
-    def __init__(self, network: NetworkId, own_key: bytes, rng: random.Random) -> None:
+    The owner of none of the methods' arguments is believed before its checks.
+    """
+
+    def __init__(
+        self, network: NetworkId, own_key: bytes, standing: Callable[[bytes], Standing | None], rng: random.Random
+    ) -> None:
         self._network = network
         self._own_key = own_key
+        self._standing = standing
         self._rng = rng
         self._own = OwnEntries()
         self._owners: dict[bytes, _Owner] = {}
@@ -142,7 +154,7 @@ class Registry:
     def _sweep(self, now_ms: int) -> list[NetworkEffect]:
         effects: list[NetworkEffect] = []
         for owner in list(self._owners.values()):
-            if owner.log.expires_at_ms <= now_ms:
+            if owner.log.expires_at_ms <= now_ms or owner.crowded_out:
                 effects += self._forget(owner)
             else:
                 self._unlist(owner, [id for id, at in owner.entries.items() if at <= now_ms])
@@ -174,15 +186,13 @@ class Registry:
                 chosen.append(raw)
         return Deltas(tuple(chosen), self._held_heads())
 
-    def on_deltas(
-        self, peer: PeerId, deltas: Deltas, admits: Callable[[bytes], bool], now_ms: int
-    ) -> list[NetworkEffect]:
-        """Take what continues the logs, of owners that `admits`; `peer` only passed it on (unless it is the owner)."""
+    def on_deltas(self, peer: PeerId, deltas: Deltas, now_ms: int) -> list[NetworkEffect]:
+        """Take what continues the logs; `peer` only passed it on (unless it is the owner)."""
         self._now_ms = now_ms
         effects: list[NetworkEffect] = []
         for raw in deltas.deltas:
             try:
-                effects += self._on_delta(raw, decode_delta(raw), admits, now_ms)
+                effects += self._on_delta(raw, decode_delta(raw), now_ms)
             except ProtocolViolation:
                 effects.append(ChargePeer(peer, "registry_malformed"))
                 break
@@ -190,11 +200,15 @@ class Registry:
                 if refused.reason in ("bad_signature", "other_network"):
                     effects.append(ChargePeer(peer, f"registry_{refused.reason}"))
                     break
+        if len(self._owners) > REGISTRY_OWNERS_OF_SOURCE_MAX:
+            effects += self._crowd_out(lambda owner: 1, REGISTRY_OWNERS_MAX - 1, REGISTRY_OWNERS_OF_SOURCE_MAX)
+        if self._log_bytes > REGISTRY_LOGS_BYTES_OF_SOURCE_MAX:
+            effects += self._crowd_out(
+                lambda owner: owner.log.size, REGISTRY_LOGS_BYTES_MAX, REGISTRY_LOGS_BYTES_OF_SOURCE_MAX
+            )
         return effects + self._start_imports()
 
-    def _on_delta(
-        self, raw: bytes, delta: RegistryDelta, admits: Callable[[bytes], bool], now_ms: int
-    ) -> list[NetworkEffect]:
+    def _on_delta(self, raw: bytes, delta: RegistryDelta, now_ms: int) -> list[NetworkEffect]:
         if delta.owner == self._own_key:
             return []  # of an earlier run: the first write of this run has a higher epoch
         if delta.network != self._network:
@@ -203,7 +217,7 @@ class Registry:
             raise ProtocolViolation(f"registry delta epoch {delta.epoch}: at most {_EPOCH_MAX}")
         owner = self._owners.get(delta.owner)
         if owner is None or delta.epoch > owner.log.epoch:
-            return self._on_epoch(owner, raw, delta, admits, now_ms)
+            return self._on_epoch(owner, raw, delta, now_ms)
         if delta.epoch < owner.log.epoch or owner.ignored or delta.sequence > owner.log.sequence + 1:
             return []
         if delta.sequence <= owner.log.sequence:
@@ -212,26 +226,19 @@ class Registry:
         if len(owner.log) >= REGISTRY_LOG_DELTAS_MAX or owner.log.size + len(raw) > REGISTRY_LOG_BYTES_MAX:
             return [*self._ignore(owner), ChargePeer(owner.peer, "registry_too_large")]
         owner.log.append(raw, delta)
-        return self._on_grown(owner, len(raw))
+        self._on_grown(owner, len(raw))
+        return []
 
-    def _on_epoch(
-        self,
-        owner: _Owner | None,
-        raw: bytes,
-        delta: RegistryDelta,
-        admits: Callable[[bytes], bool],
-        now_ms: int,
-    ) -> list[NetworkEffect]:
-        if delta.kind != "snapshot" or not admits(delta.owner):
-            return []
-        if owner is None and len(self._owners) >= REGISTRY_OWNERS_MAX - 1:
+    def _on_epoch(self, owner: _Owner | None, raw: bytes, delta: RegistryDelta, now_ms: int) -> list[NetworkEffect]:
+        standing = self._standing(delta.owner)
+        if delta.kind != "snapshot" or standing is None or (owner is not None and owner.crowded_out):
             return []
         if owner is not None and 0 <= now_ms - owner.taken_at_ms < REGISTRY_EPOCH_MS:
             return []  # an owner that begins anew all the time is heard now and then
         check_delta(raw, delta, self._network, now_ms)
         if owner is None:
             owner = self._owners[delta.owner] = _Owner(
-                delta.owner, peer_id(delta.owner), DeltaLog(raw, delta), taken_at_ms=now_ms
+                delta.owner, peer_id(delta.owner), DeltaLog(raw, delta), taken_at_ms=now_ms, standing=standing
             )
         else:
             self._log_bytes -= owner.log.size
@@ -241,7 +248,8 @@ class Registry:
             owner.ignored = False
             owner.failures = 0
             self._retries.pop(owner.key, None)
-        return self._on_grown(owner, len(raw))
+        self._on_grown(owner, len(raw))
+        return []
 
     def _on_known(self, owner: _Owner, raw: bytes, delta: RegistryDelta, now_ms: int) -> list[NetworkEffect]:
         if raw == owner.log[delta.sequence]:
@@ -249,14 +257,10 @@ class Registry:
         check_delta(raw, delta, self._network, now_ms)
         return [ChargePeer(owner.peer, "registry_equivocation")]
 
-    def _on_grown(self, owner: _Owner, size: int) -> list[NetworkEffect]:
+    def _on_grown(self, owner: _Owner, size: int) -> None:
         self._heads = None
         self._log_bytes += size
         self._queue(owner)
-        effects: list[NetworkEffect] = []
-        while self._log_bytes > REGISTRY_LOGS_BYTES_MAX:
-            effects += self._ignore(max(self._owners.values(), key=lambda other: other.log.size))
-        return effects
 
     # --- imports --------------------------------------------------------------------------------
 
@@ -298,8 +302,10 @@ class Registry:
         self._queue(owner)
         if len(owner.entries) > REGISTRY_ENTRIES_MAX:
             self._effects += [*self._ignore(owner), ChargePeer(owner.peer, "registry_too_large")]
-        while self._entries > REGISTRY_INDEX_MAX:
-            self._effects += self._ignore(max(self._owners.values(), key=lambda other: len(other.entries)))
+        if self._entries > REGISTRY_INDEX_OF_SOURCE_MAX:
+            self._effects += self._crowd_out(
+                lambda owner: len(owner.entries), REGISTRY_INDEX_MAX, REGISTRY_INDEX_OF_SOURCE_MAX
+            )
 
     def on_refused(self, event: DeltasRefused) -> list[NetworkEffect]:
         """The worker failed: rebuild the document from its log. Otherwise the owner wrote what isn't a document."""
@@ -391,6 +397,21 @@ class Registry:
         owner.imported = None
         owner.log.clear()
         return [ForgetOwner(owner.key)]
+
+    def _crowd_out(self, size: Callable[[_Owner], int], room: int, source_room: int) -> list[NetworkEffect]:
+        """Ignore the least known owners until all fit; of owners that are ignored only so many stay."""
+        heard = [owner for owner in self._owners.values() if not owner.ignored]
+        for owner in heard:
+            owner.standing = self._standing(owner.key) or owner.standing
+        effects: list[NetworkEffect] = []
+        for owner in who_goes(((owner, owner.standing, size(owner)) for owner in heard), room, source_room):
+            effects += self._ignore(owner)
+            owner.crowded_out = True
+        too_many = len(self._owners) - (REGISTRY_OWNERS_MAX - 1)
+        if too_many > 0:
+            for owner in [owner for owner in self._owners.values() if owner.ignored][:too_many]:
+                effects += self._forget(owner)
+        return effects
 
     def _forget(self, owner: _Owner) -> list[NetworkEffect]:
         self._drop(owner)

@@ -59,6 +59,10 @@ class Trust:
         """This node itself, on its static lists, or shown to hold the network key."""
         return public_key == self._own_key or public_key in self._listed or public_key in self._shown
 
+    def is_listed(self, public_key: bytes) -> bool:
+        """Whether the operator named this peer: in `peers`, `bootstrap` or `allowed`."""
+        return public_key in self._listed or public_key in self._allowed
+
     def trusts(self, public_key: bytes, now_ms: int) -> bool:
         """Whether what this peer signed (proofs, manifests) counts."""
         if public_key == self._own_key:

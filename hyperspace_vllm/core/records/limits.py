@@ -55,11 +55,14 @@ RESPONSE_LOOKUPS_MAX = 256  # unfinished ones of one API server; the requests be
 
 # --- discovery, gossip and registry -------------------------------------------------------------
 PEER_RECORD_BYTES_MAX = 8 * KiB  # 2 x 16 digests of 32 B, a VRAM digest of 4 KiB and about 700 B of the rest
-PEERS_KNOWN_MAX = 1024
+PEERS_KNOWN_MAX = 1024  # 10 KiB each with its record: 10 MiB
+PEERS_OF_SOURCE_MAX = PEERS_KNOWN_MAX // 4  # that connected from one host, or that such peers told of
 PEX_RECORDS_MAX = 64
+PEX_OF_SOURCE_MAX = 32  # peers met at one host that a node tells others of
 ANNOUNCEMENT_ENTRIES_MAX = 256  # 120 B each: 30 KiB, half of a GossipSub message's usual bound
 EVIDENCE_ENTRIES_MAX = 8  # each has a signature to check, 0.1 ms
 REGISTRY_OWNERS_MAX = PEERS_KNOWN_MAX
+REGISTRY_OWNERS_OF_SOURCE_MAX = PEERS_OF_SOURCE_MAX
 REGISTRY_ENTRIES_MAX = 20_000  # of one owner
 REGISTRY_DELTA_BYTES_MAX = 1536 * KiB  # a snapshot of 20,000 entries of about 70 B
 REGISTRY_REPLY_BYTES_MAX = 2 * MiB  # deltas in one answer
@@ -67,7 +70,9 @@ REGISTRY_CHANGES_MAX = 1024  # of one update: 75 B each, 75 KiB
 REGISTRY_LOG_DELTAS_MAX = 1024  # since a snapshot; an owner compacts at three quarters
 REGISTRY_LOG_BYTES_MAX = 3 * REGISTRY_DELTA_BYTES_MAX  # a snapshot, as much in updates, and what comes meanwhile
 REGISTRY_LOGS_BYTES_MAX = 64 * MiB  # of all owners
+REGISTRY_LOGS_BYTES_OF_SOURCE_MAX = REGISTRY_LOGS_BYTES_MAX // 4
 REGISTRY_INDEX_MAX = 200_000  # entries of all owners: 50 MiB in the node
+REGISTRY_INDEX_OF_SOURCE_MAX = REGISTRY_INDEX_MAX // 4
 REGISTRY_IMPORTS_MAX = 8  # under way
 STREAM_FRAME_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB
 VRAM_SEGMENTS_MAX = 8192  # 2 Mi tokens in segments of 256; a digest of 4 KiB has 4 bits for each then
@@ -101,4 +106,6 @@ assert FLIGHT_WINDOW_BYTES < FLIGHT_BYTES_MAX < FLIGHTS_BYTES_MAX
 assert REGISTRY_ENTRIES_MAX * 76 < REGISTRY_DELTA_BYTES_MAX  # measured: 75.2 B an entry
 assert REGISTRY_EPOCH_MS < REGISTRY_COMPACT_MS
 assert REGISTRY_DELTA_BYTES_MAX < REGISTRY_REPLY_BYTES_MAX < STREAM_FRAME_BYTES_MAX
+assert REGISTRY_LOG_BYTES_MAX < REGISTRY_LOGS_BYTES_OF_SOURCE_MAX
+assert REGISTRY_ENTRIES_MAX < REGISTRY_INDEX_OF_SOURCE_MAX
 assert min(STORE_QUEUE_BYTES_MAX, RECENT_BYTES_MAX) >= RESPONSE_BYTES_MAX

@@ -1,0 +1,81 @@
+"""How well this node knows a peer, and who goes first where peers want more room than there is.
+
+    LISTED  on this node's own lists
+    MET     it has shown over a connection who it is
+    TOLD    another peer passed its record on, and nothing else speaks for it
+
+New identities cost nothing, machines do. So what is counted together is what one machine brings: the peers that
+connected from its address, and those that such peers told of. One machine (a `source`) may hold a quarter of any table;
+in a table that is full TOLD peers go before MET ones and those of the largest source first, the newest of them before
+the older ones. LISTED peers are no part of a source's quarter and go last.
+
+Rejected: bounds by identity alone (a peer that invents a thousand others has a thousand times the bound); the largest
+document first (many small invented ones push out a few honest ones that say more).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from heapq import heapify, heapreplace
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Rank(IntEnum):
+    """Higher ones stay longer."""
+
+    TOLD = 0
+    MET = 1
+    LISTED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """`source` is the host that the peer connected from, or that of who told of it first."""
+
+    rank: Rank
+    source: str
+
+
+class _Source(Generic[T]):
+    """What one source holds, the first to go last."""
+
+    def __init__(self, holders: list[tuple[T, Rank, int]]) -> None:
+        self._holders = sorted(holders, key=lambda holder: (-holder[1], holder[2]))  # of equals the newest is last
+        self.size = sum(size for *_, size in holders)
+
+    def __lt__(self, other: "_Source[T]") -> bool:
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, int]:
+        return (self._holders[-1][1] if self._holders else Rank.LISTED + 1, -self.size)
+
+    def drop(self) -> T:
+        holder, _, size = self._holders.pop()
+        self.size -= size
+        return holder
+
+
+def who_goes(held: Iterable[tuple[T, Standing, int]], room: int, source_room: int) -> list[T]:
+    """Of holders with their sizes, the oldest first: who has to go for what is left to fit into `room`."""
+    by_source: dict[str | None, list[tuple[T, Rank, int]]] = {}
+    for holder, standing, size in held:
+        source = standing.source if standing.rank < Rank.LISTED else None
+        by_source.setdefault(source, []).append((holder, standing.rank, size))
+    sources = {source: _Source(holders) for source, holders in by_source.items()}
+    gone = []
+    for source, each in sources.items():
+        while source is not None and each.size > source_room:
+            gone.append(each.drop())
+    left = sum(each.size for each in sources.values())
+    heap = list(sources.values())
+    heapify(heap)
+    while left > room:
+        least = heap[0]
+        left -= least.size
+        gone.append(least.drop())
+        left += least.size
+        heapreplace(heap, least)
+    return gone
