@@ -91,7 +91,9 @@ class Config:
     )
     allowed: tuple[str, ...] = _setting((), "Peer ids that are trusted by name.")
     share: Literal["private", "network", "public"] = _setting(
-        "network", "How far responses may travel: not at all, to members, or to everybody."
+        "network",
+        "How far responses may travel: not at all, to members, or to everybody "
+        '(then with `trust = "reputation"` KV too).',
     )
     registry: str = _setting("", "`redis://…` of a fleet that has one: replaces the nodes' own registry.")
     shared_responses: str = _setting(

@@ -16,9 +16,10 @@ from nacl.signing import SigningKey
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records import wire
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RowId, network_id, peer_id, sha256
-from hyperspace_vllm.core.records.limits import PEER_CONTROL_BYTES_MAX, PEER_REQUESTS_MAX, MiB
+from hyperspace_vllm.core.records.limits import KV_LINKS_MAX, PEER_CONTROL_BYTES_MAX, PEER_REQUESTS_MAX, MiB
+from hyperspace_vllm.daemon import chunk_server, kv_door
 from hyperspace_vllm.daemon.chunk_store import ChunkStore
-from hyperspace_vllm.daemon.chunk_transport import LINKS_MAX, ChunkTransport
+from hyperspace_vllm.daemon.chunk_transport import ChunkTransport
 from hyperspace_vllm.daemon.identity import Identity, curve_public_of
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.object_codec import ObjectRecord, encode_row, new_nonce, sign_record
@@ -92,8 +93,11 @@ async def fetch(
     return chunks
 
 
-def raw_client(context: zmq.asyncio.Context, identity: Identity, server: Side) -> zmq.asyncio.Socket:
+def raw_client(
+    context: zmq.asyncio.Context, identity: Identity, server: Side, reconnects: bool = True
+) -> zmq.asyncio.Socket:
     socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.RECONNECT_IVL, 100 if reconnects else -1)
     socket.setsockopt(zmq.LINGER, 0)
     socket.curve_publickey, socket.curve_secretkey = identity.curve_public, identity.curve_secret
     socket.curve_serverkey = curve_public_of(server.identity.peer_id)
@@ -269,18 +273,18 @@ async def test_an_endpoint_that_is_no_number_is_never_dialled(strangers: tuple[S
 
 async def test_links_are_bounded_and_the_least_recently_useful_makes_room(strangers: tuple[Side, Side]) -> None:
     server, client = strangers
-    others = [peer_id(SigningKey(bytes([n]) * 32).verify_key.encode()) for n in range(1, 2 * LINKS_MAX)]
+    others = [peer_id(SigningKey(bytes([n]) * 32).verify_key.encode()) for n in range(1, 2 * KV_LINKS_MAX)]
     server.transport.admit([client.identity.peer_id])
     absent = dict.fromkeys(others, "127.0.0.1:1")
     client.transport.set_peers(absent | {server.identity.peer_id: server.transport.endpoint})
-    assert len(client.transport.peers) == 2 * LINKS_MAX
-    assert len(client.transport._links) == LINKS_MAX
+    assert len(client.transport.peers) == 2 * KV_LINKS_MAX
+    assert len(client.transport._links) == KV_LINKS_MAX
     await client.transport.find(server.identity.peer_id, (ROW_ID,), 5.0)  # had no link
-    for other in others[LINKS_MAX:]:
+    for other in others[KV_LINKS_MAX:]:
         assert not client.transport.is_connected(other)
         with pytest.raises(PeerFailed):
             await client.transport.find(other, (ROW_ID,), 0.001)
-    assert len(client.transport._links) == LINKS_MAX
+    assert len(client.transport._links) == KV_LINKS_MAX
     assert client.transport.is_connected(server.identity.peer_id)
 
 
@@ -371,6 +375,72 @@ async def test_a_peer_has_a_bounded_number_of_requests_open(pair: tuple[Side, Si
     held = server.metrics.bytes_total.labels("served")._value.get()
     assert held < 200 * MiB  # its own queue, both sockets' and the kernel's
     context.destroy(linger=0)
+
+
+async def test_chunks_that_nobody_takes_are_bounded_for_one_peer_and_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_server, "PEERS_BYTES_IN_FLIGHT_MAX", 5 * MiB)
+    monkeypatch.setattr(chunk_server, "PEER_BYTES_IN_FLIGHT_MAX", 2 * MiB)
+    monkeypatch.setattr(chunk_server, "SEND_STALL_S", 2.0)
+    asking = []
+    for number in range(6):
+        (tmp_path / str(number)).mkdir()
+        asking.append(Identity.load(tmp_path / str(number)))
+    server = Side(tmp_path, *(peer_of(identity) for identity in asking))
+    record = put_object(server.store)
+    context = zmq.asyncio.Context()
+    sockets = [raw_client(context, identity, server, reconnects=False) for identity in asking]
+    for socket in sockets:
+        for number in range(32):  # 150 MiB, of which nothing is read
+            await socket.send(wire.encode(wire.GetChunks(number, record.digest, 0, tuple(range(64)))))
+    peers = server.transport._server._peers
+
+    def held() -> list[int]:
+        return [peer.bytes_in_flight() for peer in peers.values()]
+
+    await until(lambda: sum(held()) > 4 * MiB)
+    most = [0, 0]
+    while any(held()):  # each is cut off after SEND_STALL_S
+        most = [max(most[0], *held()), max(most[1], sum(held()))]
+        await asyncio.sleep(0.01)
+    assert most[0] <= 2 * MiB
+    assert most[1] <= 5 * MiB + len(asking) * CHUNK
+    context.destroy(linger=0)
+    await server.transport.close()
+
+
+async def test_a_connection_that_carries_messages_holds_nothing_between_them(pair: tuple[Side, Side]) -> None:
+    server, client = pair
+    record = put_object(server.store)
+    await client.transport.find(server.identity.peer_id, tuple(RowId(bytes([n]) * 32) for n in range(100)), 5.0)
+    await fetch(client, server, record.digest, tuple(range(64)))
+    (connection,) = server.transport._server._door._connections.values()
+    (link,) = client.transport._links.values()
+    assert link._passage is not None
+    for passage in (connection._passage, link._passage):
+        assert (passage._meter.held_frames, passage._meter.held_bytes) == (0, 0)
+
+
+async def test_the_newest_connections_of_a_peer_and_of_all_peers_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_door, "KV_CONNECTIONS_MAX", 5)
+    identities = []
+    for number in range(8):
+        (tmp_path / str(number)).mkdir()
+        identities.append(Identity.load(tmp_path / str(number)))
+    server = Side(tmp_path, *(peer_of(identity) for identity in identities))
+    places = server.transport._server._door._connections
+    context, sockets, order = zmq.asyncio.Context(), [], (*[identities[0]] * 4, *identities[1:])
+    for number, identity in enumerate(order):
+        before = set(places)
+        sockets.append(raw_client(context, identity, server, reconnects=False))
+        await until(lambda: places.keys() - before)  # noqa: B023 (it has ended when `before` changes)
+        assert len(places) <= (2 if number < 4 else 5)
+    assert [connection.peer for connection in places.values()] == [identity.peer_id for identity in order[-5:]]
+    context.destroy(linger=0)
+    await server.transport.close()
 
 
 @pytest.mark.parametrize(

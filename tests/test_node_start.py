@@ -83,7 +83,7 @@ OBSTACLES = {
     "listen_nowhere": Obstacle("listen = '256.1.1.1:1': ", {"listen": "256.1.1.1:1"}),
     "metrics_taken": Obstacle("metrics_listen = '{taken}': Address already in use", {"metrics_listen": "{taken}"}),
     "peer_without_key": Obstacle("peers: {no_point}@h:1: ", {"peers": ("{no_point}@h:1",)}),
-    "peer_without_host": Obstacle("peers: {peer}@a b:1: Invalid argument", {"peers": ("{peer}@a b:1",)}),
+    "peer_without_host": Obstacle("peers: {peer}@a b:1: expected host:port", {"peers": ("{peer}@a b:1",)}),
     "network_key": Obstacle("network_key_file /none: No such file", {"network_key_file": "/none"}),
     "key": Obstacle("node.key", {}, directory="node.key"),
     "lock": Obstacle("node.lock: Is a directory; ", {}, directory="node.lock"),

@@ -15,28 +15,47 @@ OWN, LISTED, ALLOWED, MEMBER, EARNED, STRANGER = (
 NAMES = {OWN: "own", LISTED: "listed", ALLOWED: "allowed", MEMBER: "member", EARNED: "earned", STRANGER: "stranger"}
 
 
-def make(mode: TrustMode, network_key: bytes | None = KEY) -> Trust:
+def make(mode: TrustMode, network_key: bytes | None = KEY, is_public: bool = False) -> Trust:
     reputation = Reputation()
     for _ in range(200):
         reputation.served(peer_id(EARNED), 0)
-    trust = Trust(mode, OWN, frozenset({LISTED}), frozenset({ALLOWED}), network_key, reputation)
+    trust = Trust(mode, OWN, frozenset({LISTED}), frozenset({ALLOWED}), network_key, reputation, is_public)
     trust.meet(MEMBER, member_tag(KEY, MEMBER))
     return trust
 
 
 @pytest.mark.parametrize(
-    ("mode", "trusted", "admitted"),
+    ("mode", "trusted"),
     [
-        ("members", {"own", "listed", "allowed", "member"}, {"own", "listed", "allowed", "member"}),
-        ("reputation", {"own", "listed", "allowed", "member", "earned"}, set(NAMES.values())),
-        ("allowlist", {"own", "allowed"}, {"own", "listed", "allowed", "member"}),
+        ("members", {"own", "listed", "allowed", "member"}),
+        ("reputation", {"own", "listed", "allowed", "member", "earned"}),
+        ("allowlist", {"own", "allowed"}),
     ],
 )
-def test_who_counts_and_who_is_dealt_with(mode: TrustMode, trusted: set[str], admitted: set[str]) -> None:
+def test_who_counts(mode: TrustMode, trusted: set[str]) -> None:
     trust = make(mode)
     assert {name for key, name in NAMES.items() if trust.trusts(key, 0)} == trusted
-    assert {name for key, name in NAMES.items() if trust.admits(key)} == admitted
     assert {name for key, name in NAMES.items() if trust.is_member(key)} == {"own", "listed", "member"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_public", "served", "asked"),
+    [
+        ("members", False, "members", "members"),
+        ("members", True, "members", "members"),
+        ("allowlist", True, "members", "members"),
+        ("reputation", False, "members", "everybody"),
+        ("reputation", True, "everybody", "everybody"),
+    ],
+)
+def test_a_stranger_may_be_asked_but_gets_only_what_is_for_everybody(
+    mode: TrustMode, is_public: bool, served: str, asked: str
+) -> None:
+    trust = make(mode, is_public=is_public)
+    groups = {"members": {"own", "listed", "allowed", "member"}, "everybody": set(NAMES.values())}
+    assert {name for key, name in NAMES.items() if trust.is_chosen(key)} == groups["members"]
+    assert {name for key, name in NAMES.items() if trust.serves_kv(key)} == groups[served]
+    assert {name for key, name in NAMES.items() if trust.asks_for_kv(key)} == groups[asked]
 
 
 def test_earned_trust_is_lost_by_a_lie() -> None:

@@ -1,9 +1,9 @@
 """The bulk transport between nodes: ZeroMQ with CURVE both ways, peers pinned by their identity.
 
-One ROUTER serves (chunk_server.py); one DEALER per peer asks (peer_link.py). The configured peers have their link for
-ever; discovered ones come and go, and of their links LINKS_MAX are open, those that were useful last. Nothing waits
-without a deadline: what didn't come is `PeerFailed` with a reason. Frames of chunks are handed on as they were
-received, uncopied.
+A socket for each connection serves (chunk_server.py), one for each peer asks (peer_link.py). The configured peers have
+their link for ever; discovered ones come and go, and of their links KV_LINKS_MAX are open, those that were useful last.
+Nothing waits without a deadline: what didn't come is `PeerFailed` with a reason. Frames of chunks are handed on as
+they were received, uncopied.
 """
 
 import ipaddress
@@ -20,6 +20,7 @@ from ..core.peers.trust import Trust
 from ..core.records import wire
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import ManifestDigest, PeerId, RowId
+from ..core.records.limits import KV_LINKS_MAX
 from .chunk_server import ChunkServer
 from .chunk_store import ChunkStore
 from .identity import Identity, curve_public_of
@@ -29,14 +30,13 @@ from .peer_link import Chunks, PeerLink
 from .start_error import needed
 from .zmq_pump import Socket
 
-LINKS_MAX = 64  # to discovered peers; three descriptors each, of usually 1024 a process
 log = logging.getLogger(__name__)
 
 
 class ChunkTransport:
     """Serves this node's chunks and asks peers for theirs. Lives on one event loop.
 
-    zmq.ZMQError when it can't listen; StartError when a configured peer is none.
+    OSError when it can't listen; StartError when a configured peer is none.
     """
 
     def __init__(self, config: Config, identity: Identity, store: ChunkStore, metrics: Metrics, trust: Trust) -> None:
@@ -90,7 +90,7 @@ class ChunkTransport:
         for peer in [p for p, link in self._links.items() if self.endpoint_of(p) != link.address]:
             self._links.pop(peer).close()
         for peer in self._discovered:
-            if len(self._links) >= len(self._configured) + LINKS_MAX:
+            if len(self._links) >= len(self._configured) + KV_LINKS_MAX:
                 break
             if peer not in self._links:
                 self._open(peer)
@@ -162,7 +162,7 @@ class ChunkTransport:
     def _link(self, peer: PeerId) -> PeerLink:
         """The peer's link, opened in place of one that nobody waits for if need be."""
         if peer in self._discovered and peer not in self._links:
-            if len(self._links) >= len(self._configured) + LINKS_MAX:
+            if len(self._links) >= len(self._configured) + KV_LINKS_MAX:
                 self._drop_link()
             self._open(peer)
         link = self._links.get(peer)
@@ -181,7 +181,7 @@ class ChunkTransport:
         """Connect to a discovered peer; one whose record can't be used has no link."""
         try:
             self._links[peer] = self._connect(peer, self._discovered[peer])
-        except (zmq.ZMQError, ProtocolViolation) as error:
+        except ValueError as error:
             log.info("peer %s can't be reached at %s: %s", peer, self._discovered[peer], error)
 
     def _connect(self, peer: PeerId, address: str) -> PeerLink:

@@ -142,15 +142,15 @@ class Driver:
         self._set_timer()
 
     def set_peers(self, records: tuple[PeerRecord, ...]) -> None:
-        """The peers that were discovered and may be used now: serve and ask those that `trust` admits.
+        """The peers that were discovered and may be used now: `trust` says which are served, and which are asked.
 
         The records have been checked (peer_record.check_peer_record).
         """
         for record in records:
             self._trust.meet(record.public_key, record.member_tag)
-        endpoints = {record.peer: record.endpoint for record in records if self._trust.admits(record.public_key)}
-        self._transport.admit(endpoints)
-        self._transport.set_peers(endpoints)
+        self._transport.admit(record.peer for record in records if self._trust.serves_kv(record.public_key))
+        asked = (record for record in records if self._trust.asks_for_kv(record.public_key))
+        self._transport.set_peers({record.peer: record.endpoint for record in asked})
         self._node.set_peers(self._transport.peers)
 
     def report_stored(self) -> None:

@@ -73,7 +73,8 @@ def make_trust(config: Config, identity: Identity, network_key: bytes | None) ->
     """Who counts, as the configuration says."""
     listed = frozenset(public_key_of(entry.partition("@")[0]) for entry in (*config.peers, *config.bootstrap))
     allowed = frozenset(public_key_of(peer) for peer in config.allowed)
-    return Trust(config.trust, identity.public_key, listed, allowed, network_key, Reputation())
+    is_public = config.share == "public"
+    return Trust(config.trust, identity.public_key, listed, allowed, network_key, Reputation(), is_public)
 
 
 class Network:

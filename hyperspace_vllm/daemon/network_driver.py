@@ -355,7 +355,7 @@ class NetworkDriver:
         answer: Hit | Miss = Miss("unknown")
         if self._responses is not None:
             asker = self._askers.get(effect.token)
-            to_member = asker is not None and self._trust.admits(public_key_of(asker))
+            to_member = asker is not None and self._trust.is_chosen(public_key_of(asker))
             answer = await self._responses.answer(effect.request_hash, effect.popularity, to_member)
         if isinstance(answer, Hit):
             self._metrics.bytes_total.labels("served").inc(len(answer.sealed))

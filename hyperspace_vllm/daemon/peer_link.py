@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -12,13 +13,17 @@ import zmq
 from ..core.records import wire
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import ManifestDigest, PeerId
-from ..core.records.limits import PEER_MESSAGE_BYTES_MAX
+from ..core.records.limits import KV_REPLY_BYTES_HELD_MAX, PEER_MESSAGE_BYTES_MAX
+from .frame_meter import FrameMeter
 from .identity import Identity, curve_public_of
+from .kv_passage import Passage, detach
 from .peer_failed import PeerFailed
 from .zmq_pump import Pump, Socket, set_link_options
 
-RECONNECT_MS = 100
-RECONNECT_MS_MAX = 5_000
+DIAL_S = 3.0
+DIAL_AGAIN_S = 0.1  # doubled each time in a row
+DIAL_AGAIN_S_MAX = 5.0
+LASTED_S = 5.0  # a connection that lasted so long was a good one
 CONNECT_S = 1.0  # not connected for longer: requests fail at once until ZeroMQ has reconnected
 REQUESTS_QUEUED_MAX = 256  # small messages
 REPLIES_QUEUED_MAX = 32  # 32 chunks of 4 MiB = 128 MiB a peer at the very most
@@ -53,7 +58,7 @@ class _Open:
 class PeerLink:
     """The DEALER to one peer, connected from the start: the first lookup shouldn't pay for the handshake.
 
-    Raises zmq.ZMQError when `address` (host:port) is none.
+    ValueError when `address` is no host:port.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class PeerLink:
         charge: Callable[[PeerId, str], None],
     ) -> None:
         self.address = address
+        self._host, self._port = _split(address)
         self._peer = peer
         self._charge = charge
         self._open: dict[int, _Open] = {}
@@ -72,24 +78,17 @@ class PeerLink:
         self._loop = asyncio.get_running_loop()
         self._silent_since: float | None = self._loop.time()
         self.useful_at = self._loop.time()  # when it was made or last answered
-        socket = context.socket(zmq.DEALER)
-        set_link_options(socket)
-        socket.setsockopt(zmq.CURVE_SERVERKEY, curve_public_of(peer))
-        socket.setsockopt(zmq.CURVE_PUBLICKEY, identity.curve_public)
-        socket.setsockopt(zmq.CURVE_SECRETKEY, identity.curve_secret)
-        socket.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a peer that isn't there
-        socket.setsockopt(zmq.MAXMSGSIZE, PEER_MESSAGE_BYTES_MAX)
-        socket.setsockopt(zmq.SNDHWM, REQUESTS_QUEUED_MAX)
-        socket.setsockopt(zmq.RCVHWM, REPLIES_QUEUED_MAX)
-        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
-        socket.setsockopt(zmq.IPV6, address.startswith("["))
-        try:
-            socket.connect(f"tcp://{address}")
-        except zmq.ZMQError:
-            socket.close()
-            raise
-        self._pump = Pump(socket, self._receive)
+        self._socket = made = context.socket(zmq.DEALER)
+        set_link_options(made)
+        made.setsockopt(zmq.CURVE_SERVERKEY, curve_public_of(peer))
+        made.setsockopt(zmq.CURVE_PUBLICKEY, identity.curve_public)
+        made.setsockopt(zmq.CURVE_SECRETKEY, identity.curve_secret)
+        made.setsockopt(zmq.MAXMSGSIZE, PEER_MESSAGE_BYTES_MAX)
+        made.setsockopt(zmq.SNDHWM, REQUESTS_QUEUED_MAX)
+        made.setsockopt(zmq.RCVHWM, REPLIES_QUEUED_MAX)
+        self._pump = Pump(made, self._receive)
+        self._passage: Passage | None = None
+        self._connecting = self._loop.create_task(self._stay_connected())
 
     @property
     def connected(self) -> bool:
@@ -145,10 +144,43 @@ class PeerLink:
 
     def close(self) -> None:
         """Disconnect; what is under way fails as `unreachable`."""
+        self._connecting.cancel()
         self._pump.close()
         for opened in self._open.values():
             opened.failure = "unreachable"
             opened.wake.set()
+
+    async def _stay_connected(self) -> None:
+        delay_s = DIAL_AGAIN_S
+        while True:
+            began = self._loop.time()
+            try:
+                async with asyncio.timeout(DIAL_S):
+                    tcp = await self._dial()
+                meter = FrameMeter(PEER_MESSAGE_BYTES_MAX, KV_REPLY_BYTES_HELD_MAX)
+                self._passage = Passage(tcp, self._socket, meter)
+                await self._passage.run()
+            except OSError:
+                pass
+            except ProtocolViolation as violation:
+                self.violated(str(violation))
+            detach(self._socket)
+            if self._loop.time() - began > LASTED_S:
+                delay_s = DIAL_AGAIN_S
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, DIAL_AGAIN_S_MAX)
+
+    async def _dial(self) -> socket.socket:
+        """A TCP connection to the peer; OSError."""
+        found = await self._loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, where = found[0]
+        tcp = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+        try:
+            await self._loop.sock_connect(tcp, where)
+        except BaseException:
+            tcp.close()
+            raise
+        return tcp
 
     def _begin(self, opened: _Open) -> int:
         number = next(self._numbers) % (1 << 32)
@@ -180,6 +212,8 @@ class PeerLink:
             raise PeerFailed("timeout") from None
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
+        if self._passage is not None:
+            self._passage.came_out(frames)
         try:
             reply = wire.decode_reply(frames[0].buffer)
         except ProtocolViolation as error:
@@ -193,6 +227,13 @@ class PeerLink:
         elif not isinstance(reply, wire.NotHere):
             self.useful_at = self._loop.time()
         opened.wake.set()
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or any(each.isspace() for each in host):
+        raise ValueError("expected host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _accept(opened: _Open, reply: wire.PeerReply, payload: list[zmq.Frame]) -> bool:

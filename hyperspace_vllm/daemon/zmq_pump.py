@@ -18,9 +18,10 @@ HANDSHAKE_MS = 2_000
 
 
 def set_link_options(socket: Socket) -> None:
-    """What both ends of a connection between nodes have in common."""
+    """What both ends of a connection between nodes have in common (their bytes pass through kv_passage.py)."""
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a peer that isn't there
+    socket.setsockopt(zmq.RECONNECT_IVL, -1)  # whoever owns the TCP connection makes the next one
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_LOST_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_LOST_MS)

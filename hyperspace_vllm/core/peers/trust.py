@@ -35,8 +35,11 @@ class Trust:
         allowed: frozenset[bytes],
         network_key: bytes | None,
         reputation: Reputation,
+        is_public: bool = False,
     ) -> None:
+        """`is_public`: this node shares with everybody (`share = "public"`)."""
         self.mode: TrustMode = mode
+        self._is_public = is_public
         self.reputation = reputation
         self.suspicion = Suspicion(own_key)
         self.patience = Patience()
@@ -95,13 +98,20 @@ class Trust:
         else:
             self.suspicion.accuse(self._own_key, public_key, now_ms)
 
-    def admits(self, public_key: bytes) -> bool:
-        """Whether KV is asked of this peer and served to it: by `reputation` anybody, who else could earn one?"""
-        return self.mode == "reputation" or self.is_chosen(public_key)
-
     def is_chosen(self, public_key: bytes) -> bool:
-        """Whether the peer counts by the operator's choice, whatever it did: a member, or on the allowlist."""
+        """Whether the peer counts by the operator's choice, whatever it did: a member, or on the allowlist.
+
+        It gets what is shared with the network, and nobody else does.
+        """
         return self.is_member(public_key) or public_key in self._allowed
+
+    def serves_kv(self, public_key: bytes) -> bool:
+        """Whether this peer is served KV: a stranger only by `reputation`, from a node that shares with everybody."""
+        return self.is_chosen(public_key) or (self.mode == "reputation" and self._is_public)
+
+    def asks_for_kv(self, public_key: bytes) -> bool:
+        """Whether KV is asked of this peer: by `reputation` of a stranger too, who could earn none otherwise."""
+        return self.is_chosen(public_key) or self.mode == "reputation"
 
     def has_standing(self, peer: PeerId) -> bool:
         """Whether the peer was chosen, or has delivered: strangers' hints don't take its place."""

@@ -48,10 +48,22 @@ LOCAL_MESSAGE_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB  # a body, its proof and
 PEER_CONTROL_BYTES_MAX = 1 * MiB  # 8192 row ids x 32 B = 256 KiB, manifest + digests = 70 KiB
 PEER_MESSAGE_BYTES_MAX = CHUNK_BYTES_MAX + 4 * KiB
 PEER_REQUESTS_MAX = 64  # requests one peer may have open here; more are answered `busy`
-PEER_BYTES_IN_FLIGHT_MAX = 64 * MiB  # chunk bytes one peer may have queued here
+PEER_BYTES_IN_FLIGHT_MAX = 32 * MiB  # of chunks that one peer has asked for and not taken
+PEERS_BYTES_IN_FLIGHT_MAX = 256 * MiB  # of all peers; beyond it each has one chunk
+KV_REQUEST_BYTES_HELD_MAX = 2 * PEER_CONTROL_BYTES_MAX  # of unfinished requests, by connection
+KV_REPLY_BYTES_HELD_MAX = 2 * PEER_MESSAGE_BYTES_MAX  # of unfinished replies, by link: one comes, one is taken
+KV_CONNECTIONS_MAX = 48  # inbound; all together hold 48 x 2 MiB = 96 MiB of requests
+KV_HANDSHAKES_MAX = 16  # of them nobody has proved yet who he is; 1 KiB each
+KV_LINKS_MAX = 32  # outbound, to discovered peers; all together hold 32 x 8 MiB = 256 MiB of replies
 CLIENTS_MAX = 256
 LOOKUPS_PER_CLIENT_MAX = 1024
 RESPONSE_LOOKUPS_MAX = 256  # unfinished ones of one API server; the requests beyond compute at once
+
+# --- file descriptors, of the 1,024 that a process usually may have --------------------------------
+KV_CONNECTION_DESCRIPTORS = 4  # TCP, both ends of the Unix socket, ZeroMQ's mailbox
+PEER_CONNECTIONS_MAX = 64  # libp2p's
+PEER_HANDSHAKES_MAX = 16
+OWN_DESCRIPTORS = 192  # databases, arena, chunk files being read, pipes of worker processes, DHT, logs
 
 # --- discovery, gossip and registry -------------------------------------------------------------
 PEER_RECORD_BYTES_MAX = 8 * KiB  # 2 x 16 digests of 32 B, a VRAM digest of 4 KiB and about 700 B of the rest
@@ -96,6 +108,14 @@ REGISTRY_COMPACT_MS = 5_000  # between two of its epochs; 20 updates of 75 KiB =
 REGISTRY_EPOCH_MS = 2_000  # between two epochs of an owner that others take
 
 assert CHUNK_BYTES_MAX < PEER_MESSAGE_BYTES_MAX
+assert (
+    KV_CONNECTION_DESCRIPTORS * (KV_CONNECTIONS_MAX + KV_HANDSHAKES_MAX + KV_LINKS_MAX)
+    + PEER_CONNECTIONS_MAX
+    + PEER_HANDSHAKES_MAX
+    + CLIENTS_MAX
+    + OWN_DESCRIPTORS
+    < 1024
+)
 assert LOOKUP_ROWS_MAX * DIGEST_BYTES < PEER_CONTROL_BYTES_MAX
 assert DIGEST_TABLE_BYTES_MAX + MANIFEST_BYTES_MAX < PEER_CONTROL_BYTES_MAX
 assert LEASE_MS >= 3 * HEARTBEAT_MS

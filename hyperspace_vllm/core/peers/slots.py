@@ -1,0 +1,112 @@
+"""Who has to go when all places for inbound connections are taken.
+
+If newcomers were refused, 48 invented identities would keep every other node out. So a newcomer takes the place of the
+connection that is worth least; of equals, of one from the address prefix that holds most places, and there of the one
+that has been idle for longest. A host that opens many connections displaces its own.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address, ip_network
+from itertools import count
+from typing import TypeVar
+
+IPV4_PREFIX_BITS = 24
+IPV6_PREFIX_BITS = 48  # what a provider gives one customer, who has 2^80 addresses in it
+ARRIVALS_PER_S = 20.0  # of one prefix; a fleet of 100 nodes in one network that restarts arrives within seconds
+ARRIVALS_BURST = 100.0
+PREFIXES_MAX = 1024  # whose arrivals are counted; 200 KiB
+
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(slots=True)
+class Place:
+    """One inbound connection. `worth`: the more, the later it goes; `used_at`: in whatever unit all of them have."""
+
+    prefix: str
+    used_at: float
+    worth: int = 0
+
+
+def address_prefix(host: str) -> str:
+    """The network that an IP address belongs to, '' for what is none; loopback addresses are no exception."""
+    try:
+        address = ip_address(host.partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(address, IPv6Address) and address.ipv4_mapped:
+        address = address.ipv4_mapped
+    bits = IPV4_PREFIX_BITS if address.version == 4 else IPV6_PREFIX_BITS
+    return str(ip_network(f"{address}/{bits}", strict=False))
+
+
+def whom_to_evict(places: Mapping[K, Place], newcomer: Place) -> K | None:
+    """Whose place a newcomer takes; None: every other is worth more than the newcomer."""
+    crowd = Counter(place.prefix for place in places.values())
+    crowd[newcomer.prefix] += 1
+    rivals = [key for key, place in places.items() if place.worth <= newcomer.worth]
+    return min(
+        rivals,
+        key=lambda key: (places[key].worth, -crowd[places[key].prefix], places[key].used_at),
+        default=None,
+    )
+
+
+@dataclass(slots=True)
+class _Arrivals:
+    """A token bucket: what one prefix may still open now."""
+
+    left: float
+    at_s: float
+
+
+class Handshakes:
+    """Inbound connections of which nobody has proved yet whose they are, by a number that `begin` gives.
+
+    At most `places_max`; a newcomer ends the oldest one of the most crowded prefix. What a prefix opens beyond
+    ARRIVALS_BURST and ARRIVALS_PER_S is not even begun, so that a flood costs an `accept` each and no cryptography.
+    """
+
+    def __init__(self, places_max: int) -> None:
+        self._places_max = places_max
+        self._places: dict[int, Place] = {}
+        self._ends: dict[int, Callable[[], None]] = {}
+        self._arrivals: OrderedDict[str, _Arrivals] = OrderedDict()
+        self._numbers = count()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def begin(self, host: str, now_s: float, end: Callable[[], None]) -> int | None:
+        """A place for a connection from `host`; `end` is called when it must close early. None: close it now."""
+        place = Place(address_prefix(host), now_s)
+        if not self._may_arrive(place.prefix, now_s):
+            return None
+        if len(self._places) >= self._places_max:
+            evicted = whom_to_evict(self._places, place)
+            assert evicted is not None  # all are worth the same
+            ends = self._ends[evicted]
+            self.end(evicted)
+            ends()
+        number = next(self._numbers)
+        self._places[number], self._ends[number] = place, end
+        return number
+
+    def end(self, number: int) -> None:
+        """It is over, or has proved whose it is; doing so twice is fine."""
+        self._places.pop(number, None)
+        self._ends.pop(number, None)
+
+    def _may_arrive(self, prefix: str, now_s: float) -> bool:
+        arrivals = self._arrivals.setdefault(prefix, _Arrivals(ARRIVALS_BURST, now_s))
+        self._arrivals.move_to_end(prefix)
+        if len(self._arrivals) > PREFIXES_MAX:
+            self._arrivals.popitem(last=False)
+        arrivals.left = min(ARRIVALS_BURST, arrivals.left + (now_s - arrivals.at_s) * ARRIVALS_PER_S)
+        arrivals.at_s = now_s
+        if arrivals.left < 1:
+            return False
+        arrivals.left -= 1
+        return True

@@ -1,0 +1,107 @@
+"""Who makes room for a newcomer when all inbound places are taken."""
+
+import pytest
+
+from hyperspace_vllm.core.peers.slots import (
+    ARRIVALS_BURST,
+    ARRIVALS_PER_S,
+    PREFIXES_MAX,
+    Handshakes,
+    Place,
+    address_prefix,
+    whom_to_evict,
+)
+
+
+@pytest.mark.parametrize(
+    ("host", "prefix"),
+    [
+        ("203.0.113.9", "203.0.113.0/24"),
+        ("127.0.0.1", "127.0.0.0/24"),
+        ("127.0.1.1", "127.0.1.0/24"),
+        ("2001:db8:1:2::3", "2001:db8:1::/48"),
+        ("::1", "::/48"),
+        ("fe80::1%eth0", "fe80::/48"),
+        ("::ffff:203.0.113.9", "203.0.113.0/24"),  # as an IPv6 listener names an IPv4 peer
+        ("", ""),
+        ("no address", ""),
+    ],
+)
+def test_addresses_are_counted_by_the_network_that_one_party_usually_has(host: str, prefix: str) -> None:
+    assert address_prefix(host) == prefix
+
+
+CROWD, ALONE, NEW = "203.0.113.0/24", "198.51.100.0/24", "192.0.2.0/24"
+
+
+@pytest.mark.parametrize(
+    ("places", "newcomer", "evicted"),
+    [
+        ({}, Place(NEW, 9), None),
+        ({1: Place(CROWD, 5), 2: Place(CROWD, 3), 3: Place(ALONE, 1)}, Place(NEW, 9), 2),  # the crowd's idlest
+        ({1: Place(CROWD, 5, 1), 2: Place(CROWD, 3, 1), 3: Place(ALONE, 1)}, Place(NEW, 9), 3),  # worth comes first
+        ({1: Place(CROWD, 5, 1), 2: Place(ALONE, 3, 1)}, Place(NEW, 9), None),  # the others are worth more
+        ({1: Place(CROWD, 5, 1), 2: Place(ALONE, 3, 2)}, Place(NEW, 9, 2), 1),
+        ({1: Place(ALONE, 5), 2: Place(NEW, 7)}, Place(NEW, 9), 2),  # with the newcomer, its prefix is the crowd
+        ({1: Place(CROWD, 5), 2: Place(CROWD, 3)}, Place(CROWD, 9), 2),
+    ],
+)
+def test_a_newcomer_displaces_the_least_of_the_most_crowded(
+    places: dict[int, Place], newcomer: Place, evicted: int | None
+) -> None:
+    assert whom_to_evict(places, newcomer) == evicted
+
+
+def test_a_host_with_any_number_of_connections_displaces_only_its_own() -> None:
+    honest = {number: Place(f"10.0.{number}.0/24", 0) for number in range(20)}
+    places: dict[int, Place] = dict(honest)
+    for number in range(100, 1_000):
+        if len(places) >= 24:
+            evicted = whom_to_evict(places, Place(CROWD, number))
+            assert evicted is not None
+            del places[evicted]
+        places[number] = Place(CROWD, number)
+    assert honest.items() <= places.items()
+
+
+def begin(handshakes: Handshakes, host: str, now_s: float, ended: list[str]) -> int | None:
+    return handshakes.begin(host, now_s, lambda: ended.append(host))
+
+
+def test_silent_connections_of_one_host_end_before_those_of_others() -> None:
+    handshakes, ended = Handshakes(8), list[str]()
+    for number in range(8):
+        begin(handshakes, f"203.0.113.{number}", number, ended)
+    assert begin(handshakes, "198.51.100.1", 8, ended) is not None
+    assert ended == ["203.0.113.0"]
+    for number in range(8, 40):
+        begin(handshakes, f"203.0.113.{number}", number, ended)
+    assert len(handshakes) == 8
+    assert "198.51.100.1" not in ended
+
+
+def test_a_handshake_that_is_over_makes_room() -> None:
+    handshakes, ended = Handshakes(2), list[str]()
+    first = begin(handshakes, "203.0.113.1", 0, ended)
+    assert first is not None
+    begin(handshakes, "203.0.113.2", 0, ended)
+    handshakes.end(first)
+    handshakes.end(first)
+    begin(handshakes, "203.0.113.3", 0, ended)
+    assert (ended, len(handshakes)) == ([], 2)
+
+
+def test_what_a_prefix_opens_beyond_its_rate_is_not_begun() -> None:
+    handshakes, ended = Handshakes(8), list[str]()
+    begun = [begin(handshakes, "127.0.0.1", 0, ended) is not None for _ in range(1_000)]
+    assert begun == [True] * int(ARRIVALS_BURST) + [False] * (1_000 - int(ARRIVALS_BURST))
+    assert begin(handshakes, "127.0.1.1", 0, ended) is not None
+    later = [begin(handshakes, "127.0.0.1", 2, ended) is not None for _ in range(1_000)]
+    assert sum(later) == 2 * ARRIVALS_PER_S
+
+
+def test_the_prefixes_that_are_counted_are_bounded() -> None:
+    handshakes = Handshakes(8)
+    for number in range(3 * PREFIXES_MAX):
+        begin(handshakes, f"10.{number >> 8}.{number & 255}.1", 0, [])
+    assert len(handshakes._arrivals) == PREFIXES_MAX
