@@ -1,5 +1,6 @@
 """Whatever may change an engine's weights begins another epoch before it does; the same files loaded again end it."""
 
+import ast
 import asyncio
 import gc
 import os
@@ -8,14 +9,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import vllm
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 
-from hyperspace_vllm.vllm_adapter import compat
+from hyperspace_vllm.vllm_adapter import compat, weights_epoch
 from hyperspace_vllm.vllm_adapter.weights_epoch import WeightsEpoch, WeightsWatch, shared_epoch
 
 DIGEST = bytes(range(32))
+# Of vLLM's engine client: what its own methods make of `collective_rpc`, and sleep.
+_CHANGING = frozenset(
+    ["start_weight_update", "start_draft_weight_update", "update_weights", "finish_weight_update", "checkpoint_restore"]
+)
 
 
 class Watched:
@@ -96,6 +102,25 @@ def test_calls_of_vllm_itself_that_leave_weights_alone_change_nothing(
     engine.collective_rpc(method)
     assert watched.as_loaded()
     assert (watched.epoch.count, watched.forgotten) == (0, 0)
+
+
+def test_no_route_outside_vllms_development_mode_reaches_what_may_change_weights() -> None:
+    """vLLM guards only some paths by its API keys, so what others call must leave the weights alone."""
+    root = Path(vllm.__file__).parent
+    for_developers = ("serve/dev/", "rl/", "llm.py")
+    called, slept = set(), []
+    for path in (root / "entrypoints").rglob("*.py"):
+        if str(path.relative_to(root / "entrypoints")).startswith(for_developers):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                if node.func.attr == "collective_rpc":
+                    called |= {ast.literal_eval(node.args[0])}
+                elif node.func.attr in _CHANGING:
+                    slept.append((path.name, node.func.attr))
+    assert called == {"release_late_interaction_query_cache"}
+    assert called <= weights_epoch._HARMLESS
+    assert slept == []
 
 
 def test_the_same_files_loaded_again_share_again(watched: Watched, engine: Any) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from nacl.signing import SigningKey
 
 from bench.servers import MODELS, Server
 from hyperspace_vllm.api import audits
 from hyperspace_vllm.api.coalesce import Message, Receive, Scope, Send
+from hyperspace_vllm.api.exchange import Exchange
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.records.local import (
@@ -22,6 +24,7 @@ from hyperspace_vllm.core.records.local import (
     ResponseFound,
     ResponseHint,
 )
+from hyperspace_vllm.core.response.answer_ids import without_ids
 from hyperspace_vllm.core.response.audit import Said, Score, plain_answer, prompt_of, score, scoring_request
 from hyperspace_vllm.core.response.cache_proof import make_proof
 from hyperspace_vllm.daemon.response_store import wall_clock_ms
@@ -136,7 +139,7 @@ class Suspect:
         self.says: dict[str, Any] = {}
 
     def find(self, node: Node, asked: FindResponse) -> None:
-        body = json.dumps(self.says).encode()
+        body = msgspec.json.encode(without_ids({**self.says}))
         at_ms = wall_clock_ms() - 60_000
         key, network = RequestKey(asked.request_key), network_id("test")
         proof = make_proof(SigningKey(bytes(32)), network, key, body, asked.model_digest, "vllm", at_ms).encode()
@@ -277,3 +280,26 @@ async def test_where_a_text_has_other_tokens_alone_nobody_is_audited(
     await until(lambda: bench.cache.audits.idle, 60)
     assert len(bench.node.audited) == audits_it
     assert ("/v1/completions" in asked) is audits_it
+
+
+@pytest.mark.io
+async def test_a_server_that_fails_to_split_a_text_is_asked_again(tmp_path: Path) -> None:
+    """Only what vLLM answered with success is remembered."""
+    tokens = {"a b": [1, 2], "a": [1], " b": [2]}
+    failing: list[str] = []
+
+    async def tokenize(scope: Scope, receive: Receive, send: Send) -> None:
+        text = json.loads((await receive())["body"])["prompt"]
+        await send({"type": "http.response.start", "status": 503 if text in failing else 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps({"tokens": tokens[text]}).encode()})
+
+    async def nothing(*_: object) -> Message:
+        raise AssertionError
+
+    async with benches(tmp_path) as make:
+        bench = await make()
+        bench.cache.app = tokenize
+        for fails, splits in (("a", False), (" b", False), ("a b", False), ("", True), ("a", True)):
+            failing[:] = [fails]
+            exchange = Exchange(bench.cache, "chat", b"", CHAT, {"path": "/v1", "headers": []}, nothing, nothing)
+            assert await bench.cache.audits._can_split(exchange) is splits

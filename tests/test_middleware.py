@@ -26,6 +26,7 @@ from hyperspace_vllm.api.middleware import response_cache
 from hyperspace_vllm.api.options import ResponseCacheOptions
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX, RESPONSE_TTL_MS
+from hyperspace_vllm.core.records.local import FindResponse, StoreResponse, TouchResponses
 from hyperspace_vllm.core.response.cache_proof import decode_proof
 from hyperspace_vllm.core.response.scope import RequestScope, tenant_of, verify_scope
 from hyperspace_vllm.daemon.response_store import wall_clock_ms
@@ -165,6 +166,38 @@ async def test_without_the_api_key_there_is_401_and_never_a_cached_answer(make_b
     assert "hit" in (await bench.ask(CHAT, authorization="Bearer key")).headers["cache-status"]
     for headers in ({}, {"authorization": "Bearer other"}):
         assert (await bench.ask(CHAT, **headers)).status_code == 401
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
+async def test_nothing_that_is_refused_changes_what_is_served(make_bench: MakeBench, method: str) -> None:
+    """Whatever somebody without a key sends, wherever, and whatever vLLM doesn't answer with success."""
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    outside = [Middleware(AuthenticationMiddleware, tokens=["key"])]
+    bench = await make_bench(outside=outside, api_keys=("key",))
+    key = {"authorization": "Bearer key"}
+    await bench.ask(CHAT, **key)
+    await bench.ask(TEXT, TEXT_PATH, **key)
+    await bench.stored(2)
+    paths = """/update_weights /start_weight_update /finish_weight_update /init_weight_transfer_engine /collective_rpc
+    /sleep?level=2 /wake_up /pause /resume /reset_prefix_cache /reset_mm_cache /scale_elastic_ep /start_profile
+    /invocations /v1/load_lora_adapter /v1/unload_lora_adapter /v1/chat/completions /v1/completions /v1/responses
+    /v1/chat/completions/ //v1/chat/completions /v1/nothing /"""
+    for path in paths.split():
+        for content in (b"", b"{}", b"null", b"\xff", json.dumps(CHAT).encode()):
+            for authorization in ({}, {"authorization": "Bearer other"}):
+                headers = {"content-type": "application/json"} | authorization
+                answer = await bench.client.request(method, path, content=content, headers=headers)
+                assert answer.status_code in (401, 404, 405), path
+    bench.upstream.failures.extend(["refuse"] * 3)
+    for body in (CHAT, CHAT | STREAM, TEXT):  # a key, and an engine that refuses
+        asked = {**body, "seed": 1}
+        answer = await bench.ask(asked, TEXT_PATH if "prompt" in body else CHAT_PATH, **key)
+        assert answer.status_code == 503
+    assert "; hit; " in (await bench.ask(CHAT, **key)).headers["cache-status"]
+    assert "; hit; " in (await bench.ask(TEXT, TEXT_PATH, **key)).headers["cache-status"]
+    assert bench.node.store.stats()["stored"] == 2
+    assert {type(sent) for sent in bench.node.sent} <= {StoreResponse, TouchResponses, FindResponse}
 
 
 async def test_a_hit_expires(make_bench: MakeBench) -> None:

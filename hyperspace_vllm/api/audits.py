@@ -59,11 +59,10 @@ class Audits(OneAtATime):
         Some SentencePiece tokenizers put a space before every text, and would have honest answers begin wrongly.
         """
         if self._splits_evenly is None:
-            whole = await _text_tokens(exchange, "a b")
-            if not whole:
-                return False  # the server doesn't tell
-            halves = await _text_tokens(exchange, "a") + await _text_tokens(exchange, " b")
-            self._splits_evenly = whole == halves
+            whole, *halves = [await _text_tokens(exchange, text) for text in ("a b", "a", " b")]
+            if not whole or not all(halves):
+                return False  # the server doesn't tell, or not now
+            self._splits_evenly = whole == halves[0] + halves[1]
         return self._splits_evenly
 
 
