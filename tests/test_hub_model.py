@@ -9,7 +9,11 @@ import pytest
 from bench.servers import MODELS, Server, free_port, introduce
 from tests.hub import hub
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(900),
+    pytest.mark.feature("a model by its hub id, two API servers"),
+]
 
 SETTINGS = {"HYPERSPACE_ARENA_BYTES": str(128 << 20), "HYPERSPACE_FETCH": "always"}
 PROMPT = "the quick brown fox jumps over the lazy dog " * 30
