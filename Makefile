@@ -12,7 +12,7 @@ NODES ?= 20
 SEED ?= 1
 VERSIONS ?= 0.29.0 0.30.0 0.31.0
 OLDEST := $(firstword $(VERSIONS))
-TESTS ?= not soak and not slow
+TESTS ?= not soak and not slow and not topology
 ARGS ?=
 BIN := .venv/bin
 

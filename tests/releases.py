@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = "feature and not slow"
+TESTS = "feature and not topology"
 BY_SOURCE = "tests/test_newest_vllm.py"  # says nothing of the installed release
 
 

@@ -173,6 +173,7 @@ def computed(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     ("path", "body"),
@@ -219,6 +220,7 @@ async def audited(bench: Bench, path: str, body: dict[str, Any], answer: dict[st
     return bench.node.audited[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize("more", [{"reasoning": "Hm."}, {"annotations": [0]}, {"tool_calls": [{}]}, {"new": 1}])
 async def test_an_answer_that_no_model_gives_is_not_served_at_all(
@@ -234,6 +236,7 @@ async def test_an_answer_that_no_model_gives_is_not_served_at_all(
     assert [type(sent) for sent in bench.node.sent].count(PurgeResponses) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     "change", [{"temperature": 0.5, "seed": 3}, {"messages": [{"role": "user", "content": "why? " * 5000}]}]
@@ -249,6 +252,7 @@ async def test_what_can_not_be_scored_or_is_too_long_is_left_alone(
     assert bench.node.audited == []
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     ("tokens", "audits_it"),

@@ -25,7 +25,7 @@ from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.local import Heartbeat
 from hyperspace_vllm.vllm_adapter import connector as connector_module
-from hyperspace_vllm.vllm_adapter import engine_report, plugin
+from hyperspace_vllm.vllm_adapter import engine_report, plugin, worker_side
 from hyperspace_vllm.vllm_adapter.connector import HyperspaceConnector
 from hyperspace_vllm.vllm_adapter.metadata import IDLE, PrefixLoad, SegmentSave, StepMetadata, WorkerOff
 from tests.test_adapter_kv_layout import caches, hybrid_cache
@@ -61,6 +61,7 @@ def build(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
     """Connectors, each at work."""
     built: list[HyperspaceConnector] = []
     monkeypatch.setattr(connector_module, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(worker_side, "STARTUP_WAIT_S", 0)  # no node comes
 
     def make(role: KVConnectorRole, off: bool = False) -> HyperspaceConnector:
         made = HyperspaceConnector(config, role, hybrid_cache())

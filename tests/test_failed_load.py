@@ -10,7 +10,12 @@ from hyperspace_vllm.vllm_adapter.older_vllm import FAILED_LOADS_HAVE_NAMES
 from tests.engines.step_probe import SteppedEngine
 from tests.test_adapter_engine import MODELS, Node, prompt, until
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.feature("a load that fails is computed")]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.feature("a load that fails is computed"),
+]
 
 
 @pytest.fixture

@@ -63,7 +63,11 @@ class Consumer:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, id=name.replace(" ", "-"), marks=pytest.mark.feature(f"KV between nodes: {name}"))
+        pytest.param(
+            name,
+            id=name.replace(" ", "-"),
+            marks=[pytest.mark.feature(f"KV between nodes: {name}"), *([pytest.mark.slow] if "ranks" in name else ())],
+        )
         for name in CASES
     ],
 )

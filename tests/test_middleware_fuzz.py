@@ -17,7 +17,7 @@ from bench.servers import MODELS, Server
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX, MiB
 from hyperspace_vllm.core.response.request_fields import FIELDS
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 QUIET = {"HYPERSPACE_SEMANTIC": "balanced", "HYPERSPACE_ARENA_BYTES": str(64 << 20), "VLLM_LOGGING_LEVEL": "CRITICAL"}
 ODD: list[Any] = [

@@ -145,7 +145,7 @@ def test_api_servers_and_engines_in_parallel_share_what_others_computed(
     check(topology, *producer)
 
 
-@pytest.mark.slow
+@pytest.mark.topology
 @pytest.mark.parametrize("topology", as_features(OTHERS))
 def test_every_way_to_start_a_server_shares_what_others_computed(
     topology: Topology, producer: tuple[Server, dict[str, str], Path]
@@ -153,7 +153,7 @@ def test_every_way_to_start_a_server_shares_what_others_computed(
     check(topology, *producer)
 
 
-@pytest.mark.slow
+@pytest.mark.topology
 @pytest.mark.feature("started as: 2 engines, one of them --headless")
 def test_an_engine_on_another_host_keeps_tenants_apart_and_says_what_is_off(tmp_path: Path) -> None:
     """Both on this host, but nothing is handed down from one to the other."""
@@ -215,7 +215,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.topology
 @pytest.mark.parametrize(
     "command", [pytest.param(name, marks=pytest.mark.feature(f"started as: {name}")) for name in COMMANDS]
 )
@@ -239,7 +239,7 @@ def test_commands_without_a_server_save_their_prompts_in_the_node(command: str, 
     assert rows, "what was computed is on the disk"
 
 
-@pytest.mark.slow
+@pytest.mark.topology
 @pytest.mark.feature("started as: kv_connector_module_path, without the plugin (L2 on this host alone)")
 def test_without_the_plugin_a_server_serves_and_says_what_is_off(tmp_path: Path) -> None:
     module = {**OURS, "kv_connector_module_path": "hyperspace_vllm.vllm_adapter.entry"}
@@ -254,7 +254,7 @@ def test_without_the_plugin_a_server_serves_and_says_what_is_off(tmp_path: Path)
         assert "response cache (L1) is off" in server.log_path.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.topology
 def test_pipelined_engines_serve_and_say_that_kv_sharing_is_off(tmp_path: Path) -> None:
     server = Server(
         "pipeline", MODELS["tiny"], tmp_path, environment=SMALL, arguments=("--pipeline-parallel-size", "2")

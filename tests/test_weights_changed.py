@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.servers import MODELS, Completion, Server
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ENVIRONMENT = {
     "HYPERSPACE_ARENA_BYTES": str(128 << 20),
