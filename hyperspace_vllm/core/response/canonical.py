@@ -129,6 +129,27 @@ yourself myself themselves itself
 """)
 
 
+# What is read beside ASCII: signs that are rewritten above, or that guards know (units, numbers, dashes, quotes).
+_READ_SIGNS = frozenset("‘’ʼ“”„«»–—…€£₹¥°²³½¼¾×÷−")
+_LATIN = re.compile("[\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f]")
+
+
+def is_read(text: str) -> bool:
+    """Whether all of a text is in characters that canonical forms, guards and embedders make something of.
+
+    Others they drop, or give one token for all: invisible ones (tags, variation selectors, joiners, private use),
+    emoji, arrows, look-alikes of letters. A language model reads them: they could carry what no comparison sees.
+    """
+    return (text.isascii() and text.isprintable()) or all(map(_is_read, text))
+
+
+def _is_read(char: str) -> bool:
+    if char.isascii():
+        return char.isprintable() or char in "\t\n\r"
+    # Of letters that NFKC rewrites, "ſ" or "ĳ", the guards would see others.
+    return char in _READ_SIGNS or (_LATIN.match(char) is not None and unicodedata.is_normalized("NFKC", char))
+
+
 def canonical_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
     """The normalised form of a question: equal forms ask for the same answer. Linear in the text's length.
 

@@ -27,6 +27,12 @@ FILLER = word_set("""
 best good great better way ways thing things people person possible different various kind type sort example
 """)
 
+# Words in "ly" that say how often or how sure, or that are no adverbs; all others say how something is done.
+NOT_OF_MANNER = word_set("""
+ally anomaly apply approximately assembly basically bully commonly easily family fly generally italy jelly july likely
+lovely mainly monopoly mostly multiply normally only rely reply simply supply truly typically usually
+""")
+
 NEGATIONS = word_set("""
 not no never without except cannot neither nor none nothing nobody nowhere hardly barely rarely seldom unless
 excluding lacking lack avoid prevent stop quit fail failed fails refuse instead non anti

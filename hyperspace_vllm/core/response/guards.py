@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from ..records.limits import QUESTION_CHARS_MAX
-from .canonical import WORDS_MAX, canonical_question
+from .canonical import WORDS_MAX, canonical_question, is_read
 from .guard_words import (
     CURRENCIES,
     DEICTIC,
@@ -26,6 +26,7 @@ from .guard_words import (
     KINDS,
     LANGUAGES,
     NEGATIVE_PREFIXES,
+    NOT_OF_MANNER,
     OPPOSED_PREFIXES,
     OPPOSED_SUFFIXES,
     OPPOSITES,
@@ -57,7 +58,9 @@ _DEICTIC = re.compile(
 
 
 def eligible(text: str) -> str | None:
-    """Why a question takes no part in semantic hits ("empty", "too_long", "not_english", "deictic"); None if it does.
+    """Why a question takes no part in semantic hits; None if it does.
+
+    "empty", "too_long", "not_english", "unread" (characters that the comparison ignores) or "deictic".
 
     The guards read English: of another language they would see neither negation nor names.
     """
@@ -68,6 +71,8 @@ def eligible(text: str) -> str | None:
     words = re.findall(r"[\w']+", _LIMITS.sub("", text.lower()))
     if not _is_english(text, {word.partition("'")[0] for word in words}):
         return "not_english"
+    if not is_read(text):
+        return "unread"
     if DEICTIC & set(words) or _DEICTIC.search(text) or _points_outside(text, words):
         return "deictic"
     return None
@@ -169,6 +174,21 @@ def _differ_in_roles(one: Question, other: Question) -> bool:
     return second - first > 1 or (links == other_links and not (is_amount and not links))
 
 
+def _differ_in_spelling(one: Question, other: Question) -> bool:
+    """Embedders take accents off, so words with any must be the same."""
+    return one.accented != other.accented
+
+
+def _differ_in_manner(one: Question, other: Question) -> bool:
+    """An adverb that only one has may turn the answer: "falsely"."""
+    return _adds_manner(one, other) or _adds_manner(other, one)
+
+
+def _differ_in_clauses(one: Question, other: Question) -> bool:
+    """A part between commas, or a sentence, of which the other question has no word."""
+    return _adds_clause(one, other) or _adds_clause(other, one)
+
+
 def _differ_in_content(one: Question, other: Question) -> bool:
     ours = {word.concept for word in one.content if not word.is_filler}
     theirs = {word.concept for word in other.content if not word.is_filler}
@@ -186,6 +206,9 @@ GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
     ("time", _differ_in_time),
     ("question_type", _differ_in_type),
     ("roles", _differ_in_roles),
+    ("spelling", _differ_in_spelling),
+    ("manner", _differ_in_manner),
+    ("clauses", _differ_in_clauses),
 )
 STRICT_GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
     ("time", _differ_in_tense),
@@ -205,6 +228,19 @@ def _points_outside(text: str, words: list[str]) -> bool:
         if word not in FUNCTION:
             return False
     return False
+
+
+def _adds_manner(one: Question, other: Question) -> bool:
+    concepts = {word.concept for word in other.content}
+    return any(
+        word.key.endswith("ly") and word.concept not in concepts and word.key not in NOT_OF_MANNER
+        for word in one.content
+    )
+
+
+def _adds_clause(one: Question, other: Question) -> bool:
+    theirs = other.keys | {word.concept for word in other.content}
+    return len(one.clauses) > 1 and any(clause.isdisjoint(theirs) for clause in one.clauses)
 
 
 def _differing_words(one: Question, other: Question) -> tuple[frozenset[str], frozenset[str]]:

@@ -16,6 +16,9 @@ _TOKEN = re.compile(
     r"|(?P<quote>\"|(?<!\w)'|'(?!\w))",
     re.IGNORECASE,
 )
+_QUOTATION = re.compile(r"\"+[^\"]*\"+")
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+")
+_CLAUSE_ENDS = re.compile(r"[,;:.!?](?=\s)|[()–—]|\s-+\s")
 _QUESTION_WORDS = word_set("what which who whom whose when where why how")
 _YES_NO: dict[str, str] = {
     **dict.fromkeys(word_set("can could may might"), "can"),
@@ -23,6 +26,7 @@ _YES_NO: dict[str, str] = {
     **dict.fromkeys(word_set("will would"), "will"),
     **dict.fromkeys(word_set("is are am was were do does did has have had"), "is"),
 }
+_ASKING = _QUESTION_WORDS | _YES_NO.keys()
 _TENSES: dict[str, str] = {
     **dict.fromkeys(word_set("is are am do does"), "present"),
     **dict.fromkeys(word_set("was were did had"), "past"),
@@ -71,7 +75,8 @@ class Question:
     `numbers` are sorted, operators between them included; `content` are the words that say something, in order;
     `names` the keys of what is capitalised, written as an identifier, or quoted; `asks` is its type: what, why, how,
     how_many, who, when, where, is, can, should, will, or the verb of an order. `modal` is the kind of the first
-    auxiliary: is, can, should or will.
+    auxiliary: is, can, should or will. `accented` are the words with letters beyond ASCII, sorted; `clauses` the keys
+    and concepts of what each part between commas, brackets and full stops says, further questions left out.
     """
 
     keys: frozenset[str]
@@ -84,6 +89,8 @@ class Question:
     modal: str | None
     is_negated: bool
     is_passive: bool
+    accented: tuple[str, ...]
+    clauses: tuple[frozenset[str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +108,8 @@ class _Token:
 
 def read_question(text: str) -> Question:
     """The features of a question, in time linear in its length."""
-    tokens = _tokens(plain_question(text))
+    plain = plain_question(text)
+    tokens = _tokens(plain)
     words = [token.text.lower() for token in tokens if token.kind == "word"]
     return Question(
         keys=frozenset(token.key for token in tokens if token.kind == "word"),
@@ -114,6 +122,8 @@ def read_question(text: str) -> Question:
         modal=next((_YES_NO[word] for word in words if word in _YES_NO), None),
         is_negated=_is_negated(words),
         is_passive=_is_passive(words),
+        accented=tuple(sorted(word for word in words if not word.isascii())),
+        clauses=tuple(filter(None, map(_clause, _parts(plain)))),
     )
 
 
@@ -152,6 +162,19 @@ def _tokens(text: str) -> list[_Token]:
             tokens.append(_Token(kind, match.group(), opens, quoted))
             opens = False
     return tokens
+
+
+def _parts(plain: str) -> Iterator[str]:
+    first, *others = _SENTENCE_ENDS.split(_QUOTATION.sub(" ", plain))
+    for sentence in (first, *others):
+        is_question = sentence.endswith("?") and not _ASKING.isdisjoint(sentence.lower().split())
+        if sentence is first or not is_question:
+            yield from _CLAUSE_ENDS.split(sentence)
+
+
+def _clause(part: str) -> frozenset[str]:
+    said = [word for word in _content(_tokens(part)) if not word.is_filler and len(word.key) > 1]
+    return frozenset(name for word in said for name in (word.key, word.concept))
 
 
 def _number(token: _Token) -> str | None:

@@ -17,7 +17,7 @@ from typing import Literal
 from ..records.ids import sha256
 from ..records.limits import QUESTION_CHARS_MAX
 from ..records.local import Question
-from .canonical import canonical_question
+from .canonical import canonical_question, is_read
 from .guard_words import TEXT_WORK, word_set
 from .guards import Mode
 from .request_fields import Endpoint
@@ -64,7 +64,7 @@ def question_of(
         return None
     *before, last = messages
     text = _only_text(last, ("user",))
-    if text is None or not text.strip() or len(text) > QUESTION_CHARS_MAX:
+    if text is None or not text.strip() or len(text) > QUESTION_CHARS_MAX or not is_read(text):
         return None
     if len(before) > 1 or any(not _sets_the_scene(message) for message in before):
         return None
