@@ -2,7 +2,7 @@
 
 The answers are computed in float32 and scored in bfloat16, as by a peer with other hardware: the distances of honest
 tokens are what rounding makes of them. For each alteration: how many answers lose their entry (a token or more far from
-the best), and how many convict their signer (two or more).
+the best), and how many may be a finding (two or more, if the engine's own words depart there, which isn't computed).
 
     python -m bench.audit [--model gemma] [--count 100] [--json]
 
@@ -127,7 +127,7 @@ def main() -> None:
                     "answers": name,
                     "count": len(found),
                     "entry_dropped": sum(result.far >= 1 for result, _ in found),
-                    "signer_convicted": sum(result.far >= FAR_LIE_MIN for result, _ in found),
+                    "finding": sum(result.far >= FAR_LIE_MIN for result, _ in found),
                     "worst_nats": round(max(worst for _, worst in found), 2),
                 }
             )

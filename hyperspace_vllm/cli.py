@@ -185,7 +185,9 @@ def _network_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         return [("joined", "no: p2p_listen is empty")]
     if "address" not in p2p:
         return [("joined", p2p["state"])]
+    doubt = ("its engine", "disagrees with most others: convicts nobody; check model, dtype and hardware")
     return [
+        *([doubt] if p2p["doubts_own_engine"] else []),
         ("others join through", f"{status['peer_id']}@{p2p['address']}"),
         ("joined", f"{len(p2p['connected'])} nodes connected, {p2p['known_peers']} known"),
         ("others' responses", f"{p2p['hints']} hinted by gossip, {p2p['registry_entries']} in the registry"),

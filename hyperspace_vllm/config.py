@@ -87,7 +87,8 @@ class Config:
     )
     mdns: bool = _setting(False, "Find nodes of the local network by multicast DNS.")
     trust: Literal["members", "reputation", "allowlist"] = _setting(
-        "members", "Whose proofs and manifests count: members', also those of peers that have earned it, or `allowed`."
+        "members",
+        "Whose proofs and manifests count: members', responses also of peers that have earned it, or `allowed`.",
     )
     allowed: tuple[str, ...] = _setting((), "Peer ids that are trusted by name.")
     share: Literal["private", "network", "public"] = _setting(

@@ -299,7 +299,7 @@ TARGETS: dict[str, tuple[Target, list[bytes]]] = {
                 local.LookupPrefix(1, "r", (KEY, KEY), 0, 100, 1000, "private"),
                 local.StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}"),
                 local.FindResponse(1, KEY, KEY, 300),
-                local.ResponseAudited(KEY, bytes(202), 40, 2),
+                local.ResponseAudited(KEY, bytes(202), 40, 2, b"a client"),
                 local.PrefixesInMemory(1000, (KEY,), (KEY, KEY)),
             )
         ],
@@ -310,6 +310,7 @@ TARGETS: dict[str, tuple[Target, list[bytes]]] = {
             local.encode(local.Welcome(1, 5, "12D3KooW", KEY, "/dev/shm/x", 1 << 20)),
             local.encode(local.PrefixAnswer(1, 1, (local.LoadedRow(0, 0, 0, SLAB),), "network", "blake3", "hit")),
             local.encode(local.ResponseHint(1, True)),
+            local.encode(local.ResponseToTry(1, b"{}", bytes(202))),
             local.encode(local.ResponseFound(1, b"{}", bytes(202), 1, 2, "12D3KooW", "gossip", "members")),
             local.encode(local.ResponseNotFound(1, "not_found")),
         ],

@@ -24,6 +24,7 @@ from hyperspace_vllm.core.records.local import (
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
+    ResponseToTry,
     Scope,
     Status,
     StoreResponse,
@@ -64,6 +65,7 @@ class NetworkedNode:
     def __post_init__(self) -> None:
         self._numbers = count(1)
         self._inbox: list[NodeMessage] = []
+        self.tried: list[ResponseToTry] = []  # to be audited
         self.start()
 
     def start(self) -> None:
@@ -110,6 +112,8 @@ class NetworkedNode:
             nonlocal hinted
             if isinstance(message, ResponseHint) and message.lookup == number:
                 hinted = message.hinted
+            if isinstance(message, ResponseToTry):
+                self.tried.append(message)
             return isinstance(message, ResponseFound | ResponseNotFound) and message.lookup == number
 
         answer = self._await(ours, deadline_ms / 1000 + 30)

@@ -40,7 +40,6 @@ from hyperspace_vllm.core.node.network_events import (
     ResponseStored,
     ResponseWanted,
 )
-from hyperspace_vllm.core.peers.reputation import Reputation
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import NetworkId, PeerId, network_id, peer_id, sha256
 from hyperspace_vllm.core.records.limits import PEER_RECORD_TTL_MS, RESPONSE_TTL_MS
@@ -105,7 +104,7 @@ def make_node(
     """A node of the test network."""
     me = Identity(number)
     known = frozenset(Identity(other).public_key for other in listed)
-    trust = Trust("members", me.public_key, known, frozenset(), network_key, Reputation())
+    trust = Trust("members", me.public_key, known, frozenset(), network_key)
     addresses = tuple((Identity(other).peer, Identity(other).address) for other in bootstrap)
     options = NetworkOptions(NETWORK, me.address, "", addresses, network_key, registry=registry)
     return NetworkNode(options, me.key, trust, random.Random(number), now_ms)
@@ -158,7 +157,7 @@ class World:
     def store(self, number: int, name: bytes) -> None:
         """A node has computed a response."""
         self.has[number].add(name)
-        self.tell(number, ResponseStored(name, self.now_ms + RESPONSE_TTL_MS, True, 0))
+        self.tell(number, ResponseStored(name, self.now_ms + RESPONSE_TTL_MS, True))
 
     def want(self, number: int, lookup: int, name: bytes, deadline_ms: int = 300) -> None:
         """A node's client wants one."""

@@ -10,7 +10,6 @@ from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.node.events import PrefixReleased, PrefixWanted, RequestOver, RowArrived, SegmentKeyKnown
 from hyperspace_vllm.core.node.network_events import RowsStored
 from hyperspace_vllm.core.node.node import Node
-from hyperspace_vllm.core.peers.reputation import Reputation
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.prefix.fetch import FetchMode
 from hyperspace_vllm.core.records.ids import (
@@ -47,7 +46,7 @@ def keys(name: str, count: int) -> tuple[SegmentKey, ...]:
 def trust_of(identity: Identity, peers: tuple[str, ...], network_key: bytes | None = None) -> Trust:
     """As a node with these settings has it."""
     listed = frozenset(public_key_of(peer.partition("@")[0]) for peer in peers)
-    return Trust("members", identity.public_key, listed, frozenset(), network_key, Reputation())
+    return Trust("members", identity.public_key, listed, frozenset(), network_key)
 
 
 def content(key: RowKey, length: int) -> bytes:

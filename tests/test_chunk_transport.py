@@ -288,15 +288,21 @@ async def test_links_are_bounded_and_the_least_recently_useful_makes_room(strang
     assert client.transport.is_connected(server.identity.peer_id)
 
 
-async def test_good_and_bad_service_make_a_reputation(pair: tuple[Side, Side]) -> None:
+async def test_good_and_bad_service_make_a_reputation_for_service_and_lies_cost_belief_too(
+    pair: tuple[Side, Side],
+) -> None:
     server, client = pair
-    peer, reputation = server.identity.peer_id, client.trust.reputation
+    peer, trust = server.identity.peer_id, client.trust
     now_ms = time.time_ns() // 1_000_000
-    newcomer = reputation.score(peer, now_ms)
+    newcomer = trust.service.score(peer, now_ms)
     client.transport.credit(peer)
-    assert reputation.score(peer, now_ms) > newcomer
+    assert trust.service.score(peer, now_ms) > newcomer
+    assert trust.word.score(peer, now_ms) == newcomer
+    client.transport.charge(peer, "stalled")
+    assert trust.word.score(peer, now_ms) == newcomer
     client.transport.charge(peer, "bad_digest")
-    assert reputation.score(peer, now_ms) < newcomer * 1.1
+    assert trust.service.score(peer, now_ms) < newcomer * 1.1
+    assert trust.word.score(peer, now_ms) < newcomer
 
 
 # --- bad manners --------------------------------------------------------------------------------

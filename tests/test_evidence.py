@@ -7,7 +7,8 @@ import pytest
 
 from hyperspace_vllm.core.node.network import NetworkNode
 from hyperspace_vllm.core.node.network_effects import ChargePeer, NetworkEffect, Publish
-from hyperspace_vllm.core.node.network_events import FalseAnswer, GossipReceived, NetworkTick
+from hyperspace_vllm.core.node.network_events import AnswerAudited, GossipReceived, NetworkTick
+from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.core.peers.reputation import score_of
 from hyperspace_vllm.core.peers.suspicion import ACCUSED_MAX, ACCUSERS_MAX, CONVICTED_MS, SUSPECTED_MS, Suspicion
 from hyperspace_vllm.core.records.announcement import (
@@ -185,7 +186,7 @@ def test_evidence_of_a_member_makes_suspect_and_harms_nothing_else() -> None:
     assert not suspects(node, now_ms=NOW_MS + SUSPECTED_MS)
     accused = Identity(ACCUSED)
     assert node._trust.trusts(accused.public_key, NOW_MS)
-    assert node._trust.reputation.score(accused.peer, NOW_MS) == score_of(0, 0, 0)
+    assert node._trust.word.score(accused.peer, NOW_MS) == score_of(0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_who_is_heard_but_not_trusted_accuses_in_vain() -> None:
     assert node.gossip_refused.get("untrusted_accuser") == 1
 
     node = listener(ACCUSER)
-    node.handle(FalseAnswer(lie(signer=ACCUSER)), NOW_MS)
+    convict(node, ACCUSER)
     node.handle(batch(lie()), NOW_MS)
     assert node.gossip_refused == {"untrusted_accuser": 1}
     assert not suspects(node)
@@ -239,63 +240,83 @@ def told(effects: list[NetworkEffect]) -> list[EvidenceEntry]:
     return [entry for each in batches for entry in each.entries if isinstance(entry, EvidenceEntry)]
 
 
-def test_a_lie_convicts_for_a_day_costs_reputation_and_is_told() -> None:
+def convict(node: NetworkNode, signer: int = ACCUSED, now_ms: int = NOW_MS) -> list[NetworkEffect]:
+    """As many findings of as many clients as it takes, the last one at `now_ms`; what follows from that one."""
+    effects: list[NetworkEffect] = []
+    for left in reversed(range(FINDINGS_MIN)):
+        assert effects == []
+        found = AnswerAudited(lie(signer, number=left), b"client %d" % left)
+        effects = node.handle(found, now_ms - left * FINDING_EVERY_MS)
+    return effects
+
+
+def test_a_conviction_lasts_a_day_costs_belief_and_is_told() -> None:
     node, accused = listener(ACCUSED), Identity(ACCUSED)
     assert node._trust.trusts(accused.public_key, NOW_MS)
-    effects = node.handle(FalseAnswer(lie()), NOW_MS)
+    effects = convict(node)
     assert told(effects) == [lie()]
     assert only(effects, ChargePeer) == [ChargePeer(accused.peer, "false_response")]
-    assert node._trust.reputation.score(accused.peer, NOW_MS) == score_of(0, 0, 1)
+    assert node._trust.word.score(accused.peer, NOW_MS) == score_of(0, 0, 1)
     assert not node._trust.trusts(accused.public_key, NOW_MS + CONVICTED_MS - 1)
     assert node._trust.trusts(accused.public_key, NOW_MS + CONVICTED_MS)
 
 
-def test_one_far_token_makes_suspect_and_is_told_to_nobody() -> None:
+@pytest.mark.parametrize("far", [1, 40])
+def test_one_finding_makes_suspect_and_is_told_to_nobody(far: int) -> None:
     node, accused = listener(ACCUSED), Identity(ACCUSED)
-    assert node.handle(FalseAnswer(lie(far=1)), NOW_MS) == []
+    assert node.handle(AnswerAudited(lie(far=far), b"client"), NOW_MS) == []
     assert suspects(node)
     assert node._trust.trusts(accused.public_key, NOW_MS)
-    assert node._trust.reputation.score(accused.peer, NOW_MS) == score_of(0, 0, 0)
+    assert node._trust.word.score(accused.peer, NOW_MS) == score_of(0, 0, 0)
+    assert node.next_deadline_ms() is not None
+    assert told(node.handle(NetworkTick(), NOW_MS + 10 * EVIDENCE_EVERY_MS)) == []
 
 
 def test_a_lie_is_told_once() -> None:
     node = listener()
-    assert told(node.handle(FalseAnswer(lie()), NOW_MS)) == [lie()]
-    again = node.handle(FalseAnswer(lie(far=9)), NOW_MS + 1)
+    assert told(convict(node)) == [lie()]
+    again = node.handle(AnswerAudited(lie(far=9), b"client 9"), NOW_MS + 1)
     assert told(again + node.handle(NetworkTick(), NOW_MS + 10 * EVIDENCE_EVERY_MS)) == []
 
 
 def test_many_lies_are_told_at_one_a_second_the_newest_first_to_survive() -> None:
     node = listener()
+    convict(node)
     count = EVIDENCE_QUEUED_MAX + 10
-    spoken = [(0, told(node.handle(FalseAnswer(lie(number=number)), NOW_MS))) for number in range(count)]
+    spoken = []
+    for number in range(count):
+        effects = node.handle(AnswerAudited(lie(number=1_000 + number), b"client"), NOW_MS)
+        spoken.append((0, told(effects)))
     for at_ms in range(0, 100 * SECOND_MS, 100):
         spoken.append((at_ms, told(node.handle(NetworkTick(), NOW_MS + at_ms))))
     times = [at_ms for at_ms, entries in spoken if entries]
     assert all(later - earlier >= EVIDENCE_EVERY_MS for earlier, later in pairwise(times))
     assert max(len(entries) for _, entries in spoken) == EVIDENCE_ENTRIES_MAX
-    newest = [lie(number=number) for number in range(count - EVIDENCE_QUEUED_MAX, count)]
-    assert [entry for _, entries in spoken for entry in entries] == [lie(number=0), *newest]
+    newest = [lie(number=1_000 + number) for number in range(count - EVIDENCE_QUEUED_MAX, count)]
+    assert [entry for _, entries in spoken for entry in entries] == newest
     assert EVIDENCE_QUEUED_MAX < ACCUSED_KEPT
 
 
 def test_a_clock_that_is_set_back_delays_no_evidence() -> None:
     node = listener()
-    node.handle(FalseAnswer(lie()), NOW_MS)
-    node.handle(FalseAnswer(lie(number=1)), NOW_MS)
+    convict(node)
+    node.handle(AnswerAudited(lie(number=1), b"client"), NOW_MS)
     now_ms = NOW_MS - 3_600 * SECOND_MS
     node.handle(NetworkTick(), now_ms)
     assert node._outbox.next_deadline_ms() == now_ms + EVIDENCE_EVERY_MS
     assert told(node.handle(NetworkTick(), now_ms + EVIDENCE_EVERY_MS)) == [lie(number=1)]
 
 
-def test_what_one_node_caught_all_others_audit() -> None:
+def test_whom_one_node_convicts_all_others_audit() -> None:
     world = World()
     world.boot(ACCUSED)
     for number in (ME, ACCUSER, OTHER):
         world.boot(number, bootstrap=(ACCUSED,))
     world.run(5 * SECOND_MS)
-    world.tell(ACCUSER, FalseAnswer(lie()))
+    for number in range(FINDINGS_MIN):
+        world.run(FINDING_EVERY_MS)
+        assert not suspects(world.nodes[OTHER], now_ms=world.now_ms)
+        world.tell(ACCUSER, AnswerAudited(lie(number=number), b"client %d" % number))
     for number in (ME, OTHER):
         assert suspects(world.nodes[number], now_ms=world.now_ms)
         assert world.nodes[number]._trust.trusts(Identity(ACCUSED).public_key, world.now_ms)

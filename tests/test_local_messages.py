@@ -52,7 +52,7 @@ CLIENT_MESSAGES: list[local.ClientMessage] = [
     local.RememberQuestion(KEY, QUESTION),
     local.FindResponse(1, KEY, KEY, 300),
     local.ReleaseResponse(1),
-    local.ResponseAudited(KEY, bytes(CACHE_PROOF_BYTES_MAX), 40, 2),
+    local.ResponseAudited(KEY, bytes(CACHE_PROOF_BYTES_MAX), 40, 2, bytes(local.SOURCE_BYTES_MAX)),
 ]
 NODE_MESSAGES: list[local.NodeMessage] = [
     local.Welcome(1, 5, "12D3KooW", KEY, "/dev/shm/x", 1 << 20),
@@ -68,6 +68,7 @@ NODE_MESSAGES: list[local.NodeMessage] = [
     local.SimilarNotFound(1, "far"),
     local.ResponseHint(1, True),
     local.ResponseFound(1, b"{}", b"proof", 1, 2, "12D3KooW", "gossip", "members", True),
+    local.ResponseToTry(1, b"{}", b"proof"),
     local.ResponseNotFound(1, "not_found"),
 ]
 PEER_REQUESTS: list[wire.PeerRequest] = [

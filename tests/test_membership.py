@@ -35,7 +35,6 @@ from hyperspace_vllm.core.peers.membership import (
     dial_delay_ms,
 )
 from hyperspace_vllm.core.peers.peer_table import Peer, PeerTable
-from hyperspace_vllm.core.peers.reputation import Reputation
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import PeerId, network_id
 from hyperspace_vllm.core.records.limits import (
@@ -66,7 +65,7 @@ class Node:
     sent: list[Send] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        trust = Trust("members", ME.public_key, frozenset(), frozenset(), self.network_key, Reputation())
+        trust = Trust("members", ME.public_key, frozenset(), frozenset(), self.network_key)
         addresses = tuple((Identity(number).peer, Identity(number).address) for number in self.bootstrap)
         self.members = Membership(
             NETWORK,

@@ -29,11 +29,11 @@ from hyperspace_vllm.core.node.network_effects import (
     ServeResponse,
 )
 from hyperspace_vllm.core.node.network_events import (
+    AnswerAudited,
     Answered,
     ConnectFailed,
     DeltasImported,
     DeltasRefused,
-    FalseAnswer,
     GossipReceived,
     NetworkEvent,
     NetworkTick,
@@ -497,8 +497,8 @@ def test_what_was_computed_is_announced_and_provided_and_what_has_gone_no_more()
     script = Script(also="publish provide")
     node = script.node
 
-    def store(letter: str, computed: bool = True, popularity: int = 0) -> list[str]:
-        event = ResponseStored(response(letter), script.now_ms + RESPONSE_TTL_MS, computed, popularity)
+    def store(letter: str, computed: bool = True) -> list[str]:
+        event = ResponseStored(response(letter), script.now_ms + RESPONSE_TTL_MS, computed)
         effects = node.handle(event, script.now_ms)
         return [script.told(effect) for effect in effects if script.told(effect).split()[0] in script.shown]
 
@@ -518,26 +518,32 @@ def test_an_object_is_provided_in_the_dht_by_its_first_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("providers", "claimed", "announced"),
+    ("providers", "claimed", "by_member", "announced"),
     [
-        (0, 0, True),
-        (1, 0, False),
-        (1, 16, True),
-        (2, 16, False),
-        (2, 48, True),
-        (7, 1 << 31, True),
-        (8, 1 << 31, False),
+        (1, 0, True, True),  # it was asked for here
+        (2, 0, True, False),
+        (2, 48, True, True),
+        (2, 48, False, False),
+        (3, 48, True, False),
+        (3, 256, True, True),
+        (7, 1 << 31, True, True),
+        (7, 1 << 31, False, False),
+        (8, 1 << 31, True, False),
     ],
 )
-def test_what_was_fetched_is_announced_while_the_popular_want_more_copies(
-    providers: int, claimed: int, announced: bool
+def test_what_was_fetched_is_announced_while_the_popular_want_more_copies_as_members_say(
+    providers: int, claimed: int, by_member: bool, announced: bool
 ) -> None:
-    script = Script(also="publish")
+    script = Script(make_node(network_key=None, listed=tuple(range(1, 9)) if by_member else ()), also="publish")
     script.run(f"> meet {' '.join(str(number) for number in range(1, 9))}")
     for number in range(1, providers + 1):
         script.act(f"gossip {number} a")
-    stored = ResponseStored(response("a"), script.now_ms + RESPONSE_TTL_MS, False, claimed)
-    assert bool(only(script.node.handle(stored, script.now_ms), Publish)) is announced
+    script.act("want a")
+    expires_at_ms = script.now_ms + RESPONSE_TTL_MS
+    fetched = ResponseFetched(ord("a"), Identity(1).peer, 9, expires_at_ms, claimed)
+    script.node.handle(fetched, script.now_ms)
+    stored = script.node.handle(ResponseStored(response("a"), expires_at_ms, False), script.now_ms)
+    assert bool(only(stored, Publish)) is announced
 
 
 def test_popularity_grows_with_requests_from_wherever_and_travels_with_the_response() -> None:
@@ -702,7 +708,7 @@ def test_a_clock_that_is_set_back_delays_no_deadline(back_ms: int) -> None:
     sent = [send for step in range(1, 5) for send in only(tick(node, now_ms + step * SECOND_MS), Send)]
     assert any(isinstance(send.message, Ping) for send in sent)
     assert node.handle(gossip(1, "b", 2, now_ms + 4 * SECOND_MS), now_ms + 4 * SECOND_MS) is not None
-    stored = ResponseStored(response("c"), now_ms + HOUR_MS, True, 0)
+    stored = ResponseStored(response("c"), now_ms + HOUR_MS, True)
     effects = node.handle(stored, now_ms + 5 * SECOND_MS) + tick(node, now_ms + 6 * SECOND_MS)
     assert only(effects, Publish)
 
@@ -750,8 +756,8 @@ def events_of_anybody() -> st.SearchStrategy[NetworkEvent]:
         st.builds(ResponseFetched, lookups, peers, st.just(1), st.just(NOW_MS + HOUR_MS), st.integers(0, 1 << 32)),
         st.builds(ResponseRefused, lookups, peers, reasons, st.booleans()),
         st.builds(ProvidersFound, lookups, st.lists(peers, max_size=3).map(tuple), st.just(5.0)),
-        st.builds(ResponseStored, names, st.just(NOW_MS + HOUR_MS), st.booleans(), st.integers(0, 1 << 32)),
-        st.builds(FalseAnswer, evidence),
+        st.builds(ResponseStored, names, st.just(NOW_MS + HOUR_MS), st.booleans()),
+        st.builds(AnswerAudited, evidence, st.sampled_from([b"", b"1", b"2"])),
         st.builds(ResponsesGone, st.lists(names, max_size=2).map(tuple)),
         st.builds(
             RowsStored,

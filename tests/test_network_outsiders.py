@@ -14,7 +14,6 @@ import pytest
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.node.network import NetworkNode, NetworkOptions
-from hyperspace_vllm.core.peers.reputation import Reputation
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC, ResponseEntry, decode_announcement
 from hyperspace_vllm.core.records.ids import NetworkId, PeerId, network_id
@@ -79,6 +78,8 @@ class Clients:
     def hint_response(self, lookup: int, hinted: bool) -> None:
         self.hinted = hinted
 
+    def try_response(self, lookup: int, body: bytes, proof: bytes) -> None: ...
+
     def answer_response(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
         self.answer.set_result(found)
 
@@ -87,7 +88,7 @@ class Clients:
 async def deaf_node(nodes: list[NetworkedNode]) -> AsyncIterator[tuple[NetworkDriver, Clients]]:
     """A whole node that subscribes to no topic and syncs no registry."""
     signing_key, key = SigningKey.generate(), network_key(nodes)
-    trust = Trust("members", signing_key.verify_key.encode(), frozenset(), frozenset(), key, Reputation())
+    trust = Trust("members", signing_key.verify_key.encode(), frozenset(), frozenset(), key)
     handler = Later()
     host = Libp2pHost(signing_key, "127.0.0.1:0", key, False, (CACHE_PROTOCOL, PEERS_PROTOCOL), (), handler)
     await host.start()

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 
 from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.core.records.ids import network_id, peer_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX, MiB
 from hyperspace_vllm.core.records.local import ResponseAudited, ResponseNotFound, Scope, StoreResponse
@@ -23,6 +24,7 @@ from hyperspace_vllm.core.records.peer_wire import Hit, Miss, decode_answer, enc
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.core.response.exchange import make_hit
+from hyperspace_vllm.daemon import join
 from hyperspace_vllm.daemon.audits import Audits
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.join import Network
@@ -90,6 +92,8 @@ class FleetNode:
 
     def hint_response(self, lookup: int, hinted: bool) -> None:
         """Without p2p there is none."""
+
+    def try_response(self, lookup: int, body: bytes, proof: bytes) -> None: ...
 
     def answer_response(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
         self.answers[lookup] = found, reason
@@ -504,14 +508,20 @@ async def test_what_is_computed_after_a_purge_takes_the_place_of_what_was_purged
     assert await client.get(redis_key("x")) not in (None, purged)
 
 
-async def test_who_is_caught_by_a_node_that_has_only_redis_is_believed_no_more(node: MakeNode) -> None:
+async def test_whom_a_node_that_has_only_redis_convicts_is_believed_no_more(
+    node: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     a, b = await node("a"), await node("b")
     await a.share("x")
     await a.share("y")
     found = await b.find("x")
     assert found is not None
-    audits = Audits(NETWORK, b.identity.public_key, b.store, b.network.blame, b.metrics)
-    audits.heard(ResponseAudited(request_key("x"), found.proof, 40, 40))
+    audits = Audits(NETWORK, b.identity.public_key, b.store, b.network.audited, b.metrics)
+    now_ms = wall_clock_ms()
+    for number in range(FINDINGS_MIN):
+        ago_ms = (FINDINGS_MIN - 1 - number) * FINDING_EVERY_MS
+        monkeypatch.setattr(join, "_now_ms", lambda ago_ms=ago_ms: now_ms - ago_ms)
+        audits.heard(ResponseAudited(request_key("x"), found.proof, 40, 40, bytes([number])))
     assert await b.find("y") is None
     assert b.failures("untrusted_signer") == 1
     assert b.stored("x") is None

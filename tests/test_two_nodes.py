@@ -225,7 +225,7 @@ async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair:
     assert b.node.peers == (a.identity.peer_id,)
     assert is_whole(b, await b.look_up(KEYS))
     assert a.failures() == b.failures() == {}
-    assert b.trust.reputation.score(a.identity.peer_id, time.time_ns() // 1_000_000) > 0.1
+    assert b.trust.service.score(a.identity.peer_id, time.time_ns() // 1_000_000) > 0.1
     # Both can tell others what they have: A of its objects, B of those that it keeps.
     stored = {row for event in a.stored for row in event.row_ids}
     assert len(stored) == ROWS_STORED

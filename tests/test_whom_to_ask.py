@@ -60,3 +60,9 @@ def test_peers_that_come_and_go_are_asked_and_asked_no_more() -> None:
     assert set(asked(node, 2)) == set(PEERS[:2])
     node.set_peers(PEERS[1:2])
     assert asked(node, 3) == PEERS[1:2]
+
+
+def test_strangers_are_not_asked_for_kv() -> None:
+    known = PEERS[3:5]
+    node = Node(NETWORK, PEERS, "always", random.Random(1), lambda row: PEERS, lambda peer: peer in known)
+    assert set(asked(node)) == set(known)

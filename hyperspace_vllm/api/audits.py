@@ -1,25 +1,41 @@
 """Answers of other nodes, scored by this server's engine (core/response/audit.py), after they were served.
 
-One in AUDIT_EVERY, and all of whoever is suspected; one at a time, and what comes meanwhile is not scored.
+One in AUDIT_EVERY, and all of those suspected or on trial; one at a time, for AUDIT_SHARE of the time at most, and what
+comes meanwhile is not scored.
 """
 
 import random
+import time
+from collections.abc import Sequence
+from hashlib import sha256
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from ..core.records.ids import RequestKey
 from ..core.records.limits import AUDIT_TOKENS_MAX
-from ..core.records.local import ResponseAudited
-from ..core.response.audit import plain_answer, prompt_of, score, scoring_request
-from ..response_db import StoredResponse
+from ..core.records.local import SOURCE_BYTES_MAX, ResponseAudited
+from ..core.response.audit import (
+    Comparison,
+    compare,
+    continuing_request,
+    plain_answer,
+    prompt_of,
+    rest_of,
+    score,
+    scoring_request,
+)
 from .checks import OneAtATime, answer_to
 
 if TYPE_CHECKING:
     from .exchange import Exchange
 
 AUDIT_EVERY = 16
-_TOKENIZE, _COMPLETIONS = "/tokenize", "/v1/completions"
+AUDIT_SHARE = 0.05  # of the time: whoever has all of a signer's answers audited costs the engine no more
+CONTINUATIONS_MAX = 3
+_OWNED_BITS = {4: 24, 6: 48}  # what one owner of addresses usually has, at least
+_TOKENIZE, _DETOKENIZE, _COMPLETIONS = "/tokenize", "/detokenize", "/v1/completions"
 
 
 class Audits(OneAtATime):
@@ -29,14 +45,24 @@ class Audits(OneAtATime):
         super().__init__()
         self._rng = random.Random()
         self._splits_evenly: bool | None = None  # not known yet
+        self._rests_until_s = 0.0
 
     def draw(self, suspect: bool) -> bool:
         """Whether an answer's turn has come."""
-        return self.idle and (suspect or self._rng.randrange(AUDIT_EVERY) == 0)
+        has_time = self.idle and time.monotonic() >= self._rests_until_s
+        return has_time and (suspect or self._rng.randrange(AUDIT_EVERY) == 0)
 
-    async def audit(self, exchange: "Exchange", key: RequestKey, entry: StoredResponse) -> None:
+    async def audit(self, exchange: "Exchange", key: RequestKey, body: bytes, proof: bytes) -> None:
         """Have the engine score an answer, and the node hear of it."""
-        said = plain_answer(exchange.endpoint, msgspec.json.decode(entry.body))
+        began_s = time.monotonic()
+        try:
+            await self._audit(exchange, key, body, proof)
+        finally:
+            now_s = time.monotonic()
+            self._rests_until_s = now_s + (now_s - began_s) * (1 / AUDIT_SHARE - 1)
+
+    async def _audit(self, exchange: "Exchange", key: RequestKey, body: bytes, proof: bytes) -> None:
+        said = plain_answer(exchange.endpoint, msgspec.json.decode(body))
         prompt = prompt_of(exchange.endpoint, exchange.body)
         if said is None or prompt is None or not await self._can_split(exchange):
             return
@@ -49,9 +75,17 @@ class Audits(OneAtATime):
         if raw is None:
             return
         scored = score(msgspec.json.decode(raw), len(before), said, exchange.body)
-        if scored.far:
+        far = scored.far
+        if scored.far_at:
+            match await _own_words(exchange, before, after, said.text, scored.far_at):
+                case "agrees":
+                    far = int(not scored.ends_well)
+                case "unclear":
+                    far = 1
+        if far:
             exchange.cache.recent.forget(key)
-        exchange.options.client.send(ResponseAudited(key, entry.proof, scored.tokens, scored.far))
+        source = source_of(exchange.scope.get("client"))
+        exchange.options.client.send(ResponseAudited(key, proof, scored.tokens, far, source))
 
     async def _can_split(self, exchange: "Exchange") -> bool:
         """Whether a text that continues another has the same tokens alone.
@@ -64,6 +98,43 @@ class Audits(OneAtATime):
                 return False  # the server doesn't tell, or not now
             self._splits_evenly = whole == halves[0] + halves[1]
         return self._splits_evenly
+
+
+def source_of(client: object) -> bytes:
+    """What the client of a request can't be twice, as far as a server sees it: the network that it is in, hashed."""
+    host = str(client[0]) if isinstance(client, tuple | list) and client else ""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return sha256(host.encode()).digest()[:SOURCE_BYTES_MAX]
+    address = getattr(address, "ipv4_mapped", None) or address
+    network = ip_network((address, _OWNED_BITS[address.version]), strict=False)
+    return sha256(network.network_address.packed).digest()[:SOURCE_BYTES_MAX]
+
+
+async def _own_words(
+    exchange: "Exchange", before: Sequence[int], after: Sequence[int], text: str, far_at: Sequence[int]
+) -> Comparison:
+    """Whether the engine itself says something else than the answer from any of its far tokens on."""
+    said: Comparison = "agrees"
+    for at in far_at[:CONTINUATIONS_MAX]:
+        beginning = await _text_of(exchange, after[:at]) if at else ""
+        rest = None if beginning is None else rest_of(text, beginning)
+        request = continuing_request(exchange.body.get("model"), [*before, *after[:at]])
+        raw = await answer_to(exchange, _at(exchange, _COMPLETIONS), msgspec.json.encode(request))
+        found = "unclear" if raw is None or rest is None else compare(msgspec.json.decode(raw), rest)
+        if found == "departs":
+            return "departs"
+        if found == "agrees":
+            return said
+        said = "unclear" if found == "unclear" else said
+    return said if len(far_at) <= CONTINUATIONS_MAX else "unclear"
+
+
+async def _text_of(exchange: "Exchange", tokens: Sequence[int]) -> str | None:
+    request = {"model": exchange.body.get("model"), "tokens": list(tokens)}
+    raw = await answer_to(exchange, _at(exchange, _DETOKENIZE), msgspec.json.encode(request))
+    return None if raw is None else str(msgspec.json.decode(raw)["prompt"])
 
 
 async def _text_tokens(exchange: "Exchange", text: str) -> list[int]:

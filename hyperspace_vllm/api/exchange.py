@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..contained import contained, report_error
 from ..core.records.ids import RequestKey
-from ..core.records.local import PurgeResponses, Question, RememberQuestion, ResponseFound, StoreResponse
+from ..core.records.local import PurgeResponses, Question, RememberQuestion, ResponseFound, ResponseToTry, StoreResponse
 from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
 from ..core.response.answer_ids import ID_CHARS_MAX, named_by
 from ..core.response.audit import plain_answer, prompt_of
@@ -259,7 +259,7 @@ class Exchange:
         digest, deadline_s = self.options.model_digest(), self.options.network_deadline_s
         if self.reach.scope == "private" or self.wishes.no_cache or digest is None or deadline_s <= 0:
             return None
-        return self.cache.node.start(key, digest, deadline_s)
+        return self.cache.node.start(key, digest, deadline_s, partial(self._try, key))
 
     @contained()
     def _answer_found(self, key: RequestKey, usage: bool, found: ResponseFound) -> StoredAnswer | None:
@@ -273,12 +273,20 @@ class Exchange:
         if answer is not None:
             answer.headers.append(origin_header(found))
             self.cache.recent.add(key, entry, now_ms)
-            audits = self.cache.audits
-            if self.options.audits and not self.wishes.only_if_cached and audits.draw(found.suspect):
-                audits.start(audits.audit(self, key, entry))
+            self._have_audited(key, entry.body, entry.proof, found.suspect)
             if (question := self.question()) is not None:
                 self.options.client.send(RememberQuestion(key, question))
         return answer
+
+    @contained()
+    def _try(self, key: RequestKey, message: ResponseToTry) -> None:
+        """Audit what a stranger says is the answer."""
+        self._have_audited(key, message.body, message.proof, True)
+
+    def _have_audited(self, key: RequestKey, body: bytes, proof: bytes, surely: bool) -> None:
+        audits = self.cache.audits
+        if self.options.audits and not self.wishes.only_if_cached and audits.draw(surely):
+            audits.start(audits.audit(self, key, body, proof))
 
     def _is_nobodys(self, entry: StoredResponse) -> bool:
         """Whether this server's model would never answer so: then it can't be audited, and need not be."""

@@ -9,7 +9,7 @@ time, a lookup begins without waiting for its hint: a lone or frozen node costs 
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import count
 
 from ..core.records.ids import RequestKey
@@ -28,6 +28,7 @@ from ..core.records.local import (
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
+    ResponseToTry,
     SimilarFound,
     SimilarNotFound,
 )
@@ -52,9 +53,10 @@ class Pending:
     RACE_S instead.
     """
 
-    def __init__(self, lookups: "NodeLookup", number: int) -> None:
+    def __init__(self, lookups: "NodeLookup", number: int, to_try: Callable[[ResponseToTry], None]) -> None:
         loop = asyncio.get_running_loop()
         self.number = number
+        self.to_try = to_try
         self.hint: asyncio.Future[bool] = loop.create_future()  # is it worth waiting for the answer?
         self.withdrawn: asyncio.Future[None] = loop.create_future()  # it was, and is no longer
         self.answer: asyncio.Future[ResponseFound | None] = loop.create_future()
@@ -117,8 +119,17 @@ class NodeLookup:
         """How many lookups are unfinished, claims of a lease included."""
         return len(self._pending) + len(self._claims)
 
-    def start(self, key: RequestKey, model_digest: bytes, deadline_s: float) -> Pending | None:
-        """Ask the node; None when it is absent, has nobody to ask, or has too much to do."""
+    def start(
+        self,
+        key: RequestKey,
+        model_digest: bytes,
+        deadline_s: float,
+        to_try: Callable[[ResponseToTry], None] = lambda message: None,
+    ) -> Pending | None:
+        """Ask the node; None when it is absent, has nobody to ask, or has too much to do.
+
+        `to_try` gets responses that are to be audited and are no answers.
+        """
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         if now_s < self._not_before_s or len(self._pending) >= RESPONSE_LOOKUPS_MAX or not self._client.connected:
@@ -129,7 +140,7 @@ class NodeLookup:
         number = next(self._numbers) % (1 << 32)
         if not self._client.send(FindResponse(number, key, model_digest, max(round(deadline_s * 1000), 1))):
             return None
-        pending = self._pending[number] = Pending(self, number)
+        pending = self._pending[number] = Pending(self, number, to_try)
         if self._silent:
             pending.say_hint(False)
         else:
@@ -239,6 +250,9 @@ class NodeLookup:
                         if not hinted:
                             pending.raced_by = asyncio.get_running_loop().time() + RACE_S
                         pending.say_hint(hinted)
+                case ResponseToTry(number):
+                    if (pending := self._pending.get(number)) is not None:
+                        pending.to_try(message)
                 case ResponseFound(number):
                     self._silent = False
                     self._end(number, message)

@@ -1,9 +1,9 @@
-"""What API servers found out about other nodes' responses: false ones leave the database, their signers are blamed."""
+"""What API servers found out about other nodes' responses: false ones leave the database, and all of the convicted."""
 
 from collections.abc import Callable
 from typing import Protocol
 
-from ..core.node.network_events import FalseAnswer
+from ..core.node.network_events import AnswerAudited
 from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import NetworkId, RequestKey
 from ..core.records.local import ResponseAudited
@@ -20,20 +20,20 @@ class Droppable(Protocol):
 
 
 class Audits:
-    """`blame` hears of signers to be suspected or convicted, never of this node itself."""
+    """`audited` hears of other signers, and says whether one is convicted."""
 
     def __init__(
         self,
         network: NetworkId,
         own_key: bytes,
         store: Droppable | None,
-        blame: Callable[[FalseAnswer], None],
+        audited: Callable[[AnswerAudited], bool],
         metrics: Metrics,
     ) -> None:
         self._network = network
         self._own_key = own_key
         self._store = store
-        self._blame = blame
+        self._audited = audited
         self._metrics = metrics
 
     def heard(self, audit: ResponseAudited) -> None:
@@ -42,12 +42,11 @@ class Audits:
         own = proof.signer == self._own_key  # of an earlier engine, and now back from a peer: no lie
         result = "dropped" if own and audit.far else verdict(audit.far)
         self._metrics.audits_total.labels(result).inc()
-        if result == "passed":
-            return
-        if self._store is not None:
-            self._store.drop(audit.proof, all_of_signer=result == "lie")
+        convicted = False
         if not own:
-            self._blame(FalseAnswer(evidence_of(proof, audit.tokens, audit.far)))
+            convicted = self._audited(AnswerAudited(evidence_of(proof, audit.tokens, audit.far), audit.source))
+        if self._store is not None and result != "passed":
+            self._store.drop(audit.proof, all_of_signer=convicted)
 
     def _proof_of(self, audit: ResponseAudited) -> CacheProof:
         proof = decode_proof(audit.proof)

@@ -42,7 +42,7 @@ class ChunkTransport:
     def __init__(self, config: Config, identity: Identity, store: ChunkStore, metrics: Metrics, trust: Trust) -> None:
         self._identity = identity
         self._metrics = metrics
-        self._reputation = trust.reputation
+        self._trust = trust
         self._configured = dict(_split_peer(peer) for peer in config.peers)
         self._discovered: dict[PeerId, str] = {}
         self.charges: Counter[tuple[PeerId, str]] = Counter()
@@ -111,11 +111,11 @@ class ChunkTransport:
         """Hold something against a peer."""
         self.charges[peer, reason] += 1
         self._metrics.failures_total.labels("l2", f"peer_{reason}").inc()
-        self._reputation.failed(peer, reason, _now_ms())
+        self._trust.failed(peer, reason, _now_ms())
 
     def credit(self, peer: PeerId) -> None:
         """The peer served a part of a row that turned out right."""
-        self._reputation.served(peer, _now_ms())
+        self._trust.delivered(peer, _now_ms())
 
     async def find(self, peer: PeerId, row_ids: tuple[RowId, ...], timeout_s: float) -> wire.HaveReply:
         """Which of the rows the peer serves; offers' indexes are within `row_ids`."""

@@ -408,7 +408,7 @@ class Driver:
     def _counts(self, record: ObjectRecord) -> bool:
         """Whether an object of an earlier run still counts."""
         self._trust.meet(record.manifest.producer, record.member)
-        return self._trust.trusts(record.manifest.producer, time.time_ns() // 1_000_000)
+        return self._trust.trusts_kv(record.manifest.producer, time.time_ns() // 1_000_000)
 
     def _condemn(self, digest: ManifestDigest) -> None:
         self._manifests.condemn(digest)

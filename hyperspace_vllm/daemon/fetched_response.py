@@ -31,12 +31,21 @@ class Stored(Protocol):
 
 
 async def open_fetched(
-    hit: Hit, key: RequestKey, network: NetworkId, model_digest: bytes, trust: Trust, now_ms: int
+    hit: Hit,
+    key: RequestKey,
+    network: NetworkId,
+    model_digest: bytes,
+    trust: Trust,
+    now_ms: int,
+    on_trial: bool = False,
 ) -> Opened:
-    """The response in `hit`; `Refused` or `ProtocolViolation` if it doesn't hold."""
+    """The response in `hit`; `Refused` or `ProtocolViolation` if it doesn't hold.
+
+    `on_trial`: of a signer that isn't trusted, if it may be tried now.
+    """
 
     def trusts(signer: bytes) -> bool:
-        return trust.trusts(signer, now_ms)
+        return trust.take_trial(signer, now_ms) if on_trial else trust.trusts(signer, now_ms)
 
     proof = judge_hit(hit, key, network, model_digest, trusts, trust.meet, now_ms)
     if len(hit.sealed) <= OPENED_HERE_BYTES_MAX:

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..core.node.network import NetworkNode, NetworkOptions
-from ..core.node.network_events import FalseAnswer, RowsStored, ServedChanged
-from ..core.peers.reputation import Reputation
+from ..core.node.network_events import AnswerAudited, RowsStored, ServedChanged
 from ..core.peers.trust import Trust
 from ..core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
 from ..core.records.ids import PeerId, RequestKey, RowId, network_id, public_key_of
@@ -74,7 +73,7 @@ def make_trust(config: Config, identity: Identity, network_key: bytes | None) ->
     listed = frozenset(public_key_of(entry.partition("@")[0]) for entry in (*config.peers, *config.bootstrap))
     allowed = frozenset(public_key_of(peer) for peer in config.allowed)
     is_public = config.share == "public"
-    return Trust(config.trust, identity.public_key, listed, allowed, network_key, Reputation(), is_public)
+    return Trust(config.trust, identity.public_key, listed, allowed, network_key, is_public)
 
 
 class Network:
@@ -151,13 +150,15 @@ class Network:
         if self._driver is not None:
             self._driver.used(keys)
 
-    def blame(self, event: FalseAnswer) -> None:
-        """An audit of this host caught another node, which others hear if there are any and this node shares."""
+    def audited(self, event: AnswerAudited) -> bool:
+        """An audit of this host; whether its signer is convicted. Others hear that, if this node shares with any."""
+        evidence = event.evidence
         if self._driver is not None and self._config.share != "private":
             self._driver.submit(event)
         else:
-            evidence = event.evidence
-            self.trust.caught(evidence.signer, verdict(evidence.far) == "lie", _now_ms())
+            found = verdict(evidence.far)
+            self.trust.audited(evidence.signer, evidence.tokens, found, event.source, _now_ms())
+        return self.trust.is_convicted(evidence.signer, _now_ms())
 
     def heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
         """What the response store can serve now, and what no more (response_news.Listener); from any thread."""

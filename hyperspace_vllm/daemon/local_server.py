@@ -258,6 +258,10 @@ class LocalServer:
         """Say whether some peer is known to have what the lookup wants; one that was released is ignored."""
         self._response_lookups.hint(lookup, hinted)
 
+    def try_response(self, lookup: int, body: bytes, proof: bytes) -> None:
+        """Have a response audited that isn't served, for its signer isn't trusted."""
+        self._response_lookups.let_try(lookup, body, proof)
+
     def answer_response(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
         """End a lookup; one that was released meanwhile is ignored. `reason` says why nothing was found."""
         self._response_lookups.answer(lookup, found, reason)

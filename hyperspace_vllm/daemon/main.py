@@ -140,7 +140,7 @@ class _Node:
         submit: Callable[[Event], None] = driver.submit if driver else lambda event: None
         served = Served(self._network, self._joined.served)
         parts.callback(served.close)
-        audits = Audits(self._network, self._identity.public_key, self._responses, self._joined.blame, self._metrics)
+        audits = Audits(self._network, self._identity.public_key, self._responses, self._joined.audited, self._metrics)
         self._server = LocalServer(
             config,
             self._identity,

@@ -61,7 +61,7 @@ class Manifests:
             raise Refused("forged", "not the manifest that was asked for")
         now_ms = time.time_ns() // 1_000_000
         self._trust.meet(manifest.producer, reply.member)
-        check_manifest(manifest, self._network, lambda producer: self._trust.trusts(producer, now_ms), now_ms)
+        check_manifest(manifest, self._network, lambda producer: self._trust.trusts_kv(producer, now_ms), now_ms)
         blob = digest_blob(record.digests, len(manifest.rows))
         left_s = deadline - asyncio.get_running_loop().time()
         if not await self._compute.verify(blob, manifest.commitment, record.proof, left_s):

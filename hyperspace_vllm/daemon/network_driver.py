@@ -7,7 +7,6 @@ loro a process behind `RegistryDocuments`.
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, assert_never
@@ -89,7 +88,6 @@ log = logging.getLogger(__name__)
 
 REPLY_S = 5.0  # the core answers at once; serving a response reads the disk
 PROVIDE_S = 10.0
-CLAIMS_MAX = 1_024
 
 
 class Clients(Protocol):
@@ -97,6 +95,9 @@ class Clients(Protocol):
 
     def hint_response(self, lookup: int, hinted: bool) -> None:
         """Say whether waiting is worth while."""
+
+    def try_response(self, lookup: int, body: bytes, proof: bytes) -> None:
+        """Have a response audited that isn't served."""
 
     def answer_response(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
         """End a lookup."""
@@ -147,7 +148,6 @@ class NetworkDriver:
         self._askers: dict[int, PeerId] = {}
         self._lookups: dict[int, _Lookup] = {}
         self._opened: dict[tuple[int, PeerId], Opened] = {}
-        self._claims: OrderedDict[bytes, int] = OrderedDict()  # popularity of what is being stored
         self._tasks: dict[int, set[asyncio.Task[None]]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self.known: tuple[PeerRecord, ...] = ()
@@ -189,6 +189,7 @@ class NetworkDriver:
             "hints": len(self._node.hints),
             "provided": self._provided,
             "suspected_peers": self._trust.suspicion.suspected(self._now_ms()),
+            "doubts_own_engine": self._trust.findings.doubts_itself(self._now_ms()),
             "gossip_refused": dict(self._node.gossip_refused),
             "last_response_lookup": self.last_lookup,
         }
@@ -226,8 +227,7 @@ class NetworkDriver:
         for told in stored:
             if self._redis is not None:
                 self._redis.note_stored(told.request_hash, told.expires_at_ms)
-            claimed = self._claims.pop(told.request_hash, 0)
-            self.submit(ResponseStored(told.request_hash, told.expires_at_ms, told.computed, claimed))
+            self.submit(ResponseStored(told.request_hash, told.expires_at_ms, told.computed))
 
     def row_hints(self, row_id: RowId) -> tuple[PeerId, ...]:
         """Who says that it serves a KV row."""
@@ -381,9 +381,7 @@ class NetworkDriver:
             answer = await self._ask(effect.peer, Query(effect.request_hash), deadline - self._loop.time())
             if not isinstance(answer, Hit):
                 raise PeerFailed(answer.reason if isinstance(answer, Miss | Refusal) else "protocol")
-            opened = await open_fetched(
-                answer, lookup.key, self._network, lookup.model_digest, self._trust, self._now_ms()
-            )
+            opened = await self._open(effect.lookup, lookup, answer)
         except (PeerFailed, Refused) as failed:
             reason = "miss" if failed.reason == "unknown" else failed.reason
             self._refused(effect, reason, reason in LIES or reason == "protocol")
@@ -394,17 +392,22 @@ class NetworkDriver:
             self._opened[effect.lookup, effect.peer] = opened
             size, expires_at_ms = len(opened.body), opened.expires_at_ms
             self.submit(ResponseFetched(effect.lookup, effect.peer, size, expires_at_ms, answer.popularity))
-            self._claim(effect.request_hash, answer.popularity)
+
+    async def _open(self, number: int, lookup: _Lookup, hit: Hit) -> Opened:
+        """What a hit holds. Of a signer that isn't trusted it goes to be audited, now and then."""
+        asked_for = hit, lookup.key, self._network, lookup.model_digest, self._trust, self._now_ms()
+        try:
+            return await open_fetched(*asked_for)
+        except Refused as refused:
+            if refused.reason == "untrusted_signer":
+                tried = await open_fetched(*asked_for, on_trial=True)
+                self.clients.try_response(number, tried.body, tried.raw_proof)
+            raise
 
     def _refused(self, effect: FetchResponse, reason: str, lied: bool) -> None:
         if reason != "miss":
             self._metrics.failures_total.labels("l1", reason).inc()
         self.submit(ResponseRefused(effect.lookup, effect.peer, reason, lied))
-
-    def _claim(self, name: bytes, popularity: int) -> None:
-        self._claims[name] = popularity
-        if len(self._claims) > CLAIMS_MAX:
-            self._claims.popitem(last=False)
 
     async def _search(self, effect: FindProviders) -> None:
         key = f"/cache/{effect.request_hash.hex()}"

@@ -149,6 +149,10 @@ class RedisResponses:
         """Say whether some peer is known to have it."""
         self.clients.hint_response(lookup, hinted)
 
+    def try_response(self, lookup: int, body: bytes, proof: bytes) -> None:
+        """Another node's, to be audited (network_driver.Clients)."""
+        self.clients.try_response(lookup, body, proof)
+
     def answer_response(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
         """End a lookup. That there is no network is no reason to ask no more, as long as there is Redis."""
         nobody = reason in ("off", "no_peers") and self._link.away_s <= 0

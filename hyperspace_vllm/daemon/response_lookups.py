@@ -15,6 +15,7 @@ from ..core.records.local import (
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
+    ResponseToTry,
 )
 
 
@@ -91,6 +92,12 @@ class ResponseLookups:
         if (waiting := self._waiting.get(lookup)) is not None:
             route, client_lookup = waiting
             self._send(route, ResponseHint(client_lookup, hinted))
+
+    def let_try(self, lookup: int, body: bytes, proof: bytes) -> None:
+        """Have the client audit a response that it won't get; one that waits no more is ignored."""
+        if (waiting := self._waiting.get(lookup)) is not None:
+            route, client_lookup = waiting
+            self._send(route, ResponseToTry(client_lookup, body, proof))
 
     def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
         """End the lookup with what was found, or with the reason why nothing was; one that waits no more is ignored."""

@@ -51,7 +51,6 @@ from ..core.node.network_events import (
     ResponsesUsed,
     ResponseWanted,
 )
-from ..core.peers.reputation import Reputation
 from ..core.peers.trust import Trust
 from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import PeerId, RequestKey, peer_id
@@ -109,7 +108,7 @@ class Request:
     far: set[int] = field(default_factory=set)  # those of them that could not answer in time when they were asked
     lapsed: set[int] = field(default_factory=set)  # those of them whose copy had expired by the asker's clock
     hindered: bool = False  # by those that were asked first
-    fetched: dict[PeerId, tuple[Opened, int]] = field(default_factory=dict)  # what it sent, and how popular it says
+    fetched: dict[PeerId, Opened] = field(default_factory=dict)  # what it sent
 
 
 class SimHost:
@@ -147,9 +146,8 @@ class SimHost:
         self._free_ms = 0.0
         self._tick_at_ms: int | None = None
         self._documents = Documents(self.fleet.network_id, self.key)
-        reputation = Reputation()
         own = frozenset({self.public_key})
-        self.trust = Trust("members", self.public_key, own, frozenset(), self.network_key, reputation)
+        self.trust = Trust("members", self.public_key, own, frozenset(), self.network_key)
         bootstrap = tuple((host.peer, host.address) for host in self.fleet.bootstrap if host is not self)
         options = NetworkOptions(self.fleet.network_id, self.address, "", bootstrap, self.network_key)
         self.core = NetworkNode(options, self.key, self.trust, random.Random(self.rng.random()), self.now_ms)
@@ -157,7 +155,7 @@ class SimHost:
         for response in self.shelf.all():
             if response.expires_at_ms > self.now_ms:
                 self.fleet.kept(self.number, response.request_hash)
-                self.tell(ResponseStored(response.request_hash, response.expires_at_ms, True, 0))
+                self.tell(ResponseStored(response.request_hash, response.expires_at_ms, True))
         self.later(EXPIRE_EVERY_MS, self._expire)
         if self.liar is not None:
             self.liar.begin()
@@ -224,13 +222,13 @@ class SimHost:
         self._busy.pop(request.request_hash, None)
         self.put(compute(self.key, self.fleet.network_id, request.key, right_body(request.key), self.tag, self.now_ms))
 
-    def put(self, response: Response, computed: bool = True, popularity: int = 0) -> None:
+    def put(self, response: Response, computed: bool = True) -> None:
         """Keep a response, and tell the core once it is there."""
 
         def committed() -> None:
             gone = self.shelf.put(response)
             self.fleet.kept(self.number, response.request_hash)
-            self.tell(ResponseStored(response.request_hash, response.expires_at_ms, computed, popularity))
+            self.tell(ResponseStored(response.request_hash, response.expires_at_ms, computed))
             self._gone(gone)
 
         self.later(STORE_MS, committed)
@@ -258,7 +256,7 @@ class SimHost:
             if request.hinted:
                 self.later(self.rng.uniform(*ENGINE_FIRST_MS), partial(self._engine_first, request))
             return
-        opened, popularity = request.fetched[effect.peer]
+        opened = request.fetched[effect.peer]
         request.hit = True
         if request.waiting:
             self._busy.pop(request.request_hash, None)
@@ -267,7 +265,6 @@ class SimHost:
         self.put(
             Response(request.key, request.request_hash, opened.body, opened.raw_proof, member, opened.expires_at_ms),
             computed=False,
-            popularity=popularity,
         )
 
     # --- what the network tells -----------------------------------------------------------------
@@ -485,7 +482,7 @@ class SimHost:
             self._refuse(lookup, peer, fetch, refused.reason, refused.reason in LIES)
             return
         del self._fetches[lookup, peer]
-        self.requests[lookup].fetched[peer] = opened, message.popularity
+        self.requests[lookup].fetched[peer] = opened
         self.tell(ResponseFetched(lookup, peer, len(opened.body), opened.expires_at_ms, message.popularity))
 
     def open(self, hit: Hit, request: Request) -> Opened:

@@ -142,7 +142,7 @@ class Liar:
         host.later(BOAST_EVERY_MS, self._boast)
         expires_at_ms = host.now_ms + RESPONSE_TTL_MS
         for name in self._rng.sample(list(self._heard), min(len(self._heard), BOASTS)):
-            host.tell(ResponseStored(name, expires_at_ms, True, 0))
+            host.tell(ResponseStored(name, expires_at_ms, True))
         if self._gossip and self.kind in ("echo", "garbled"):
             topic, payload = self._rng.choice(self._gossip)
             said = payload if self.kind == "echo" else self._rng.randbytes(len(payload))

@@ -18,7 +18,7 @@ from ..peers.served import worth_telling
 from ..peers.trust import Trust
 from ..records.announcement import EvidenceEntry, PrefixEntry, ResponseEntry
 from ..records.errors import Refused
-from ..records.ids import NetworkId, PeerId, peer_id
+from ..records.ids import NetworkId, PeerId, peer_id, public_key_of
 from ..records.limits import CLOCK_SKEW_MS, REGISTRY_TTL_MS
 from ..records.peer_record import PeerRecord
 from ..records.peer_wire import (
@@ -55,11 +55,11 @@ from .network_effects import (
     ServeResponse,
 )
 from .network_events import (
+    AnswerAudited,
     Answered,
     ConnectFailed,
     DeltasImported,
     DeltasRefused,
-    FalseAnswer,
     GossipReceived,
     NetworkEvent,
     NetworkTick,
@@ -219,8 +219,8 @@ class NetworkNode:
                 for request_hash in hashes:
                     self._popularity.add(request_hash, now_ms)
                 return []
-            case FalseAnswer(evidence):
-                return self._blame(evidence, now_ms)
+            case AnswerAudited():
+                return self._audited(event, now_ms)
             case RowsStored():
                 return self._rows_stored(event)
             case ServedChanged():
@@ -334,11 +334,11 @@ class NetworkNode:
 
     # --- audits ---------------------------------------------------------------------------------
 
-    def _blame(self, evidence: EvidenceEntry, now_ms: int) -> list[NetworkEffect]:
-        """What our own audit found: only a lie is told to others."""
-        lied = verdict(evidence.far) == "lie"
-        self._trust.caught(evidence.signer, lied, now_ms)
-        if not lied:
+    def _audited(self, event: AnswerAudited, now_ms: int) -> list[NetworkEffect]:
+        """What our own audit found: others hear of those that it convicts."""
+        evidence = event.evidence
+        found = verdict(evidence.far)
+        if not self._trust.audited(evidence.signer, evidence.tokens, found, event.source, now_ms):
             return []
         self._outbox.accuse(evidence)
         return [ChargePeer(peer_id(evidence.signer), "false_response"), *self._outbox.flush(now_ms)]
@@ -382,12 +382,15 @@ class NetworkNode:
         return [AnswerResponse(event.lookup, None, "none", "released")]
 
     def _fetched(self, event: ResponseFetched, now_ms: int) -> list[NetworkEffect]:
-        self._trust.reputation.served(event.peer, now_ms)
-        self._trust.patience.delivered(event.peer)
+        self._trust.delivered(event.peer, now_ms)
         self._avoidance.served(event.peer)
         self._heard(event.peer, now_ms)
         lookup = self._lookups.get(event.lookup)
-        return [] if lookup is None else self._settle(lookup, lookup.on_fetched(event), now_ms)
+        if lookup is None:
+            return []
+        if self._trust.is_chosen(public_key_of(event.peer)):  # others may claim what they like
+            self._popularity.claimed(lookup.request_hash, now_ms, event.popularity / 16)
+        return self._settle(lookup, lookup.on_fetched(event), now_ms)
 
     def _refused(self, event: ResponseRefused, now_ms: int) -> list[NetworkEffect]:
         charges: list[NetworkEffect] = []
@@ -397,7 +400,7 @@ class NetworkNode:
         timed_out = event.reason == "timeout" and self._had_time(event.peer, lookup, now_ms)
         silent = event.reason == "unreachable" or timed_out
         if event.lied or silent:
-            self._trust.reputation.failed(event.peer, event.reason, now_ms)
+            self._trust.failed(event.peer, event.reason, now_ms)
         if silent:
             self._avoidance.failed(event.peer, now_ms)
         elif event.reason == "miss":
@@ -463,7 +466,7 @@ class NetworkNode:
                 or self._avoidance.avoids(peer, now_ms)
             ):
                 continue
-            score = round(self._trust.reputation.score(peer, now_ms), 1)
+            score = round(self._trust.service.score(peer, now_ms), 1)
             quiet = min((now_ms - known.alive_at_ms) // QUIET_MS, QUIET_MAX)
             waited_for = self._trust.may_be_waited_for(peer, now_ms)
             standing = not waited_for, known.silent, -score, not known.connected, quiet
@@ -484,7 +487,6 @@ class NetworkNode:
     def _stored(self, event: ResponseStored, now_ms: int) -> list[NetworkEffect]:
         """Announce what was computed; what was fetched only while the popular want more copies than there are."""
         if not event.computed:
-            self._popularity.claimed(event.request_hash, now_ms, event.popularity / 16)
             copies = len(self.providers(event.request_hash, now_ms))
             if copies >= replicas_wanted(self._popularity.requests(event.request_hash, now_ms)):
                 return []

@@ -73,7 +73,7 @@ class PeersChanged:
 
 @dataclass(frozen=True, slots=True)
 class ChargePeer:
-    """A peer broke the protocol, lied, or does not answer: for metrics and reputation."""
+    """A peer broke the protocol, lied, or does not answer: for metrics."""
 
     peer: PeerId
     reason: str

@@ -134,7 +134,6 @@ class ResponseStored:
     request_hash: bytes
     expires_at_ms: int
     computed: bool
-    popularity: int  # 0 for computed ones; for fetched ones what its provider claimed
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +151,14 @@ class ResponsesUsed:
 
 
 @dataclass(frozen=True, slots=True)
-class FalseAnswer:
-    """This node's own audit found tokens in another node's answer that its model doesn't choose."""
+class AnswerAudited:
+    """This node's own audit of another node's answer: in `evidence`, how many tokens its model doesn't choose.
+
+    `source` is what the client that asked for the answer can't be twice.
+    """
 
     evidence: EvidenceEntry
+    source: bytes
 
 
 # --- L2 -----------------------------------------------------------------------------------------
@@ -237,7 +240,7 @@ NetworkEvent = (
     | ResponseStored
     | ResponsesGone
     | ResponsesUsed
-    | FalseAnswer
+    | AnswerAudited
     | RowsStored
     | ServedChanged
     | OwnDeltaWritten

@@ -1,7 +1,7 @@
 """Who is said to sign false answers, and who was caught at it.
 
-    convicted   by this node's own audit: its proofs and manifests don't count for CONVICTED_MS
-    suspected   by this node's own doubt, or by another's word: its answers are all audited for SUSPECTED_MS
+    convicted   by this node's own audits (findings.py): its proofs and manifests don't count for CONVICTED_MS
+    suspected   by one such audit, or by another's word: its answers are all audited for SUSPECTED_MS
 
 Nobody but the node that had the prompt can tell whether an answer was false, so another's word is worth audits and
 nothing else: no reputation is lost by it, and slander costs the slandered nothing. Each accuser has ACCUSED_MAX places,
@@ -28,7 +28,7 @@ class Suspicion:
         self._accused: OrderedDict[bytes, OrderedDict[bytes, int]] = OrderedDict()  # by each accuser, since when
 
     def convict(self, accused: bytes, now_ms: int) -> None:
-        """This node's own audit caught it at a lie."""
+        """This node's own audits convict it."""
         if accused != self._own_key:
             _note(self._convicted, accused, now_ms, PEERS_KNOWN_MAX)
 

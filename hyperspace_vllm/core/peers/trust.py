@@ -1,26 +1,34 @@
 """Whose proofs and manifests count (DESIGN §5). A signature only proves who said it; this says who is believed.
 
     members     those in this node's own lists, and everybody who was shown to hold the network key
-    reputation  these too, and whoever has earned it
+    reputation  these too, and for responses whoever has earned it
     allowlist   exactly those on the allowlist
+
+Two scores, which never add up: `word` is of what a peer signed, and grows by audits alone; `service` is of what it
+delivered, whoever had signed that, and says whom to ask first. A relay can serve well all day and is believed nothing.
+KV is never audited, so no peer earns belief for its manifests.
 
 Holding the network key is membership for good: a member's tag travels beside what it signed (signing.member_tag), so
 that its proofs and manifests count after it has left, in nodes that never met it. There is no revocation but a new key.
-Whom this node's own audit caught at a lie doesn't count for a day, whatever list it is on (suspicion.py).
+Whom this node's own audits convicted doesn't count for a day, whatever list it is on (findings.py, suspicion.py).
 """
 
 import hmac
 from collections import OrderedDict
-from typing import Literal, assert_never
+from typing import Literal
 
 from ..records.ids import PeerId, peer_id, public_key_of
 from ..records.limits import PEERS_KNOWN_MAX
 from ..records.signing import NO_MEMBER_TAG, member_tag
+from .findings import Findings
 from .patience import Patience
-from .reputation import THRESHOLD, Reputation
+from .reputation import LIES, THRESHOLD, Reputation
 from .suspicion import Suspicion
 
+TRIAL_EVERY_MS = 10_000  # an answer of a stranger that is audited and never served, of all strangers together
+PASSED_TOKENS_MIN = 16  # a shorter answer is soon guessed, so it earns nothing
 TrustMode = Literal["members", "reputation", "allowlist"]
+Verdict = Literal["passed", "dropped", "lie"]  # of an audit (response/evidence.py)
 SHOWN_MAX = PEERS_KNOWN_MAX * 8  # those who have left count too; their tags come again with what they signed
 
 
@@ -34,15 +42,17 @@ class Trust:
         listed: frozenset[bytes],
         allowed: frozenset[bytes],
         network_key: bytes | None,
-        reputation: Reputation,
         is_public: bool = False,
     ) -> None:
         """`is_public`: this node shares with everybody (`share = "public"`)."""
         self.mode: TrustMode = mode
         self._is_public = is_public
-        self.reputation = reputation
+        self.word = Reputation()
+        self.service = Reputation()
+        self.findings = Findings()
         self.suspicion = Suspicion(own_key)
         self.patience = Patience()
+        self._next_trial_ms = 0
         self._own_key = own_key
         self._listed = listed
         self._allowed = allowed
@@ -67,36 +77,67 @@ class Trust:
         return public_key in self._listed or public_key in self._allowed
 
     def trusts(self, public_key: bytes, now_ms: int) -> bool:
-        """Whether what this peer signed (proofs, manifests) counts."""
+        """Whether the responses that this peer signed count."""
+        if self.trusts_kv(public_key, now_ms):
+            return True
+        if self.mode != "reputation" or self.is_convicted(public_key, now_ms):
+            return False
+        return self.word.score(peer_id(public_key), now_ms) >= THRESHOLD
+
+    def trusts_kv(self, public_key: bytes, now_ms: int) -> bool:
+        """Whether the manifests that this peer signed count."""
         if public_key == self._own_key:
             return True
-        if self.suspicion.is_convicted(public_key, now_ms):
+        if self.is_convicted(public_key, now_ms):
             return False
-        if public_key in self._allowed:
-            return True
-        match self.mode:
-            case "members":
-                return self.is_member(public_key)
-            case "reputation":
-                score = self.reputation.score(peer_id(public_key), now_ms)
-                return self.is_member(public_key) or score >= THRESHOLD
-            case "allowlist":
-                return False
-            case _:
-                assert_never(self.mode)
+        return public_key in self._allowed or (self.mode != "allowlist" and self.is_member(public_key))
+
+    def is_convicted(self, public_key: bytes, now_ms: int) -> bool:
+        """Whether nothing that this peer signed counts; of nobody while this node doubts itself."""
+        return self.suspicion.is_convicted(public_key, now_ms) and not self.findings.doubts_itself(now_ms)
+
+    def take_trial(self, public_key: bytes, now_ms: int) -> bool:
+        """Whether a response of this untrusted signer is audited, unserved, now; a yes lasts TRIAL_EVERY_MS."""
+        if self.mode != "reputation" or self.is_convicted(public_key, now_ms):
+            return False
+        if 0 < self._next_trial_ms - now_ms <= TRIAL_EVERY_MS:
+            return False
+        self._next_trial_ms = now_ms + TRIAL_EVERY_MS
+        return True
 
     def may_trust_others(self) -> bool:
         """Whether anybody but this node can ever count."""
         by_membership = self.mode == "members" and bool(self._listed or self._network_key)
         return self.mode == "reputation" or by_membership or bool(self._allowed)
 
-    def caught(self, public_key: bytes, lied: bool, now_ms: int) -> None:
-        """This node's own audit found an answer that this peer signed false; `lied`: beyond doubt."""
-        if lied:
-            self.suspicion.convict(public_key, now_ms)
-            self.reputation.failed(peer_id(public_key), "false_response", now_ms)
-        else:
-            self.suspicion.accuse(self._own_key, public_key, now_ms)
+    def audited(self, public_key: bytes, tokens: int, verdict: Verdict, source: bytes, now_ms: int) -> bool:
+        """Take in this node's own audit of a response that this peer signed; whether the peer is convicted by it.
+
+        `source` is what the client that asked for the response can't be twice.
+        """
+        if public_key == self._own_key:
+            return False
+        if verdict == "passed":
+            if tokens >= PASSED_TOKENS_MIN and self.findings.passed(public_key, source, now_ms):
+                self.word.served(peer_id(public_key), now_ms)
+            return False
+        self.suspicion.accuse(self._own_key, public_key, now_ms)
+        if verdict == "dropped" or not self.findings.found(public_key, source, now_ms):
+            return False
+        self.suspicion.convict(public_key, now_ms)
+        self.word.failed(peer_id(public_key), "false_response", now_ms)
+        return True
+
+    def delivered(self, peer: PeerId, now_ms: int) -> None:
+        """The peer sent something that was verified, whoever had signed it."""
+        self.service.served(peer, now_ms)
+        self.patience.delivered(peer)
+
+    def failed(self, peer: PeerId, reason: str, now_ms: int) -> None:
+        """The peer didn't deliver. A lie costs it belief as well: what it altered it may sign as well."""
+        self.service.failed(peer, reason, now_ms)
+        if reason in LIES:
+            self.word.failed(peer, reason, now_ms)
 
     def is_chosen(self, public_key: bytes) -> bool:
         """Whether the peer counts by the operator's choice, whatever it did: a member, or on the allowlist.
@@ -110,7 +151,7 @@ class Trust:
         return self.is_chosen(public_key) or (self.mode == "reputation" and self._is_public)
 
     def asks_for_kv(self, public_key: bytes) -> bool:
-        """Whether KV is asked of this peer: by `reputation` of a stranger too, who could earn none otherwise."""
+        """Whether KV is asked of this peer: by `reputation` of strangers too, if `has_standing`."""
         return self.is_chosen(public_key) or self.mode == "reputation"
 
     def has_standing(self, peer: PeerId) -> bool:
@@ -119,7 +160,7 @@ class Trust:
 
     def may_be_waited_for(self, peer: PeerId, now_ms: int) -> bool:
         """Whether a request may wait for what this peer says it has."""
-        if self.suspicion.is_convicted(public_key_of(peer), now_ms):
+        if self.is_convicted(public_key_of(peer), now_ms):
             return False
         return self.patience.has_earned(peer) or (self.has_standing(peer) and self.patience.lends(now_ms))
 

@@ -24,10 +24,11 @@ from .limits import (
     KiB,
 )
 
-LOCAL_PROTOCOL = 6
+LOCAL_PROTOCOL = 7
 PAGE_BYTES = 64 * KiB  # of the arena: a slab takes whole ones
 NAME_CHARS_MAX = 256
 PURGED_KEYS_MAX = 4096
+SOURCE_BYTES_MAX = 16
 NO_ENGINE = bytes(16)
 ANSWER_CHARS_MAX = 8192  # far more than an embedder reads
 
@@ -213,13 +214,15 @@ class PurgeResponses(_Message, tag="purge_responses", frozen=True):
 class ResponseAudited(_Message, tag="response_audited", frozen=True):
     """An API server had its engine score another node's response: of `tokens` tokens `far` are far from the arg-max.
 
-    `far` 0: passed. `proof` is the one that came with the response. Nothing is answered.
+    `far` 0: passed. `proof` is the one that came with the response, `source` what the client that asked for it can't be
+    twice ('' unknown). Nothing is answered.
     """
 
     request_key: Bytes32
     proof: Annotated[bytes, Meta(max_length=CACHE_PROOF_BYTES_MAX)]
     tokens: U32
     far: U32
+    source: Annotated[bytes, Meta(max_length=SOURCE_BYTES_MAX)] = b""
 
 
 class ClaimRequest(_Message, tag="claim_request", frozen=True):
@@ -440,6 +443,17 @@ class ResponseFound(_Message, tag="response_found", frozen=True):
     suspect: bool = False
 
 
+class ResponseToTry(_Message, tag="response_to_try", frozen=True):
+    """Another node's response that holds but for its signer, which isn't trusted: to be audited, and never served.
+
+    It doesn't end the lookup.
+    """
+
+    lookup: U32
+    body: Annotated[bytes, Meta(max_length=RESPONSE_BYTES_MAX)]
+    proof: Annotated[bytes, Meta(max_length=CACHE_PROOF_BYTES_MAX)]
+
+
 class ResponseNotFound(_Message, tag="response_not_found", frozen=True):
     """The lookup is over. `reason`: off | alone | no_peers (asking again soon is useless), busy, not_found, …"""
 
@@ -470,6 +484,7 @@ NodeMessage = (
     | SimilarFound
     | SimilarNotFound
     | ResponseHint
+    | ResponseToTry
     | ResponseFound
     | ResponseNotFound
     | Status

@@ -4,16 +4,13 @@ An audit has this node's engine score prompt and answer. Of a greedy answer that
 the arg-max; a single one may be, because text that is tokenised again isn't always cut as it was generated.
 """
 
-from typing import Literal
-
+from ..peers.trust import Verdict
 from ..records.announcement import EvidenceEntry
 from ..records.errors import Refused
 from ..records.limits import CLOCK_SKEW_MS, RESPONSE_TTL_MS
 from .cache_proof import CacheProof, check_signature, integrity_of
 
 FAR_LIE_MIN = 2
-
-Verdict = Literal["passed", "dropped", "lie"]
 
 
 def verdict(far: int) -> Verdict:

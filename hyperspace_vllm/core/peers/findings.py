@@ -1,0 +1,84 @@
+"""What this node's own audits found of those that signed answers, and what follows: belief, conviction, or self-doubt.
+
+    pass       earns belief, once PASS_EVERY_MS for each source of requests
+    finding    counts against the signer, once for each source and once FINDING_EVERY_MS at most
+
+A source is what one client can't be twice: the network that its requests come from. Clients choose what is audited, and
+one alone must neither have an honest signer convicted nor a stranger believed. FINDINGS_MIN findings convict, unless
+this node doubts itself: it disagrees with several signers, and with more than it agrees with. Its own engine is the
+likelier to err then. Rejected: weighing by how far the tokens are, which says nothing where an engine is broken.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from ..records.limits import PEERS_KNOWN_MAX
+
+PASS_EVERY_MS = 3_600_000
+FINDINGS_MIN = 3
+FINDING_EVERY_MS = 300_000  # so that a conviction takes ten minutes
+KEPT_MS = 24 * 3_600_000
+SOURCES_MAX = 256  # of one signer: those longest unheard of are forgotten
+DOUBTED_MIN = 3  # signers
+
+
+@dataclass(slots=True)
+class _Signer:
+    passed_ms: OrderedDict[bytes, int] = field(default_factory=OrderedDict)  # by source, when it last counted
+    found_ms: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
+
+
+class Findings:
+    """Of PEERS_KNOWN_MAX signers at most: those audited longest ago are forgotten, and all when the node ends."""
+
+    def __init__(self) -> None:
+        self._signers: OrderedDict[bytes, _Signer] = OrderedDict()
+
+    def passed(self, signer: bytes, source: bytes, now_ms: int) -> bool:
+        """An audit held; whether it counts for the signer."""
+        return _note(self._signer(signer).passed_ms, source, now_ms, PASS_EVERY_MS)
+
+    def found(self, signer: bytes, source: bytes, now_ms: int) -> bool:
+        """An audit found an answer false; whether that convicts the signer."""
+        found_ms = self._signer(signer).found_ms
+        if all(_is_older(at_ms, FINDING_EVERY_MS, now_ms) for at_ms in found_ms.values()):
+            _note(found_ms, source, now_ms, KEPT_MS)
+        recent = [at_ms for at_ms in found_ms.values() if not _is_older(at_ms, KEPT_MS, now_ms)]
+        return len(recent) >= FINDINGS_MIN and not self.doubts_itself(now_ms)
+
+    def doubts_itself(self, now_ms: int) -> bool:
+        """Whether this node's engine disagrees with so many that it is likelier wrong than they are."""
+        disagrees = sum(_any_since(signer.found_ms, now_ms) for signer in self._signers.values())
+        agrees = sum(
+            _any_since(signer.passed_ms, now_ms) and not _any_since(signer.found_ms, now_ms)
+            for signer in self._signers.values()
+        )
+        return disagrees >= DOUBTED_MIN and disagrees > agrees
+
+    def _signer(self, signer: bytes) -> _Signer:
+        known = self._signers.setdefault(signer, _Signer())
+        self._signers.move_to_end(signer)
+        if len(self._signers) > PEERS_KNOWN_MAX:
+            self._signers.popitem(last=False)
+        return known
+
+
+def _note(since_ms: OrderedDict[bytes, int], source: bytes, now_ms: int, every_ms: int) -> bool:
+    """Whether it is the source's first for so long; noted if it is."""
+    last_ms = since_ms.get(source)
+    if last_ms is not None and not _is_older(last_ms, every_ms, now_ms):
+        return False
+    since_ms[source] = now_ms
+    since_ms.move_to_end(source)
+    if len(since_ms) > SOURCES_MAX:
+        since_ms.popitem(last=False)
+    return True
+
+
+def _any_since(since_ms: OrderedDict[bytes, int], now_ms: int) -> bool:
+    return any(not _is_older(at_ms, KEPT_MS, now_ms) for at_ms in since_ms.values())
+
+
+def _is_older(at_ms: int, age_ms: int, now_ms: int) -> bool:
+    """A clock that is set back a little makes nothing older, and one that is set back by years everything."""
+    return abs(now_ms - at_ms) >= age_ms

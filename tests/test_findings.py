@@ -1,0 +1,107 @@
+"""What audits add up to: how often, of how many clients, and when this node suspects itself."""
+
+import pytest
+
+from hyperspace_vllm.core.peers.findings import (
+    DOUBTED_MIN,
+    FINDING_EVERY_MS,
+    FINDINGS_MIN,
+    KEPT_MS,
+    PASS_EVERY_MS,
+    SOURCES_MAX,
+    Findings,
+)
+from hyperspace_vllm.core.records.limits import PEERS_KNOWN_MAX
+
+A, B, C, D, E = (bytes([number]) * 32 for number in range(5))
+GAP_MS = FINDING_EVERY_MS
+
+
+@pytest.mark.parametrize(
+    ("found", "convicted"),
+    [
+        ([(b"1", 0)], False),
+        ([(b"1", 0), (b"2", GAP_MS), (b"3", 2 * GAP_MS)], True),
+        ([(b"1", 0), (b"1", GAP_MS), (b"1", 2 * GAP_MS), (b"1", 3 * GAP_MS)], False),
+        ([(b"1", 0), (b"2", GAP_MS), (b"1", 2 * GAP_MS), (b"2", 3 * GAP_MS)], False),
+        ([(b"1", 0), (b"2", 1), (b"3", 2), (b"4", 3)], False),
+        ([(b"1", 0), (b"2", 1), (b"2", GAP_MS), (b"3", GAP_MS + 1), (b"3", 2 * GAP_MS)], True),
+        ([(b"1", 0), (b"2", GAP_MS), (b"3", KEPT_MS)], False),
+        ([(b"1", 0), (b"2", KEPT_MS - GAP_MS), (b"3", KEPT_MS - 1)], False),
+        ([(b"1", 0), (b"2", KEPT_MS - 2 * GAP_MS), (b"3", KEPT_MS - GAP_MS)], True),
+    ],
+)
+def test_a_conviction_takes_findings_of_different_clients_over_time(
+    found: list[tuple[bytes, int]], convicted: bool
+) -> None:
+    findings = Findings()
+    *earlier, last = [findings.found(A, source, at_ms) for source, at_ms in found]
+    assert not any(earlier)
+    assert last is convicted
+
+
+def test_findings_of_one_signer_say_nothing_of_another() -> None:
+    findings = Findings()
+    assert not any(findings.found(signer, b"%d" % number, number * GAP_MS) for number in range(2) for signer in (A, B))
+
+
+def test_a_pass_counts_once_an_hour_for_each_client() -> None:
+    findings = Findings()
+    assert findings.passed(A, b"1", 0)
+    assert not findings.passed(A, b"1", PASS_EVERY_MS - 1)
+    assert findings.passed(A, b"2", 0)
+    assert findings.passed(B, b"1", 0)
+    assert findings.passed(A, b"1", PASS_EVERY_MS)
+
+
+@pytest.mark.parametrize(
+    ("disagrees", "agrees", "doubts"),
+    [
+        ((), (A,), False),
+        ((A, B), (), False),
+        ((A, B, C), (), True),
+        ((A, B, C), (D,), True),
+        ((A, B, C), (C, D), True),
+        ((A, B, C), (D, E, bytes(31)), False),
+    ],
+)
+def test_a_node_suspects_itself_where_it_disagrees_with_several_and_with_most(
+    disagrees: tuple[bytes, ...], agrees: tuple[bytes, ...], doubts: bool
+) -> None:
+    findings = Findings()
+    for signer in agrees:
+        findings.passed(signer, b"1", 0)
+    for signer in disagrees:
+        findings.found(signer, b"1", 0)
+    assert findings.doubts_itself(KEPT_MS - 1) is doubts
+    assert not findings.doubts_itself(KEPT_MS)
+
+
+def test_who_doubts_itself_convicts_once_others_agree_with_it_again() -> None:
+    findings = Findings()
+    for number in range(FINDINGS_MIN):
+        for signer in (A, B, C)[:DOUBTED_MIN]:
+            assert not findings.found(signer, b"%d" % number, number * GAP_MS) or signer == A
+    assert findings.doubts_itself(FINDINGS_MIN * GAP_MS)
+    for number in range(DOUBTED_MIN):
+        findings.passed(bytes([100 + number]) * 32, b"1", FINDINGS_MIN * GAP_MS)
+    assert findings.found(A, b"9", FINDINGS_MIN * GAP_MS)
+
+
+def test_a_clock_set_back_a_little_forgets_nothing_and_set_back_by_years_everything() -> None:
+    findings = Findings()
+    for signer in (A, B, C):
+        findings.found(signer, b"1", 10 * KEPT_MS)
+    assert findings.doubts_itself(10 * KEPT_MS - 1_000)
+    assert not findings.doubts_itself(0)
+
+
+def test_signers_and_sources_are_bounded() -> None:
+    findings = Findings()
+    for number in range(SOURCES_MAX + 10):
+        findings.passed(A, number.to_bytes(2, "big"), 0)
+    assert len(findings._signers[A].passed_ms) == SOURCES_MAX
+    for number in range(PEERS_KNOWN_MAX):
+        findings.passed((1 + number).to_bytes(32, "big"), b"1", 0)
+    assert len(findings._signers) == PEERS_KNOWN_MAX
+    assert A not in findings._signers
