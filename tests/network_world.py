@@ -5,6 +5,7 @@ No time passes but what a test lets pass; messages arrive at once, in order, exc
 
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -40,6 +41,7 @@ from hyperspace_vllm.core.node.network_events import (
     ResponseStored,
     ResponseWanted,
 )
+from hyperspace_vllm.core.peers.gossip_gate import GossipGate, Verdict
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import NetworkId, PeerId, network_id, peer_id, sha256
 from hyperspace_vllm.core.records.limits import PEER_RECORD_TTL_MS, RESPONSE_TTL_MS
@@ -113,6 +115,18 @@ def make_node(
 def only(effects: list[NetworkEffect], kind: type) -> list:  # type: ignore[type-arg]
     """The effects of one kind."""
     return [effect for effect in effects if isinstance(effect, kind)]
+
+
+class OpenGate(GossipGate):
+    """Lets all gossip through, to test what is under it and beside it."""
+
+    def __init__(self) -> None:
+        super().__init__(NETWORK, NOW_MS)
+
+    def judge(
+        self, link: PeerId, topic: str, author: PeerId, payload: bytes, signed: Callable[[], bool], now_ms: int
+    ) -> Verdict:
+        return Verdict.ACCEPT
 
 
 @dataclass

@@ -24,14 +24,25 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from nacl.signing import SigningKey
 
+from hyperspace_vllm.core.peers.gossip_gate import BURST_S, GossipGate
+from hyperspace_vllm.core.peers.standing import Rank, Standing
+from hyperspace_vllm.core.records.announcement import (
+    RESPONSE_TOPIC,
+    Announcement,
+    ResponseEntry,
+    decode_announcement,
+    encode_announcement,
+)
 from hyperspace_vllm.core.records.ids import PeerId, peer_id
-from hyperspace_vllm.core.records.limits import STREAM_FRAME_BYTES_MAX, MiB
+from hyperspace_vllm.core.records.limits import GOSSIP_OF_AUTHOR_PER_S, RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX, MiB
 from hyperspace_vllm.daemon import libp2p_dht, libp2p_gossip, libp2p_node, libp2p_streams, libp2p_swarm, libp2p_yamux
 from hyperspace_vllm.daemon.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.libp2p_mdns import peers_in
 from hyperspace_vllm.daemon.libp2p_node import Libp2pNode, NodeSettings, dht_key, reachable_hosts, split_address
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from hyperspace_vllm.daemon.token_bucket import TokenBucket
+
+from .network_world import NETWORK, OpenGate
 
 pytestmark = pytest.mark.io
 PROTOCOL = "/hyperspace/cache/1.0.0"
@@ -41,11 +52,21 @@ TOPIC = "hyperspace/test"
 class Member:
     """A host with a handler that notes what happens and answers with what it was asked."""
 
-    def __init__(self, network_key: bytes | None = None, mdns: bool = False, listen: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self,
+        network_key: bytes | None = None,
+        mdns: bool = False,
+        listen: str = "127.0.0.1:0",
+        topic: str = TOPIC,
+        gate: GossipGate | None = None,
+    ) -> None:
         self.key = SigningKey.generate()
         self.peer = peer_id(self.key.verify_key.encode())
-        self.host = Libp2pHost(self.key, listen, network_key, mdns, (PROTOCOL,), (TOPIC,), self)
+        self.topic = topic
+        self.gate = gate or OpenGate()
+        self.host = Libp2pHost(self.key, listen, network_key, mdns, (PROTOCOL,), (topic,), self, self.gate)
         self.gossip: list[tuple[PeerId, bytes]] = []
+        self.spoilers: list[PeerId] = []
         self.changes: list[tuple[PeerId, bool]] = []
         self.discovered: dict[PeerId, str] = {}
         self.answer: Callable[[bytes], Awaitable[bytes | None]] = self.echo
@@ -63,8 +84,11 @@ class Member:
             self.answering -= 1
 
     def on_gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
-        assert topic == TOPIC
+        assert topic == self.topic
         self.gossip.append((relay, payload))
+
+    def on_gossip_spoiled(self, relay: PeerId) -> None:
+        self.spoilers.append(relay)
 
     def on_connected(self, peer: PeerId) -> None:
         self.changes.append((peer, True))
@@ -131,6 +155,9 @@ class Silent:
         return None
 
     def gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
+        pass
+
+    def gossip_spoiled(self, relay: PeerId) -> None:
         pass
 
     def peer_changed(self, peer: PeerId, host: str | None) -> None:
@@ -412,26 +439,83 @@ async def test_a_burst_is_not_lost(members: Members) -> None:
     await until(lambda: len(b.gossip) == 100)
 
 
-async def test_a_neighbours_flood_is_cut_off_and_others_still_pass(members: Members) -> None:
-    a, b = await members(2)
-    await meshed(a, b)
+def announcement(author: Member, number: int) -> bytes:
+    at_ms = time.time_ns() // 1_000_000
+    entries = (ResponseEntry(number.to_bytes(32, "big"), at_ms + RESPONSE_TTL_MS),)
+    return encode_announcement(
+        Announcement(NETWORK, author.key.verify_key.encode(), number, at_ms, entries), author.key
+    )
 
-    async def flood(node: Libp2pNode, victim: ID) -> None:
-        await trio.sleep(1.5)  # until the mesh has taken it in
-        for number in range(1000):
-            await node.publish(TOPIC, b"flood" + number.to_bytes(4, "big"))
-            if number % 50 == 0:
-                await trio.sleep(0.02)
-        with suppress(Exception):
-            await node.publish(TOPIC, bytes(libp2p_gossip.GOSSIP_BYTES_MAX + 1))
-        await trio.sleep(0.5)
 
-    await attack(a, flood)
-    flooded = [payload for _, payload in a.gossip if payload.startswith(b"flood")]
-    assert 0 < len(flooded) < libp2p_gossip.GOSSIP_BURST + 6 * libp2p_gossip.GOSSIP_PER_S
-    assert all(len(payload) <= libp2p_gossip.GOSSIP_BYTES_MAX for _, payload in a.gossip)
-    b.host.publish(TOPIC, b"hello")
-    await until(lambda: (b.peer, b"hello") in a.gossip)
+def numbers_heard(member: Member, author: Member) -> list[int]:
+    batches = [decode_announcement(payload) for _, payload in member.gossip]
+    return [batch.sequence for batch in batches if batch.sender == author.key.verify_key.encode()]
+
+
+async def test_rubbish_of_strangers_is_not_passed_on_and_costs_a_neighbour_none_of_its_own_announcements(
+    members: Members,
+) -> None:
+    """Who relays for eight strangers that say what doesn't decode is heard, and they are not."""
+    gates = [GossipGate(NETWORK, 0) for _ in range(3)]
+    a, b, c = [(await members(1, topic=RESPONSE_TOPIC, gate=gate))[0] for gate in gates]
+    for gate in gates:
+        gate.authors = {each.peer: Standing(Rank.MET, "127.0.0.1") for each in (a, b, c)}
+    await a.meet(b, c)
+    sent = 0
+
+    def speak() -> list[int]:
+        nonlocal sent
+        sent += 1
+        b.host.publish(RESPONSE_TOPIC, announcement(b, sent))
+        return numbers_heard(c, b)
+
+    async def flood(stranger: Member) -> None:
+        while True:
+            stranger.host.publish(RESPONSE_TOPIC, secrets.token_bytes(100))
+            await asyncio.sleep(1 / 40)
+
+    await until(speak)
+    strangers = await members(8, meet=False, topic=RESPONSE_TOPIC)
+    for stranger in strangers:
+        await stranger.meet(b)
+    floods = [asyncio.create_task(flood(stranger)) for stranger in strangers]
+    try:
+        await until(lambda: len(set(b.spoilers)) >= 3)  # the mesh takes no more of them
+        first = sent + 1
+        for _ in range(40):
+            speak()
+            await asyncio.sleep(0.1)
+        for listener in (a, c):
+            await until(lambda: set(range(first, first + 40)) <= set(numbers_heard(listener, b)))  # noqa: B023
+            assert len(listener.gossip) == len(numbers_heard(listener, b))
+            assert listener.spoilers == []
+        assert set(b.spoilers) <= {stranger.peer for stranger in strangers}
+    finally:
+        for each in floods:
+            each.cancel()
+
+
+async def test_an_authors_flood_is_cut_off_at_its_allowance_and_others_still_pass(members: Members) -> None:
+    gate = GossipGate(NETWORK, 0)
+    (a,) = await members(1, topic=RESPONSE_TOPIC, gate=gate)
+    b, flooder = await members(2, meet=False, topic=RESPONSE_TOPIC)
+    gate.authors = {each.peer: Standing(Rank.MET, each.peer) for each in (b, flooder)}
+    await a.meet(b, flooder)
+    for number in range(1, 10_000):
+        flooder.host.publish(RESPONSE_TOPIC, announcement(flooder, number))
+        b.host.publish(RESPONSE_TOPIC, announcement(b, number))
+        await asyncio.sleep(0.02 if numbers_heard(a, flooder) else 0.1)
+        if number > 100 and len(numbers_heard(a, flooder)) > 10 and len(numbers_heard(a, b)) > 10:
+            break
+    began = time.monotonic()
+    for number in range(10_000, 12_000):
+        await until(lambda: flooder.host.publish(RESPONSE_TOPIC, announcement(flooder, number)))  # noqa: B023
+    b.host.publish(RESPONSE_TOPIC, announcement(b, 20_000))
+    await until(lambda: 20_000 in numbers_heard(a, b))
+    took_s = time.monotonic() - began
+    allowed = GOSSIP_OF_AUTHOR_PER_S * (BURST_S + took_s) + 100
+    assert len([number for number in numbers_heard(a, flooder) if number >= 10_000]) <= allowed < 2_000
+    assert a.spoilers == []
 
 
 def test_a_bucket_lets_pass_a_burst_and_then_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -875,18 +959,7 @@ def test_the_library_is_the_one_that_was_read() -> None:
 )
 def test_every_overridden_method_is_still_the_librarys(ours: type) -> None:
     new = {
-        *(
-            "live",
-            "host_of",
-            "drop",
-            "close_sockets",
-            "_handshaking",
-            "forget",
-            "_may_pass",
-            "_deliver",
-            "renew",
-            "_tell",
-        ),
+        *("live", "host_of", "drop", "close_sockets", "_handshaking", "forget", "_least", "renew", "_tell"),
         *("_forget", "_ask_closer", "_query", "_walk", "_learn_addresses"),
     }
     for name, value in vars(ours).items():

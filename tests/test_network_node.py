@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hyperspace_vllm.core.node.network import LOOKUPS_MAX, REQUESTS_MAX, NetworkNode
 from hyperspace_vllm.core.node.network_effects import (
     AnswerResponse,
+    AuthorsChanged,
     ChargePeer,
     Connect,
     Disconnect,
@@ -35,6 +36,7 @@ from hyperspace_vllm.core.node.network_events import (
     DeltasImported,
     DeltasRefused,
     GossipReceived,
+    GossipSpoiled,
     NetworkEvent,
     NetworkTick,
     PeerConnected,
@@ -54,6 +56,7 @@ from hyperspace_vllm.core.node.network_events import (
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
 from hyperspace_vllm.core.peers.membership import DIALS_MAX
 from hyperspace_vllm.core.peers.patience import LENT_MAX_MS, LENT_SHARE
+from hyperspace_vllm.core.peers.standing import Rank, Standing
 from hyperspace_vllm.core.records.announcement import (
     RESPONSE_TOPIC,
     Announcement,
@@ -648,6 +651,22 @@ def test_in_a_network_without_a_key_only_those_who_greeted_are_heard() -> None:
     asked(node, Greet(Identity(1).record(network_key=None)))
     node.handle(gossip(1, "a", 2, NOW_MS), NOW_MS)
     assert node.providers(response("a"), NOW_MS) == (Identity(1).peer,)
+
+
+def test_whose_gossip_is_taken_is_told_when_it_changes() -> None:
+    node = make_node(listed=(4,))
+    listed = (Identity(4).peer, Standing(Rank.LISTED, ""))
+    assert only(node.start(NOW_MS), AuthorsChanged) == [AuthorsChanged((listed,))]
+    effects = node.handle(PeerConnected(Identity(1).peer, "192.0.2.1"), NOW_MS)
+    effects += node.handle(RequestReceived(1, Identity(1).peer, Greet(Identity(1).record())), NOW_MS)
+    met = (Identity(1).peer, Standing(Rank.MET, "192.0.2.1"))
+    assert only(effects, AuthorsChanged) == [AuthorsChanged((listed, met))]
+
+
+def test_a_neighbour_that_passes_on_rubbish_is_charged_and_disconnected() -> None:
+    node, peer = make_node(), Identity(1).peer
+    node.handle(PeerConnected(peer, Identity(1).host), NOW_MS)
+    assert node.handle(GossipSpoiled(peer), NOW_MS) == [ChargePeer(peer, "invalid_gossip"), Disconnect(peer)]
 
 
 def test_gossip_that_is_garbage_harms_nobody() -> None:

@@ -42,6 +42,7 @@ from hyperspace_vllm.daemon.network_driver import NetworkDriver
 from hyperspace_vllm.daemon.response_lookups import FoundResponse
 
 from .network_nodes import MODEL, NetworkedNode, body_of, private_network, request_key, until
+from .network_world import OpenGate
 
 pytestmark = [pytest.mark.io, pytest.mark.timeout(2_400)]
 
@@ -166,12 +167,14 @@ class Listener:
 
     def on_discovered(self, peer: PeerId, address: str) -> None: ...
 
+    def on_gossip_spoiled(self, relay: PeerId) -> None: ...
+
 
 async def test_a_listener_on_everything_learns_no_prompt_no_response_and_no_key(nodes: list[NetworkedNode]) -> None:
     signing_key, key, listener = SigningKey.generate(), network_key(nodes), Listener()
     public_key = signing_key.verify_key.encode()
     topics, protocols = (RESPONSE_TOPIC, PREFIX_TOPIC), (CACHE_PROTOCOL, PEERS_PROTOCOL)
-    host = Libp2pHost(signing_key, "127.0.0.1:0", key, False, protocols, topics, listener)
+    host = Libp2pHost(signing_key, "127.0.0.1:0", key, False, protocols, topics, listener, OpenGate())
     await host.start()
     try:
         peers = [address_of(node) for node in nodes]

@@ -17,21 +17,25 @@ from hyperspace_vllm.cli import main
 from hyperspace_vllm.core.node.network import NetworkNode
 from hyperspace_vllm.core.node.network_effects import AnswerResponse, ChargePeer, NetworkEffect, PeersChanged, Reply
 from hyperspace_vllm.core.node.network_events import NetworkEvent
+from hyperspace_vllm.core.peers.gossip_gate import BURST_S, message_cost
 from hyperspace_vllm.core.records.ids import NetworkId, RequestKey
-from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
+from hyperspace_vllm.core.records.limits import GOSSIP_OF_AUTHOR_PER_S, RESPONSE_TTL_MS
 from hyperspace_vllm.core.records.peer_wire import Hit
 from hyperspace_vllm.core.records.sealing import open_response
 from hyperspace_vllm.core.response.cache_proof import decode_proof
 from hyperspace_vllm.core.response.exchange import Opened
 from hyperspace_vllm.sim import host as sim_host
 from hyperspace_vllm.sim.agenda import Agenda
+from hyperspace_vllm.sim.fleet import Fleet
 from hyperspace_vllm.sim.network import BREAK_MS, Network
 from hyperspace_vllm.sim.responses import Response, Shelf
 from hyperspace_vllm.sim.run import Result, run
-from hyperspace_vllm.sim.scenarios import SCENARIOS
+from hyperspace_vllm.sim.scenarios import RUN_MS, SCENARIOS, build
+from hyperspace_vllm.sim.signatures import remembered_verdicts
 
 NODES = 20
-NAMES = list(SCENARIOS)
+ATTACKS = ("inventors", "gossip_flood")
+NAMES = [name for name in SCENARIOS if name not in ATTACKS]
 RUNS = [(NAMES[seed % len(NAMES)], seed) for seed in range(50)]
 HIT_RATE_MIN = 0.93  # of one run; the mean is far above
 
@@ -87,6 +91,33 @@ def test_a_seed_replays_its_run_to_the_last_byte_whatever_the_hash_seed(scenario
 
 def test_another_seed_is_another_run() -> None:
     assert run("cold_start", 5, 1).trace_digest != run("cold_start", 5, 2).trace_digest
+
+
+@pytest.mark.parametrize("scenario", ATTACKS)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_attack_costs_the_honest_two_in_a_hundred_hits_at_most(scenario: str, seed: int) -> None:
+    attacked, alone = run(scenario, 10, seed), run(scenario, 10, seed, with_liars=False)
+    assert attacked.violations == alone.violations == ()
+    assert attacked.requests > 50
+    assert attacked.hit_rate >= alone.hit_rate - 0.02
+
+
+def test_what_honest_nodes_announce_reaches_the_others_through_a_flood_and_the_flood_does_not() -> None:
+    def flooded(with_liars: bool) -> tuple[float, Fleet]:
+        with remembered_verdicts():
+            fleet = build(SCENARIOS["gossip_flood"], 10, 1, with_liars)
+            fleet.agenda.run(RUN_MS)
+        published = sum(fleet.gossip.published[host.number] for host in fleet.honest)
+        assert published > 50
+        return sum(fleet.gossip.reached[host.number] for host in fleet.honest) / published, fleet
+
+    attacked, fleet = flooded(with_liars=True)
+    alone, _ = flooded(with_liars=False)
+    assert attacked >= 0.95 * alone
+    (flooder,) = (host.number for host in fleet.hosts if host.liar is not None)
+    allowed = GOSSIP_OF_AUTHOR_PER_S * (RUN_MS / 1000 + BURST_S) / message_cost(0)
+    others = len(fleet.honest)
+    assert fleet.gossip.reached[flooder] <= allowed * others < fleet.gossip.published[flooder] * others / 1.5
 
 
 # --- the checkers notice -------------------------------------------------------------------------
@@ -280,7 +311,7 @@ def test_the_command_prints_a_table_and_says_which_scenarios_there_are(capsys: p
     assert "cold_start" in capsys.readouterr().out
     assert main(["sim", "--scenario", "sunny_day"]) == 2
     told = capsys.readouterr().err
-    assert all(name in told for name in NAMES)
+    assert all(name in told for name in SCENARIOS)
 
 
 def test_the_command_fails_when_something_was_violated(

@@ -19,6 +19,7 @@ from pathlib import Path
 from ..config import Config
 from ..core.node.network import NetworkNode, NetworkOptions
 from ..core.node.network_events import AnswerAudited, RowsStored, ServedChanged
+from ..core.peers.gossip_gate import GossipGate
 from ..core.peers.trust import Trust
 from ..core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
 from ..core.records.ids import PeerId, RequestKey, RowId, network_id, public_key_of
@@ -236,7 +237,10 @@ class Network:
             parts.callback(responses.close)
         relay = _Relay()
         topics, protocols = (RESPONSE_TOPIC, PREFIX_TOPIC), (CACHE_PROTOCOL, PEERS_PROTOCOL)
-        host = Libp2pHost(identity.signing_key, config.p2p_listen, self._key, config.mdns, protocols, topics, relay)
+        gate = GossipGate(self._network, _now_ms())
+        host = Libp2pHost(
+            identity.signing_key, config.p2p_listen, self._key, config.mdns, protocols, topics, relay, gate
+        )
         parts.push_async_callback(host.close)
         choose = "choose an address and a free port of this machine (HYPERSPACE_P2P_LISTEN)"
         with needed(f"p2p_listen = {config.p2p_listen!r}", choose):
@@ -264,7 +268,7 @@ class Network:
         node = NetworkNode(options, identity.signing_key, self.trust, random.Random(), _now_ms())
         scope: Scope = "public" if config.share == "public" else "network"
         driver = NetworkDriver(
-            node, self._network, self.trust, store, responses, documents, redis, self._metrics, tell, scope
+            node, self._network, self.trust, store, responses, documents, redis, self._metrics, tell, scope, gate
         )
         driver.clients, driver.host, relay.driver = clients, host, driver
         self._metrics.connected_peers.set_function(lambda: len(host.connected))
@@ -306,6 +310,10 @@ class _Relay:
     def on_gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
         if self.driver:
             self.driver.on_gossip(topic, relay, payload)
+
+    def on_gossip_spoiled(self, relay: PeerId) -> None:
+        if self.driver:
+            self.driver.on_gossip_spoiled(relay)
 
     def on_connected(self, peer: PeerId) -> None:
         if self.driver:

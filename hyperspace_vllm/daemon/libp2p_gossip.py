@@ -1,12 +1,13 @@
-"""GossipSub for py-libp2p: our topics only, with a bound for each neighbour instead of the library's.
+"""GossipSub for py-libp2p: our topics only, and messages that the core's gate lets through, instead of all.
 
 The library passes ten messages a second and peer, loses bursts of more than 32 without a word, keeps a time stamp for
 every message and an entry for every topic that anybody names, and connects to whomever a PRUNE lists.
 """
 
 import logging
+import random
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from libp2p.abc import IHost
@@ -18,21 +19,18 @@ from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.rpc_queue import RpcQueue
 from libp2p.pubsub.utils import maybe_consume_signed_record
 
+from ..core.peers.standing import Standing, who_goes
 from ..core.records.limits import KiB, MiB
 from .libp2p_swarm import PEER_ENVELOPE_BYTES_MAX, PEER_ID_BYTES_MAX, PEERS_KEPT_MAX
-from .token_bucket import TokenBucket
 
 GOSSIP_BYTES_MAX = 64 * KiB
 GOSSIP_RPC_BYTES_MAX = 256 * KiB
-GOSSIP_PER_S = 50.0  # new messages of one neighbour
-GOSSIP_BURST = 200.0
-GOSSIP_BYTES_PER_S = 1.0 * MiB
-GOSSIP_BYTES_BURST = 4.0 * MiB
 GOSSIP_QUEUE_MAX = 128
 GOSSIP_QUEUE_BYTES_MAX = 2 * MiB
 CONTROL_ENTRIES_MAX = 64
 CONTROL_IDS_MAX = 1_000
 HEARTBEAT_S = 1
+CANDIDATES_MAX = 1_000  # for a place in a mesh: all who are connected
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +59,13 @@ class GossipQueue(RpcQueue):
 
 
 class NodeGossip(GossipSub):
-    """GossipSub 1.1 on our topics only; peer exchange and adaptive features off."""
+    """GossipSub 1.1 on our topics only; peer exchange and adaptive features off.
 
-    def __init__(self, topics: frozenset[str]) -> None:
+    The library fills and thins a mesh by lot, so that eight strangers take most of its places: here those with a better
+    `standing` come and stay first, and of equals those of the host that has fewest.
+    """
+
+    def __init__(self, topics: frozenset[str], standing: Callable[[ID], Standing]) -> None:
         super().__init__(
             protocols=[TProtocol("/meshsub/1.1.0")],
             # Of 6, 4 and 12 as usual a network of ten sends every message eight times, at 0.4 ms a copy; what a sparse
@@ -74,11 +76,28 @@ class NodeGossip(GossipSub):
             heartbeat_interval=HEARTBEAT_S,
             do_px=False,
             adaptive_gossip_enabled=False,
-            spam_protection_enabled=False,  # ten messages a second; TokenBucket bounds neighbours instead
+            spam_protection_enabled=False,  # ten messages a second; GossipGate bounds authors instead
             eclipse_protection_enabled=False,
             max_pending_messages_per_peer=8,
         )
         self._topics = topics
+        self._standing = standing
+
+    def _select_peers_for_pruning(self, topic: str, num_to_prune: int) -> list[ID]:
+        return self._least(self.mesh[topic], len(self.mesh[topic]) - num_to_prune)
+
+    def _get_in_topic_gossipsub_peers_from_minus(
+        self, topic: str, num_to_select: int, minus: Iterable[ID], backoff_check: bool = False
+    ) -> list[ID]:
+        pool = super()._get_in_topic_gossipsub_peers_from_minus(topic, CANDIDATES_MAX, minus, backoff_check)
+        left_out = self._least(pool, num_to_select)
+        return [peer_id for peer_id in pool if peer_id not in left_out]
+
+    def _least(self, peers: Iterable[ID], room: int) -> list[ID]:
+        """Those who have to go for `room` to stay."""
+        held = [(peer_id, self._standing(peer_id), 1) for peer_id in peers]
+        random.shuffle(held)
+        return who_goes(held, max(room, 0), len(held))
 
     async def handle_rpc(self, rpc: rpc_pb2.RPC, sender_peer_id: ID) -> None:
         """Handle a neighbour's control messages, as far as they are about our topics and not too many."""
@@ -107,10 +126,15 @@ class NodeGossip(GossipSub):
 
 
 class NodePubsub(Pubsub):
-    """Messages of bounded size and rate, on our topics, handed to `on_message(topic, relay, payload)`."""
+    """Messages on our topics that `judge` accepts, handed to `on_message(topic, relay, payload)` and passed on."""
 
     def __init__(
-        self, host: IHost, router: NodeGossip, topics: frozenset[str], on_message: Callable[[str, ID, bytes], None]
+        self,
+        host: IHost,
+        router: NodeGossip,
+        topics: frozenset[str],
+        judge: Callable[[ID, rpc_pb2.Message], bool],
+        on_message: Callable[[str, ID, bytes], None],
     ) -> None:
         super().__init__(
             host,
@@ -121,26 +145,24 @@ class NodePubsub(Pubsub):
             allowed_topics=topics,
         )
         self._topics = topics
-        self._buckets: dict[ID, tuple[TokenBucket, TokenBucket]] = {}
+        self._judge = judge
         self._greeting: set[ID] = set()
         self._on_message = on_message
-        for topic in topics:
-            self.set_topic_validator(topic, self._deliver, False)
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
-        """Take a message from a neighbour (or ourselves), check it, deliver it and pass it on."""
+        """Take a message from a neighbour (or ourselves), deliver it and pass it on, if it is accepted."""
         if not self._is_subscribed_to_msg(msg):
             return
-        if msg_forwarder != self.my_id and not self._may_pass(msg_forwarder, len(msg.data)):
-            return
-        try:
-            await super().push_msg(msg_forwarder, msg)
-        except Exception as error:
-            logger.debug("message from %s refused: %r", msg_forwarder, error)
+        if msg_forwarder != self.my_id:
+            if ID(msg.from_id) == self.my_id or not self._judge(msg_forwarder, msg):
+                return
+            self._on_message(msg.topicIDs[0], msg_forwarder, bytes(msg.data))
+        # The library's goes on with checks that the judge has made, and keeps each verdict for minutes.
+        self._mark_msg_seen(msg)
+        await self.router.publish(msg_forwarder, msg)
 
     def forget(self, peer_id: ID) -> None:
         """The neighbour is gone."""
-        self._buckets.pop(peer_id, None)
         self._handle_dead_peer(peer_id)
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
@@ -160,19 +182,6 @@ class NodePubsub(Pubsub):
 
     def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
         """Nobody reads the library's queues of 32."""
-
-    def _may_pass(self, peer_id: ID, size: int) -> bool:
-        buckets = self._buckets.get(peer_id)
-        if buckets is None:
-            buckets = TokenBucket(GOSSIP_PER_S, GOSSIP_BURST), TokenBucket(GOSSIP_BYTES_PER_S, GOSSIP_BYTES_BURST)
-            self._buckets[peer_id] = buckets
-        return buckets[0].take(1) and buckets[1].take(size)
-
-    def _deliver(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> bool:
-        # Called once a message, after its signature was checked; tells who passed it on, which a subscription doesn't.
-        if msg_forwarder != self.my_id and ID(msg.from_id) != self.my_id:
-            self._on_message(msg.topicIDs[0], msg_forwarder, bytes(msg.data))
-        return True
 
 
 class _Once:

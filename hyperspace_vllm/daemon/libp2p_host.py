@@ -21,6 +21,7 @@ from typing import Protocol, TypeVar
 import trio
 from nacl.signing import SigningKey
 
+from ..core.peers.gossip_gate import GossipGate
 from ..core.records.ids import PeerId, peer_id
 from ..core.records.limits import STREAM_FRAME_BYTES_MAX
 from .libp2p_mdns import Mdns
@@ -47,7 +48,10 @@ class HostHandler(Protocol):
         """The answer to a peer's request; None resets the stream."""
 
     def on_gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
-        """A message came on one of the topics through a neighbour, who need not be its author."""
+        """A message came on one of the topics through a neighbour, who need not be its author; the gate accepted it."""
+
+    def on_gossip_spoiled(self, relay: PeerId) -> None:
+        """A neighbour passed on more invalid messages than an honest one does."""
 
     def on_connected(self, peer: PeerId) -> None:
         """The first connection to a peer is open."""
@@ -73,11 +77,12 @@ class Libp2pHost:
         protocols: tuple[str, ...],
         topics: tuple[str, ...],
         handler: HostHandler,
+        gate: GossipGate | None = None,
     ) -> None:
-        """`network_key` is 32 bytes: without it nobody gets as far as a handshake."""
+        """`network_key` is 32 bytes: no handshake begins without it; without `gate` no gossip is heard."""
         assert network_key is None or len(network_key) == 32
         self.address = listen
-        self._settings = NodeSettings(signing_key, listen, network_key, protocols, topics)
+        self._settings = NodeSettings(signing_key, listen, network_key, protocols, topics, gate)
         self._mdns_wanted = mdns
         self._mdns: Mdns | None = None
         self._handler = handler
@@ -384,6 +389,9 @@ class _Events:
             self._host.handler.on_gossip(topic, relay, payload)
 
         self._inbox.put(deliver)
+
+    def gossip_spoiled(self, relay: PeerId) -> None:
+        self._inbox.put(lambda: self._host.handler.on_gossip_spoiled(relay))
 
     async def answer(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None:
         token = trio.lowlevel.current_trio_token()

@@ -24,13 +24,16 @@ from libp2p.custom_types import TProtocol
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.pubsub.validators import signature_validator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from multiaddr import Multiaddr
 from nacl.signing import SigningKey
 
+from ..core.peers.gossip_gate import GossipGate, Verdict
 from ..core.records.errors import ProtocolViolation
-from ..core.records.ids import PeerId, public_key_of, sha256
+from ..core.records.ids import NetworkId, PeerId, public_key_of, sha256
 from . import libp2p_swarm as swarm
 from .libp2p_dht import NodeDht
 from .libp2p_gossip import NodeGossip, NodePubsub
@@ -55,6 +58,7 @@ class NodeSettings:
     network_key: bytes | None
     protocols: tuple[str, ...]
     topics: tuple[str, ...]
+    gate: GossipGate | None = None  # without one no author is known, and no gossip heard
 
 
 class NodeEvents(Protocol):
@@ -62,6 +66,7 @@ class NodeEvents(Protocol):
 
     async def answer(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None: ...
     def gossip(self, topic: str, relay: PeerId, payload: bytes) -> None: ...
+    def gossip_spoiled(self, relay: PeerId) -> None: ...
     def peer_changed(self, peer: PeerId, host: str | None) -> None: ...  # None: it has gone
 
 
@@ -142,8 +147,9 @@ class Libp2pNode:
         self._swarm.set_stream_handler(_guarded(self._host._swarm_stream_handler))
         self._dht = NodeDht(self._host)
         self._host.dht = self._dht
-        self._gossip = NodeGossip(topics)
-        self._pubsub = NodePubsub(self._host, self._gossip, topics, self._on_message)
+        self._gate = settings.gate or GossipGate(NetworkId(bytes(32)), 0)
+        self._gossip = NodeGossip(topics, lambda peer_id: self._gate.standing(PeerId(peer_id.to_base58())))
+        self._pubsub = NodePubsub(self._host, self._gossip, topics, self._judge, self._on_message)
         self._topics = settings.topics
         self._listen = settings.listen
         self._asker = Asker(self._host, lambda peer_id: bool(self._swarm.live(peer_id)))
@@ -233,10 +239,20 @@ class Libp2pNode:
         if not connected:
             self._asker.forget(peer_id)
             self._pubsub.forget(peer_id)
+            self._gate.forget(PeerId(peer_id.to_base58()))
             self._dht.routing_table.remove_peer(peer_id)
         peer = PeerId(peer_id.to_base58())
         if _is_node(peer):
             self._events.peer_changed(peer, self._swarm.host_of(peer_id) if connected else None)
+
+    def _judge(self, link: ID, msg: rpc_pb2.Message) -> bool:
+        relay, author = PeerId(link.to_base58()), PeerId(ID(msg.from_id).to_base58())
+        verdict = self._gate.judge(
+            relay, msg.topicIDs[0], author, msg.data, lambda: signature_validator(msg), time.time_ns() // 1_000_000
+        )
+        if verdict is Verdict.MUTE:
+            self._events.gossip_spoiled(relay)
+        return verdict is Verdict.ACCEPT
 
     def _on_message(self, topic: str, relay: ID, payload: bytes) -> None:
         self._events.gossip(topic, PeerId(relay.to_base58()), payload)

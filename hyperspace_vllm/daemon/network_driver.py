@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, assert_never
 from ..core.node.network import NetworkNode
 from ..core.node.network_effects import (
     AnswerResponse,
+    AuthorsChanged,
     ChargePeer,
     Connect,
     Disconnect,
@@ -36,6 +37,7 @@ from ..core.node.network_events import (
     ConnectFailed,
     DeltasRefused,
     GossipReceived,
+    GossipSpoiled,
     NetworkEvent,
     NetworkTick,
     PeerConnected,
@@ -51,6 +53,7 @@ from ..core.node.network_events import (
     ResponsesUsed,
     ResponseWanted,
 )
+from ..core.peers.gossip_gate import GossipGate
 from ..core.peers.trust import Trust
 from ..core.peers.vram_digest import approximate_count
 from ..core.records.errors import ProtocolViolation, Refused
@@ -129,6 +132,7 @@ class NetworkDriver:
         metrics: Metrics,
         on_peers: Callable[[tuple[PeerRecord, ...]], None],
         scope: Scope,
+        gate: GossipGate,
     ) -> None:
         self._node = node
         self._network = network
@@ -140,6 +144,7 @@ class NetworkDriver:
         self._metrics = metrics
         self._on_peers = on_peers
         self._scope = scope
+        self._gate = gate
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -270,6 +275,10 @@ class NetworkDriver:
         """A message on one of the topics."""
         self.submit(GossipReceived(topic, relay, payload))
 
+    def on_gossip_spoiled(self, relay: PeerId) -> None:
+        """A neighbour passed on too much that is invalid."""
+        self.submit(GossipSpoiled(relay))
+
     def on_connected(self, peer: PeerId) -> None:
         """A connection is open."""
         self.submit(PeerConnected(peer, self.host.host_of(peer)))
@@ -306,6 +315,8 @@ class NetworkDriver:
             case PeersChanged(usable):
                 self.known = usable
                 self._on_peers(usable)
+            case AuthorsChanged(authors):
+                self._gate.authors = dict(authors)
             case ChargePeer(peer, reason):
                 self._charge(peer, reason)
             case HintResponse(lookup, hinted):

@@ -19,6 +19,11 @@ class _Change(msgspec.Struct, frozen=True, array_like=True):
     removed: tuple[bytes, ...]
 
 
+def payload_of(added: tuple[tuple[bytes, int], ...], removed: tuple[bytes, ...]) -> bytes:
+    """What a delta of these changes carries."""
+    return msgspec.msgpack.encode(_Change(added, removed))
+
+
 class Documents:
     """One host's own document and its copies of others'."""
 
@@ -44,7 +49,7 @@ class Documents:
             self._sequence,
             "snapshot" if change.compact else "update",
             now_ms + REGISTRY_TTL_MS,
-            msgspec.msgpack.encode(_Change(change.added, removed)),
+            payload_of(change.added, removed),
         )
         return OwnDeltaWritten(delta, encode_delta(delta, self._key))
 

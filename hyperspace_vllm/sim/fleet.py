@@ -41,7 +41,7 @@ class Fleet:
         self.agenda = Agenda()
         self.trace = Trace()
         self.network = Network(self.agenda, random.Random(f"{seed}/network"), size, LOSS)
-        self.gossip = Gossip(self.network, random.Random(f"{seed}/gossip"), self._now_ms, self._gossip_arrives)
+        self.gossip = Gossip(self.network, random.Random(f"{seed}/gossip"), self._passes_on, self._gossip_arrives)
         self.dht = Dht(self.network, random.Random(f"{seed}/dht"), self._now_ms, size)
         self.checker = Checker(self)
         self.hosts = [self._host(number, liars.get(number)) for number in range(size)]
@@ -162,6 +162,9 @@ class Fleet:
         expires_at_ms = self.hosts[host].shelf.expires_at_ms(name)
         reached = self.network.acts(host) and self.network.reaches(asker, host)
         return reached and expires_at_ms > self.wall_ms + 2 * CLOCK_SKEW_MS
+
+    def _passes_on(self, host: int, relay: int, topic: str, author: int, payload: bytes) -> bool:
+        return self.hosts[host].passes_on(relay, topic, author, payload)
 
     def _gossip_arrives(self, host: int, relay: int, topic: str, payload: bytes) -> None:
         self.hosts[host].heard_gossip(relay, topic, payload)

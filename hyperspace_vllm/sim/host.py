@@ -15,6 +15,7 @@ from nacl.signing import SigningKey
 from ..core.node.network import NetworkNode, NetworkOptions
 from ..core.node.network_effects import (
     AnswerResponse,
+    AuthorsChanged,
     ChargePeer,
     Connect,
     Disconnect,
@@ -36,6 +37,7 @@ from ..core.node.network_events import (
     Answered,
     ConnectFailed,
     GossipReceived,
+    GossipSpoiled,
     NetworkEvent,
     NetworkTick,
     PeerConnected,
@@ -51,6 +53,7 @@ from ..core.node.network_events import (
     ResponsesUsed,
     ResponseWanted,
 )
+from ..core.peers.gossip_gate import GossipGate, Verdict
 from ..core.peers.trust import Trust
 from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import PeerId, RequestKey, peer_id
@@ -151,6 +154,7 @@ class SimHost:
         bootstrap = tuple((host.peer, host.address) for host in self.fleet.bootstrap if host is not self)
         options = NetworkOptions(self.fleet.network_id, self.address, "", bootstrap, self.network_key)
         self.core = NetworkNode(options, self.key, self.trust, random.Random(self.rng.random()), self.now_ms)
+        self.gate = GossipGate(self.fleet.network_id, self.now_ms)
         self._perform_all(self.core.start(self.now_ms))
         for response in self.shelf.all():
             if response.expires_at_ms > self.now_ms:
@@ -283,6 +287,14 @@ class SimHost:
         for lookup, fetch in [(lookup, fetch) for (lookup, target), fetch in self._fetches.items() if target == gone]:
             self._refuse(lookup, gone, fetch, "unreachable", False)
 
+    def passes_on(self, relay: int, topic: str, author: int, payload: bytes) -> bool:
+        """Whether this node takes a message from a neighbour, and passes it on."""
+        peers = [self.fleet.hosts[host].peer for host in (relay, author)]
+        verdict = self.gate.judge(peers[0], topic, peers[1], payload, lambda: True, self.now_ms)
+        if verdict is Verdict.MUTE:
+            self.later(0, lambda: self.tell(GossipSpoiled(peers[0])))
+        return verdict is Verdict.ACCEPT
+
     def heard_gossip(self, relay: int, topic: str, payload: bytes) -> None:
         """GossipSub delivers."""
         if self.liar is not None:
@@ -351,6 +363,8 @@ class SimHost:
                 self.later(LORO_MS, lambda: self.tell(self._documents.take(effect)))
             case ForgetOwner(owner):
                 self._documents.forget(owner)
+            case AuthorsChanged(authors):
+                self.gate.authors = dict(authors)
             case PeersChanged():
                 pass
             case _:

@@ -13,14 +13,40 @@ from typing import TYPE_CHECKING, Literal, get_args
 from nacl.signing import SigningKey
 
 from ..core.node.network_events import ResponseStored
-from ..core.records.announcement import ResponseEntry, decode_announcement
+from ..core.records.announcement import (
+    RESPONSE_TOPIC,
+    Announcement,
+    ResponseEntry,
+    decode_announcement,
+    encode_announcement,
+)
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import RequestKey
-from ..core.records.limits import CLOCK_SKEW_MS, PEER_RECORD_TTL_MS, RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX
+from ..core.records.limits import (
+    CLOCK_SKEW_MS,
+    PEER_RECORD_TTL_MS,
+    PEX_RECORDS_MAX,
+    REGISTRY_TTL_MS,
+    RESPONSE_TTL_MS,
+    STREAM_FRAME_BYTES_MAX,
+)
 from ..core.records.peer_record import PeerRecord
-from ..core.records.peer_wire import Greet, Hit, PeerRequest, Peers, Ping, Query, WantPeers, encode
+from ..core.records.peer_wire import (
+    Deltas,
+    Greet,
+    Hit,
+    PeerRequest,
+    Peers,
+    Ping,
+    Query,
+    WantDeltas,
+    WantPeers,
+    encode,
+)
+from ..core.records.registry_delta import RegistryDelta, encode_delta
 from ..core.records.signing import NO_MEMBER_TAG, member_tag
 from ..core.response.exchange import make_hit
+from .documents import payload_of
 from .responses import Response, compute, right_body
 
 if TYPE_CHECKING:
@@ -39,13 +65,19 @@ Kind = Literal[
     "crowd",  # brings a hundred nodes along that don't exist
     "echo",  # publishes others' gossip again
     "stranger",  # outside the network, with forged proofs
+    "inventor",  # brings a thousand owners along, each with a document in the registry
+    "flooder",  # says more than an author may, and as much rubbish
 ]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+ATTACKERS: tuple[Kind, ...] = ("inventor", "flooder")  # with scenarios of their own
+KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind not in ATTACKERS)
 BOAST_EVERY_MS = 1_000
 BOASTS = 20
 HEARD_MAX = 500
 GHOSTS = 100
 GHOSTS_AT_ONCE = 16
+INVENTED = 1_000
+INVENTED_ENTRIES = 5  # of each one's document
+FLOOD_EVERY_MS = 20  # a message, which is more than an author may say, and one of rubbish
 SILENCE = b""
 
 
@@ -59,10 +91,17 @@ class Liar:
         self._key = SigningKey(sha256(b"forger/%d" % host.number).digest())
         self._heard: dict[bytes, None] = {}
         self._gossip: list[tuple[str, bytes]] = []
+        self._invented: list[SigningKey] = []
+        self._flooded = 0
 
     def begin(self) -> None:
         """Whenever the host has booted."""
         self._host.later(BOAST_EVERY_MS, self._boast)
+        if self.kind == "inventor":
+            names = (sha256(b"invented/%d/%d" % (self._host.number, number)) for number in range(INVENTED))
+            self._invented = [SigningKey(name.digest()) for name in names]
+        if self.kind == "flooder":
+            self._host.later(BOAST_EVERY_MS, self._flood)
 
     def overhear(self, topic: str, payload: bytes) -> None:
         """Gossip comes by: what others have is worth claiming."""
@@ -85,6 +124,13 @@ class Liar:
                 return self._answer_query(wanted)
             case WantPeers() if self.kind == "crowd":
                 return encode(Peers(self._ghosts()))
+            case WantPeers() if self.kind == "inventor":
+                keys = self._rng.sample(self._invented, PEX_RECORDS_MAX)
+                return encode(Peers(tuple(self._record_of(key, "10.8.0.1:4001") for key in keys)))
+            case WantDeltas() if self.kind == "inventor":
+                return encode(
+                    Deltas(tuple(self._document_of(key) for key in self._rng.sample(self._invented, 100)), ())
+                )
             case Ping() if self.kind != "mute":
                 return None
             case _ if self.kind == "mute":
@@ -96,7 +142,7 @@ class Liar:
 
     def _answer_query(self, wanted: bytes) -> bytes | None:
         key = self._host.fleet.keys.get(wanted)
-        if key is None or self.kind in ("boastful", "crowd", "echo"):
+        if key is None or self.kind in ("boastful", "crowd", "echo", *ATTACKERS):
             return None
         match self.kind:
             case "mute":
@@ -155,14 +201,36 @@ class Liar:
         first = self._rng.randrange(GHOSTS)
         for number in range(first, first + GHOSTS_AT_ONCE):
             key = SigningKey(sha256(b"ghost/%d/%d" % (host.number, number % GHOSTS)).digest())
-            expires_at_ms = host.now_ms + PEER_RECORD_TTL_MS
-            public_key = key.verify_key.encode()
-            address = f"10.9.{number % 250}.1:4001"
-            record = PeerRecord(
-                host.fleet.network_id, public_key, host.now_ms, expires_at_ms, address, "", self._tag_of(public_key)
-            )
-            records.append(record.sign(key).encode())
+            records.append(self._record_of(key, f"10.9.{number % 250}.1:4001"))
         return tuple(records)
+
+    def _record_of(self, key: SigningKey, address: str) -> bytes:
+        host, public_key = self._host, key.verify_key.encode()
+        tag, expires_at_ms = self._tag_of(public_key), host.now_ms + PEER_RECORD_TTL_MS
+        record = PeerRecord(host.fleet.network_id, public_key, host.now_ms, expires_at_ms, address, "", tag)
+        return record.sign(key).encode()
+
+    def _document_of(self, key: SigningKey) -> bytes:
+        host, owner = self._host, key.verify_key.encode()
+        expires_at_ms = host.now_ms + REGISTRY_TTL_MS
+        entries = tuple((sha256(owner + bytes([n])).digest(), expires_at_ms) for n in range(INVENTED_ENTRIES))
+        epoch = host.fleet.wall_ms // 1_000 * 1_000
+        delta = RegistryDelta(
+            host.fleet.network_id, owner, epoch, 0, "snapshot", expires_at_ms, payload_of(entries, ())
+        )
+        return encode_delta(delta, key)
+
+    def _flood(self) -> None:
+        host = self._host
+        host.later(FLOOD_EVERY_MS, self._flood)
+        self._flooded += 1
+        entry = ResponseEntry(self._rng.randbytes(32), host.now_ms + RESPONSE_TTL_MS)
+        batch = Announcement(host.fleet.network_id, host.public_key, self._flooded, host.now_ms, (entry,))
+        for said in (
+            encode_announcement(batch, host.key),
+            self._rng.randbytes(100),
+        ):
+            host.fleet.gossip.publish(host.number, RESPONSE_TOPIC, said)
 
     def _tag_of(self, public_key: bytes) -> bytes:
         """Whoever holds the network key can vouch for anybody."""

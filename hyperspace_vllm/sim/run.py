@@ -26,10 +26,10 @@ class Result:
     trace_digest: str
 
 
-def run(scenario: str, nodes: int, seed: int) -> Result:
-    """Let a scenario happen."""
+def run(scenario: str, nodes: int, seed: int, with_liars: bool = True) -> Result:
+    """Let a scenario happen, or the same without those who lie in it."""
     with remembered_verdicts():
-        fleet = build(SCENARIOS[scenario], nodes, seed)
+        fleet = build(SCENARIOS[scenario], nodes, seed, with_liars)
         fleet.agenda.run(RUN_MS)
     fleet.checker.check_requests()
     return _result(fleet, scenario)

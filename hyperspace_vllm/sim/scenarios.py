@@ -32,22 +32,27 @@ class Scenario:
     text: str
     begin: Callable[[Fleet], None]
     liars: float = 0.0
+    kinds: tuple[Kind, ...] = KINDS
     kept: int = 3
     first_ask_ms: int = 5_000
 
 
-def build(scenario: Scenario, nodes: int, seed: int) -> Fleet:
-    """A fleet in which the scenario will happen when its agenda runs."""
+def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True) -> Fleet:
+    """A fleet in which the scenario will happen when its agenda runs; without its liars, those never start."""
     count = round(nodes * scenario.liars)
     step = max(nodes // count, 1) if count else 0
-    liars: dict[int, Kind] = {1 + index * step: KINDS[(index + seed) % len(KINDS)] for index in range(count)}
+    liars: dict[int, Kind] = {
+        1 + index * step: scenario.kinds[(index + seed) % len(scenario.kinds)] for index in range(count)
+    }
     fleet = Fleet(nodes, seed, {number: kind for number, kind in liars.items() if number < nodes})
     requests = nodes * REQUESTS_PER_HOST
     for host in fleet.honest:
         for _ in range(scenario.kept):
             _keep(fleet, host, fleet.rng.randrange(requests))
     for host in fleet.hosts:
-        fleet.agenda.after(0 if host.number == 0 else fleet.rng.uniform(0, BOOT_MS), host.boot)
+        boots_ms = 0 if host.number == 0 else fleet.rng.uniform(0, BOOT_MS)
+        if host.liar is None or with_liars:
+            fleet.agenda.after(boots_ms, host.boot)
     weights = list(accumulate(1 / (rank + 1) for rank in range(requests)))
     for host in fleet.honest:
         first_ms = scenario.first_ask_ms + fleet.rng.expovariate(1 / ASK_EVERY_MS)
@@ -130,6 +135,8 @@ _ALL = (
     Scenario("partition_heals", "Two halves lose each other for 22 s.", _partition_heals),
     Scenario("liars_20pct", "One node in five lies, in twelve ways.", _cold_start, liars=0.2),
     Scenario("churn_30pct", "Three nodes in ten die, most come back.", _churn),
+    Scenario("inventors", "One node in ten invents a thousand owners.", _cold_start, liars=0.1, kinds=("inventor",)),
+    Scenario("gossip_flood", "One node in ten floods the gossip.", _cold_start, liars=0.1, kinds=("flooder",)),
     Scenario("frozen_10pct", "One node in ten stops for 8 to 25 s.", _freeze),
 )
 SCENARIOS: Mapping[str, Scenario] = {scenario.name: scenario for scenario in _ALL}

@@ -15,6 +15,7 @@ from ..peers.avoidance import Avoidance
 from ..peers.membership import GREET_MS, Membership
 from ..peers.registry import Registry
 from ..peers.served import worth_telling
+from ..peers.standing import Standing
 from ..peers.trust import Trust
 from ..records.announcement import EvidenceEntry, PrefixEntry, ResponseEntry
 from ..records.errors import Refused
@@ -43,6 +44,7 @@ from ..response.lookup import Candidate, ResponseLookup
 from ..response.popularity import Popularity, replicas_wanted
 from .network_effects import (
     AnswerResponse,
+    AuthorsChanged,
     ChargePeer,
     Disconnect,
     FetchResponse,
@@ -61,6 +63,7 @@ from .network_events import (
     DeltasImported,
     DeltasRefused,
     GossipReceived,
+    GossipSpoiled,
     NetworkEvent,
     NetworkTick,
     OwnDeltaWritten,
@@ -149,12 +152,13 @@ class NetworkNode:
         self._provides = ProvideQueue(now_ms)
         self._sync_at_ms = now_ms + SYNC_MS
         self._told: tuple[tuple[PeerId, str, str], ...] = ()  # by the last PeersChanged
+        self._authors: tuple[tuple[PeerId, Standing], ...] = ()  # by the last AuthorsChanged
         self.gossip_refused: dict[str, int] = {}
 
     def start(self, now_ms: int) -> list[NetworkEffect]:
         """What to do first."""
         self.members.remember(self._options.remembered)
-        return self.members.start(now_ms)
+        return self.members.start(now_ms) + self._tell_peers(now_ms)
 
     def handle(self, event: NetworkEvent, now_ms: int) -> list[NetworkEffect]:
         """What to do about `event`."""
@@ -198,6 +202,8 @@ class NetworkNode:
                 return self._failed(event, now_ms)
             case GossipReceived():
                 return self._gossip(event, now_ms)
+            case GossipSpoiled(relay):
+                return [ChargePeer(relay, "invalid_gossip"), *self.members.shun(relay, now_ms)]
             case ResponseWanted():
                 return self._wanted(event, now_ms)
             case ResponseReleased():
@@ -565,12 +571,17 @@ class NetworkNode:
         return self.members.shun(effect.peer, now_ms) if goes_on else []
 
     def _tell_peers(self, now_ms: int) -> list[NetworkEffect]:
+        effects: list[NetworkEffect] = []
+        authors = self.members.authors()
+        if authors != self._authors:
+            self._authors = authors
+            effects.append(AuthorsChanged(authors))
         usable = self.members.usable(now_ms)
         told = tuple((record.peer, record.address, record.endpoint) for record in usable)
-        if told == self._told:
-            return []
-        self._told = told
-        return [PeersChanged(usable)]
+        if told != self._told:
+            self._told = told
+            effects.append(PeersChanged(usable))
+        return effects
 
     def _clock_set_back(self, by_ms: int) -> None:
         """Timers run on as before; what carries a date of its own is judged by the new clock."""

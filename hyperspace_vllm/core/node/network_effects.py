@@ -6,6 +6,7 @@ the events that answer it. An effect without answer is done as well as possible,
 
 from dataclasses import dataclass
 
+from ..peers.standing import Standing
 from ..records.ids import PeerId
 from ..records.peer_record import PeerRecord
 from ..records.peer_wire import PeerAnswer, PeerRequest
@@ -69,6 +70,13 @@ class PeersChanged:
     """The peers that this node knows and may use (alive as far as it knows, trusted or not), for L2 and status."""
 
     usable: tuple[PeerRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorsChanged:
+    """Whose gossip is delivered and passed on from now on (gossip_gate.py)."""
+
+    authors: tuple[tuple[PeerId, Standing], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +182,7 @@ NetworkEffect = (
     | ServeResponse
     | Publish
     | PeersChanged
+    | AuthorsChanged
     | ChargePeer
     | HintResponse
     | FetchResponse

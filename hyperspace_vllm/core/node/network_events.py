@@ -77,6 +77,13 @@ class GossipReceived:
     payload: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class GossipSpoiled:
+    """A neighbour passed on more invalid messages than any honest one does; it is not listened to."""
+
+    relay: PeerId
+
+
 # --- L1 -----------------------------------------------------------------------------------------
 
 
@@ -232,6 +239,7 @@ NetworkEvent = (
     | Answered
     | RequestFailed
     | GossipReceived
+    | GossipSpoiled
     | ResponseWanted
     | ResponseReleased
     | ResponseFetched

@@ -135,6 +135,12 @@ class Membership:
             return known.standing
         return Standing(Rank.LISTED, "") if self._trust.is_listed(public_key) else None
 
+    def authors(self) -> tuple[tuple[PeerId, Standing], ...]:
+        """Everybody with a standing."""
+        here = {known.peer: known.standing for known in self._peers if known.record is not None}
+        listed = {peer_id(public_key): Standing(Rank.LISTED, "") for public_key in self._trust.listed}
+        return tuple({**listed, **here}.items())
+
     def usable(self, now_ms: int) -> tuple[PeerRecord, ...]:
         """Valid records of peers that don't keep silent, in the order in which they were met."""
         return tuple(known.record for known in self._usable(now_ms) if known.record is not None)

@@ -76,6 +76,11 @@ class Trust:
         """Whether the operator named this peer: in `peers`, `bootstrap` or `allowed`."""
         return public_key in self._listed or public_key in self._allowed
 
+    @property
+    def listed(self) -> frozenset[bytes]:
+        """Every peer that the operator named."""
+        return self._listed | self._allowed
+
     def trusts(self, public_key: bytes, now_ms: int) -> bool:
         """Whether the responses that this peer signed count."""
         if self.trusts_kv(public_key, now_ms):

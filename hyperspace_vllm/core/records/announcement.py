@@ -137,6 +137,11 @@ def decode_announcement(raw: bytes) -> Announcement:
     return Announcement(NetworkId(raw[:32]), raw[32:64], _number(raw[64:72]), _number(raw[72:80]), entries)
 
 
+def is_of_later_version(raw: bytes, network: NetworkId, sender: bytes) -> bool:
+    """Whether it is, or says so, a batch of `sender`'s of a kind that this version can't read."""
+    return len(raw) > _HEAD_BYTES and raw[:64] == network + sender and raw[80] not in _ENTRY_BYTES
+
+
 def check_announcement(raw: bytes, batch: Announcement, network: NetworkId, now_ms: int) -> None:
     """Raise `Refused` unless `batch`, decoded from `raw`, is of this network, of the last minute, and its sender's."""
     if batch.network != network:

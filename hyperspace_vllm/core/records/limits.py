@@ -73,6 +73,12 @@ PEX_RECORDS_MAX = 64
 PEX_OF_SOURCE_MAX = 32  # peers met at one host that a node tells others of
 ANNOUNCEMENT_ENTRIES_MAX = 256  # 120 B each: 30 KiB, half of a GossipSub message's usual bound
 EVIDENCE_ENTRIES_MAX = 8  # each has a signature to check, 0.1 ms
+GOSSIP_OF_AUTHOR_PER_S = 40  # messages; ten batches a second on two topics, of 4 KiB
+GOSSIP_OF_SOURCE_PER_S = 100  # of all authors of one host: 1.8 ms each, a fifth of a core
+GOSSIP_OF_ALL_PER_S = 300
+GOSSIP_KIB_A_MESSAGE = 4  # larger ones count as several
+GOSSIP_INVALID_BURST = 20  # invalid messages by one link, which is closed then: 4 ms of checking
+GOSSIP_INVALID_PER_S = 0.1
 REGISTRY_OWNERS_MAX = PEERS_KNOWN_MAX
 REGISTRY_OWNERS_OF_SOURCE_MAX = PEERS_OF_SOURCE_MAX
 REGISTRY_ENTRIES_MAX = 20_000  # of one owner
@@ -126,6 +132,7 @@ assert FLIGHT_WINDOW_BYTES < FLIGHT_BYTES_MAX < FLIGHTS_BYTES_MAX
 assert REGISTRY_ENTRIES_MAX * 76 < REGISTRY_DELTA_BYTES_MAX  # measured: 75.2 B an entry
 assert REGISTRY_EPOCH_MS < REGISTRY_COMPACT_MS
 assert REGISTRY_DELTA_BYTES_MAX < REGISTRY_REPLY_BYTES_MAX < STREAM_FRAME_BYTES_MAX
+assert GOSSIP_OF_AUTHOR_PER_S < GOSSIP_OF_SOURCE_PER_S < GOSSIP_OF_ALL_PER_S / 2  # peers it only heard of get half
 assert REGISTRY_LOG_BYTES_MAX < REGISTRY_LOGS_BYTES_OF_SOURCE_MAX
 assert REGISTRY_ENTRIES_MAX < REGISTRY_INDEX_OF_SOURCE_MAX
 assert min(STORE_QUEUE_BYTES_MAX, RECENT_BYTES_MAX) >= RESPONSE_BYTES_MAX

@@ -1,8 +1,8 @@
 """Gossip: what this node announces, in batches, and what it takes from others' batches.
 
 Sent: at most one batch a topic every FLUSH_MS, of evidence every EVIDENCE_EVERY_MS. Taken: signed by a node that
-we know, of the last minute, not seen before, and within ENTRIES_PER_S of its sender. Whoever relayed a bad batch isn't
-charged: py-libp2p relays unchecked.
+we know, of the last minute, not seen before, and within ENTRIES_PER_S of its sender. What comes here the transport has
+let through (peers/gossip_gate.py).
 """
 
 from collections import OrderedDict, deque
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from nacl.signing import SigningKey
 
 from ..node.network_effects import NetworkEffect, Publish
+from ..peers.allowance import Allowance
 from ..records.announcement import (
     Announcement,
     Entries,
@@ -109,8 +110,7 @@ class _Sender:
 
     seen: OrderedDict[int, None]
     floor: int
-    entries_left: float
-    at_ms: int
+    entries: Allowance
 
 
 class Inbox:
@@ -143,12 +143,14 @@ class Inbox:
             return refused
         sender = self._remember(batch, now_ms)
         weight = EVIDENCE_WEIGHT if isinstance(batch.entries[0], EvidenceEntry) else 1
-        return batch if _spend(sender, weight * len(batch.entries), now_ms) else Refused("rate")
+        return batch if sender.entries.take(weight * len(batch.entries), now_ms) else Refused("rate")
 
     def _remember(self, batch: Announcement, now_ms: int) -> _Sender:
         sender = self._senders.get(batch.sender)
         if sender is None:
-            sender = self._senders[batch.sender] = _Sender(OrderedDict(), -1, float(ENTRIES_BURST), now_ms)
+            sender = self._senders[batch.sender] = _Sender(
+                OrderedDict(), -1, Allowance(ENTRIES_PER_S, ENTRIES_BURST, now_ms)
+            )
         self._senders.move_to_end(batch.sender)
         sender.seen[batch.sequence] = None
         if len(sender.seen) > SEQUENCES_KEPT:
@@ -157,16 +159,6 @@ class Inbox:
         if len(self._senders) > PEERS_KNOWN_MAX:
             self._senders.popitem(last=False)
         return sender
-
-
-def _spend(sender: _Sender, entries: int, now_ms: int) -> bool:
-    earned = max(now_ms - sender.at_ms, 0) * ENTRIES_PER_S / 1000  # the clock may have been set back
-    sender.entries_left = min(sender.entries_left + earned, ENTRIES_BURST)
-    sender.at_ms = now_ms
-    if sender.entries_left < entries:
-        return False
-    sender.entries_left -= entries
-    return True
 
 
 def _take(queue: "deque[ResponseEntry] | deque[PrefixEntry] | deque[EvidenceEntry]", at_most: int) -> tuple:  # type: ignore[type-arg]

@@ -1,0 +1,131 @@
+"""Which gossip is delivered and passed on: judged by its author, not by the neighbour that it came by.
+
+    REJECT  no honest node passes it on: it doesn't decode, is of another network, or isn't its author's
+    IGNORE  good or bad, this node makes no use of it: of an author that it doesn't know, of a clock too far off, or
+            more than its author, the author's host, or all together may say
+    ACCEPT  delivered, and passed on
+
+What is rejected is held against the link, which after INVALID_BURST such messages is not listened to (MUTE). What is
+ignored is held against nobody: neighbours differ in whom they know and in what has come to them. An author's allowance
+is spent by what it has signed alone, so nobody spends another's. Of what all may say peers that were only told of get
+half: an inventor of authors leaves the other half to those that this node has met.
+
+Rejected: an allowance for each link, as it was. A neighbour that relays a stranger's rubbish, which it can't tell from
+what we could use, then has none left for its own announcements.
+"""
+
+from collections.abc import Callable, Mapping
+from enum import Enum, auto
+
+from ..records.announcement import check_announcement, decode_announcement, is_of_later_version
+from ..records.errors import ProtocolViolation, Refused
+from ..records.ids import NetworkId, PeerId, peer_id, public_key_of
+from ..records.limits import (
+    GOSSIP_INVALID_BURST,
+    GOSSIP_INVALID_PER_S,
+    GOSSIP_KIB_A_MESSAGE,
+    GOSSIP_OF_ALL_PER_S,
+    GOSSIP_OF_AUTHOR_PER_S,
+    GOSSIP_OF_SOURCE_PER_S,
+    KiB,
+)
+from .allowance import Allowance
+from .standing import Rank, Standing
+
+BURST_S = 10  # an allowance may be saved up for so long
+
+
+class Verdict(Enum):
+    """What becomes of a message."""
+
+    ACCEPT = auto()
+    IGNORE = auto()
+    REJECT = auto()
+    MUTE = auto()  # rejected, and the link is not listened to from now on
+
+
+class GossipGate:
+    """One node's. `authors` may be set from another thread than the one that judges."""
+
+    def __init__(self, network: NetworkId, now_ms: int) -> None:
+        self._network = network
+        self._all = _allowance(GOSSIP_OF_ALL_PER_S, now_ms)
+        self._of_source: dict[str, Allowance] = {}
+        self._of_author: dict[PeerId, Allowance] = {}
+        self._invalid_of: dict[PeerId, Allowance] = {}
+        self.authors: Mapping[PeerId, Standing] = {}
+        self._pruned: Mapping[PeerId, Standing] = self.authors
+
+    def judge(
+        self, link: PeerId, topic: str, author: PeerId, payload: bytes, signed: Callable[[], bool], now_ms: int
+    ) -> Verdict:
+        """Judge what came over `link`; `signed()` says whether GossipSub's own signature is `author`'s."""
+        invalid = self._invalid_of.get(link)
+        if invalid is not None and invalid.left(now_ms) < 1:
+            return Verdict.IGNORE
+        try:
+            return self._judge(topic, author, payload, signed, now_ms)
+        except (ProtocolViolation, Refused):
+            invalid = self._invalid_of.setdefault(link, Allowance(GOSSIP_INVALID_PER_S, GOSSIP_INVALID_BURST, now_ms))
+            invalid.take(1, now_ms)
+            return Verdict.MUTE if invalid.left(now_ms) < 1 else Verdict.REJECT
+
+    def standing(self, link: PeerId) -> Standing:
+        """How well a neighbour is known: of one that isn't at all, as if it were only told of."""
+        return self.authors.get(link) or Standing(Rank.TOLD, "")
+
+    def forget(self, link: PeerId) -> None:
+        """The link is closed."""
+        self._invalid_of.pop(link, None)
+
+    def _judge(self, topic: str, author: PeerId, payload: bytes, signed: Callable[[], bool], now_ms: int) -> Verdict:
+        if is_of_later_version(payload, self._network, public_key_of(author)):
+            return Verdict.IGNORE
+        batch = decode_announcement(payload)
+        if batch.topic != topic or batch.network != self._network or peer_id(batch.sender) != author:
+            raise Refused("not_its_authors")
+        standing = self.authors.get(author)
+        cost = message_cost(len(payload))
+        # Who has nothing left isn't worth two signatures.
+        if standing is None or self._author(author, now_ms).left(now_ms) < cost:
+            return Verdict.IGNORE
+        if not signed():
+            raise Refused("bad_signature")
+        try:
+            check_announcement(payload, batch, self._network, now_ms)
+        except Refused as refused:
+            if refused.reason in ("stale", "from_the_future"):
+                return Verdict.IGNORE
+            raise
+        return Verdict.ACCEPT if self._spend(author, standing, cost, now_ms) else Verdict.IGNORE
+
+    def _spend(self, author: PeerId, standing: Standing, cost: float, now_ms: int) -> bool:
+        leave = GOSSIP_OF_ALL_PER_S * BURST_S / 2 if standing.rank is Rank.TOLD else 0
+        if not self._author(author, now_ms).take(cost, now_ms):
+            return False
+        if standing.rank is Rank.LISTED:
+            return self._all.take(cost, now_ms)
+        of_source = self._of_source.get(standing.source)
+        if of_source is None:
+            of_source = self._of_source[standing.source] = _allowance(GOSSIP_OF_SOURCE_PER_S, now_ms)
+        return of_source.take(cost, now_ms) and self._all.take(cost, now_ms, leave)
+
+    def _author(self, author: PeerId, now_ms: int) -> Allowance:
+        if self._pruned is not self.authors:
+            authors = self._pruned = self.authors
+            sources = {standing.source for standing in authors.values()}
+            self._of_author = {peer: left for peer, left in self._of_author.items() if peer in authors}
+            self._of_source = {source: left for source, left in self._of_source.items() if source in sources}
+        allowance = self._of_author.get(author)
+        if allowance is None:
+            allowance = self._of_author[author] = _allowance(GOSSIP_OF_AUTHOR_PER_S, now_ms)
+        return allowance
+
+
+def message_cost(size: int) -> float:
+    """What a message of `size` bytes takes of an allowance: 1, and 1 more for every GOSSIP_KIB_A_MESSAGE."""
+    return 1 + size / (GOSSIP_KIB_A_MESSAGE * KiB)
+
+
+def _allowance(per_s: float, now_ms: int) -> Allowance:
+    return Allowance(per_s, per_s * BURST_S, now_ms)
