@@ -56,6 +56,7 @@ def own_log() -> None:
     package.handlers.clear()
     package.setLevel(logging.NOTSET)
     package.propagate = True
+    logging.root.setLevel(logging.WARNING)  # vLLM's application raises it for good
 
 
 def embedded_nodes() -> set[int]:
