@@ -375,7 +375,7 @@ async def test_an_error_of_ours_is_a_bypass(
 
 @pytest.mark.parametrize("asked_as", [{}, STREAM])
 @pytest.mark.parametrize(
-    "broken", ["middleware.parse_request", "middleware.header", "exchange.tenant_of", "exchange.storage_scope"]
+    "broken", ["middleware.parse_request", "middleware.first_header", "exchange.tenant_of", "exchange.storage_scope"]
 )
 async def test_an_error_before_the_way_is_known_leaves_the_request_to_the_application(
     bench: Bench, asked_as: dict[str, Any], broken: str, monkeypatch: pytest.MonkeyPatch
@@ -490,10 +490,11 @@ async def test_api_keys_do_not_share_answers(make_bench: MakeBench) -> None:
     for number, token in enumerate(("one", "two"), 1):
         hit = await bench.ask(CHAT, authorization=f"Bearer {token}")
         assert text_of(hit).startswith(f"w{number}.")
-        signed = json.loads(bench.upstream.bodies[number - 1])["kv_transfer_params"]["hyperspace"]
+        computed = json.loads(bench.upstream.bodies[number - 1])
+        signed, salt = computed["kv_transfer_params"]["hyperspace"], computed["cache_salt"]
         tenant = tenant_of(b"fleet", ("one", "two"), f"Bearer {token}")
         assert tenant
-        assert verify_scope(b"process", signed, None) == RequestScope("private", tenant)
+        assert verify_scope(b"process", signed, salt) == RequestScope("private", tenant)
     assert "unknown_tenant" in (await bench.ask(CHAT)).headers["cache-status"]
 
 

@@ -137,3 +137,7 @@ def test_every_field_of_the_newest_vllm_is_classified(newest: VllmSource, endpoi
     for name, default in fields.keyed.items():
         if name in theirs and theirs[name] is not NO_DEFAULT:
             assert theirs[name] == default, f"vLLM's default of {name} has changed"
+
+
+def test_every_request_has_the_salt_that_keeps_tenants_apart(newest: VllmSource) -> None:
+    assert [name for name, model in REQUEST_MODELS.items() if "cache_salt" not in newest.fields(*model)] == []

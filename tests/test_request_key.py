@@ -308,6 +308,11 @@ def vllms_models(endpoint: Endpoint) -> list[Any]:
     return models[endpoint]
 
 
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values())
+def test_every_request_of_vllm_has_the_salt_that_keeps_tenants_apart(endpoint: Endpoint) -> None:
+    assert all("cache_salt" in model.model_fields for model in vllms_models(endpoint))
+
+
 @pytest.mark.feature("every request field is judged")
 @pytest.mark.parametrize("endpoint", ENDPOINTS.values())
 def test_every_field_of_vllm_is_classified(endpoint: Endpoint) -> None:

@@ -62,7 +62,7 @@ async def compute_too(exchange: "Exchange", match: ToCompare) -> None:
     """Have the engine answer a request that a match was served to, store that too, and let the two be compared."""
     key = exchange.key()
     body = {name: value for name, value in exchange.body.items() if name not in ("stream", "stream_options")}
-    raw = rewritten(json.dumps(body).encode(), body, exchange.signed_scope(), add_usage=False)
+    raw = rewritten(json.dumps(body).encode(), body, exchange.signed_scope(), exchange.salt, add_usage=False)
     answer = await answer_to(exchange, exchange.scope, raw)
     if answer is None or isinstance(key, Uncacheable):
         return

@@ -14,6 +14,7 @@ from ..core.response.request_key import Uncacheable, request_key
 from ..response_db import StoredResponse
 from .embeddings import Embedding, decode, inputs_of, merged, request_of
 from .http_headers import forward_status, hit_headers
+from .request_body import rewritten
 from .stored_answer import json_headers
 from .subrequest import ask
 
@@ -105,7 +106,8 @@ async def _compute(
         gone.set()
 
     async def compute(request: dict[str, Any]) -> Embedding | None:
-        raw = await ask(exchange.app, exchange.scope, json.dumps(request).encode(), gone)
+        body = rewritten(json.dumps(request).encode(), request, None, exchange.salt, add_usage=False)
+        raw = await ask(exchange.app, exchange.scope, body, gone)
         return None if raw is None else decode(raw)
 
     watcher = asyncio.create_task(watch(), name="hyperspace-disconnect")

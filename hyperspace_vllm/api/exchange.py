@@ -16,7 +16,7 @@ from ..core.response.audit import plain_answer, prompt_of
 from ..core.response.guards import eligible
 from ..core.response.request_fields import POOLING, Endpoint
 from ..core.response.request_key import Uncacheable, is_sampled, request_key
-from ..core.response.scope import DEFAULT_SCOPE, sign_scope, tenant_of
+from ..core.response.scope import DEFAULT_SCOPE, api_key_of, engine_salt, sign_scope, tenant_of
 from ..core.response.semantic_key import question_of, tightened
 from ..core.response.wrongness import CHECK_EVERY
 from ..response_db import StoredResponse
@@ -63,9 +63,9 @@ class Exchange:
         self._doubted: checks.ToCompare | None = None  # one that is computed instead of served
         self._committed = False  # the application has the request, or the client some of an answer
         self.wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
-        self.tenant = tenant_of(
-            self.options.fleet_secret, self.options.api_keys, header(scope["headers"], b"authorization")
-        )
+        authorization = first_header(scope["headers"], b"authorization")
+        self.tenant = tenant_of(self.options.fleet_secret, self.options.api_keys, authorization)
+        self.salt = engine_salt(api_key_of(self.options.api_keys, authorization), body.get("cache_salt"))
         self.reach = storage_scope(
             self.tenant or "",
             body.get("cache_salt"),
@@ -326,16 +326,15 @@ class Exchange:
 
     @contained(lambda self: self.raw)
     def _signed_body(self) -> bytes:
-        return rewritten(self.raw, self.body, self.signed_scope(), add_usage=False)
+        return rewritten(self.raw, self.body, self.signed_scope(), self.salt, add_usage=False)
 
     def signed_scope(self) -> dict[str, str] | None:
         """The scope for the connector, unless it is the default. An unknown tenant gets none, hence nothing shared."""
-        salt = self.body.get("cache_salt")
         if self.endpoint in POOLING:
             return None  # nothing of theirs passes through a connector
-        if self.tenant is None or self.reach == DEFAULT_SCOPE or not isinstance(salt, str | None):
+        if self.tenant is None or self.reach == DEFAULT_SCOPE or not isinstance(self.salt, str | None):
             return None
-        return sign_scope(self.options.process_secret, self.reach.scope, self.reach.tenant, salt)
+        return sign_scope(self.options.process_secret, self.reach.scope, self.reach.tenant, self.salt)
 
     async def _compute(self, key: RequestKey, why: str) -> None:
         complete = not self.streams or (self.options.store_streams and streams_completely(self.body))
@@ -389,7 +388,7 @@ class Exchange:
         # Whatever may raise comes before the flight is open: one that never starts would hold up who joins it.
         taking = collector(self.endpoint) if storing else None
         adds_usage = asks_usage and not self.wants_usage
-        body = rewritten(self.raw, self.body, self.signed_scope(), adds_usage)
+        body = rewritten(self.raw, self.body, self.signed_scope(), self.salt, adds_usage)
         flight = Flight(taking) if shared is None else self.cache.flights.open(shared, taking)
         if storing:
             flight.on_end = partial(self._ended, key, flight, leased)

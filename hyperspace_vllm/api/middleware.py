@@ -19,18 +19,19 @@ from functools import partial
 from typing import Any
 
 from ..contained import contained, report_error
-from ..core.response.request_fields import ENDPOINTS, Endpoint
+from ..core.response.request_fields import ENDPOINTS, SALTED, Endpoint
 from ..core.response.request_key import Uncacheable, parse_request
+from ..core.response.scope import api_key_of, engine_salt
 from .audits import Audits
 from .checks import OneAtATime
 from .coalesce import App, FlightTable, Message, Receive, Scope, Send
 from .exchange import Exchange
-from .http_headers import forward_status, header, parse_cache_control
+from .http_headers import first_header, forward_status, header, parse_cache_control
 from .lookup import Lookup, Recent, Touches
 from .metrics import l1_metrics
 from .node_lookup import NodeLookup
 from .options import ResponseCacheOptions
-from .request_body import read_body, read_rest, replayed
+from .request_body import read_body, read_rest, replayed, rewritten, with_content_length
 from .stored_answer import Sending
 
 Answer = Callable[[], Awaitable[None]]
@@ -51,11 +52,12 @@ class ResponseCacheMiddleware:
         self.checks = OneAtATime()
         self.audits = Audits()
         self.metrics = l1_metrics()
+        self._has_tenants = len(set(options.api_keys)) > 1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request (ASGI 3). An error of ours before its way is known leaves it to the application."""
         endpoint = _endpoint(scope)
-        if endpoint is None:
+        if endpoint is None and not (self._has_tenants and _path(scope) in SALTED):
             return await self.app(scope, receive, send)
         heard: list[Message] = []
 
@@ -64,7 +66,8 @@ class ResponseCacheMiddleware:
             return heard[-1]
 
         try:
-            answer = await self._way(endpoint, scope, receive, hear, send)
+            way = partial(self._way, endpoint) if endpoint is not None else self._salted
+            answer = await way(scope, receive, hear, send)
         except Exception:
             report_error("the response cache")
             answer = partial(self.app, scope, replayed(heard, receive), send)
@@ -73,12 +76,12 @@ class ResponseCacheMiddleware:
     async def _way(self, endpoint: Endpoint, scope: Scope, receive: Receive, hear: Receive, send: Send) -> Answer:
         """How a request will be answered. `hear` is `receive`, remembered."""
         raw, too_large = await read_body(hear), False
-        if isinstance(raw, list) and _stays_here(scope):
+        if isinstance(raw, list) and (self._has_tenants or _stays_here(scope)):
             raw, too_large = await read_rest(raw, hear), True
         if isinstance(raw, list):
             return partial(self._untouched, scope, replayed(raw, receive), send, "too_large")
         request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
-        if (header(scope["headers"], b"content-type") or "").split(";")[0].strip().lower() != "application/json":
+        if (first_header(scope["headers"], b"content-type") or "").split(";")[0].strip().lower() != "application/json":
             return partial(self._untouched, scope, request, send, "not_json")
         body = Uncacheable("too_large") if too_large else parse_request(raw)
         if not isinstance(body, Uncacheable):
@@ -87,6 +90,19 @@ class ResponseCacheMiddleware:
             return partial(self._untouched, scope, request, send, body.reason)
         # It has no key, but the connector must hear all the same how far its KV may travel.
         return partial(Exchange(self, endpoint, raw, lenient, scope, receive, send).bypass, "bypass", body.reason)
+
+    async def _salted(self, scope: Scope, receive: Receive, hear: Receive, send: Send) -> Answer:
+        """To an endpoint without a cache, whose requests vLLM's own prefix cache keeps apart by their salt."""
+        raw = await read_body(hear)
+        if isinstance(raw, list):
+            raw = await read_rest(raw, hear)
+        if isinstance(raw, list):
+            return partial(self.app, scope, replayed(raw, receive), send)
+        if (body := _as_vllm_reads(raw)) is not None:
+            key = api_key_of(self.options.api_keys, first_header(scope["headers"], b"authorization"))
+            raw = rewritten(raw, body, None, engine_salt(key, body.get("cache_salt")), add_usage=False)
+        request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
+        return partial(self.app, with_content_length(scope, len(raw)), request, send)
 
     async def _untouched(self, scope: Scope, receive: Receive, send: Send, reason: str) -> None:
         await self.app(scope, receive, self.passing(send, "bypass", reason))
@@ -106,9 +122,13 @@ def response_cache(app: App, options: ResponseCacheOptions) -> App:
 
 
 def _endpoint(scope: Scope) -> Endpoint | None:
-    if scope["type"] != "http" or scope["method"] != "POST":
-        return None
-    return ENDPOINTS.get(scope["path"].removeprefix(scope.get("root_path", "")))
+    return ENDPOINTS.get(_path(scope))
+
+
+def _path(scope: Scope) -> str:
+    """Of a POST."""
+    is_post = scope["type"] == "http" and scope["method"] == "POST"
+    return scope["path"].removeprefix(scope.get("root_path", "")) if is_post else ""
 
 
 def _stays_here(scope: Scope) -> bool:

@@ -45,8 +45,10 @@ def replayed(messages: list[Message], receive: Receive) -> Receive:
     return receive_again
 
 
-def rewritten(raw: bytes, body: Mapping[str, Any], signed_scope: Mapping[str, str] | None, add_usage: bool) -> bytes:
-    """The body for the application: `raw` itself unless a scope, or asking for usage, has to be put in.
+def rewritten(
+    raw: bytes, body: Mapping[str, Any], signed_scope: Mapping[str, str] | None, salt: object, add_usage: bool
+) -> bytes:
+    """The body for the application: `raw` itself unless a scope, another salt, or asking for usage has to be put in.
 
     A client's own kv_transfer_params.hyperspace is removed in any case.
     """
@@ -58,6 +60,8 @@ def rewritten(raw: bytes, body: Mapping[str, Any], signed_scope: Mapping[str, st
             changes["kv_transfer_params"] = {**others, "hyperspace": signed_scope}
         elif params and "hyperspace" in params:
             changes["kv_transfer_params"] = others or None
+    if salt != body.get("cache_salt"):
+        changes["cache_salt"] = salt
     if add_usage:
         changes["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
     if not changes:

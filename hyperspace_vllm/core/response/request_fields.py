@@ -19,6 +19,14 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/v1/score": "score",
 }
 
+# What else takes a `cache_salt`, in vLLM 0.29 to 0.33; /invocations, SageMaker's, stands for all of them.
+SALTED = frozenset(
+    (
+        "/v1/chat/completions/batch", "/v1/systemone", "/v1/decisions", "/generative_scoring", "/inference/v1/generate",
+        "/invocations", "/pooling", "/classify", "/score", "/rerank", "/v2/rerank",
+    )
+)  # fmt: skip
+
 POOLING: frozenset[Endpoint] = frozenset({"embeddings", "rerank", "score"})
 
 _NULL = type(None)

@@ -26,17 +26,32 @@ class RequestScope:
 DEFAULT_SCOPE = RequestScope("network", "")
 
 
+def api_key_of(api_keys: tuple[str, ...], authorization: str | None) -> str | None:
+    """The API key of a request: '' with fewer than two API keys; None for one that isn't in the list."""
+    if len(set(api_keys)) < 2:
+        return ""
+    scheme, _, token = (authorization or "").partition(" ")
+    return token if scheme.lower() == "bearer" and token in api_keys else None
+
+
 def tenant_of(fleet_secret: bytes, api_keys: tuple[str, ...], authorization: str | None) -> str | None:
     """The tenant of a request: '' with fewer than two API keys, else 32 hex digits; None for a key not in the list.
 
     The HMAC under a secret of the fleet gives a key the same tenant on every server, and nobody else a way to guess it.
     """
-    if len(set(api_keys)) < 2:
-        return ""
-    scheme, _, token = (authorization or "").partition(" ")
-    if scheme.lower() != "bearer" or token not in api_keys:
-        return None
-    return hmac.digest(fleet_secret, b"hyperspace/tenant/1" + token.encode(), sha256)[:16].hex()
+    key = api_key_of(api_keys, authorization)
+    return key and hmac.digest(fleet_secret, b"hyperspace/tenant/1" + key.encode(), sha256)[:16].hex()
+
+
+def engine_salt(api_key: str | None, cache_salt: object) -> object:
+    """What the engine salts its own prefix cache with: for a tenant an HMAC under its API key, of the client's salt.
+
+    So only who has the key can tell by the time to the first token what was asked with it, and a tenant's KV is found
+    again by all servers and after a restart. What vLLM refuses as a salt stays, and so does any without a tenant.
+    """
+    if not api_key or not isinstance(cache_salt, str | None) or cache_salt == "":
+        return cache_salt
+    return hmac.digest(api_key.encode(), b"hyperspace/cache-salt/1" + _salt_bytes(cache_salt), sha256).hex()
 
 
 def sign_scope(secret: bytes, scope: Scope, tenant: str, cache_salt: str | None) -> dict[str, str]:
@@ -57,8 +72,11 @@ def verify_scope(secret: bytes, signed: object, cache_salt: str | None) -> Reque
 
 
 def _mac(secret: bytes, scope: str, tenant: str, cache_salt: str | None) -> str:
-    salt = b"\x00" if cache_salt is None else b"\x01" + cache_salt.encode("utf-8", "surrogatepass")
-    # A client may have written lone surrogates, which UTF-8 has no bytes for.
-    names = (scope.encode(), tenant.encode("utf-8", "surrogatepass"), salt)
+    names = (scope.encode(), tenant.encode("utf-8", "surrogatepass"), _salt_bytes(cache_salt))
     fields = [sha256(field).digest() for field in names]
     return hmac.digest(secret, b"hyperspace/scope/1" + b"".join(fields), sha256).hex()
+
+
+def _salt_bytes(cache_salt: str | None) -> bytes:
+    # A client may have written lone surrogates, which UTF-8 has no bytes for.
+    return b"\x00" if cache_salt is None else b"\x01" + cache_salt.encode("utf-8", "surrogatepass")
