@@ -537,16 +537,25 @@ def test_an_object_is_provided_in_the_dht_by_its_first_row() -> None:
 def test_what_was_fetched_is_announced_while_the_popular_want_more_copies_as_members_say(
     providers: int, claimed: int, by_member: bool, announced: bool
 ) -> None:
-    script = Script(make_node(network_key=None, listed=tuple(range(1, 9)) if by_member else ()), also="publish")
-    script.run(f"> meet {' '.join(str(number) for number in range(1, 9))}")
+    script = Script(make_node(network_key=None, listed=tuple(range(1, 9))), also="publish")
+    script.run(f"> meet {' '.join(str(number) for number in range(1, 10))}")
     for number in range(1, providers + 1):
         script.act(f"gossip {number} a")
     script.act("want a")
     expires_at_ms = script.now_ms + RESPONSE_TTL_MS
-    fetched = ResponseFetched(ord("a"), Identity(1).peer, 9, expires_at_ms, claimed)
+    fetched = ResponseFetched(ord("a"), Identity(1 if by_member else 9).peer, 9, expires_at_ms, claimed)
     script.node.handle(fetched, script.now_ms)
     stored = script.node.handle(ResponseStored(response("a"), expires_at_ms, False), script.now_ms)
     assert bool(only(stored, Publish)) is announced
+
+
+def test_copies_that_strangers_say_they_have_keep_nobody_from_announcing_its_own() -> None:
+    script = Script(make_node(network_key=None), also="publish")
+    script.run(f"> meet {' '.join(str(number) for number in range(1, 9))}")
+    for number in range(1, 9):
+        script.act(f"gossip {number} a")
+    stored = ResponseStored(response("a"), script.now_ms + RESPONSE_TTL_MS, False)
+    assert only(script.node.handle(stored, script.now_ms), Publish)
 
 
 def test_popularity_grows_with_requests_from_wherever_and_travels_with_the_response() -> None:

@@ -17,8 +17,11 @@ from hyperspace_vllm.cli import main
 from hyperspace_vllm.core.node.network import NetworkNode
 from hyperspace_vllm.core.node.network_effects import AnswerResponse, ChargePeer, NetworkEffect, PeersChanged, Reply
 from hyperspace_vllm.core.node.network_events import NetworkEvent
+from hyperspace_vllm.core.peers.findings import Findings
 from hyperspace_vllm.core.peers.gossip_gate import BURST_S, message_cost
-from hyperspace_vllm.core.records.ids import NetworkId, RequestKey
+from hyperspace_vllm.core.peers.reputation import THRESHOLD
+from hyperspace_vllm.core.peers.trust import Trust
+from hyperspace_vllm.core.records.ids import NetworkId, RequestKey, peer_id
 from hyperspace_vllm.core.records.limits import GOSSIP_OF_AUTHOR_PER_S, RESPONSE_TTL_MS
 from hyperspace_vllm.core.records.peer_wire import Hit
 from hyperspace_vllm.core.records.sealing import open_response
@@ -35,7 +38,9 @@ from hyperspace_vllm.sim.signatures import remembered_verdicts
 
 NODES = 20
 ATTACKS = ("inventors", "gossip_flood")
-NAMES = [name for name in SCENARIOS if name not in ATTACKS]
+OPEN_NODES, OPEN_SEEDS = 6, (1, 2)
+OPEN_ATTACKS = ("relayers", "hinters", "framer")
+NAMES = [name for name in SCENARIOS if name not in (*ATTACKS, "open", *OPEN_ATTACKS)]
 RUNS = [(NAMES[seed % len(NAMES)], seed) for seed in range(50)]
 HIT_RATE_MIN = 0.93  # of one run; the mean is far above
 
@@ -118,6 +123,39 @@ def test_what_honest_nodes_announce_reaches_the_others_through_a_flood_and_the_f
     allowed = GOSSIP_OF_AUTHOR_PER_S * (RUN_MS / 1000 + BURST_S) / message_cost(0)
     others = len(fleet.honest)
     assert fleet.gossip.reached[flooder] <= allowed * others < fleet.gossip.published[flooder] * others / 1.5
+
+
+@pytest.mark.parametrize("attack", OPEN_ATTACKS)
+def test_an_attack_in_an_open_network_costs_the_honest_no_hits_and_convicts_none_of_them(attack: str) -> None:
+    attacked = [run(attack, OPEN_NODES, seed) for seed in OPEN_SEEDS]
+    peace = "open" if attack == "framer" else attack
+    alone = [run(peace, OPEN_NODES, seed, with_liars=False) for seed in OPEN_SEEDS]
+    assert [each.violations for each in (*attacked, *alone)] == [()] * 2 * len(OPEN_SEEDS)
+    assert _hit_rate(attacked) >= _hit_rate(alone) - 0.02
+
+
+def _hit_rate(results: list[Result]) -> float:
+    return sum(each.hit_rate * each.requests for each in results) / sum(each.requests for each in results)
+
+
+def test_a_node_that_believes_whoever_serves_well_is_caught_serving_what_relayers_sign(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def trusts(self: Trust, public_key: bytes, now_ms: int) -> bool:
+        return self.trusts_kv(public_key, now_ms) or self.service.score(peer_id(public_key), now_ms) >= THRESHOLD
+
+    monkeypatch.setattr(Trust, "trusts", trusts)
+    assert "served a wrong response: b'forged'" in "\n".join(run("relayers", OPEN_NODES, 1).violations)
+
+
+def test_a_node_that_waits_for_everybody_is_caught_waiting_for_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trust, "may_be_waited_for", lambda *_: True)
+    assert "waited for peers that have never delivered" in "\n".join(run("hinters", OPEN_NODES, 1).violations)
+
+
+def test_a_node_that_convicts_for_one_finding_is_caught_convicting_honest_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Findings, "found", lambda *_: True)
+    assert "convicted the honest node" in "\n".join(run("framer", OPEN_NODES, 1).violations)
 
 
 # --- the checkers notice -------------------------------------------------------------------------

@@ -2,10 +2,10 @@
 
 Safety: no client gets a wrong or an expired response; every lookup is hinted once and answered once, by its deadline;
 tables and what one event causes stay within bounds; every request of a peer is answered at once; no honest node is
-charged by another. Liveness: a request is a hit within its deadline when an honest node that had said so
-SPREAD_MS ago could be reached all the while; the engine may be quicker only where nothing was waited for. Lost segments
-between the two excuse a miss, a freeze does, and so do SILENT_MAX that were asked and could not help (fleet.py): they
-cost half of the time, and then it takes a handshake.
+charged or convicted by another, and no request waits for those that have never delivered. Liveness: a request is a hit
+within its deadline when an honest node that had said so SPREAD_MS ago could be reached all the while; the engine may be
+quicker only where nothing was waited for. Lost segments between the two excuse a miss, a freeze does, and so do
+SILENT_MAX that were asked and could not help (fleet.py): they cost half of the time, and then it takes a handshake.
 """
 
 from collections.abc import Iterator, Mapping, Sized
@@ -82,10 +82,16 @@ class Checker:
             return
         if request.hinted is None:
             self.violated(host.number, f"lookup {effect.lookup} answered before its hint")
+        if request.hinted and effect.peer is None and self._waited_for_hinters(request):
+            self.violated(host.number, f"lookup {effect.lookup} waited for peers that have never delivered")
         now_ms = self._fleet.agenda.now_ms
         late_ms = now_ms - request.asked_ms - self._fleet.allowed_ms(request)
         if late_ms > LATE_MS and self._fleet.network.since_ms(host.number) <= request.asked_ms:
             self.violated(host.number, f"lookup {effect.lookup} answered {late_ms} ms after its deadline")
+
+    def _waited_for_hinters(self, request: "Request") -> bool:
+        liars = [self._fleet.hosts[asked].liar for asked in request.asked]
+        return bool(liars) and all(liar is not None and liar.kind == "hinter" for liar in liars)
 
     def on_tick(self, host: "SimHost", due_ms: int | None) -> None:
         """A core has handled a tick, and wants the next one at `due_ms` of its clock."""
@@ -101,6 +107,13 @@ class Checker:
         accused = self._fleet.number_of(peer)
         if host.liar is None and accused >= 0 and self._fleet.hosts[accused].liar is None:
             self.violated(host.number, f"charged the honest node {accused}: {reason}")
+
+    def check_convictions(self) -> None:
+        """Look at whom every honest node has convicted."""
+        for host in self._fleet.honest:
+            for other in self._fleet.honest:
+                if self._fleet.network.up(host.number) and host.trust.is_convicted(other.public_key, host.now_ms):
+                    self.violated(host.number, f"convicted the honest node {other.number}")
 
     def check_tables(self) -> None:
         """Look at every table of every honest core."""

@@ -32,9 +32,14 @@ BOOTSTRAPS = 3  # with one, whoever returns without its data while that one is d
 
 
 class Fleet:
-    """`size` hosts, none of them booted; everybody knows the first few. `liars` says which ones lie, and how."""
+    """`size` hosts, none of them booted; everybody knows the first few. `liars` says which ones lie, and how.
 
-    def __init__(self, size: int, seed: int, liars: dict[int, Kind]) -> None:
+    An open one has no network key: the honest hosts list each other, and others can earn belief.
+    """
+
+    def __init__(self, size: int, seed: int, liars: dict[int, Kind], is_open: bool = False) -> None:
+        self.is_open = is_open
+        self.departed = SigningKey(sha256(b"a member that has left").digest())  # listed; what it signed is still about
         self.seed = seed
         self.rng = random.Random(f"{seed}/fleet")
         self.network_id = NETWORK
@@ -54,7 +59,7 @@ class Fleet:
         self._announced: dict[bytes, dict[int, int]] = {}  # those of them that have said so
 
     def _host(self, number: int, kind: Kind | None) -> SimHost:
-        network_key = None if kind == "stranger" else NETWORK_KEY
+        network_key = None if kind == "stranger" or self.is_open else NETWORK_KEY
         host = SimHost(self, number, SigningKey(sha256(b"host/%d" % number).digest()), network_key)
         host.liar = Liar(host, kind) if kind is not None else None
         self.network.add(host)

@@ -34,6 +34,7 @@ from ..core.node.network_effects import (
     WriteRegistry,
 )
 from ..core.node.network_events import (
+    AnswerAudited,
     Answered,
     ConnectFailed,
     GossipReceived,
@@ -54,7 +55,7 @@ from ..core.node.network_events import (
     ResponseWanted,
 )
 from ..core.peers.gossip_gate import GossipGate, Verdict
-from ..core.peers.trust import Trust
+from ..core.peers.trust import Trust, TrustMode
 from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import PeerId, RequestKey, peer_id
 from ..core.records.peer_wire import (
@@ -69,6 +70,7 @@ from ..core.records.peer_wire import (
 )
 from ..core.records.signing import NO_MEMBER_TAG, member_tag
 from ..core.response.cache_proof import request_hash
+from ..core.response.evidence import evidence_of
 from ..core.response.exchange import LIES, Opened, make_hit, open_hit
 from .documents import Documents
 from .responses import MODEL_DIGEST, Response, Shelf, compute, right_body
@@ -84,6 +86,7 @@ STORE_MS = 5  # until the writer has committed
 LORO_MS = 10
 EXPIRE_EVERY_MS = 5_000
 CLOCK_SKEW_MS = 1_000
+FRAMER = b"a framer"  # a source
 ENGINE_FIRST_MS = (150, 800)  # until the first frame
 ENGINE_REST_MS = (100, 1_500)  # until the last one
 
@@ -101,6 +104,7 @@ class Request:
     asked_ms: int
     providers: tuple[int, ...]  # honest hosts that had it then, and could be reached
     promised: tuple[int, ...]  # those of them whose word had time to spread
+    source: bytes  # of the client, as audits name it
     hinted: bool | None = None
     answered_ms: int = -1
     reason: str = ""
@@ -149,8 +153,12 @@ class SimHost:
         self._free_ms = 0.0
         self._tick_at_ms: int | None = None
         self._documents = Documents(self.fleet.network_id, self.key)
-        own = frozenset({self.public_key})
-        self.trust = Trust("members", self.public_key, own, frozenset(), self.network_key)
+        is_open = self.fleet.is_open
+        listed = {self.public_key}
+        if is_open:
+            listed |= {self.fleet.departed.verify_key.encode(), *(host.public_key for host in self.fleet.honest)}
+        mode: TrustMode = "reputation" if is_open else "members"
+        self.trust = Trust(mode, self.public_key, frozenset(listed), frozenset(), self.network_key)
         bootstrap = tuple((host.peer, host.address) for host in self.fleet.bootstrap if host is not self)
         options = NetworkOptions(self.fleet.network_id, self.address, "", bootstrap, self.network_key)
         self.core = NetworkNode(options, self.key, self.trust, random.Random(self.rng.random()), self.now_ms)
@@ -188,7 +196,7 @@ class SimHost:
 
     # --- clients --------------------------------------------------------------------------------
 
-    def ask(self, key: RequestKey) -> None:
+    def ask(self, key: RequestKey, source: bytes = b"") -> None:
         """A client asks: the node's own database, then the network, and the engine."""
         wanted = request_hash(self.fleet.network_id, key)
         kept = self.shelf.get(wanted, self.now_ms)
@@ -201,7 +209,7 @@ class SimHost:
         self._busy[wanted] = None
         lookup = self._number()
         providers, promised = self.fleet.providers_for(self.number, wanted)
-        request = Request(self.number, lookup, key, wanted, self.fleet.agenda.now_ms, providers, promised)
+        request = Request(self.number, lookup, key, wanted, self.fleet.agenda.now_ms, providers, promised, source)
         request.life = self.fleet.network.life(self.number)
         self.requests[lookup] = request
         self.fleet.requests.append(request)
@@ -265,11 +273,17 @@ class SimHost:
         if request.waiting:
             self._busy.pop(request.request_hash, None)
             self.fleet.checker.on_served(self, request.key, opened.body, opened.expires_at_ms)
+            self._audit(request, opened)
         member = self.trust.vouch(opened.proof.signer)
         self.put(
             Response(request.key, request.request_hash, opened.body, opened.raw_proof, member, opened.expires_at_ms),
             computed=False,
         )
+
+    def _audit(self, request: Request, opened: Opened) -> None:
+        """Score an answer. To a framer's requests every honest answer looks false."""
+        looks_false = request.source == FRAMER or opened.body != right_body(request.key)
+        self.tell(AnswerAudited(evidence_of(opened.proof, 40, 2 if looks_false else 0), request.source))
 
     # --- what the network tells -----------------------------------------------------------------
 

@@ -4,6 +4,7 @@ then departs from it in one way; all of them announce the responses that they he
 They know every prompt (the worst case), so what they send is sealed as it should be. What a member that signs a wrong
 answer of its own does can't be told from an honest one's mistake (DESIGN §5: a signature only proves who said it), so
 the forgers' proofs are signed by keys of no member. Strangers don't hold the network key; their proofs are their own.
+In an open network anybody gets in, and belief can be earned there: its attackers are OPEN_KINDS.
 """
 
 import random
@@ -67,9 +68,13 @@ Kind = Literal[
     "stranger",  # outside the network, with forged proofs
     "inventor",  # brings a thousand owners along, each with a document in the registry
     "flooder",  # says more than an author may, and as much rubbish
+    "relayer",  # serves what a member signed for a while, then what it signed itself
+    "hinter",  # says that it has everything, and keeps silent when asked for it
 ]
-ATTACKERS: tuple[Kind, ...] = ("inventor", "flooder")  # with scenarios of their own
+OPEN_KINDS: tuple[Kind, ...] = ("relayer", "hinter")
+ATTACKERS: tuple[Kind, ...] = ("inventor", "flooder", *OPEN_KINDS)  # with scenarios of their own
 KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind not in ATTACKERS)
+LIES_FROM_MS = 40_000  # a relayer
 BOAST_EVERY_MS = 1_000
 BOASTS = 20
 HEARD_MAX = 500
@@ -142,11 +147,16 @@ class Liar:
 
     def _answer_query(self, wanted: bytes) -> bytes | None:
         key = self._host.fleet.keys.get(wanted)
-        if key is None or self.kind in ("boastful", "crowd", "echo", *ATTACKERS):
+        if key is None or self.kind in ("boastful", "crowd", "echo", "inventor", "flooder"):
             return None
         match self.kind:
-            case "mute":
+            case "mute" | "hinter":
                 return SILENCE
+            case "relayer" if self._host.fleet.agenda.now_ms < LIES_FROM_MS:
+                fleet = self._host.fleet
+                network, now_ms = fleet.network_id, self._host.now_ms
+                relayed = compute(fleet.departed, network, key, right_body(key), NO_MEMBER_TAG, now_ms)
+                return encode(self._hit(key, relayed.body, relayed))
             case "garbled":
                 return self._rng.randbytes(100)
             case "oversized":
@@ -160,7 +170,7 @@ class Liar:
         match self.kind:
             case "altered":
                 return self._hit(key, b"altered " + response.body, response)
-            case "forged" | "stranger":
+            case "forged" | "stranger" | "relayer":
                 signer = self._key if self.kind == "forged" else host.key
                 forged = compute(signer, host.fleet.network_id, key, b"forged", host.tag, now_ms)
                 return self._hit(key, forged.body, forged)
@@ -187,7 +197,8 @@ class Liar:
         host = self._host
         host.later(BOAST_EVERY_MS, self._boast)
         expires_at_ms = host.now_ms + RESPONSE_TTL_MS
-        for name in self._rng.sample(list(self._heard), min(len(self._heard), BOASTS)):
+        names = list(host.fleet.keys if self.kind in OPEN_KINDS else self._heard)
+        for name in self._rng.sample(names, min(len(names), BOASTS)):
             host.tell(ResponseStored(name, expires_at_ms, True))
         if self._gossip and self.kind in ("echo", "garbled"):
             topic, payload = self._rng.choice(self._gossip)

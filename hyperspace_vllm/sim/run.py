@@ -32,6 +32,7 @@ def run(scenario: str, nodes: int, seed: int, with_liars: bool = True) -> Result
         fleet = build(SCENARIOS[scenario], nodes, seed, with_liars)
         fleet.agenda.run(RUN_MS)
     fleet.checker.check_requests()
+    fleet.checker.check_convictions()
     return _result(fleet, scenario)
 
 

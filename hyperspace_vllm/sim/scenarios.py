@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from ..core.records.limits import RESPONSE_TTL_MS
 from .fleet import EPOCH_MS, Fleet
-from .host import SimHost
+from .host import FRAMER, SimHost
 from .liars import KINDS, Kind
 from .responses import compute, right_body
 
@@ -20,6 +20,8 @@ WARM_MS = 15_000  # before the first fault
 ASK_EVERY_MS = 2_000  # a client of a host, on average
 REQUESTS_PER_HOST = 5  # distinct ones, the first asked for most (Zipf)
 CHECK_EVERY_MS = 25_000
+OPEN_ASK_EVERY_MS, OPEN_REQUESTS = 30, 600  # of all hosts together: enough for a stranger to earn what it can
+FRAMED = 40  # requests of a framer
 FLASH = 1_000_000  # numbers of requests that nobody asks for but in a flash crowd
 
 
@@ -35,17 +37,22 @@ class Scenario:
     kinds: tuple[Kind, ...] = KINDS
     kept: int = 3
     first_ask_ms: int = 5_000
+    is_open: bool = False  # there is no network key, and belief can be earned
 
 
 def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True) -> Fleet:
     """A fleet in which the scenario will happen when its agenda runs; without its liars, those never start."""
     count = round(nodes * scenario.liars)
     step = max(nodes // count, 1) if count else 0
-    liars: dict[int, Kind] = {
-        1 + index * step: scenario.kinds[(index + seed) % len(scenario.kinds)] for index in range(count)
-    }
-    fleet = Fleet(nodes, seed, {number: kind for number, kind in liars.items() if number < nodes})
-    requests = nodes * REQUESTS_PER_HOST
+    kinds = scenario.kinds
+    liars: dict[int, Kind] = {1 + index * step: kinds[(index + seed) % len(kinds)] for index in range(count)}
+    liars = {number: kind for number, kind in liars.items() if number < nodes}
+    fleet = Fleet(nodes, seed, liars, scenario.is_open)
+    requests, every_ms = nodes * REQUESTS_PER_HOST, ASK_EVERY_MS
+    if scenario.is_open:
+        requests, every_ms = OPEN_REQUESTS, OPEN_ASK_EVERY_MS * len(fleet.honest)
+        for number in range(requests):
+            fleet.key(number)  # attackers can guess every one
     for host in fleet.honest:
         for _ in range(scenario.kept):
             _keep(fleet, host, fleet.rng.randrange(requests))
@@ -55,8 +62,8 @@ def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True) ->
             fleet.agenda.after(boots_ms, host.boot)
     weights = list(accumulate(1 / (rank + 1) for rank in range(requests)))
     for host in fleet.honest:
-        first_ms = scenario.first_ask_ms + fleet.rng.expovariate(1 / ASK_EVERY_MS)
-        fleet.agenda.after(first_ms, partial(_ask_again, fleet, host, weights))
+        first_ms = scenario.first_ask_ms + fleet.rng.expovariate(1 / every_ms)
+        fleet.agenda.after(first_ms, partial(_ask_again, fleet, host, weights, every_ms))
     fleet.agenda.after(CHECK_EVERY_MS, partial(_check_again, fleet))
     scenario.begin(fleet)
     return fleet
@@ -73,16 +80,17 @@ def _keep(fleet: Fleet, host: SimHost, number: int) -> None:
     host.shelf.put(response)
 
 
-def _ask_again(fleet: Fleet, host: SimHost, weights: list[float]) -> None:
+def _ask_again(fleet: Fleet, host: SimHost, weights: list[float], every_ms: int) -> None:
     (number,) = fleet.rng.choices(range(len(weights)), cum_weights=weights)
     key = fleet.key(number)
     if fleet.network.acts(host.number):
         host.ask(key)
-    fleet.agenda.after(fleet.rng.expovariate(1 / ASK_EVERY_MS), partial(_ask_again, fleet, host, weights))
+    fleet.agenda.after(fleet.rng.expovariate(1 / every_ms), partial(_ask_again, fleet, host, weights, every_ms))
 
 
 def _check_again(fleet: Fleet) -> None:
     fleet.checker.check_tables()
+    fleet.checker.check_convictions()
     fleet.agenda.after(CHECK_EVERY_MS, partial(_check_again, fleet))
 
 
@@ -129,6 +137,17 @@ def _freeze(fleet: Fleet) -> None:
         fleet.agenda.after(freezes_ms + fleet.rng.uniform(8_000, 25_000), partial(fleet.network.thaw, host.number))
 
 
+def _frame(fleet: Fleet) -> None:
+    """One client asks everywhere for what others have just been asked for, so that an audit takes it for false."""
+    for number in range(FRAMED):
+        key = fleet.key(FLASH + number)
+        first, second = fleet.rng.sample(fleet.honest, 2)
+        at_ms = WARM_MS + number * (RUN_MS - WARM_MS - 10_000) / FRAMED
+        fleet.agenda.after(at_ms, partial(first.ask, key, FRAMER))
+        fleet.agenda.after(at_ms + 5_000, partial(second.ask, key, FRAMER))
+
+
+_open = partial(Scenario, kept=0, is_open=True)
 _ALL = (
     Scenario("cold_start", "Everybody starts at once, with nothing.", _cold_start, kept=0, first_ask_ms=2_000),
     Scenario("flash_crowd", "Everybody asks for one new answer at once.", _flash_crowd),
@@ -138,5 +157,11 @@ _ALL = (
     Scenario("inventors", "One node in ten invents a thousand owners.", _cold_start, liars=0.1, kinds=("inventor",)),
     Scenario("gossip_flood", "One node in ten floods the gossip.", _cold_start, liars=0.1, kinds=("flooder",)),
     Scenario("frozen_10pct", "One node in ten stops for 8 to 25 s.", _freeze),
+    _open("open", "Anybody may join, and everybody is honest.", _cold_start),
+    _open("relayers", "One in three relays well, then lies.", _cold_start, liars=1 / 3, kinds=("relayer",)),
+    _open(
+        "hinters", "One in three claims everything and answers nothing.", _cold_start, liars=1 / 3, kinds=("hinter",)
+    ),
+    _open("framer", "A client has honest answers look false.", _frame),
 )
 SCENARIOS: Mapping[str, Scenario] = {scenario.name: scenario for scenario in _ALL}

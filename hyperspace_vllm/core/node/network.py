@@ -493,7 +493,8 @@ class NetworkNode:
     def _stored(self, event: ResponseStored, now_ms: int) -> list[NetworkEffect]:
         """Announce what was computed; what was fetched only while the popular want more copies than there are."""
         if not event.computed:
-            copies = len(self.providers(event.request_hash, now_ms))
+            told = self.providers(event.request_hash, now_ms)
+            copies = sum(self._trust.is_chosen(public_key_of(peer)) for peer in told)  # a stranger's may be none
             if copies >= replicas_wanted(self._popularity.requests(event.request_hash, now_ms)):
                 return []
         self._register(event.request_hash, event.expires_at_ms)
