@@ -24,6 +24,7 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from nacl.signing import SigningKey
 
+from hyperspace_vllm.core.peers import slots
 from hyperspace_vllm.core.peers.gossip_gate import BURST_S, GossipGate
 from hyperspace_vllm.core.peers.standing import Rank, Standing
 from hyperspace_vllm.core.records.announcement import (
@@ -284,7 +285,7 @@ async def test_only_holders_of_the_network_key_get_in(members: Members) -> None:
 
 
 async def test_connections_are_bounded_by_peer_and_in_all(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libp2p_swarm, "CONNECTIONS_INBOUND_MAX", 4)
+    monkeypatch.setattr(libp2p_swarm, "PEER_CONNECTIONS_INBOUND_MAX", 4)
     (a,) = await members(1)
 
     async def dial_again(node: Libp2pNode, victim: ID) -> None:
@@ -298,9 +299,34 @@ async def test_connections_are_bounded_by_peer_and_in_all(members: Members, monk
     await attack(a, dial_again)
     await until(lambda: not a.host.connected)
     others = await members(6, meet=False)
-    results = await asyncio.gather(*(other.meet(a) for other in others), return_exceptions=True)
-    assert sum(result is None for result in results) == 4
-    await until(lambda: len(a.host.connected) == 4)
+    await asyncio.gather(*(other.meet(a) for other in others), return_exceptions=True)
+    await until(lambda: sum(bool(other.host.connected) for other in others) == len(a.host.connected) == 4)
+
+
+async def test_silent_connections_keep_nobody_out(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "ARRIVALS_BURST", 1000.0)  # all the harm that they can do
+    (a,) = await members(1, network_key=bytes(32))
+    host, port = a.host.address.rsplit(":", 1)
+    ended = asyncio.Event()
+
+    async def hold(number: int) -> None:
+        while not ended.is_set():
+            with suppress(OSError):
+                reader, writer = await asyncio.open_connection(host, int(port), local_addr=(f"127.0.1.{1 + number}", 0))
+                writer.write(secrets.token_bytes(24))  # as a nonce
+                while await reader.read(100):
+                    pass
+                writer.close()
+            await asyncio.sleep(0.05)
+
+    holding = [asyncio.create_task(hold(number % 3)) for number in range(100)]
+    await asyncio.sleep(0.5)
+    began = time.monotonic()
+    (b,) = await members(1, meet=False, network_key=bytes(32))
+    await b.meet(a)
+    assert time.monotonic() - began < libp2p_swarm.UPGRADE_S  # it waited for none of them to be given up
+    ended.set()
+    await asyncio.gather(*holding)
 
 
 # --- requests -----------------------------------------------------------------------------------

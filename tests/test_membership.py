@@ -39,11 +39,13 @@ from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import PeerId, network_id
 from hyperspace_vllm.core.records.limits import (
     CLOCK_SKEW_MS,
+    GREETED_INBOUND_MAX,
     PEER_RECORD_TTL_MS,
     PEERS_KNOWN_MAX,
     PEERS_OF_SOURCE_MAX,
     PEX_OF_SOURCE_MAX,
     PEX_RECORDS_MAX,
+    UNGREETED_INBOUND_MAX,
 )
 from hyperspace_vllm.core.records.peer_record import PeerRecord, decode_peer_record
 from hyperspace_vllm.core.records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
@@ -66,6 +68,7 @@ class Node:
 
     def __post_init__(self) -> None:
         trust = Trust("members", ME.public_key, frozenset(), frozenset(), self.network_key)
+        self.trust = trust
         addresses = tuple((Identity(number).peer, Identity(number).address) for number in self.bootstrap)
         self.members = Membership(
             NETWORK,
@@ -265,7 +268,9 @@ def test_peers_that_the_asker_lacks_are_told_and_silent_ones_not() -> None:
 
 def test_at_most_so_many_records_travel_at_once_and_not_always_the_same() -> None:
     node = Node()
-    node.connect(*range(1, 2 * PEX_RECORDS_MAX))
+    for number in range(1, 2 * PEX_RECORDS_MAX):
+        node.connect(number)
+        node.members.on_disconnected(Identity(number).peer, node.now_ms)
     first, second = (node.members.answer_peers(WantPeers(b""), NOW_MS).records for _ in range(2))
     assert len(first) == len(second) == PEX_RECORDS_MAX
     assert set(first) != set(second)
@@ -335,6 +340,7 @@ def test_a_node_tells_others_of_a_few_of_those_that_it_met_at_one_host() -> None
     for number in range(10, 10 + 2 * PEX_OF_SOURCE_MAX):
         node.members.on_connected(Identity(number).peer, "198.51.100.7", node.now_ms)
         node.learn(number, own_word=True)
+        node.members.on_disconnected(Identity(number).peer, node.now_ms)
     node.connect(1, 2)
     told = {decode_peer_record(raw).peer for raw in node.members.answer_peers(WantPeers(b""), NOW_MS).records}
     assert told == peers(1, 2, *range(10, 10 + PEX_OF_SOURCE_MAX))
@@ -402,6 +408,69 @@ def test_a_peer_that_this_node_hung_up_on_is_not_taken_for_silent() -> None:
     node.members.on_disconnected(closed, node.now_ms)
     node.members.unanswered(closed, Ping(), node.now_ms)
     assert closed in node.usable()
+
+
+def arrive(node: Node, number: int, host: str) -> list[PeerId]:
+    """A peer connects from a host and greets; whose connections close for that."""
+    who = Identity(number)
+    effects = node.members.on_connected(who.peer, host, node.now_ms)
+    effects += node.learn(number, own_word=True)
+    closed = [effect.peer for effect in only(effects, Disconnect)]
+    for peer in closed:
+        node.members.on_disconnected(peer, node.now_ms)
+    return closed
+
+
+def test_a_host_that_holds_every_place_makes_room_for_whoever_comes_from_elsewhere() -> None:
+    node = Node()
+    crowd = range(100, 100 + GREETED_INBOUND_MAX)
+    assert [arrive(node, number, "198.51.100.7") for number in crowd] == [[]] * GREETED_INBOUND_MAX
+    for number in range(1, 11):
+        assert len(arrive(node, number, f"10.0.{number}.1")) == 1
+    for number in range(200, 300):  # the crowd comes again, under other names
+        assert not set(arrive(node, number, "198.51.100.7")) & peers(*range(1, 11))
+    assert peers(*range(1, 11)) <= node.neighbours()
+    assert len(node.neighbours()) == GREETED_INBOUND_MAX
+
+
+def test_members_that_delivered_and_the_listed_keep_their_places_before_other_members() -> None:
+    node = Node(bootstrap=(1,))
+    node.members.on_connected(Identity(1).peer, "198.51.100.7", node.now_ms)
+    node.learn(1, own_word=True)
+    arrive(node, 2, "198.51.100.7")
+    node.trust.patience.delivered(Identity(2).peer)
+    for number in range(100, 100 + 3 * GREETED_INBOUND_MAX):
+        arrive(node, number, f"10.1.{number % 256}.1")
+    assert peers(1, 2) <= node.neighbours()
+
+
+def test_those_who_have_not_greeted_take_no_place_of_those_who_have() -> None:
+    node = Node()
+    greeted = range(1, GREETED_INBOUND_MAX + 1)
+    for number in greeted:
+        arrive(node, number, "198.51.100.7")
+    silent = []
+    for number in range(1_000, 1_050):
+        effects = node.members.on_connected(Identity(number).peer, "203.0.113.5", node.now_ms)
+        silent += [effect.peer for effect in only(effects, Disconnect)]
+    assert silent == [Identity(number).peer for number in range(1_000, 1_050 - UNGREETED_INBOUND_MAX)]
+    assert node.neighbours() == peers(*greeted)
+
+
+def test_asking_keeps_no_connection_of_a_host_that_holds_several() -> None:
+    node = Node()
+    crowd, honest = range(100, 100 + NEIGHBOURS_MAX), range(1, 9)
+    for number in honest:
+        arrive(node, number, f"10.0.{number}.1")
+    for number in crowd:
+        arrive(node, number, "198.51.100.7")
+    for _ in range(30):
+        for number in crowd:
+            node.members.used(Identity(number).peer, node.now_ms)
+        for effect in only(node.run(SECOND_MS), Disconnect):
+            node.members.on_disconnected(effect.peer, node.now_ms)
+    assert peers(*honest) <= node.neighbours()
+    assert len(node.neighbours()) == NEIGHBOURS_MAX
 
 
 def test_who_connects_and_never_greets_is_disconnected() -> None:
@@ -674,3 +743,19 @@ def test_a_silent_peer_is_asked_again_once_it_was_heard_of_or_may_be_dialled() -
     assert known.may_be_asked(102)
     known.connected = True  # over which it keeps silent
     assert not known.may_be_asked(1_000)
+
+
+def test_a_host_that_is_most_of_the_neighbours_is_asked_no_more_than_another() -> None:
+    node = Node()
+    for number in range(1, 5):
+        arrive(node, number, f"10.0.{number}.1")
+    for number in range(100, 116):
+        arrive(node, number, "198.51.100.7")
+    node.run(SECOND_MS)
+    node.sent.clear()
+    node.run(20 * EXCHANGE_MS)
+    asked = [send.peer for send in node.sent if isinstance(send.message, WantPeers)]
+    honest = peers(1, 2, 3, 4)
+    assert sum(peer in honest for peer in asked) >= len(asked) * 3 // 4
+    drawn = [node.members.any_neighbour() for _ in range(500)]
+    assert sum(known is not None and known.peer in honest for known in drawn) > 350

@@ -37,7 +37,7 @@ from hyperspace_vllm.sim.scenarios import RUN_MS, SCENARIOS, build
 from hyperspace_vllm.sim.signatures import remembered_verdicts
 
 NODES = 20
-ATTACKS = ("inventors", "gossip_flood")
+ATTACKS = ("inventors", "gossip_flood", "slot_holders")
 OPEN_NODES, OPEN_SEEDS = 6, (1, 2)
 OPEN_ATTACKS = ("relayers", "hinters", "framer")
 NAMES = [name for name in SCENARIOS if name not in (*ATTACKS, "open", *OPEN_ATTACKS)]

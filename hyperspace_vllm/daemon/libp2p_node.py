@@ -34,6 +34,7 @@ from nacl.signing import SigningKey
 from ..core.peers.gossip_gate import GossipGate, Verdict
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import NetworkId, PeerId, public_key_of, sha256
+from ..core.records.limits import PEER_CONNECTIONS_MAX
 from . import libp2p_swarm as swarm
 from .libp2p_dht import NodeDht
 from .libp2p_gossip import NodeGossip, NodePubsub
@@ -293,10 +294,10 @@ def _guarded(handle: Callable[[INetStream], Awaitable[None]]) -> Callable[[INetS
 
 def _connection_config() -> ConnectionConfig:
     return ConnectionConfig(
-        max_connections=swarm.CONNECTIONS_MAX,
+        max_connections=PEER_CONNECTIONS_MAX,
         min_connections=0,
         low_watermark=0,
-        high_watermark=swarm.CONNECTIONS_MAX,
+        high_watermark=PEER_CONNECTIONS_MAX,
         max_connections_per_peer=swarm.CONNECTIONS_PER_PEER_MAX,
         dial_timeout=swarm.UPGRADE_S,
         inbound_upgrade_timeout=swarm.UPGRADE_S,

@@ -6,8 +6,8 @@ knows a thousand peers.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -29,17 +29,14 @@ from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
-from ..core.records.limits import KiB
+from ..core.peers.slots import Handshakes
+from ..core.records.limits import PEER_CONNECTIONS_INBOUND_MAX, PEER_HANDSHAKES_MAX, KiB
 from .libp2p_yamux import YamuxConnection
 
 if TYPE_CHECKING:
     from .libp2p_dht import NodeDht
 
-CONNECTIONS_MAX = 64
-CONNECTIONS_INBOUND_MAX = 48  # the rest is for peers that this node chose
 CONNECTIONS_PER_PEER_MAX = 3  # two when both sides dial at once
-HANDSHAKES_MAX = 16
-HANDSHAKES_PER_HOST_MAX = 8  # of one address, unless it is this machine
 UPGRADE_S = 5.0
 NEGOTIATION_S = 5
 PROTOCOL_NAME_BYTES_MAX = 256
@@ -158,9 +155,8 @@ class NodeSwarm(Swarm):
         self.auto_connector = _NoAutoConnector(self)
         self.notifees.clear()  # a store of tags that nobody reads
         self.sockets: WeakSet[trio.SocketStream] = WeakSet()
-        self._handshakes = trio.CapacityLimiter(HANDSHAKES_MAX)
-        self._handshakes_of: dict[str, int] = {}
-        self._inbound = 0
+        self._handshakes = Handshakes(PEER_HANDSHAKES_MAX)
+        self._inbound: WeakSet[IMuxedConn] = WeakSet()
         self._open: dict[ID, set[INetConn]] = {}
 
     def live(self, peer_id: ID) -> list[SwarmConn]:
@@ -186,37 +182,29 @@ class NodeSwarm(Swarm):
     async def _handle_inbound_connection(self, read_write_closer: ReadWriteCloser, maddr: Multiaddr) -> None:
         # The library's holds a slot (and this task) until the swarm ends, however early the connection does.
         host = (read_write_closer.get_remote_address() or ("",))[0]
-        if self._inbound >= CONNECTIONS_INBOUND_MAX or self._handshakes_of.get(host, 0) >= HANDSHAKES_PER_HOST_MAX:
+        scope = trio.CancelScope()
+        handshake = self._handshakes.begin(host, trio.current_time(), scope.cancel)
+        if handshake is None:
             return
-        self._inbound += 1
         self.sockets.add(read_write_closer.stream)  # type: ignore[attr-defined]
         try:
-            with self._handshaking(host):
-                async with self._handshakes:
-                    muxed = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
+            with scope:
+                muxed = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
+        finally:
+            self._handshakes.end(handshake)
+        if not scope.cancelled_caught:
             await muxed.event_closed.wait()  # type: ignore[attr-defined]
-        finally:
-            self._inbound -= 1
-
-    @contextmanager
-    def _handshaking(self, host: str) -> Iterator[None]:
-        if host in ("", "::1") or host.startswith("127."):
-            yield
-            return
-        self._handshakes_of[host] = self._handshakes_of.get(host, 0) + 1
-        try:
-            yield
-        finally:
-            self._handshakes_of[host] -= 1
-            if not self._handshakes_of[host]:
-                del self._handshakes_of[host]
 
     async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
-        """Register a connection, unless the peer has enough."""
+        """Register a connection, unless there are enough of the peer's, or of inbound ones."""
         peer_id = muxed_conn.peer_id
-        if peer_id == self.self_id or len(self.live(peer_id)) >= CONNECTIONS_PER_PEER_MAX:
+        inbound = sum(conn.is_established for conn in self._inbound)
+        is_full = direction == "inbound" and inbound >= PEER_CONNECTIONS_INBOUND_MAX
+        if peer_id == self.self_id or is_full or len(self.live(peer_id)) >= CONNECTIONS_PER_PEER_MAX:
             await muxed_conn.close()
-            raise SwarmException("enough connections to this peer")
+            raise SwarmException("enough connections")
+        if direction == "inbound":
+            self._inbound.add(muxed_conn)
         return await super().add_conn(muxed_conn, direction)
 
     def remove_conn(self, swarm_conn: SwarmConn) -> None:

@@ -105,7 +105,7 @@ class Checker:
     def on_charge(self, host: "SimHost", peer: str, reason: str) -> None:
         """A core blames a peer."""
         accused = self._fleet.number_of(peer)
-        if host.liar is None and accused >= 0 and self._fleet.hosts[accused].liar is None:
+        if host.liar is None and accused >= 0 and self._fleet.host(accused).liar is None:
             self.violated(host.number, f"charged the honest node {accused}: {reason}")
 
     def check_convictions(self) -> None:

@@ -15,6 +15,7 @@ from .agenda import Agenda
 from .checkers import Checker
 from .dht import Dht
 from .gossip import Gossip
+from .holders import Holder
 from .host import CLOCK_SKEW_MS, DEADLINE_MS, Request, SimHost
 from .liars import Kind, Liar
 from .network import HANDSHAKE_CPU_MS, HANDSHAKE_TRIPS, Network
@@ -32,12 +33,11 @@ BOOTSTRAPS = 3  # with one, whoever returns without its data while that one is d
 
 
 class Fleet:
-    """`size` hosts, none of them booted; everybody knows the first few. `liars` says which ones lie, and how.
-
-    An open one has no network key: the honest hosts list each other, and others can earn belief.
+    """`size` hosts, none of them booted; everybody knows the first few. `liars` says which ones lie, and how; `holders`
+    identities hold places at some of them. An open one has no network key: the honest hosts list each other, and others can earn belief.
     """
 
-    def __init__(self, size: int, seed: int, liars: dict[int, Kind], is_open: bool = False) -> None:
+    def __init__(self, size: int, seed: int, liars: dict[int, Kind], is_open: bool = False, holders: int = 0) -> None:
         self.is_open = is_open
         self.departed = SigningKey(sha256(b"a member that has left").digest())  # listed; what it signed is still about
         self.seed = seed
@@ -45,16 +45,18 @@ class Fleet:
         self.network_id = NETWORK
         self.agenda = Agenda()
         self.trace = Trace()
-        self.network = Network(self.agenda, random.Random(f"{seed}/network"), size, LOSS)
+        self.network = Network(self.agenda, random.Random(f"{seed}/network"), size + holders, LOSS)
         self.gossip = Gossip(self.network, random.Random(f"{seed}/gossip"), self._passes_on, self._gossip_arrives)
         self.dht = Dht(self.network, random.Random(f"{seed}/dht"), self._now_ms, size)
         self.checker = Checker(self)
         self.hosts = [self._host(number, liars.get(number)) for number in range(size)]
+        self.holders = [self._holder(size + number) for number in range(holders)]
         self.bootstrap = self.hosts[:BOOTSTRAPS]
         self.keys: dict[bytes, RequestKey] = {}  # by request hash, of every response that anybody asks for
         self.requests: list[Request] = []
-        self._numbers: dict[str, int] = {host.peer: host.number for host in self.hosts}
-        self._addresses = {host.address: host.number for host in self.hosts}
+        everybody: list[SimHost | Holder] = [*self.hosts, *self.holders]
+        self._numbers: dict[str, int] = {host.peer: host.number for host in everybody}
+        self._addresses = {host.address: host.number for host in everybody}
         self._holders: dict[bytes, dict[int, int]] = {}  # request hash -> honest host -> since when
         self._announced: dict[bytes, dict[int, int]] = {}  # those of them that have said so
 
@@ -64,6 +66,15 @@ class Fleet:
         host.liar = Liar(host, kind) if kind is not None else None
         self.network.add(host)
         return host
+
+    def _holder(self, number: int) -> Holder:
+        holder = Holder(self, number, NETWORK_KEY)
+        self.network.add(holder)
+        return holder
+
+    def host(self, number: int) -> SimHost | Holder:
+        """Host or holder `number`."""
+        return self.hosts[number] if number < len(self.hosts) else self.holders[number - len(self.hosts)]
 
     @property
     def wall_ms(self) -> int:
@@ -82,7 +93,7 @@ class Fleet:
     def at(self, address: str, peer: str) -> int | None:
         """The host that answers as `peer` at an address."""
         number = self._addresses.get(address)
-        return number if number is not None and self.hosts[number].peer == peer else None
+        return number if number is not None and self.host(number).peer == peer else None
 
     def key(self, number: int) -> RequestKey:
         """The `number`th request's key; from now on it is known that somebody asks for it."""
@@ -129,7 +140,7 @@ class Fleet:
         silent = [
             host
             for host in request.asked
-            if host < 0 or self.hosts[host].liar is not None or host in excused or self._held_up(request, host)
+            if host < 0 or self.host(host).liar is not None or host in excused or self._held_up(request, host)
         ]
         return len(silent) >= SILENT_MAX
 
@@ -169,7 +180,7 @@ class Fleet:
         return reached and expires_at_ms > self.wall_ms + 2 * CLOCK_SKEW_MS
 
     def _passes_on(self, host: int, relay: int, topic: str, author: int, payload: bytes) -> bool:
-        return self.hosts[host].passes_on(relay, topic, author, payload)
+        return host < len(self.hosts) and self.hosts[host].passes_on(relay, topic, author, payload)  # holders don't
 
     def _gossip_arrives(self, host: int, relay: int, topic: str, payload: bytes) -> None:
         self.hosts[host].heard_gossip(relay, topic, payload)

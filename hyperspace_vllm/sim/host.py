@@ -289,12 +289,12 @@ class SimHost:
 
     def opened(self, peer: int) -> None:
         """A connection is there."""
-        other = self.fleet.hosts[peer]
+        other = self.fleet.host(peer)
         self.tell(PeerConnected(other.peer, other.address.partition(":")[0]))
 
     def closed(self, peer: int) -> None:
         """It has gone, and what was asked over it will not be answered."""
-        gone = self.fleet.hosts[peer].peer
+        gone = self.fleet.host(peer).peer
         self.tell(PeerDisconnected(gone))
         for request in [request for request, target in self._sends.items() if target == gone]:
             self._failed(request, "unreachable")
@@ -333,7 +333,7 @@ class SimHost:
             return
         token = self._number()
         self._tokens[token] = answer
-        self.tell(RequestReceived(token, self.fleet.hosts[asker].peer, message))
+        self.tell(RequestReceived(token, self.fleet.host(asker).peer, message))
         if self.liar is None:
             self.fleet.checker.on_request_handled(self, message, token in self._tokens)
 
@@ -419,12 +419,12 @@ class SimHost:
 
     def _call(self, target: int, frame: bytes, answered: Answer) -> bool:
         """Ask `target`, if there is a connection to it."""
-        network, hosts = self.fleet.network, self.fleet.hosts
+        network, fleet = self.fleet.network, self.fleet
 
         def answer(reply: bytes) -> None:
             network.send(target, self.number, FRAME_BYTES + len(reply), partial(answered, reply))
 
-        act = partial(hosts[target].asked, self.number, frame, answer) if target >= 0 else None
+        act = partial(fleet.host(target).asked, self.number, frame, answer) if target >= 0 else None
         return act is not None and network.send(self.number, target, FRAME_BYTES + len(frame), act)
 
     def _failed(self, request: int, reason: str) -> None:

@@ -9,6 +9,7 @@ libp2p runs over TCP, so the model is TCP's:
    that doesn't get through, and then what was sent arrives; else they break.
  * A frozen host (SIGSTOP) has a living kernel: what is sent to it waits there, and it acts on all of it when it is
    thawed. Nobody finishes a handshake with it.
+ * A host takes as many connections as libp2p does, and refuses the next ones.
  * A host whose process dies resets its connections; one that loses power leaves them half open, and what is sent
    over them breaks them after BREAK_MS, or as soon as the host is back.
 Nothing is duplicated: TCP doesn't. Gossip is (gossip.py).
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+from ..core.records.limits import PEER_CONNECTIONS_INBOUND_MAX
 from .agenda import Agenda
 
 LATENCY_MEDIAN_MS = 6.0
@@ -48,6 +50,7 @@ class Host(Protocol):
 class _Link:
     """A connection between the incarnations of two hosts; per direction (by sender) what holds it up."""
 
+    dialler: int
     lives: dict[int, int]
     clear_at_ms: dict[int, float]
     stuck_since_ms: dict[int, int] = field(default_factory=dict)
@@ -228,6 +231,9 @@ class Network:
             if not self.acts(target) or self._states[target].life != target_life or not self.reaches(host, target):
                 self.on(host, max(timeout_ms - handshake_ms, 0), partial(done, "timeout"))
                 return
+            if not self.connected(host, target) and self._inbound(target) >= PEER_CONNECTIONS_INBOUND_MAX:
+                done("unreachable")
+                return
             self._open(host, target)
             done(None)
 
@@ -242,10 +248,13 @@ class Network:
             return
         if link is not None:
             self._drop(pair, ends=())
-        self._links[pair] = _Link(lives, {host: 0.0, target: 0.0})
+        self._links[pair] = _Link(host, lives, {host: 0.0, target: 0.0})
         self.topology += 1
         self._hosts[host].opened(target)
         self.on(target, 0, partial(self._opened_there, target, host))
+
+    def _inbound(self, host: int) -> int:
+        return sum(host in pair and link.dialler != host for pair, link in self._links.items())
 
     def _opened_there(self, host: int, peer: int) -> None:
         if self.connected(host, peer):

@@ -27,14 +27,16 @@ FLASH = 1_000_000  # numbers of requests that nobody asks for but in a flash cro
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`begin` sets everything that happens beside the usual requests; some hosts lie; `kept` is how many responses a
-    host brings along from an earlier life, a few of them about to expire."""
+    """`begin` sets everything that happens beside the usual requests; some hosts lie; `holders` identities hold
+    places at every host; `kept` is how many responses a host brings along from an earlier life, a few of them about to
+    expire."""
 
     name: str
     text: str
     begin: Callable[[Fleet], None]
     liars: float = 0.0
     kinds: tuple[Kind, ...] = KINDS
+    holders: int = 0
     kept: int = 3
     first_ask_ms: int = 5_000
     is_open: bool = False  # there is no network key, and belief can be earned
@@ -47,7 +49,7 @@ def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True) ->
     kinds = scenario.kinds
     liars: dict[int, Kind] = {1 + index * step: kinds[(index + seed) % len(kinds)] for index in range(count)}
     liars = {number: kind for number, kind in liars.items() if number < nodes}
-    fleet = Fleet(nodes, seed, liars, scenario.is_open)
+    fleet = Fleet(nodes, seed, liars, scenario.is_open, scenario.holders)
     requests, every_ms = nodes * REQUESTS_PER_HOST, ASK_EVERY_MS
     if scenario.is_open:
         requests, every_ms = OPEN_REQUESTS, OPEN_ASK_EVERY_MS * len(fleet.honest)
@@ -60,6 +62,9 @@ def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True) ->
         boots_ms = 0 if host.number == 0 else fleet.rng.uniform(0, BOOT_MS)
         if host.liar is None or with_liars:
             fleet.agenda.after(boots_ms, host.boot)
+    if with_liars:
+        for holder in fleet.holders:
+            fleet.agenda.after(0, holder.boot)
     weights = list(accumulate(1 / (rank + 1) for rank in range(requests)))
     for host in fleet.honest:
         first_ms = scenario.first_ask_ms + fleet.rng.expovariate(1 / every_ms)
@@ -137,6 +142,14 @@ def _freeze(fleet: Fleet) -> None:
         fleet.agenda.after(freezes_ms + fleet.rng.uniform(8_000, 25_000), partial(fleet.network.thaw, host.number))
 
 
+def _restart(fleet: Fleet) -> None:
+    """Every host restarts once, one after another, while others hold every place that it leaves."""
+    for index, host in enumerate(fleet.honest):
+        dies_ms = WARM_MS + 20_000 * index / len(fleet.honest)
+        fleet.agenda.after(dies_ms, partial(host.die, True, True))
+        fleet.agenda.after(dies_ms + 3_000, host.boot)
+
+
 def _frame(fleet: Fleet) -> None:
     """One client asks everywhere for what others have just been asked for, so that an audit takes it for false."""
     for number in range(FRAMED):
@@ -157,6 +170,7 @@ _ALL = (
     Scenario("inventors", "One node in ten invents a thousand owners.", _cold_start, liars=0.1, kinds=("inventor",)),
     Scenario("gossip_flood", "One node in ten floods the gossip.", _cold_start, liars=0.1, kinds=("flooder",)),
     Scenario("frozen_10pct", "One node in ten stops for 8 to 25 s.", _freeze),
+    Scenario("slot_holders", "One host holds places at every node, under 60 names; all restart.", _restart, holders=60),
     _open("open", "Anybody may join, and everybody is honest.", _cold_start),
     _open("relayers", "One in three relays well, then lies.", _cold_start, liars=1 / 3, kinds=("relayer",)),
     _open(

@@ -518,8 +518,8 @@ class NetworkNode:
     # --- leaves ---------------------------------------------------------------------------------
 
     def _sync(self) -> list[NetworkEffect]:
-        neighbours = self.members.neighbours()
-        return self._sync_with(self._rng.choice(neighbours).peer) if neighbours else []
+        neighbour = self.members.any_neighbour()
+        return self._sync_with(neighbour.peer) if neighbour is not None else []
 
     def _sync_with(self, peer: PeerId) -> list[NetworkEffect]:
         if not self._options.registry:

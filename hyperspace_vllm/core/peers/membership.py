@@ -14,6 +14,7 @@ Connections beyond NEIGHBOURS_MAX that nobody uses are closed.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from ..node.network_effects import ChargePeer, Connect, Disconnect, NetworkEffect, Send
@@ -28,7 +29,8 @@ from ..records.limits import (
 from ..records.peer_record import PeerRecord, check_peer_record, decode_peer_record
 from ..records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
 from .address import may_dial, source_of
-from .peer_exchange import answer_peers, want_peers
+from .inbound import least_useful_first, who_makes_room
+from .peer_exchange import answer_peers, want_peers, whose_turn
 from .peer_table import Peer, PeerTable
 from .standing import Rank, Standing
 from .trust import Trust
@@ -153,6 +155,14 @@ class Membership:
         """Connected peers that have greeted and don't keep silent."""
         return [known for known in self._peers if known.connected and known.record and not known.silent]
 
+    def any_neighbour(self) -> Peer | None:
+        """One of them at random, each host as likely as another: one host may be most of them."""
+        neighbours = self.neighbours()
+        if not neighbours:
+            return None
+        host = self._rng.choice(list(dict.fromkeys(known.source for known in neighbours)))
+        return self._rng.choice([known for known in neighbours if known.source == host])
+
     # --- connections ----------------------------------------------------------------------------
 
     def on_connected(self, peer: PeerId, host: str, now_ms: int) -> list[NetworkEffect]:
@@ -169,7 +179,7 @@ class Membership:
             known.outbound, known.connected_at_ms = known.dialling, now_ms
         known.connected, known.dialling, known.dismissed = True, False, False
         self._heard(known, now_ms)
-        return [self._greet(known, now_ms)]
+        return [self._greet(known, now_ms), *self._make_room(known)]
 
     def on_disconnected(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
         """Dial again after a while, or somebody else."""
@@ -247,7 +257,8 @@ class Membership:
                 self._outbid(record, now_ms)
             elif self._is_newer(record):
                 check_peer_record(record, self._network, now_ms)
-                self._accept(record, raw, None if own_word else peer, now_ms)
+                known = self._accept(record, raw, None if own_word else peer, now_ms)
+                return self._make_room(known) if own_word and known is not None else []
         except ProtocolViolation:
             return [ChargePeer(peer, "protocol")]
         except Refused as refused:
@@ -298,8 +309,7 @@ class Membership:
             self._exchange_at_ms = now_ms + EXCHANGE_MS
             neighbours = self.neighbours()
             if neighbours:
-                longest_ago = min(neighbours, key=lambda known: known.exchanged_at_ms)
-                effects.append(self._want_peers(longest_ago, now_ms))
+                effects.append(self._want_peers(whose_turn(neighbours), now_ms))
         return effects
 
     def shift(self, by_ms: int) -> None:
@@ -395,16 +405,24 @@ class Membership:
         excess = min(len(connected) - NEIGHBOURS_MAX, DIALS_MAX)
         if excess <= 0:
             return []
-        unused = [
+        hosts = Counter(known.source for known in connected)
+        spare = [
             known
             for known in connected
-            if not known.bootstrap and now_ms - max(known.connected_at_ms, known.used_at_ms) > UNUSED_MS
+            if not known.bootstrap
+            and now_ms - known.connected_at_ms > UNUSED_MS
+            and (now_ms - known.used_at_ms > UNUSED_MS or (hosts[known.source] > 1 and not known.outbound))
         ]
-        self._rng.shuffle(unused)
-        unused.sort(key=lambda known: known.outbound)
-        for known in unused[:excess]:
+        return self._dismiss(least_useful_first(spare, self._trust)[:excess])
+
+    def _make_room(self, newcomer: Peer) -> list[NetworkEffect]:
+        evicted = who_makes_room(self._peers, newcomer, self._trust)
+        return [] if evicted is None else self._dismiss([evicted])
+
+    def _dismiss(self, peers: list[Peer]) -> list[NetworkEffect]:
+        for known in peers:
             known.dismissed = True
-        return [Disconnect(known.peer) for known in unused[:excess]]
+        return [Disconnect(known.peer) for known in peers]
 
     def _greet(self, known: Peer, now_ms: int) -> Send:
         known.asked_at_ms = now_ms
@@ -424,7 +442,7 @@ class Membership:
         teller = self._peers.get(peer) if peer is not None else None
         return teller.source if teller is not None and teller.source else str(peer)
 
-    def _accept(self, record: PeerRecord, raw: bytes, told_by: PeerId | None, now_ms: int) -> None:
+    def _accept(self, record: PeerRecord, raw: bytes, told_by: PeerId | None, now_ms: int) -> Peer | None:
         is_member = self._trust.meet(record.public_key, record.member_tag)
         if self._members_only and not is_member:
             raise Refused("stranger")
@@ -432,7 +450,7 @@ class Membership:
         if known is None:
             known = self._new(record.peer, self._source_told_by(told_by))
             if not self._peers.add(known):
-                return
+                return None
         moved = known.record is not None and known.record.address != record.address
         known.record, known.raw, known.member = record, raw, is_member
         known.advertised = record.address if self._may_dial(record.address) else ""
@@ -440,6 +458,7 @@ class Membership:
             known.failures, known.dial_at_ms = 0, now_ms
         self.changed = True
         self.is_alive(record.peer, now_ms)
+        return known
 
     def _may_dial(self, address: str) -> bool:
         return may_dial(address, self._own.address)

@@ -42,3 +42,11 @@ def _worth_telling(usable: Iterable[Peer]) -> Iterator[Peer]:
         if known.met and (known.standing.rank is Rank.LISTED or told[known.source] < PEX_OF_SOURCE_MAX):
             told[known.source] += 1
             yield known
+
+
+def whose_turn(neighbours: list[Peer]) -> Peer:
+    """Whom to ask for records: of the host that was asked longest ago, for one host may be most of the neighbours."""
+    asked_ms: dict[str, int] = {}
+    for known in neighbours:
+        asked_ms[known.source] = max(asked_ms.get(known.source, 0), known.exchanged_at_ms)
+    return min(neighbours, key=lambda known: (asked_ms[known.source], known.exchanged_at_ms))

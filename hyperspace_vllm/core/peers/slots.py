@@ -1,19 +1,21 @@
 """Who has to go when all places for inbound connections are taken.
 
 If newcomers were refused, 48 invented identities would keep every other node out. So a newcomer takes the place of the
-connection that is worth least; of equals, of one from the address prefix that holds most places, and there of the one
-that has been idle for longest. A host that opens many connections displaces its own.
+connection that is worth least; of equals, of one from the host that holds most places, then from the address prefix
+that does, and there of the one that has been idle for longest. A host that opens many connections displaces its own.
 """
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
 from itertools import count
 from typing import TypeVar
 
 IPV4_PREFIX_BITS = 24
 IPV6_PREFIX_BITS = 48  # what a provider gives one customer, who has 2^80 addresses in it
+FAIR_S = 0.5  # in which most handshakes are over, also when a whole fleet arrives at once
 ARRIVALS_PER_S = 20.0  # of one prefix; a fleet of 100 nodes in one network that restarts arrives within seconds
 ARRIVALS_BURST = 100.0
 PREFIXES_MAX = 1024  # whose arrivals are counted; 200 KiB
@@ -25,13 +27,14 @@ K = TypeVar("K", bound=Hashable)
 class Place:
     """One inbound connection. `worth`: the more, the later it goes; `used_at`: in whatever unit all of them have."""
 
-    prefix: str
+    host: str
     used_at: float
     worth: int = 0
 
 
+@lru_cache(4096)
 def address_prefix(host: str) -> str:
-    """The network that an IP address belongs to, '' for what is none; loopback addresses are no exception."""
+    """The network that an IP address belongs to; loopback addresses are no exception. '' for what is no address."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:
@@ -42,16 +45,22 @@ def address_prefix(host: str) -> str:
     return str(ip_network(f"{address}/{bits}", strict=False))
 
 
+def by_value(places: Mapping[K, Place], *newcomers: Place) -> list[K]:
+    """Those that should go first first; `newcomers` count where hosts are counted."""
+    hosts = Counter(place.host for place in (*places.values(), *newcomers))
+    prefixes = Counter(address_prefix(place.host) for place in (*places.values(), *newcomers))
+
+    def value(key: K) -> tuple[int, int, int, float]:
+        place = places[key]
+        return place.worth, -hosts[place.host], -prefixes[address_prefix(place.host)], place.used_at
+
+    return sorted(places, key=value)
+
+
 def whom_to_evict(places: Mapping[K, Place], newcomer: Place) -> K | None:
     """Whose place a newcomer takes; None: every other is worth more than the newcomer."""
-    crowd = Counter(place.prefix for place in places.values())
-    crowd[newcomer.prefix] += 1
-    rivals = [key for key, place in places.items() if place.worth <= newcomer.worth]
-    return min(
-        rivals,
-        key=lambda key: (places[key].worth, -crowd[places[key].prefix], places[key].used_at),
-        default=None,
-    )
+    rivals = {key: place for key, place in places.items() if place.worth <= newcomer.worth}
+    return next(iter(by_value(rivals, newcomer)), None)
 
 
 @dataclass(slots=True)
@@ -65,8 +74,9 @@ class _Arrivals:
 class Handshakes:
     """Inbound connections of which nobody has proved yet whose they are, by a number that `begin` gives.
 
-    At most `places_max`; a newcomer ends the oldest one of the most crowded prefix. What a prefix opens beyond
-    ARRIVALS_BURST and ARRIVALS_PER_S is not even begun, so that a flood costs an `accept` each and no cryptography.
+    At most `places_max`; a newcomer ends the oldest one of the most crowded host, unless that is its own, or no more
+    crowded, and has not had FAIR_S. What a prefix opens beyond ARRIVALS_BURST and ARRIVALS_PER_S is not even begun, so
+    that a flood costs an `accept` each and no cryptography.
     """
 
     def __init__(self, places_max: int) -> None:
@@ -81,12 +91,14 @@ class Handshakes:
 
     def begin(self, host: str, now_s: float, end: Callable[[], None]) -> int | None:
         """A place for a connection from `host`; `end` is called when it must close early. None: close it now."""
-        place = Place(address_prefix(host), now_s)
-        if not self._may_arrive(place.prefix, now_s):
+        place = Place(host, now_s)
+        if not self._may_arrive(address_prefix(host), now_s):
             return None
         if len(self._places) >= self._places_max:
             evicted = whom_to_evict(self._places, place)
             assert evicted is not None  # all are worth the same
+            if self._is_fair(self._places[evicted], place):
+                return None
             ends = self._ends[evicted]
             self.end(evicted)
             ends()
@@ -98,6 +110,11 @@ class Handshakes:
         """It is over, or has proved whose it is; doing so twice is fine."""
         self._places.pop(number, None)
         self._ends.pop(number, None)
+
+    def _is_fair(self, place: Place, newcomer: Place) -> bool:
+        """Whether `place` may go on rather than the newcomer begin: it is young, and its host has no more places."""
+        hosts = Counter(each.host for each in (*self._places.values(), newcomer))
+        return newcomer.used_at - place.used_at < FAIR_S and hosts[place.host] <= hosts[newcomer.host]
 
     def _may_arrive(self, prefix: str, now_s: float) -> bool:
         arrivals = self._arrivals.setdefault(prefix, _Arrivals(ARRIVALS_BURST, now_s))

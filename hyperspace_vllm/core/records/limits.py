@@ -53,7 +53,7 @@ PEERS_BYTES_IN_FLIGHT_MAX = 256 * MiB  # of all peers; beyond it each has one ch
 KV_REQUEST_BYTES_HELD_MAX = 2 * PEER_CONTROL_BYTES_MAX  # of unfinished requests, by connection
 KV_REPLY_BYTES_HELD_MAX = 2 * PEER_MESSAGE_BYTES_MAX  # of unfinished replies, by link: one comes, one is taken
 KV_CONNECTIONS_MAX = 48  # inbound; all together hold 48 x 2 MiB = 96 MiB of requests
-KV_HANDSHAKES_MAX = 16  # of them nobody has proved yet who he is; 1 KiB each
+KV_HANDSHAKES_MAX = 16  # inbound, nobody has proved yet whose they are; 1 KiB each
 KV_LINKS_MAX = 32  # outbound, to discovered peers; all together hold 32 x 8 MiB = 256 MiB of replies
 CLIENTS_MAX = 256
 LOOKUPS_PER_CLIENT_MAX = 1024
@@ -62,8 +62,11 @@ RESPONSE_LOOKUPS_MAX = 256  # unfinished ones of one API server; the requests be
 # --- file descriptors, of the 1,024 that a process usually may have --------------------------------
 KV_CONNECTION_DESCRIPTORS = 4  # TCP, both ends of the Unix socket, ZeroMQ's mailbox
 PEER_CONNECTIONS_MAX = 64  # libp2p's
-PEER_HANDSHAKES_MAX = 16
-OWN_DESCRIPTORS = 192  # databases, arena, chunk files being read, pipes of worker processes, DHT, logs
+PEER_CONNECTIONS_INBOUND_MAX = 48  # the rest is for peers that this node chose
+PEER_HANDSHAKES_MAX = 32  # inbound, nobody has proved yet whose they are
+GREETED_INBOUND_MAX = 38
+UNGREETED_INBOUND_MAX = 6  # of a peer that was let in and has not shown its record yet
+OWN_DESCRIPTORS = 176  # databases, arena, chunk files being read, pipes of worker processes, DHT, logs
 
 # --- discovery, gossip and registry -------------------------------------------------------------
 PEER_RECORD_BYTES_MAX = 8 * KiB  # 2 x 16 digests of 32 B, a VRAM digest of 4 KiB and about 700 B of the rest
@@ -122,6 +125,7 @@ assert (
     + OWN_DESCRIPTORS
     < 1024
 )
+assert GREETED_INBOUND_MAX + UNGREETED_INBOUND_MAX + 4 <= PEER_CONNECTIONS_INBOUND_MAX  # 4 are being judged
 assert LOOKUP_ROWS_MAX * DIGEST_BYTES < PEER_CONTROL_BYTES_MAX
 assert DIGEST_TABLE_BYTES_MAX + MANIFEST_BYTES_MAX < PEER_CONTROL_BYTES_MAX
 assert LEASE_MS >= 3 * HEARTBEAT_MS
