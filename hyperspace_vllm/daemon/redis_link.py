@@ -1,4 +1,6 @@
-"""A fleet's Redis, which may be away: each command has a deadline, and after a failure it isn't asked for a while."""
+"""A fleet's Redis, which may be away or none: each command has a deadline, each reply a bound, and after a failure it
+isn't asked for a while.
+"""
 
 import asyncio
 import contextlib
@@ -6,10 +8,13 @@ import logging
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
+from redis._parsers import _AsyncRESP2Parser
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import InvalidResponse, RedisError
+
+from ..core.records.limits import REDIS_REPLY_BYTES_MAX, REDIS_REPLY_ITEMS_MAX
 
 READ_S = 0.1  # connecting included
 WRITE_S = 2.0
@@ -23,6 +28,33 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+if not hasattr(_AsyncRESP2Parser, "_readline"):
+    raise ImportError("redis-py has changed: its replies can't be bounded")
+
+
+class BoundedParser(_AsyncRESP2Parser):
+    """redis-py's parser, which by itself takes whatever length a reply announces.
+
+    Lengths stand in lines: those of a bulk string and of an array, nested ones too. asyncio bounds the line itself.
+    """
+
+    async def read_response(self, disable_decoding: bool = False) -> Any:
+        """One command's reply; InvalidResponse if it has more than REDIS_REPLY_BYTES_MAX or REDIS_REPLY_ITEMS_MAX."""
+        self._bytes_left = REDIS_REPLY_BYTES_MAX
+        self._items_left = REDIS_REPLY_ITEMS_MAX
+        return await super().read_response(disable_decoding)
+
+    async def _readline(self) -> bytes:
+        line: bytes = await super()._readline()
+        if line[:1] == b"$":
+            self._bytes_left -= max(int(line[1:]), 0)
+        elif line[:1] == b"*":
+            self._items_left -= max(int(line[1:]), 0)
+        self._bytes_left -= len(line)
+        if self._bytes_left < 0 or self._items_left < 0:
+            raise InvalidResponse("a reply that is larger than any that was asked for")
+        return line
+
 
 class RedisLink:
     """Connections to the Redis at `url`, or `ValueError`; `redis` makes the commands that `within` waits for."""
@@ -35,6 +67,7 @@ class RedisLink:
             socket_connect_timeout=READ_S,
             socket_timeout=WRITE_S,
             protocol=2,  # every Redis speaks it
+            parser_class=BoundedParser,
             retry=Retry(NoBackoff(), 0),  # ours is the backoff
         )
         try:

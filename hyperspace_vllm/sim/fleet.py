@@ -34,7 +34,8 @@ BOOTSTRAPS = 3  # with one, whoever returns without its data while that one is d
 
 class Fleet:
     """`size` hosts, none of them booted; everybody knows the first few. `liars` says which ones lie, and how; `holders`
-    identities hold places at some of them. An open one has no network key: the honest hosts list each other, and others can earn belief.
+    identities hold places at some of them. An open one has no network key: the honest hosts list each other, and others
+    can earn belief.
     """
 
     def __init__(self, size: int, seed: int, liars: dict[int, Kind], is_open: bool = False, holders: int = 0) -> None:

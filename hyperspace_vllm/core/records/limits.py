@@ -59,6 +59,9 @@ CLIENTS_MAX = 256
 LOOKUPS_PER_CLIENT_MAX = 1024
 RESPONSE_LOOKUPS_MAX = 256  # unfinished ones of one API server; the requests beyond compute at once
 
+REDIS_REPLY_BYTES_MAX = RESPONSE_BYTES_MAX + 128 * KiB  # of one command; a response as a peer would send it, and a bit
+REDIS_REPLY_ITEMS_MAX = 256  # 64 peers of one id are asked for
+
 # --- file descriptors, of the 1,024 that a process usually may have --------------------------------
 KV_CONNECTION_DESCRIPTORS = 4  # TCP, both ends of the Unix socket, ZeroMQ's mailbox
 PEER_CONNECTIONS_MAX = 64  # libp2p's
@@ -130,6 +133,7 @@ assert LOOKUP_ROWS_MAX * DIGEST_BYTES < PEER_CONTROL_BYTES_MAX
 assert DIGEST_TABLE_BYTES_MAX + MANIFEST_BYTES_MAX < PEER_CONTROL_BYTES_MAX
 assert LEASE_MS >= 3 * HEARTBEAT_MS
 assert RESPONSE_BYTES_MAX + CACHE_PROOF_BYTES_MAX + 4 * KiB < LOCAL_MESSAGE_BYTES_MAX
+assert STREAM_FRAME_BYTES_MAX + 1 + KiB < REDIS_REPLY_BYTES_MAX
 assert RESPONSE_LOOKUPS_MAX <= LOOKUPS_PER_CLIENT_MAX
 assert RESPONSE_BYTES_MAX < REPLAY_BYTES_MAX < SENDING_BYTES_MAX
 assert FLIGHT_WINDOW_BYTES < FLIGHT_BYTES_MAX < FLIGHTS_BYTES_MAX
