@@ -83,7 +83,7 @@ class Config:
     )
     advertise: str = _setting("", "Host that other nodes reach this one at; empty: the hosts of the listeners.")
     network_key_file: str = _setting(
-        "", "File (mode 0600) with the private network's key, 64 hex digits: who holds it is a member."
+        "", "This user's file (mode 0600) with the private network's key, 64 hex digits: who holds it is a member."
     )
     mdns: bool = _setting(False, "Find nodes of the local network by multicast DNS.")
     trust: Literal["members", "reputation", "allowlist"] = _setting(

@@ -299,6 +299,33 @@ async def test_what_cannot_be_cached_reaches_the_server_byte_for_byte(
 
 
 @pytest.mark.parametrize(
+    "headers",
+    [
+        [("content-type", "application/json")],
+        [("content-type", "Application/JSON; charset=utf-8")],
+        [("content-type", "application/json ;a=b")],
+        [("content-type", "application/json"), ("content-type", "text/plain")],
+        [("content-type", "text/plain"), ("content-type", "application/json")],
+        [("content-type", "application/vnd.api+json")],
+        [("content-type", "text/plain")],
+        [("content-type", "")],
+        [],
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32-le"])
+async def test_a_scope_that_a_client_made_up_reaches_no_server_whatever_it_calls_its_body(
+    bench: Bench, headers: list[tuple[str, str]], encoding: str
+) -> None:
+    forged = {"scope": "public", "tenant": "", "mac": "00"}
+    raw = json.dumps(TEXT | {"kv_transfer_params": {"hyperspace": forged, "other": 1}}).encode(encoding)
+    await bench.client.post(TEXT_PATH, content=raw, headers=headers)
+    (body,) = bench.upstream.bodies
+    params = json.loads(body)["kv_transfer_params"]
+    assert params["other"] == 1
+    assert params.get("hyperspace") != forged
+
+
+@pytest.mark.parametrize(
     "raw",
     [
         json.dumps(TEXT | {"prompt": "x" * REQUEST_BYTES_MAX}).encode(),

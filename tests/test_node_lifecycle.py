@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +34,7 @@ from hyperspace_vllm.core.records.local import (
     WantStaging,
 )
 from hyperspace_vllm.daemon.identity import Identity, IdentityError, curve_public_of
+from hyperspace_vllm.daemon.join import load_network_key
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.node_process import revive_node
 
@@ -74,6 +75,30 @@ def test_a_key_that_others_can_read_is_refused_with_what_to_do(tmp_path: Path, m
     (tmp_path / "node.key").chmod(mode)
     with pytest.raises(IdentityError, match="chmod 600"):
         Identity.load(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["node.key", "network.key"])
+def test_a_key_of_another_user_is_refused(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Identity.load(tmp_path)
+    load: dict[str, Callable[[], object]] = {
+        "node.key": lambda: Identity.load(tmp_path),
+        "network.key": lambda: load_network_key(Config(network_key_file=str(tmp_path / "network.key"))),
+    }
+    (tmp_path / "network.key").touch(0o600)
+    (tmp_path / "network.key").write_text("00" * 32)
+    load[key]()
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    with pytest.raises(IdentityError, match=f"owner {own}"):
+        load[key]()
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+def test_a_network_key_that_others_can_read_is_refused_with_what_to_do(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "network.key").write_text("00" * 32)
+    (tmp_path / "network.key").chmod(mode)
+    with pytest.raises(IdentityError, match="chmod 600"):
+        load_network_key(Config(network_key_file=str(tmp_path / "network.key")))
 
 
 def test_a_damaged_or_linked_key_is_refused(tmp_path: Path) -> None:

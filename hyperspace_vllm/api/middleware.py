@@ -80,9 +80,9 @@ class ResponseCacheMiddleware:
             raw, too_large = await read_rest(raw, hear), True
         if isinstance(raw, list):
             return partial(self._untouched, scope, replayed(raw, receive), send, "too_large")
-        request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
         if (first_header(scope["headers"], b"content-type") or "").split(";")[0].strip().lower() != "application/json":
-            return partial(self._untouched, scope, request, send, "not_json")
+            return self._not_json(scope, raw, receive, send)
+        request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
         body = Uncacheable("too_large") if too_large else parse_request(raw)
         if not isinstance(body, Uncacheable):
             return Exchange(self, endpoint, raw, body, scope, receive, send).run
@@ -103,6 +103,13 @@ class ResponseCacheMiddleware:
             raw = rewritten(raw, body, None, engine_salt(key, body.get("cache_salt")), add_usage=False)
         request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
         return partial(self.app, with_content_length(scope, len(raw)), request, send)
+
+    def _not_json(self, scope: Scope, raw: bytes, receive: Receive, send: Send) -> Answer:
+        """By its Content-Type, which the application may judge otherwise: what it could read as a scope is removed."""
+        if (body := _as_vllm_reads(raw)) is not None:
+            raw = rewritten(raw, body, None, body.get("cache_salt"), add_usage=False)
+        request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
+        return partial(self._untouched, with_content_length(scope, len(raw)), request, send, "not_json")
 
     async def _untouched(self, scope: Scope, receive: Receive, send: Send, reason: str) -> None:
         await self.app(scope, receive, self.passing(send, "bypass", reason))

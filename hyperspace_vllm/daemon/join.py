@@ -55,8 +55,12 @@ def load_network_key(config: Config) -> bytes | None:
         reason = getattr(error, "strerror", error)
         raise IdentityError(f"network_key_file {config.network_key_file}: {reason}") from error
     try:
-        if stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
-            raise IdentityError(f"network_key_file {path} can be read by others: run `chmod 600 {path}`")
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+            raise IdentityError(
+                f"network_key_file {path} can be read by others (mode {stat.S_IMODE(status.st_mode):04o}, owner "
+                f"{status.st_uid}): run `chmod 600 {path}`, and `chown` if it isn't yours"
+            )
         text = os.read(descriptor, 1024).decode("ascii", "replace").strip()
     finally:
         os.close(descriptor)
