@@ -50,6 +50,7 @@ LONG, SHORT = 4000, 1100  # bytes, which are tokens of the tiny model: 15 and 4 
 # decides clearly for each token: by ten times as much.
 GAP = 0.3
 TOKENS = 2
+ATTEMPTS = 3  # with other text each: on a machine with more to do than cores, a fetch may rightly end early
 # By id: many of the byte tokenizer's tokens are printed alike.
 LOGPROBS: dict[str, Any] = {"max_tokens": TOKENS, "logprobs": 2, "return_tokens_as_token_ids": True}
 
@@ -240,29 +241,33 @@ def ask(server: Server, prompt: str) -> Answered:
 
 def fetch_through(pair: Servers, fault: Callable[[], object]) -> float:
     """B asks for what A has, over a slow link; `fault` comes in the middle. Seconds from it to B's prefill."""
-    wait_hit(pair, AVOIDED_S)
-    text = document(LONG)
-    prompt, expected = clear_question(pair.b, text)
-    publish(pair.a, text)
-    pair.link.rate_bytes_s = SLOW_BYTES_S
-    before = pair.link.delivered_bytes
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask, pair.b, prompt)
-        until(lambda: pair.link.delivered_bytes > before + 4 * ROW_BYTES, "the middle of the fetch")
-        assert not asked.done()
-        fault()
-        fault_at_s = time.monotonic()
-        answered = asked.result(120)
-    # What had left A before the fault still arrives, and is used: to B the fault begins when it ends.
-    quiet_at_s = max(fault_at_s, min(pair.link.last_delivery_s, answered.prefill_at_s))
-    after_s = answered.prefill_at_s - quiet_at_s
-    print(
-        f"prefill {answered.prefill_at_s - fault_at_s:.3f} s after the fault, {after_s:.3f} s after the last byte; "
-        f"{answered.answer.cached_tokens} of {answered.answer.prompt_tokens} tokens loaded"
-    )
-    assert answered.answer.tokens == expected.tokens
-    assert answered.answer.cached_tokens < LONG // 256 * 256
-    return after_s
+    for _ in range(ATTEMPTS):
+        wait_hit(pair, AVOIDED_S)
+        text = document(LONG)
+        prompt, expected = clear_question(pair.b, text)
+        publish(pair.a, text)
+        pair.link.rate_bytes_s = SLOW_BYTES_S
+        middle = pair.link.delivered_bytes + 4 * ROW_BYTES
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask, pair.b, prompt)
+            until(lambda: asked.done() or pair.link.delivered_bytes > middle, "the middle of the fetch")  # noqa: B023
+            if asked.done():
+                pair.link.rate_bytes_s = 0
+                continue
+            fault()
+            fault_at_s = time.monotonic()
+            answered = asked.result(120)
+        # What had left A before the fault still arrives, and is used: to B the fault begins when it ends.
+        quiet_at_s = max(fault_at_s, min(pair.link.last_delivery_s, answered.prefill_at_s))
+        after_s = answered.prefill_at_s - quiet_at_s
+        print(
+            f"prefill {answered.prefill_at_s - fault_at_s:.3f} s after the fault, {after_s:.3f} s after the last byte; "
+            f"{answered.answer.cached_tokens} of {answered.answer.prompt_tokens} tokens loaded"
+        )
+        assert answered.answer.tokens == expected.tokens
+        assert answered.answer.cached_tokens < LONG // 256 * 256
+        return after_s
+    raise AssertionError(f"none of {ATTEMPTS} fetches reached its middle")
 
 
 def corrupt(path: Path, columns: range) -> None:
@@ -280,15 +285,22 @@ def corrupt(path: Path, columns: range) -> None:
 
 
 def test_what_a_slow_link_brings_is_used(pair: Servers) -> None:
-    text = document(LONG)
-    prompt, expected = clear_question(pair.b, text)
-    publish(pair.a, text)
-    pair.link.rate_bytes_s = SLOW_BYTES_S
-    hits = lookups(pair.b, "hit", "network")
-    answered = ask(pair.b, prompt)
-    assert answered.answer.tokens == expected.tokens
-    assert answered.answer.cached_tokens == LONG // 256 * 256
-    assert lookups(pair.b, "hit", "network") == hits + 1
+    whole, loaded = LONG // 256 * 256, 0
+    for _ in range(ATTEMPTS):
+        text = document(LONG)
+        prompt, expected = clear_question(pair.b, text)
+        publish(pair.a, text)
+        pair.link.rate_bytes_s = SLOW_BYTES_S
+        hits = lookups(pair.b, "hit", "network")
+        answered = ask(pair.b, prompt)
+        pair.link.rate_bytes_s = 0
+        loaded = answered.answer.cached_tokens
+        assert answered.answer.tokens == expected.tokens
+        assert lookups(pair.b, "hit", "network") == hits + (loaded > 0)
+        if loaded == whole:
+            return
+        wait_hit(pair, AVOIDED_S)
+    raise AssertionError(f"{loaded} of {whole} tokens at the most")
 
 
 # --- the peer and the link ------------------------------------------------------------------------
