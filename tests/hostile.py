@@ -113,6 +113,11 @@ class Stranger:
 
     def on_discovered(self, peer: PeerId, address: str) -> None: ...
 
+    def may_dial(self, peer: PeerId, address: str) -> bool:
+        return False
+
+    def on_gossip_spoiled(self, relay: PeerId) -> None: ...
+
 
 class Flood(threading.Thread):
     """Sends messages of very many frames, to a server or from one: 400 MiB each, in frames of `frame_bytes`."""

@@ -41,6 +41,7 @@ from hyperspace_vllm.core.node.network_events import (
     ResponseStored,
     ResponseWanted,
 )
+from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate, Verdict
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import NetworkId, PeerId, network_id, peer_id, sha256
@@ -88,11 +89,13 @@ class Identity:
         address: str | None = None,
         network_key: bytes | None = NETWORK_KEY,
         network: NetworkId = NETWORK,
+        endpoint: str = "",
     ) -> bytes:
         """What this node says about itself."""
         tag = member_tag(network_key, self.public_key) if network_key else NO_MEMBER_TAG
         at = self.address if address is None else address
-        return PeerRecord(network, self.public_key, sequence, expires_at_ms, at, member_tag=tag).sign(self.key).encode()
+        record = PeerRecord(network, self.public_key, sequence, expires_at_ms, at, endpoint, tag)
+        return record.sign(self.key).encode()
 
 
 def make_node(
@@ -109,7 +112,7 @@ def make_node(
     trust = Trust("members", me.public_key, known, frozenset(), network_key)
     addresses = tuple((Identity(other).peer, Identity(other).address) for other in bootstrap)
     options = NetworkOptions(NETWORK, me.address, "", addresses, network_key, registry=registry)
-    return NetworkNode(options, me.key, trust, random.Random(number), now_ms)
+    return NetworkNode(options, me.key, trust, Dials(now_ms), random.Random(number), now_ms)
 
 
 def only(effects: list[NetworkEffect], kind: type) -> list:  # type: ignore[type-arg]

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.node.events import PrefixReleased, PrefixWanted, RequestOver, RowArrived, SegmentKeyKnown
 from hyperspace_vllm.core.node.network_events import RowsStored
 from hyperspace_vllm.core.node.node import Node
+from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.prefix.fetch import FetchMode
 from hyperspace_vllm.core.records.ids import (
@@ -124,7 +126,9 @@ class TestNode:
         self.cache = RowCache(self.arena)
         self.store = store(directory / "chunks", disk_bytes)
         self.trust = trust_of(self.identity, peers, network_key)
-        self.transport = ChunkTransport(self.config, self.identity, self.store, self.metrics, self.trust)
+        self.transport = ChunkTransport(
+            self.config, self.identity, self.store, self.metrics, self.trust, Dials(time.time_ns() // 1_000_000)
+        )
         self.stored: list[RowsStored] = []
         self.compute = compute or ComputePool()
         self.node = Node(NETWORK, self.transport.peers, fetch, random.Random(1))

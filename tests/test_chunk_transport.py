@@ -5,7 +5,7 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,19 @@ import zmq.asyncio
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.node.network_effects import KvEndpoint
+from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.records import wire
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RowId, network_id, peer_id, sha256
-from hyperspace_vllm.core.records.limits import KV_LINKS_MAX, PEER_CONTROL_BYTES_MAX, PEER_REQUESTS_MAX, MiB
+from hyperspace_vllm.core.records.limits import (
+    DIALS_BURST_S,
+    DIALS_OWN_TO_HOST_PER_S,
+    DIALS_TO_HOST_PER_S,
+    KV_LINKS_MAX,
+    PEER_CONTROL_BYTES_MAX,
+    PEER_REQUESTS_MAX,
+    MiB,
+)
 from hyperspace_vllm.daemon import chunk_server, kv_door
 from hyperspace_vllm.daemon.chunk_store import ChunkStore
 from hyperspace_vllm.daemon.chunk_transport import ChunkTransport
@@ -62,7 +72,12 @@ class Side:
         self.metrics = Metrics()
         self.trust = trust_of(self.identity, peers)
         self.transport = ChunkTransport(
-            Config(data_dir=directory, peers=peers), self.identity, self.store, self.metrics, self.trust
+            Config(data_dir=directory, peers=peers),
+            self.identity,
+            self.store,
+            self.metrics,
+            self.trust,
+            Dials(time.time_ns() // 1_000_000),
         )
 
     @property
@@ -163,9 +178,13 @@ async def strangers(tmp_path: Path) -> AsyncIterator[tuple[Side, Side]]:
     await server.transport.close()
 
 
+def own(peer: PeerId, address: str) -> KvEndpoint:
+    return KvEndpoint(peer, address, own=True)
+
+
 def introduce(server: Side, client: Side) -> PeerId:
     server.transport.admit([client.identity.peer_id])
-    client.transport.set_peers({server.identity.peer_id: server.transport.endpoint})
+    client.transport.set_peers([own(server.identity.peer_id, server.transport.endpoint)])
     return server.identity.peer_id
 
 
@@ -182,7 +201,7 @@ async def test_a_discovered_peer_is_asked_and_served_like_a_configured_one(stran
 async def test_a_peer_that_dials_before_it_is_admitted_gets_in_soon_after(strangers: tuple[Side, Side]) -> None:
     server, client = strangers
     peer = server.identity.peer_id
-    client.transport.set_peers({peer: server.transport.endpoint})
+    client.transport.set_peers([own(peer, server.transport.endpoint)])
     refused = server.metrics.failures_total.labels("l2", "unknown_peer")._value
     await until(lambda: refused.get() >= 1)
     assert not client.transport.is_connected(peer)
@@ -223,7 +242,7 @@ async def test_what_is_under_way_to_a_peer_that_vanishes_fails_at_once(strangers
         async with aclosing(client.transport.chunks(peer, record.digest, 0, (*range(64),), CHUNK, 30.0)) as arriving:
             async for batch in arriving:
                 arrived.extend(column for column, _ in batch)
-                client.transport.set_peers({})
+                client.transport.set_peers(())
 
     began = time.monotonic()
     with pytest.raises(PeerFailed, match="unreachable"):
@@ -234,7 +253,7 @@ async def test_what_is_under_way_to_a_peer_that_vanishes_fails_at_once(strangers
     introduce(server, client)
     waiting = asyncio.create_task(client.transport.find(peer, (ROW_ID,), 30.0))  # for the connection
     await asyncio.sleep(0)
-    client.transport.set_peers({})
+    client.transport.set_peers(())
     with pytest.raises(PeerFailed, match="unreachable"):
         await waiting
 
@@ -242,7 +261,7 @@ async def test_what_is_under_way_to_a_peer_that_vanishes_fails_at_once(strangers
 async def test_a_peer_that_has_moved_is_asked_where_it_is_now(strangers: tuple[Side, Side]) -> None:
     server, client = strangers
     server.transport.admit([client.identity.peer_id])
-    client.transport.set_peers({server.identity.peer_id: "127.0.0.1:1"})
+    client.transport.set_peers([own(server.identity.peer_id, "127.0.0.1:1")])
     await asyncio.sleep(0.05)
     introduce(server, client)
     await client.transport.find(server.identity.peer_id, (ROW_ID,), 5.0)
@@ -251,7 +270,7 @@ async def test_a_peer_that_has_moved_is_asked_where_it_is_now(strangers: tuple[S
 async def test_configured_peers_stay_whatever_is_discovered(pair: tuple[Side, Side]) -> None:
     server, client = pair
     peer = server.identity.peer_id
-    for discovered in ({}, {peer: "127.0.0.1:1"}, {client.identity.peer_id: client.transport.endpoint}):
+    for discovered in ([], [own(peer, "127.0.0.1:1")], [own(client.identity.peer_id, client.transport.endpoint)]):
         client.transport.set_peers(discovered)
         server.transport.admit(())
         assert client.transport.peers == (peer,)
@@ -259,24 +278,63 @@ async def test_configured_peers_stay_whatever_is_discovered(pair: tuple[Side, Si
         await client.transport.find(peer, (ROW_ID,), 5.0)
 
 
-@pytest.mark.parametrize(
-    "endpoint",
-    ["", ":", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:x", "0.0.0.0:80", "224.0.0.1:80", "*:80",
-     "example.org:80", "127.0.0.1:1;127.0.0.1:2", "eth0;127.0.0.1:2", "::1:80", "[127.0.0.1]:80", "127.0.0.1:٣",
-     "/etc/x:1"],
-)  # fmt: skip
-async def test_an_endpoint_that_is_no_number_is_never_dialled(strangers: tuple[Side, Side], endpoint: str) -> None:
+class Counter(asyncio.Protocol):
+    """A third party, which counts who calls."""
+
+    calls = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        type(self).calls += 1
+        transport.close()
+
+
+@pytest.fixture
+async def third_party() -> AsyncIterator[str]:
+    Counter.calls = 0
+    server = await asyncio.get_running_loop().create_server(Counter, "127.0.0.1", 0)
+    yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server.close()
+
+
+@pytest.mark.parametrize("met", [False, True])
+async def test_a_third_party_that_peers_name_as_theirs_is_seldom_called(
+    strangers: tuple[Side, Side], third_party: str, met: bool
+) -> None:
+    """By 64 invented peers, which are asked as often as one likes; and by peers at whose host it lies."""
+    _, client = strangers
+    others = [peer_id(SigningKey(bytes([n]) * 32).verify_key.encode()) for n in range(1, 65)]
+    began = time.monotonic()
+    client.transport.set_peers([KvEndpoint(peer, third_party, own=met) for peer in others])
+    await asyncio.sleep(0)
+    assert Counter.calls == 0 if not met else True  # who isn't met is called when it is needed
+    while time.monotonic() - began < 3:
+        for peer in others:
+            with suppress(PeerFailed):
+                await client.transport.find(peer, (ROW_ID,), 0.001)
+    took_s = time.monotonic() - began
+    per_s = DIALS_OWN_TO_HOST_PER_S if met else DIALS_TO_HOST_PER_S
+    assert 0 < Counter.calls <= per_s * (DIALS_BURST_S + took_s) + 1
+
+
+async def test_an_endpoint_elsewhere_is_the_peers_once_it_has_answered_there(strangers: tuple[Side, Side]) -> None:
     server, client = strangers
-    client.transport.set_peers({server.identity.peer_id: endpoint})
-    assert client.transport.peers == ()
+    peer = server.identity.peer_id
+    server.transport.admit([client.identity.peer_id])
+    elsewhere = [KvEndpoint(peer, server.transport.endpoint, own=False)]
+    client.transport.set_peers(elsewhere)
+    assert client.transport._links == {}
+    await client.transport.find(peer, (ROW_ID,), 5.0)
+    client.transport._drop_link()
+    client.transport.set_peers(elsewhere)
+    await until(lambda: client.transport.is_connected(peer))
 
 
 async def test_links_are_bounded_and_the_least_recently_useful_makes_room(strangers: tuple[Side, Side]) -> None:
     server, client = strangers
     others = [peer_id(SigningKey(bytes([n]) * 32).verify_key.encode()) for n in range(1, 2 * KV_LINKS_MAX)]
     server.transport.admit([client.identity.peer_id])
-    absent = dict.fromkeys(others, "127.0.0.1:1")
-    client.transport.set_peers(absent | {server.identity.peer_id: server.transport.endpoint})
+    absent = [own(other, "127.0.0.1:1") for other in others]
+    client.transport.set_peers([*absent, own(server.identity.peer_id, server.transport.endpoint)])
     assert len(client.transport.peers) == 2 * KV_LINKS_MAX
     assert len(client.transport._links) == KV_LINKS_MAX
     await client.transport.find(server.identity.peer_id, (ROW_ID,), 5.0)  # had no link

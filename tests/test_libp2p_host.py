@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import pairwise
+from unittest.mock import ANY
 
 import libp2p.kad_dht.kad_dht as kad_module
 import libp2p.kad_dht.provider_store as provider_module
@@ -68,6 +69,8 @@ class Member:
         self.host = Libp2pHost(self.key, listen, network_key, mdns, (PROTOCOL,), (topic,), self, self.gate)
         self.gossip: list[tuple[PeerId, bytes]] = []
         self.spoilers: list[PeerId] = []
+        self.asked_to_dial: list[tuple[PeerId, str]] = []
+        self.dials = True
         self.changes: list[tuple[PeerId, bool]] = []
         self.discovered: dict[PeerId, str] = {}
         self.answer: Callable[[bytes], Awaitable[bytes | None]] = self.echo
@@ -99,6 +102,10 @@ class Member:
 
     def on_discovered(self, peer: PeerId, address: str) -> None:
         self.discovered[peer] = address
+
+    def may_dial(self, peer: PeerId, address: str) -> bool:
+        self.asked_to_dial.append((peer, address))
+        return self.dials
 
     async def meet(self, *others: "Member") -> None:
         for other in others:
@@ -160,6 +167,9 @@ class Silent:
 
     def gossip_spoiled(self, relay: PeerId) -> None:
         pass
+
+    async def may_dial(self, peer: PeerId, address: str) -> bool:
+        return False
 
     def peer_changed(self, peer: PeerId, host: str | None) -> None:
         pass
@@ -573,6 +583,48 @@ async def test_providers_are_found_by_any_key_string(members: Members) -> None:
     (alone,) = await members(1)
     assert not await alone.host.provide(keys[0], 5)
     assert (await alone.host.find_providers(keys[0], 2, 5))[0] == ()
+
+
+async def test_a_search_dials_whom_it_is_led_to_only_where_it_may(members: Members) -> None:
+    """The seeker knows one peer, which knows the one that keeps the record."""
+    provider, keeper, middle, seeker = await members(4, meet=False)
+    await provider.meet(keeper)
+    assert await provider.host.provide("/cache/1", 5)
+    await provider.host.disconnect(keeper.peer)
+    await middle.meet(keeper)
+    await seeker.meet(middle)
+    seeker.dials = False
+    async with asyncio.timeout(60):
+        while not seeker.asked_to_dial:  # peers hear each other's addresses a moment after they have connected
+            assert await seeker.host.find_providers("/cache/1", 2, 5) == ((), ANY)
+    assert set(seeker.asked_to_dial) == {(keeper.peer, keeper.host.address)}
+    assert seeker.host.connected == {middle.peer}
+    seeker.dials = True
+    async with asyncio.timeout(60):
+        while await seeker.host.find_providers("/cache/1", 2, 5) != ((provider.peer,), ANY):
+            pass
+    assert keeper.peer in seeker.host.connected
+
+
+async def test_nobody_is_dialled_because_a_stream_to_it_is_wanted(members: Members) -> None:
+    a, b = await members(2)
+    await a.host.disconnect(b.peer)
+    await until(lambda: not b.host.connected)
+    link = a.host._link
+    assert link is not None
+    opened: list[BaseException | None] = []
+
+    async def open_stream() -> None:
+        try:
+            await link.node._host.new_stream(ID.from_base58(b.peer), [TProtocol(PROTOCOL)])
+            opened.append(None)
+        except Exception as error:
+            opened.append(error)
+
+    link.spawn(open_stream)
+    await until(lambda: opened)
+    assert opened != [None]
+    assert a.host.connected == b.host.connected == frozenset()
 
 
 async def test_providers_are_renewed_and_expire(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:

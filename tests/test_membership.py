@@ -16,6 +16,7 @@ from hyperspace_vllm.core.peers.avoidance import (
     Avoidance,
     avoid_ms,
 )
+from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.membership import (
     CONNECT_MS,
     DIAL_AGAIN_MS,
@@ -39,6 +40,10 @@ from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import PeerId, network_id
 from hyperspace_vllm.core.records.limits import (
     CLOCK_SKEW_MS,
+    DIALS_BURST_S,
+    DIALS_OF_PEER_PER_S,
+    DIALS_PER_S,
+    DIALS_TO_HOST_PER_S,
     GREETED_INBOUND_MAX,
     PEER_RECORD_TTL_MS,
     PEERS_KNOWN_MAX,
@@ -78,6 +83,7 @@ class Node:
             trust,
             self._ask,
             self.network_key is not None,
+            Dials(self.now_ms),
             random.Random(1),
             self.now_ms,
         )
@@ -366,13 +372,66 @@ def test_a_table_full_of_connected_peers_takes_nobody_else() -> None:
     assert not table.add(Peer(PeerId("one more")))
 
 
-def test_invented_peers_cause_no_more_than_so_many_dials_in_a_heartbeat() -> None:
+def test_invented_peers_cause_no_more_than_so_many_dials() -> None:
     node = Node(network_key=None)
     node.connect(1)
     for number in range(100, 600):
         node.learn(number, network_key=None)
     effects = node.run(60 * SECOND_MS)  # each dial fails at once
-    assert len(only(effects, Connect)) <= 60 * DIALS_MAX + DIALS_MAX
+    assert 60 < len(only(effects, Connect)) <= DIALS_PER_S * (DIALS_BURST_S + 60)
+
+
+def test_a_third_party_that_many_peers_name_as_theirs_is_seldom_dialled() -> None:
+    node = Node(network_key=None)
+    node.connect(1)
+    for number in range(100, 300):
+        node.learn(number, network_key=None, address=f"203.0.113.9:{number}")
+    effects = node.run(60 * SECOND_MS)
+    assert 8 <= len(only(effects, Connect)) <= DIALS_TO_HOST_PER_S * (DIALS_BURST_S + 60)
+
+
+def test_only_the_address_of_its_connection_is_a_peers_own() -> None:
+    node = Node()
+    node.connect(1, 2)
+    for number, endpoint in ((1, Identity(1).host + ":9"), (2, "10.9.9.9:9"), (3, Identity(3).host + ":9")):
+        node.learn(number, own_word=number < 3, sequence=2, endpoint=endpoint)
+    node.learn(4, endpoint="127.0.0.1:9")
+    told = {each.peer: (each.address, each.own) for each in node.members.endpoints(node.now_ms)}
+    assert told == {
+        Identity(1).peer: (Identity(1).host + ":9", True),
+        Identity(2).peer: ("10.9.9.9:9", False),
+        Identity(3).peer: (Identity(3).host + ":9", False),
+    }
+
+
+def test_who_comes_from_elsewhere_leads_nobody_into_this_network() -> None:
+    node = Node()
+    stranger = Identity(1)
+    node.members.on_connected(stranger.peer, "203.0.113.9", node.now_ms)
+    node.learn(1, own_word=True, address="10.0.0.9:22", endpoint="10.0.0.9:23")
+    node.learn(2, told_by=1, address="10.0.0.9:24", endpoint="10.0.0.9:25")
+    assert node.members.endpoints(node.now_ms) == ()
+    assert only(node.run(20 * SECOND_MS), Connect) == []
+
+
+def test_what_mdns_sees_is_dialled_like_any_other_peer() -> None:
+    node = Node()
+    for number in range(100, 400):
+        node.members.on_discovered(Identity(number).peer, f"10.0.0.9:{number}", node.now_ms)
+    node.members.on_discovered(Identity(500).peer, "127.0.0.1:22", node.now_ms)
+    node.members.on_discovered(Identity(501).peer, "metadata.internal:80", node.now_ms)
+    assert len(node.members._peers) <= PEERS_OF_SOURCE_MAX + DIALS_MAX
+    effects = node.run(30 * SECOND_MS)
+    assert 8 <= len(only(effects, Connect)) <= DIALS_TO_HOST_PER_S * (DIALS_BURST_S + 30)
+    assert {effect.address.partition(":")[0] for effect in only(effects, Connect)} == {"10.0.0.9"}
+
+
+def test_a_search_of_the_dht_dials_within_the_same_budget() -> None:
+    node = Node()
+    peer = Identity(2).peer
+    assert not node.members.may_dial_at(peer, "127.0.0.1:22", node.now_ms)
+    allowed = [node.members.may_dial_at(peer, "10.0.0.9:22", node.now_ms) for _ in range(100)]
+    assert sum(allowed) == DIALS_OF_PEER_PER_S * DIALS_BURST_S
 
 
 def test_strangers_who_connect_do_not_keep_a_node_from_choosing_neighbours() -> None:
@@ -647,7 +706,6 @@ def test_a_sign_of_life_makes_a_peer_usable_that_could_not_be_dialled() -> None:
         ("10.0.0.1", "10.0.0.2:4001", False),
         ("", "10.0.0.2:4001", False),
         (":4001", "10.0.0.2:4001", False),
-        ("127.0.0.1:4001", "", False),
     ],
 )
 def test_only_addresses_that_can_be_another_machine_are_dialled(address: str, own: str, dialled: bool) -> None:

@@ -14,6 +14,7 @@ import pytest
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.node.network import NetworkNode, NetworkOptions
+from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC, ResponseEntry, decode_announcement
 from hyperspace_vllm.core.records.ids import NetworkId, PeerId, network_id
@@ -94,7 +95,7 @@ async def deaf_node(nodes: list[NetworkedNode]) -> AsyncIterator[tuple[NetworkDr
     host = Libp2pHost(signing_key, "127.0.0.1:0", key, False, (CACHE_PROTOCOL, PEERS_PROTOCOL), (), handler)
     await host.start()
     options = NetworkOptions(NETWORK, host.address, "", (address_of(nodes[0]),), key, registry=False)
-    core = NetworkNode(options, signing_key, trust, random.Random(1), now_ms())
+    core = NetworkNode(options, signing_key, trust, Dials(now_ms()), random.Random(1), now_ms())
     driver = NetworkDriver(core, NETWORK, trust, None, None, None, None, Metrics(), lambda records: None, "network")
     driver.host, driver.clients = host, Clients()
     handler.driver = driver
@@ -166,6 +167,9 @@ class Listener:
     def on_disconnected(self, peer: PeerId) -> None: ...
 
     def on_discovered(self, peer: PeerId, address: str) -> None: ...
+
+    def may_dial(self, peer: PeerId, address: str) -> bool:
+        return False
 
     def on_gossip_spoiled(self, relay: PeerId) -> None: ...
 

@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 from nacl.signing import SigningKey
 
+from hyperspace_vllm.core.node.network_effects import KvEndpoint
 from hyperspace_vllm.core.prefix import fetch, transfers
 from hyperspace_vllm.core.records.ids import ManifestDigest, row_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
@@ -210,7 +211,8 @@ async def test_after_a_restart_b_is_served_from_its_own_disk_and_serves_others(p
 def introduce(*nodes: TestNode) -> None:
     """Everybody hears of everybody, as discovery would tell them."""
     for node in nodes:
-        node.driver.set_peers(tuple(other.record for other in nodes if other is not node))
+        records = tuple(other.record for other in nodes if other is not node)
+        node.driver.set_peers(records, tuple(KvEndpoint(each.peer, each.endpoint, own=True) for each in records))
 
 
 async def has_document(node: TestNode) -> None:
@@ -231,7 +233,7 @@ async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair:
     assert len(stored) == ROWS_STORED
     await until(lambda: {row for event in b.stored for row in event.row_ids} <= stored and len(b.stored) >= 4)
     assert {event.manifest for event in b.stored} <= {event.manifest for event in a.stored}
-    b.driver.set_peers(())
+    b.driver.set_peers((), ())
     assert b.node.peers == ()
     assert (await b.look_up(keys("other", 3))).reason == "no_peers"
 
@@ -306,7 +308,7 @@ async def test_a_peer_that_is_dropped_in_the_middle_costs_no_more_than_a_stall(p
     looking = asyncio.create_task(b.look_up(KEYS))
     await until(lambda: isinstance(a.store, Tampered) and a.store.stalled_at)
     dropped_at = time.monotonic()
-    b.driver.set_peers(())
+    b.driver.set_peers((), ())
     answer = await looking
     assert time.monotonic() - dropped_at < FAULT_S
     a.store.go_on.set()

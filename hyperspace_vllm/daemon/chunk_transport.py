@@ -6,16 +6,18 @@ Nothing waits without a deadline: what didn't come is `PeerFailed` with a reason
 they were received, uncopied.
 """
 
-import ipaddress
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable
+from functools import partial
 
 import zmq
 from zmq.utils import z85
 
 from ..config import Config
+from ..core.node.network_effects import KvEndpoint
+from ..core.peers.dials import Dials
 from ..core.peers.trust import Trust
 from ..core.records import wire
 from ..core.records.errors import ProtocolViolation
@@ -39,12 +41,16 @@ class ChunkTransport:
     OSError when it can't listen; StartError when a configured peer is none.
     """
 
-    def __init__(self, config: Config, identity: Identity, store: ChunkStore, metrics: Metrics, trust: Trust) -> None:
+    def __init__(
+        self, config: Config, identity: Identity, store: ChunkStore, metrics: Metrics, trust: Trust, dials: Dials
+    ) -> None:
         self._identity = identity
         self._metrics = metrics
         self._trust = trust
+        self._dials = dials
         self._configured = dict(_split_peer(peer) for peer in config.peers)
-        self._discovered: dict[PeerId, str] = {}
+        self._discovered: dict[PeerId, KvEndpoint] = {}
+        self._answered: dict[PeerId, str] = {}  # discovered peers that were reached, and where
         self.charges: Counter[tuple[PeerId, str]] = Counter()
         self._context: zmq.Context[Socket] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 4096)
@@ -74,25 +80,27 @@ class ChunkTransport:
 
     def endpoint_of(self, peer: PeerId) -> str:
         """host:port that the peer is reached at; '' when nobody knows."""
-        return self._configured.get(peer) or self._discovered.get(peer, "")
+        discovered = self._discovered.get(peer)
+        return self._configured.get(peer) or (discovered.address if discovered else "")
 
-    def set_peers(self, endpoints: Mapping[PeerId, str]) -> None:
+    def set_peers(self, endpoints: Iterable[KvEndpoint]) -> None:
         """The discovered peers that may be asked from now on, and where; requests to others fail as `unreachable`.
 
-        Configured peers stay as they are. An endpoint that isn't numeric is left out: a peer must not make this node
-        look up names.
+        Configured peers stay as they are. Who is at its own address, or has answered there, is dialled at once, others
+        when they are asked for the first time: what they say of a third party must not make this node call there.
         """
         self._discovered = {
-            peer: endpoint
-            for peer, endpoint in endpoints.items()
-            if peer not in self._configured and peer != self._identity.peer_id and _is_numeric(endpoint)
+            endpoint.peer: endpoint
+            for endpoint in endpoints
+            if endpoint.peer not in self._configured and endpoint.peer != self._identity.peer_id
         }
-        for peer in [p for p, link in self._links.items() if self.endpoint_of(p) != link.address]:
-            self._links.pop(peer).close()
+        for peer in [p for p, link in self._links.items() if self.endpoint_of(p) != link.address or link.over]:
+            self._close_link(peer)
+        self._answered = {p: at for p, at in self._answered.items() if self.endpoint_of(p) == at}
         for peer in self._discovered:
             if len(self._links) >= len(self._configured) + KV_LINKS_MAX:
                 break
-            if peer not in self._links:
+            if peer not in self._links and self._is_proved(peer):
                 self._open(peer)
         self._metrics.peers.set(len(self.peers))
 
@@ -161,6 +169,8 @@ class ChunkTransport:
 
     def _link(self, peer: PeerId) -> PeerLink:
         """The peer's link, opened in place of one that nobody waits for if need be."""
+        if peer in self._links and self._links[peer].over:
+            self._close_link(peer)
         if peer in self._discovered and peer not in self._links:
             if len(self._links) >= len(self._configured) + KV_LINKS_MAX:
                 self._drop_link()
@@ -175,17 +185,37 @@ class ChunkTransport:
         if not idle:
             raise PeerFailed("busy")
         peer = min(idle, key=lambda p: idle[p].useful_at)
-        self._links.pop(peer).close()
+        self._close_link(peer)
+
+    def _close_link(self, peer: PeerId) -> None:
+        link = self._links.pop(peer)
+        if link.has_answered:
+            self._answered[peer] = link.address
+        link.close()
 
     def _open(self, peer: PeerId) -> None:
         """Connect to a discovered peer; one whose record can't be used has no link."""
         try:
-            self._links[peer] = self._connect(peer, self._discovered[peer])
+            self._links[peer] = self._connect(peer, self._discovered[peer].address)
         except ValueError as error:
-            log.info("peer %s can't be reached at %s: %s", peer, self._discovered[peer], error)
+            log.info("peer %s can't be reached at %s: %s", peer, self._discovered[peer].address, error)
 
     def _connect(self, peer: PeerId, address: str) -> PeerLink:
-        return PeerLink(self._context, peer, address, self._identity, self.charge)
+        return PeerLink(self._context, peer, address, self._identity, self.charge, partial(self._may_dial, peer))
+
+    def _may_dial(self, peer: PeerId) -> bool:
+        """Whether a link may be dialled (again) now."""
+        if peer in self._configured:
+            return True
+        return self._dials.take(peer, self.endpoint_of(peer), self._is_proved(peer), _now_ms())
+
+    def _is_proved(self, peer: PeerId) -> bool:
+        """Whether a discovered peer's endpoint is the peer's: it was met at that host, or has answered there."""
+        endpoint, link = self._discovered.get(peer), self._links.get(peer)
+        if endpoint is None:
+            return False
+        answered_at = link.address if link is not None and link.has_answered else self._answered.get(peer)
+        return endpoint.own or answered_at == endpoint.address
 
 
 def _split_peer(peer: str) -> tuple[PeerId, str]:
@@ -199,17 +229,6 @@ def _curve_key(peer: PeerId) -> bytes:
         return z85.decode(curve_public_of(peer))
     except ProtocolViolation:
         return b""
-
-
-def _is_numeric(endpoint: str) -> bool:
-    host, _, port = endpoint.rpartition(":")
-    try:
-        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return False
-    bracketed = host.startswith("[")
-    usable = not (address.is_unspecified or address.is_multicast) and bracketed == (address.version == 6)
-    return usable and port.isascii() and port.isdecimal() and 0 < int(port) < 65536
 
 
 def _now_ms() -> int:

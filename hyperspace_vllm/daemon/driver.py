@@ -44,6 +44,7 @@ from ..core.node.events import (
     RowsFound,
     Tick,
 )
+from ..core.node.network_effects import KvEndpoint
 from ..core.node.network_events import RowsStored
 from ..core.node.node import Node
 from ..core.peers.trust import Trust
@@ -141,7 +142,7 @@ class Driver:
             self._handling = False
         self._set_timer()
 
-    def set_peers(self, records: tuple[PeerRecord, ...]) -> None:
+    def set_peers(self, records: tuple[PeerRecord, ...], endpoints: tuple[KvEndpoint, ...]) -> None:
         """The peers that were discovered and may be used now: `trust` says which are served, and which are asked.
 
         The records have been checked (peer_record.check_peer_record).
@@ -149,8 +150,8 @@ class Driver:
         for record in records:
             self._trust.meet(record.public_key, record.member_tag)
         self._transport.admit(record.peer for record in records if self._trust.serves_kv(record.public_key))
-        asked = (record for record in records if self._trust.asks_for_kv(record.public_key))
-        self._transport.set_peers({record.peer: record.endpoint for record in asked})
+        asked = {record.peer for record in records if self._trust.asks_for_kv(record.public_key)}
+        self._transport.set_peers(endpoint for endpoint in endpoints if endpoint.peer in asked)
         self._node.set_peers(self._transport.peers)
 
     def report_stored(self) -> None:

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from ..config import Config
 from ..core.node.network import NetworkNode, NetworkOptions
+from ..core.node.network_effects import KvEndpoint
 from ..core.node.network_events import AnswerAudited, RowsStored, ServedChanged
+from ..core.peers.dials import Dials
 from ..core.peers.gossip_gate import GossipGate
 from ..core.peers.trust import Trust
 from ..core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
@@ -91,6 +93,7 @@ class Network:
         self._network = network_id(config.network)
         self._key = load_network_key(config)
         self.trust = make_trust(config, identity, self._key)
+        self.dials = Dials(_now_ms())
         self._loop = asyncio.get_running_loop()
         self._driver: NetworkDriver | None = None
         self._clients: Clients | None = None
@@ -115,7 +118,7 @@ class Network:
         endpoint: str,
         store: Stored | None,
         clients: Clients,
-        on_peers: Callable[[tuple[PeerRecord, ...]], None],
+        on_peers: Callable[[tuple[PeerRecord, ...], tuple[KvEndpoint, ...]], None],
         on_joined: Callable[[], None],
     ) -> None:
         """Join, and stay until cancelled. A listener that can't be had is tried again."""
@@ -217,7 +220,7 @@ class Network:
         endpoint: str,
         store: Stored | None,
         clients: Clients,
-        on_peers: Callable[[tuple[PeerRecord, ...]], None],
+        on_peers: Callable[[tuple[PeerRecord, ...], tuple[KvEndpoint, ...]], None],
     ) -> NetworkDriver:
         """A driver whose node has begun to join; everything it needs is closed with `parts`."""
         await _imported(".libp2p_host")  # seconds, in which engines are served
@@ -265,11 +268,11 @@ class Network:
             book.read(address),
         )
 
-        def tell(usable: tuple[PeerRecord, ...]) -> None:
+        def tell(usable: tuple[PeerRecord, ...], endpoints: tuple[KvEndpoint, ...]) -> None:
             book.note(usable)
-            on_peers(usable)
+            on_peers(usable, endpoints)
 
-        node = NetworkNode(options, identity.signing_key, self.trust, random.Random(), _now_ms())
+        node = NetworkNode(options, identity.signing_key, self.trust, self.dials, random.Random(), _now_ms())
         scope: Scope = "public" if config.share == "public" else "network"
         driver = NetworkDriver(
             node, self._network, self.trust, store, responses, documents, redis, self._metrics, tell, scope, gate
@@ -330,6 +333,9 @@ class _Relay:
     def on_discovered(self, peer: PeerId, address: str) -> None:
         if self.driver:
             self.driver.on_discovered(peer, address)
+
+    def may_dial(self, peer: PeerId, address: str) -> bool:
+        return self.driver is not None and self.driver.may_dial(peer, address)
 
 
 def _reachable(advertise: str, listens_at: str) -> str:

@@ -5,6 +5,7 @@ for two days, takes any number of keys and 50,000 values of a mebibyte each, and
 somebody says so.
 """
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -18,14 +19,16 @@ from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.kad_dht.routing_table import RoutingTable
-from libp2p.kad_dht.utils import maybe_consume_signed_record, sort_peer_ids_by_distance
+from libp2p.kad_dht.utils import sort_peer_ids_by_distance
 from libp2p.kad_dht.value_store import ValueStore
+from libp2p.peer.envelope import consume_envelope
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
+from multiaddr import Multiaddr
 
 from ..core.records.limits import KiB
-from .libp2p_swarm import ADDRESSES_PER_PEER_MAX, PEER_ID_BYTES_MAX
+from .libp2p_swarm import ADDRESSES_PER_PEER_MAX, PEER_ENVELOPE_BYTES_MAX, PEER_ID_BYTES_MAX
 
 QUERY_S = 1.5  # a frozen peer costs a lookup this much, once
 PROVIDER_TTL_S = 15 * 60  # three missed renewals
@@ -46,6 +49,9 @@ DHT_PARALLEL = 4
 
 
 _Answer = tuple[dict[ID, Message.Peer], bool]  # closer peers, as told; whether that is enough
+Dial = Callable[[ID, list[Multiaddr]], Awaitable[bool]]  # connect to a peer at one of these; whether that was done
+
+logger = logging.getLogger(__name__)
 
 
 class _ConnectedOnly(RoutingTable):
@@ -79,9 +85,10 @@ class NodeProviders(ProviderStore):
     found for two days, and keeps any number of keys.
     """
 
-    def __init__(self, host: IHost, routing: Any, table: RoutingTable) -> None:
+    def __init__(self, host: IHost, routing: Any, table: RoutingTable, dial: Dial) -> None:
         super().__init__(host, routing)
         self._table = table
+        self._dial = dial
         self._keys_of: dict[ID, OrderedDict[bytes, None]] = {}
         self._info_of: dict[ID, PeerInfo] = {}
         self._count = 0
@@ -221,9 +228,6 @@ class NodeProviders(ProviderStore):
                 nursery.start_soon(tell, peer_id, keys)
         return told
 
-    def _learn_addresses(self, peer: Message.Peer | None) -> bool:
-        return peer is not None and peer.HasField("signedRecord") and maybe_consume_signed_record(peer, self.host)
-
     async def _walk(self, key: bytes, near: list[ID], ask: Callable[[ID], Awaitable[_Answer]]) -> list[ID]:
         # The closest peers found: from the closest outwards, DHT_PARALLEL at a time, and whom those asked know.
         network: Any = self.host.get_network()
@@ -235,7 +239,8 @@ class NodeProviders(ProviderStore):
         async def one(peer_id: ID) -> None:
             answer: _Answer = {}, False
             with suppress(Exception), trio.move_on_after(QUERY_S):
-                answer = await ask(peer_id)
+                if network.live(peer_id) or await self._dial(peer_id, _addresses(told[peer_id])):
+                    answer = await ask(peer_id)
             answers_in.send_nowait(answer)
 
         async with trio.open_nursery() as nursery:
@@ -247,8 +252,8 @@ class NodeProviders(ProviderStore):
                     if peer_id in asked or peer_id == self.local_peer_id:
                         continue
                     if not network.live(peer_id):
-                        # Only where the peer itself says that it is, signed: nobody makes us dial just anything.
-                        if dials >= DHT_DIALS_MAX or not self._learn_addresses(told.get(peer_id)):
+                        # Only where the peer itself says that it is, signed, and within the core's budget of dials.
+                        if dials >= DHT_DIALS_MAX or not _addresses(told.get(peer_id)):
                             continue
                         dials += 1
                     asked.add(peer_id)
@@ -267,6 +272,18 @@ class NodeProviders(ProviderStore):
                     near = sort_peer_ids_by_distance(key, [*near, *fresh])[:BUCKET_SIZE]
 
 
+def _addresses(peer: Message.Peer | None) -> list[Multiaddr]:
+    """Where a peer itself says that it is, signed; none where only others say so."""
+    if peer is None or not 0 < len(peer.signedRecord) <= PEER_ENVELOPE_BYTES_MAX:
+        return []
+    try:
+        _, record = consume_envelope(peer.signedRecord, "libp2p-peer-record")
+    except Exception:  # the library raises whatever went wrong in it
+        logger.debug("a signed record that isn't one")
+        return []
+    return list(record.addrs[:ADDRESSES_PER_PEER_MAX]) if record.peer_id.to_bytes() == peer.id else []
+
+
 def _closer_peers(answer: Message) -> dict[ID, Message.Peer]:
     return {ID(peer.id): peer for peer in answer.closerPeers[:BUCKET_SIZE] if len(peer.id) <= PEER_ID_BYTES_MAX}
 
@@ -274,12 +291,12 @@ def _closer_peers(answer: Message) -> dict[ID, Message.Peer]:
 class NodeDht(KadDHT):
     """Provider records only, in server mode; streams bounded in number and time."""
 
-    def __init__(self, host: IHost) -> None:
+    def __init__(self, host: IHost, dial: Dial) -> None:
         super().__init__(host, DHTMode.SERVER)
         self.routing_table = _ConnectedOnly(host.get_id(), host, max_peers_per_subnet=0)
         self.peer_routing.routing_table = self.routing_table
         self.value_store = _NoValues(host, host.get_id())
-        self.provider_store: NodeProviders = NodeProviders(host, self.peer_routing, self.routing_table)
+        self.provider_store: NodeProviders = NodeProviders(host, self.peer_routing, self.routing_table, dial)
         self._provider_rate_max = PROVIDER_MESSAGES_PER_10_S
         self._inbound_limiter = trio.CapacityLimiter(DHT_STREAMS_MAX)
         self._streams_of: dict[ID, int] = {}

@@ -59,12 +59,15 @@ class HostHandler(Protocol):
     def on_disconnected(self, peer: PeerId) -> None:
         """The last connection to a peer is closed."""
 
+    def may_dial(self, peer: PeerId, address: str) -> bool:
+        """Whether a search of the DHT may dial a peer there."""
+
     def on_discovered(self, peer: PeerId, address: str) -> None:
         """Somebody on this local network says that a peer is there (mDNS, unsigned)."""
 
 
 class Libp2pHost:
-    """A libp2p host. Peers are dialled only when `connect` says so, or when a search in the DHT leads to them."""
+    """A libp2p host. Peers are dialled only when `connect` says so, or a search in the DHT and `handler.may_dial`."""
 
     address: str
 
@@ -392,6 +395,20 @@ class _Events:
 
     def gossip_spoiled(self, relay: PeerId) -> None:
         self._inbox.put(lambda: self._host.handler.on_gossip_spoiled(relay))
+
+    async def may_dial(self, peer: PeerId, address: str) -> bool:
+        token, done, says = trio.lowlevel.current_trio_token(), trio.Event(), [False]
+
+        def ask() -> None:
+            try:
+                says[0] = self._host.handler.may_dial(peer, address)
+            finally:
+                with suppress(trio.RunFinishedError):
+                    token.run_sync_soon(done.set)
+
+        self._inbox.put(ask)
+        await done.wait()
+        return says[0]
 
     async def answer(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None:
         token = trio.lowlevel.current_trio_token()

@@ -68,6 +68,7 @@ class NodeEvents(Protocol):
     async def answer(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None: ...
     def gossip(self, topic: str, relay: PeerId, payload: bytes) -> None: ...
     def gossip_spoiled(self, relay: PeerId) -> None: ...
+    async def may_dial(self, peer: PeerId, address: str) -> bool: ...
     def peer_changed(self, peer: PeerId, host: str | None) -> None: ...  # None: it has gone
 
 
@@ -121,7 +122,7 @@ class Libp2pNode:
         topics = frozenset(settings.topics)
         store = NodePeerStore(lambda peer_id: peer_id == own_id or bool(self._swarm.live(peer_id)))
         store.add_key_pair(own_id, key_pair)
-        transport = NodeTransport()
+        self._transport = transport = NodeTransport()
         self._swarm = NodeSwarm(
             own_id,
             store,
@@ -146,7 +147,7 @@ class Libp2pNode:
         )
         # One failing inbound stream must not end the connection, let alone the host.
         self._swarm.set_stream_handler(_guarded(self._host._swarm_stream_handler))
-        self._dht = NodeDht(self._host)
+        self._dht = NodeDht(self._host, self._dial_told)
         self._host.dht = self._dht
         self._gate = settings.gate or GossipGate(NetworkId(bytes(32)), 0)
         self._gossip = NodeGossip(topics, lambda peer_id: self._gate.standing(PeerId(peer_id.to_base58())))
@@ -205,6 +206,22 @@ class Libp2pNode:
                 self._host.get_peerstore().add_addrs(peer_id, [candidate], 0)
                 return
         raise PeerFailed("unreachable")
+
+    async def _dial_told(self, peer_id: ID, addresses: list[Multiaddr]) -> bool:
+        """Dial a peer that a search has led to, at the first of its addresses that the core permits."""
+        peer = PeerId(peer_id.to_base58())
+        for each in addresses if _is_node(peer) else []:
+            if not self._transport.can_dial(each):
+                continue
+            host = each.value_for_protocol(each.protocols()[0].name)
+            port = each.value_for_protocol("tcp")
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            if await self._events.may_dial(peer, address):
+                with suppress(PeerFailed):
+                    await self.connect(peer, address)
+                    return True
+                return False
+        return False
 
     async def disconnect(self, peer: PeerId) -> None:
         """End every connection to a peer."""

@@ -179,6 +179,10 @@ class NodeSwarm(Swarm):
             conn.muxed_conn.stop()  # type: ignore[attr-defined]
         return ending
 
+    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        """Refuse: the library would dial every address that anybody told it; whom to dial is the core's to say."""
+        raise SwarmException("not connected")
+
     async def _handle_inbound_connection(self, read_write_closer: ReadWriteCloser, maddr: Multiaddr) -> None:
         # The library's holds a slot (and this task) until the swarm ends, however early the connection does.
         host = (read_write_closer.get_remote_address() or ("",))[0]

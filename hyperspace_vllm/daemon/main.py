@@ -174,7 +174,7 @@ class _Node:
                 self._transport.endpoint if self._transport else "",
                 self._responses,
                 self._shared or server,
-                driver.set_peers if driver else lambda records: None,
+                driver.set_peers if driver else lambda records, endpoints: None,
                 lambda: self._on_joined(embedded),
             )
         except Exception:  # a node without its network still serves its host
@@ -260,7 +260,7 @@ class _Node:
         trust = self._joined.trust
         node = Node(self._network, peers, config.fetch, random.Random(), self._joined.hints, trust.has_standing)
         with needed(f"listen = {config.listen!r}", f"{_LISTEN} (HYPERSPACE_LISTEN)"):
-            transport = ChunkTransport(config, self._identity, store, self._metrics, trust)
+            transport = ChunkTransport(config, self._identity, store, self._metrics, trust, self._joined.dials)
         compute = ComputePool(config.nice)
         driver = Driver(
             node,

@@ -23,6 +23,7 @@ from ..core.node.network_effects import (
     ForgetOwner,
     HintResponse,
     ImportDeltas,
+    KvEndpoint,
     NetworkEffect,
     PeersChanged,
     Provide,
@@ -42,6 +43,7 @@ from ..core.node.network_events import (
     NetworkTick,
     PeerConnected,
     PeerDisconnected,
+    PeerDiscovered,
     ProvidersFound,
     RequestFailed,
     RequestReceived,
@@ -130,7 +132,7 @@ class NetworkDriver:
         documents: "RegistryDocuments | None",
         redis: "RedisRegistry | None",
         metrics: Metrics,
-        on_peers: Callable[[tuple[PeerRecord, ...]], None],
+        on_peers: Callable[[tuple[PeerRecord, ...], tuple[KvEndpoint, ...]], None],
         scope: Scope,
         gate: GossipGate,
     ) -> None:
@@ -289,7 +291,11 @@ class NetworkDriver:
 
     def on_discovered(self, peer: PeerId, address: str) -> None:
         """Multicast DNS has seen a node: who it is, its greeting will say."""
-        self._spawn(self._connect(Connect(peer, address, 3_000)))
+        self.submit(PeerDiscovered(peer, address))
+
+    def may_dial(self, peer: PeerId, address: str) -> bool:
+        """Whether a search of the DHT may dial a peer there; saying yes counts as a dial."""
+        return self._node.may_dial(peer, address, self._now_ms())
 
     # --- effects --------------------------------------------------------------------------------
 
@@ -312,9 +318,9 @@ class NetworkDriver:
             case Publish(topic, payload):
                 if not self.host.publish(topic, payload):
                     self._metrics.failures_total.labels("l1", "gossip_full").inc()
-            case PeersChanged(usable):
+            case PeersChanged(usable, endpoints):
                 self.known = usable
-                self._on_peers(usable)
+                self._on_peers(usable, endpoints)
             case AuthorsChanged(authors):
                 self._gate.authors = dict(authors)
             case ChargePeer(peer, reason):

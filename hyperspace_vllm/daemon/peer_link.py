@@ -58,7 +58,7 @@ class _Open:
 class PeerLink:
     """The DEALER to one peer, connected from the start: the first lookup shouldn't pay for the handshake.
 
-    ValueError when `address` is no host:port.
+    `may_dial` is asked before each dial; once it says no the link is `over`. ValueError when `address` is no host:port.
     """
 
     def __init__(
@@ -68,11 +68,15 @@ class PeerLink:
         address: str,
         identity: Identity,
         charge: Callable[[PeerId, str], None],
+        may_dial: Callable[[], bool],
     ) -> None:
         self.address = address
         self._host, self._port = _split(address)
         self._peer = peer
         self._charge = charge
+        self._may_dial = may_dial
+        self.over = False
+        self.has_answered = False
         self._open: dict[int, _Open] = {}
         self._numbers = count()
         self._loop = asyncio.get_running_loop()
@@ -152,7 +156,7 @@ class PeerLink:
 
     async def _stay_connected(self) -> None:
         delay_s = DIAL_AGAIN_S
-        while True:
+        while self._may_dial():
             began = self._loop.time()
             try:
                 async with asyncio.timeout(DIAL_S):
@@ -169,6 +173,7 @@ class PeerLink:
                 delay_s = DIAL_AGAIN_S
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, DIAL_AGAIN_S_MAX)
+        self.over = True
 
     async def _dial(self) -> socket.socket:
         """A TCP connection to the peer; OSError."""
@@ -212,6 +217,7 @@ class PeerLink:
             raise PeerFailed("timeout") from None
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
+        self.has_answered = True  # whatever it says: CURVE has shown whose words these are
         if self._passage is not None:
             self._passage.came_out(frames)
         try:

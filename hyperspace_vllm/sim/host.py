@@ -54,6 +54,7 @@ from ..core.node.network_events import (
     ResponsesUsed,
     ResponseWanted,
 )
+from ..core.peers.dials import Dials
 from ..core.peers.gossip_gate import GossipGate, Verdict
 from ..core.peers.trust import Trust, TrustMode
 from ..core.records.errors import ProtocolViolation, Refused
@@ -161,7 +162,9 @@ class SimHost:
         self.trust = Trust(mode, self.public_key, frozenset(listed), frozenset(), self.network_key)
         bootstrap = tuple((host.peer, host.address) for host in self.fleet.bootstrap if host is not self)
         options = NetworkOptions(self.fleet.network_id, self.address, "", bootstrap, self.network_key)
-        self.core = NetworkNode(options, self.key, self.trust, random.Random(self.rng.random()), self.now_ms)
+        self.core = NetworkNode(
+            options, self.key, self.trust, Dials(self.now_ms), random.Random(self.rng.random()), self.now_ms
+        )
         self.gate = GossipGate(self.fleet.network_id, self.now_ms)
         self._perform_all(self.core.start(self.now_ms))
         for response in self.shelf.all():

@@ -12,6 +12,7 @@ from typing import assert_never
 from nacl.signing import SigningKey
 
 from ..peers.avoidance import Avoidance
+from ..peers.dials import Dials
 from ..peers.membership import GREET_MS, Membership
 from ..peers.registry import Registry
 from ..peers.served import worth_telling
@@ -69,6 +70,7 @@ from .network_events import (
     OwnDeltaWritten,
     PeerConnected,
     PeerDisconnected,
+    PeerDiscovered,
     ProvidersFound,
     RequestFailed,
     RequestReceived,
@@ -116,7 +118,13 @@ class NetworkNode:
     """Everything that a node decides about its network. `now_ms` is the wall clock."""
 
     def __init__(
-        self, options: NetworkOptions, signing_key: SigningKey, trust: Trust, rng: random.Random, now_ms: int
+        self,
+        options: NetworkOptions,
+        signing_key: SigningKey,
+        trust: Trust,
+        dials: Dials,
+        rng: random.Random,
+        now_ms: int,
     ) -> None:
         self._options = options
         self._key = signing_key
@@ -138,6 +146,7 @@ class NetworkNode:
             trust,
             self._ask,
             key is not None,
+            dials,
             rng,
             now_ms,
         )
@@ -151,7 +160,7 @@ class NetworkNode:
         self._searches = SearchBudget(now_ms)
         self._provides = ProvideQueue(now_ms)
         self._sync_at_ms = now_ms + SYNC_MS
-        self._told: tuple[tuple[PeerId, str, str], ...] = ()  # by the last PeersChanged
+        self._told: tuple[object, ...] = ()  # by the last PeersChanged
         self._authors: tuple[tuple[PeerId, Standing], ...] = ()  # by the last AuthorsChanged
         self.gossip_refused: dict[str, int] = {}
 
@@ -184,12 +193,18 @@ class NetworkNode:
         told = (*self.hints.providers(name, now_ms), *self.registry.providers(name, now_ms))
         return tuple(peer for peer in dict.fromkeys(told) if peer != self._me)
 
+    def may_dial(self, peer: PeerId, address: str, now_ms: int) -> bool:
+        """Whether to dial a peer where a search of the DHT says that it is; saying yes counts as a dial."""
+        return self.members.may_dial_at(peer, address, now_ms)
+
     # --- events ---------------------------------------------------------------------------------
 
     def _dispatch(self, event: NetworkEvent, now_ms: int) -> list[NetworkEffect]:
         match event:
             case PeerConnected(peer, host):
                 return self.members.on_connected(peer, host, now_ms)
+            case PeerDiscovered(peer, address):
+                return self.members.on_discovered(peer, address, now_ms)
             case PeerDisconnected(peer):
                 return self.members.on_disconnected(peer, now_ms)
             case ConnectFailed(peer):
@@ -426,8 +441,13 @@ class NetworkNode:
         return self._settle(lookup, lookup.on_providers(event, candidates, now_ms), now_ms)
 
     def _settle(self, lookup: ResponseLookup, effects: list[NetworkEffect], now_ms: int) -> list[NetworkEffect]:
+        settled: list[NetworkEffect] = []
         for effect in effects:
             if isinstance(effect, FetchResponse):
+                if not self._may_fetch(effect.peer, now_ms):
+                    refused = ResponseRefused(lookup.number, effect.peer, "busy", False)
+                    settled += self._settle(lookup, lookup.on_refused(refused, now_ms), now_ms)
+                    continue
                 self.members.used(effect.peer, now_ms)
             elif isinstance(effect, HintResponse) and not effect.hinted:  # withdrawn; at the start none has waited
                 self._trust.patience.wasted(lookup.waited_ms(now_ms), now_ms)
@@ -435,7 +455,13 @@ class NetworkNode:
                 if lookup.hinted:
                     self._trust.patience.wasted(lookup.waited_ms(now_ms), now_ms)
                 self._over(lookup, effect, now_ms)
-        return effects
+            settled.append(effect)
+        return settled
+
+    def _may_fetch(self, peer: PeerId, now_ms: int) -> bool:
+        """Whether it is connected, or may be dialled now."""
+        known = self.members.get(peer)
+        return known is None or known.connected or self.members.may_dial(known, now_ms)
 
     def _over(self, lookup: ResponseLookup, answer: AnswerResponse, now_ms: int) -> None:
         self._lookups.pop(lookup.number, None)
@@ -578,10 +604,11 @@ class NetworkNode:
             self._authors = authors
             effects.append(AuthorsChanged(authors))
         usable = self.members.usable(now_ms)
-        told = tuple((record.peer, record.address, record.endpoint) for record in usable)
+        endpoints = self.members.endpoints(now_ms)
+        told = (*((record.peer, record.address, record.endpoint) for record in usable), endpoints)
         if told != self._told:
             self._told = told
-            effects.append(PeersChanged(usable))
+            effects.append(PeersChanged(usable, endpoints))
         return effects
 
     def _clock_set_back(self, by_ms: int) -> None:

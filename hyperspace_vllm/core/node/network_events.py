@@ -27,6 +27,14 @@ class PeerConnected:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerDiscovered:
+    """Somebody in this local network says that `peer` is at host:port (mDNS); nothing of it is proved."""
+
+    peer: PeerId
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class PeerDisconnected:
     """The last connection to `peer` has closed."""
 
@@ -233,6 +241,7 @@ class NetworkTick:
 
 NetworkEvent = (
     PeerConnected
+    | PeerDiscovered
     | PeerDisconnected
     | ConnectFailed
     | RequestReceived

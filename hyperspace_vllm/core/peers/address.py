@@ -1,28 +1,68 @@
-"""Which of the addresses that strangers advertise are worth dialling.
+"""Which of the addresses that others tell of may be dialled.
 
-A record's address is its author's claim, and every node that believes it dials it. So it has to be an IP address (an
-honest node resolves its own name; whoever's name server decides where a name leads can lead it anywhere), and nothing
-that only means something on this machine (loopback; link-local, where clouds keep their metadata service), unless this
-node itself is reached at such an address. Rejected: refusing private ranges, which is where fleets live.
+An address is somebody's claim, and every node that believes it dials it. So it has to be an IP address (an honest node
+resolves its own name; whoever's name server decides where a name leads can lead it anywhere), and to mean as much here
+as where it comes from. Addresses have scopes: this machine, this link (where clouds keep their metadata service), a
+private network, everywhere. A node dials nothing of a narrower scope than it is reached in itself, nor of a narrower
+one than whoever told it: a fleet's nodes in 10.0.0.0/8 dial each other, none of them dials its own loopback, and who
+comes from the internet leads nobody to a private network. Rejected: refusing private ranges, in which fleets live.
 """
 
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from enum import IntEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 _BROADCAST = IPv4Address("255.255.255.255")
+_PRIVATE_4 = [IPv4Network(each) for each in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")]
+_PRIVATE_6 = [IPv6Network(each) for each in ("fc00::/7", "fec0::/10")]
+_NAT64 = IPv6Network("64:ff9b::/96")
+_COMPATIBLE = IPv6Network("::/96")
 
 
-def may_dial(address: str, own_address: str) -> bool:
-    """Whether a node that is reached at `own_address` should dial `address` (both host:port)."""
-    host, _, port = address.rpartition(":")
+class Scope(IntEnum):
+    """How far an address reaches."""
+
+    MACHINE = 0
+    LINK = 1
+    PRIVATE = 2
+    GLOBAL = 3
+
+
+def scope_of(host: str) -> Scope | None:
+    """How far an IP address reaches; None: it is none, or nobody can be there."""
     ip = _ip(host)
-    if ip is None or not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+    if ip is None or ip.is_unspecified or ip.is_multicast or ip == _BROADCAST:
+        return None
+    if ip.is_loopback:
+        return Scope.MACHINE
+    if ip.is_link_local:
+        return Scope.LINK
+    if isinstance(ip, IPv4Address):
+        if ip in IPv4Network("0.0.0.0/8") or ip in IPv4Network("240.0.0.0/4"):
+            return None
+        return Scope.PRIVATE if any(ip in each for each in _PRIVATE_4) else Scope.GLOBAL
+    return Scope.PRIVATE if any(ip in each for each in _PRIVATE_6) else Scope.GLOBAL
+
+
+def may_dial(address: str, own_address: str, told_from: str = "") -> bool:
+    """Whether a node reached at `own_address` should dial `address` (both host:port).
+
+    `told_from` is the IP address of who told it; '' where nobody is known.
+    """
+    host, _, port = address.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
         return False
-    if ip.is_unspecified or ip.is_multicast or ip == _BROADCAST:
+    if host.startswith("[") != (":" in host):
         return False
-    if not ip.is_loopback and not ip.is_link_local:
-        return True
-    own = _ip(own_address.rpartition(":")[0])
-    return own is not None and (own.is_loopback, own.is_link_local) == (ip.is_loopback, ip.is_link_local)
+    scope = scope_of(host)
+    own = scope_of(host_of(own_address))
+    told = scope_of(told_from)
+    return scope is not None and scope >= max(Scope.GLOBAL if own is None else own, told or Scope.MACHINE)
+
+
+def host_of(address: str) -> str:
+    """The host of host:port, without brackets and in one spelling."""
+    host = address.rpartition(":")[0]
+    return str(_ip(host) or host)
 
 
 def source_of(host: str) -> str:
@@ -32,9 +72,15 @@ def source_of(host: str) -> str:
 
 
 def _ip(host: str) -> IPv4Address | IPv6Address | None:
+    """The address that a packet to `host` reaches: what an IPv6 address wraps, if it does."""
     try:
         ip = ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
     except ValueError:
         return None
-    mapped = ip.ipv4_mapped if isinstance(ip, IPv6Address) else None
-    return mapped or ip
+    if isinstance(ip, IPv4Address):
+        return ip
+    if ip.scope_id is not None and not ip.is_link_local:
+        return None
+    if ip in _NAT64 or (ip in _COMPATIBLE and int(ip) > 1):  # ::1 is loopback, :: is nowhere
+        return IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip.ipv4_mapped or ip.sixtofour or ip

@@ -16,8 +16,9 @@ Connections beyond NEIGHBOURS_MAX that nobody uses are closed.
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
-from ..node.network_effects import ChargePeer, Connect, Disconnect, NetworkEffect, Send
+from ..node.network_effects import ChargePeer, Connect, Disconnect, KvEndpoint, NetworkEffect, Send
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId, PeerId, peer_id, public_key_of
 from ..records.limits import (
@@ -29,6 +30,7 @@ from ..records.limits import (
 from ..records.peer_record import PeerRecord, check_peer_record, decode_peer_record
 from ..records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
 from .address import may_dial, source_of
+from .dials import Dials
 from .inbound import least_useful_first, who_makes_room
 from .peer_exchange import answer_peers, want_peers, whose_turn
 from .peer_table import Peer, PeerTable
@@ -52,7 +54,7 @@ EXPLORE_MS = 10_000
 DIAL_AGAIN_MS = 2_000  # doubled for every failure
 DIAL_AGAIN_MS_MAX = 10_000  # a network that was parted finds itself again within seconds
 SHUN_MS = 60_000
-DIALS_MAX = 4  # at once, and in a heartbeat: records of peers that don't exist must not make it a port scanner
+DIALS_MAX = 4  # at once
 
 Ask = Callable[[PeerId, PeerRequest, int], Send]
 
@@ -74,6 +76,7 @@ class Membership:
         trust: Trust,
         ask: Ask,
         members_only: bool,
+        dials: Dials,
         rng: random.Random,
         now_ms: int,
     ) -> None:
@@ -91,7 +94,7 @@ class Membership:
         self._exchange_at_ms = now_ms + EXCHANGE_SOON_MS
         self._explore_at_ms = now_ms + EXPLORE_MS
         self._beat_at_ms = now_ms + HEARTBEAT_MS
-        self._dials_left = DIALS_MAX
+        self._dials = dials
         self.changed = False  # `usable` may differ from what it was
         for peer, address in bootstrap:
             if peer != me:
@@ -137,6 +140,14 @@ class Membership:
             return known.standing
         return Standing(Rank.LISTED, "") if self._trust.is_listed(public_key) else None
 
+    def endpoints(self, now_ms: int) -> tuple[KvEndpoint, ...]:
+        """Where usable peers serve KV, as far as this node may dial it."""
+        return tuple(
+            KvEndpoint(known.peer, known.endpoint, known.owns(known.endpoint))
+            for known in self._usable(now_ms)
+            if known.endpoint
+        )
+
     def authors(self) -> tuple[tuple[PeerId, Standing], ...]:
         """Everybody with a standing."""
         here = {known.peer: known.standing for known in self._peers if known.record is not None}
@@ -174,12 +185,20 @@ class Membership:
             if peer == self._me or not self._peers.add(known):
                 return [Disconnect(peer)]
             known.connected = False
-        known.source = source_of(host)
+        known.meet(host)
         if not known.connected:
             known.outbound, known.connected_at_ms = known.dialling, now_ms
         known.connected, known.dialling, known.dismissed = True, False, False
         self._heard(known, now_ms)
         return [self._greet(known, now_ms), *self._make_room(known)]
+
+    def on_discovered(self, peer: PeerId, address: str, now_ms: int) -> list[NetworkEffect]:
+        """mDNS says that a peer is there: dial it when its turn comes."""
+        if peer != self._me and self._peers.get(peer) is None and may_dial(address, self._own.address):
+            known = self._new(peer, "mdns")
+            known.advertised = address
+            self._peers.add(known)
+        return self._dial(now_ms)
 
     def on_disconnected(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
         """Dial again after a while, or somebody else."""
@@ -205,6 +224,19 @@ class Membership:
         if known.record is None and not known.bootstrap:
             self._peers.remove(peer)
         return self._dial(now_ms)
+
+    def may_dial(self, known: Peer, now_ms: int) -> bool:
+        """Whether to dial the peer at its address now; if so, it is counted."""
+        if known.address == known.configured:
+            return True
+        return self._dials.take(known.peer, known.address, known.owns(known.address), now_ms)
+
+    def may_dial_at(self, peer: PeerId, address: str, now_ms: int) -> bool:
+        """Whether to dial a peer where the DHT says that it is; if so, it is counted."""
+        known = self._peers.get(peer)
+        if not may_dial(address, self._own.address):
+            return False
+        return self._dials.take(peer, address, known is not None and known.owns(address), now_ms)
 
     # --- messages -------------------------------------------------------------------------------
 
@@ -300,7 +332,6 @@ class Membership:
             effects += [self._ask(each.peer, Greet(self._own_raw), GREET_MS) for each in self.neighbours()]
         if now_ms >= self._beat_at_ms:
             self._beat_at_ms = now_ms + HEARTBEAT_MS
-            self._dials_left = DIALS_MAX
             effects += self._beat(now_ms) + self._trim(now_ms) + self._dial(now_ms)
         if now_ms >= self._explore_at_ms:
             self._explore_at_ms = now_ms + EXPLORE_MS
@@ -335,7 +366,7 @@ class Membership:
         return effects
 
     def _expire(self, known: Peer, now_ms: int) -> list[NetworkEffect]:
-        known.record, known.raw, known.advertised = None, b"", ""
+        known.record, known.raw, known.advertised, known.endpoint = None, b"", "", ""
         self.changed = True
         if known.connected:
             return [self._greet(known, now_ms)]  # its own greeting was lost, or the clock was set
@@ -364,19 +395,21 @@ class Membership:
         linked = [known for known in self._peers if known.connected and not known.silent]
         dialling = sum(known.dialling for known in self._peers)
         lacking = max(TARGET_NEIGHBOURS - len(linked), OUTBOUND_MIN - sum(known.outbound for known in linked))
-        wanted = min(lacking - dialling, DIALS_MAX - dialling, self._dials_left)
+        wanted = min(lacking - dialling, DIALS_MAX - dialling)
         if wanted <= 0:
             return []
         ready = self._ready(now_ms)
         self._rng.shuffle(ready)
         ready.sort(key=lambda each: (not each.bootstrap, each.failures, not each.member, not each.heard_at_ms))
-        return [self._connect(known, now_ms) for known in ready[:wanted]]
+        within_budget = (known for known in ready if self.may_dial(known, now_ms))
+        return [self._connect(known, now_ms) for known in islice(within_budget, wanted)]
 
     def _explore(self, now_ms: int) -> list[NetworkEffect]:
         ready = self._ready(now_ms)
-        if not ready or self._dials_left <= 0 or sum(known.dialling for known in self._peers) >= DIALS_MAX:
+        if not ready or sum(known.dialling for known in self._peers) >= DIALS_MAX:
             return []
-        return [self._connect(self._rng.choice(ready), now_ms)]
+        known = self._rng.choice(ready)
+        return [self._connect(known, now_ms)] if self.may_dial(known, now_ms) else []
 
     def _ready(self, now_ms: int) -> list[Peer]:
         return [
@@ -387,7 +420,6 @@ class Membership:
 
     def _connect(self, known: Peer, now_ms: int) -> Connect:
         known.dialling, known.dialled_at_ms = True, now_ms
-        self._dials_left -= 1
         return Connect(known.peer, known.address, CONNECT_MS)
 
     def _dial_failed(self, known: Peer, now_ms: int) -> None:
@@ -453,15 +485,15 @@ class Membership:
                 return None
         moved = known.record is not None and known.record.address != record.address
         known.record, known.raw, known.member = record, raw, is_member
-        known.advertised = record.address if self._may_dial(record.address) else ""
+        teller = known if told_by is None else self._peers.get(told_by)
+        told_from = teller.hosts[0] if teller is not None and teller.hosts else ""
+        known.advertised = record.address if may_dial(record.address, self._own.address, told_from) else ""
+        known.endpoint = record.endpoint if may_dial(record.endpoint, self._own.address, told_from) else ""
         if moved and not known.connected:
             known.failures, known.dial_at_ms = 0, now_ms
         self.changed = True
         self.is_alive(record.peer, now_ms)
         return known
-
-    def _may_dial(self, address: str) -> bool:
-        return may_dial(address, self._own.address)
 
     def _outbid(self, record: PeerRecord, now_ms: int) -> None:
         """Of an earlier life, with a clock that was ahead: say something that counts as newer."""

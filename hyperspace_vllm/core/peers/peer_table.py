@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from ..records.ids import PeerId
 from ..records.limits import PEERS_KNOWN_MAX, PEERS_OF_SOURCE_MAX
 from ..records.peer_record import PeerRecord
+from .address import host_of, source_of
 from .standing import Rank, Standing, who_goes
+
+HOSTS_MAX = 2  # a machine may be dialled at one address, and dial from another
 
 
 @dataclass(slots=True)
@@ -23,6 +26,8 @@ class Peer:
     record: PeerRecord | None = None
     raw: bytes = b""
     advertised: str = ""  # its record's address, if it may be dialled
+    endpoint: str = ""  # its record's endpoint, if it may be dialled
+    hosts: tuple[str, ...] = ()  # the last HOSTS_MAX IP addresses that it was met at, the latest first
     member: bool = False
     connected: bool = False
     outbound: bool = False  # this node chose it
@@ -64,6 +69,15 @@ class Peer:
         if self.configured and (self.failures % 2 or not self.advertised):
             return self.configured
         return self.advertised
+
+    def owns(self, address: str) -> bool:
+        """Whether host:port is at a host where the peer was met."""
+        return host_of(address) in self.hosts
+
+    def meet(self, host: str) -> None:
+        """It is connected from, or at, this IP address."""
+        self.source = source_of(host)
+        self.hosts = tuple(dict.fromkeys((host_of(f"{host}:0"), *self.hosts)))[:HOSTS_MAX]
 
     def may_be_asked(self, now_ms: int) -> bool:
         """Over its connection, or over a new one; a silent one, when it was heard of since or may be dialled."""

@@ -85,6 +85,13 @@ GOSSIP_OF_ALL_PER_S = 300
 GOSSIP_KIB_A_MESSAGE = 4  # larger ones count as several
 GOSSIP_INVALID_BURST = 20  # invalid messages by one link, which is closed then: 4 ms of checking
 GOSSIP_INVALID_PER_S = 0.1
+DIALS_BURST_S = 8  # every allowance of dials may be saved up for so long
+DIALS_OF_PEER_PER_S = 1.0  # in one peer's name, wherever to
+DIALS_TO_HOST_PER_S = 1.0  # to one host, of peers that weren't met there
+DIALS_PER_S = 4.0  # to all such hosts
+DIALS_OWN_TO_HOST_PER_S = 8.0  # to peers at one host where they were met
+DIALS_OWN_PER_S = 32.0
+DIALS_COUNTED_MAX = 1024  # peers, and hosts, whose dials are counted
 REGISTRY_OWNERS_MAX = PEERS_KNOWN_MAX
 REGISTRY_OWNERS_OF_SOURCE_MAX = PEERS_OF_SOURCE_MAX
 REGISTRY_ENTRIES_MAX = 20_000  # of one owner
@@ -141,6 +148,7 @@ assert REGISTRY_ENTRIES_MAX * 76 < REGISTRY_DELTA_BYTES_MAX  # measured: 75.2 B 
 assert REGISTRY_EPOCH_MS < REGISTRY_COMPACT_MS
 assert REGISTRY_DELTA_BYTES_MAX < REGISTRY_REPLY_BYTES_MAX < STREAM_FRAME_BYTES_MAX
 assert GOSSIP_OF_AUTHOR_PER_S < GOSSIP_OF_SOURCE_PER_S < GOSSIP_OF_ALL_PER_S / 2  # peers it only heard of get half
+assert DIALS_COUNTED_MAX > 8 * (DIALS_PER_S + DIALS_OWN_PER_S)  # none is forgotten while it is spent
 assert REGISTRY_LOG_BYTES_MAX < REGISTRY_LOGS_BYTES_OF_SOURCE_MAX
 assert REGISTRY_ENTRIES_MAX < REGISTRY_INDEX_OF_SOURCE_MAX
 assert min(STORE_QUEUE_BYTES_MAX, RECENT_BYTES_MAX) >= RESPONSE_BYTES_MAX
