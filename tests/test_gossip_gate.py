@@ -4,7 +4,6 @@ import pytest
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.peers.gossip_gate import BURST_S, GossipGate, Verdict, message_cost
-from hyperspace_vllm.core.peers.standing import Rank, Standing
 from hyperspace_vllm.core.records.announcement import (
     PREFIX_TOPIC,
     RESPONSE_TOPIC,
@@ -21,6 +20,7 @@ from hyperspace_vllm.core.records.limits import (
     GOSSIP_OF_SOURCE_PER_S,
     RESPONSE_TTL_MS,
 )
+from hyperspace_vllm.core.records.standing import Rank, Standing
 
 from .network_world import NETWORK, NOW_MS, Identity
 

@@ -27,7 +27,6 @@ from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.peers import slots
 from hyperspace_vllm.core.peers.gossip_gate import BURST_S, GossipGate
-from hyperspace_vllm.core.peers.standing import Rank, Standing
 from hyperspace_vllm.core.records.announcement import (
     RESPONSE_TOPIC,
     Announcement,
@@ -37,6 +36,7 @@ from hyperspace_vllm.core.records.announcement import (
 )
 from hyperspace_vllm.core.records.ids import PeerId, peer_id
 from hyperspace_vllm.core.records.limits import GOSSIP_OF_AUTHOR_PER_S, RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX, MiB
+from hyperspace_vllm.core.records.standing import Rank, Standing
 from hyperspace_vllm.daemon import libp2p_dht, libp2p_gossip, libp2p_node, libp2p_streams, libp2p_swarm, libp2p_yamux
 from hyperspace_vllm.daemon.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.libp2p_mdns import peers_in

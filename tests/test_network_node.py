@@ -56,7 +56,6 @@ from hyperspace_vllm.core.node.network_events import (
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
 from hyperspace_vllm.core.peers.membership import DIALS_MAX
 from hyperspace_vllm.core.peers.patience import LENT_MAX_MS, LENT_SHARE
-from hyperspace_vllm.core.peers.standing import Rank, Standing
 from hyperspace_vllm.core.records.announcement import (
     RESPONSE_TOPIC,
     Announcement,
@@ -93,6 +92,7 @@ from hyperspace_vllm.core.records.peer_wire import (
     WantPeers,
 )
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, encode_delta
+from hyperspace_vllm.core.records.standing import Rank, Standing
 from hyperspace_vllm.core.response.lookup import RACE_MS
 
 from .network_world import HOUR_MS, NETWORK, NETWORK_KEY, NOW_MS, SECOND_MS, Identity, World, make_node, only

@@ -19,8 +19,9 @@ from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.rpc_queue import RpcQueue
 from libp2p.pubsub.utils import maybe_consume_signed_record
 
-from ..core.peers.standing import Standing, who_goes
+from ..core.peers.eviction import who_goes
 from ..core.records.limits import KiB, MiB
+from ..core.records.standing import Standing
 from .libp2p_swarm import PEER_ENVELOPE_BYTES_MAX, PEER_ID_BYTES_MAX, PEERS_KEPT_MAX
 
 GOSSIP_BYTES_MAX = 64 * KiB

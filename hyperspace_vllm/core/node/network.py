@@ -16,7 +16,6 @@ from ..peers.dials import Dials
 from ..peers.membership import GREET_MS, Membership
 from ..peers.registry import Registry
 from ..peers.served import worth_telling
-from ..peers.standing import Standing
 from ..peers.trust import Trust
 from ..records.announcement import EvidenceEntry, PrefixEntry, ResponseEntry
 from ..records.errors import Refused
@@ -37,6 +36,7 @@ from ..records.peer_wire import (
     WantPeers,
 )
 from ..records.signing import NO_MEMBER_TAG, member_tag
+from ..records.standing import Standing
 from ..response.announcer import Inbox, Outbox
 from ..response.dht_use import ProvideQueue, SearchBudget
 from ..response.evidence import check_evidence, verdict

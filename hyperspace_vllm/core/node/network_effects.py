@@ -6,10 +6,10 @@ the events that answer it. An effect without answer is done as well as possible,
 
 from dataclasses import dataclass
 
-from ..peers.standing import Standing
 from ..records.ids import PeerId
 from ..records.peer_record import PeerRecord
 from ..records.peer_wire import PeerAnswer, PeerRequest
+from ..records.standing import Standing
 
 # --- connections --------------------------------------------------------------------------------
 

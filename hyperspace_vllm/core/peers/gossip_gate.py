@@ -29,8 +29,8 @@ from ..records.limits import (
     GOSSIP_OF_SOURCE_PER_S,
     KiB,
 )
+from ..records.standing import Rank, Standing
 from .allowance import Allowance
-from .standing import Rank, Standing
 
 BURST_S = 10  # an allowance may be saved up for so long
 

@@ -29,12 +29,12 @@ from ..records.limits import (
 )
 from ..records.peer_record import PeerRecord, check_peer_record, decode_peer_record
 from ..records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
+from ..records.standing import Rank, Standing
 from .address import may_dial, source_of
 from .dials import Dials
 from .inbound import least_useful_first, who_makes_room
 from .peer_exchange import answer_peers, want_peers, whose_turn
 from .peer_table import Peer, PeerTable
-from .standing import Rank, Standing
 from .trust import Trust
 
 TARGET_NEIGHBOURS = 8

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from ..records.limits import PEERS_KNOWN_MAX, PEX_OF_SOURCE_MAX, PEX_RECORDS_MAX
 from ..records.peer_record import PeerRecord
 from ..records.peer_wire import KNOWN_BYTES, Peers, WantPeers
+from ..records.standing import Rank
 from .peer_table import Peer
-from .standing import Rank
 
 
 def want_peers(known: Iterable[PeerRecord], own: PeerRecord) -> WantPeers:

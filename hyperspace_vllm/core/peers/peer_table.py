@@ -1,4 +1,4 @@
-"""The peers that a node knows, and who has to go when there are too many (standing.py).
+"""The peers that a node knows, and who has to go when there are too many (eviction.py).
 
 Connected and configured peers, and those that are being dialled, stay.
 """
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from ..records.ids import PeerId
 from ..records.limits import PEERS_KNOWN_MAX, PEERS_OF_SOURCE_MAX
 from ..records.peer_record import PeerRecord
+from ..records.standing import Rank, Standing
 from .address import host_of, source_of
-from .standing import Rank, Standing, who_goes
+from .eviction import who_goes
 
 HOSTS_MAX = 2  # a machine may be dialled at one address, and dial from another
 
@@ -22,7 +23,7 @@ class Peer:
     peer: PeerId
     configured: str = ""  # its address on the bootstrap list
     listed: bool = False  # on one of this node's own lists
-    source: str = ""  # the machine that brought it (standing.py)
+    source: str = ""  # the machine that brought it (eviction.py)
     record: PeerRecord | None = None
     raw: bytes = b""
     advertised: str = ""  # its record's address, if it may be dialled

@@ -12,7 +12,7 @@ is missing. Of two different deltas with the same number the first to come stays
 charged. What doesn't decode or isn't signed by its owner is charged to the relay, who could have checked.
 
 Under a bound on all owners together (their number, bytes of logs, entries), and under the quarter of it that is one
-source's, the least known owner goes (standing.py): what one peer invents pushes out its own inventions. An owner that
+source's, the least known owner goes (eviction.py): what one peer invents pushes out its own inventions. An owner that
 went is ignored for a minute, one whose document was refused until its next epoch.
 """
 
@@ -40,9 +40,10 @@ from ..records.limits import (
 )
 from ..records.peer_wire import Deltas, RegistryHead, WantDeltas
 from ..records.registry_delta import RegistryDelta, check_delta, decode_delta
+from ..records.standing import Standing
+from .eviction import who_goes
 from .registry_log import DeltaLog
 from .registry_own import OwnEntries
-from .standing import Standing, who_goes
 
 _SWEEP_MS = 60_000
 _RETRY_MS = 2_000  # after the worker failed, doubled for each time in a row

@@ -3,7 +3,8 @@
 import pytest
 
 from hyperspace_vllm.core.peers.address import source_of
-from hyperspace_vllm.core.peers.standing import Rank, Standing, who_goes
+from hyperspace_vllm.core.peers.eviction import who_goes
+from hyperspace_vllm.core.records.standing import Rank, Standing
 
 Held = list[tuple[str, Standing, int]]
 

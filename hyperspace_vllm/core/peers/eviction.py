@@ -1,8 +1,4 @@
-"""How well this node knows a peer, and who goes first where peers want more room than there is.
-
-    LISTED  on this node's own lists
-    MET     it has shown over a connection who it is
-    TOLD    another peer passed its record on, and nothing else speaks for it
+"""Who goes first where peers want more room than there is.
 
 New identities cost nothing, machines do. So what is counted together is what one machine brings: the peers that
 connected from its address, and those that such peers told of. One machine (a `source`) may hold a quarter of any table;
@@ -14,28 +10,12 @@ document first (many small invented ones push out a few honest ones that say mor
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import IntEnum
 from heapq import heapify, heapreplace
 from typing import Generic, TypeVar
 
+from ..records.standing import Rank, Standing
+
 T = TypeVar("T")
-
-
-class Rank(IntEnum):
-    """Higher ones stay longer."""
-
-    TOLD = 0
-    MET = 1
-    LISTED = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """`source` is the host that the peer connected from, or that of who told of it first."""
-
-    rank: Rank
-    source: str
 
 
 class _Source(Generic[T]):

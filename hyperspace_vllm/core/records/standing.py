@@ -1,0 +1,25 @@
+"""How well this node knows a peer.
+
+LISTED  on this node's own lists
+MET     it has shown over a connection who it is
+TOLD    another peer passed its record on, and nothing else speaks for it
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Rank(IntEnum):
+    """Higher ones stay longer."""
+
+    TOLD = 0
+    MET = 1
+    LISTED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """`source` is the host that the peer connected from, or that of who told of it first."""
+
+    rank: Rank
+    source: str
