@@ -143,7 +143,9 @@ class Config:
         "private", "With several API keys: does each key have a cache of its own, or do all share one?"
     )
     nice: int = _setting(10, "Niceness (0-19) of what no request waits for: encoding and committing.", 19)
-    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "What the node logs.")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "What the node logs; but for `debug` at most 6 lines a minute of a kind."
+    )
     metrics_listen: str = _setting(
         "", "host:port of the node's own Prometheus endpoint; empty: none; a bare port: on loopback."
     )

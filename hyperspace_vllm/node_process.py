@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .config import Config
+from .core.records.errors import printable
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +94,10 @@ def _relay(launcher: "subprocess.Popen[bytes]", data_dir: Path) -> None:
         )
     said: set[str] = set()
     while line := launcher.stderr.readline(_LINE_BYTES_MAX):
-        text = line.decode("utf-8", "replace").strip()
+        text = printable(line.decode("utf-8", "replace").strip(), _LINE_BYTES_MAX)
         if text and text not in said and len(said) < _LINES_MAX:
             logger.error("hyperspace node of %s: %s", data_dir, text)
-        said.add(text)
+            said.add(text)
     if not said:
         logger.error("hyperspace node of %s: ended without a word; nothing is cached", data_dir)
     if launcher.stdin is not None:

@@ -70,6 +70,7 @@ class Side:
         self.identity = Identity.load(directory)
         self.store = ChunkStore(directory / "chunks", 64 * MiB)
         self.metrics = Metrics()
+        self.violations: list[PeerId] = []
         self.trust = trust_of(self.identity, peers)
         self.transport = ChunkTransport(
             Config(data_dir=directory, peers=peers),
@@ -78,6 +79,7 @@ class Side:
             self.metrics,
             self.trust,
             Dials(time.time_ns() // 1_000_000),
+            self.violations.append,
         )
 
     @property
@@ -414,6 +416,7 @@ async def test_garbage_is_charged_and_the_connection_goes_on(pair: tuple[Side, S
     assert isinstance(reply, wire.HaveReply)
     assert len(reply.offers) == 1
     assert server.transport.charges[client.identity.peer_id, "protocol"] == len(garbage)
+    assert server.violations == [client.identity.peer_id] * len(garbage)
     context.destroy(linger=0)
 
 

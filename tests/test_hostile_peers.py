@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import pytest
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import KiB, MiB
-from hyperspace_vllm.core.records.peer_wire import Greeting, Hit, Miss, Query
+from hyperspace_vllm.core.records.peer_wire import PEERS_PROTOCOL, Greeting, Hit, Miss, Query
 from hyperspace_vllm.core.response.cache_proof import request_hash
+from hyperspace_vllm.daemon.peer_failed import PeerFailed
 
 from .hostile import NETWORK, Flood, Stranger, address_of, growth_bytes, victim, write_network_key
 from .network_nodes import NetworkedNode, request_key, until
@@ -46,6 +49,33 @@ async def test_a_stranger_gets_what_is_public_and_nothing_of_the_networks(
     until(lambda: node.status()["responses"]["entries"] == 2, 60)
     assert isinstance(await stranger.ask(peer, Query(request_hash(NETWORK, request_key("open")))), Hit)
     assert await stranger.ask(peer, Query(request_hash(NETWORK, request_key("secret")))) == Miss("unknown")
+
+
+FORGED = "2026-11-29 00:00:00,000 CRITICAL hyperspace_vllm.daemon.main: node failed: \x1b[31mrun this\x1b[0m"
+
+
+async def test_a_peer_writes_no_line_of_its_own_into_the_log_and_not_many_bytes(
+    tmp_path: Path, stranger: Stranger, stopped: list[NetworkedNode]
+) -> None:
+    node = victim(tmp_path / "node")
+    stopped.append(node)
+    peer, address = address_of(node)
+    forged = msgspec.msgpack.encode({"t": "ping", f"x\n{FORGED}\n": 1})
+    large = msgspec.msgpack.encode({"t": "ping", "y" * (4 * MiB): 1})
+    before = (node.config.data_dir / "log").stat().st_size
+    for frame in (forged, large, *[forged] * 10):
+        with suppress(PeerFailed):
+            await stranger.host.connect(peer, address, 30)
+            await stranger.host.request(peer, PEERS_PROTOCOL, frame, 30)
+    await asyncio.to_thread(until, lambda: stranger.peer not in node.status()["p2p"]["connected"], 60)
+    log = (node.config.data_dir / "log").read_text()
+    assert "x\\n2026-11-29" in log
+    assert FORGED not in log.splitlines()
+    assert "\x1b" not in log
+    assert len(log) - before < 4 * KiB
+    with suppress(PeerFailed):
+        await stranger.host.connect(peer, address, 30)
+    await asyncio.to_thread(until, lambda: stranger.peer not in node.status()["p2p"]["connected"], 60)
 
 
 FRAME_BYTES = 1 * MiB - 4 * KiB

@@ -72,6 +72,7 @@ class Member:
         self.asked_to_dial: list[tuple[PeerId, str]] = []
         self.dials = True
         self.changes: list[tuple[PeerId, bool]] = []
+        self.violations: list[PeerId] = []
         self.discovered: dict[PeerId, str] = {}
         self.answer: Callable[[bytes], Awaitable[bytes | None]] = self.echo
         self.answering = 0
@@ -99,6 +100,9 @@ class Member:
 
     def on_disconnected(self, peer: PeerId) -> None:
         self.changes.append((peer, False))
+
+    def on_violation(self, peer: PeerId) -> None:
+        self.violations.append(peer)
 
     def on_discovered(self, peer: PeerId, address: str) -> None:
         self.discovered[peer] = address
@@ -383,6 +387,18 @@ async def test_a_handler_may_refuse_fail_and_be_slow(members: Members) -> None:
     assert await a.ask(b) == b"?"
     assert await failure(a.host.request(b.peer, "/nobody/speaks/this", b"?", 5)) == "protocol"
     assert await failure(a.host.request(Member().peer, PROTOCOL, b"?", 5)) == "unreachable"
+
+
+async def test_who_sends_a_frame_that_is_too_long_is_told_of(members: Members) -> None:
+    (a,) = await members(1)
+
+    async def announce(node: Libp2pNode, victim: ID) -> None:
+        stream = await open_stream(node, victim)
+        await stream.write((STREAM_FRAME_BYTES_MAX + 1).to_bytes(4, "big"))
+        await wait_closed(stream, 10)
+
+    await attack(a, announce)
+    await until(lambda: len(a.violations) == 1)
 
 
 async def test_more_requests_than_a_peer_may_have_are_refused_as_busy(members: Members) -> None:

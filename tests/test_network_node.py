@@ -41,6 +41,7 @@ from hyperspace_vllm.core.node.network_events import (
     NetworkTick,
     PeerConnected,
     PeerDisconnected,
+    PeerMisbehaved,
     ProvidersFound,
     RequestFailed,
     RequestReceived,
@@ -621,6 +622,18 @@ def test_who_goes_on_breaking_rules_is_cut_off() -> None:
     assert second == [ChargePeer(peer, "protocol"), Disconnect(peer)]
 
 
+def test_who_goes_on_sending_what_is_forbidden_is_let_in_no_more_for_a_while() -> None:
+    node = make_node()
+    peer, other = Identity(1).peer, Identity(2).peer
+    node.handle(PeerConnected(peer), NOW_MS)
+    assert node.handle(PeerMisbehaved(peer), NOW_MS) == [ChargePeer(peer, "protocol")]
+    assert node.handle(PeerMisbehaved(peer), NOW_MS) == [ChargePeer(peer, "protocol"), Disconnect(peer)]
+    node.handle(PeerDisconnected(peer), NOW_MS)
+    assert node.handle(PeerConnected(peer), NOW_MS + LIAR_MS - 1) == [Disconnect(peer)]
+    assert only(node.handle(PeerConnected(other), NOW_MS), Disconnect) == []
+    assert only(node.handle(PeerConnected(peer), NOW_MS + LIAR_MS), Disconnect) == []
+
+
 def test_who_has_forgotten_us_is_greeted_again() -> None:
     node = make_node()
     peer = Identity(1).peer
@@ -776,6 +789,7 @@ def events_of_anybody() -> st.SearchStrategy[NetworkEvent]:
         st.just(NetworkTick()),
         st.builds(PeerConnected, peers),
         st.builds(PeerDisconnected, peers),
+        st.builds(PeerMisbehaved, peers),
         st.builds(ConnectFailed, peers, st.just("timeout")),
         st.builds(RequestReceived, st.integers(1, 99), peers, requests),
         st.builds(Answered, st.integers(1, 40), peers, answers),

@@ -9,7 +9,7 @@ they were received, uncopied.
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from functools import partial
 
 import zmq
@@ -42,8 +42,17 @@ class ChunkTransport:
     """
 
     def __init__(
-        self, config: Config, identity: Identity, store: ChunkStore, metrics: Metrics, trust: Trust, dials: Dials
+        self,
+        config: Config,
+        identity: Identity,
+        store: ChunkStore,
+        metrics: Metrics,
+        trust: Trust,
+        dials: Dials,
+        on_violation: Callable[[PeerId], None] = lambda peer: None,
     ) -> None:
+        """`on_violation` hears of peers that break the protocol."""
+        self._on_violation = on_violation
         self._identity = identity
         self._metrics = metrics
         self._trust = trust
@@ -120,6 +129,8 @@ class ChunkTransport:
         self.charges[peer, reason] += 1
         self._metrics.failures_total.labels("l2", f"peer_{reason}").inc()
         self._trust.failed(peer, reason, _now_ms())
+        if reason == "protocol":
+            self._on_violation(peer)
 
     def credit(self, peer: PeerId) -> None:
         """The peer served a part of a row that turned out right."""

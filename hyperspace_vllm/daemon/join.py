@@ -158,6 +158,11 @@ class Network:
         if self._driver is not None:
             self._driver.used(keys)
 
+    def misbehaved(self, peer: PeerId) -> None:
+        """It broke the protocol of the bulk transport."""
+        if self._driver is not None:
+            self._driver.on_violation(peer)
+
     def audited(self, event: AnswerAudited) -> bool:
         """An audit of this host; whether its signer is convicted. Others hear that, if this node shares with any."""
         evidence = event.evidence
@@ -329,6 +334,10 @@ class _Relay:
     def on_disconnected(self, peer: PeerId) -> None:
         if self.driver:
             self.driver.on_disconnected(peer)
+
+    def on_violation(self, peer: PeerId) -> None:
+        if self.driver:
+            self.driver.on_violation(peer)
 
     def on_discovered(self, peer: PeerId, address: str) -> None:
         if self.driver:

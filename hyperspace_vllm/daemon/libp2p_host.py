@@ -62,6 +62,9 @@ class HostHandler(Protocol):
     def may_dial(self, peer: PeerId, address: str) -> bool:
         """Whether a search of the DHT may dial a peer there."""
 
+    def on_violation(self, peer: PeerId) -> None:
+        """A peer broke a rule of the streams: a frame too long, too much at once."""
+
     def on_discovered(self, peer: PeerId, address: str) -> None:
         """Somebody on this local network says that a peer is there (mDNS, unsigned)."""
 
@@ -410,6 +413,9 @@ class _Events:
         await done.wait()
         return says[0]
 
+    def violated(self, peer: PeerId) -> None:
+        self._inbox.put(lambda: self._host.handler.on_violation(peer))
+
     async def answer(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None:
         token = trio.lowlevel.current_trio_token()
         done = trio.Event()
@@ -420,7 +426,7 @@ class _Events:
             try:
                 answer.append(await self._host.handler.on_request(peer, protocol, frame))
             except Exception:
-                logger.exception("a request of %s was not handled", peer)
+                logger.exception("a request of %s was not handled", peer, extra={"peer": peer})
             finally:
                 with suppress(trio.RunFinishedError):
                     token.run_sync_soon(done.set)

@@ -69,6 +69,7 @@ class NodeEvents(Protocol):
     def gossip(self, topic: str, relay: PeerId, payload: bytes) -> None: ...
     def gossip_spoiled(self, relay: PeerId) -> None: ...
     async def may_dial(self, peer: PeerId, address: str) -> bool: ...
+    def violated(self, peer: PeerId) -> None: ...
     def peer_changed(self, peer: PeerId, host: str | None) -> None: ...  # None: it has gone
 
 
@@ -155,7 +156,7 @@ class Libp2pNode:
         self._topics = settings.topics
         self._listen = settings.listen
         self._asker = Asker(self._host, lambda peer_id: bool(self._swarm.live(peer_id)))
-        self._answerer = Answerer(self._on_request)
+        self._answerer = Answerer(self._on_request, self._on_violation)
         self._dialling: dict[ID, trio.Lock] = {}
         for protocol in settings.protocols:
             self._host.set_stream_handler(TProtocol(protocol), partial(self._answerer.serve, protocol=protocol))
@@ -274,6 +275,11 @@ class Libp2pNode:
 
     def _on_message(self, topic: str, relay: ID, payload: bytes) -> None:
         self._events.gossip(topic, PeerId(relay.to_base58()), payload)
+
+    def _on_violation(self, peer_id: ID) -> None:
+        peer = PeerId(peer_id.to_base58())
+        if _is_node(peer):
+            self._events.violated(peer)
 
     async def _on_request(self, peer_id: ID, protocol: str, frame: bytes) -> bytes | None:
         peer = PeerId(peer_id.to_base58())

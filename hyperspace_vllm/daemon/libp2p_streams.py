@@ -102,10 +102,16 @@ async def write_frame(stream: INetStream, payload: bytes) -> None:
 
 
 class Answerer:
-    """Serves inbound streams: reads requests, asks `answer` and writes what it says."""
+    """Serves inbound streams: reads requests, asks `answer` and writes what it says.
 
-    def __init__(self, answer: Callable[[ID, str, bytes], Awaitable[bytes | None]]) -> None:
+    `violated` hears who broke a rule.
+    """
+
+    def __init__(
+        self, answer: Callable[[ID, str, bytes], Awaitable[bytes | None]], violated: Callable[[ID], None]
+    ) -> None:
         self._answer = answer
+        self._violated = violated
         self._requests = 0
         self._requests_of: dict[ID, int] = {}
         self._incoming = _Room(FRAME_BYTES_IN_PER_PEER_MAX, FRAME_BYTES_IN_MAX)
@@ -121,7 +127,10 @@ class Answerer:
         except _BROKEN:
             with suppress(Exception):
                 await stream.close()
-        except (trio.TooSlowError, _BrokenRule):
+        except _BrokenRule:
+            self._violated(peer_id)
+            await stream.reset()
+        except trio.TooSlowError:
             await stream.reset()
 
     async def _serve_one(self, stream: INetStream, peer_id: ID, protocol: str) -> bool:

@@ -260,7 +260,15 @@ class _Node:
         trust = self._joined.trust
         node = Node(self._network, peers, config.fetch, random.Random(), self._joined.hints, trust.has_standing)
         with needed(f"listen = {config.listen!r}", f"{_LISTEN} (HYPERSPACE_LISTEN)"):
-            transport = ChunkTransport(config, self._identity, store, self._metrics, trust, self._joined.dials)
+            transport = ChunkTransport(
+                config,
+                self._identity,
+                store,
+                self._metrics,
+                trust,
+                self._joined.dials,
+                self._joined.misbehaved,
+            )
         compute = ComputePool(config.nice)
         driver = Driver(
             node,

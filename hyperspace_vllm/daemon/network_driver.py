@@ -44,6 +44,7 @@ from ..core.node.network_events import (
     PeerConnected,
     PeerDisconnected,
     PeerDiscovered,
+    PeerMisbehaved,
     ProvidersFound,
     RequestFailed,
     RequestReceived,
@@ -257,8 +258,8 @@ class NetworkDriver:
             if protocol_of(message) != protocol:
                 raise ProtocolViolation(f"{type(message).__name__} on {protocol}")
         except ProtocolViolation as violation:
-            log.info("peer %s broke the protocol: %s", peer, violation)
-            self._charge(peer, "protocol")
+            log.info("peer %s broke the protocol: %s", peer, violation, extra={"peer": peer})
+            self.submit(PeerMisbehaved(peer))
             return None
         self._tokens += 1
         token = self._tokens
@@ -288,6 +289,10 @@ class NetworkDriver:
     def on_disconnected(self, peer: PeerId) -> None:
         """The last connection has closed."""
         self.submit(PeerDisconnected(peer))
+
+    def on_violation(self, peer: PeerId) -> None:
+        """It broke a rule of the streams."""
+        self.submit(PeerMisbehaved(peer))
 
     def on_discovered(self, peer: PeerId, address: str) -> None:
         """Multicast DNS has seen a node: who it is, its greeting will say."""
@@ -365,7 +370,7 @@ class NetworkDriver:
         try:
             return decode_answer(frame)
         except ProtocolViolation as violation:
-            log.info("peer %s broke the protocol: %s", peer, violation)
+            log.info("peer %s broke the protocol: %s", peer, violation, extra={"peer": peer})
             raise PeerFailed("protocol") from violation
 
     async def _serve(self, effect: ServeResponse) -> None:
@@ -484,7 +489,7 @@ class NetworkDriver:
 
     def _charge(self, peer: PeerId, reason: str) -> None:
         self._metrics.failures_total.labels("l1", f"peer_{reason}").inc()
-        log.info("peer %s is charged: %s", peer, reason)
+        log.info("peer %s is charged: %s", peer, reason, extra={"peer": peer})
 
     def _now_ms(self) -> int:
         return time.time_ns() // 1_000_000

@@ -142,7 +142,7 @@ class PeerLink:
 
     def violated(self, detail: str) -> PeerFailed:
         """Charge the peer for breaking the protocol; what its request then fails with."""
-        log.info("peer %s broke the protocol: %s", self._peer, detail)
+        log.info("peer %s broke the protocol: %s", self._peer, detail, extra={"peer": self._peer})
         self._charge(self._peer, "protocol")
         return PeerFailed("protocol")
 

@@ -43,6 +43,7 @@ from ..core.node.network_events import (
     NetworkTick,
     PeerConnected,
     PeerDisconnected,
+    PeerMisbehaved,
     ProvidersFound,
     RequestFailed,
     RequestReceived,
@@ -327,6 +328,7 @@ class SimHost:
         try:
             message = decode_request(frame)
         except ProtocolViolation:
+            self.tell(PeerMisbehaved(self.fleet.host(asker).peer))
             answer(encode(Refusal("protocol")))
             return
         lie = self.liar.answer(message) if self.liar is not None else None

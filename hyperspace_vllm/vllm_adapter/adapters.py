@@ -14,7 +14,7 @@ from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.records.errors import Refused
+from ..core.records.errors import Refused, printable
 from ..core.records.ids import sha256
 from ..file_digests import FileDigests, FileState
 from .model_files import source_of, states_of
@@ -50,7 +50,7 @@ class Adapters:
             self._known.pop(key, None)
             if path not in self._missing and len(self._missing) < ADAPTERS_MAX:
                 self._missing.add(path)
-                logger.info("hyperspace: answers of the adapter %s are not cached yet: %s", path, error)
+                logger.info("hyperspace: answers of the adapter %s are not cached yet: %s", printable(path), error)
             return
         while len(self._known) > ADAPTERS_MAX:
             self._known.popitem(last=False)
@@ -77,7 +77,7 @@ class Adapters:
         try:
             digests = self._digests.digest(adapter.path, adapter.states)
         except Refused as error:
-            logger.warning("hyperspace: answers of the adapter %s are not cached: %s", adapter.path, error)
+            logger.warning("hyperspace: answers of the adapter %s are not cached: %s", printable(adapter.path), error)
             return
         names = sorted((Path(path).name.encode("utf-8", "surrogateescape"), value) for path, value in digests.items())
         adapter.digest = sha256(*(name + b"\0" + bytes.fromhex(value) for name, value in names))

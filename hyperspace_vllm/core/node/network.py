@@ -71,6 +71,7 @@ from .network_events import (
     PeerConnected,
     PeerDisconnected,
     PeerDiscovered,
+    PeerMisbehaved,
     ProvidersFound,
     RequestFailed,
     RequestReceived,
@@ -201,6 +202,8 @@ class NetworkNode:
 
     def _dispatch(self, event: NetworkEvent, now_ms: int) -> list[NetworkEffect]:
         match event:
+            case PeerConnected(peer) if self._avoidance.is_cut_off(peer, now_ms):
+                return [Disconnect(peer)]
             case PeerConnected(peer, host):
                 return self.members.on_connected(peer, host, now_ms)
             case PeerDiscovered(peer, address):
@@ -256,6 +259,8 @@ class NetworkNode:
                 return []
             case DeltasRefused():
                 return self.registry.on_refused(event)
+            case PeerMisbehaved(peer):
+                return [ChargePeer(peer, "protocol")]
             case NetworkTick():
                 return self._tick(now_ms)
             case _:
@@ -595,7 +600,10 @@ class NetworkNode:
             self._avoidance.failed(effect.peer, now_ms)  # perhaps only its stream broke
         else:
             self._avoidance.lied(effect.peer, now_ms)
-        return self.members.shun(effect.peer, now_ms) if goes_on else []
+        if not goes_on:
+            return []
+        self._avoidance.cut_off(effect.peer, now_ms)
+        return self.members.shun(effect.peer, now_ms)
 
     def _tell_peers(self, now_ms: int) -> list[NetworkEffect]:
         effects: list[NetworkEffect] = []

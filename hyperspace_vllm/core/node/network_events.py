@@ -235,6 +235,13 @@ class DeltasRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerMisbehaved:
+    """A peer sent what the protocol forbids; which words, its reader has said."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkTick:
     """Nothing but time has passed."""
 
@@ -263,5 +270,6 @@ NetworkEvent = (
     | OwnDeltaWritten
     | DeltasImported
     | DeltasRefused
+    | PeerMisbehaved
     | NetworkTick
 )

@@ -2,6 +2,7 @@
 
 lied                           LIAR_MS
 silent, unreachable            SILENT_MS, doubled every time in a row, AVOID_MS_MAX at most
+a rule broken again meanwhile  it is let in no more for LIAR_MS
 MISSES_MAX misses in a row     the same; an honest node's words go stale now and then, a boaster's always are
 """
 
@@ -28,6 +29,7 @@ class _Record:
     for_ms: int = 0
     failures: int = 0
     misses: int = 0
+    is_cut_off: bool = False
 
 
 class Avoidance:
@@ -40,6 +42,20 @@ class Avoidance:
         """Whether to leave it alone now. A clock that was set back ends it, rather than prolong it by hours."""
         record = self._records.get(peer)
         return record is not None and 0 <= now_ms - record.since_ms < record.for_ms
+
+    def cut_off(self, peer: PeerId, now_ms: int) -> None:
+        """It goes on breaking rules: it is let in no more for LIAR_MS."""
+        record = self._record(peer)
+        record.is_cut_off = True
+        self._avoid(record, now_ms, LIAR_MS)
+
+    def is_cut_off(self, peer: PeerId, now_ms: int) -> bool:
+        """Whether to refuse its connections."""
+        record = self._records.get(peer)
+        if record is None or not record.is_cut_off:
+            return False
+        record.is_cut_off = self.avoids(peer, now_ms)
+        return record.is_cut_off
 
     def lied(self, peer: PeerId, now_ms: int) -> None:
         """It said what an honest one can't."""

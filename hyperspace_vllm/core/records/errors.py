@@ -1,17 +1,29 @@
-"""The two ways in which input can be wrong."""
+"""The two ways in which input can be wrong, and how foreign text is shown."""
+
+SHOWN_CHARS_MAX = 300
+
+
+def printable(foreign: str, chars_max: int = SHOWN_CHARS_MAX) -> str:
+    """`foreign` on one line without control characters, cut: safe in a log, a terminal and an answer."""
+    cut = foreign[:chars_max]
+    shown = cut if cut.isprintable() else repr(cut)[1:-1]
+    return shown + "…" * (len(foreign) > chars_max)
 
 
 class ProtocolViolation(ValueError):
     """A peer or client sent something that the protocol forbids.
 
     Raised where bytes become values, caught once (in the shell that read the bytes) and charged to the
-    sender. The message names the field and what was expected.
+    sender. The message names the field and what was expected; what it repeats of the input is made printable.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Refused(Exception):
     """A well-formed record that we don't believe: `reason` is one of a small set, used as a metric label."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
+        super().__init__(printable(f"{reason}: {detail}" if detail else reason))
         self.reason = reason
