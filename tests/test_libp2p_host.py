@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -172,6 +173,9 @@ class Silent:
     def gossip_spoiled(self, relay: PeerId) -> None:
         pass
 
+    def violated(self, peer: PeerId) -> None:
+        pass
+
     async def may_dial(self, peer: PeerId, address: str) -> bool:
         return False
 
@@ -315,6 +319,30 @@ async def test_connections_are_bounded_by_peer_and_in_all(members: Members, monk
     others = await members(6, meet=False)
     await asyncio.gather(*(other.meet(a) for other in others), return_exceptions=True)
     await until(lambda: sum(bool(other.host.connected) for other in others) == len(a.host.connected) == 4)
+
+
+async def test_second_connections_of_a_peer_make_room_for_others(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libp2p_swarm, "PEER_CONNECTIONS_INBOUND_MAX", 3)
+    (a,) = await members(1)
+    others = await members(2, meet=False)
+    dialled, met = threading.Event(), threading.Event()
+
+    async def dial_again(node: Libp2pNode, victim: ID) -> None:
+        (address,) = await libp2p_node._resolve(a.host.address)
+        while len(node._swarm.live(victim)) < 3:
+            await node._swarm.dial_addr(address, victim)
+        dialled.set()
+        await trio.to_thread.run_sync(met.wait)
+
+    attacking = asyncio.create_task(attack(a, dial_again))
+    await asyncio.to_thread(dialled.wait, 30)
+    for other in others:
+        await other.meet(a)
+    await until(lambda: len(a.host.connected) == 3)
+    met.set()
+    await attacking
 
 
 async def test_silent_connections_keep_nobody_out(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -788,8 +816,11 @@ async def test_garbage_below_the_streams_ends_only_that_connection(members: Memb
     await until(lambda: a.host.connected == {b.peer})
 
 
-async def test_what_a_peer_sends_unasked_is_bounded(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libp2p_yamux, "UNREAD_BYTES_MAX", 2 * MiB)
+@pytest.mark.parametrize("bound", ["UNREAD_BYTES_MAX", "UNREAD_ALL_BYTES_MAX"])
+async def test_what_a_peer_sends_unasked_is_bounded(
+    members: Members, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    monkeypatch.setattr(libp2p_yamux, bound, 2 * MiB)
     a, b = await members(2)
     gate = asyncio.Event()
 
@@ -1053,7 +1084,7 @@ def test_the_library_is_the_one_that_was_read() -> None:
 )
 def test_every_overridden_method_is_still_the_librarys(ours: type) -> None:
     new = {
-        *("live", "host_of", "drop", "close_sockets", "_handshaking", "forget", "_least", "renew", "_tell"),
+        *("live", "host_of", "drop", "close_sockets", "_has_room", "forget", "_least", "renew", "_tell"),
         *("_forget", "_ask_closer", "_query", "_walk", "_learn_addresses"),
     }
     for name, value in vars(ours).items():

@@ -6,7 +6,8 @@ from hyperspace_vllm.core.peers.slots import (
     ARRIVALS_BURST,
     ARRIVALS_PER_S,
     FAIR_S,
-    PREFIXES_MAX,
+    ORIGINS_MAX,
+    PREFIX_HOSTS,
     Handshakes,
     Place,
     address_prefix,
@@ -104,7 +105,7 @@ def test_a_handshake_that_is_over_makes_room() -> None:
     assert (ended, len(handshakes)) == ([], 2)
 
 
-def test_what_a_prefix_opens_beyond_its_rate_is_not_begun() -> None:
+def test_what_a_host_or_a_prefix_opens_beyond_its_rate_is_not_begun() -> None:
     handshakes = Handshakes(1_000)
 
     def arrive(host: str, now_s: float) -> int:
@@ -116,12 +117,17 @@ def test_what_a_prefix_opens_beyond_its_rate_is_not_begun() -> None:
         return sum(number is not None for number in begun)
 
     assert arrive("127.0.0.1", 0) == ARRIVALS_BURST
-    assert arrive("127.0.1.1", 0) == ARRIVALS_BURST
-    assert arrive("127.0.0.2", 2) == 2 * ARRIVALS_PER_S
+    assert arrive("127.0.0.2", 0) == ARRIVALS_BURST  # one host of a network uses up no other's
+    assert arrive("127.0.0.1", 2) == 2 * ARRIVALS_PER_S
+    more = sum(arrive(f"127.0.0.{host}", 2) for host in range(3, 256))  # all that is left of their network's
+    assert more == PREFIX_HOSTS * ARRIVALS_BURST - 2 * ARRIVALS_PER_S
+    assert arrive("127.0.1.1", 2) == ARRIVALS_BURST
+    assert arrive("2001:db8:0:1::1", 2) == ARRIVALS_BURST
+    assert arrive("2001:db8:0:1::2", 2) == 0  # of one /64
 
 
-def test_the_prefixes_that_are_counted_are_bounded() -> None:
+def test_the_hosts_and_prefixes_that_are_counted_are_bounded() -> None:
     handshakes = Handshakes(8)
-    for number in range(3 * PREFIXES_MAX):
+    for number in range(3 * ORIGINS_MAX):
         begin(handshakes, f"10.{number >> 8}.{number & 255}.1", 0, [])
-    assert len(handshakes._arrivals) == PREFIXES_MAX
+    assert len(handshakes._arrivals) == ORIGINS_MAX

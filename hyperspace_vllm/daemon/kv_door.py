@@ -13,6 +13,7 @@ from itertools import count
 
 import zmq
 
+from ..core.peers.address import source_of
 from ..core.peers.slots import Handshakes, Place, whom_to_evict
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import PeerId
@@ -131,7 +132,7 @@ class Door:
             if number is None:
                 tcp.close()
             else:
-                self._spawn(self._serve(tcp, Place(address[0], 0.0), number))
+                self._spawn(self._serve(tcp, Place(source_of(address[0]), 0.0), number))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = self._loop.create_task(work)

@@ -6,6 +6,7 @@ knows a thousand peers.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -202,14 +203,24 @@ class NodeSwarm(Swarm):
     async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
         """Register a connection, unless there are enough of the peer's, or of inbound ones."""
         peer_id = muxed_conn.peer_id
-        inbound = sum(conn.is_established for conn in self._inbound)
-        is_full = direction == "inbound" and inbound >= PEER_CONNECTIONS_INBOUND_MAX
+        is_full = direction == "inbound" and not self._has_room()
         if peer_id == self.self_id or is_full or len(self.live(peer_id)) >= CONNECTIONS_PER_PEER_MAX:
             await muxed_conn.close()
             raise SwarmException("enough connections")
         if direction == "inbound":
             self._inbound.add(muxed_conn)
         return await super().add_conn(muxed_conn, direction)
+
+    def _has_room(self) -> bool:
+        """Whether there is an inbound place, or one of a peer that has several."""
+        inbound = [conn for conn in self._inbound if not conn.is_closed]
+        if len(inbound) < PEER_CONNECTIONS_INBOUND_MAX:
+            return True
+        held = Counter(conn.peer_id for conn in inbound)
+        spare = next((conn for conn in inbound if held[conn.peer_id] > 1), None)
+        if spare is not None:
+            spare.stop()  # type: ignore[attr-defined]
+        return spare is not None
 
     def remove_conn(self, swarm_conn: SwarmConn) -> None:
         """Forget a connection."""

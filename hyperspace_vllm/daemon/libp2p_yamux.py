@@ -14,6 +14,7 @@ import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
 from types import TracebackType
+from weakref import WeakSet
 
 import trio
 from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
@@ -33,6 +34,8 @@ WINDOW_BYTES_MAX = 1 * MiB  # 20 MB/s over 50 ms
 INBOUND_STREAMS_MAX = 96  # of one connection: 64 requests, and what identify, gossip and the DHT need
 OUTBOUND_STREAMS_MAX = 256
 UNREAD_BYTES_MAX = 16 * MiB  # of one connection: 64 streams with a window of 256 KiB each
+UNREAD_FREE_BYTES = 1 * MiB  # of one connection, whatever the others hold
+UNREAD_ALL_BYTES_MAX = 256 * MiB  # of all together
 QUEUED_BYTES_MAX = 256 * KiB  # data frames waiting to be written; beyond it the streams' writers wait
 OPENED_PER_S = 500.0  # streams, by the peer
 PINGS_PER_S = 10.0
@@ -222,6 +225,7 @@ class YamuxConnection(IMuxedConn):
         self._may_open = TokenBucket(OPENED_PER_S, 2 * OPENED_PER_S)
         self._may_ping = TokenBucket(PINGS_PER_S, 10 * PINGS_PER_S)
         self._heard_at = trio.current_time()
+        _ALL.add(self)
 
     async def start(self) -> None:
         """Serve the connection until it breaks or `stop` is called."""
@@ -411,12 +415,17 @@ class YamuxConnection(IMuxedConn):
             return
         if kind == _DATA:
             stream.on_data(data)
-            if self.unread_bytes > UNREAD_BYTES_MAX:
+            if self._holds_too_much():
                 raise _BrokenRule("too much unread")
         elif length:
             stream.on_window(length)
         if flags & _FIN:
             stream.on_end()
+
+    def _holds_too_much(self) -> bool:
+        if self.unread_bytes <= UNREAD_FREE_BYTES:
+            return False
+        return self.unread_bytes > UNREAD_BYTES_MAX or sum(each.unread_bytes for each in _ALL) > UNREAD_ALL_BYTES_MAX
 
     def _open(self, stream_id: int) -> YamuxStream | None:
         ours = self._next_id & 1
@@ -469,3 +478,6 @@ class YamuxConnection(IMuxedConn):
             await self.secured_conn.close()
         except Exception:
             return
+
+
+_ALL: WeakSet[YamuxConnection] = WeakSet()

@@ -13,12 +13,15 @@ from ipaddress import IPv6Address, ip_address, ip_network
 from itertools import count
 from typing import TypeVar
 
+from .address import source_of
+
 IPV4_PREFIX_BITS = 24
 IPV6_PREFIX_BITS = 48  # what a provider gives one customer, who has 2^80 addresses in it
 FAIR_S = 0.5  # in which most handshakes are over, also when a whole fleet arrives at once
-ARRIVALS_PER_S = 20.0  # of one prefix; a fleet of 100 nodes in one network that restarts arrives within seconds
+ARRIVALS_PER_S = 20.0  # of one host
 ARRIVALS_BURST = 100.0
-PREFIXES_MAX = 1024  # whose arrivals are counted; 200 KiB
+PREFIX_HOSTS = 8  # as many hosts' arrivals are those of their prefix
+ORIGINS_MAX = 2048  # hosts and prefixes whose arrivals are counted; 400 KiB
 
 K = TypeVar("K", bound=Hashable)
 
@@ -65,7 +68,7 @@ def whom_to_evict(places: Mapping[K, Place], newcomer: Place) -> K | None:
 
 @dataclass(slots=True)
 class _Arrivals:
-    """A token bucket: what one prefix may still open now."""
+    """A token bucket: what a host or a prefix may still open now."""
 
     left: float
     at_s: float
@@ -75,8 +78,8 @@ class Handshakes:
     """Inbound connections of which nobody has proved yet whose they are, by a number that `begin` gives.
 
     At most `places_max`; a newcomer ends the oldest one of the most crowded host, unless that is its own, or no more
-    crowded, and has not had FAIR_S. What a prefix opens beyond ARRIVALS_BURST and ARRIVALS_PER_S is not even begun, so
-    that a flood costs an `accept` each and no cryptography.
+    crowded, and has not had FAIR_S. What a host opens beyond ARRIVALS_BURST and ARRIVALS_PER_S, and its prefix beyond
+    PREFIX_HOSTS times that, is not even begun, so that a flood costs an `accept` each and no cryptography.
     """
 
     def __init__(self, places_max: int) -> None:
@@ -91,8 +94,8 @@ class Handshakes:
 
     def begin(self, host: str, now_s: float, end: Callable[[], None]) -> int | None:
         """A place for a connection from `host`; `end` is called when it must close early. None: close it now."""
-        place = Place(host, now_s)
-        if not self._may_arrive(address_prefix(host), now_s):
+        place = Place(source_of(host), now_s)
+        if not (self._may_arrive(place.host, 1, now_s) and self._may_arrive(address_prefix(host), PREFIX_HOSTS, now_s)):
             return None
         if len(self._places) >= self._places_max:
             evicted = whom_to_evict(self._places, place)
@@ -116,12 +119,13 @@ class Handshakes:
         hosts = Counter(each.host for each in (*self._places.values(), newcomer))
         return newcomer.used_at - place.used_at < FAIR_S and hosts[place.host] <= hosts[newcomer.host]
 
-    def _may_arrive(self, prefix: str, now_s: float) -> bool:
-        arrivals = self._arrivals.setdefault(prefix, _Arrivals(ARRIVALS_BURST, now_s))
-        self._arrivals.move_to_end(prefix)
-        if len(self._arrivals) > PREFIXES_MAX:
+    def _may_arrive(self, origin: str, hosts: int, now_s: float) -> bool:
+        arrivals = self._arrivals.setdefault(origin, _Arrivals(hosts * ARRIVALS_BURST, now_s))
+        self._arrivals.move_to_end(origin)
+        if len(self._arrivals) > ORIGINS_MAX:
             self._arrivals.popitem(last=False)
-        arrivals.left = min(ARRIVALS_BURST, arrivals.left + (now_s - arrivals.at_s) * ARRIVALS_PER_S)
+        refill = (now_s - arrivals.at_s) * hosts * ARRIVALS_PER_S
+        arrivals.left = min(hosts * ARRIVALS_BURST, arrivals.left + refill)
         arrivals.at_s = now_s
         if arrivals.left < 1:
             return False

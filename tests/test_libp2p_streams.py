@@ -1,0 +1,80 @@
+"""The bytes that peers make a node hold for their requests and for answers that they don't take."""
+
+import pytest
+import trio
+import trio.testing
+from libp2p.peer.id import ID
+
+from hyperspace_vllm.core.records.limits import STREAM_FRAME_BYTES_MAX
+from hyperspace_vllm.daemon.libp2p_streams import (
+    ANSWER_BYTES_MAX,
+    ANSWER_BYTES_PER_PEER_MAX,
+    FRAME_BYTES_IN_MAX,
+    FRAME_BYTES_IN_PER_PEER_MAX,
+    Answerer,
+)
+
+SIZE = STREAM_FRAME_BYTES_MAX
+
+
+class Stream:
+    """One request; what is written to it is never taken, or at once."""
+
+    def __init__(self, peer: ID, request: bytes, takes: bool) -> None:
+        self.muxed_conn = self
+        self.peer_id = peer
+        self.written: list[int] = []
+        self.is_reset = False
+        self._takes = takes
+        self._data = len(request).to_bytes(4, "big") + request
+
+    async def read(self, size: int) -> bytes:
+        piece, self._data = self._data[:size], self._data[size:]
+        if not piece:
+            await trio.sleep_forever()
+        return piece
+
+    async def write(self, data: bytes) -> None:
+        self.written.append(len(data) - 4)
+        if not self._takes:
+            await trio.sleep_forever()
+
+    async def reset(self) -> None:
+        self.is_reset = True
+
+
+def serve(peers: int, each: int, request: bytes, answer: bytes | None, takes: bool) -> list[Stream]:
+    """Streams of so many peers, after a moment; without an answer the requests are being handled for ever."""
+    streams = [Stream(ID(b"%d" % peer), request, takes) for peer in range(peers) for _ in range(each)]
+
+    async def handle(peer: ID, protocol: str, frame: bytes) -> bytes | None:
+        if answer is None:
+            await trio.sleep_forever()
+        return answer
+
+    async def main() -> None:
+        answerer = Answerer(handle, lambda peer: None)
+        async with trio.open_nursery() as nursery:
+            for stream in streams:
+                nursery.start_soon(answerer.serve, stream, "protocol")
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    return streams
+
+
+@pytest.mark.parametrize(("peers", "each"), [(1, 6), (20, 1)])
+def test_requests_that_peers_have_sent_are_bounded_for_one_and_for_all(peers: int, each: int) -> None:
+    streams = serve(peers, each, bytes(SIZE), None, takes=True)
+    held = sum(not stream.is_reset for stream in streams) * SIZE
+    bound = FRAME_BYTES_IN_PER_PEER_MAX if peers == 1 else FRAME_BYTES_IN_MAX
+    assert bound - SIZE < held <= bound
+
+
+@pytest.mark.parametrize(("peers", "each"), [(1, 8), (20, 1)])
+def test_answers_that_peers_do_not_take_are_bounded_for_one_and_for_all(peers: int, each: int) -> None:
+    streams = serve(peers, each, b"?", bytes(SIZE), takes=False)
+    held = sum(size for stream in streams for size in stream.written)
+    bound = ANSWER_BYTES_PER_PEER_MAX if peers == 1 else ANSWER_BYTES_MAX
+    assert bound - SIZE < held <= bound
