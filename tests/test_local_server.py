@@ -199,7 +199,7 @@ async def node(tmp_path: Path) -> AsyncIterator[SmallNode]:
         yield started
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
