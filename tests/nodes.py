@@ -228,7 +228,7 @@ class TestNode:
         self.arena.close()
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
     """Poll until `condition()` holds; TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 (what is waited for happens in threads and other processes)

@@ -317,7 +317,10 @@ async def test_connections_are_bounded_by_peer_and_in_all(members: Members, monk
     await attack(a, dial_again)
     await until(lambda: not a.host.connected)
     others = await members(6, meet=False)
-    await asyncio.gather(*(other.meet(a) for other in others), return_exceptions=True)
+    for other in others:  # one after another: of those that come at once fewer may be left
+        with suppress(Exception):
+            await other.meet(a)
+        assert len(a.host.connected) <= 4
     await until(lambda: sum(bool(other.host.connected) for other in others) == len(a.host.connected) == 4)
 
 
