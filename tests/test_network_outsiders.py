@@ -14,7 +14,9 @@ import pytest
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.node.network import NetworkNode, NetworkOptions
+from hyperspace_vllm.core.peers import dials
 from hyperspace_vllm.core.peers.dials import Dials
+from hyperspace_vllm.core.peers.gossip_gate import GossipGate
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC, ResponseEntry, decode_announcement
 from hyperspace_vllm.core.records.ids import NetworkId, PeerId, network_id
@@ -96,7 +98,8 @@ async def deaf_node(nodes: list[NetworkedNode]) -> AsyncIterator[tuple[NetworkDr
     await host.start()
     options = NetworkOptions(NETWORK, host.address, "", (address_of(nodes[0]),), key, registry=False)
     core = NetworkNode(options, signing_key, trust, Dials(now_ms()), random.Random(1), now_ms())
-    driver = NetworkDriver(core, NETWORK, trust, None, None, None, None, Metrics(), lambda records: None, "network")
+    gate = GossipGate(NETWORK, now_ms())
+    driver = NetworkDriver(core, NETWORK, trust, None, None, None, None, Metrics(), lambda *_: None, "network", gate)
     driver.host, driver.clients = host, Clients()
     handler.driver = driver
     driver.start()
@@ -124,6 +127,8 @@ async def test_the_dht_alone_finds_what_was_provided(
     nodes: list[NetworkedNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dht_use, "SEARCH_SHARE", 1.0)  # searches one after another, each whatever it costs
+    for budget in ("DIALS_OF_PEER_PER_S", "DIALS_TO_HOST_PER_S", "DIALS_OWN_TO_HOST_PER_S", "DIALS_PER_S"):
+        monkeypatch.setattr(dials, budget, 1000.0)  # all ten nodes are on one host
     for number, node in enumerate(nodes):
         for each in range(PER_NODE):
             node.store(f"{number}/{each}")
@@ -207,6 +212,7 @@ async def test_a_listener_on_everything_learns_no_prompt_no_response_and_no_key(
         for name in secrets:
             nodes[1].store(name)
         await asyncio.to_thread(until, lambda: wanted <= listener.announced, 600)
+        await host.connect(*peers[1], 30)  # which may have let go of a neighbour that answers nothing
         hits = [decode_answer(await ask(peers[1][0], Query(each))) for each in wanted]
         assert all(isinstance(hit, Hit) for hit in hits)
     finally:
