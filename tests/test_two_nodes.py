@@ -229,9 +229,8 @@ async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair:
     assert a.failures() == b.failures() == {}
     assert b.trust.service.score(a.identity.peer_id, time.time_ns() // 1_000_000) > 0.1
     # Both can tell others what they have: A of its objects, B of those that it keeps.
-    stored = {row for event in a.stored for row in event.row_ids}
-    assert len(stored) == ROWS_STORED
-    await until(lambda: {row for event in b.stored for row in event.row_ids} <= stored and len(b.stored) >= 4)
+    await until(lambda: len(rows_told(a)) == ROWS_STORED)
+    await until(lambda: rows_told(b) <= rows_told(a) and len(b.stored) >= 4)
     assert {event.manifest for event in b.stored} <= {event.manifest for event in a.stored}
     b.driver.set_peers((), ())
     assert b.node.peers == ()
@@ -242,12 +241,18 @@ async def test_what_the_disk_kept_is_reported_again_and_private_rows_never_are(p
     a = pair.node("a", ())
     a.stage(keys("secret", 2), shareable=False)
     await has_document_besides(a, 2 * 2 * 2)
-    assert len({row for event in a.stored for row in event.row_ids}) == ROWS_STORED
+    await until(lambda: len(rows_told(a)) == ROWS_STORED)
     await pair.stop(a)
+    assert len(rows_told(a)) == ROWS_STORED
     a = pair.node("a", ())
     assert a.stored == []
     a.driver.report_stored()
-    assert len({row for event in a.stored for row in event.row_ids}) == ROWS_STORED
+    assert len(rows_told(a)) == ROWS_STORED
+
+
+def rows_told(node: TestNode) -> set[bytes]:
+    """What the node told its listener; an object is told of a moment after its rows are stored."""
+    return {row for event in node.stored for row in event.row_ids}
 
 
 async def has_document_besides(node: TestNode, rows: int) -> None:

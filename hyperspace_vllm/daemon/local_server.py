@@ -129,6 +129,7 @@ class _Session:
     layout: Layout | None = None
     engine: str = ""  # what an engine's scheduler and workers have in common and no other engine has
     lookups: dict[int, int] = field(default_factory=dict)  # the client's number -> ours
+    owed: dict[int, int] = field(default_factory=dict)  # row bytes -> slabs asked for that didn't fit
 
     def registered_layout(self) -> Layout:
         if self.layout is None:
@@ -214,6 +215,8 @@ class LocalServer:
                 if self._drain():
                     self._expire(self._loop.time())
                 self._staging.reclaim(partial(session_lock.look, self._config.data_dir))
+                for session in self._sessions.values():
+                    self._grant_owed(session)
         finally:
             self._loop.remove_reader(descriptor)
 
@@ -473,6 +476,17 @@ class LocalServer:
         if not self._send(session.route, StagingGranted(want.row_bytes, slabs)):
             for slab in slabs:
                 self._staging.give_back(session.key, slab)
+        session.owed[want.row_bytes] = wanted - len(slabs)
+
+    def _grant_owed(self, session: _Session) -> None:
+        """Grant what didn't fit when the session asked: else the next prompt would find the slabs of a busy moment."""
+        for row_bytes, wanted in session.owed.items():
+            slabs = self._staging.grant(session.key, row_bytes, wanted, session.registered_layout().ranks)
+            if slabs and not self._send(session.route, StagingGranted(row_bytes, slabs)):
+                for slab in slabs:
+                    self._staging.give_back(session.key, slab)
+                continue
+            session.owed[row_bytes] = wanted - len(slabs)
 
     def _accept(self, session: _Session, row: RowStaged) -> None:
         layout, engine = session.registered_layout(), session.known_engine()

@@ -109,7 +109,10 @@ class RegisterLayout(_Message, tag="layout", frozen=True):
 
 
 class WantStaging(_Message, tag="want_staging", frozen=True):
-    """A worker asks for `count` staging slabs of `row_bytes`; answered by StagingGranted with as many as fit."""
+    """A worker asks for `count` staging slabs of `row_bytes`.
+
+    Answered by StagingGranted with as many as fit; the others are granted when there is room, until it asks again.
+    """
 
     row_bytes: Annotated[int, Meta(ge=1, le=ROW_BYTES_MAX)]
     count: Annotated[int, Meta(ge=1, le=1024)]
