@@ -43,6 +43,9 @@ APART = [
     ("time", "Who owned Twitter?", "Who owns Twitter?"),
     ("question_type", "Why do stars twinkle?", "When do stars twinkle?"),
     ("question_type", "Explain quicksort", "Implement quicksort"),
+    ("question_type", "Describe Paris", "What is Paris?"),
+    ("question_type", "Tell me more about Paris", "Define Paris"),
+    ("question_type", "Define a variable in Python.", "What is a variable in Python?"),
     ("question_type", "Can I sue my landlord?", "Should I sue my landlord?"),
     ("roles", "How do I convert USD to EUR?", "How do I convert EUR to USD?"),
     ("roles", "Is Python better than Java?", "Is Java better than Python?"),
@@ -86,6 +89,8 @@ TOGETHER = [
     ("How can I earn money easily?", "How can I earn money?"),
     ("How can I quickly lose weight?", "What is a quick way to lose weight?"),
     ("What is research, in short?", "In short, what is research?"),
+    ("Describe the moon", "Tell me about the moon"),
+    ("Define inheritance in Java", "Explain inheritance in Java"),
     ("What is core banking? What are its functions?", "What is core banking? What purpose does it serve?"),
     ("How do I write “thanks” in a letter – briefly?", 'How do I write "thanks" in a letter - briefly?'),
 ]

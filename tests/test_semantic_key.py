@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import QUESTION_CHARS_MAX
 from hyperspace_vllm.core.records.local import Question
 from hyperspace_vllm.core.response.canonical import ACRONYMS
@@ -97,6 +98,12 @@ def test_whatever_else_differs_parts_the_questions(other: Question) -> None:
 )
 def test_what_is_no_plain_question_has_exact_hits_alone(messages: list[object], fields: dict[str, object]) -> None:
     assert asked(*messages, **fields) is None
+
+
+def test_a_key_of_the_wider_forms_of_before_matches_none() -> None:
+    asked = question(user("What is ML?"))
+    before = sha256(b"hyperspace/canonical-question/1", asked.partition, b"what is machine learning")
+    assert asked.canonical_key != before
 
 
 def test_a_chat_without_messages_asks_nothing() -> None:

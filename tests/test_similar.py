@@ -1,7 +1,9 @@
 """Questions like others: embedded, stored and found again, by the embedder and the database that nodes use."""
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +185,17 @@ def test_another_wording_finds_the_answer_also_after_a_restart(place: Place, tmp
         assert place.find("How do I learn to play the violin?") == SimilarNotFound(7, "far")
         place.close()
         place.__init__(tmp_path)  # type: ignore[misc]
+
+
+@pytest.mark.io
+def test_vectors_of_an_earlier_canonical_form_are_not_compared(place: Place, tmp_path: Path) -> None:
+    place.remember("How do I cook rice?", 1)
+    place.close()
+    with closing(sqlite3.connect(place.path)) as database, database:
+        assert database.execute("UPDATE questions SET embedder = 'all-MiniLM-L6-v2'").rowcount == 1
+    place.__init__(tmp_path)  # type: ignore[misc]
+    assert place.find("How can I cook rice?") == SimilarNotFound(7, "far")
+    assert place.similar.stats()["questions"] == 0
 
 
 @pytest.mark.io

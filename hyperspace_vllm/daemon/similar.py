@@ -28,7 +28,7 @@ from ..core.records.local import (
     SimilarNotFound,
     StoreResponse,
 )
-from ..core.response.canonical import canonical_question
+from ..core.response.canonical import CANONICAL_VERSION, canonical_question
 from ..core.response.guards import eligible
 from ..core.response.same_answer import say_the_same
 from ..core.response.semantic import Match, best_match
@@ -172,7 +172,7 @@ class SimilarQuestions:
         embedder = self._load()
         dimensions = embedder.embed(["a question"]).shape[1]
         index = QuestionIndex(dimensions)
-        for stored in self._reader.questions(embedder.name, QUESTIONS_MAX, wall_clock_ms()):
+        for stored in self._reader.questions(_vectors_of(embedder), QUESTIONS_MAX, wall_clock_ms()):
             vectors = np.frombuffer(stored.vectors, np.int8)
             if vectors.size == 2 * dimensions:  # else another model of the same name
                 self._note_floor(stored.key, stored.floor)
@@ -285,7 +285,7 @@ class SimilarQuestions:
             self._add(key, question)
 
     def _embedded(self, question: Question) -> Embedded:
-        return Embedded(self._embedder.name, self._vectors(question).tobytes())
+        return Embedded(_vectors_of(self._embedder), self._vectors(question).tobytes())
 
     def _add(self, key: RequestKey, question: Question) -> None:
         """To what is compared from now on, though the database may not have it yet."""
@@ -328,6 +328,11 @@ class SimilarQuestions:
         if len(self._recent) > _RECENT_MAX:
             self._recent.popitem(last=False)
         return vectors
+
+
+def _vectors_of(embedder: Embedder) -> str:
+    """What vectors can be compared with each other."""
+    return f"{embedder.name}; canonical {CANONICAL_VERSION}"
 
 
 def _bytes(message: _Later) -> int:

@@ -5,8 +5,12 @@ few rewritings, each of which keeps the question; the result is an exact key, an
 on. Rejected: dropping all punctuation, case and function words, which merges "5+3" with "53", "US" with "us" and
 "explain" with "list". Cost: spellings that need understanding ("capital of France", "France's capital") don't meet.
 
-What stays: instructions other than to define (how, list, compare, translate, write); punctuation but for the mark at
-the end; upper case in a word of capitals (US), in the middle of a word (iPhone) or on a word that is another without it
+Only "what is", "explain" and "define" meet, and only before one noun with what stands before it: equal forms are served
+without a look at the embedding. "Describe Paris", "what does Islam mean" and "define a variable in Python" ask for
+something else, "what are windows" for other things than "what is windows". An acronym is written out where it is all
+that is asked about, and a name after "the" or "in" (the US); elsewhere it may be a unit, a pronoun or a trade's own.
+
+What stays: all other instructions (how, list, compare, translate, write); punctuation but for the mark at the end; upper case in a word of capitals (US), in the middle of a word (iPhone) or on a word that is another without it
 (Turkey); whatever is quoted. Text that looks like code, has more than one line or more than 256 words, or is all in
 capitals, is only put into Unicode's NFC and stripped at its ends.
 """
@@ -18,9 +22,11 @@ from collections.abc import Mapping
 from ..records.limits import QUESTION_CHARS_MAX
 from .guard_words import word_set
 
+CANONICAL_VERSION = 2  # raised with each change of the forms, so that no key or vector of another is compared
 WORDS_MAX = 256  # of a question, between white space; a longer text is a document
 
-# Written in capitals, each of these has one reading. Operators add their own; those with several (CNN, PM) stay out.
+# Asked about alone and in capitals, each of these has one reading. Operators add their own; those with several (CNN, PM)
+# stay out.
 ACRONYMS: dict[str, str] = {
     "AI": "artificial intelligence",
     "AGI": "artificial general intelligence",
@@ -107,25 +113,35 @@ _END_MARKS = "?!.… "
 # Not "how do we", "how could I": "how do we die" is another question than "how do I die".
 _MEANS_TO = re.compile(r"(?:how (?:do|can) i|how (?:does|can) one) (?=\w)")
 _DEFINITIONS = (
-    # The longer openings first. "The meaning of" is none of them: of life it is another question.
-    re.compile(
-        r"(?:what is meant by|what do you mean by|what is the definition of|tell me(?: more)? about"
-        r"|give me an (?:overview|introduction|explanation) (?:of|to)"
-        r"|explain the (?:concept|idea|term|notion) of) (?P<topic>.+)"
-    ),
-    re.compile(r"(?:what (?:is|are)|explain(?: to me)?|define|describe) (?P<topic>.+)"),
-    re.compile(r"what do(?:es)? (?P<topic>.+) mean"),
-    re.compile(r"what (?P<topic>.+) (?:is|are|means?)"),
+    re.compile(r"what is (?P<topic>.+)", re.IGNORECASE),
+    re.compile(r"(?:explain(?: to me)?|define(?! an? )) (?P<topic>.+(?<!s)|.+[iu]s|.+ss)", re.IGNORECASE),
+    re.compile(r"what (?P<topic>.+) is", re.IGNORECASE),
 )
-_ARTICLE = re.compile(r"^(?:a|an) (?=\w)")
+_MEANINGS = (
+    re.compile(r"what (?:is meant by|do you mean by|is the definition of) (?P<topic>.+)", re.IGNORECASE),
+    re.compile(r"what do(?:es)? (?P<topic>.+) mean", re.IGNORECASE),
+    re.compile(r"what (?P<topic>.+) means?", re.IGNORECASE),
+)
+# A glass isn't what glass is; "a black hole" is what "black hole" is.
+_ARTICLE = re.compile(r"an? (?=[a-z]+ [a-z ]+$)")
+# The only acronym of a text, which the text is about.
+_SUBJECT = re.compile(
+    r"(?P<before>(?:what(?:'s| is| are)?|explain|define) (?:(?:an?|the) )?)(?P<acronym>[\w.&]+)"
+    r"(?P<after>(?: is| are)?[?!.… ]*)",
+    re.IGNORECASE,
+)
+_BEFORE_NAMES = ("the", "in")
 _TOPIC_WORDS_MAX = 4
 # "What is the capital of France" is no definition, nor "what is wrong": a topic is a few words and none of these.
 _NO_TOPIC = word_set("""
-the this that these those my your our his her their its one some any all of for between to from with without by at as
-than or and vs versus if when which who whom whose how why what where is are was were be been do does did has have can
-will would should not no it he she they we you i me us them there here best worst most least better worse wrong right
-new next first last up down going happening so
-yourself myself themselves itself
+the this that these those my your our his her their its one some any all every each no both either neither few many much
+of for between to from with without by at as than or and vs versus if when which who whom whose how why what where
+about above across after against along among around before behind below beneath beside beyond but down during except in
+inside into like near off on onto out outside over per since through till toward towards under until up upon via within
+is are was were be been being am do does did has have had can could will would shall should may might must not never it
+he she they we you i me us him them there here yourself myself themselves itself
+best worst most least better worse wrong right new next first last going happening so
+true false important possible missing needed required allowed available popular trending cool good bad
 """)
 
 
@@ -157,15 +173,13 @@ def canonical_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str
     """
     if _is_verbatim(text):
         return unicodedata.normalize("NFC", text).strip()
-    question = " ".join(_lowered(piece) for piece in _PIECES.findall(plain_question(text, acronyms)))
-    question = _without_end_mark(question)
-    question = _MEANS_TO.sub("how to ", question, count=1) if question.startswith("how ") else question
-    topic = _topic(question)
-    if topic is None:
-        return question
-    # "What is Spark?" may ask for a name, "What is a spark?" doesn't.
-    name = re.search(rf"(?<!^)(?<!\ba )(?<!\ban )\b{topic.capitalize()}\b", text.strip()) if " " not in topic else None
-    return f"what is {name.group() if name else topic}"
+    plain = _without_end_mark(plain_question(text, acronyms))
+    if (topic := _topic(plain, _DEFINITIONS)) is not None:
+        return f"what is {topic}"
+    if (topic := _topic(plain, _MEANINGS)) is not None:
+        return f"what does {topic} mean"
+    question = " ".join(map(_lowered, _PIECES.findall(plain)))
+    return _MEANS_TO.sub("how to ", question, count=1) if question.startswith("how ") else question
 
 
 def plain_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
@@ -175,10 +189,18 @@ def plain_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
     question = _without_courtesy(" ".join(_unicode(text).split()))
     # Written out, "What does AI stand for?" would ask something else.
     known: Mapping[str, str] = {} if _ABOUT_WORDS.search(question) else acronyms
+    if (subject := _SUBJECT.fullmatch(question)) is not None:
+        question = subject["before"] + _written_out(subject["acronym"], known) + subject["after"]
+    names = {acronym: words for acronym, words in known.items() if words[:1].isupper()}
+    pieces = _PIECES.findall(question)
     return " ".join(
-        piece if piece[0] in "\"'" else _WORD.sub(lambda word: _written_out(word.group(), known), piece)
-        for piece in _PIECES.findall(question)
+        _plain(piece, names if before.lower() in _BEFORE_NAMES else {})
+        for before, piece in zip(("", *pieces), pieces, strict=False)
     )
+
+
+def _plain(piece: str, acronyms: Mapping[str, str]) -> str:
+    return piece if piece[0] in "\"'" else _WORD.sub(lambda word: _written_out(word.group(), acronyms), piece)
 
 
 def _is_verbatim(text: str) -> bool:
@@ -212,10 +234,9 @@ def _without_courtesy(question: str) -> str:
 
 
 def _written_out(word: str, acronyms: Mapping[str, str]) -> str:
-    full = acronyms.get(word) or acronyms.get(word.rstrip("."))
-    if full is not None:
-        return full
-    return CONTRACTIONS.get(word.lower(), word)
+    bare = word.rstrip(".")
+    spelt = next((each for each in (word, bare, f"{bare}.") if each in acronyms), None)
+    return CONTRACTIONS.get(word.lower(), word) if spelt is None else acronyms[spelt]
 
 
 def _lowered(piece: str) -> str:
@@ -234,17 +255,17 @@ def _without_end_mark(question: str) -> str:
     if "!" in marks and (bare[-1:].isdigit() or bare.endswith(")") or not bare[-2:-1].isalnum()):
         return question.rstrip(_END_MARKS.replace("!", ""))  # a factorial
     # "The sky is blue?" asks what "The sky is blue." states.
-    return question if "?" in marks and bare.partition(" ")[0] not in _OPENERS else bare
+    return question if "?" in marks and bare.partition(" ")[0].lower() not in _OPENERS else bare
 
 
-def _topic(question: str) -> str | None:
-    """What a question asks the definition of, without its article."""
-    for form in _DEFINITIONS:
-        match = form.fullmatch(question)
-        if match is None:
+def _topic(question: str, forms: tuple[re.Pattern[str], ...]) -> str | None:
+    """What a question asks the meaning of, in its own case: Spark is no spark."""
+    for form in forms:
+        if (match := form.fullmatch(question)) is None:
             continue
         topic = _ARTICLE.sub("", match["topic"])
-        words = topic.split(" ")
-        if len(words) <= _TOPIC_WORDS_MAX and not _NO_TOPIC & set(words) and topic.replace(" ", "").isalpha():
+        words = topic.removeprefix("a ").removeprefix("an ").split(" ")
+        common = {word for word in words if word.lower() in _NO_TOPIC and (word != word.upper() or word == "I")}
+        if len(words) <= _TOPIC_WORDS_MAX and not common and topic.replace(" ", "").isalpha():
             return topic
     return None

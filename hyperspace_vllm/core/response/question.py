@@ -45,7 +45,6 @@ _WAYS_ASKED = re.compile(r"(?:is|are) there (?:a |an |any |some )?(?:\w+ )?ways?
 _DOINGS = re.compile(r"(?:should|can|could|must|do|does) \w+ (?:have to |need to )?do to\b")
 _SENSES = re.compile(r"\b(?:feel|look|taste|sound|smell|be) like\b")
 _PLACES = word_set("place places")
-_DEFINE = word_set("explain describe define")
 _BE = word_set("is are was were am be been being get gets got")
 _ARTICLES = word_set("a an the my your his her their our its this that these those some")
 
@@ -271,7 +270,7 @@ def _asks(words: list[str]) -> str:
     if first in _YES_NO:
         return _asks_yes_no(" ".join(words))
     if first in IMPERATIVES:
-        return "what" if first in _DEFINE or words[:3] == ["tell", "me", "about"] else first
+        return _asks_order(first, words[1:])
     place = next((place for place, word in enumerate(words) if word in _QUESTION_WORDS), None)
     if place is None:
         return "what"
@@ -281,6 +280,14 @@ def _asks(words: list[str]) -> str:
     if word in ("what", "which"):
         return _asks_what(rest)
     return "who" if word in ("whom", "whose") else word
+
+
+def _asks_order(verb: str, rest: list[str]) -> str:
+    if verb == "describe" or (verb == "tell" and rest[:1] == ["me"] and "about" in rest[1:3]):
+        return "describe"
+    # "Define a variable" wants one to be written.
+    is_definition = verb == "explain" or (verb == "define" and rest[:1] not in (["a"], ["an"]))
+    return "what" if is_definition else verb
 
 
 def _asks_yes_no(question: str) -> str:

@@ -17,7 +17,7 @@ from typing import Literal
 from ..records.ids import sha256
 from ..records.limits import QUESTION_CHARS_MAX
 from ..records.local import Question
-from .canonical import canonical_question, is_read
+from .canonical import CANONICAL_VERSION, canonical_question, is_read
 from .guard_words import TEXT_WORK, word_set
 from .guards import Mode
 from .request_fields import Endpoint
@@ -26,7 +26,7 @@ from .request_key import Uncacheable, canonical_fields, has_surrogates, request_
 Semantic = Literal["off", "strict", "balanced"]
 
 _PARTITION_TAG = b"hyperspace/partition/1"
-_CANONICAL_TAG = b"hyperspace/canonical-question/1"
+_CANONICAL_TAG = b"hyperspace/canonical-question/%d" % CANONICAL_VERSION
 _STRICTNESS: tuple[Semantic, ...] = ("balanced", "strict", "off")
 
 _FIELDS = word_set("""
