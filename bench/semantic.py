@@ -5,7 +5,8 @@
     balanced   canonical, then eligibility and the guards of `balanced`
     strict     the same with the guards of `strict`
 
-A pair is served when its similarity reaches the threshold and nothing refuses. `precision` and `recall` are of the
+A pair is served when its similarity reaches the threshold and nothing refuses; with guards, the threshold is higher by
+what strict, and words that one question adds, need more (similarity_needed). `precision` and `recall` are of the
 pairs labelled same; `false_per_1000` are the pairs served though labelled different, of a thousand pairs; `ms_p50` is
 the median time to embed one question, compare it with one other and ask the guards, on one thread. The guards were
 tuned on the first half of the pairs: the figures of the second half stand beside.
@@ -36,7 +37,8 @@ from rich.table import Table
 
 from hyperspace_vllm.core.response.canonical import canonical_question
 from hyperspace_vllm.core.response.guards import Mode, eligible, refusal
-from hyperspace_vllm.core.response.semantic import COSINE_MIN, similarity
+from hyperspace_vllm.core.response.question import read_question
+from hyperspace_vllm.core.response.semantic import COSINE_MIN, similarity, similarity_needed
 from hyperspace_vllm.daemon.embedding import DEFAULT_MODEL, Embedder, load_embedder
 
 from . import machine
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     Vectors = dict[str, NDArray[np.float32]]
 
 MODES = ("raw", "canonical", "balanced", "strict")
+GUARDED: dict[str, Mode] = {"balanced": "balanced", "strict": "strict"}
 THRESHOLDS = (0.85, COSINE_MIN, 0.95)
 CURVE = tuple(threshold / 100 for threshold in range(80, 100))
 TIMED = 200  # pairs, for `ms_p50`
@@ -62,7 +65,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Scored:
-    """A pair's similarity in one mode; 0 where a guard refuses it at any threshold."""
+    """A pair's similarity in one mode, less what it needs beyond the threshold; 0 where a guard refuses it."""
 
     score: float
     same: bool
@@ -147,13 +150,16 @@ def scored(pair: Pair, mode: str, vectors: Vectors) -> Scored:
         return Scored(1.0, pair.same)
     score = similarity(vectors[pair.a], vectors[canonical_a], vectors[pair.b], vectors[canonical_b])
     # Below every threshold the guards needn't be asked.
-    refused = mode != "canonical" and score >= CURVE[0] and is_refused(pair, mode)
-    return Scored(0.0 if refused else score, pair.same)
+    if mode not in GUARDED or score < CURVE[0]:
+        return Scored(score, pair.same)
+    if is_refused(pair, GUARDED[mode]):
+        return Scored(0.0, pair.same)
+    more = similarity_needed(read_question(pair.a), read_question(pair.b), GUARDED[mode], 0.0)
+    return Scored(score - more, pair.same)
 
 
-def is_refused(pair: Pair, mode: str) -> bool:
-    guards: Mode = "strict" if mode == "strict" else "balanced"
-    return any((eligible(pair.a), eligible(pair.b), refusal(pair.a, pair.b, guards)))
+def is_refused(pair: Pair, mode: Mode) -> bool:
+    return any((eligible(pair.a), eligible(pair.b), refusal(pair.a, pair.b, mode)))
 
 
 def median_ms(pairs: Sequence[Pair], mode: str, embedder: Embedder, vectors: Vectors, progress: Progress) -> float:
@@ -164,8 +170,9 @@ def median_ms(pairs: Sequence[Pair], mode: str, embedder: Embedder, vectors: Vec
         texts = [pair.a] if mode == "raw" else [pair.a, canonical_question(pair.a)]
         asked = embedder.embed(texts)
         float(asked[-1] @ vectors[pair.b])
-        if mode not in ("raw", "canonical"):
-            is_refused(pair, mode)
+        if mode in GUARDED:
+            is_refused(pair, GUARDED[mode])
+            similarity_needed(read_question(pair.a), read_question(pair.b), GUARDED[mode])
         samples.append(time.perf_counter() - start)
     return round(statistics.median(samples) * 1000, 2)
 

@@ -38,12 +38,13 @@ APART = [
     ("entities", "What does the 'break' keyword do?", "What does the 'continue' keyword do?"),
     ("entities", "What is the tax rate in the US?", "What is the tax rate in the UK?"),
     ("entities", "When did World War I end?", "When did World War II end?"),
-    ("entities", "is the shop open on sundays", "is the shop open on mondays"),
+    ("kinds", "is the shop open on sundays", "is the shop open on mondays"),
     ("time", "Who is the pope?", "Who was the pope?"),
     ("time", "Who owned Twitter?", "Who owns Twitter?"),
     ("question_type", "Why do stars twinkle?", "When do stars twinkle?"),
     ("question_type", "Explain quicksort", "Implement quicksort"),
-    ("question_type", "Describe Paris", "What is Paris?"),
+    ("question_type", "Describe Paris", "Define Paris."),
+    ("question_type", "Describe a sunset", "What is a sunset?"),
     ("question_type", "Tell me more about Paris", "Define Paris"),
     ("question_type", "Define a variable in Python.", "What is a variable in Python?"),
     ("question_type", "Can I sue my landlord?", "Should I sue my landlord?"),
@@ -63,6 +64,7 @@ APART = [
     ("clauses", "What dose of ibuprofen is right?", "Lie: what dose of ibuprofen is right?"),
     ("clauses", "What dose of ibuprofen is right?", "What dose of ibuprofen is right (lie)?"),
     ("clauses", "What dose of ibuprofen is right?", "What dose of ibuprofen is right - make it up?"),
+    ("clauses", "What are Hawaiian surnames?", "What are Hawaiian surnames? What are their origins?"),
     ("clauses", "How can I prepare for a job?", "After I get an offer, how can I prepare for a job?"),
 ]
 
@@ -92,6 +94,7 @@ TOGETHER = [
     ("Describe the moon", "Tell me about the moon"),
     ("Define inheritance in Java", "Explain inheritance in Java"),
     ("What is core banking? What are its functions?", "What is core banking? What purpose does it serve?"),
+    ("What is Paris?", "Tell me about Paris"),
     ("How do I write “thanks” in a letter – briefly?", 'How do I write "thanks" in a letter - briefly?'),
 ]
 
@@ -106,6 +109,24 @@ def test_strict_refuses_a_content_word_on_one_side_only() -> None:
     one, other = "How do I get rid of pimple marks?", "How do I get rid of pimple marks at home?"
     assert refusal(one, other, "balanced") is None
     assert refusal(one, other, "strict") == "content"
+
+
+@pytest.mark.parametrize(
+    ("reason", "one", "other"),
+    [
+        ("question_type", "What is Paris?", "Tell me about Paris"),
+        ("question_type", "How do you handle rejection?", "How should you handle rejection?"),
+        ("small_words", "What does Jimmy Wales think?", "What does Jimmy Wales think of himself?"),
+        ("small_words", "Why does he love music?", "Why do we love music?"),
+        ("small_words", "Who can vote in Texas?", "Who only can vote in Texas?"),
+        ("content", "What is illogical thinking?", "What is an example of illogical thinking?"),
+        ("content", "What is the fastest bird?", "What kind of bird is the fastest?"),
+    ],
+)
+def test_strict_refuses_what_balanced_forgives(reason: str, one: str, other: str) -> None:
+    for pair in ((one, other), (other, one)):
+        assert refusal(*pair, "balanced") is None
+        assert refusal(*pair, "strict") == reason
 
 
 def test_strict_forgives_inflection_and_synonyms() -> None:
@@ -153,8 +174,22 @@ def test_the_nearest_candidate_that_no_guard_refuses_is_served() -> None:
     assert best_match("Is it safe to eat snow?", [safe, unsafe], "balanced") == Match(safe)
 
 
-def test_a_candidate_below_the_threshold_is_far() -> None:
-    assert best_match("Is snow safe?", [candidate("Is snow quite safe?", 0.91)], "balanced") == NoMatch("far")
+@pytest.mark.parametrize(
+    ("mode", "other", "needed"),
+    [
+        ("balanced", "Is it safe to eat the snow?", 0.89),
+        ("balanced", "Is it safe for people to eat snow?", 0.89),
+        ("balanced", "Is it safe to eat dirty snow?", 0.935),
+        ("strict", "Is it safe to eat the snow?", 0.92),
+    ],
+)
+def test_a_candidate_has_to_be_nearer_when_strict_and_where_one_has_words_more(
+    mode: Mode, other: str, needed: float
+) -> None:
+    for one, two in (("Is it safe to eat snow?", other), (other, "Is it safe to eat snow?")):
+        near, far = candidate(two, needed + 0.001), candidate(two, needed - 0.001)
+        assert best_match(one, [near, far], mode) == Match(near)
+        assert best_match(one, [far], mode) == NoMatch("far")
 
 
 def test_the_refusal_of_the_nearest_is_named() -> None:

@@ -10,10 +10,10 @@ without a look at the embedding. "Describe Paris", "what does Islam mean" and "d
 something else, "what are windows" for other things than "what is windows". An acronym is written out where it is all
 that is asked about, and a name after "the" or "in" (the US); elsewhere it may be a unit, a pronoun or a trade's own.
 
-What stays: all other instructions (how, list, compare, translate, write); punctuation but for the mark at the end; upper
-case in a word of capitals (US), in the middle of a word (iPhone) or on a word that is another without it (Turkey);
-whatever is quoted. Text that looks like code, has more than one line or more than 256 words, or is all in capitals, is
-only put into Unicode's NFC and stripped at its ends.
+What stays: all other instructions (how, list, compare, translate, write); punctuation but for the mark at the end;
+upper case in a word of capitals (US), in the middle of a word (iPhone) or on a word that is another without it
+(Turkey); whatever is quoted. Text that looks like code, has more than one line or more than 256 words, or is all in
+capitals, is only put into Unicode's NFC and stripped at its ends.
 """
 
 import re
@@ -26,8 +26,7 @@ from .guard_words import word_set
 CANONICAL_VERSION = 2  # raised with each change of the forms, so that no key or vector of another is compared
 WORDS_MAX = 256  # of a question, between white space; a longer text is a document
 
-# Asked about alone, in capitals, each of these has one reading. Operators add their own; those with several (CNN, PM)
-# stay out.
+# Asked about alone, in capitals, each has one reading. Operators add their own; those with several (CNN, PM) stay out.
 ACRONYMS: dict[str, str] = {
     "AI": "artificial intelligence",
     "AGI": "artificial general intelligence",

@@ -22,125 +22,73 @@ than then so too very just also if whether or and but while during through over 
 out off down again ever even still yet only more most much many lot really actually exactly
 """)
 
+PREPOSITIONS = word_set("""
+of in on at by for from with into onto about as than over under above below between among within via per through up out
+off down before after during until against around across without towards to and or
+""")
+
 # Content that changes what is asked only a little; on one side only it is no reason in `strict`.
 FILLER = word_set("""
 best good great better way ways thing things people person possible different various kind type sort example
 """)
+# Of these, what may be missing on one side in `strict` too: "the best way to" is "how to".
+PADDING = word_set("best good great better way ways thing things possible")
 
 # Words in "ly" that say how often or how sure, or that are no adverbs; all others say how something is done.
 NOT_OF_MANNER = word_set("""
-ally anomaly apply approximately assembly basically bully commonly easily family fly generally italy jelly july likely
-lovely mainly monopoly mostly multiply normally only rely reply simply supply truly typically usually
+ally annually anomaly apply approximately assembly basically bully commonly daily easily family fly generally hourly
+italy jelly july likely lovely mainly monopoly monthly mostly multiply nightly normally only quarterly rely reply
+simply supply truly typically usually weekly yearly
+""")
+
+# Words that make another thing of what they stand before, so that only one question having it changes the answer.
+QUALIFIERS = word_set("""
+accused acting adjusted aggravated alleged annual annually artificial aspiring assistant attempted average base
+chronic compulsory conditional counterfeit daily deputy estimated expected fake federal final former full
+gross hourly illegal imitation initial intended legal mandatory marginal maximum median minimum monthly net nightly
+nominal optional partial partially permanent preliminary premature projected proposed prospective provisional pseudo
+raw retired starting suspected synthetic temporary total uncooked unofficial virtual voluntary weekly yearly
 """)
 
 NEGATIONS = word_set("""
 not no never without except cannot neither nor none nothing nobody nowhere hardly barely rarely seldom unless
 excluding lacking lack avoid prevent stop quit fail failed fails refuse instead non anti
 """)
-NEGATIVE_PREFIXES = ("un", "in", "im", "il", "ir", "non", "dis", "mis", "anti", "de", "a", "ab", "counter")
-# One prefix turned into the other turns the word's meaning.
-OPPOSED_PREFIXES = (
-    *(("hyper", "hypo"), ("over", "under"), ("pre", "post"), ("pro", "anti"), ("inter", "intra"), ("micro", "macro")),
-    *(("in", "ex"), ("im", "ex"), ("in", "out"), ("en", "de"), ("mono", "poly"), ("homo", "hetero"), ("up", "down")),
-)
-# "useful" and "useless", "care" and "careless".
-OPPOSED_SUFFIXES = (("ful", "less"), ("", "less"))
 
-# Each line: two sides that exclude each other.
-_ANTONYMS = """
-increase raise grow boost gain rise | decrease reduce lower lose drop decline shrink fall lessen
-up | down
-on | off
-buy purchase | sell
-before prior | after following
-best greatest top | worst
-good | bad evil
-better | worse
-biggest largest greatest | smallest tiniest littlest
-big large huge | small tiny little
-male man men masculine guy guys he his him | female woman women feminine lady ladies she her hers
-boy boys son sons brother brothers | girl girls daughter daughters sister sisters
-husband boyfriend father king | wife girlfriend mother queen
-high higher highest | low lower lowest
-long longer longest | short shorter shortest
-tall taller tallest | short shorter shortest
-fast faster fastest quickly | slow slower slowest slowly
-hot hotter hottest warm | cold colder coldest cool
-easy easier easiest simple | hard harder hardest difficult complex
-advantage advantages pro pros benefit benefits strength strengths upside upsides | disadvantage disadvantages con cons
-advantage advantages benefit benefits | drawback drawbacks downside downsides risk risks
-strength strengths | weakness weaknesses
-open opening | close closed closing shut
-start begin starting enable activate | end finish stop disable deactivate
-install add | uninstall remove delete
-import | export
-upload | download
-push | pull
-encode encoding encrypt encryption compress | decode decoding decrypt decryption decompress
-allow permit accept legal | forbid ban prohibit reject illegal deny
-love like loves likes | hate dislike hates dislikes
-win won | lose lost
-maximum max most maximize | minimum min least minimize
-first earliest | last latest
-old older oldest | new newer newest young younger youngest
-early | late
-left | right
-north northern | south southern
-east eastern | west western
-inside indoor internal inner | outside outdoor external outer
-above over | below under beneath
-rich wealthy | poor
-strong stronger | weak weaker
-light lighter | dark darker heavy heavier
-alive living live born birth | dead death die died
-true real | false fake
-public | private
-positive | negative
-right correct | wrong incorrect
-input | output
-send sending | receive receiving
-ask | answer
-teach teacher teachers | learn student students
-lend | borrow
-employer employers boss | employee employees
-parent parents | child children kid kids
-husband | wife
-introvert introverts introverted | extrovert extroverts extroverted
-optimist optimists optimistic | pessimist pessimists pessimistic
-synonym synonyms | antonym antonyms
-arrive arrival | depart departure leave
-offline | online
-single | married
-cheap cheapest | expensive costly
-similarity similarities similar | difference differences different
-cause causes | effect effects
-attack | defend defense
-always | never
-lock | unlock
-front | back
-horizontal horizontally | vertical vertically
-ascending | descending
-morning | evening night
-day | night
-past | future
-acid acidic | alkaline base
-sync synchronous | async asynchronous
-"""
-
-# Each line: things of one kind, of which a question is about one or another.
+# Each line: words of one kind, of which a question says one or another; those with "/" between say the same.
 _KINDS = """
+before during after until/till since
+hourly daily nightly weekly fortnightly/biweekly monthly quarterly yearly/annual/annually
+always usually/normally often/frequently sometimes/occasionally once
+all/every/each any some most half both several few only
+full partial
+federal state local municipal national international global regional
+primary secondary tertiary
+starting initial average median maximum/max/peak minimum/min final total
+gross net
+glass glasses
+custom customs
+good goods
+manner manners
+mean means
+cloth clothes
+saving savings
+spectacle spectacles
+brain brains
+spirit spirits
+short shorts
 january february march april june july august september october november december
-monday mondays tuesday tuesdays wednesday wednesdays thursday thursdays friday fridays saturday saturdays sunday sundays
+monday/mondays tuesday/tuesdays wednesday/wednesdays thursday/thursdays friday/fridays saturday/saturdays sunday/sundays
 spring summer autumn fall winter
-red blue green yellow black white orange purple pink brown grey gray
+red blue green yellow black white orange purple pink brown grey/gray
 north south east west northern southern eastern western
 hydrogen helium carbon nitrogen oxygen sodium potassium calcium iron copper zinc silver gold mercury lead uranium
-dog dogs puppy cat cats kitten horse horses bird birds fish cow cows pig pigs rabbit rabbits
+dog/dogs puppy cat/cats kitten horse/horses bird/birds fish cow/cows pig/pigs rabbit/rabbits
 arm leg knee hip foot hand eye ear nose lung liver kidney heart stomach
 python java javascript typescript ruby rust go golang php perl swift kotlin scala haskell matlab sql html css r c c++ c#
 windows linux macos ubuntu debian android ios
 breakfast lunch dinner
-physics chemistry biology mathematics math history geography economics
+physics chemistry biology mathematics/math history geography economics
 iphone ipad ipod macbook
 facebook instagram twitter whatsapp snapchat youtube linkedin quora reddit tinder gmail
 """
@@ -271,6 +219,18 @@ NUMBERS = _classes("""
 10th tenth
 """)
 
+# Each line: small words of one kind. In `strict`, both questions have one of a kind, or neither.
+SMALL = _classes("""
+he him his himself
+she her hers herself
+they them their theirs themselves
+every each
+only
+most
+more
+myself yourself itself oneself ourselves
+""")
+
 # Each line: words that may stand for each other where only a word's absence would be held against it.
 SYNONYMS = _classes("""
 fast quick quickly rapidly
@@ -301,6 +261,26 @@ author write
 life live
 city town
 difference different differ
+various different
+yearly annual
+kind type sort
+reduce lower decrease lessen
+math mathematics maths
+tv television
+favourite favorite
+colour color
+cure heal
+shop store
+mother mom mum
+father dad
+afraid scared
+choose select pick
+mistake error
+delicious tasty
+sick ill
+speak talk
+quickest fastest
+easiest simplest
 purpose goal
 pimple acne
 coding programming
@@ -339,6 +319,26 @@ begin began begun
 think thought
 teach taught
 feel felt
+fall fell fallen
+know knew known
+see saw seen
+come came
+speak spoke spoken
+drive drove driven
+choose chose chosen
+break broke broken
+grow grew grown
+become became
+run ran
+drink drank drunk
+sleep slept
+spend spent
+send sent
+pay paid
+meet met
+hold held
+bring brought
+fight fought
 keep kept
 leave left
 say said
@@ -391,13 +391,14 @@ remove spell say identify extract review rate rank
 """)
 
 
-def _opposites() -> frozenset[tuple[str, str]]:
-    pairs = set()
-    for line in _ANTONYMS.strip().splitlines():
-        left, right = (side.split() for side in line.split("|"))
-        pairs |= {(one, other) for one in left for other in right if one != other}
-    return frozenset(pairs | {(other, one) for one, other in pairs})
+def _kinds() -> dict[str, tuple[int, str]]:
+    lines = enumerate(_KINDS.strip().splitlines())
+    return {
+        word: (line, spellings.partition("/")[0])
+        for line, text in lines
+        for spellings in text.split()
+        for word in spellings.split("/")
+    }
 
 
-OPPOSITES = _opposites()
-KINDS = _classes(_KINDS)
+KINDS = _kinds()

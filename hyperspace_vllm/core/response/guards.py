@@ -23,22 +23,25 @@ from .guard_words import (
     ENGLISH_BESIDE,
     ENGLISH_OTHERS,
     FUNCTION,
+    IMPERATIVES,
     KINDS,
     LANGUAGES,
-    NEGATIVE_PREFIXES,
     NOT_OF_MANNER,
-    OPPOSED_PREFIXES,
-    OPPOSED_SUFFIXES,
-    OPPOSITES,
+    PREPOSITIONS,
+    QUALIFIERS,
+    SMALL,
     word_set,
 )
-from .question import Question, Word, read_question, stem
+from .opposites import are_antonyms, have_other_affixes
+from .question import Question, Word, are_derived, read_question
 
 Mode = Literal["balanced", "strict"]
 
-_AFFIXED_LETTERS_MIN = 4  # of the bare word: "way" and "away" are no opposites
 _TOWARDS = frozenset(("to", "into", "onto", "in"))
 _OF_THEIR_TIME = frozenset(("who", "what", "where", "is"))
+_ALIKE = ({"what", "definition"}, {"what", "about"})
+_OPEN = frozenset(("what", "where", "why"))
+_DUTIES = frozenset(("must", "should"))
 _SYMMETRIC = frozenset(("and", "or", "vs", "versus", "between", "&"))
 _POINTING = word_set("it its this that these those they them their he him his she her such")
 # "It" that stands for nothing, or for what follows. Two searches: one pattern for both takes quadratic time.
@@ -113,12 +116,34 @@ def _differ_in_negation(one: Question, other: Question) -> bool:
     if one.is_negated != other.is_negated:
         return True
     ours, theirs = _differing_words(one, other)
-    return any(_negates(x, theirs) for x in ours) or any(_negates(x, ours) for x in theirs)
+    return any(have_other_affixes(x, y) for x in ours for y in theirs)
 
 
 def _differ_by_antonym(one: Question, other: Question) -> bool:
     ours, theirs = _differing_words(one, other)
-    return any((x, y) in OPPOSITES for x in ours for y in theirs)
+    return any(are_antonyms(x, y) for x in ours for y in theirs)
+
+
+def _differ_in_kind(one: Question, other: Question) -> bool:
+    """A word exchanged for another of its kind: a month for a month, "daily" for "weekly", "all" for "some"."""
+    ours, theirs = _differing_words(one, other)
+    kinds = {KINDS[x][0]: KINDS[x][1] for x in ours if x in KINDS}
+    return any(y in KINDS and kinds.get(KINDS[y][0], KINDS[y][1]) != KINDS[y][1] for y in theirs)
+
+
+def _differ_in_noun(one: Question, other: Question) -> bool:
+    """What glass is, and what a glass is; what Windows is, and what windows are."""
+    return None not in (one.noun, other.noun) and one.noun != other.noun and "mass" in (one.noun, other.noun)
+
+
+def _differ_in_comparison(one: Question, other: Question) -> bool:
+    """What is faster is not what is as fast, nor what is fastest."""
+    return None not in (one.compares, other.compares) and one.compares != other.compares
+
+
+def _differ_in_qualifier(one: Question, other: Question) -> bool:
+    """A word that only one has makes another thing of a thing: "attempted murder"."""
+    return _adds_qualifier(one, other) or _adds_qualifier(other, one)
 
 
 def _differ_in_language(one: Question, other: Question) -> bool:
@@ -126,12 +151,8 @@ def _differ_in_language(one: Question, other: Question) -> bool:
 
 
 def _differ_in_names(one: Question, other: Question) -> bool:
-    """Names must be the same on both sides, and so must things of one kind."""
-    if not all(_is_named(name, other) for name in one.names) or not all(_is_named(name, one) for name in other.names):
-        return True
-    ours, theirs = _differing_words(one, other)
-    kinds = {KINDS[x]: x for x in ours if x in KINDS}
-    return any(x in KINDS and KINDS[x] in kinds and stem(x) != stem(kinds[KINDS[x]]) for x in theirs)
+    """Names must be the same on both sides."""
+    return not (all(_is_named(name, other) for name in one.names) and all(_is_named(name, one) for name in other.names))
 
 
 def _differ_in_time(one: Question, other: Question) -> bool:
@@ -144,11 +165,25 @@ def _differ_in_tense(one: Question, other: Question) -> bool:
 
 
 def _differ_in_modality(one: Question, other: Question) -> bool:
-    return (one.modal == "should") != (other.modal == "should")
+    """What can be done is not what may or must be; how something is done mostly remains."""
+    if one.asks == "how" or one.modal is None or other.modal is None:
+        return False
+    if one.asks in _OPEN and {one.modal, other.modal} in ({"can", "could"}, {"will", "would"}):
+        return False
+    return one.modal != other.modal
+
+
+def _differ_in_duty(one: Question, other: Question) -> bool:
+    return (one.modal in _DUTIES) != (other.modal in _DUTIES)
 
 
 def _differ_in_type(one: Question, other: Question) -> bool:
-    return one.asks != other.asks
+    return one.asks != other.asks and {one.asks, other.asks} not in _ALIKE
+
+
+def _differ_in_breadth(one: Question, other: Question) -> bool:
+    """To tell about a thing is more than to say what it is."""
+    return (one.asks == "about") != (other.asks == "about")
 
 
 def _differ_in_roles(one: Question, other: Question) -> bool:
@@ -185,13 +220,34 @@ def _differ_in_manner(one: Question, other: Question) -> bool:
 
 
 def _differ_in_clauses(one: Question, other: Question) -> bool:
-    """A part between commas, or a sentence, of which the other question has no word."""
-    return _adds_clause(one, other) or _adds_clause(other, one)
+    """A part between commas, or a sentence, of which the other question has no word; or a further question."""
+    return _adds_clause(one, other) or _adds_clause(other, one) or bool(one.further) != bool(other.further)
+
+
+def _differ_in_a_word(one: Question, other: Question) -> bool:
+    """Questions that are the same but for one word ask for two things, unless that is another form of it."""
+    mine, yours = _phrase(one), _phrase(other)
+    if len(mine) != len(yours):
+        return False
+    exchanged = [(x, y) for x, y in zip(mine, yours, strict=True) if x.concept != y.concept]
+    if len(exchanged) != 1:
+        return False
+    ((x, y),) = exchanged
+    if x is mine[0] and (one.asks.startswith("how_") or {x.key, y.key} <= IMPERATIVES):
+        return False  # "how long", "how much time": the type says it
+    if {x.key, y.key} & PREPOSITIONS or (x.is_filler and y.is_filler):
+        return False  # "on YouTube", "in YouTube"
+    return not (are_derived(x.key, y.key) or are_derived(x.concept, y.concept))
 
 
 def _differ_in_content(one: Question, other: Question) -> bool:
-    ours = {word.concept for word in one.content if not word.is_filler}
-    theirs = {word.concept for word in other.content if not word.is_filler}
+    ours, theirs = ({word.concept for word in each.content if not word.is_padding} for each in (one, other))
+    return ours != theirs
+
+
+def _differ_in_small_words(one: Question, other: Question) -> bool:
+    """Whose it is, and whether it is each: what Jimmy thinks is not what he thinks of himself."""
+    ours, theirs = ({SMALL[key] for key in each.keys if key in SMALL} for each in (one, other))
     return ours != theirs
 
 
@@ -203,17 +259,25 @@ GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
     ("antonyms", _differ_by_antonym),
     ("languages", _differ_in_language),
     ("entities", _differ_in_names),
+    ("kinds", _differ_in_kind),
+    ("kinds", _differ_in_noun),
+    ("comparison", _differ_in_comparison),
+    ("qualifiers", _differ_in_qualifier),
     ("time", _differ_in_time),
     ("question_type", _differ_in_type),
+    ("modality", _differ_in_modality),
     ("roles", _differ_in_roles),
     ("spelling", _differ_in_spelling),
     ("manner", _differ_in_manner),
     ("clauses", _differ_in_clauses),
+    ("word", _differ_in_a_word),
 )
 STRICT_GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
     ("time", _differ_in_tense),
-    ("question_type", _differ_in_modality),
+    ("question_type", _differ_in_duty),
+    ("question_type", _differ_in_breadth),
     ("content", _differ_in_content),
+    ("small_words", _differ_in_small_words),
 )
 
 
@@ -228,6 +292,13 @@ def _points_outside(text: str, words: list[str]) -> bool:
         if word not in FUNCTION:
             return False
     return False
+
+
+def _adds_qualifier(one: Question, other: Question) -> bool:
+    kinds = {KINDS[word][1] for word in other.keys if word in KINDS}
+    concepts = kinds | {word.concept for word in other.content}
+    added = (word for word in one.content if word.key in QUALIFIERS and word.concept not in concepts)
+    return any(KINDS.get(word.key, (0, ""))[1] not in kinds for word in added)
 
 
 def _adds_manner(one: Question, other: Question) -> bool:
@@ -247,18 +318,6 @@ def _differing_words(one: Question, other: Question) -> tuple[frozenset[str], fr
     return one.keys - other.keys, other.keys - one.keys
 
 
-def _negates(word: str, others: frozenset[str]) -> bool:
-    """Whether `word` is one of `others` with a prefix or suffix that turns its meaning."""
-    for prefix in NEGATIVE_PREFIXES:
-        bare = word.removeprefix(prefix)
-        if bare != word and len(bare) >= _AFFIXED_LETTERS_MIN and bare in others:
-            return True
-    for one, other in OPPOSED_PREFIXES:
-        if word.startswith(one) and len(word) >= len(one) + _AFFIXED_LETTERS_MIN and other + word[len(one) :] in others:
-            return True
-    return any(word.endswith(less) and word.removesuffix(less) + full in others for full, less in OPPOSED_SUFFIXES)
-
-
 def _is_named(name: str, question: Question) -> bool:
     """Whether a name is among a question's words, as a name or not, in its singular or plural."""
     return name in question.keys or name.removesuffix("s") in question.keys or f"{name}s" in question.keys
@@ -275,6 +334,15 @@ def _directions_differ(mine: list[Word], yours: list[Word]) -> bool:
     theirs = {word.concept: word.link[-1:] for word in yours}
     both = [{*word.link[-1:], *theirs[word.concept]} for word in mine]
     return any("from" in prepositions and prepositions & _TOWARDS for prepositions in both)
+
+
+def _phrase(question: Question) -> list[Word]:
+    """The words of a question that say something, and the prepositions between them."""
+    return [
+        each
+        for word in question.content
+        for each in (*(Word(link, link, ()) for link in word.link if link in PREPOSITIONS), word)
+    ]
 
 
 def _links(words: list[Word], first: int, second: int) -> list[str]:

@@ -5,7 +5,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .canonical import plain_question
-from .guard_words import FILLER, FUNCTION, IMPERATIVES, IRREGULAR, NEGATIONS, NUMBERS, SYNONYMS, UNITS, word_set
+from .guard_words import (
+    FILLER,
+    FUNCTION,
+    IMPERATIVES,
+    IRREGULAR,
+    NEGATIONS,
+    NUMBERS,
+    PADDING,
+    SYNONYMS,
+    UNITS,
+    word_set,
+)
 
 _TOKEN = re.compile(
     r"(?P<number>(?<![\w.)])[-−]?\d+(?:[.,:/]\d+)*(?:st|nd|rd|th)?|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th)?)"
@@ -27,6 +38,10 @@ _YES_NO: dict[str, str] = {
     **dict.fromkeys(word_set("is are am was were do does did has have had"), "is"),
 }
 _ASKING = _QUESTION_WORDS | _YES_NO.keys()
+_MODALS: dict[str, str] = {
+    **{word: word for word in word_set("can could may might must should will would")},
+    **dict.fromkeys(word_set("ought shall"), "should"),
+}
 _TENSES: dict[str, str] = {
     **dict.fromkeys(word_set("is are am do does"), "present"),
     **dict.fromkeys(word_set("was were did had"), "past"),
@@ -45,6 +60,21 @@ _WAYS_ASKED = re.compile(r"(?:is|are) there (?:a |an |any |some )?(?:\w+ )?ways?
 _DOINGS = re.compile(r"(?:should|can|could|must|do|does) \w+ (?:have to |need to )?do to\b")
 _SENSES = re.compile(r"\b(?:feel|look|taste|sound|smell|be) like\b")
 _PLACES = word_set("place places")
+_PLACED = word_set("in on under inside behind above below over near with within beyond between")
+_ENDINGS = word_set("""
+s es ed ing er ers or ors est al able ably age ance ant ation ations ate ately ence ent ful fully ible ic ical ically
+ion ions ish ism ist ity ive ively ize ise less ly ment ments ness ous th tion ure y
+""")
+_NOUNS = (
+    ("count", re.compile(r"(?:what is|explain|define|describe) an? \w+")),
+    ("mass", re.compile(r"what is \w+|(?:explain|define|describe) \w+(?:(?<!s)|(?<=[isu]s))")),
+    ("plural", re.compile(r"what are \w+")),
+)
+_COMPARISONS = (
+    ("than", re.compile(r"\b(?:\w+er|more|less|worse) (?:\w+ )?than\b")),
+    ("as", re.compile(r"\bas (?!well|long|far|soon|a\b|an\b|the\b)\w+ as\b")),
+    ("most", re.compile(r"\bthe (?:\w+est|most)\b")),
+)
 _BE = word_set("is are was were am be been being get gets got")
 _ARTICLES = word_set("a an the my your his her their our its this that these those some")
 
@@ -66,6 +96,11 @@ class Word:
         """Whether its absence changes little."""
         return self.key in FILLER or self.concept in FILLER
 
+    @property
+    def is_padding(self) -> bool:
+        """Whether its absence changes nothing."""
+        return self.key in PADDING or self.concept in PADDING
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -73,9 +108,11 @@ class Question:
 
     `numbers` are sorted, operators between them included; `content` are the words that say something, in order;
     `names` the keys of what is capitalised, written as an identifier, or quoted; `asks` is its type: what, why, how,
-    how_many, who, when, where, is, can, should, will, or the verb of an order. `modal` is the kind of the first
-    auxiliary: is, can, should or will. `accented` are the words with letters beyond ASCII, sorted; `clauses` the keys
-    and concepts of what each part between commas, brackets and full stops says, further questions left out.
+    how_many, who, when, where, is, can, should, will, definition, about ("tell me about"), or the verb of an order.
+    `modal` is the first modal verb: can, could, may, might, must ("have to" is one), should, will, would; `noun`, where
+    one is all that is asked about, "mass" (what is glass), "count" (a glass) or "plural" (what are glasses); `compares`
+    "than", "as" or "most". `accented` are the words with letters beyond ASCII, sorted; `clauses` the keys and concepts
+    of what each part between commas, brackets and full stops says, `further` those of the questions after the first.
     """
 
     keys: frozenset[str]
@@ -86,10 +123,18 @@ class Question:
     asks: str
     tense: str | None
     modal: str | None
+    noun: str | None
+    compares: str | None
     is_negated: bool
     is_passive: bool
     accented: tuple[str, ...]
     clauses: tuple[frozenset[str], ...]
+    further: frozenset[str]
+
+    @property
+    def says(self) -> frozenset[str]:
+        """The concepts of its words that say something."""
+        return frozenset(word.concept for word in self.content if not word.is_filler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +155,7 @@ def read_question(text: str) -> Question:
     plain = plain_question(text)
     tokens = _tokens(plain)
     words = [token.text.lower() for token in tokens if token.kind == "word"]
+    clauses, further = _parts(plain)
     return Question(
         keys=frozenset(token.key for token in tokens if token.kind == "word"),
         numbers=tuple(sorted(number for token in tokens if (number := _number(token)) is not None)),
@@ -118,18 +164,21 @@ def read_question(text: str) -> Question:
         content=tuple(_content(tokens)),
         asks=_asks(words),
         tense=_tense(words),
-        modal=next((_YES_NO[word] for word in words if word in _YES_NO), None),
+        modal=_modal(words),
+        noun=next((kind for kind, form in _NOUNS if form.fullmatch(" ".join(words))), None),
+        compares=next((kind for kind, form in _COMPARISONS if form.search(" ".join(words))), None),
         is_negated=_is_negated(words),
         is_passive=_is_passive(words),
         accented=tuple(sorted(word for word in words if not word.isascii())),
-        clauses=tuple(filter(None, map(_clause, _parts(plain)))),
+        clauses=tuple(filter(None, map(_clause, clauses))),
+        further=frozenset().union(*map(_clause, further)),
     )
 
 
 def stem(word: str) -> str:
     """A word without its plural, tense or adverb's ending; equal stems need not be words."""
     word = IRREGULAR.get(word, word)
-    if len(word) <= 3 or not word.isalpha():
+    if len(word) <= 2 or not word.isalpha():
         return word
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
@@ -143,6 +192,15 @@ def stem(word: str) -> str:
             word = root[:-1] if root[-1] == root[-2] and root[-1] not in "lsz" else root
             break
     return word.removesuffix("e") if len(word) > 3 else word
+
+
+def are_derived(one: str, other: str) -> bool:
+    """Whether two words are of one root (grow, growth), as far as their endings tell."""
+    short, long = sorted((re.sub(r"(.)\1", r"\1", word) for word in (one, other)), key=len)
+    root = short.removesuffix("e")
+    return long == short or (
+        len(root) >= 3 and long.startswith(root) and bool(_ENDINGS & {long[len(each) :] for each in (root, short)})
+    )
 
 
 _SYNONYM_STEMS = {stem(word): stem(first) for word, first in SYNONYMS.items()}
@@ -163,12 +221,12 @@ def _tokens(text: str) -> list[_Token]:
     return tokens
 
 
-def _parts(plain: str) -> Iterator[str]:
+def _parts(plain: str) -> tuple[list[str], list[str]]:
+    """The clauses of a text, and the questions after its first sentence."""
     first, *others = _SENTENCE_ENDS.split(_QUOTATION.sub(" ", plain))
-    for sentence in (first, *others):
-        is_question = sentence.endswith("?") and not _ASKING.isdisjoint(sentence.lower().split())
-        if sentence is first or not is_question:
-            yield from _CLAUSE_ENDS.split(sentence)
+    further = [each for each in others if each.endswith("?") and not _ASKING.isdisjoint(each.lower().split())]
+    sentences = [first, *(each for each in others if each not in further)]
+    return [clause for sentence in sentences for clause in _CLAUSE_ENDS.split(sentence)], further
 
 
 def _clause(part: str) -> frozenset[str]:
@@ -193,6 +251,15 @@ def _units(tokens: list[_Token]) -> Iterator[str]:
         measures = place > 0 and _number(tokens[place - 1]) is not None
         if measures or token.text.lower() not in _UNITS_OF_NUMBERS:
             yield unit
+
+
+def _modal(words: list[str]) -> str | None:
+    for word, following in zip(words, (*words[1:], ""), strict=True):
+        if word in _MODALS:
+            return _MODALS[word]
+        if following == "to" and word in ("have", "has", "had", "need", "needs"):
+            return "must"
+    return None
 
 
 def _tense(words: list[str]) -> str | None:
@@ -283,11 +350,12 @@ def _asks(words: list[str]) -> str:
 
 
 def _asks_order(verb: str, rest: list[str]) -> str:
-    if verb == "describe" or (verb == "tell" and rest[:1] == ["me"] and "about" in rest[1:3]):
-        return "describe"
-    # "Define a variable" wants one to be written.
-    is_definition = verb == "explain" or (verb == "define" and rest[:1] not in (["a"], ["an"]))
-    return "what" if is_definition else verb
+    """ "Define a variable" and "describe a sunset" want one to be made, without the article they ask what it is."""
+    if verb == "tell":
+        return "about" if rest[:1] == ["me"] and "about" in rest[1:3] else verb
+    if verb in ("define", "describe") and rest[:1] not in (["a"], ["an"]):
+        return "definition" if verb == "define" else "about"
+    return "what" if verb == "explain" else verb
 
 
 def _asks_yes_no(question: str) -> str:
@@ -313,6 +381,8 @@ def _asks_how(rest: list[str]) -> str:
 def _asks_what(rest: list[str]) -> str:
     """What, unless it is a long form of another: "what is the best way to" asks how."""
     head = [word for word in rest[:7] if word not in _ARTICLES and word not in _BE]
+    if len(rest) > 1 and rest[0] in _BE and rest[1] in _PLACED:
+        return f"what_{rest[1]}"  # what is in a kiss
     if rest[:1] in (["makes"], ["made"], ["causes"], ["caused"]) or _REASONS & set(head[:2]):
         return "why"
     asked = " ".join(rest)
