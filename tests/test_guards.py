@@ -8,11 +8,13 @@ import pytest
 
 from hyperspace_vllm.core.records.ids import RequestKey
 from hyperspace_vllm.core.response.canonical import is_read
-from hyperspace_vllm.core.response.guards import Mode, eligible, refusal
+from hyperspace_vllm.core.response.guards import Mode, eligible, refusal, refusal_between
 from hyperspace_vllm.core.response.question import read_question
 from hyperspace_vllm.core.response.request_key import has_surrogates
 from hyperspace_vllm.core.response.semantic import Candidate, Match, NoMatch, best_match
 from hyperspace_vllm.core.response.semantic_key import question_of
+
+from .test_canonical import SAME
 
 QUESTION = "What is the recommended dose of ibuprofen for adults?"
 PLACES = (0, 12, 24, len(QUESTION) - 1, len(QUESTION))
@@ -109,6 +111,11 @@ def test_strict_refuses_a_content_word_on_one_side_only() -> None:
     one, other = "How do I get rid of pimple marks?", "How do I get rid of pimple marks at home?"
     assert refusal(one, other, "balanced") is None
     assert refusal(one, other, "strict") == "content"
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_no_guard_objects_to_what_the_canonical_form_takes_for_one(one: str, other: str) -> None:
+    assert refusal_between(read_question(one), read_question(other), "balanced") is None
 
 
 @pytest.mark.parametrize(

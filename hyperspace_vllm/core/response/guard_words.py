@@ -240,7 +240,7 @@ smart intelligent clever
 rich wealthy
 career profession
 film movie
-phone smartphone cellphone
+phone smartphone cellphone telephone
 photo picture image
 begin start commence
 buy purchase
@@ -261,6 +261,7 @@ author write
 life live
 city town
 difference different differ
+bicycle bike cycle
 various different
 yearly annual
 kind type sort

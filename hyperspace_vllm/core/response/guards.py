@@ -32,7 +32,7 @@ from .guard_words import (
     SMALL,
     word_set,
 )
-from .opposites import are_antonyms, have_other_affixes
+from .opposites import have_antonyms, have_other_affixes
 from .question import Question, Word, are_derived, read_question
 
 Mode = Literal["balanced", "strict"]
@@ -113,22 +113,17 @@ def _differ_in_units(one: Question, other: Question) -> bool:
 
 
 def _differ_in_negation(one: Question, other: Question) -> bool:
-    if one.is_negated != other.is_negated:
-        return True
-    ours, theirs = _differing_words(one, other)
-    return any(have_other_affixes(x, y) for x in ours for y in theirs)
+    return one.is_negated != other.is_negated or have_other_affixes(*_differing_words(one, other))
 
 
 def _differ_by_antonym(one: Question, other: Question) -> bool:
-    ours, theirs = _differing_words(one, other)
-    return any(are_antonyms(x, y) for x in ours for y in theirs)
+    return have_antonyms(*_differing_words(one, other))
 
 
 def _differ_in_kind(one: Question, other: Question) -> bool:
     """A word exchanged for another of its kind: a month for a month, "daily" for "weekly", "all" for "some"."""
-    ours, theirs = _differing_words(one, other)
-    kinds = {KINDS[x][0]: KINDS[x][1] for x in ours if x in KINDS}
-    return any(y in KINDS and kinds.get(KINDS[y][0], KINDS[y][1]) != KINDS[y][1] for y in theirs)
+    ours, theirs = ({KINDS[word] for word in words & KINDS.keys()} for words in _differing_words(one, other))
+    return any(kind == other_kind and x != y for kind, x in ours for other_kind, y in theirs)
 
 
 def _differ_in_noun(one: Question, other: Question) -> bool:

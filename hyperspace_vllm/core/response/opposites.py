@@ -5,9 +5,12 @@ antonyms (ours and WordNet's), and rules where opposites are made by rule (hypo-
 know words that no table has. Cost: two words that merely look so are kept apart too (contain, retain).
 """
 
+from collections import defaultdict
+from collections.abc import Set
+
 from .antonyms import WORDNET_ANTONYMS
-from .guard_words import word_set
-from .question import stem
+from .guard_words import FUNCTION, word_set
+from .question import concept_of, stem
 
 _STEM_LETTERS_MIN = 4  # behind a prefix: "way" and "away" are no opposites
 # Any two of them, and one and none, make two words of a stem.
@@ -120,17 +123,24 @@ sync synchronous | async asynchronous
 """
 
 
-def are_antonyms(one: str, other: str) -> bool:
-    """Whether two words, in lower case, exclude each other, in any degree, number or tense."""
-    return any((x, y) in _OPPOSITES for x in _bases(one) for y in _bases(other))
+def have_antonyms(ours: Set[str], theirs: Set[str]) -> bool:
+    """Whether a word of each, in lower case, exclude each other, in any degree, number or tense. Linear, symmetric."""
+    bases = frozenset[str]().union(*map(_bases, theirs))
+    return any(not _OPPOSITES[base].isdisjoint(bases) for word in ours for base in _bases(word) & _OPPOSITES.keys())
 
 
-def have_other_affixes(one: str, other: str) -> bool:
-    """Whether two words, in lower case, are of one stem under prefixes or endings that turn its meaning."""
-    stems = stem(one), stem(other)
-    if stems[0] != stems[1] and (_bare(one) & _bare(other) or _bare(stems[0]) & _bare(stems[1])):
+def have_other_affixes(ours: Set[str], theirs: Set[str]) -> bool:
+    """Whether a word of each, in lower case, are of one stem under prefixes or endings that turn its meaning.
+
+    Linear, symmetric.
+    """
+    concepts = defaultdict[str, set[str]](set)
+    for word in theirs:
+        for bare in _bare(word):
+            concepts[bare].add(concept_of(word))
+    if any(concepts[bare] - {concept_of(word)} for word in ours for bare in _bare(word) & concepts.keys()):
         return True
-    return any(_differ_in_ending(one, other, endings) for endings in _ENDINGS)
+    return any(not _with_other_endings(word).isdisjoint(theirs) for word in ours)
 
 
 def _bases(word: str) -> set[str]:
@@ -140,32 +150,37 @@ def _bases(word: str) -> set[str]:
         root = word.removesuffix(ending)
         if root != word and len(root) > 1:
             undoubled = root[:-1] if root[-1] == root[-2] else root
-            bases |= {root, f"{root}e", undoubled, f"{root[:-1]}y" if root[-1] == "i" else root}
+            bases |= {root, f"{root}e", undoubled, f"{root[:-1]}y" if root[-1] == "i" else root} - FUNCTION
     return bases
 
 
 def _bare(word: str) -> set[str]:
-    """A word, and what it is without each prefix that it may have."""
-    bare = {word.removeprefix(prefix) for prefix in _PREFIXES}
+    """A word and its stem, and what they are without each prefix that they may have."""
+    bare = {each.removeprefix(prefix) for each in (word, stem(word)) for prefix in ("", *_PREFIXES)}
     return {each for each in bare if len(each) >= _STEM_LETTERS_MIN}
 
 
-def _differ_in_ending(one: str, other: str, endings: tuple[str, ...]) -> bool:
-    return any(
-        one.endswith(mine) and len(one) > len(mine) + 2 and one[: len(one) - len(mine)] + yours == other
+def _with_other_endings(word: str) -> set[str]:
+    return {
+        word[: len(word) - len(mine)] + yours
+        for endings in _ENDINGS
         for mine in endings
         for yours in endings
-        if mine != yours
-    )
+        if mine != yours and word.endswith(mine) and len(word) > len(mine) + 2
+    }
 
 
-def _opposites() -> frozenset[tuple[str, str]]:
+def _opposites() -> dict[str, set[str]]:
     pairs = {(one, other) for one, _, other in (pair.partition("|") for pair in WORDNET_ANTONYMS.split())}
     for line in _ANTONYMS.strip().splitlines():
         left, right = (side.split() for side in line.split("|"))
         pairs |= {(one, other) for one in left for other in right if one != other}
     pairs |= {(stem(one), stem(other)) for one, other in pairs if stem(one) != stem(other)}
-    return frozenset(pairs | {(other, one) for one, other in pairs})
+    opposites = defaultdict[str, set[str]](set)
+    for one, other in pairs:
+        opposites[one].add(other)
+        opposites[other].add(one)
+    return dict(opposites)
 
 
 _OPPOSITES = _opposites()

@@ -194,6 +194,12 @@ def stem(word: str) -> str:
     return word.removesuffix("e") if len(word) > 3 else word
 
 
+def concept_of(word: str) -> str:
+    """The stem of a word, or of the first of its synonyms."""
+    root = stem(word)
+    return _SYNONYM_STEMS.get(root, root)
+
+
 def are_derived(one: str, other: str) -> bool:
     """Whether two words are of one root (grow, growth), as far as their endings tell."""
     short, long = sorted((re.sub(r"(.)\1", r"\1", word) for word in (one, other)), key=len)
@@ -305,9 +311,9 @@ def _content(tokens: list[_Token]) -> list[Word]:
         if not is_content and not (token.is_quoted and token.kind == "word"):
             link.append(lower)
             continue
-        root = stem(token.key)
-        concept = number or _SYNONYM_STEMS.get(root, root)
-        content.append(Word(token.key, concept, tuple(word for word in link if word not in _ARTICLES)))
+        content.append(
+            Word(token.key, number or concept_of(token.key), tuple(word for word in link if word not in _ARTICLES))
+        )
         link = ["'s"] if lower.endswith("'s") else []
     return content
 
