@@ -405,6 +405,7 @@ async def test_a_model_knows_its_own_words_from_others(
             assert (await audited(bench, path, body, with_text(short, finish_reason=finish_reason))).far == 1
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 async def test_an_honest_answer_whose_text_is_not_its_tokens_passes(server: Server, bench: Bench) -> None:
     """The stop string cuts " Mississippi", one token, in two."""

@@ -537,7 +537,7 @@ async def test_staging_never_takes_more_than_half_of_the_arena(node: SmallNode) 
         assert node.cache.arena.free_bytes >= half
 
 
-async def test_rows_that_wait_to_be_stored_count_as_staged_and_what_did_not_fit_is_granted_later(node: SmallNode) -> None:
+async def test_rows_that_wait_to_be_stored_count_as_staged_and_what_did_not_fit_comes_later(node: SmallNode) -> None:
     half = node.cache.arena.capacity_bytes // 2
     for number in range(half // ROW_BYTES):
         slab = node.cache.allocate(ROW_BYTES)

@@ -283,6 +283,7 @@ def test_a_disconnected_client_leaves_nothing_behind(server: Server, prompt: str
     assert status == 504
 
 
+@pytest.mark.slow
 def test_a_killed_server_leaves_no_node_behind(tmp_path: Path) -> None:
     with Server("doomed", MODELS["tiny"], tmp_path, environment=ARENA) as doomed:
         doomed.ready()

@@ -41,7 +41,9 @@ ATTACKS = ("inventors", "gossip_flood", "slot_holders")
 OPEN_NODES, OPEN_SEEDS = 6, (1, 2)
 OPEN_ATTACKS = ("relayers", "hinters", "framer")
 NAMES = [name for name in SCENARIOS if name not in (*ATTACKS, "open", *OPEN_ATTACKS)]
-RUNS = [(NAMES[seed % len(NAMES)], seed) for seed in range(50)]
+RUNS = [
+    pytest.param(NAMES[seed % len(NAMES)], seed, marks=[pytest.mark.slow] if seed >= 12 else []) for seed in range(50)
+]
 HIT_RATE_MIN = 0.93  # of one run; the mean is far above
 
 

@@ -310,6 +310,7 @@ def test_what_vllm_refuses_as_a_salt_is_left_for_it_to_refuse() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
 @pytest.mark.feature("tenants do not see each other's prompts in vLLM's prefix cache")

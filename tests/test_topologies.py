@@ -1,4 +1,7 @@
-"""Every way to start vLLM: responses and another node's KV are hits, salts and tenants apart, metrics are there."""
+"""Every way to start vLLM: responses and another node's KV are hits, salts and tenants apart, metrics are there.
+
+CI has time for one, two API servers: tests/test_hub_model.py.
+"""
 
 import json
 import os
@@ -13,7 +16,7 @@ import pytest
 from bench.servers import MODELS, Server, free_port, have_machine, introduce
 from tests.test_serve import completion, hit, post, until
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.vllm, pytest.mark.topology, pytest.mark.timeout(1200)]
 
 KEYS = ("sk-one", "sk-two")
 SMALL = {"HYPERSPACE_ARENA_BYTES": str(64 << 20), "HYPERSPACE_FETCH": "always", "HYPERSPACE_P2P_LISTEN": ""}
@@ -43,8 +46,8 @@ EXAMPLE = {
     "kv_connector_extra_config": {"shared_storage_path": "DIRECTORY"},
 }
 PLAIN = Topology("plain", ())
-SMOKE = Topology("2 API servers, 2 engines", ("--api-server-count", "2", "--data-parallel-size", "2"), engines=2)
-OTHERS = [
+TOPOLOGIES = [
+    Topology("2 API servers, 2 engines", ("--api-server-count", "2", "--data-parallel-size", "2"), engines=2),
     Topology("2 API servers", ("--api-server-count", "2")),
     Topology("2 API servers, 2 API keys", ("--api-server-count", "2", "--api-key", *KEYS), keys=KEYS),
     Topology("1 API server, 2 engines", ("--api-server-count", "1", "--data-parallel-size", "2"), engines=2),
@@ -138,22 +141,13 @@ def check(topology: Topology, producer: Server, environment: dict[str, str], dir
         assert "please report" not in server.log_path.read_text()
 
 
-@pytest.mark.parametrize("topology", as_features([SMOKE]))
-def test_api_servers_and_engines_in_parallel_share_what_others_computed(
-    topology: Topology, producer: tuple[Server, dict[str, str], Path]
-) -> None:
-    check(topology, *producer)
-
-
-@pytest.mark.topology
-@pytest.mark.parametrize("topology", as_features(OTHERS))
+@pytest.mark.parametrize("topology", as_features(TOPOLOGIES))
 def test_every_way_to_start_a_server_shares_what_others_computed(
     topology: Topology, producer: tuple[Server, dict[str, str], Path]
 ) -> None:
     check(topology, *producer)
 
 
-@pytest.mark.topology
 @pytest.mark.feature("started as: 2 engines, one of them --headless")
 def test_an_engine_on_another_host_keeps_tenants_apart_and_says_what_is_off(tmp_path: Path) -> None:
     """Both on this host, but nothing is handed down from one to the other."""
@@ -215,7 +209,6 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.topology
 @pytest.mark.parametrize(
     "command", [pytest.param(name, marks=pytest.mark.feature(f"started as: {name}")) for name in COMMANDS]
 )
@@ -239,7 +232,6 @@ def test_commands_without_a_server_save_their_prompts_in_the_node(command: str, 
     assert rows, "what was computed is on the disk"
 
 
-@pytest.mark.topology
 @pytest.mark.feature("started as: kv_connector_module_path, without the plugin (L2 on this host alone)")
 def test_without_the_plugin_a_server_serves_and_says_what_is_off(tmp_path: Path) -> None:
     module = {**OURS, "kv_connector_module_path": "hyperspace_vllm.vllm_adapter.entry"}
@@ -254,7 +246,6 @@ def test_without_the_plugin_a_server_serves_and_says_what_is_off(tmp_path: Path)
         assert "response cache (L1) is off" in server.log_path.read_text()
 
 
-@pytest.mark.topology
 def test_pipelined_engines_serve_and_say_that_kv_sharing_is_off(tmp_path: Path) -> None:
     server = Server(
         "pipeline", MODELS["tiny"], tmp_path, environment=SMALL, arguments=("--pipeline-parallel-size", "2")
