@@ -1,6 +1,8 @@
 """The node's Prometheus metrics; docs/operations.md says what each means."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from .metrics_endpoint import serve_metrics
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -78,8 +80,7 @@ class Metrics:
         )
 
     def listen(self, address: str) -> str:
-        """Serve /metrics at `address` (host:port, or a port on loopback) from its own thread; the bound address."""
+        """Serve /metrics at `address` (host:port, or a port on loopback); the bound address."""
         host, _, port = address.rpartition(":")
         host = host or "127.0.0.1"
-        server, _thread = start_http_server(int(port), host.strip("[]"), self.registry)
-        return f"{host}:{server.server_address[1]}"
+        return f"{host}:{serve_metrics(host.strip('[]'), int(port), self.registry)}"

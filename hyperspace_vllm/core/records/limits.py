@@ -57,6 +57,7 @@ KV_HANDSHAKES_MAX = 16  # inbound, nobody has proved yet whose they are; 1 KiB e
 KV_LINKS_MAX = 32  # outbound, to discovered peers; all together hold 32 x 8 MiB = 256 MiB of replies
 CLIENTS_MAX = 256
 LOOKUPS_PER_CLIENT_MAX = 1024
+METRICS_CONNECTIONS_MAX, METRICS_DEADLINE_S = 8, 5.0  # of the node's own /metrics; a scrape takes milliseconds
 RESPONSE_LOOKUPS_MAX = 256  # unfinished ones of one API server; the requests beyond compute at once
 
 REDIS_REPLY_BYTES_MAX = RESPONSE_BYTES_MAX + 128 * KiB  # of one command; a response as a peer would send it, and a bit
