@@ -102,7 +102,7 @@ def cache(config: Config, options: argparse.Namespace) -> int:
             if options.action == "export":
                 return _export(database, options.file)
             return _purge(config, database, options.keys, options.all)
-    except (sqlite3.Error, OSError, ProtocolViolation) as error:  # the last: a damaged proof
+    except (sqlite3.Error, ProtocolViolation) as error:  # the last: a damaged proof
         return _failed(f"{path}: {error}; is this the node's data directory?")
 
 
@@ -154,16 +154,29 @@ def _show(database: sqlite3.Connection, prefix: str) -> int:
 
 
 def _export(database: sqlite3.Connection, file: Path | None) -> int:
-    def write(out: TextIO) -> None:
-        for entry in _entries(database):
-            print(json.dumps(_whole(database, entry)), file=out)
-
     if file is None:
-        write(sys.stdout)
+        _write(database, sys.stdout)
         return 0
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-        write(out)
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return _failed(f"{file} exists and is not overwritten: name another file, or delete this one")
+    except OSError as error:
+        return _failed(f"{file} can't be created: {error.strerror}; name a file in a directory that you may write to")
+    try:
+        with os.fdopen(descriptor, "w") as out:
+            _write(database, out)
+    except BaseException as error:
+        file.unlink(missing_ok=True)  # half an export looks like a whole one
+        if isinstance(error, OSError):
+            return _failed(f"{file} can't be written: {error.strerror}; it is deleted again: name a file elsewhere")
+        raise
     return 0
+
+
+def _write(database: sqlite3.Connection, out: TextIO) -> None:
+    for entry in _entries(database):
+        print(json.dumps(_whole(database, entry)), file=out)
 
 
 def _purge(config: Config, database: sqlite3.Connection, prefixes: list[str], everything: bool) -> int:

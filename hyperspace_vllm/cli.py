@@ -25,6 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config, origins = load_config_with_origins(os.environ, given, "the command line")
         status: int = options.run(config, options, origins)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again when it exits
+        print("hyperspace: incomplete: the program that reads this output has ended", file=sys.stderr)
+        return 1
     except (ConfigError, OSError) as error:
         print(f"hyperspace: {error}", file=sys.stderr)
         return 1

@@ -2,7 +2,10 @@
 
 import base64
 import json
+import os
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,11 +14,14 @@ import pytest
 
 from hyperspace_vllm.cli import main
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.records.ids import sha256
-from hyperspace_vllm.core.records.limits import MiB
+from hyperspace_vllm.core.records.ids import network_id, sha256
+from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
+from hyperspace_vllm.core.records.local import StoreResponse
 from hyperspace_vllm.core.response.cache_proof import decode_proof
+from hyperspace_vllm.daemon.response_store import ResponseStore
 from hyperspace_vllm.response_db import database_path
 
+from .cached_server import Signer
 from .network_nodes import NetworkedNode, body_of, request_key, until
 
 pytestmark = pytest.mark.io
@@ -79,8 +85,12 @@ def test_everything_is_exported_into_a_private_file_that_is_never_overwritten(
     assert run(node, "export", str(file)) == 0
     assert {json.loads(line)["body"].encode() for line in file.open()} == {body_of(name) for name in range(3)}
     assert file.stat().st_mode & 0o077 == 0
+    before = file.read_bytes()
     assert run(node, "export", str(file)) == 1
-    assert "exists" in capsys.readouterr().err
+    assert (file.read_bytes(), capsys.readouterr().err) == (
+        before,
+        f"hyperspace: {file} exists and is not overwritten: name another file, or delete this one\n",
+    )
 
 
 def test_what_is_purged_is_gone_and_the_rest_stays(node: NetworkedNode) -> None:
@@ -116,3 +126,53 @@ def test_a_damaged_proof_is_an_error_that_says_so(node: NetworkedNode, capsys: p
 def test_without_a_database_the_directory_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "--data-dir", str(tmp_path), "list"]) == 1
     assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    """The data directory of a node that is gone; an export of it is longer than a pipe holds."""
+    store = ResponseStore(database_path(tmp_path), 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test"))
+    for name in range(400):
+        message = StoreResponse(request_key(name), "network", bytes(32), "vllm", RESPONSE_TTL_MS, body_of(name))
+        assert store.store(message)
+    assert store.flush(60)
+    store.close()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("gone/out", "can't be created: No such file or directory"), ("/dev/full", "exists and is not overwritten")],
+)
+def test_an_export_that_fails_names_its_file_and_not_the_data_directory(
+    filled: Path, name: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = filled / name
+    assert main(["cache", "--data-dir", str(filled), "export", str(file)]) == 1
+    assert (error := capsys.readouterr().err).startswith(f"hyperspace: {file} {said}")
+    assert "data directory" not in error
+
+
+def test_an_export_that_ends_too_early_leaves_no_half_of_it(filled: Path) -> None:
+    file = filled / "out"
+    limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, 65_536)); "
+    limited += "from hyperspace_vllm.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", limited, "cache", "--data-dir", str(filled), "export", str(file)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"hyperspace: {file} can't be written: File too large; it is deleted again")
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("arguments", [("export",), ("list", "--json", "--limit", "400"), ("show", request_key(1).hex())])
+def test_a_reader_that_ends_before_the_output_does_is_what_the_error_names(
+    filled: Path, arguments: tuple[str, ...]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "hyperspace_vllm.cli", "cache", "--data-dir", str(filled), *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == "hyperspace: incomplete: the program that reads this output has ended\n"
