@@ -109,7 +109,9 @@ class Config:
     )
     disk_bytes: int = _setting(20 * GiB, "Quota of the chunk store on disk.")
     response_bytes: int = _setting(GiB, "Quota of the response store on disk.")
-    response_ttl_s: int = _setting(86400, "Seconds a stored response may be served.", 10 * 365 * 86400)
+    response_ttl_s: int = _setting(
+        86400, "Seconds a stored response may be served, at most the day for which its proof holds.", 86400
+    )
     response_cache: bool = _setting(True, "Answer repeated requests from stored responses (L1).")
     sampled: Literal["cache", "bypass"] = _setting(
         "cache", "Requests that sample (a temperature other than 0, no seed): answer them from the cache too, or never?"

@@ -20,7 +20,7 @@ import zstandard
 
 from .core.records.errors import ProtocolViolation
 from .core.records.ids import RequestKey, sha256
-from .core.records.limits import RESPONSE_BYTES_MAX
+from .core.records.limits import CLOCK_SKEW_MS, RESPONSE_BYTES_MAX, RESPONSE_TTL_MS
 from .core.records.local import Scope
 from .core.response.cache_proof import decode_proof
 
@@ -103,33 +103,49 @@ MIGRATIONS = {
     3: f"ALTER TABLE questions ADD COLUMN floor REAL NOT NULL DEFAULT 0; {_CHECKS} PRAGMA user_version = 4;",
 }
 
-_SELECT = """
-SELECT body, proof, computed_at_ms, expires_at_ms FROM entries JOIN bodies USING (id)
-WHERE request_key = ? AND expires_at_ms > ?
+# ?1 says which entry, ?2 is the time, ?3 the longest life. What was computed while the clock was ahead is not served:
+# it would look fresh until that time comes.
+_EXPIRES = "min(expires_at_ms, computed_at_ms + ?3)"
+_ALIVE = f"{_EXPIRES} > ?2 AND computed_at_ms <= ?2 + {CLOCK_SKEW_MS}"
+
+_SELECT = f"""
+SELECT body, proof, computed_at_ms, {_EXPIRES} FROM entries JOIN bodies USING (id) WHERE request_key = ?1 AND {_ALIVE}
 """
 
-_SELECT_CANONICAL = """
+_SELECT_CANONICAL = f"""
 SELECT CAST(request_key AS BLOB) FROM entries JOIN questions USING (id)
-WHERE canonical_key = ? AND floor <= 1 AND expires_at_ms > ? ORDER BY computed_at_ms DESC LIMIT 1
+WHERE canonical_key = ?1 AND floor <= 1 AND {_ALIVE} ORDER BY computed_at_ms DESC LIMIT 1
 """
 
-_SELECT_ALIVE = "SELECT 1 FROM entries WHERE request_key = ? AND expires_at_ms > ?"
+_SELECT_ALIVE = f"SELECT 1 FROM entries WHERE request_key = ?1 AND {_ALIVE}"
 
 # Newest first: an index with too little room leaves out the oldest.
-_SELECT_QUESTIONS = """
+_SELECT_QUESTIONS = f"""
 SELECT CAST(request_key AS BLOB), partition, question, vectors, floor FROM questions JOIN entries USING (id)
-WHERE embedder = ? AND expires_at_ms > ? ORDER BY id DESC LIMIT ?
+WHERE embedder = ?1 AND {_ALIVE} ORDER BY id DESC LIMIT ?4
 """
 
-_SELECT_SHAREABLE = """
-SELECT CAST(request_key AS BLOB), scope, body, proof, computed_at_ms, expires_at_ms FROM entries JOIN bodies USING (id)
-WHERE request_hash = ? AND expires_at_ms > ? AND scope IN ('network', 'public')
+_SELECT_SHAREABLE = f"""
+SELECT CAST(request_key AS BLOB), scope, body, proof, computed_at_ms, {_EXPIRES} FROM entries JOIN bodies USING (id)
+WHERE request_hash = ?1 AND {_ALIVE} AND scope IN ('network', 'public')
 """
 
 
 def database_path(data_dir: Path) -> Path:
     """Where the node of a data directory keeps its responses."""
     return data_dir / "responses.sqlite"
+
+
+def files_at(path: Path) -> tuple[tuple[int, int] | None, ...]:
+    """Which files lie at the path of a database, its WAL and its shared memory: other ones once they were replaced."""
+    found: list[tuple[int, int] | None] = []
+    for suffix in ("", "-wal", "-shm"):
+        try:
+            status = os.stat(f"{path}{suffix}")
+            found.append((status.st_dev, status.st_ino))
+        except FileNotFoundError:
+            found.append(None)
+    return tuple(found)
 
 
 def packed(body: bytes) -> bytes:
@@ -194,12 +210,15 @@ class Shareable:
 
 
 class ResponseReader:
-    """Reads the database in place. Belongs to one thread at a time; opens, and opens again, by itself."""
+    """Reads the database in place. Belongs to one thread at a time; opens, and opens again, by itself.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    What was computed `ttl_ms` ago, or before, has expired for it.
+    """
+
+    def __init__(self, path: Path, ttl_ms: int = RESPONSE_TTL_MS) -> None:
+        self._path, self._ttl_ms = path, ttl_ms
         self._connection: sqlite3.Connection | None = None
-        self._file: tuple[int, int] | None = None
+        self._files: tuple[tuple[int, int] | None, ...] = ()
 
     def get(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
         """The entry of `key` that has not expired, or None."""
@@ -219,7 +238,8 @@ class ResponseReader:
         """The newest questions that have vectors of this embedder, oldest first."""
         try:
             connection = self._current()
-            rows = connection.execute(_SELECT_QUESTIONS, (embedder, now_ms, limit)).fetchall() if connection else []
+            which = (embedder, now_ms, self._ttl_ms, limit)
+            rows = connection.execute(_SELECT_QUESTIONS, which).fetchall() if connection else []
         except (sqlite3.Error, OSError):
             self.close()
             return []
@@ -246,26 +266,24 @@ class ResponseReader:
         if self._connection is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.close()
-        self._connection = self._file = None
+        self._connection, self._files = None, ()
 
     def _row(self, query: str, key: bytes, now_ms: int) -> tuple[Any, ...] | None:
         try:
             connection = self._current()
-            return connection.execute(query, (key, now_ms)).fetchone() if connection else None
+            return connection.execute(query, (key, now_ms, self._ttl_ms)).fetchone() if connection else None
         except (sqlite3.Error, OSError):
             self.close()
             return None
 
     def _current(self) -> sqlite3.Connection | None:
-        """A connection to the file that is at the path now, which the writer may have replaced."""
-        try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
+        """A connection to the files that are at the path now, which may have been replaced."""
+        files = files_at(self._path)
+        if files != self._files:
             self.close()
+        if files[0] is None:
             return None
-        file = status.st_dev, status.st_ino
-        if file != self._file:
-            self.close()
+        if self._connection is None:
             # Locks are not waited for: readers meet one only while the writer recovers or replaces the file.
             self._connection = sqlite3.connect(
                 f"{self._path.absolute().as_uri()}?mode=ro",
@@ -274,7 +292,7 @@ class ResponseReader:
                 isolation_level=None,
                 check_same_thread=False,
             )
-            self._file = file
+            self._files = files
         return self._connection
 
 

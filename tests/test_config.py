@@ -72,6 +72,7 @@ def test_variables_are_read_as_their_settings_type(tmp_path: Path, name: str, te
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("response_ttl_s", "86401"),
         ("nice", "20"),
         ("nice", "-1"),
         ("nice", "3KiB"),

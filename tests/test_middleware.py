@@ -98,6 +98,16 @@ async def test_a_repeat_at_once_is_a_hit_before_the_node_has_stored_anything(
     assert len(bench.upstream.bodies) == 1
 
 
+async def test_what_was_answered_just_before_the_clock_was_set_back_is_forgotten(make_bench: MakeBench) -> None:
+    ahead_ms = 300 * RESPONSE_TTL_MS
+    bench = await make_bench(clock=lambda: wall_clock_ms() + ahead_ms)
+    bench.node.keeps = False
+    await bench.ask(CHAT)
+    assert "hit" in (await bench.ask(CHAT)).headers["cache-status"]
+    ahead_ms = 0
+    assert "uri-miss" in (await bench.ask(CHAT)).headers["cache-status"]
+
+
 @pytest.mark.parametrize(("path", "body"), [(CHAT_PATH, CHAT), (TEXT_PATH, TEXT)])
 @pytest.mark.parametrize("stored_as", [{}, STREAM, STREAM | USAGE])
 async def test_streams_and_json_answer_for_each_other(
@@ -209,6 +219,17 @@ async def test_a_hit_expires(make_bench: MakeBench) -> None:
     assert int((await bench.ask(CHAT)).headers["age"]) in (10, 11)
     later_ms = RESPONSE_TTL_MS
     assert (await bench.ask(CHAT)).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
+
+
+async def test_a_life_that_was_shortened_is_that_of_what_is_stored_already(make_bench: MakeBench) -> None:
+    first = await make_bench()
+    await first.ask(CHAT)
+    await first.stored(1)
+    bench = await make_bench(ttl_ms=10_000, clock=lambda: wall_clock_ms() + 5_000)
+    (status, ttl, _) = (await bench.ask(CHAT)).headers["cache-status"].split("; ")[1:]
+    assert (status, int(ttl.removeprefix("ttl=")) <= 5) == ("hit", True)
+    later = await make_bench(ttl_ms=10_000, clock=lambda: wall_clock_ms() + 10_000)
+    assert (await later.ask(CHAT)).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
 
 
 # --- what the client may ask of the cache -------------------------------------------------------

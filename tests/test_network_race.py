@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hyperspace_vllm.core.records.limits import RESPONSE_LOOKUPS_MAX, RESPONSE_T
 from hyperspace_vllm.core.records.local import (
     FindResponse,
     NodeMessage,
+    PurgeResponses,
     ReleaseResponse,
     ResponseFound,
     ResponseHint,
@@ -161,6 +163,16 @@ async def test_a_hinted_request_waits_and_is_answered_from_afar(bench: Bench, as
     assert bench.node.released == []
     assert bench.node.scopes == [], "what came from afar is the node's to store"
     await until(lambda: counts.since() == {"waited_hit": 1, "hit": 1, "timed": 1})
+
+
+async def test_an_answer_from_afar_that_is_older_than_answers_may_be_here_is_computed(make_bench: MakeBench) -> None:
+    bench = await make_bench(ttl_ms=30_000)
+    bench.node.others = Says(True, partial(found, age_ms=29_000))
+    assert text_of(await bench.ask(CHAT)) == "from afar"
+    bench.node.others = Says(True, partial(found, age_ms=31_000))
+    other = CHAT | {"max_tokens": 7}
+    assert text_of(await bench.ask(other)) != "from afar"
+    assert not [sent for sent in bench.node.sent if isinstance(sent, PurgeResponses)]
 
 
 async def test_a_repeat_of_what_was_found_is_a_local_hit_at_once(bench: Bench) -> None:

@@ -158,6 +158,129 @@ def test_an_entry_ends_with_the_shortest_of_its_lives(
     assert store.stats() | {"entries": 0, "bytes": 0, "expired": 1} == store.stats()
 
 
+@pytest.mark.parametrize("told_to", ["the node", "a server"])
+def test_a_life_that_was_shortened_is_that_of_what_is_stored_already(
+    open_store: Open, path: Path, clock: Clock, told_to: str
+) -> None:
+    heard, store = Heard(), open_store()
+    store.store(response(1))
+    assert store.flush(60)
+    store.close()
+    if told_to == "the node":
+        open_store(ttl_ms=5_000, listener=heard).flush(60)
+        assert [told.expires_at_ms for told in heard.servable.values()] == [clock() + 5_000]
+    reader = ResponseReader(path, RESPONSE_TTL_MS if told_to == "the node" else 5_000)
+    entry = reader.get(key(1), clock() + 4_999)
+    assert entry is not None
+    assert entry.expires_at_ms == clock() + 5_000
+    assert reader.get(key(1), clock() + 5_000) is None
+
+
+YEAR_MS = 365 * RESPONSE_TTL_MS
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_was_computed_while_the_clock_was_ahead_is_gone_once_it_is_right(
+    open_store: Open, path: Path, clock: Clock, restarted: bool
+) -> None:
+    heard, store = Heard(), open_store()
+    clock.now_ms += YEAR_MS
+    for number in (1, 2):
+        store.store(response(number, ttl_ms=1000 * number))
+    assert store.flush(60)
+    if restarted:
+        store.close()
+    clock.now_ms -= YEAR_MS
+    reader, name = ResponseReader(path), request_hash(NETWORK, key(1))
+    for now_ms in (clock(), clock() + YEAR_MS - 61_000):
+        assert reader.get(key(1), now_ms) is None
+        assert reader.find_by_hash(name, now_ms) is None
+        assert not reader.holds(key(1), now_ms)
+    if restarted:
+        store = open_store(listener=heard)
+    store.store_fetched(**fetched(1, b"of now", clock() - 1000))  # type: ignore[arg-type]
+    assert store.flush(60)
+    entry = reader.get(key(1), clock())
+    assert entry is not None
+    assert entry.body == b"of now"
+    assert store.stats() | {"entries": 1, "expired": 1 + restarted} == store.stats()
+    assert heard.numbers() == ([1] if restarted else [])
+
+
+@pytest.mark.parametrize("gone", [("", "-wal", "-shm"), ("",), ("-wal",), ("-wal", "-shm")])
+def test_a_database_that_is_deleted_under_its_writer_is_made_anew(
+    open_store: Open, path: Path, clock: Clock, gone: tuple[str, ...]
+) -> None:
+    store, reader = open_store(), ResponseReader(path)
+    store.store(response(1))
+    assert store.flush(60)
+    assert reader.get(key(1), clock()) is not None
+    for suffix in gone:
+        os.unlink(f"{path}{suffix}")
+    for number in (2, 3):
+        reader.get(key(number), clock())  # lets go of what was deleted, or SQLite would not open it anew beside that
+        store.store(response(number))
+        assert store.flush(60)
+        assert reader.get(key(number), clock()) is not None
+    kept = "" not in gone  # SQLite writes what only the WAL had into the file that it belongs to
+    assert (reader.get(key(1), clock()) is not None) is kept
+    assert store.stats() | {"entries": 2 + kept, "stored": 3, "failed": 0, "moved_aside": 0} == store.stats()
+    store.close()
+    assert reader.get(key(3), clock()) is not None
+
+
+def test_a_database_that_is_replaced_under_its_writer_is_used_and_told_of(
+    open_store: Open, path: Path, tmp_path: Path, clock: Clock
+) -> None:
+    copy, heard = tmp_path / "copy", Heard()
+    store = open_store()
+    store.store(response(1))
+    assert store.flush(60)
+    store.close()
+    os.rename(path, copy)
+    store = open_store(listener=heard)
+    store.store(response(2))
+    assert store.flush(60)
+    os.rename(copy, path)
+    store.store(response(3))
+    assert store.flush(60)
+    reader = ResponseReader(path)
+    assert [reader.get(key(number), clock()) is not None for number in (1, 2, 3)] == [True, False, True]
+    deadline_s = time.monotonic() + 60
+    while heard.numbers() != [1, 2, 3] and time.monotonic() < deadline_s:  # who asks for 2 hears that it is gone
+        store.touch([])
+        store.flush(60)
+    assert heard.numbers() == [1, 2, 3]
+    assert store.stats() | {"entries": 2, "failed": 0} == store.stats()
+
+
+def test_what_is_written_into_a_file_that_goes_meanwhile_counts_as_failed(path: Path) -> None:
+    class Deletes(Clock):
+        """A clock that is read in the middle of a transaction."""
+
+        at_next_reading = False
+
+        def __call__(self) -> int:
+            if self.at_next_reading:
+                path.unlink()
+                self.at_next_reading = False
+            return self.now_ms
+
+    clock, heard = Deletes(), Heard()
+    store = ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, Signer(), NETWORK, clock, heard)
+    assert store.flush(60)
+    clock.at_next_reading = True
+    store.store(response(1))
+    assert store.flush(60)
+    assert store.stats() | {"stored": 0, "failed": 1} == store.stats()
+    assert heard.numbers() == []
+    store.store(response(2))
+    assert store.flush(60)
+    assert store.stats() | {"stored": 1, "failed": 1, "entries": 1} == store.stats()
+    assert ResponseReader(path).get(key(2), clock()) is not None
+    store.close()
+
+
 NOISE = Random(1).randbytes(1024)  # which doesn't shrink
 MAGIC = zstandard.FRAME_HEADER
 

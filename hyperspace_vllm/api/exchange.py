@@ -223,7 +223,7 @@ class Exchange:
         """The answer from an entry, if it is as fresh as this client wants it, and there is room for it."""
         age_s = max(now_ms - entry.computed_at_ms, 0) // 1000
         ttl_s = max(entry.expires_at_ms - now_ms, 0) // 1000
-        if not self.wishes.allows(age_s, ttl_s):
+        if entry.expires_at_ms <= now_ms or not self.wishes.allows(age_s, ttl_s):
             return None
         wanted = Wanted(self.endpoint, self.streams, usage, self.repeated, self.ids())
         answer = render(entry, wanted, age_s, ttl_s, detail)
@@ -265,7 +265,7 @@ class Exchange:
     def _answer_found(self, key: RequestKey, usage: bool, found: ResponseFound) -> StoredAnswer | None:
         """The answer from what another node had, if it is sound and fresh enough."""
         now_ms = self.options.clock()
-        entry = entry_of(found, self.endpoint, self.body, now_ms)
+        entry = entry_of(found, self.endpoint, self.body, now_ms, self.options.ttl_ms)
         if entry is None or self._is_nobodys(entry):
             self.options.client.send(PurgeResponses((key,)))  # the node, which can't tell, has stored it
             return None

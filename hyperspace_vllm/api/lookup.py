@@ -31,8 +31,8 @@ _TRUSTED_S = 1.0
 class Lookup:
     """A reader of the database, with a thread, a bounded line before that, and a deadline; any trouble is a miss."""
 
-    def __init__(self, path: Path, deadline_s: float) -> None:
-        self._reader = ResponseReader(path)
+    def __init__(self, path: Path, ttl_ms: int, deadline_s: float) -> None:
+        self._reader = ResponseReader(path, ttl_ms)
         self._deadline_s = deadline_s
         self._thread = ThreadPoolExecutor(1, "hyperspace-lookup")
         self._waiting = 0
@@ -80,20 +80,21 @@ class Recent:
     """Answers that the node is about to store, whose database may not show them yet: a repeat at once is a hit too."""
 
     def __init__(self) -> None:
-        self._entries: dict[RequestKey, tuple[int, StoredResponse]] = {}  # with when to forget it, the next one first
+        self._entries: dict[RequestKey, tuple[int, StoredResponse]] = {}  # with when it came, the oldest first
         self._bytes = 0
 
     def add(self, key: RequestKey, entry: StoredResponse, now_ms: int) -> None:
         """Keep an entry for RECENT_MS, or until others need its room."""
         self.forget(key)
-        self._entries[key] = (now_ms + RECENT_MS, entry)
+        self._entries[key] = (now_ms, entry)
         self._bytes += len(entry.body)
         while self._bytes > RECENT_BYTES_MAX:
             self.forget(next(iter(self._entries)))
 
     def newer(self, key: RequestKey, than: StoredResponse | None, now_ms: int) -> StoredResponse | None:
         """The entry of `key`, if it is newer than the database's; else the database's."""
-        while self._entries and now_ms >= (oldest := next(iter(self._entries.items())))[1][0]:
+        # `abs`: a clock that was set back would keep what came before it until it is as late again.
+        while self._entries and abs(now_ms - (oldest := next(iter(self._entries.items())))[1][0]) >= RECENT_MS:
             self.forget(oldest[0])
         _, entry = self._entries.get(key, (0, None))
         if entry is None or entry.expires_at_ms <= now_ms or (than and than.computed_at_ms >= entry.computed_at_ms):

@@ -44,7 +44,7 @@ class ResponseCacheMiddleware:
         self.app = app
         self.options = options
         self.flights = FlightTable()
-        self.lookup = Lookup(options.db_path, options.read_deadline_s) if options.db_path else None
+        self.lookup = options.db_path and Lookup(options.db_path, options.ttl_ms, options.read_deadline_s)
         self.recent = Recent()
         self.sending = Sending()
         self.touches = Touches(options.client)

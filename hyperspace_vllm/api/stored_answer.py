@@ -102,9 +102,11 @@ def render(entry: StoredResponse, wanted: Wanted, age_s: int, ttl_s: int, detail
 
 
 def entry_of(
-    found: ResponseFound, endpoint: Endpoint, request: dict[str, object], now_ms: int
+    found: ResponseFound, endpoint: Endpoint, request: dict[str, object], now_ms: int, ttl_ms: int
 ) -> StoredResponse | None:
     """What the network found, if it is what its proof speaks of, fresh, and an answer to such a request.
+
+    It expires `ttl_ms` after it was computed, which may be over.
 
     The node has checked the proof; a peer that may sign could still have signed anything.
     """
@@ -114,7 +116,8 @@ def entry_of(
         return None
     if not intact or found.expires_at_ms <= now_ms or admit(endpoint, request, found.body) != Admitted(found.body):
         return None
-    return StoredResponse(found.body, found.proof, found.computed_at_ms, found.expires_at_ms)
+    expires_at_ms = min(found.expires_at_ms, found.computed_at_ms + ttl_ms)
+    return StoredResponse(found.body, found.proof, found.computed_at_ms, expires_at_ms)
 
 
 def origin_header(found: ResponseFound) -> tuple[bytes, bytes]:

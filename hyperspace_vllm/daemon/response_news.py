@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..core.records.ids import NetworkId, RequestKey
+from ..core.records.limits import CLOCK_SKEW_MS
 from ..core.response.cache_proof import request_hash
 
 
@@ -28,9 +29,10 @@ _TOLD_MAX = 256  # in one call: 5 ms of the event loop's time
 PROOF_SIGNER = slice(104, 136)  # in an encoded CacheProof
 
 # Nothing but quick_check has looked at the values, and that lets a flipped bit turn one type into another: hence casts.
-_LIVE = """
+_LIVE = f"""
 SELECT id, CAST(request_key AS BLOB), CAST(proof AS BLOB), CAST(expires_at_ms AS INTEGER) FROM entries
-WHERE id < ? AND expires_at_ms > ? AND scope IN ('network', 'public') ORDER BY id DESC LIMIT ?
+WHERE id < ?1 AND expires_at_ms > ?2 AND computed_at_ms <= ?2 + {CLOCK_SKEW_MS} AND scope IN ('network', 'public')
+ORDER BY id DESC LIMIT ?3
 """
 
 

@@ -6,7 +6,8 @@ it. Whoever speaks for this node in the network hears which entries may leave it
 A thread of its own takes messages from a bounded queue, everything that has queued up in one transaction. Nothing is
 synced to disk before an answer counts as stored: after a kill -9 the WAL holds all commits, after a power cut at worst
 the last ones are gone, and a lost entry is only a miss. A database that is damaged is moved aside, and a fresh one
-takes its place; readers notice by the file's identity.
+takes its place; so it does where the file was deleted, and where it was replaced the other one is used. Readers and
+this writer notice by the files' identities.
 """
 
 import contextlib
@@ -25,11 +26,11 @@ from typing import Protocol
 from nacl.signing import SigningKey
 
 from ..core.records.ids import NetworkId, RequestKey
-from ..core.records.limits import RESPONSE_TTL_MS, STORE_QUEUE_BYTES_MAX, MiB
+from ..core.records.limits import CLOCK_SKEW_MS, RESPONSE_TTL_MS, STORE_QUEUE_BYTES_MAX, MiB
 from ..core.records.local import Question, Scope, StoreResponse
 from ..core.response.cache_proof import make_proof, request_hash
 from ..core.response.wrongness import KINDS_MAX, WINDOW
-from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, packed
+from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, files_at, packed
 from .response_news import PROOF_SIGNER, Listener, News, Retelling, Told
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ _INSERT = """
 INSERT INTO entries (request_key, proof, computed_at_ms, expires_at_ms, size, last_used_ms, hits, scope, worth_ms)
 VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)
 """
+
+_SHORTEN = "UPDATE entries SET expires_at_ms = computed_at_ms + ?1 WHERE expires_at_ms > computed_at_ms + ?1"
 
 _TOUCH = """
 UPDATE entries SET hits = hits + ?1, last_used_ms = ?2, worth_ms = worth(hits + ?1, ?2) WHERE request_key = ?3
@@ -158,7 +161,8 @@ class ResponseStore:
         self._network = network
         self._clock = clock
         self._listener = listener
-        self._retelling = Retelling(network, identity.signing_key.verify_key.encode())
+        self._files: tuple[tuple[int, int] | None, ...] = ()  # that the connection has open
+        self._retelling = self._untold()
         self._next_retelling_s = 0.0
         self._changed = threading.Condition()
         self._queue: deque[_Task] = deque()
@@ -168,7 +172,7 @@ class ResponseStore:
         self._busy = True
         self._damaged = False
         self._complaint = ""
-        self._next_expiry_ms = 0
+        self._swept_ms = 1 << 62  # by the clock; later than now where that was set back, and at first
         self._totals = {"entries": 0, "bytes": 0}
         self._counts = dict.fromkeys(
             ("stored", "fetched", "dropped", "evicted", "expired", "purged", "hits", "failed", "moved_aside"), 0
@@ -297,6 +301,8 @@ class ResponseStore:
         """One transaction; what could not be written is counted and forgotten."""
         news = News()
         try:
+            if database is not None and files_at(self._path) != self._files:
+                database = self._let_go(database)
             database = database or self._open()
             self._retell(database)
             with database:
@@ -315,12 +321,32 @@ class ResponseStore:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, 1.0)
             return database
+        if files_at(self._path) != self._files:  # written into a file that was deleted meanwhile
+            self._count(failed=len(batch) or 1)
+            return database
         with self._changed:
             self._totals = totals
         self._count(hits=touched.total(), **counts)
         if self._listener is not None:
             news.tell(self._listener)
         return database
+
+    def _let_go(self, database: sqlite3.Connection) -> None:
+        """Close what lies no longer at the path, and delete what is left of it: a WAL would be read into the next one."""
+        with contextlib.suppress(sqlite3.Error):
+            database.close()
+        there = files_at(self._path)
+        if there[0] != self._files[0]:
+            for suffix, mine, now in zip(("-wal", "-shm"), self._files[1:], there[1:], strict=True):
+                if mine == now is not None:
+                    os.unlink(f"{self._path}{suffix}")
+        self._retelling, self._swept_ms = self._untold(), 1 << 62
+        with self._changed:
+            self._totals = {"entries": 0, "bytes": 0}
+        logger.warning("%s was deleted or replaced: what is there now is used, a fresh one if nothing is", self._path)
+
+    def _untold(self) -> Retelling:
+        return Retelling(self._network, self._identity.signing_key.verify_key.encode())
 
     def _retell(self, database: sqlite3.Connection) -> None:
         if self._listener is None or self._retelling.done or time.monotonic() < self._next_retelling_s:
@@ -357,6 +383,8 @@ class ResponseStore:
                 database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
             elif version in MIGRATIONS:
                 database.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[version]} COMMIT;")
+            database.execute(_SHORTEN, (self._ttl_ms,))
+            self._files = files_at(self._path)
         except sqlite3.Error:
             database.close()
             raise
@@ -396,13 +424,21 @@ class ResponseStore:
             else:
                 self._insert_computed(database, message, now_ms, news)
         database.executemany(_TOUCH, [(hits, now_ms, key) for key, hits in touched.items()])
-        expired = 0
-        if now_ms >= self._next_expiry_ms:
-            self._next_expiry_ms = now_ms + _EXPIRE_EVERY_MS
-            expired = _delete(database, "expires_at_ms <= ?", now_ms, news)
+        expired = self._expire(database, now_ms, news)
         stored = sum(isinstance(message, _Computed) for message in batch)
         evicted = self._evict(database, news)
         return {"stored": stored, "fetched": fetched, "expired": expired, "evicted": evicted, "purged": purged}
+
+    def _expire(self, database: sqlite3.Connection, now_ms: int, news: News) -> int:
+        """Once a minute: delete what has expired, and what was computed while the clock was ahead of now."""
+        since_ms = now_ms - self._swept_ms
+        if 0 <= since_ms < _EXPIRE_EVERY_MS:
+            return 0
+        self._swept_ms = now_ms
+        expired = _delete(database, "expires_at_ms <= ?", now_ms, news)
+        if since_ms < 0:
+            expired += _delete(database, "computed_at_ms > ?", now_ms + CLOCK_SKEW_MS, news)
+        return expired
 
     def _insert_computed(self, database: sqlite3.Connection, task: _Computed, now_ms: int, news: News) -> None:
         message = task.message
@@ -430,8 +466,9 @@ class ResponseStore:
 
     def _insert_fetched(self, database: sqlite3.Connection, message: _Fetched, now_ms: int, news: News) -> bool:
         """Whether it was stored: not if it has expired, or what is here is no older."""
-        query = "SELECT 1 FROM entries WHERE request_key = ? AND computed_at_ms >= ? AND expires_at_ms > ?"
-        newer_here = database.execute(query, (message.request_key, message.computed_at_ms, now_ms)).fetchone()
+        query = "SELECT 1 FROM entries WHERE request_key = ? AND computed_at_ms BETWEEN ? AND ? AND expires_at_ms > ?"
+        when = (message.computed_at_ms, now_ms + CLOCK_SKEW_MS, now_ms)
+        newer_here = database.execute(query, (message.request_key, *when)).fetchone()
         if newer_here or message.expires_at_ms <= now_ms:
             return False
         _delete(database, "request_key = ?", message.request_key, news)
