@@ -165,7 +165,9 @@ def test_an_export_that_ends_too_early_leaves_no_half_of_it(filled: Path) -> Non
     assert not file.exists()
 
 
-@pytest.mark.parametrize("arguments", [("export",), ("list", "--json", "--limit", "400"), ("show", request_key(1).hex())])
+@pytest.mark.parametrize(
+    "arguments", [("export",), ("list", "--json", "--limit", "400"), ("show", request_key(1).hex())]
+)
 def test_a_reader_that_ends_before_the_output_does_is_what_the_error_names(
     filled: Path, arguments: tuple[str, ...]
 ) -> None:

@@ -232,6 +232,41 @@ async def test_a_life_that_was_shortened_is_that_of_what_is_stored_already(make_
     assert (await later.ask(CHAT)).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
 
 
+async def test_an_answer_is_that_of_the_date_which_the_prompt_tells(make_bench: MakeBench) -> None:
+    today = "28 Nov 2026"
+    bench = await make_bench(dates=lambda: today)
+    first = await bench.ask(CHAT)
+    await bench.ask(TEXT, TEXT_PATH)
+    await bench.stored(2)
+    assert said(await bench.ask(CHAT)) == said(first)
+    today = "29 Nov 2026"
+    assert (await bench.ask(CHAT)).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
+    assert "; hit;" in (await bench.ask(TEXT, TEXT_PATH)).headers["cache-status"]  # no template renders that
+    today = "28 Nov 2026"
+    assert said(await bench.ask(CHAT)) == said(first)
+
+
+async def test_an_answer_that_is_computed_over_midnight_is_not_stored(make_bench: MakeBench) -> None:
+    days = iter(["28 Nov 2026"])
+    bench = await make_bench(dates=lambda: next(days, "29 Nov 2026"))
+    changed = {"result": "model_changed"}
+    before = REGISTRY.get_sample_value("hyperspace_l1_stored_total", changed) or 0.0
+    await bench.ask(CHAT)
+    await until(lambda: REGISTRY.get_sample_value("hyperspace_l1_stored_total", changed) == before + 1)
+    assert bench.node.scopes == []
+
+
+@pytest.mark.parametrize("dates", [None, ""])
+async def test_what_tells_the_time_of_day_passes_by(make_bench: MakeBench, dates: str | None) -> None:
+    bench = await make_bench(dates=lambda: dates)
+    own = {"chat_template": "{{ strftime_now('%H:%M') }}"}
+    nested = {"chat_template_kwargs": {"chat_template": "{{ strftime_now('%H:%M') }}"}}
+    for body in (CHAT | own, CHAT | nested, *([CHAT] if dates is None else [])):
+        for _ in range(2):
+            assert (await bench.ask(body)).headers["cache-status"] == "hyperspace; fwd=bypass; detail=dated"
+    assert "stored" in (await bench.ask(TEXT, TEXT_PATH)).headers["cache-status"]
+
+
 # --- what the client may ask of the cache -------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import pytest
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, Endpoint
 
 from .setup_modules import setup_modules
+from .test_neutral import COUNTED, NEUTRAL_OPTIONS, NEUTRAL_VARIABLES, PARTLY
 from .vllm_source import NO_DEFAULT, REQUEST_MODELS, VllmSource, interface
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,9 @@ disable_error_code = misc, import-untyped, method-assign, union-attr, no-redef
 """
 # Fields that releases had which are still supported, and newer ones have no more.
 ONLY_OLDER = {"return_assistant_tokens_mask"}  # vLLM 0.30
-
+ONLY_OLDER_OPTIONS = {"enable_bf16x3_router_gemm", "enable_mamba_fine_grained_prefix_cache"}  # vLLM 0.29, 0.30
+NO_FLAG = {"mamba_config"}  # can't be given to a server
+SAME_DEFAULT = {"reasoning_parser_plugin", "tool_strict_level"}  # none, "" or None; the parser's own, "auto" or None
 
 NEWEST = "0.33.0"
 
@@ -137,6 +140,49 @@ def test_every_field_of_the_newest_vllm_is_classified(newest: VllmSource, endpoi
     for name, default in fields.keyed.items():
         if name in theirs and theirs[name] is not NO_DEFAULT:
             assert theirs[name] == default, f"vLLM's default of {name} has changed"
+
+
+@pytest.mark.feature("every option of the server is judged", release=NEWEST)
+def test_every_option_of_the_newest_vllm_is_judged(newest: VllmSource) -> None:
+    options = newest.fields("engine/arg_utils.py", "AsyncEngineArgs")
+    options |= newest.fields("entrypoints/common/cli_args.py", "FrontendArgs")
+    theirs = {name for name in options if not name.startswith("_")} | added(newest)
+    judged = NEUTRAL_OPTIONS | COUNTED["options"].keys()
+    assert theirs - judged - NO_FLAG == set(), "options that we have not judged"
+    assert {name for name in judged if "." not in name} - theirs - ONLY_OLDER_OPTIONS == set(), "options of no release"
+    plain = {name for name, default in options.items() if default is None or isinstance(default, bool | int)}
+    for name in plain & COUNTED["options"].keys() - SAME_DEFAULT:
+        assert options[name] == COUNTED["options"][name], f"the default of {name} has changed"
+
+
+@pytest.mark.feature("every option of the server is judged", release=NEWEST)
+@pytest.mark.parametrize("name", PARTLY)
+def test_every_field_of_an_option_that_counts_in_part_is_judged(newest: VllmSource, name: str) -> None:
+    theirs = newest.fields("config/__init__.py", PARTLY[name])
+    assert theirs
+    assert {f"{name}.{field}" for field in theirs} - NEUTRAL_OPTIONS - set(COUNTED["fields"]) == set()
+
+
+@pytest.mark.feature("every option of the server is judged", release=NEWEST)
+def test_every_variable_of_the_newest_vllm_is_judged(newest: VllmSource) -> None:
+    (theirs,) = [
+        {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
+        for node in ast.walk(newest.tree("envs.py"))
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict) and len(node.value.keys) > 100
+    ]
+    assert theirs - NEUTRAL_VARIABLES - set(COUNTED["variables"]) == set(), "variables that we have not judged"
+
+
+def added(source: VllmSource) -> set[str]:
+    """Options that `vllm serve` has beside the fields of its classes."""
+    calls = [
+        node
+        for path in ("entrypoints/common/cli_args.py", "engine/arg_utils.py")
+        for node in ast.walk(source.tree(path))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument") and node.args
+    ]
+    names = [node.args[0].value for node in calls if isinstance(node.args[0], ast.Constant)]
+    return {name.lstrip("-").replace("-", "_") for name in names} | {"kv_connector"}
 
 
 def test_every_request_has_the_salt_that_keeps_tenants_apart(newest: VllmSource) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..contained import contained, report_error
-from ..core.records.ids import RequestKey
+from ..core.records.ids import RequestKey, sha256
 from ..core.records.local import PurgeResponses, Question, RememberQuestion, ResponseFound, ResponseToTry, StoreResponse
 from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
 from ..core.response.answer_ids import ID_CHARS_MAX, named_by
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .middleware import ResponseCacheMiddleware
 
 _COMMIT_LOOKS, _COMMIT_LOOK_S = 20, 0.005  # the node commits within milliseconds, or is busy
+_OWN_TEMPLATES = ("chat_template", "chat_template_kwargs")  # where a client may have a template of its own
 Names = tuple[bytes, bytes | None, str]
 
 
@@ -139,7 +140,7 @@ class Exchange:
         return question_of(self.endpoint, self.body, *named, self.options.acronyms)
 
     def names(self) -> Names | Uncacheable:
-        """Model digest, LoRA digest and tenant, or why the request can't have a key."""
+        """Digest of model and date, LoRA digest and tenant, or why the request can't have a key."""
         digest = self.options.model_digest()
         model = self.body.get("model") or None
         if self.cache.lookup is None:
@@ -160,7 +161,10 @@ class Exchange:
             return Uncacheable("retrievable")
         if not self.options.cache_sampled and is_sampled(self.endpoint, self.body):
             return Uncacheable("sampled")
-        return digest, lora, self.tenant
+        dates = "" if self.endpoint == "completions" else self.options.dates()
+        if dates is None or any("strftime" in str(self.body.get(name)) for name in _OWN_TEMPLATES):
+            return Uncacheable("dated")
+        return sha256(digest, dates.encode()) if dates else digest, lora, self.tenant
 
     # --- answers that vLLM has no part in -------------------------------------------------------
 

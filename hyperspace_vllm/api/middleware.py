@@ -44,7 +44,8 @@ class ResponseCacheMiddleware:
         self.app = app
         self.options = options
         self.flights = FlightTable()
-        self.lookup = options.db_path and Lookup(options.db_path, options.ttl_ms, options.read_deadline_s)
+        ttl_ms, deadline_s = options.ttl_ms, options.read_deadline_s
+        self.lookup = Lookup(options.db_path, ttl_ms, deadline_s) if options.db_path else None
         self.recent = Recent()
         self.sending = Sending()
         self.touches = Touches(options.client)

@@ -73,7 +73,8 @@ class ResponseCacheOptions:
     `db_path` None turns the cache off and leaves the signing of scopes. `model_digest` gives the 32-byte digest of
     weights, quantisation, chat template, server sampling defaults and whatever else the server adds to a request;
     None while there is none (the model's files are being read), which switches the cache off for that request.
-    `weights_changes` counts how often the engine's weights began to change.
+    `weights_changes` counts how often the engine's weights began to change. `dates` says what the chat template prints
+    of the date now: '' if nothing, None if more than the day, and then nothing that it renders is cached.
     """
 
     db_path: Path | None
@@ -81,6 +82,7 @@ class ResponseCacheOptions:
     client: NodeLink
     served_models: frozenset[str] = frozenset()  # names of the base model
     weights_changes: Callable[[], int] = lambda: 0
+    dates: Callable[[], str | None] = lambda: ""
     loras: Mapping[str, bytes] = field(default_factory=dict)  # adapter name -> digest of its files; may be updated
     api_keys: tuple[str, ...] = ()  # the server's; () when its tenants share
     fleet_secret: bytes = b""  # the same on all servers: makes tenants of API keys

@@ -302,7 +302,8 @@ class ResponseStore:
         news = News()
         try:
             if database is not None and files_at(self._path) != self._files:
-                database = self._let_go(database)
+                self._let_go(database)
+                database = None
             database = database or self._open()
             self._retell(database)
             with database:
@@ -332,7 +333,7 @@ class ResponseStore:
         return database
 
     def _let_go(self, database: sqlite3.Connection) -> None:
-        """Close what lies no longer at the path, and delete what is left of it: a WAL would be read into the next one."""
+        """Close what lies no longer at the path, and delete what is left of it: the next one would read its WAL."""
         with contextlib.suppress(sqlite3.Error):
             database.close()
         there = files_at(self._path)

@@ -3,71 +3,42 @@
 Context: other systems' silent corruptions were mostly a layout or a weight file that was not in the key. Choice: put
 everything in that can change KV bytes or their meaning, vLLM's version included, because it decides which attention
 backend and block layout "auto" means. Rejected: asking workers for the chosen backend, which the scheduler can't do
-before the first step. Cost: a fleet in the middle of a vLLM upgrade shares only among equal versions.
+before the first step. Cost: a fleet in the middle of a vLLM upgrade shares KV only among equal versions.
+
+A response is text: the version stands in its CacheProof, not in the model digest, so that releases share answers. All
+options count there but those that neutral.py lists, where they aren't the release's own defaults.
 """
 
+import dataclasses
+import hashlib
 import os
 import re
 from argparse import Namespace
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 import vllm
 from vllm.config import ModelConfig, VllmConfig
+from vllm.envs import environment_variables
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from ..core.prefix.segment import fingerprint_digest
-from ..core.records.errors import Refused
 from .kv_layout import KVPlan, describe_group
 from .loaded_files import Identity
-from .model_files import source_of
+from .neutral import DEFAULTS, NEUTRAL_OPTIONS, NEUTRAL_VARIABLES
+from .older_vllm import make_arg_parser
 
 FORMAT_VERSION = 1  # of the row payload that kv_layout.py describes
 
-_TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 _VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
 # vLLM's "auto" takes the best backend that is installed, and backends lay their blocks out differently.
 _ATTENTION_PACKAGES = ("flashinfer-python", "flash-attn", "triton", "aiter")
-# Server options that change what a request is answered with, beyond the model itself.
-_OUTPUT_ARGS = (
-    "chat_template",
-    "chat_template_content_format",
-    "default_chat_template_kwargs",
-    "trust_request_chat_template",
-    "enable_auto_tool_choice",
-    "exclude_tools_when_tool_choice_none",
-    "tool_call_parser",
-    "tool_parser_plugin",
-    "reasoning_parser",
-    "generation_config",
-    "override_generation_config",
-    "return_tokens_as_token_ids",
-    "response_role",
-    "logits_processors",
-    "structured_outputs_config",
-    "mm_processor_kwargs",
-    "tokenizer_mode",
-    "seed",
-    "logprobs_mode",
-    "kv_cache_dtype",
-    "kv_cache_dtype_skip_layers",
-    "model_impl",
-    "default_mm_loras",
-    "lora_dtype",
-    "media_io_kwargs",
-    "interleave_mm_strings",
-    "video_pruning_rate",
-    "trust_request_mm_kwargs",
-    "tool_strict_level",
-    "reasoning_parser_plugin",
-    "reasoning_config",
-    "watermark_config",
-    "diffusion_config",
-    "enable_prompt_tokens_details",
-    "return_sampling_mask",
+# Options whose value is the path of a file or directory (or the text that it would hold): what lies there counts.
+_PATHS = frozenset(
+    ["chat_template", "default_mm_loras", "mm_encoder_fp8_scale_path", "reasoning_parser_plugin", "tool_parser_plugin"]
 )
 
 
@@ -96,39 +67,61 @@ def kv_fingerprint(config: VllmConfig, kv_cache: KVCacheConfig, plan: KVPlan, fi
 
 
 def model_digest(config: VllmConfig, args: Namespace, files: Identity) -> bytes:
-    """Digest (32 bytes) of everything that a response depends on besides the request."""
+    """Digest (32 bytes) of everything that a response depends on besides the request; the same in all releases."""
     model = config.model_config
-    options: dict[str, Any] = {name: getattr(args, name, None) for name in _OUTPUT_ARGS}
-    template = options["chat_template"]
-    if template and os.path.isfile(template):
-        options["chat_template"] = Path(template).read_text()
     fields = {
-        "vllm": vllm.__version__,
         "model": _model_identity(model),
+        "name": model.served_model_name,  # that answers bear, whichever of its names the request says
+        "task": [str(model.runner_type), str(model.convert_type), _counted("pooler_config", model.pooler_config)],
         "files": [files.weights, files.code, files.texts],
-        "generation_config": _jsonable(model.try_get_generation_config()),
+        "generation_config": [
+            model.generation_config == "vllm",  # the model's own is used in part then
+            _jsonable(_lasting(model.try_get_generation_config())),
+        ],
         "default_sampling": _jsonable(model.get_diff_sampling_param()),
         "max_model_len": model.max_model_len,
-        "options": _jsonable(options),
+        "options": _options(args),
+        "variables": {
+            name: os.environ[name] for name in environment_variables.keys() - NEUTRAL_VARIABLES if name in os.environ
+        },
     }
     return fingerprint_digest(fields)
 
 
-def tells_time(model: ModelConfig, args: Namespace) -> bool:
-    """Whether the chat template may put the date into prompts: the answer of one day is none of the next one's."""
-    given = str(args.chat_template or "")
-    texts = [Path(given)]
-    if not os.path.isfile(given):
-        try:
-            directory = source_of(str(model.tokenizer), model.tokenizer_revision).path
-        except Refused:  # then nothing is cached at all
-            return False
-        texts = [directory / name for name in _TEMPLATE_FILES]
-    return "strftime" in given or any(file.is_file() and b"strftime" in file.read_bytes() for file in texts)
+def _options(args: Namespace) -> dict[str, Any]:
+    """The server's options that may reach an answer, where they aren't the release's defaults."""
+    found = {}
+    for name, default in vars(make_arg_parser().parse_args([])).items():
+        value = _counted(name, getattr(args, name, default))
+        if name not in NEUTRAL_OPTIONS and value != _counted(name, DEFAULTS.get(name, default)):
+            found[name] = value
+    return found
+
+
+def _counted(name: str, value: Any) -> Any:
+    """What counts of an option, in JSON's types; `name` has the names of the options that it is part of before it."""
+    if _is_config(value):
+        value = _without_defaults(value)
+    if isinstance(value, dict):
+        inner = {f"{name}.{key}": item for key, item in value.items() if f"{name}.{key}" not in NEUTRAL_OPTIONS}
+        return _jsonable({key: _counted(key, item) for key, item in inner.items()}) or None
+    if isinstance(value, str) and _PATHS.intersection(name.split(".")):
+        return _content(value)
+    return _jsonable(value)
+
+
+def _content(path: str) -> Any:
+    """The SHA-256 of a file, or of those in a directory; what is neither stands for itself."""
+    if os.path.isdir(path):
+        return {entry.name: _content(entry.path) for entry in os.scandir(path) if entry.is_file()}
+    if not os.path.isfile(path):
+        return path
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model_identity(model: ModelConfig) -> dict[str, Any]:
-    config = {k: v for k, v in model.hf_config.to_dict().items() if k not in _VOLATILE}
+    config = _lasting(model.hf_config.to_dict())
     return {
         "config": _jsonable(config),
         "dtype": str(model.dtype),
@@ -137,6 +130,10 @@ def _model_identity(model: ModelConfig) -> dict[str, Any]:
         "quantization": [str(model.quantization), _jsonable(model.quantization_config)],
         "disable_sliding_window": model.disable_sliding_window,
     }
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in _VOLATILE}
 
 
 def _draft_identity(config: VllmConfig) -> Any:
@@ -163,8 +160,27 @@ def _device() -> list[str]:
     return [str(current_platform.device_type), str(current_platform.get_device_capability())]
 
 
+def _is_config(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _without_defaults(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that aren't what they are if nothing is given: a release's new ones change nothing."""
+    try:
+        plain = type(value)()
+    except Exception:  # it needs something to be given
+        plain = None
+    names = (field.name for field in dataclasses.fields(value) if not field.name.startswith("_"))
+    given = {name: getattr(value, name) for name in names}
+    return {name: item for name, item in given.items() if plain is None or item != getattr(plain, name)}
+
+
 def _jsonable(value: Any) -> Any:
     """`value` in JSON's own types, deterministically; what has none is named by its repr."""
+    if _is_config(value):
+        value = _without_defaults(value)
+    if isinstance(value, Enum):
+        value = value.value
     if isinstance(value, dict):
         return {str(key): _jsonable(item) for key, item in sorted(value.items(), key=lambda kv: str(kv[0]))}
     if isinstance(value, list | tuple):

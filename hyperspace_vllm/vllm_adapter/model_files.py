@@ -77,7 +77,8 @@ class Source:
             return (str(self.path),)  # a GGUF file has it all
         suffixes = (*_TEXT_SUFFIXES, ".py")
         found = (p for p in self.path.iterdir() if p.suffix in suffixes and p.is_file() and not _NOT_READ.match(p.name))
-        return tuple(sorted(map(str, found)))
+        named = self.path.glob("additional_chat_templates/*.jinja")  # which a request may choose, or its tools
+        return tuple(sorted(map(str, (*found, *named))))
 
     def all_files(self) -> tuple[str, ...]:
         """Paths of all files in the directory, not below it; `Refused` if there are none."""

@@ -6,6 +6,7 @@ that one has the thing itself, and the section can go.
 
 from collections.abc import Mapping
 from enum import StrEnum
+from importlib import import_module
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
@@ -24,6 +25,7 @@ __all__ = [
     "block_tables",
     "has_failed",
     "lies_in_host_memory",
+    "make_arg_parser",
     "replayed_tokens",
 ]
 
@@ -39,6 +41,17 @@ except ImportError:
         DISK = "disk"
         P2P = "p2p"
         EXTERNAL_UNSPECIFIED = "external_unspecified"
+
+
+def make_arg_parser() -> Any:
+    """The parser of `vllm serve`. vLLM 0.33 (2026-11) has moved it. Imported when it is asked for: engines needn't."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        cli_args = import_module("vllm.entrypoints.common.cli_args")
+    except ImportError:
+        cli_args = import_module("vllm.entrypoints.launchers.cli_args")
+    return cli_args.make_arg_parser(FlexibleArgumentParser())
 
 
 # vLLM 0.30 (2026-09) takes what was sent, received and failed in one answer, and a failed load by its request.

@@ -156,7 +156,8 @@ class _Server:
         from ..core.response.canonical import ACRONYMS
         from ..response_db import database_path
         from .adapters import Adapters, NamedAdapters
-        from .fingerprint import model_digest, tells_time
+        from .dated import dates, printed_dates
+        from .fingerprint import model_digest
         from .inherited import Inherited, server_epoch
         from .loaded_files import LoadedFiles
         from .weights_epoch import WeightsWatch
@@ -164,6 +165,11 @@ class _Server:
         def digest_of(files: "Identity") -> bytes:
             return model_digest(engine, args, files)
 
+        formats = printed_dates(engine.model_config, args)
+        if formats is None:
+            logger.warning("hyperspace: the chat template tells the time: what is rendered by it is not cached (L1)")
+        elif formats:
+            logger.info("hyperspace: prompts tell the date (%s): answers are cached by it", ", ".join(formats))
         epoch = server_epoch()
         loaded = LoadedFiles(engine, config.data_dir, "the response cache (L1)", digest_of)
         loaded.start()
@@ -176,6 +182,7 @@ class _Server:
             db_path=database_path(config.data_dir) if config.response_cache else None,
             model_digest=lambda: epoch.key(loaded.digest()),
             weights_changes=lambda: epoch.count,
+            dates=lambda: dates(formats),
             client=NodeClient(config, "api", f"{socket.gethostname()}-{os.getpid()}"),
             served_models=frozenset(args.served_model_name or [args.model]),
             loras=adapters,
@@ -193,7 +200,7 @@ class _Server:
                 or args.logits_processors
                 or entry_points(group="vllm.logits_processors")
                 or args.reasoning_parser  # takes tokens out of answers
-                or tells_time(engine.model_config, args)
+                or formats != ()
             ),
             cache_sampled=config.sampled == "cache",
             semantic=config.semantic,
