@@ -165,6 +165,13 @@ FRAMES = (
 THINGS = ("mitosis", "meiosis", "lysis", "osteolysis", "scurvy", "rickets")
 
 
+def test_two_words_for_two_others_keep_questions_apart_that_are_else_the_same() -> None:
+    assert not_refused(("how do i get to {} by train", "why is {} so expensive"), ("new york", "los angeles")) == []
+    assert is_refused("What is a tall building in Dubai?", "What is the tallest building in Dubai?")
+    assert is_refused("Which books are by Darwin?", "Which books are about Darwin?")
+    assert is_refused("Can I take iron and zinc?", "Can I take iron or zinc?")
+
+
 def test_one_word_for_another_keeps_questions_apart_that_are_else_the_same() -> None:
     assert not_refused(FRAMES, THINGS) == []
 

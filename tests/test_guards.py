@@ -184,8 +184,8 @@ def test_the_nearest_candidate_that_no_guard_refuses_is_served() -> None:
 @pytest.mark.parametrize(
     ("mode", "other", "needed"),
     [
-        ("balanced", "Is it safe to eat the snow?", 0.89),
-        ("balanced", "Is it safe for people to eat snow?", 0.89),
+        ("balanced", "Is it safe to eat the snow?", 0.87),
+        ("balanced", "Is it safe for people to eat snow?", 0.87),
         ("balanced", "Is it safe to eat dirty snow?", 0.935),
         ("strict", "Is it safe to eat the snow?", 0.92),
     ],

@@ -6,7 +6,7 @@ def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-def _classes(text: str) -> dict[str, str]:
+def classes(text: str) -> dict[str, str]:
     """Word -> first word of its line."""
     return {word: line.split()[0] for line in text.strip().splitlines() for word in line.split()}
 
@@ -30,6 +30,7 @@ off down before after during until against around across without towards to and 
 # Content that changes what is asked only a little; on one side only it is no reason in `strict`.
 FILLER = word_set("""
 best good great better way ways thing things people person possible different various kind type sort example
+amazing awesome excellent perfect nice effective
 """)
 # Of these, what may be missing on one side in `strict` too: "the best way to" is "how to".
 PADDING = word_set("best good great better way ways thing things possible")
@@ -43,11 +44,15 @@ simply supply truly typically usually weekly yearly
 
 # Words that make another thing of what they stand before, so that only one question having it changes the answer.
 QUALIFIERS = word_set("""
-accused acting adjusted aggravated alleged annual annually artificial aspiring assistant attempted average base
-chronic compulsory conditional counterfeit daily deputy estimated expected fake federal final former full
-gross hourly illegal imitation initial intended legal mandatory marginal maximum median minimum monthly net nightly
-nominal optional partial partially permanent preliminary premature projected proposed prospective provisional pseudo
-raw retired starting suspected synthetic temporary total uncooked unofficial virtual voluntary weekly yearly
+accused acting acute adjusted adult adults aggravated alleged annual annually artificial aspiring assistant
+associate attempted average babies baby base beginner beginners boy boys chief child children chronic co compulsory
+conditional cooked counterfeit daily deputy dried elderly estimated ex expected fake federal female females final
+former frozen full girl girls gross hourly illegal imitation indoor infant infants initial intended junior kid kids
+legal lower male males man mandatory marginal maximum median men micro mild mini minimum moderate monthly multi net
+newborn newborns nightly nominal optional outdoor partial partially permanent post pre pregnant preliminary
+premature projected proposed prospective provisional pseudo raw retired semi senior seniors severe starting sub
+suspected synthetic teen teenager teenagers teens temporary toddler toddlers total ultra uncooked unofficial unpaid
+upper vice virtual voluntary weekly woman women yearly
 """)
 
 NEGATIONS = word_set("""
@@ -61,6 +66,8 @@ before during after until/till since
 hourly daily nightly weekly fortnightly/biweekly monthly quarterly yearly/annual/annually
 always usually/normally often/frequently sometimes/occasionally once
 all/every/each any some most half both several few only
+and or
+single double triple
 full partial
 federal state local municipal national international global regional
 primary secondary tertiary
@@ -101,7 +108,7 @@ malay tagalog swahili latin
 """)
 
 # Each line: spellings of one unit.
-UNITS = _classes("""
+UNITS = classes("""
 mm millimeter millimeters millimetre millimetres
 cm centimeter centimeters centimetre centimetres
 meter meters metre metres
@@ -172,7 +179,7 @@ crore crores
 CURRENCIES = frozenset(UNITS[sign] for sign in "$€£₹¥")
 
 # Each line: a number and its words. "One" is left out: mostly it is a pronoun.
-NUMBERS = _classes("""
+NUMBERS = classes("""
 0 zero
 2 two twice
 3 three thrice
@@ -220,7 +227,7 @@ NUMBERS = _classes("""
 """)
 
 # Each line: small words of one kind. In `strict`, both questions have one of a kind, or neither.
-SMALL = _classes("""
+SMALL = classes("""
 he him his himself
 she her hers herself
 they them their theirs themselves
@@ -229,125 +236,6 @@ only
 most
 more
 myself yourself itself oneself ourselves
-""")
-
-# Each line: words that may stand for each other where only a word's absence would be held against it.
-SYNONYMS = _classes("""
-fast quick quickly rapidly
-big large huge
-biggest largest
-smart intelligent clever
-rich wealthy
-career profession
-film movie
-phone smartphone cellphone telephone
-photo picture image
-begin start commence
-buy purchase
-fix repair
-improve enhance
-benefit advantage
-symptom sign
-cause reason
-delete remove erase
-create build
-important essential
-happen occur
-company firm
-child kid
-country nation
-inventor invent
-author write
-life live
-city town
-difference different differ
-bicycle bike cycle
-various different
-yearly annual
-kind type sort
-reduce lower decrease lessen
-math mathematics maths
-tv television
-favourite favorite
-colour color
-cure heal
-shop store
-mother mom mum
-father dad
-afraid scared
-choose select pick
-mistake error
-delicious tasty
-sick ill
-speak talk
-quickest fastest
-easiest simplest
-purpose goal
-pimple acne
-coding programming
-view opinion
-website site
-difficult hard
-popular famous
-increase raise
-prepare preparation
-teach train
-""")
-
-# Each line: a word and its forms that no ending explains.
-IRREGULAR = _classes("""
-child children
-woman women
-man men
-person people
-foot feet
-tooth teeth
-mouse mice
-life lives
-wife wives
-write wrote written
-make made
-get got gotten
-buy bought
-sell sold
-lose lost
-win won
-find found
-go went gone
-take took taken
-give gave given
-begin began begun
-think thought
-teach taught
-feel felt
-fall fell fallen
-know knew known
-see saw seen
-come came
-speak spoke spoken
-drive drove driven
-choose chose chosen
-break broke broken
-grow grew grown
-become became
-run ran
-drink drank drunk
-sleep slept
-spend spent
-send sent
-pay paid
-meet met
-hold held
-bring brought
-fight fought
-keep kept
-leave left
-say said
-build built
-steal stole stolen
-eat ate eaten
-lie lying
-die dying
 """)
 
 # Words that place a question in the moment or the talk in which it is asked.

@@ -37,6 +37,7 @@ from .question import Question, Word, are_derived, read_question
 
 Mode = Literal["balanced", "strict"]
 
+_EXCHANGED_MAX = 2  # "new york" for "los angeles"
 _TOWARDS = frozenset(("to", "into", "onto", "in"))
 _OF_THEIR_TIME = frozenset(("who", "what", "where", "is"))
 _ALIKE = ({"what", "definition"}, {"what", "about"})
@@ -220,19 +221,19 @@ def _differ_in_clauses(one: Question, other: Question) -> bool:
 
 
 def _differ_in_a_word(one: Question, other: Question) -> bool:
-    """Questions that are the same but for one word ask for two things, unless that is another form of it."""
+    """Questions that are the same but for a word or two ask for two things, unless those are other forms of them."""
     mine, yours = _phrase(one), _phrase(other)
     if len(mine) != len(yours):
         return False
     exchanged = [(x, y) for x, y in zip(mine, yours, strict=True) if x.concept != y.concept]
-    if len(exchanged) != 1:
+    moved = {x.concept for x, _ in exchanged} & {y.concept for _, y in exchanged}
+    if len(exchanged) > _EXCHANGED_MAX or moved:
         return False
-    ((x, y),) = exchanged
-    if x is mine[0] and (one.asks.startswith("how_") or {x.key, y.key} <= IMPERATIVES):
-        return False  # "how long", "how much time": the type says it
-    if {x.key, y.key} & PREPOSITIONS or (x.is_filler and y.is_filler):
-        return False  # "on YouTube", "in YouTube"
-    return not (are_derived(x.key, y.key) or are_derived(x.concept, y.concept))
+    if exchanged and exchanged[0][0] is mine[0]:
+        x, y = exchanged[0]
+        if one.asks.startswith("how_") or {x.key, y.key} <= IMPERATIVES:
+            del exchanged[0]  # "how long", "how much time": the type says it
+    return any(_are_two(x, y) for x, y in exchanged)
 
 
 def _differ_in_content(one: Question, other: Question) -> bool:
@@ -338,6 +339,13 @@ def _phrase(question: Question) -> list[Word]:
         for word in question.content
         for each in (*(Word(link, link, ()) for link in word.link if link in PREPOSITIONS), word)
     ]
+
+
+def _are_two(x: Word, y: Word) -> bool:
+    """Whether one word says something else than the other, as far as one sees."""
+    if {x.key, y.key} & PREPOSITIONS or (x.is_filler and y.is_filler):
+        return False  # "on YouTube", "in YouTube"
+    return not (are_derived(x.key, y.key) or are_derived(x.concept, y.concept))
 
 
 def _links(words: list[Word], first: int, second: int) -> list[str]:

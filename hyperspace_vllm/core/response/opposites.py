@@ -75,6 +75,9 @@ early | late
 left | right
 north northern | south southern
 east eastern | west western
+from | to
+by | about
+for | against
 more | less fewer
 happy glad | sad
 loud noisy | quiet silent

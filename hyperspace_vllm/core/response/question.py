@@ -9,14 +9,13 @@ from .guard_words import (
     FILLER,
     FUNCTION,
     IMPERATIVES,
-    IRREGULAR,
     NEGATIONS,
     NUMBERS,
     PADDING,
-    SYNONYMS,
     UNITS,
     word_set,
 )
+from .word_forms import IRREGULAR, SYNONYMS
 
 _TOKEN = re.compile(
     r"(?P<number>(?<![\w.)])[-−]?\d+(?:[.,:/]\d+)*(?:st|nd|rd|th)?|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th)?)"
@@ -61,10 +60,8 @@ _DOINGS = re.compile(r"(?:should|can|could|must|do|does) \w+ (?:have to |need to
 _SENSES = re.compile(r"\b(?:feel|look|taste|sound|smell|be) like\b")
 _PLACES = word_set("place places")
 _PLACED = word_set("in on under inside behind above below over near with within beyond between")
-_ENDINGS = word_set("""
-s es ed ing er ers or ors est al able ably age ance ant ation ations ate ately ence ent ful fully ible ic ical ically
-ion ions ish ism ist ity ive ively ize ise less ly ment ments ness ous th tion ure y
-""")
+# What makes another form of a word, and no other thing: not "longer", "investor", "socialism".
+_ENDINGS = word_set("s es ed ing th ment ments ness ion ions ation ations ance ence ity ly y")
 _NOUNS = (
     ("count", re.compile(r"(?:what is|explain|define|describe) an? \w+")),
     ("mass", re.compile(r"what is \w+|(?:explain|define|describe) \w+(?:(?<!s)|(?<=[isu]s))")),
