@@ -29,7 +29,7 @@ off down before after during until against around across without towards to and 
 
 # Content that changes what is asked only a little; on one side only it is no reason in `strict`.
 FILLER = word_set("""
-best good great better way ways thing things people person possible different various kind type sort example
+best good great better way ways thing things people person possible different various kind type sort
 amazing awesome excellent perfect nice effective
 """)
 # Of these, what may be missing on one side in `strict` too: "the best way to" is "how to".
