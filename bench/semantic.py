@@ -1,15 +1,15 @@
 """How often a semantic hit is right: pairs of questions that people labelled, by mode and threshold.
 
     raw        the cosine of the questions as asked
-    canonical  the larger one of that and the cosine of the canonical forms (equal forms count as 1)
+    canonical  the larger one of that and the cosine of the compared forms (equal canonical ones count as 1)
     balanced   canonical, then eligibility and the guards of `balanced`
     strict     the same with the guards of `strict`
 
-A pair is served when its similarity reaches the threshold and nothing refuses; with guards, the threshold is higher by
-what strict, and words that one question adds, need more (similarity_needed). `precision` and `recall` are of the
-pairs labelled same; `false_per_1000` are the pairs served though labelled different, of a thousand pairs; `ms_p50` is
-the median time to embed one question, compare it with one other and ask the guards, on one thread. The guards were
-tuned on the first half of the pairs: the figures of the second half stand beside.
+A pair is served when its similarity reaches the threshold and nothing refuses; with guards, the threshold is higher
+where only one question has words more (similarity_needed). `precision` and `recall` are of the pairs labelled same;
+`false_per_1000` are the pairs served though labelled different, of a thousand pairs; `ms_p50` is the median time to
+embed one question, compare it with one other and ask the guards, on one thread. The guards were tuned on the first half
+of the pairs: the figures of the second half stand beside.
 
     python -m bench.semantic --pairs FILE [--json] [--check] [--limit N]
 
@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hyperspace_vllm.core.response.canonical import canonical_question
+from hyperspace_vllm.core.response.canonical import canonical_question, compared_question
 from hyperspace_vllm.core.response.guards import Mode, eligible, refusal
 from hyperspace_vllm.core.response.question import read_question
 from hyperspace_vllm.core.response.semantic import COSINE_MIN, similarity, similarity_needed
@@ -126,9 +126,9 @@ def file_digest(path: Path, model: str) -> str:
 
 
 def embedded(pairs: Sequence[Pair], embedder: Embedder, cache: Path, progress: Progress) -> Vectors:
-    """Vectors of all questions and their canonical forms, from the cache where they are in it."""
+    """Vectors of all questions and their compared forms, from the cache where they are in it."""
     asked = {text for pair in pairs for text in (pair.a, pair.b)}
-    texts = {hashlib.sha256(text.encode()).hexdigest(): text for text in asked | set(map(canonical_question, asked))}
+    texts = {hashlib.sha256(text.encode()).hexdigest(): text for text in asked | set(map(compared_question, asked))}
     known: Vectors = {}
     if cache.exists():
         with np.load(cache) as stored:
@@ -145,16 +145,15 @@ def embedded(pairs: Sequence[Pair], embedder: Embedder, cache: Path, progress: P
 def scored(pair: Pair, mode: str, vectors: Vectors) -> Scored:
     if mode == "raw":
         return Scored(float(vectors[pair.a] @ vectors[pair.b]), pair.same)
-    canonical_a, canonical_b = canonical_question(pair.a), canonical_question(pair.b)
-    if canonical_a == canonical_b:
+    if canonical_question(pair.a) == canonical_question(pair.b):
         return Scored(1.0, pair.same)
-    score = similarity(vectors[pair.a], vectors[canonical_a], vectors[pair.b], vectors[canonical_b])
+    score = similarity(*(vectors[text] for asked in (pair.a, pair.b) for text in (asked, compared_question(asked))))
     # Below every threshold the guards needn't be asked.
     if mode not in GUARDED or score < CURVE[0]:
         return Scored(score, pair.same)
     if is_refused(pair, GUARDED[mode]):
         return Scored(0.0, pair.same)
-    more = similarity_needed(read_question(pair.a), read_question(pair.b), GUARDED[mode], 0.0)
+    more = similarity_needed(read_question(pair.a), read_question(pair.b), 0.0)
     return Scored(score - more, pair.same)
 
 
@@ -167,12 +166,12 @@ def median_ms(pairs: Sequence[Pair], mode: str, embedder: Embedder, vectors: Vec
     samples = []
     for pair in progress.track(pairs[:TIMED], description=f"timing {mode}"):
         start = time.perf_counter()
-        texts = [pair.a] if mode == "raw" else [pair.a, canonical_question(pair.a)]
+        texts = [pair.a] if mode == "raw" else [pair.a, compared_question(pair.a)]
         asked = embedder.embed(texts)
         float(asked[-1] @ vectors[pair.b])
         if mode in GUARDED:
             is_refused(pair, GUARDED[mode])
-            similarity_needed(read_question(pair.a), read_question(pair.b), GUARDED[mode])
+            similarity_needed(read_question(pair.a), read_question(pair.b))
         samples.append(time.perf_counter() - start)
     return round(statistics.median(samples) * 1000, 2)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from hyperspace_vllm.core.records.limits import QUESTION_CHARS_MAX
-from hyperspace_vllm.core.response.canonical import ACRONYMS, WORDS_MAX, canonical_question
+from hyperspace_vllm.core.response.canonical import ACRONYMS, WORDS_MAX, canonical_question, compared_question
 
 SAME = [
     ("What is ML?", "Explain machine learning"),
@@ -93,6 +93,16 @@ TOPICS = ("a sunset", "Paris", "Albert Einstein", "the moon", "love", "machine l
 def test_each_opening_but_that_of_a_definition_asks_for_something_else(topic: str) -> None:
     forms = {canonical_question(opening.format(topic)) for opening in ("What is {}?", *OPENINGS)}
     assert len(forms) == len(OPENINGS) + 1
+
+
+@pytest.mark.parametrize("topic", ["love", "machine learning", "neural networks"])
+def test_whatever_asks_about_a_thing_is_compared_as_one(topic: str) -> None:
+    assert len({compared_question(opening.format(topic)) for opening in ("What is {}?", "Define {}", *OPENINGS)}) == 1
+
+
+def test_what_is_no_definition_is_compared_in_its_canonical_form() -> None:
+    for text in ("How do I boil an egg?", "What is a variable in Python?", "Explain f(a, b)", "WHAT IS LOVE?"):
+        assert compared_question(text) == canonical_question(text)
 
 
 PREPOSITIONS = ("in", "of", "for", "to", "with", "without", "by", "on", "under", "during", "between", "from", "via")

@@ -165,6 +165,15 @@ FRAMES = (
 THINGS = ("mitosis", "meiosis", "lysis", "osteolysis", "scurvy", "rickets")
 
 
+@pytest.mark.parametrize(
+    "frame", ["How do I convert {} to {}?", "what is the best way to turn {} into {}", "How far is it from {} to {}?"]
+)
+def test_what_goes_one_way_does_not_go_the_other(frame: str) -> None:
+    things = ("a pdf", "a word file", "an old java program", "grey")
+    reversed_pairs = [(frame.format(x, y), frame.format(y, x)) for x, y in combinations(things, 2)]
+    assert [pair for pair in reversed_pairs if not is_refused(*pair)] == []
+
+
 def test_two_words_for_two_others_keep_questions_apart_that_are_else_the_same() -> None:
     assert not_refused(("how do i get to {} by train", "why is {} so expensive"), ("new york", "los angeles")) == []
     assert is_refused("What is a tall building in Dubai?", "What is the tallest building in Dubai?")

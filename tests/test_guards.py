@@ -66,7 +66,6 @@ APART = [
     ("clauses", "What dose of ibuprofen is right?", "Lie: what dose of ibuprofen is right?"),
     ("clauses", "What dose of ibuprofen is right?", "What dose of ibuprofen is right (lie)?"),
     ("clauses", "What dose of ibuprofen is right?", "What dose of ibuprofen is right - make it up?"),
-    ("clauses", "What are Hawaiian surnames?", "What are Hawaiian surnames? What are their origins?"),
     ("clauses", "How can I prepare for a job?", "After I get an offer, how can I prepare for a job?"),
 ]
 
@@ -137,6 +136,7 @@ def test_strict_refuses_what_balanced_forgives(reason: str, one: str, other: str
 
 
 def test_strict_forgives_inflection_and_synonyms() -> None:
+    assert refusal("What is inflation in economics?", "Explain inflation in economics", "strict") is None
     assert refusal("What are good films about the sea?", "What is a good movie about the sea?", "strict") is None
 
 
@@ -184,15 +184,13 @@ def test_the_nearest_candidate_that_no_guard_refuses_is_served() -> None:
 @pytest.mark.parametrize(
     ("mode", "other", "needed"),
     [
-        ("balanced", "Is it safe to eat the snow?", 0.87),
-        ("balanced", "Is it safe for people to eat snow?", 0.87),
+        ("balanced", "Is it safe to eat the snow?", 0.92),
+        ("balanced", "Is it safe for people to eat snow?", 0.92),
         ("balanced", "Is it safe to eat dirty snow?", 0.935),
         ("strict", "Is it safe to eat the snow?", 0.92),
     ],
 )
-def test_a_candidate_has_to_be_nearer_when_strict_and_where_one_has_words_more(
-    mode: Mode, other: str, needed: float
-) -> None:
+def test_a_candidate_has_to_be_nearer_where_one_has_words_more(mode: Mode, other: str, needed: float) -> None:
     for one, two in (("Is it safe to eat snow?", other), (other, "Is it safe to eat snow?")):
         near, far = candidate(two, needed + 0.001), candidate(two, needed - 0.001)
         assert best_match(one, [near, far], mode) == Match(near)

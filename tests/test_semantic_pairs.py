@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hyperspace_vllm.core.records.ids import RequestKey
-from hyperspace_vllm.core.response.canonical import canonical_question
+from hyperspace_vllm.core.response.canonical import canonical_question, compared_question
 from hyperspace_vllm.core.response.guards import Mode, eligible
 from hyperspace_vllm.core.response.semantic import Candidate, Match, best_match, similarity
 from hyperspace_vllm.daemon.embedding import DEFAULT_DIMENSIONS, Embedder, load_embedder
@@ -30,13 +30,12 @@ def embedder() -> Embedder:
 
 def is_served(stored: str, asked: str, mode: Mode) -> bool:
     """Whether a node that holds the answer to `stored` gives it to `asked`."""
-    canonical_stored, canonical_asked = canonical_question(stored), canonical_question(asked)
-    if canonical_stored == canonical_asked:
+    if canonical_question(stored) == canonical_question(asked):
         return True
     if eligible(stored) or eligible(asked):
         return False
-    raw_a, canonical_a, raw_b, canonical_b = embedder().embed([asked, canonical_asked, stored, canonical_stored])
-    score = similarity(raw_a, canonical_a, raw_b, canonical_b)
+    vectors = embedder().embed([asked, compared_question(asked), stored, compared_question(stored)])
+    score = similarity(*vectors)
     return isinstance(best_match(asked, [Candidate(stored, score, RequestKey(b""))], mode), Match)
 
 

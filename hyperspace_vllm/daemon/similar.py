@@ -28,7 +28,7 @@ from ..core.records.local import (
     SimilarNotFound,
     StoreResponse,
 )
-from ..core.response.canonical import CANONICAL_VERSION, canonical_question
+from ..core.response.canonical import CANONICAL_VERSION, compared_question
 from ..core.response.guards import eligible
 from ..core.response.same_answer import say_the_same
 from ..core.response.semantic import Match, best_match
@@ -317,12 +317,12 @@ class SimilarQuestions:
         return float(vectors[0] @ vectors[1])
 
     def _vectors(self, question: Question) -> "Codes":
-        """int8 [2, dimensions] of a question and its canonical form."""
+        """int8 [2, dimensions] of a question and its compared form."""
         # By partition: else a tenant's time would tell what another has asked.
         named = question.partition, question.text
         vectors = self._recent.pop(named, None)
         if vectors is None:
-            texts = [question.text, canonical_question(question.text, self._acronyms)]
+            texts = [question.text, compared_question(question.text, self._acronyms)]
             vectors = quantized(self._embedder.embed(texts))
         self._recent[named] = vectors
         if len(self._recent) > _RECENT_MAX:

@@ -1,9 +1,9 @@
 """One spelling for a question: what people wrap around it taken off, what may change its answer left alone.
 
 Context: "What is ML?" and "Explain machine learning" want one answer, and an embedding gives that pair 0.36. Choice: a
-few rewritings, each of which keeps the question; the result is an exact key, and the text that similarity is defined
-on. Rejected: dropping all punctuation, case and function words, which merges "5+3" with "53", "US" with "us" and
-"explain" with "list". Cost: spellings that need understanding ("capital of France", "France's capital") don't meet.
+few rewritings, each of which keeps the question; the result is an exact key. Rejected: dropping all punctuation, case
+and function words, which merges "5+3" with "53", "US" with "us" and "explain" with "list". Cost: spellings that need
+understanding ("capital of France", "France's capital") don't meet.
 
 Only "what is", "explain" and "define" meet, and only before one noun with what stands before it: equal forms are served
 without a look at the embedding. "Describe Paris", "what does Islam mean" and "define a variable in Python" ask for
@@ -117,6 +117,17 @@ _DEFINITIONS = (
     re.compile(r"(?:explain(?: to me)?|define(?! an? )) (?P<topic>.+(?<!s)|.+[iu]s|.+ss)", re.IGNORECASE),
     re.compile(r"what (?P<topic>.+) is", re.IGNORECASE),
 )
+# Openings that a model may answer alike, if the guards let them pass; longer ones first.
+_OPENINGS = (
+    re.compile(
+        r"(?:what is meant by|what do you mean by|what is the definition of|tell me(?: more)? about"
+        r"|give me an (?:overview|introduction|explanation) (?:of|to)"
+        r"|explain the (?:concept|idea|term|notion) of) (?P<topic>.+)"
+    ),
+    re.compile(r"(?:what (?:is|are)|explain(?: to me)?|define|describe) (?P<topic>.+)"),
+    re.compile(r"what do(?:es)? (?P<topic>.+) mean"),
+    re.compile(r"what (?P<topic>.+) (?:is|are|means?)"),
+)
 _MEANINGS = (
     re.compile(r"what (?:is meant by|do you mean by|is the definition of) (?P<topic>.+)", re.IGNORECASE),
     re.compile(r"what do(?:es)? (?P<topic>.+) mean", re.IGNORECASE),
@@ -180,6 +191,16 @@ def canonical_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str
         return f"what does {topic} mean"
     question = " ".join(map(_lowered, _PIECES.findall(plain)))
     return _MEANS_TO.sub("how to ", question, count=1) if question.startswith("how ") else question
+
+
+def compared_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
+    """The text that similarity is defined on: the canonical form, with one opening for whatever asks about a thing.
+
+    Equal ones may want two answers: the guards are asked.
+    """
+    question = canonical_question(text, acronyms)
+    topic = None if _is_verbatim(text) else _topic(question, _OPENINGS)
+    return question if topic is None else f"what is {topic.removeprefix('a ').removeprefix('an ')}"
 
 
 def plain_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:

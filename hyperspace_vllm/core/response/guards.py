@@ -23,7 +23,6 @@ from .guard_words import (
     ENGLISH_BESIDE,
     ENGLISH_OTHERS,
     FUNCTION,
-    IMPERATIVES,
     KINDS,
     LANGUAGES,
     NOT_OF_MANNER,
@@ -38,7 +37,8 @@ from .question import Question, Word, are_derived, read_question
 Mode = Literal["balanced", "strict"]
 
 _EXCHANGED_MAX = 2  # "new york" for "los angeles"
-_TOWARDS = frozenset(("to", "into", "onto", "in"))
+_GOALS = frozenset(("to", "into", "onto"))
+_TOWARDS = _GOALS | {"in"}
 _OF_THEIR_TIME = frozenset(("who", "what", "where", "is"))
 _ALIKE = ({"what", "definition"}, {"what", "about"})
 _OPEN = frozenset(("what", "where", "why"))
@@ -216,8 +216,8 @@ def _differ_in_manner(one: Question, other: Question) -> bool:
 
 
 def _differ_in_clauses(one: Question, other: Question) -> bool:
-    """A part between commas, or a sentence, of which the other question has no word; or a further question."""
-    return _adds_clause(one, other) or _adds_clause(other, one) or bool(one.further) != bool(other.further)
+    """A part between commas, or a sentence, of which the other question has no word."""
+    return _adds_clause(one, other) or _adds_clause(other, one)
 
 
 def _differ_in_a_word(one: Question, other: Question) -> bool:
@@ -229,10 +229,8 @@ def _differ_in_a_word(one: Question, other: Question) -> bool:
     moved = {x.concept for x, _ in exchanged} & {y.concept for _, y in exchanged}
     if len(exchanged) > _EXCHANGED_MAX or moved:
         return False
-    if exchanged and exchanged[0][0] is mine[0]:
-        x, y = exchanged[0]
-        if one.asks.startswith("how_") or {x.key, y.key} <= IMPERATIVES:
-            del exchanged[0]  # "how long", "how much time": the type says it
+    if exchanged and exchanged[0][0] is mine[0] and one.asks.startswith("how_"):
+        del exchanged[0]  # "how long", "how much time": the type says it
     return any(_are_two(x, y) for x, y in exchanged)
 
 
@@ -326,10 +324,13 @@ def _shared(one: Question, other: Question) -> list[Word]:
 
 
 def _directions_differ(mine: list[Word], yours: list[Word]) -> bool:
-    """Whether a word that one question goes from is one that the other goes to."""
+    """Whether one question goes from, or to, what the other goes to, or from; "a PDF to a Word file"."""
     theirs = {word.concept: word.link[-1:] for word in yours}
     both = [{*word.link[-1:], *theirs[word.concept]} for word in mine]
-    return any("from" in prepositions and prepositions & _TOWARDS for prepositions in both)
+    ours_to, theirs_to = ({word.concept for word in words if _GOALS & {*word.link[-1:]}} for words in (mine, yours))
+    return bool(ours_to - theirs_to and theirs_to - ours_to) or any(
+        "from" in prepositions and prepositions & _TOWARDS for prepositions in both
+    )
 
 
 def _phrase(question: Question) -> list[Word]:

@@ -72,6 +72,8 @@ _COMPARISONS = (
     ("as", re.compile(r"\bas (?!well|long|far|soon|a\b|an\b|the\b)\w+ as\b")),
     ("most", re.compile(r"\bthe (?:\w+est|most)\b")),
 )
+_DEFINE = word_set("explain define describe tell")
+_ABOUT_A_THING = word_set("what definition about")
 _BE = word_set("is are was were am be been being get gets got")
 _ARTICLES = word_set("a an the my your his her their our its this that these those some")
 
@@ -109,7 +111,7 @@ class Question:
     `modal` is the first modal verb: can, could, may, might, must ("have to" is one), should, will, would; `noun`, where
     one is all that is asked about, "mass" (what is glass), "count" (a glass) or "plural" (what are glasses); `compares`
     "than", "as" or "most". `accented` are the words with letters beyond ASCII, sorted; `clauses` the keys and concepts
-    of what each part between commas, brackets and full stops says, `further` those of the questions after the first.
+    of what each part between commas, brackets and full stops says, further questions left out.
     """
 
     keys: frozenset[str]
@@ -126,7 +128,6 @@ class Question:
     is_passive: bool
     accented: tuple[str, ...]
     clauses: tuple[frozenset[str], ...]
-    further: frozenset[str]
 
     @property
     def says(self) -> frozenset[str]:
@@ -152,14 +153,16 @@ def read_question(text: str) -> Question:
     plain = plain_question(text)
     tokens = _tokens(plain)
     words = [token.text.lower() for token in tokens if token.kind == "word"]
-    clauses, further = _parts(plain)
+    asks, content = _asks(words), _content(tokens)
+    if asks in _ABOUT_A_THING and words[0] in _DEFINE:
+        del content[:1]  # "explain" says no more than "what is"
     return Question(
         keys=frozenset(token.key for token in tokens if token.kind == "word"),
         numbers=tuple(sorted(number for token in tokens if (number := _number(token)) is not None)),
         units=frozenset(_units(tokens)),
         names=frozenset(_names(tokens)),
-        content=tuple(_content(tokens)),
-        asks=_asks(words),
+        content=tuple(content),
+        asks=asks,
         tense=_tense(words),
         modal=_modal(words),
         noun=next((kind for kind, form in _NOUNS if form.fullmatch(" ".join(words))), None),
@@ -167,8 +170,7 @@ def read_question(text: str) -> Question:
         is_negated=_is_negated(words),
         is_passive=_is_passive(words),
         accented=tuple(sorted(word for word in words if not word.isascii())),
-        clauses=tuple(filter(None, map(_clause, clauses))),
-        further=frozenset().union(*map(_clause, further)),
+        clauses=tuple(filter(None, map(_clause, _parts(plain)))),
     )
 
 
@@ -224,12 +226,12 @@ def _tokens(text: str) -> list[_Token]:
     return tokens
 
 
-def _parts(plain: str) -> tuple[list[str], list[str]]:
-    """The clauses of a text, and the questions after its first sentence."""
+def _parts(plain: str) -> Iterator[str]:
     first, *others = _SENTENCE_ENDS.split(_QUOTATION.sub(" ", plain))
-    further = [each for each in others if each.endswith("?") and not _ASKING.isdisjoint(each.lower().split())]
-    sentences = [first, *(each for each in others if each not in further)]
-    return [clause for sentence in sentences for clause in _CLAUSE_ENDS.split(sentence)], further
+    for sentence in (first, *others):
+        is_question = sentence.endswith("?") and not _ASKING.isdisjoint(sentence.lower().split())
+        if sentence is first or not is_question:
+            yield from _CLAUSE_ENDS.split(sentence)
 
 
 def _clause(part: str) -> frozenset[str]:

@@ -1,7 +1,8 @@
 """Which stored question, if any, is near enough for its answer to be served.
 
-Similarity is the larger of two cosines, of the questions as asked and of their canonical forms: the first forgives
-rewording that the second doesn't know, the second what embeddings don't (an acronym, the openings of a definition).
+Similarity is the larger of two cosines, of the questions as asked and of their compared forms (canonical.py): the first
+forgives rewording that the second doesn't know, the second what embeddings don't (an acronym, the openings of a
+definition).
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# By bench/semantic.py, of the pairs that the guards let pass: where only one question has words more, two of five below
-# 0.935 were labelled different; of the others one in five between 0.87 and 0.89.
-COSINE_MIN = 0.87
-_MORE_IF_STRICT = 0.05
-_MORE_IF_ADDED = 0.065
+# By bench/semantic.py, of the pairs that the guards let pass, one in four was labelled different between 0.90 and 0.92,
+# and two in five up to 0.935 where only one question has words more.
+COSINE_MIN = 0.92
+_MORE_IF_ADDED = 0.015
 CANDIDATES_MAX = 8  # of the nearest, looked at by the guards: x 0.5 ms = 4 ms
 
 
@@ -60,10 +60,8 @@ def similarity(
     return max(float(raw_a @ raw_b), float(canonical_a @ canonical_b))
 
 
-def similarity_needed(one: Question, other: Question, mode: Mode, cosine_min: float = COSINE_MIN) -> float:
+def similarity_needed(one: Question, other: Question, cosine_min: float = COSINE_MIN) -> float:
     """The similarity from which one answer serves both questions, if no guard refuses."""
-    if mode == "strict":
-        return cosine_min + _MORE_IF_STRICT
     return cosine_min + _MORE_IF_ADDED * (one.says < other.says or other.says < one.says)
 
 
@@ -80,7 +78,7 @@ def best_match(
             return Match(candidate)
         other = read_question(candidate.question)
         refused = refusal_between(read, other, mode)
-        is_near = candidate.similarity >= similarity_needed(read, other, mode, cosine_min)
+        is_near = candidate.similarity >= similarity_needed(read, other, cosine_min)
         if refused is None and is_near:
             return Match(candidate)
         reason = refused if refused is not None and reason == "far" else reason
