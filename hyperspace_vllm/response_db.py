@@ -136,16 +136,13 @@ def database_path(data_dir: Path) -> Path:
     return data_dir / "responses.sqlite"
 
 
-def files_at(path: Path) -> tuple[tuple[int, int] | None, ...]:
-    """Which files lie at the path of a database, its WAL and its shared memory: other ones once they were replaced."""
-    found: list[tuple[int, int] | None] = []
-    for suffix in ("", "-wal", "-shm"):
-        try:
-            status = os.stat(f"{path}{suffix}")
-            found.append((status.st_dev, status.st_ino))
-        except FileNotFoundError:
-            found.append(None)
-    return tuple(found)
+def file_at(path: Path) -> tuple[int, int] | None:
+    """Which file lies there: another one once it was replaced, None if there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def packed(body: bytes) -> bytes:
@@ -218,7 +215,7 @@ class ResponseReader:
     def __init__(self, path: Path, ttl_ms: int = RESPONSE_TTL_MS) -> None:
         self._path, self._ttl_ms = path, ttl_ms
         self._connection: sqlite3.Connection | None = None
-        self._files: tuple[tuple[int, int] | None, ...] = ()
+        self._file: tuple[int, int] | None = None
 
     def get(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
         """The entry of `key` that has not expired, or None."""
@@ -266,7 +263,7 @@ class ResponseReader:
         if self._connection is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.close()
-        self._connection, self._files = None, ()
+        self._connection = self._file = None
 
     def _row(self, query: str, key: bytes, now_ms: int) -> tuple[Any, ...] | None:
         try:
@@ -277,13 +274,11 @@ class ResponseReader:
             return None
 
     def _current(self) -> sqlite3.Connection | None:
-        """A connection to the files that are at the path now, which may have been replaced."""
-        files = files_at(self._path)
-        if files != self._files:
+        """A connection to the file that is at the path now, which may have been replaced."""
+        file = file_at(self._path)
+        if file != self._file:
             self.close()
-        if files[0] is None:
-            return None
-        if self._connection is None:
+        if file is not None and self._connection is None:
             # Locks are not waited for: readers meet one only while the writer recovers or replaces the file.
             self._connection = sqlite3.connect(
                 f"{self._path.absolute().as_uri()}?mode=ro",
@@ -292,7 +287,7 @@ class ResponseReader:
                 isolation_level=None,
                 check_same_thread=False,
             )
-            self._files = files
+            self._file = file
         return self._connection
 
 

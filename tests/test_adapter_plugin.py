@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,26 @@ async def test_the_response_cache_is_innermost_so_a_request_without_the_key_neve
         answer = await client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
     assert answer.status_code == 401
     assert "cache-status" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "tells"),
+    [
+        ("{{ messages }}", None, lambda: ""),
+        ("{{ strftime_now('%Y') }}", "prompts tell the date (%Y)", lambda: f"{datetime.now():%Y}"),
+        ("{{ strftime_now('%H:%M') }}", "the chat template tells the time", lambda: None),
+    ],
+)
+def test_what_prompts_tell_of_the_date_is_in_their_keys_and_said_once(
+    locked_directory: Path, own_environ: None, log: pytest.LogCaptureFixture,
+    template: str, said: str | None, tells: Callable[[], str | None],
+) -> None:  # fmt: skip
+    app = application(locked_directory, "--chat-template", template)
+    (options,) = [each.kwargs["options"] for each in app.user_middleware if each.cls is response_cache]
+    assert options.dates() == tells()
+    assert options.audits == (said is None)
+    lines = [line for line in log.text.splitlines() if "prompts tell" in line or "template tells" in line]
+    assert (len(lines), said is None or said in lines[0]) == (int(said is not None), True)
 
 
 def test_several_keys_make_unsigned_requests_private(locked_directory: Path, own_environ: None) -> None:

@@ -30,7 +30,7 @@ from ..core.records.limits import CLOCK_SKEW_MS, RESPONSE_TTL_MS, STORE_QUEUE_BY
 from ..core.records.local import Question, Scope, StoreResponse
 from ..core.response.cache_proof import make_proof, request_hash
 from ..core.response.wrongness import KINDS_MAX, WINDOW
-from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, files_at, packed
+from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, file_at, packed
 from .response_news import PROOF_SIGNER, Listener, News, Retelling, Told
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,8 @@ class ResponseStore:
         self._network = network
         self._clock = clock
         self._listener = listener
-        self._files: tuple[tuple[int, int] | None, ...] = ()  # that the connection has open
+        self._file: tuple[int, int] | None = None  # that the connection has open, and those beside it
+        self._beside: dict[Path, tuple[int, int] | None] = {}
         self._retelling = self._untold()
         self._next_retelling_s = 0.0
         self._changed = threading.Condition()
@@ -301,7 +302,7 @@ class ResponseStore:
         """One transaction; what could not be written is counted and forgotten."""
         news = News()
         try:
-            if database is not None and files_at(self._path) != self._files:
+            if database is not None and file_at(self._path) != self._file:
                 self._let_go(database)
                 database = None
             database = database or self._open()
@@ -322,7 +323,7 @@ class ResponseStore:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, 1.0)
             return database
-        if files_at(self._path) != self._files:  # written into a file that was deleted meanwhile
+        if file_at(self._path) != self._file:  # written into a file that was deleted meanwhile
             self._count(failed=len(batch) or 1)
             return database
         with self._changed:
@@ -336,11 +337,9 @@ class ResponseStore:
         """Close what lies no longer at the path, and delete what is left of it: the next one would read its WAL."""
         with contextlib.suppress(sqlite3.Error):
             database.close()
-        there = files_at(self._path)
-        if there[0] != self._files[0]:
-            for suffix, mine, now in zip(("-wal", "-shm"), self._files[1:], there[1:], strict=True):
-                if mine == now is not None:
-                    os.unlink(f"{self._path}{suffix}")
+        for path, mine in self._beside.items():
+            if file_at(path) == mine:
+                path.unlink(missing_ok=True)
         self._retelling, self._swept_ms = self._untold(), 1 << 62
         with self._changed:
             self._totals = {"entries": 0, "bytes": 0}
@@ -385,7 +384,8 @@ class ResponseStore:
             elif version in MIGRATIONS:
                 database.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[version]} COMMIT;")
             database.execute(_SHORTEN, (self._ttl_ms,))
-            self._files = files_at(self._path)
+            self._file = file_at(self._path)
+            self._beside = {path: file_at(path) for path in (Path(f"{self._path}-wal"), Path(f"{self._path}-shm"))}
         except sqlite3.Error:
             database.close()
             raise
