@@ -203,6 +203,20 @@ def test_another_form_of_a_word_or_a_synonym_is_no_other_word(one: str, other: s
     assert refusal(other, one, "balanced") is None
 
 
+MEASURES = {"height": "tall", "length": "long", "depth": "deep", "width": "wide", "age": "old", "speed": "fast"}
+
+
+@pytest.mark.parametrize("noun", sorted(MEASURES))
+def test_a_measure_is_asked_for_by_its_noun_or_its_adjective(noun: str) -> None:
+    one = f"What is the {noun} of the Eiffel Tower?"
+    for mode in MODES:
+        assert refusal(one, f"How {MEASURES[noun]} is the Eiffel Tower?", mode) is None
+        assert refusal(f"How {MEASURES[noun]} is the Eiffel Tower?", one, mode) is None
+    others = [measure for measure in MEASURES if measure != noun]
+    assert all(is_refused(one, f"How {MEASURES[other]} is the Eiffel Tower?") for other in others)
+    assert all(is_refused(one, f"What is the {other} of the Eiffel Tower?") for other in others)
+
+
 def test_different_words_of_one_form_are_no_opposites() -> None:
     for one, other in (
         ("way", "away"),

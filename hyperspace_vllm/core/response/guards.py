@@ -229,8 +229,6 @@ def _differ_in_a_word(one: Question, other: Question) -> bool:
     moved = {x.concept for x, _ in exchanged} & {y.concept for _, y in exchanged}
     if len(exchanged) > _EXCHANGED_MAX or moved:
         return False
-    if exchanged and exchanged[0][0] is mine[0] and one.asks.startswith("how_"):
-        del exchanged[0]  # "how long", "how much time": the type says it
     return any(_are_two(x, y) for x, y in exchanged)
 
 

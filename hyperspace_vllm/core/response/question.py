@@ -52,6 +52,17 @@ _UNITS_OF_NUMBERS = word_set(
     "centuries feet pound pounds cup cups bit bits cent ton tons yard yards"
 )
 _MEASURED = word_set("long old far tall big large often fast quickly deep high soon heavy wide hot cold")
+# What is asked for by its noun: "what is the height of" is "how tall is".
+_MEASURES = {
+    "height": "tall",
+    "length": "long",
+    "distance": "far",
+    "depth": "deep",
+    "width": "wide",
+    "weight": "heavy",
+    "age": "old",
+    "speed": "fast",
+}
 _WAYS = word_set("way ways method methods steps step procedure process tips trick tricks strategy formula recipe")
 _REASONS = word_set("reason reasons cause causes")
 _TIMES = word_set("year date day month")
@@ -154,8 +165,11 @@ def read_question(text: str) -> Question:
     tokens = _tokens(plain)
     words = [token.text.lower() for token in tokens if token.kind == "word"]
     asks, content = _asks(words), _content(tokens)
-    if asks in _ABOUT_A_THING and words[0] in _DEFINE:
-        del content[:1]  # "explain" says no more than "what is"
+    is_said = (asks in _ABOUT_A_THING and words[0] in _DEFINE) or (
+        asks.startswith("how_") and content and content[0].key in _MEASURED | _MEASURES.keys() | {"time"}
+    )
+    if is_said:
+        del content[:1]  # "explain" says no more than "what is", nor "tall" than that it asks how tall
     return Question(
         keys=frozenset(token.key for token in tokens if token.kind == "word"),
         numbers=tuple(sorted(number for token in tokens if (number := _number(token)) is not None)),
@@ -386,6 +400,8 @@ def _asks_how(rest: list[str]) -> str:
 def _asks_what(rest: list[str]) -> str:
     """What, unless it is a long form of another: "what is the best way to" asks how."""
     head = [word for word in rest[:7] if word not in _ARTICLES and word not in _BE]
+    if head[:1] and head[0] in _MEASURES and rest[:1] and rest[0] in _BE:
+        return f"how_{_MEASURES[head[0]]}"
     if len(rest) > 1 and rest[0] in _BE and rest[1] in _PLACED:
         return f"what_{rest[1]}"  # what is in a kiss
     if rest[:1] in (["makes"], ["made"], ["causes"], ["caused"]) or _REASONS & set(head[:2]):
