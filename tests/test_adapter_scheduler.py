@@ -8,7 +8,6 @@ from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
@@ -29,6 +28,7 @@ from hyperspace_vllm.core.records.local import (
 from hyperspace_vllm.core.response.scope import DEFAULT_SCOPE, RequestScope
 from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, LayerSlot, PartPlan
 from hyperspace_vllm.vllm_adapter.metadata import IDLE, StepMetadata
+from hyperspace_vllm.vllm_adapter.older_vllm import CacheHitSource
 from hyperspace_vllm.vllm_adapter.scheduler_side import LOOKUPS_MAX, STEP_SAVES_MAX, SchedulerSide
 
 S = 256
