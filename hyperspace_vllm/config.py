@@ -129,7 +129,8 @@ class Config:
         at_least=0.004,  # of none wrong in wrongness.WINDOW no less is sure: 0.0038
     )
     acronyms: tuple[str, ...] = _setting(
-        (), "More acronyms with one reading each, written out when questions are compared: `K8s=Kubernetes`."
+        (),
+        "More acronyms with one reading each, written out where a question is about one alone: `K8s=Kubernetes`.",
     )
     kv_cache: bool = _setting(True, "Load and store KV of prompt prefixes (L2).")
     fetch: Literal["auto", "always", "never"] = _setting(

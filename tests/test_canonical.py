@@ -23,6 +23,7 @@ SAME = [
     ("How big is the UK?", "How big is the United Kingdom?"),
     ("Who may vote in the US", "Who may vote in the United States?"),
     ("What is a black hole?", "Explain black hole"),
+    ("What is Kubernetes?", "Explain Kubernetes"),
     ("Ｗhat is ２+２?", "What is 2+2"),
     ("List three fruits", "Please list three fruits."),
     ("I'd like to know why the sky is blue", "Why the sky is blue?"),

@@ -27,7 +27,7 @@ ARENA = {
     "HYPERSPACE_ARENA_BYTES": str(128 << 20),
     "HYPERSPACE_FETCH": "always",
     "HYPERSPACE_SEMANTIC": "balanced",
-    "HYPERSPACE_ACRONYMS": "KV=key value",
+    "HYPERSPACE_ACRONYMS": "KVC=key value cache",
 }
 FLAGS = (
     "--api-key", KEY, "--enable-request-id-headers", "--allowed-origins", '["http://shop.example"]',
@@ -225,7 +225,7 @@ def test_another_wording_of_a_question_is_answered_by_every_server(servers: tupl
         """Nothing is computed for it, hence nothing stored."""
         return ask(server, question, cache_control="only-if-cached", x_hyperspace_semantic=wish)
 
-    _, first = ask(servers[0], "What is a KV cache?")
+    _, first = ask(servers[0], "What is a KVC?")
     _, second = ask(servers[1], "How do I learn to play the guitar?")
     for server in servers:
         for question, detail, answer in (

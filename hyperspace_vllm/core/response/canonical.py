@@ -114,7 +114,9 @@ _END_MARKS = "?!.… "
 _MEANS_TO = re.compile(r"(?:how (?:do|can) i|how (?:does|can) one) (?=\w)")
 _DEFINITIONS = (
     re.compile(r"what is (?P<topic>.+)", re.IGNORECASE),
-    re.compile(r"(?:explain(?: to me)?|define(?! an? )) (?P<topic>.+(?<!s)|.+[iu]s|.+ss)", re.IGNORECASE),
+    re.compile(
+        r"(?:explain(?: to me)?|define(?! an? )) (?P<topic>.+(?<!s)|.+[iu]s|.+ss|(?-i:[A-Z])\w+)", re.IGNORECASE
+    ),
     re.compile(r"what (?P<topic>.+) is", re.IGNORECASE),
 )
 # Openings that a model may answer alike, if the guards let them pass; longer ones first.
