@@ -36,7 +36,7 @@ demo: setup ## Two vLLM servers share a prefix: who served what, and how fast (M
 test: SETUP_ARGS = --tests --releases $(OLDEST)
 test: setup ## Run all tests but the slow and the soaking ones (TESTS="not soak and not vllm": no real servers)
 	@$(BIN)/python -m pytest -m "$(TESTS)" $(ARGS)
-	@$(BIN)/python -m tests.releases $(OLDEST) -m "feature and not topology and not slow" tests/test_serve.py tests/test_older_vllm.py tests/test_request_key.py
+	@$(BIN)/python -m tests.releases $(OLDEST) -m "feature and not topology and not slow" tests/test_serve.py tests/test_older_vllm.py tests/test_neutral.py tests/test_request_key.py
 
 .PHONY: test-vllm
 test-vllm: SETUP_ARGS = --releases $(VERSIONS)

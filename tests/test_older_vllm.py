@@ -1,9 +1,10 @@
 """older_vllm.py stands in for what the oldest supported vLLM lacks, and for nothing that it has."""
 
 from importlib.metadata import version
-from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.core.sched.output import KVConnectorBlockState
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
@@ -23,7 +24,7 @@ HAS = {
     "KVConnectorTransferResults": hasattr(KVConnectorBase_V1, "get_transfer_results"),
     "block_tables": hasattr(KVConnectorBlockState, "get_block_ids"),
     "lies_in_host_memory": "host_resident" in KVCacheGroupSpec.__dataclass_fields__,
-    "make_arg_parser": find_spec("vllm.entrypoints.common.cli_args") is not None,
+    "make_arg_parser": (Path(vllm.__file__).parent / "entrypoints/common/cli_args.py").is_file(),
     "replayed_tokens": hasattr(FullAttentionSpec, "prefix_replay_tokens"),
 }
 
