@@ -37,15 +37,16 @@ def chat_choices(draw: st.DrawFn, index: int) -> dict[str, Any]:
         {"id": f"call-{at}", "type": "function", "function": {"name": "f", "arguments": draw(texts)}}
         for at in range(draw(st.integers(0, 3)))
     ]
+    reasoning = draw(st.none() | texts)
     message = {
         "role": "assistant",
-        "content": draw(st.none() | texts),
+        "content": draw(texts if not calls and reasoning is None else st.none() | texts),
         "refusal": None,
         "annotations": None,
         "audio": None,
         "function_call": None,
         **({"tool_calls": calls} if calls else {}),
-        "reasoning": draw(st.none() | texts),
+        "reasoning": reasoning,
     }
     entries = draw(st.none() | st.lists(st.builds(chat_entry, st.text("abé", max_size=3), logprob), max_size=150))
     return {
@@ -211,6 +212,7 @@ BAD_STREAMS = [
     ("unknown_field", [ROLE, FINISH, USAGE_FRAME, DONE, FINISH]),
     ("inconsistent", [ROLE, FINISH.replace(b'"id":"c"', b'"id":"d"'), USAGE_FRAME, DONE]),
     ("inconsistent", [ROLE, chunk(choices=[choice({"tool_calls": [{"index": 1, "id": "x"}]})]), USAGE_FRAME, DONE]),
+    ("empty", [ROLE, chunk(choices=[choice({}, "stop")]), USAGE_FRAME, DONE]),
     ("too_large", [ROLE, *[chunk(choices=[choice({"content": "x" * (1 << 20)})])] * 9, FINISH, USAGE_FRAME, DONE]),
 ]
 

@@ -168,6 +168,12 @@ END: Json = {
     "usage": {"input_tokens": 5, "output_tokens": 7},
 }
 STOP: Json = {"type": "message_stop"}
+# Arguments that were cut off.
+CALL: list[Json] = [
+    OPEN | {"content_block": {"type": "tool_use", "id": "t", "name": "add", "input": {}}},
+    TEXT | {"delta": {"type": "input_json_delta", "partial_json": '{"a": 1'}},
+    CLOSE,
+]
 
 
 def test_a_stream_of_vllms_becomes_its_answer() -> None:
@@ -194,6 +200,7 @@ def test_an_empty_answer_is_replayed_as_vllm_streams_it() -> None:
         (sse(START, OPEN | {"index": 1}, END, STOP), "inconsistent"),
         (sse(START, OPEN | {"content_block": {"type": "image"}}, CLOSE, END, STOP), "unknown_field"),
         (sse(START, OPEN, TEXT | {"delta": {"type": "thinking_delta", "thinking": "x"}}, END, STOP), "unknown_field"),
+        (sse(START, *CALL, END, STOP), "inconsistent"),
         (sse(START, {"type": "error", "error": {"type": "x", "message": "y"}}, STOP), "error"),
         (sse(START, {"type": "new_event"}, END, STOP), "unknown_field"),
         ([*sse(START), b"event: message_delta\ndata: {\n\n", *sse(STOP)], "garbled"),
@@ -230,6 +237,8 @@ def test_a_response_stream_that_is_odd_is_not_stored(stream: list[bytes], reason
         ("messages", message([]) | {"usage": None}, "no_usage"),
         ("messages", {"type": "error", "error": {}}, "error"),
         ("responses", response([], status="failed"), "unfinished"),
+        ("responses", response([]), "empty"),
+        ("responses", response([{"type": "message", "content": []}]), "empty"),
         ("responses", response([], status="in_progress"), "unfinished"),
         ("responses", response([]) | {"object": "list"}, "error"),
         ("rerank", {"id": "r", "model": "m", "results": [], "usage": {}}, "unfinished"),
@@ -241,9 +250,10 @@ def test_what_did_not_finish_is_not_stored(endpoint: Endpoint, body: Json, reaso
 
 
 def test_what_an_answer_repeats_of_its_request_is_not_stored() -> None:
-    body = response([], metadata={"user": "ann"}, user="ann", kv_transfer_params={"x": 1})
+    output = [{"type": "reasoning"}]
+    body = response(output, metadata={"user": "ann"}, user="ann", kv_transfer_params={"x": 1})
     admitted = admit("responses", {}, json.dumps(body).encode())
     assert isinstance(admitted, Admitted)
-    stored = response([], kv_transfer_params=None)
+    stored = response(output, kv_transfer_params=None)
     del stored["id"]
     assert msgspec.json.decode(admitted.body) == stored

@@ -60,15 +60,15 @@ def to_compare(key: RequestKey, similarity: float, mode: Mode, stored: bytes) ->
 
 async def compute_too(exchange: "Exchange", match: ToCompare) -> None:
     """Have the engine answer a request that a match was served to, store that too, and let the two be compared."""
-    key = exchange.key()
     body = {name: value for name, value in exchange.body.items() if name not in ("stream", "stream_options")}
+    key = exchange.key(body)
     raw = rewritten(json.dumps(body).encode(), body, exchange.signed_scope(), exchange.salt, add_usage=False)
     answer = await answer_to(exchange, exchange.scope, raw)
     if answer is None or isinstance(key, Uncacheable):
         return
     admitted = admit(exchange.endpoint, body, answer)
-    if isinstance(admitted, Admitted) and exchange.key() == key:  # else the weights have changed meanwhile
-        exchange.hand_over(key, admitted.body, exchange.question())
+    if isinstance(admitted, Admitted) and exchange.key(body) == key:  # else the weights have changed meanwhile
+        exchange.hand_over(key, admitted.body, exchange.question(body))
         report(exchange, match, admitted.body)
 
 

@@ -215,6 +215,8 @@ def _chat_body(head: Json, choices: dict[int, _Choice], usage: Json) -> Json:
 def _message(choice: _Choice) -> Json:
     if choice.role is None:
         raise _Unstorable("inconsistent")
+    if choice.text is None and choice.reasoning is None and not choice.calls:
+        raise _Unstorable("empty")  # in JSON it may be null or an empty text
     message: Json = {
         "role": choice.role,
         "content": None if choice.text is None else "".join(choice.text),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.records.ids import RequestKey
 from ..core.response.request_key import Uncacheable, request_key
 from ..response_db import StoredResponse
-from .embeddings import Embedding, decode, inputs_of, merged, request_of
+from .embeddings import Embedding, decode, inputs_of, is_finite, merged, request_of
 from .http_headers import forward_status, hit_headers
 from .request_body import rewritten
 from .stored_answer import json_headers
@@ -28,6 +28,8 @@ async def answer_inputs(exchange: "Exchange") -> None:
     if isinstance(inputs, Uncacheable) or isinstance(names, Uncacheable):
         reason = inputs.reason if isinstance(inputs, Uncacheable) else "unknown_model"
         return await exchange.bypass("bypass", reason)
+    if exchange.refused:
+        return await exchange.bypass("bypass", "refused")
     keys: list[RequestKey] = []
     missing: dict[RequestKey, dict[str, Any]] = {}
     for given in inputs:
@@ -108,7 +110,8 @@ async def _compute(
     async def compute(request: dict[str, Any]) -> Embedding | None:
         body = rewritten(json.dumps(request).encode(), request, None, exchange.salt, add_usage=False)
         raw = await ask(exchange.app, exchange.scope, body, gone)
-        return None if raw is None else decode(raw)
+        embedding = None if raw is None else decode(raw)
+        return embedding if embedding is not None and is_finite(embedding) else None
 
     watcher = asyncio.create_task(watch(), name="hyperspace-disconnect")
     try:

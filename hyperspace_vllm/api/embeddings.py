@@ -7,6 +7,7 @@ nobody could divide. Cost: some front-end work a missing input, hence INPUTS_MAX
 """
 
 import base64
+import math
 import struct
 import sys
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,11 @@ def decode(raw: bytes) -> Embedding | None:
         return None
     sound = isinstance(embedding.created, int) and isinstance(embedding.model, str)
     return embedding if sound and all(isinstance(count, int) for count in tokens) else None
+
+
+def is_finite(embedding: Embedding) -> bool:
+    """Whether a vector has no NaN and no infinity: JSON has none, so vLLM's answer to `float` is an error."""
+    return math.isfinite(sum(_floats(embedding.vector)))
 
 
 def merged(embeddings: Sequence[Embedding], encoding_format: object, answer_id: str) -> bytes:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 import time
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ..contained import contained, report_error
@@ -23,7 +23,7 @@ from ..response_db import StoredResponse
 from . import aborts, checks
 from .coalesce import Flight, Laggard, LeaderFailed, Message, Receive, Scope, Send
 from .embed_inputs import answer_inputs
-from .http_headers import PROOF, first_header, forward_status, header, parse_cache_control, without_proof
+from .http_headers import LOAD_REPORT, PROOF, first_header, forward_status, header, parse_cache_control, without_proof
 from .network_race import HITS, NetworkRace, Outcome
 from .node_lookup import Pending
 from .own_ids import OwnIds
@@ -120,6 +120,8 @@ class Exchange:
             if entry is not None:
                 if await self._answer_from(key, entry, now_ms):
                     return None
+                if self.refused:
+                    return await self.bypass("bypass", "refused")
                 why = "stale"
             elif await self._answer_from_similar():
                 return None
@@ -127,17 +129,25 @@ class Exchange:
             return await self._find_or_refuse(key, why)
         return await self._compute(key, why)
 
-    def key(self) -> RequestKey | Uncacheable:
-        """What an answer would be stored under, or why it can't be."""
-        named = self.names()
-        return named if isinstance(named, Uncacheable) else request_key(self.endpoint, self.body, *named)
+    @cached_property
+    def refused(self) -> bool:
+        """Whether the server itself refuses the request, and should say so: asked once there is another answer."""
+        return not self.options.accepts(self.endpoint, self.raw, self.scope["headers"])
 
-    def question(self) -> Question | None:
-        """The question of a request that has a key, if others may ask the same in other words."""
+    def key(self, body: dict[str, Any] | None = None) -> RequestKey | Uncacheable:
+        """What an answer would be stored under, or why it can't be; to `body` if given, else to the request."""
+        named, body = self.names(), self.body if body is None else body
+        if isinstance(named, Uncacheable):
+            return named
+        return request_key(self.endpoint, body, *named, parses=self.options.parses)
+
+    def question(self, body: dict[str, Any] | None = None) -> Question | None:
+        """The question of a request that has a key, if others may ask the same in other words. `body` as of `key`."""
         named = self.names() if self.mode is not None else Uncacheable("off")
         if isinstance(named, Uncacheable):
             return None
-        return question_of(self.endpoint, self.body, *named, self.options.acronyms)
+        body = self.body if body is None else body
+        return question_of(self.endpoint, body, *named, self.options.acronyms, parses=self.options.parses)
 
     def names(self) -> Names | Uncacheable:
         """Digest of model and date, LoRA digest and tenant, or why the request can't have a key."""
@@ -149,6 +159,8 @@ class Exchange:
             return Uncacheable("unknown_tenant")
         if len(self.named or "") > ID_CHARS_MAX:
             return Uncacheable("request_id")
+        if first_header(self.scope["headers"], LOAD_REPORT):
+            return Uncacheable("load_report")  # the engine's load of this moment, beside the answer
         if digest is None or (self.chooses_usage and self.options.force_include_usage):
             return Uncacheable("no_model_digest" if digest is None else "continuous_usage")
         lora = self.options.loras.get(model) if isinstance(model, str) else None
@@ -224,10 +236,10 @@ class Exchange:
         return True
 
     def _render(self, entry: StoredResponse, usage: bool, now_ms: int, detail: str) -> StoredAnswer | None:
-        """The answer from an entry, if it is as fresh as this client wants it, and there is room for it."""
+        """The answer from an entry, if the server would answer, it is as fresh as wanted, and there is room for it."""
         age_s = max(now_ms - entry.computed_at_ms, 0) // 1000
         ttl_s = max(entry.expires_at_ms - now_ms, 0) // 1000
-        if entry.expires_at_ms <= now_ms or not self.wishes.allows(age_s, ttl_s):
+        if entry.expires_at_ms <= now_ms or not self.wishes.allows(age_s, ttl_s) or self.refused:
             return None
         wanted = Wanted(self.endpoint, self.streams, usage, self.repeated, self.ids())
         answer = render(entry, wanted, age_s, ttl_s, detail)
@@ -350,6 +362,8 @@ class Exchange:
         same = (key, self.streams, asks_usage, freshness, json.dumps(self.repeated))
         shared = None if self.wishes.no_cache else same
         flight = self.cache.flights.find(shared)
+        if flight is not None and self.refused:
+            return await self.bypass("bypass", "refused")
         if flight is not None and await self._follow(flight, why):
             return None
         if flight is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 RawHeaders = list[tuple[bytes, bytes]]
 
 PROOF = b"x-hyperspace-proof"  # of a request: anything; of its answer: the proof
+LOAD_REPORT = b"endpoint-load-metrics-format"  # of a request: vLLM's answer has an ORCA load report in its headers
 _SECONDS_MAX = 2**31
 
 

@@ -61,13 +61,16 @@ class MessagesCollector:
             return NotStored(self._failure)
         if not self._done or self._message is None or self._end is None:
             return NotStored("unfinished")
+        try:
+            content = [_whole(*each) for each in zip(self._blocks, self._pieces, strict=True)]
+        except _Unstorable as reason:
+            return NotStored(str(reason))
         # In vLLM's order, without nulls; an empty answer has one empty text.
         body = {
             "id": self._message["id"],
             "type": "message",
             "role": "assistant",
-            "content": [_whole(*each) for each in zip(self._blocks, self._pieces, strict=True)]
-            or [{"type": "text", "text": ""}],
+            "content": content or [{"type": "text", "text": ""}],
             "model": self._message["model"],
             **{name: self._end[name] for name in ("stop_reason", "stop_sequence") if self._end[name] is not None},
             "usage": self._end["usage"],

@@ -81,7 +81,9 @@ class ResponseCacheMiddleware:
             raw, too_large = await read_rest(raw, hear), True
         if isinstance(raw, list):
             return partial(self._untouched, scope, replayed(raw, receive), send, "too_large")
-        if (first_header(scope["headers"], b"content-type") or "").split(";")[0].strip().lower() != "application/json":
+        if (first_header(scope["headers"], b"content-type") or "").lower().split(";")[
+            0
+        ] != "application/json":  # as vLLM
             return self._not_json(scope, raw, receive, send)
         request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
         body = Uncacheable("too_large") if too_large else parse_request(raw)

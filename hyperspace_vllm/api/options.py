@@ -22,7 +22,9 @@ from ..core.records.local import (
     TouchResponses,
 )
 from ..core.response.canonical import ACRONYMS
+from ..core.response.request_fields import Endpoint
 from ..core.response.semantic_key import Semantic
+from .http_headers import RawHeaders
 
 ApiMessage = (
     StoreResponse
@@ -74,7 +76,8 @@ class ResponseCacheOptions:
     weights, quantisation, chat template, server sampling defaults and whatever else the server adds to a request;
     None while there is none (the model's files are being read), which switches the cache off for that request.
     `weights_changes` counts how often the engine's weights began to change. `dates` says what the chat template prints
-    of the date now: '' if nothing, None if more than the day, and then nothing that it renders is cached.
+    of the date now: '' if nothing, None if more than the day, and then nothing that it renders is cached. `accepts`
+    says whether the server's request model takes a body with these headers: what it refuses the cache does not answer.
     """
 
     db_path: Path | None
@@ -83,6 +86,8 @@ class ResponseCacheOptions:
     served_models: frozenset[str] = frozenset()  # names of the base model
     weights_changes: Callable[[], int] = lambda: 0
     dates: Callable[[], str | None] = lambda: ""
+    accepts: Callable[[Endpoint, bytes, RawHeaders], bool] = lambda endpoint, body, headers: True
+    parses: bool = False  # the server reads tool calls or reasoning out of what its model says
     loras: Mapping[str, bytes] = field(default_factory=dict)  # adapter name -> digest of its files; may be updated
     api_keys: tuple[str, ...] = ()  # the server's; () when its tenants share
     fleet_secret: bytes = b""  # the same on all servers: makes tenants of API keys

@@ -22,6 +22,7 @@ _OPENINGS: dict[str, Json] = {
     "function_call": {"arguments": "", "status": "in_progress"},
     "custom_tool_call": {"input": ""},
 }
+_KNOWN_AT_THE_END = ("usage", "incomplete_details", "input_messages", "output_messages")
 _FAILURES = (b"event: error", b"event: response.failed")
 
 
@@ -69,7 +70,8 @@ def responses_frames(body: Json) -> Iterator[bytes]:
         event = {"type": kind, "sequence_number": next(numbers), **fields}
         return b"event: " + kind.encode() + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
 
-    begun = {**body, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
+    unknown_yet = {name: None for name in _KNOWN_AT_THE_END if name in body}
+    begun = {**body, **unknown_yet, "status": "in_progress", "output": []}
     yield frame("response.created", response=begun)
     yield frame("response.in_progress", response=begun)
     for index, item in enumerate(body["output"]):

@@ -139,13 +139,13 @@ class _Server:
         if self.config is None or self.engine is None:
             return  # not asked for, or its settings were wrong and said so
         try:
-            options = self._options(self.config, self.engine, app.state.args)
+            options = self._options(self.config, self.engine, app)
         except Refused as error:
             logger.warning("hyperspace: the response cache (L1) is off: %s", error)
             return
         app.user_middleware.append(Middleware(response_cache, options=options))
 
-    def _options(self, config: "Config", engine: "VllmConfig", args: Namespace) -> "ResponseCacheOptions":
+    def _options(self, config: "Config", engine: "VllmConfig", app: Any) -> "ResponseCacheOptions":
         import vllm
         from vllm import envs
 
@@ -160,7 +160,10 @@ class _Server:
         from .fingerprint import model_digest
         from .inherited import Inherited, server_epoch
         from .loaded_files import LoadedFiles
+        from .own_checks import OwnChecks, parses_answers
         from .weights_epoch import WeightsWatch
+
+        args: Namespace = app.state.args
 
         def digest_of(files: "Identity") -> bytes:
             return model_digest(engine, args, files)
@@ -183,6 +186,8 @@ class _Server:
             model_digest=lambda: epoch.key(loaded.digest()),
             weights_changes=lambda: epoch.count,
             dates=lambda: dates(formats),
+            accepts=OwnChecks(app, engine),
+            parses=parses_answers(engine, args),
             client=NodeClient(config, "api", f"{socket.gethostname()}-{os.getpid()}"),
             served_models=frozenset(args.served_model_name or [args.model]),
             loras=adapters,

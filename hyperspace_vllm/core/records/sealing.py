@@ -4,7 +4,7 @@ Rows use plain ChaCha20 (RFC 8439; seekable, so a single chunk opens by itself; 
 responses ChaCha20-Poly1305. DESIGN §5 says why keys never travel.
 
 Both derive their key by the same HKDF. No row and no response share one for all that: row keys and request keys are
-SHA-256 outputs under different tags ('hyperspace/row/1', 'hyperspace/request/2'), so an equal pair is a collision, and
+SHA-256 outputs under different tags ('hyperspace/row/1', 'hyperspace/request/3'), so an equal pair is a collision, and
 neither can be told from a random key by those who don't know the prompt. Every node seals an answer to one request
 under one key; random nonces of 96 bits keep them apart (a repeat is expected after 2⁴⁸ answers to that request).
 

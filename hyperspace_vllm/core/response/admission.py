@@ -52,6 +52,8 @@ def admit(endpoint: Endpoint, request: Mapping[str, object], raw: bytes) -> Admi
         return NotStored("no_usage")
     if not _is_finished(endpoint, request, body):
         return NotStored("unfinished")
+    if endpoint == "responses" and not _says_anything(body["output"]):
+        return NotStored("empty")  # in JSON it has an item without content, in a stream none
     told = _PER_REQUEST | _REPEATED if endpoint == "responses" else _PER_REQUEST
     return Admitted(msgspec.json.encode(without_ids(body | {name: told[name] for name in told if name in body})))
 
@@ -84,6 +86,11 @@ def _is_finished(endpoint: Endpoint, request: Mapping[str, object], body: Mappin
         case "embeddings" | "rerank" | "score":
             results = body["results" if endpoint == "rerank" else "data"]
             return isinstance(results, list) and all(isinstance(result, dict) for result in results) and bool(results)
+
+
+def _says_anything(output: list[object]) -> bool:
+    """Whether any item of a Response is more than an empty message."""
+    return any(not isinstance(item, dict) or item.get("type") != "message" or item.get("content") for item in output)
 
 
 def streams_completely(request: Mapping[str, object]) -> bool:

@@ -18,7 +18,10 @@ from ..records.ids import RequestKey, sha256
 from .request_fields import FIELDS, POOLING, Endpoint, Fields
 from .request_media import why_not_by_bytes
 
-_TAG = b"hyperspace/request/2"  # 1: answers were stored with the ids of whoever asked first
+# 1: answers had the ids of whoever asked first; 2: streams and JSON shared what vLLM's parsers read differently.
+_TAG = b"hyperspace/request/3"
+# Of a request: what has vLLM read calls, or tell more of an answer, in a stream by other code than in JSON.
+_READ_APART = ("tools", "tool_choice", "functions", "function_call", "include", "enable_response_messages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,18 @@ def parse_request(raw: bytes) -> dict[str, object] | Uncacheable:
 
 
 def request_key(
-    endpoint: Endpoint, body: Mapping[str, object], model_digest: bytes, lora: bytes | None, tenant: str
+    endpoint: Endpoint,
+    body: Mapping[str, object],
+    model_digest: bytes,
+    lora: bytes | None,
+    tenant: str,
+    parses: bool = False,
 ) -> RequestKey | Uncacheable:
     """The 32-byte key of a request, or why it has none.
 
     `model_digest` is the 32-byte digest of everything the server adds to the request (weights, template, sampling
-    defaults), `lora` that of the adapter's files. The model's name in `body` is in the key as well.
+    defaults), `lora` that of the adapter's files. The model's name in `body` is in the key as well. `parses`: the
+    server reads tool calls or reasoning out of what its model says.
     """
     known = FIELDS[endpoint]
     for refusal in (_forbidden(known, body), _neutral_of_wrong_type(known, body), _stream_conflict(body)):
@@ -59,6 +68,8 @@ def request_key(
         if (why := why_not_by_bytes(endpoint, body)) is not None:
             return Uncacheable(why)
         fields = canonical_fields(endpoint, body)
+        if streams_apart(endpoint, body, parses):
+            fields = dict(sorted({**fields, "stream": bool(body.get("stream"))}.items()))
         text = json.dumps([endpoint, fields], separators=(",", ":"), allow_nan=False)
     except ValueError:  # NaN, Infinity, 1e999
         return Uncacheable("not_finite")
@@ -67,6 +78,19 @@ def request_key(
     assert len(model_digest) == 32
     assert lora is None or len(lora) == 32
     return RequestKey(sha256(_TAG, model_digest, lora or bytes(32), sha256(tenant.encode()), text.encode("ascii")))
+
+
+def streams_apart(endpoint: Endpoint, body: Mapping[str, object], parses: bool) -> bool:
+    """Whether a stream may say something else than the JSON answer to the same request.
+
+    vLLM's parsers read a text that grows by other code than a whole one, and the two disagree about what is malformed,
+    about white space, and about what comes first.
+    """
+    if body.get("echo"):  # in a stream the prompt's tokens come with it
+        return True
+    if endpoint == "completions" or endpoint in POOLING:
+        return False
+    return parses or any(body.get(name) for name in _READ_APART)
 
 
 def is_sampled(endpoint: Endpoint, body: Mapping[str, object]) -> bool:
@@ -103,7 +127,11 @@ def _forbidden(known: Fields, body: Mapping[str, object]) -> Uncacheable | None:
         value = body.get(field)
         if field == "kv_transfer_params" and isinstance(value, dict) and not value.keys() - {"hyperspace"}:
             continue  # our own, which the middleware replaces
-        if value is not None and not (field == "background" and value is False):
+        # Of a Response in the background null is neither true nor false to vLLM, which fails by it.
+        if field == "background" and field in body:
+            if value is not False:
+                return Uncacheable(field)
+        elif value is not None:
             return Uncacheable(field)
     return None
 

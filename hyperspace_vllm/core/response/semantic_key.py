@@ -54,6 +54,7 @@ def question_of(
     lora: bytes | None,
     tenant: str,
     acronyms: Mapping[str, str],
+    parses: bool = False,
 ) -> Question | None:
     """The question of a request that has a RequestKey, or None if it isn't plain. Arguments as of `request_key`."""
     fields = canonical_fields(endpoint, body) if endpoint == "chat" else {}
@@ -68,7 +69,7 @@ def question_of(
         return None
     if len(before) > 1 or any(not _sets_the_scene(message) for message in before):
         return None
-    rest = request_key(endpoint, {**body, "messages": [*before, {"role": "user"}]}, model_digest, lora, tenant)
+    rest = request_key(endpoint, {**body, "messages": [*before, {"role": "user"}]}, model_digest, lora, tenant, parses)
     if isinstance(rest, Uncacheable):
         return None
     partition = sha256(_PARTITION_TAG, rest)

@@ -1,0 +1,67 @@
+"""What vLLM's own front end makes of a request, and of what its model says, where the cache would answer in its place.
+
+Context: an answer from the cache passes by vLLM's checks of the request, and a request that vLLM refuses may share its
+key with one that it takes. Choice: the type that vLLM's route declares for its body judges the body, as FastAPI asks
+it; whatever that raises is a refusal. Rejected: rules of ours, of which every release would need its own. Cost: a hit
+reads its request a second time, because vLLM's validators change what they are given.
+"""
+
+import json
+from argparse import Namespace
+from functools import cache
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from pydantic import TypeAdapter
+
+from ..api.http_headers import RawHeaders, first_header
+from ..core.response.request_fields import ENDPOINTS, Endpoint
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_PATHS = {endpoint: path for path, endpoint in ENDPOINTS.items()}
+_INT64 = range(-(1 << 63), 1 << 63)
+
+
+class OwnChecks:
+    """Says of a request whether vLLM takes it, by the routes of `app` (a FastAPI)."""
+
+    def __init__(self, app: Any, config: "VllmConfig") -> None:
+        parallel = config.parallel_config
+        local = bool(parallel.local_engines_only)
+        self._ranks = range(parallel.data_parallel_size_local if local else parallel.data_parallel_size)
+        self._app = app
+        self._model = cache(self._find_model)  # routes may be added after the middleware
+
+    def __call__(self, endpoint: Endpoint, body: bytes, headers: RawHeaders) -> bool:
+        """Whether vLLM's own checks pass a JSON body and the headers that it reads."""
+        if (rank := _number(headers, b"x-data-parallel-rank")) is not None and rank not in self._ranks:
+            return False
+        if (priority := _number(headers, b"x-vllm-priority")) is not None and priority not in _INT64:
+            return False
+        try:
+            self._model(endpoint).validate_python(json.loads(body))
+        except Exception:  # validators raise what they like, and vLLM answers each in its own way
+            return False
+        return True
+
+    def _find_model(self, endpoint: Endpoint) -> TypeAdapter[Any]:
+        """What the route of `endpoint` takes; LookupError where it has none."""
+        for route in self._app.routes:
+            if getattr(route, "path", None) == _PATHS[endpoint] and "POST" in (route.methods or ()):
+                return TypeAdapter(get_type_hints(route.endpoint, include_extras=True)["request"])
+        raise LookupError(endpoint)
+
+
+def parses_answers(config: "VllmConfig", args: Namespace) -> bool:
+    """Whether a parser reads tool calls or reasoning out of what the model says: one that is named, or harmony's."""
+    named = args.tool_call_parser, args.reasoning_parser, config.structured_outputs_config.reasoning_parser
+    return any(named) or config.model_config.hf_config.model_type == "gpt_oss"
+
+
+def _number(headers: RawHeaders, name: bytes) -> int | None:
+    """As vLLM reads it: what is no number counts as absent."""
+    try:
+        return int(first_header(headers, name) or "")
+    except ValueError:
+        return None
