@@ -243,7 +243,7 @@ POOLING_REQUESTS: list[tuple[Endpoint, dict[str, Any]]] = [
 def test_a_hit_tells_nothing_of_the_client_that_asked_first(
     server: Server, endpoint: Endpoint, body: dict[str, Any], stored_by: dict[str, Any]
 ) -> None:
-    both = ({}, {"stream": True})
+    both: tuple[object, ...] = ({}, {"stream": True})
     check_nothing_is_told(server, endpoint, body, stored_by, both if endpoint == "completions" else (stored_by,))
 
 
