@@ -316,7 +316,8 @@ HEADERS: list[tuple[str, str | None, str, dict[str, str], int, str]] = [
 
 
 def asked(server: Server, question: str, headers: dict[str, str], **fields: object) -> httpx.Response:
-    body = {"model": "demo", "max_tokens": 4, "messages": [{"role": "user", "content": question}], **fields}
+    messages = [{"role": "user", "content": question}]
+    body = {"model": "demo", "max_tokens": 4, "temperature": 0, "messages": messages, **fields}
     return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=120)
 
 

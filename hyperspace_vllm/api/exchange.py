@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from .middleware import ResponseCacheMiddleware
 
 _COMMIT_LOOKS, _COMMIT_LOOK_S = 20, 0.005  # the node commits within milliseconds, or is busy
+# How the engine serves a request: whoever sets one shares no computation with who does not.
+_SERVED_BY = ("priority", "stream_interval")
+_SERVED_BY_HEADERS = (b"x-vllm-priority", b"x-data-parallel-rank")
+_FOLLOWED_MAX = 2  # computations of others that may fail a request before it is computed alone
 _OWN_TEMPLATES = ("chat_template", "chat_template_kwargs")  # where a client may have a template of its own
 Names = tuple[bytes, bytes | None, str]
 
@@ -62,6 +66,7 @@ class Exchange:
         self._abort = aborts.Abort()
         self._weights_changes = self.options.weights_changes()
         self._doubted: checks.ToCompare | None = None  # one that is computed instead of served
+        self._kept = False  # an entry stays, whatever is computed
         self._committed = False  # the application has the request, or the client some of an answer
         self.wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
         authorization = first_header(scope["headers"], b"authorization")
@@ -114,10 +119,13 @@ class Exchange:
         if self.endpoint == "embeddings":
             return await answer_inputs(self)
         why = "request" if self.wishes.no_cache else "uri-miss"
-        if not self.wishes.no_cache and self.cache.lookup is not None:
-            now_ms = self.options.clock()
+        now_ms = self.options.clock()
+        if self.wishes.no_cache and self._first_sample_stays:
+            self._kept = await self.entry(key, now_ms) is not None
+        elif not self.wishes.no_cache:
             entry = await self.entry(key, now_ms)
             if entry is not None:
+                self._kept = self._first_sample_stays
                 if await self._answer_from(key, entry, now_ms):
                     return None
                 if self.refused:
@@ -133,6 +141,11 @@ class Exchange:
     def refused(self) -> bool:
         """Whether the server itself refuses the request, and should say so: asked once there is another answer."""
         return not self.options.accepts(self.endpoint, self.raw, self.scope["headers"])
+
+    @property
+    def _first_sample_stays(self) -> bool:
+        """Whether an answer is one of many, of which no client may choose the one that all get."""
+        return is_sampled(self.endpoint, self.body)
 
     def key(self, body: dict[str, Any] | None = None) -> RequestKey | Uncacheable:
         """What an answer would be stored under, or why it can't be; to `body` if given, else to the request."""
@@ -354,27 +367,34 @@ class Exchange:
 
     async def _compute(self, key: RequestKey, why: str) -> None:
         complete = not self.streams or (self.options.store_streams and streams_completely(self.body))
-        storing = complete and self.options.client.connected
+        storing = complete and self.options.client.connected and not self._kept
         # Usage is asked for on the client's behalf, and taken out again: without it the answer could only be streamed.
         asks_usage = self.wants_usage or (self.chooses_usage and storing)
         # What answers one may be a stored response of a certain age, so it answers those who want it no fresher.
         freshness = (self.wishes.max_age_s, self.wishes.min_fresh_s)
-        same = (key, self.streams, asks_usage, freshness, json.dumps(self.repeated))
+        served_by = self._served_by()
+        same = (key, self.streams, asks_usage, freshness, json.dumps(self.repeated), served_by)
         shared = None if self.wishes.no_cache else same
-        flight = self.cache.flights.find(shared)
-        if flight is not None and self.refused:
-            return await self.bypass("bypass", "refused")
-        if flight is not None and await self._follow(flight, why):
-            return None
-        if flight is not None:
-            # The leader failed us: from here on alone. Other nodes have been asked.
+        failed = 0
+        while failed < _FOLLOWED_MAX and (flight := self.cache.flights.find(shared)) is not None:
+            if self.refused:
+                return await self.bypass("bypass", "refused")
+            if await self._follow(flight, why):
+                return None
+            failed += 1
+        if failed:  # other nodes have been asked
             self.cache.metrics.lookups.labels("miss", "leader-failed").inc()
-            return await self._lead(key, why, None, storing, asks_usage, None)
+            return await self._lead(key, why, shared, storing, asks_usage, None)
         lookup = self._ask(key)
-        leased = storing and shared is not None and self.options.client.api_servers > 1
+        leased = storing and shared is not None and not any(served_by) and self.options.client.api_servers > 1
         if lookup is None and not leased:
             self.cache.metrics.lookups.labels("miss", why).inc()
         return await self._lead(key, why, shared, storing, asks_usage, lookup, leased)
+
+    def _served_by(self) -> tuple[object, ...]:
+        headers = self.scope["headers"]
+        fields = (self.body.get(name) or None for name in _SERVED_BY)  # a priority of 0 is the default
+        return (*fields, *(first_header(headers, name) for name in _SERVED_BY_HEADERS))
 
     async def _follow(self, flight: Flight, why: str) -> bool:
         """Read somebody else's computation; False, with nothing sent, when it came to nothing."""
@@ -382,9 +402,10 @@ class Exchange:
         follower = Relay(flight.join(), self.send, forward_status(why, collapsed=True), strips_usage)
         try:
             async with leaving_on_disconnect(self.receive, follower.reader):
-                await follower.follow(self.options.follow_deadline_s, self.ids())
+                await follower.follow(self.options.follow_deadline_s, self.options.stalled_stream_s, self.ids())
         except LeaderFailed:
             if not follower.started:
+                flight.close()  # the first follower that it fails leads the others
                 return False
             if flight.error is not None:
                 raise flight.error from None  # as for the leader: the server ends the connection
@@ -494,7 +515,11 @@ class Exchange:
             return answer.reason
         if self.key() != key or self.options.weights_changes() != self._weights_changes:
             return "model_changed"
-        result = self.hand_over(key, answer.body, self.question())
+        now_ms = self.options.clock()
+        if self._first_sample_stays and self.cache.recent.newer(key, None, now_ms) is not None:
+            result = "kept"  # another computation was quicker
+        else:
+            result = self.hand_over(key, answer.body, self.question())
         if self._doubted is not None:
             checks.report(self, self._doubted, answer.body)
         return result

@@ -106,4 +106,5 @@ class ResponseCacheOptions:
     read_deadline_s: float = 0.25  # for the database; a disk that hangs is a miss
     network_deadline_s: float = 0.3  # for other nodes, where a request waits for them; 0: they aren't asked
     follow_deadline_s: float = 30.0  # without a frame from the computation that a request waits for
+    stalled_stream_s: float = 300.0  # without another one: such a stream can only be cut off, and an engine may pause
     clock: Callable[[], int] = wall_clock_ms

@@ -34,15 +34,16 @@ class Relay:
             await self._give(piece)
         await self._end()
 
-    async def follow(self, deadline_s: float, ids: OwnIds) -> None:
+    async def follow(self, deadline_s: float, started_deadline_s: float, ids: OwnIds) -> None:
         """Pass on a good answer under this client's own ids.
 
         Nothing is sent before its first frame (a JSON body: all of it) is there: until then the client has a choice.
-        `LeaderFailed` for an answer that may be bad for reasons of the leader's own, or that does not come.
+        `LeaderFailed` for an answer that may be bad for reasons of the leader's own, or of which nothing comes for
+        `deadline_s`; `started_deadline_s` once the client has some of it.
         """
         start: Piece | None = None
         body = bytearray()
-        while (piece := await self.reader.next(None if self.started else deadline_s)) is not None:
+        while (piece := await self.reader.next(started_deadline_s if self.started else deadline_s)) is not None:
             if piece.start is not None:
                 start = piece
                 if piece.start["status"] != 200:
