@@ -79,6 +79,22 @@ async def test_followers_of_a_leader_that_stalls_share_one_computation(
     await until(lambda: bench.cache.flights.readers == 0)
 
 
+async def test_whom_a_leader_fails_late_gets_what_was_computed_meanwhile(make_bench: MakeBench) -> None:
+    bench = await make_bench(follow_deadline_s=2.0)
+    bench.upstream.failures = ["stall"]
+    asked = [asyncio.create_task(bench.ask(CHAT))]
+    await until(lambda: len(bench.upstream.bodies) == 1)
+    for readers in (2, 3):
+        asked.append(asyncio.create_task(bench.ask(CHAT)))
+        await until(lambda readers=readers: bench.cache.flights.readers == readers)  # type: ignore[misc]
+        await asyncio.sleep(0.5)  # between their deadlines: the second of them finds an answer
+    answers = await asyncio.gather(*asked[1:])
+    assert [text_of(answer)[:2] for answer in answers] == ["w2", "w2"]
+    assert "; hit; " in answers[1].headers["cache-status"]
+    asked[0].cancel()
+    await until(lambda: bench.cache.flights.readers == 0)
+
+
 @pytest.mark.parametrize("asked_as", [{}, STREAM])
 async def test_a_request_that_two_leaders_have_failed_is_computed_alone(
     make_bench: MakeBench, asked_as: dict[str, Any]

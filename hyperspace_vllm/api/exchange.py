@@ -382,6 +382,9 @@ class Exchange:
             if await self._follow(flight, why):
                 return None
             failed += 1
+            now_ms = self.options.clock()
+            if (entry := await self.entry(key, now_ms)) and await self._answer_from(key, entry, now_ms):
+                return None  # of those whom it has failed before
         if failed:  # other nodes have been asked
             self.cache.metrics.lookups.labels("miss", "leader-failed").inc()
             return await self._lead(key, why, shared, storing, asks_usage, None)
