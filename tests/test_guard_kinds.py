@@ -5,6 +5,7 @@ from itertools import combinations, permutations
 
 import pytest
 
+from hyperspace_vllm.core.response.guard_words import PREPOSITIONS
 from hyperspace_vllm.core.response.guards import Mode, eligible, refusal
 from hyperspace_vllm.core.response.opposites import have_antonyms, have_other_affixes
 
@@ -191,7 +192,6 @@ def test_one_word_for_another_keeps_questions_apart_that_are_else_the_same() -> 
         ("How do I stop beard growing?", "How do I stop beard growth?"),
         ("How do I start travelling?", "How do I start traveling?"),
         ("What would you do if you fell in love?", "What would you do if you fall in love?"),
-        ("How do I get more views on YouTube?", "How do I get more views in YouTube?"),
         ("What is the biggest city of Peru?", "What is the largest city of Peru?"),
         ("How can I reduce my blood pressure?", "How can I lower my blood pressure?"),
         ("How long does it take to learn to drive?", "How much time does it take to learn to drive?"),
@@ -203,15 +203,24 @@ def test_another_form_of_a_word_or_a_synonym_is_no_other_word(one: str, other: s
     assert refusal(other, one, "balanced") is None
 
 
+EXCHANGED = (*sorted(PREPOSITIONS - {"and", "or", "between", "above", "below", "until"}), "out of")
+
+
+@pytest.mark.parametrize(
+    "frame", ["How do I copy files {} a server?", "Did anyone vote {} Brexit?", "Are girls pregnant {} breastfeeding?"]
+)
+def test_a_preposition_exchanged_for_another_keeps_questions_apart(frame: str) -> None:
+    assert not_refused((frame,), EXCHANGED) == []
+
+
 MEASURES = {"height": "tall", "length": "long", "depth": "deep", "width": "wide", "age": "old", "speed": "fast"}
 
 
 @pytest.mark.parametrize("noun", sorted(MEASURES))
 def test_a_measure_is_asked_for_by_its_noun_or_its_adjective(noun: str) -> None:
     one = f"What is the {noun} of the Eiffel Tower?"
-    for mode in MODES:
-        assert refusal(one, f"How {MEASURES[noun]} is the Eiffel Tower?", mode) is None
-        assert refusal(f"How {MEASURES[noun]} is the Eiffel Tower?", one, mode) is None
+    assert refusal(one, f"How {MEASURES[noun]} is the Eiffel Tower?", "balanced") is None
+    assert refusal(f"How {MEASURES[noun]} is the Eiffel Tower?", one, "balanced") is None
     others = [measure for measure in MEASURES if measure != noun]
     assert all(is_refused(one, f"How {MEASURES[other]} is the Eiffel Tower?") for other in others)
     assert all(is_refused(one, f"What is the {other} of the Eiffel Tower?") for other in others)

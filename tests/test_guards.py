@@ -8,6 +8,7 @@ import pytest
 
 from hyperspace_vllm.core.records.ids import RequestKey
 from hyperspace_vllm.core.response.canonical import is_read
+from hyperspace_vllm.core.response.guard_words import FILLER, FUNCTION, NEGATIONS
 from hyperspace_vllm.core.response.guards import Mode, eligible, refusal, refusal_between
 from hyperspace_vllm.core.response.question import read_question
 from hyperspace_vllm.core.response.request_key import has_surrogates
@@ -109,7 +110,58 @@ def test_rewordings_pass_when_balanced(one: str, other: str) -> None:
 def test_strict_refuses_a_content_word_on_one_side_only() -> None:
     one, other = "How do I get rid of pimple marks?", "How do I get rid of pimple marks at home?"
     assert refusal(one, other, "balanced") is None
-    assert refusal(one, other, "strict") == "content"
+    assert refusal(one, other, "strict") == "wording"
+
+
+ASKED = (
+    *("How do I kill a process?", "Are vaccines dangerous?", "Why is the sky blue?", "Do cats like milk?"),
+    *("What are the side effects of aspirin?", "Is coffee good for health?", "How do I reset my router?"),
+    *("What is the dose of ibuprofen for adults?", "Can I sue my landlord?", "Is bitcoin a scam?"),
+)
+
+
+def test_strict_refuses_any_word_that_only_one_question_has_but_articles_and_do() -> None:
+    passed = set()
+    for question in ASKED:
+        words = question.rstrip("?").split()
+        for word in sorted(FUNCTION | FILLER | NEGATIONS | {"salty", "quickly", "Python"}):
+            for place in range(1, len(words) + 1):
+                longer = " ".join([*words[:place], word, *words[place:]]) + "?"
+                refusals = {refusal(question, longer, "strict"), refusal(longer, question, "strict")}
+                passed |= {(word, longer)} if None in refusals else set()
+    assert {word for word, _ in passed} == {"a", "an", "the", "do", "does", "some"}
+    assert [longer for word, longer in passed if word == "some"] == ["What are some the side effects of aspirin?"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Why is too much salt bad?", "Why is salt bad?"),
+        ("Is too much protein bad for the kidneys?", "Is protein bad for the kidneys?"),
+        ("Can a woman get pregnant while breastfeeding?", "Can a woman get pregnant by breastfeeding?"),
+        ("Can I sue for my landlord?", "Can I sue my landlord?"),
+        ("What is the best dose of ibuprofen?", "What is the dose of ibuprofen?"),
+        ("Is it just safe to drink water?", "Is it safe to drink just water?"),
+        ("Can I work for my boss under my client?", "Can I work under my boss for my client?"),
+        ("Can a man be a woman?", "Can a man have a woman?"),
+        ("Why do a few people smoke?", "Why do few people smoke?"),
+        ("Who won the cup?", "Who wins the cup?"),
+        ("Why is the sky 'blue'?", "Why is the sky blue?"),
+        ("Is 9 - 4 + 2 large?", "Is 9 + 4 - 2 large?"),
+        ("What time is?", "What is time?"),
+        ("Does a red dog chase a white cat?", "Does a white cat chase a red dog?"),
+    ],
+)
+def test_strict_refuses_what_small_words_and_forms_turn(one: str, other: str) -> None:
+    assert refusal(one, other, "strict") is not None
+    assert refusal(other, one, "strict") is not None
+
+
+@pytest.mark.parametrize("name", ["Python", "Saints", "Bears", "US", "Will", "Polish"])
+def test_strict_takes_a_name_for_no_common_word(name: str) -> None:
+    one = f"How do I find {name} in a zoo?"
+    assert refusal(one, one.replace(name, name.lower()), "strict") is not None
+    assert refusal(one.replace(name, name.lower()), one, "strict") is not None
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
@@ -120,13 +172,14 @@ def test_no_guard_objects_to_what_the_canonical_form_takes_for_one(one: str, oth
 @pytest.mark.parametrize(
     ("reason", "one", "other"),
     [
-        ("question_type", "What is Paris?", "Tell me about Paris"),
-        ("question_type", "How do you handle rejection?", "How should you handle rejection?"),
-        ("small_words", "What does Jimmy Wales think?", "What does Jimmy Wales think of himself?"),
-        ("small_words", "Why does he love music?", "Why do we love music?"),
-        ("small_words", "Who can vote in Texas?", "Who only can vote in Texas?"),
-        ("content", "What is illogical thinking?", "What is an example of illogical thinking?"),
-        ("content", "What is the fastest bird?", "What kind of bird is the fastest?"),
+        ("wording", "What is Paris?", "Tell me about Paris"),
+        ("wording", "How do you handle rejection?", "How should you handle rejection?"),
+        ("wording", "What does Jimmy Wales think?", "What does Jimmy Wales think of himself?"),
+        ("wording", "Why does he love music?", "Why do we love music?"),
+        ("wording", "Who can vote in Texas?", "Who only can vote in Texas?"),
+        ("wording", "What is illogical thinking?", "What is an example of illogical thinking?"),
+        ("wording", "What is the fastest bird?", "What kind of bird is the fastest?"),
+        ("wording", "How tall is the Eiffel Tower?", "What is the height of the Eiffel Tower?"),
     ],
 )
 def test_strict_refuses_what_balanced_forgives(reason: str, one: str, other: str) -> None:
@@ -135,7 +188,11 @@ def test_strict_refuses_what_balanced_forgives(reason: str, one: str, other: str
         assert refusal(*pair, "strict") == reason
 
 
-def test_strict_forgives_inflection_and_synonyms() -> None:
+def test_strict_forgives_plurals_synonyms_and_openings() -> None:
+    assert refusal("What is the best way to lose weight?", "How can I lose weight?", "strict") is None
+    assert refusal("What are some causes of war?", "What are the causes of war?", "strict") is None
+    assert refusal("What divides cats and dogs?", "What divides dogs and cats?", "strict") is None
+    assert refusal("How does a muscle work?", "How do muscles work?", "strict") is None
     assert refusal("What is inflation in economics?", "Explain inflation in economics", "strict") is None
     assert refusal("What are good films about the sea?", "What is a good movie about the sea?", "strict") is None
 

@@ -102,7 +102,7 @@ def test_what_is_no_plain_question_has_exact_hits_alone(messages: list[object], 
 
 def test_a_key_of_the_wider_forms_of_before_matches_none() -> None:
     asked = question(user("What is ML?"))
-    before = sha256(b"hyperspace/canonical-question/1", asked.partition, b"what is machine learning")
+    before = sha256(b"hyperspace/canonical-question/2", asked.partition, b"what is machine learning")
     assert asked.canonical_key != before
 
 

@@ -11,9 +11,9 @@ something else, "what are windows" for other things than "what is windows". An a
 that is asked about, and a name after "the" or "in" (the US); elsewhere it may be a unit, a pronoun or a trade's own.
 
 What stays: all other instructions (how, list, compare, translate, write); punctuation but for the mark at the end;
-upper case in a word of capitals (US), in the middle of a word (iPhone) or on a word that is another without it
-(Turkey); whatever is quoted. Text that looks like code, has more than one line or more than 256 words, or is all in
-capitals, is only put into Unicode's NFC and stripped at its ends.
+upper case wherever it may make a name (a Python): inside the text, and at its start in a word of capitals (US) or one
+that is another without it (Turkey); whatever is quoted. Text that looks like code, has more than one line or more than
+256 words, or is all in capitals, is only put into Unicode's NFC and stripped at its ends.
 """
 
 import re
@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from ..records.limits import QUESTION_CHARS_MAX
 from .guard_words import word_set
 
-CANONICAL_VERSION = 2  # raised with each change of the forms, so that no key or vector of another is compared
+CANONICAL_VERSION = 3  # raised with each change of the forms, so that no key or vector of another is compared
 WORDS_MAX = 256  # of a question, between white space; a longer text is a document
 
 # Asked about alone, in capitals, each has one reading. Operators add their own; those with several (CNN, PM) stay out.
@@ -87,7 +87,7 @@ _LEAD = re.compile(
     r"(?:please,? |kindly "
     r"|(?:can|could|would|will) (?:you|anyone|someone)(?: please| kindly)?,? "
     r"(?=(?:please |explain|describe|define |tell me|give me|show me)|(?<=please )|(?<=kindly ))"
-    r"|(?:do you know|does anyone know|i would like to know|i'd like to know|i want to know|i am wondering"
+    r"|(?P<indirect>do you know|does anyone know|i would like to know|i'd like to know|i want to know|i am wondering"
     r"|i was wondering|tell me|explain(?: to me)?),? "
     r"(?=(?:what|who|where|when|why|how|which|whether)\b))",
     re.IGNORECASE,
@@ -117,7 +117,6 @@ _DEFINITIONS = (
     re.compile(
         r"(?:explain(?: to me)?|define(?! an? )) (?P<topic>.+(?<!s)|.+[iu]s|.+ss|(?-i:[A-Z])\w+)", re.IGNORECASE
     ),
-    re.compile(r"what (?P<topic>.+) is", re.IGNORECASE),
 )
 # Openings that a model may answer alike, if the guards let them pass; longer ones first.
 _OPENINGS = (
@@ -128,12 +127,15 @@ _OPENINGS = (
     ),
     re.compile(r"(?:what (?:is|are)|explain(?: to me)?|define|describe) (?P<topic>.+)"),
     re.compile(r"what do(?:es)? (?P<topic>.+) mean"),
-    re.compile(r"what (?P<topic>.+) (?:is|are|means?)"),
 )
 _MEANINGS = (
     re.compile(r"what (?:is meant by|do you mean by|is the definition of) (?P<topic>.+)", re.IGNORECASE),
     re.compile(r"what do(?:es)? (?P<topic>.+) mean", re.IGNORECASE),
-    re.compile(r"what (?P<topic>.+) means?", re.IGNORECASE),
+)
+# After "explain" and its like alone: "What time is" asks for the time.
+_INDIRECT = (
+    ("what is {}", re.compile(r"what (?P<topic>.+) is", re.IGNORECASE)),
+    ("what does {} mean", re.compile(r"what (?P<topic>.+) means?", re.IGNORECASE)),
 )
 # A glass isn't what glass is; "a black hole" is what "black hole" is.
 _ARTICLE = re.compile(r"an? (?=[a-z]+ [a-z ]+$)")
@@ -191,7 +193,8 @@ def canonical_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str
         return f"what is {topic}"
     if (topic := _topic(plain, _MEANINGS)) is not None:
         return f"what does {topic} mean"
-    question = " ".join(map(_lowered, _PIECES.findall(plain)))
+    pieces = _PIECES.findall(plain)
+    question = " ".join(_lowered(piece, opens=place == 0) for place, piece in enumerate(pieces))
     return _MEANS_TO.sub("how to ", question, count=1) if question.startswith("how ") else question
 
 
@@ -209,17 +212,18 @@ def plain_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
     """The question without greeting, plea and thanks, contractions and acronyms written out, in its own case."""
     if _is_verbatim(text):
         return unicodedata.normalize("NFC", text).strip()
-    question = _without_courtesy(" ".join(_unicode(text).split()))
+    question, is_indirect = _without_courtesy(" ".join(_unicode(text).split()))
     # Written out, "What does AI stand for?" would ask something else.
     known: Mapping[str, str] = {} if _ABOUT_WORDS.search(question) else acronyms
     if (subject := _SUBJECT.fullmatch(question)) is not None:
         question = subject["before"] + _written_out(subject["acronym"], known) + subject["after"]
     names = {acronym: words for acronym, words in known.items() if words[:1].isupper()}
     pieces = _PIECES.findall(question)
-    return " ".join(
+    plain = " ".join(
         _plain(piece, names if before.lower() in _BEFORE_NAMES else {})
         for before, piece in zip(("", *pieces), pieces, strict=False)
     )
+    return _direct(plain) if is_indirect else plain
 
 
 def _plain(piece: str, acronyms: Mapping[str, str]) -> str:
@@ -244,16 +248,27 @@ def _unicode(text: str) -> str:
     return unicodedata.normalize("NFKC", text.translate(_QUOTES)).translate(_QUOTES)
 
 
-def _without_courtesy(question: str) -> str:
+def _without_courtesy(question: str) -> tuple[str, bool]:
+    """The question alone, and whether another asked for it ("tell me")."""
     bare = question[match.end() :] if (match := _GREETING.match(question)) else question
+    is_indirect = False
     for _ in range(_LEADS_MAX):
         match = _LEAD.match(bare)
         if match is None:
             break
         bare = bare[match.end() :]
+        is_indirect |= match["indirect"] is not None
     if not _ABOUT_WORDS.search(bare):
         bare = _TRAIL.sub("", bare)
-    return bare or question
+    return bare or question, is_indirect
+
+
+def _direct(question: str) -> str:
+    """ "What love is", which is asked to be explained, as a question."""
+    for form, indirect in _INDIRECT:
+        if (topic := _topic(question.rstrip(_END_MARKS), (indirect,))) is not None:
+            return form.format(topic)
+    return question
 
 
 def _written_out(word: str, acronyms: Mapping[str, str]) -> str:
@@ -262,14 +277,14 @@ def _written_out(word: str, acronyms: Mapping[str, str]) -> str:
     return CONTRACTIONS.get(word.lower(), word) if spelt is None else acronyms[spelt]
 
 
-def _lowered(piece: str) -> str:
-    """In lower case, unless its capitals may say something."""
+def _lowered(piece: str, opens: bool) -> str:
+    """In lower case if it opens the text, unless its capitals may say something there too."""
     if piece[0] in "\"'":
         return piece
     word = piece.strip(".,;:!?()")
-    if word in CASED or (word.upper() == word and word not in ("I", "A")) or not word[1:].islower():
-        return piece if word not in ("I", "A") else piece.lower()
-    return piece.lower()
+    if word == "I" or (word == "A" and opens):
+        return piece.lower()
+    return piece.lower() if opens and word[1:].islower() and word not in CASED else piece
 
 
 def _without_end_mark(question: str) -> str:

@@ -24,16 +24,17 @@ out off down again ever even still yet only more most much many lot really actua
 
 PREPOSITIONS = word_set("""
 of in on at by for from with into onto about as than over under above below between among within via per through up out
-off down before after during until against around across without towards to and or
+off down before after during while until against around across without towards to and or
 """)
 
-# Content that changes what is asked only a little; on one side only it is no reason in `strict`.
+# What treats alike whatever it joins.
+SYMMETRIC = frozenset(("and", "or", "vs", "versus", "between", "&"))
+
+# Content that changes what is asked only a little.
 FILLER = word_set("""
 best good great better way ways thing things people person possible different various kind type sort
 amazing awesome excellent perfect nice effective
 """)
-# Of these, what may be missing on one side in `strict` too: "the best way to" is "how to".
-PADDING = word_set("best good great better way ways thing things possible")
 
 # Words in "ly" that say how often or how sure, or that are no adverbs; all others say how something is done.
 NOT_OF_MANNER = word_set("""
@@ -224,18 +225,6 @@ NUMBERS = classes("""
 8th eighth
 9th ninth
 10th tenth
-""")
-
-# Each line: small words of one kind. In `strict`, both questions have one of a kind, or neither.
-SMALL = classes("""
-he him his himself
-she her hers herself
-they them their theirs themselves
-every each
-only
-most
-more
-myself yourself itself oneself ourselves
 """)
 
 # Words that place a question in the moment or the talk in which it is asked.

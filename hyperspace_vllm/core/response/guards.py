@@ -7,8 +7,9 @@ the engine wants. Cost: the guards read English, and refuse many pairs that one 
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from operator import ne
 from typing import Literal
 
 from ..records.limits import QUESTION_CHARS_MAX
@@ -28,11 +29,12 @@ from .guard_words import (
     NOT_OF_MANNER,
     PREPOSITIONS,
     QUALIFIERS,
-    SMALL,
+    SYMMETRIC,
     word_set,
 )
 from .opposites import have_antonyms, have_other_affixes
 from .question import Question, Word, are_derived, read_question
+from .wording import wording
 
 Mode = Literal["balanced", "strict"]
 
@@ -42,8 +44,6 @@ _TOWARDS = _GOALS | {"in"}
 _OF_THEIR_TIME = frozenset(("who", "what", "where", "is"))
 _ALIKE = ({"what", "definition"}, {"what", "about"})
 _OPEN = frozenset(("what", "where", "why"))
-_DUTIES = frozenset(("must", "should"))
-_SYMMETRIC = frozenset(("and", "or", "vs", "versus", "between", "&"))
 _POINTING = word_set("it its this that these those they them their he him his she her such")
 # "It" that stands for nothing, or for what follows. Two searches: one pattern for both takes quadratic time.
 _EXPLETIVE = re.compile(
@@ -169,17 +169,8 @@ def _differ_in_modality(one: Question, other: Question) -> bool:
     return one.modal != other.modal
 
 
-def _differ_in_duty(one: Question, other: Question) -> bool:
-    return (one.modal in _DUTIES) != (other.modal in _DUTIES)
-
-
 def _differ_in_type(one: Question, other: Question) -> bool:
     return one.asks != other.asks and {one.asks, other.asks} not in _ALIKE
-
-
-def _differ_in_breadth(one: Question, other: Question) -> bool:
-    """To tell about a thing is more than to say what it is."""
-    return (one.asks == "about") != (other.asks == "about")
 
 
 def _differ_in_roles(one: Question, other: Question) -> bool:
@@ -199,7 +190,7 @@ def _differ_in_roles(one: Question, other: Question) -> bool:
         return False
     first, second = moved
     links, other_links = _links(mine, first, second), _links(yours, first, second)
-    if _SYMMETRIC & set(links) and _SYMMETRIC & set(other_links):
+    if SYMMETRIC & set(links) and SYMMETRIC & set(other_links):
         return False
     is_amount = any(mine[place].concept[0].isdigit() for place in moved)  # "INR 500", "500 INR"
     return second - first > 1 or (links == other_links and not (is_amount and not links))
@@ -220,6 +211,12 @@ def _differ_in_clauses(one: Question, other: Question) -> bool:
     return _adds_clause(one, other) or _adds_clause(other, one)
 
 
+def _differ_in_prepositions(one: Question, other: Question) -> bool:
+    """Those before a word that both have: "into a server", "out of a server"; only one may have some."""
+    mine, yours = _prepositions(one), _prepositions(other)
+    return any(mine[concept] != yours[concept] for concept in mine.keys() & yours.keys())
+
+
 def _differ_in_a_word(one: Question, other: Question) -> bool:
     """Questions that are the same but for a word or two ask for two things, unless those are other forms of them."""
     mine, yours = _phrase(one), _phrase(other)
@@ -232,15 +229,10 @@ def _differ_in_a_word(one: Question, other: Question) -> bool:
     return any(_are_two(x, y) for x, y in exchanged)
 
 
-def _differ_in_content(one: Question, other: Question) -> bool:
-    ours, theirs = ({word.concept for word in each.content if not word.is_padding} for each in (one, other))
-    return ours != theirs
-
-
-def _differ_in_small_words(one: Question, other: Question) -> bool:
-    """Whose it is, and whether it is each: what Jimmy thinks is not what he thinks of himself."""
-    ours, theirs = ({SMALL[key] for key in each.keys if key in SMALL} for each in (one, other))
-    return ours != theirs
+def _differ_in_wording(one: Question, other: Question) -> bool:
+    """Any word that only one has, or that stands elsewhere, but for two that change places (see roles)."""
+    mine, yours = wording(one.plain), wording(other.plain)
+    return sorted(mine) != sorted(yours) or sum(map(ne, mine, yours)) > 2
 
 
 # The first that refuses is named.
@@ -262,14 +254,12 @@ GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
     ("spelling", _differ_in_spelling),
     ("manner", _differ_in_manner),
     ("clauses", _differ_in_clauses),
+    ("prepositions", _differ_in_prepositions),
     ("word", _differ_in_a_word),
 )
 STRICT_GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
     ("time", _differ_in_tense),
-    ("question_type", _differ_in_duty),
-    ("question_type", _differ_in_breadth),
-    ("content", _differ_in_content),
-    ("small_words", _differ_in_small_words),
+    ("wording", _differ_in_wording),
 )
 
 
@@ -342,9 +332,22 @@ def _phrase(question: Question) -> list[Word]:
 
 def _are_two(x: Word, y: Word) -> bool:
     """Whether one word says something else than the other, as far as one sees."""
-    if {x.key, y.key} & PREPOSITIONS or (x.is_filler and y.is_filler):
-        return False  # "on YouTube", "in YouTube"
-    return not (are_derived(x.key, y.key) or are_derived(x.concept, y.concept))
+    if x.is_filler and y.is_filler:
+        return False
+    if x.key in KINDS and KINDS[x.key] == KINDS.get(y.key):
+        return False  # "until", "till"
+    return {x.key, y.key} <= PREPOSITIONS or not (are_derived(x.key, y.key) or are_derived(x.concept, y.concept))
+
+
+def _prepositions(question: Question) -> dict[str, set[str]]:
+    """Those before each concept that has any, but for what joins it to another of its kind."""
+    found, before = defaultdict[str, set[str]](set), set[str]()
+    for word in question.content:
+        before |= {*word.link, word.key} & PREPOSITIONS - SYMMETRIC
+        if before and word.key not in PREPOSITIONS:
+            found[word.concept] |= before
+            before = set()
+    return found
 
 
 def _links(words: list[Word], first: int, second: int) -> list[str]:

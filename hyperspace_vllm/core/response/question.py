@@ -11,7 +11,6 @@ from .guard_words import (
     IMPERATIVES,
     NEGATIONS,
     NUMBERS,
-    PADDING,
     UNITS,
     word_set,
 )
@@ -106,11 +105,6 @@ class Word:
         """Whether its absence changes little."""
         return self.key in FILLER or self.concept in FILLER
 
-    @property
-    def is_padding(self) -> bool:
-        """Whether its absence changes nothing."""
-        return self.key in PADDING or self.concept in PADDING
-
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -122,7 +116,8 @@ class Question:
     `modal` is the first modal verb: can, could, may, might, must ("have to" is one), should, will, would; `noun`, where
     one is all that is asked about, "mass" (what is glass), "count" (a glass) or "plural" (what are glasses); `compares`
     "than", "as" or "most". `accented` are the words with letters beyond ASCII, sorted; `clauses` the keys and concepts
-    of what each part between commas, brackets and full stops says, further questions left out.
+    of what each part between commas, brackets and full stops says, further questions left out. `plain` is the whole
+    text, in its own case.
     """
 
     keys: frozenset[str]
@@ -139,6 +134,7 @@ class Question:
     is_passive: bool
     accented: tuple[str, ...]
     clauses: tuple[frozenset[str], ...]
+    plain: str
 
     @property
     def says(self) -> frozenset[str]:
@@ -147,10 +143,12 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class _Token:
+class Token:
+    """A word, number, unit or operator of a text; `opens`: a sentence."""
+
     kind: str
     text: str
-    opens: bool  # a sentence
+    opens: bool
     is_quoted: bool
 
     @property
@@ -162,7 +160,7 @@ class _Token:
 def read_question(text: str) -> Question:
     """The features of a question, in time linear in its length."""
     plain = plain_question(text)
-    tokens = _tokens(plain)
+    tokens = tokens_of(plain)
     words = [token.text.lower() for token in tokens if token.kind == "word"]
     asks, content = _asks(words), _content(tokens)
     is_said = (asks in _ABOUT_A_THING and words[0] in _DEFINE) or (
@@ -172,7 +170,7 @@ def read_question(text: str) -> Question:
         del content[:1]  # "explain" says no more than "what is", nor "tall" than that it asks how tall
     return Question(
         keys=frozenset(token.key for token in tokens if token.kind == "word"),
-        numbers=tuple(sorted(number for token in tokens if (number := _number(token)) is not None)),
+        numbers=tuple(sorted(number for token in tokens if (number := number_of(token)) is not None)),
         units=frozenset(_units(tokens)),
         names=frozenset(_names(tokens)),
         content=tuple(content),
@@ -185,6 +183,7 @@ def read_question(text: str) -> Question:
         is_passive=_is_passive(words),
         accented=tuple(sorted(word for word in words if not word.isascii())),
         clauses=tuple(filter(None, map(_clause, _parts(plain)))),
+        plain=plain,
     )
 
 
@@ -225,8 +224,9 @@ def are_derived(one: str, other: str) -> bool:
 _SYNONYM_STEMS = {stem(word): stem(first) for word, first in SYNONYMS.items()}
 
 
-def _tokens(text: str) -> list[_Token]:
-    tokens: list[_Token] = []
+def tokens_of(text: str) -> list[Token]:
+    """The words, numbers, units and operators of a text, in order."""
+    tokens: list[Token] = []
     opens, quoted = True, False
     for match in _TOKEN.finditer(text):
         kind = match.lastgroup or ""
@@ -235,7 +235,7 @@ def _tokens(text: str) -> list[_Token]:
         elif kind == "stop":
             opens = True
         else:
-            tokens.append(_Token(kind, match.group(), opens, quoted))
+            tokens.append(Token(kind, match.group(), opens, quoted))
             opens = False
     return tokens
 
@@ -249,11 +249,12 @@ def _parts(plain: str) -> Iterator[str]:
 
 
 def _clause(part: str) -> frozenset[str]:
-    said = [word for word in _content(_tokens(part)) if not word.is_filler and len(word.key) > 1]
+    said = [word for word in _content(tokens_of(part)) if not word.is_filler and len(word.key) > 1]
     return frozenset(name for word in said for name in (word.key, word.concept))
 
 
-def _number(token: _Token) -> str | None:
+def number_of(token: Token) -> str | None:
+    """The number or operator that a token is, words of numbers in digits; None if it is neither."""
     text = token.text.lower().replace("−", "-")
     if token.kind == "operator":
         return text
@@ -262,12 +263,12 @@ def _number(token: _Token) -> str | None:
     return NUMBERS.get(text)
 
 
-def _units(tokens: list[_Token]) -> Iterator[str]:
+def _units(tokens: list[Token]) -> Iterator[str]:
     for place, token in enumerate(tokens):
         unit = UNITS.get(token.text.lower())
         if unit is None:
             continue
-        measures = place > 0 and _number(tokens[place - 1]) is not None
+        measures = place > 0 and number_of(tokens[place - 1]) is not None
         if measures or token.text.lower() not in _UNITS_OF_NUMBERS:
             yield unit
 
@@ -292,7 +293,7 @@ def _tense(words: list[str]) -> str | None:
     return "past" if words[1].endswith("ed") else "present" if words[1].endswith("s") else None
 
 
-def _names(tokens: list[_Token]) -> list[str]:
+def _names(tokens: list[Token]) -> list[str]:
     words = [token for token in tokens if token.kind == "word"]
     # In A Heading Set As This Is, capitals say nothing; its function words tell it from a row of names.
     inner = [token.text for token in words if not token.opens and token.text not in ("I", "A")]
@@ -301,7 +302,7 @@ def _names(tokens: list[_Token]) -> list[str]:
     return [token.key for token in words if _is_name(token, is_heading)]
 
 
-def _is_name(token: _Token, is_heading: bool) -> bool:
+def _is_name(token: Token, is_heading: bool) -> bool:
     text = token.text
     if token.is_quoted or re.search(r"\w[._&#+]\w|\d|_|[+#]$", text):
         return True
@@ -312,12 +313,12 @@ def _is_name(token: _Token, is_heading: bool) -> bool:
     return text[0].isupper() and not token.opens and not is_heading and text.lower() not in FUNCTION
 
 
-def _content(tokens: list[_Token]) -> list[Word]:
+def _content(tokens: list[Token]) -> list[Word]:
     content: list[Word] = []
     link: list[str] = []
     for token in tokens:
         lower = token.text.lower()
-        number = _number(token)
+        number = number_of(token)
         is_content = token.kind == "number" or (
             token.kind == "word" and lower not in FUNCTION and lower not in NEGATIONS
         )

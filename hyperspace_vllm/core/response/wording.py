@@ -1,0 +1,62 @@
+"""Every word of a question, for `strict`: any that only one of two questions has keeps them apart.
+
+Context: a small word turns a question ("too much salt", "sue for", "get off drugs"), and no list of those that do is
+ever complete. Choice: a closed list of what may be missing, and all else counts, in its tense, where it stands. Equal
+are only plurals, synonyms (word_forms.py), what stands for one word by grammar alone (is, are), and a few openings.
+Rejected: a list of words that may be missing for each kind of question. Cost: most rewordings, such as "you" for "I".
+"""
+
+import re
+from collections.abc import Iterator
+
+from .guard_words import FUNCTION, NEGATIONS, SYMMETRIC, word_set
+from .question import Token, concept_of, number_of, tokens_of
+from .word_forms import IRREGULAR
+
+# Articles, and "do", which only makes a question of a statement. Not the forms of "be" and "have", which say something
+# by themselves, nor "did", the past.
+_UNSAID = word_set("a an the do does")
+_AFTER_ARTICLES = word_set("few little")  # "a few" are some, "few" hardly any
+_WITHOUT_CAPITALS = word_set("I An The Do Does")
+_SPELT = {"are": "is", "were": "was", "has": "have", "which": "what", "whom": "who"}
+_WAY_TO = re.compile(
+    r"^(?:how (?:do|can) i|how (?:does|can) one|what (?:is|are) the best ways? to) (?=\w)", re.IGNORECASE
+)
+_WHAT_IS = re.compile(
+    r"^(?:explain |define |what are some (?:of (?=the |your |my ))?|what (?:is|are) )(?=\w)", re.IGNORECASE
+)
+
+
+def wording(plain: str) -> list[tuple[str, ...]]:
+    """The words of a plain question (canonical.py) that say something, in order, each after its small words.
+
+    What is written with a capital inside the text, or quoted, is as it is written: a Python is no python.
+    """
+    return list(_bound(tokens_of(_WHAT_IS.sub("what is ", _WAY_TO.sub("how to ", plain)))))
+
+
+def _bound(tokens: list[Token]) -> Iterator[tuple[str, ...]]:
+    small: list[str] = []
+    for place, token in enumerate(tokens):
+        word = _spelt(token, opens=place == 0)
+        if word in SYMMETRIC:
+            yield (word,)
+        elif word in _UNSAID:
+            small += [word for each in tokens[place + 1 : place + 2] if each.key in _AFTER_ARTICLES]
+        elif word in FUNCTION or word in NEGATIONS or token.kind == "operator":
+            small.append(_SPELT.get(word, word))
+        else:
+            yield (*small, word)
+            small = ["'s"] if token.text.lower().endswith("'s") else []
+    yield tuple(small)
+
+
+def _spelt(token: Token, opens: bool) -> str:
+    text, key = token.text, token.key
+    is_opening = opens and (len(text) == 1 or text[1:].islower())
+    if token.is_quoted:
+        return f'"{text}"'
+    if text != text.lower() and text not in _WITHOUT_CAPITALS and not is_opening:
+        return text.replace(".", "").removesuffix("'s")
+    has_ending = IRREGULAR.get(key, key) != key or key.endswith(("ed", "ing", "ly"))
+    return number_of(token) or (key if has_ending else concept_of(key))
