@@ -243,7 +243,7 @@ HEADERS = [
 ]
 # What the scripted core can't answer, or answers for long.
 UNSCRIPTED = frozenset({"prompt_logprobs", "logprob_token_ids", "use_beam_search", "n"})
-REQUESTS = 400
+REQUESTS = [200, pytest.param(400, marks=pytest.mark.slow)]
 
 
 def changed(rng: random.Random, endpoint: Endpoint, body: Json) -> Json:
@@ -260,14 +260,15 @@ def changed(rng: random.Random, endpoint: Endpoint, body: Json) -> Json:
     return body
 
 
+@pytest.mark.parametrize("requests", REQUESTS)
 @pytest.mark.parametrize("flags", FLAGS)
-def test_any_requests_get_vllms_own_answers(with_flags: Callable[[str], FrontEnds], flags: str) -> None:
+def test_any_requests_get_vllms_own_answers(with_flags: Callable[[str], FrontEnds], flags: str, requests: int) -> None:
     front, rng = with_flags(flags), random.Random(flags)
     endpoints: list[Endpoint] = [each for each in FIELDS if (each in POOLING) == (flags == "pooling")]
     texts = rng.sample(TEXTS, 8)
     before: list[tuple[Endpoint, Json]] = []
     seen: Counter[object] = Counter()
-    for _ in range(REQUESTS):
+    for _ in range(requests):
         if before and rng.random() < 0.7:
             endpoint, body = rng.choice(before)
             body = changed(rng, endpoint, body)
@@ -280,6 +281,6 @@ def test_any_requests_get_vllms_own_answers(with_flags: Callable[[str], FrontEnd
         assert cached == plain, (endpoint, body, headers, status)
         seen[plain[0]] += 1
         seen["hit", endpoint, bool(body.get("stream"))] += "; hit; " in status
-    assert seen[400] > REQUESTS / 20
+    assert seen[400] > requests / 20
     modes = [(each, stream) for each in endpoints for stream in ((False,) if each in POOLING else (False, True))]
     assert all(seen["hit", *mode] for mode in modes), seen
