@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from .client import NodeClient
 from .config import Config
-from .core.records.errors import ProtocolViolation
+from .core.records.errors import ProtocolViolation, for_terminal
 from .core.records.ids import peer_id, sha256
 from .core.records.limits import RECENT_MS
 from .core.records.local import PURGED_KEYS_MAX, PurgeResponses
@@ -149,7 +149,7 @@ def _show(database: sqlite3.Connection, prefix: str) -> int:
     found = _named(database, prefix)
     if isinstance(found, str):
         return _failed(found)
-    print(json.dumps(_whole(database, found), indent=2, ensure_ascii=False))
+    print(for_terminal(json.dumps(_whole(database, found), indent=2, ensure_ascii=False)))
     return 0
 
 
@@ -240,5 +240,5 @@ def _duration(milliseconds: int) -> str:
 
 
 def _failed(text: str) -> int:
-    print(f"hyperspace: {text}", file=sys.stderr)
+    print(f"hyperspace: {for_terminal(text)}", file=sys.stderr)
     return 1

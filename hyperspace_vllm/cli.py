@@ -12,6 +12,7 @@ from typing import Any
 from . import cache_command
 from .client import NodeClient
 from .config import SETTINGS, Config, ConfigError, load_config_with_origins
+from .core.records.errors import for_terminal
 from .core.records.local import GetStatus, Status
 
 _CONNECT_S = 5.0
@@ -124,7 +125,7 @@ def _status(config: Config, options: argparse.Namespace, origins: dict[str, str]
         )
         return 1
     if options.json:
-        print(answer.decode())
+        print(for_terminal(answer.decode()))
     else:
         _print_status(json.loads(answer))
     return 0
@@ -151,36 +152,41 @@ def _ask_status(config: Config) -> bytes | None:
 def _print_status(status: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(show_header=False, title=f"hyperspace node {status['peer_id']}")
+    def row(name: str, value: str) -> None:
+        """What peers, engines and Redis said is in it: no markup, and nothing that a terminal obeys."""
+        table.add_row(Text(for_terminal(name)), Text(for_terminal(value)))
+
+    table = Table(show_header=False, title=Text(for_terminal(f"hyperspace node {status['peer_id']}")))
     arena = status["arena"]
     used = arena["capacity_bytes"] - arena["free_bytes"]
-    table.add_row("network", status["network"])
-    table.add_row("KV endpoint", status["endpoint"] or "none")
+    row("network", status["network"])
+    row("KV endpoint", status["endpoint"] or "none")
     for name, value in _network_rows(status):
-        table.add_row(name, value)
-    table.add_row("data directory", status["data_dir"])
-    table.add_row("running", f"pid {status['pid']}, {status['uptime_s']:.0f} s, version {status['version']}")
-    table.add_row("engine processes", str(status["engine_leases"]))
+        row(name, value)
+    row("data directory", status["data_dir"])
+    row("running", f"pid {status['pid']}, {status['uptime_s']:.0f} s, version {status['version']}")
+    row("engine processes", str(status["engine_leases"]))
     for model in status["identifying"]:
         share = f"{_size(model['done_bytes'])} of {_size(model['total_bytes'])} read"
-        table.add_row("identifying", f"{model['title']}: {share}; L1 and L2 come on then")
+        row("identifying", f"{model['title']}: {share}; L1 and L2 come on then")
     peers = [
         f"{peer['peer_id']} at {peer['endpoint']}, {'connected' if peer['connected'] else 'not connected'}"
         for peer in status["peers"]
     ]
-    table.add_row("KV peers", "\n".join(peers) or "none")
-    table.add_row("arena", f"{_size(used)} of {_size(arena['capacity_bytes'])}, {arena['rows']} rows")
+    row("KV peers", "\n".join(peers) or "none")
+    row("arena", f"{_size(used)} of {_size(arena['capacity_bytes'])}, {arena['rows']} rows")
     for name, value in (status["shared_responses"] or {}).items():
-        table.add_row(f"responses in Redis: {name}", f"{value}")
+        row(f"responses in Redis: {name}", f"{value}")
     for name, value in (status["responses"] or {}).items():
-        table.add_row(f"responses: {name}", f"{value}")
+        row(f"responses: {name}", f"{value}")
     for layer, (hits, total) in _hit_rates(status["metrics"]).items():
-        table.add_row(f"{layer} hits", f"{hits:.0f} of {total:.0f} ({hits / total:.0%})")
+        row(f"{layer} hits", f"{hits:.0f} of {total:.0f} ({hits / total:.0%})")
     for sample in status["metrics"]:
         if sample["value"] and sample["name"] in _SHOWN:
             labels = " ".join(sample["labels"].values())
-            table.add_row(f"{_SHOWN[sample['name']]} {labels}", f"{sample['value']:,.0f}")
+            row(f"{_SHOWN[sample['name']]} {labels}", f"{sample['value']:,.0f}")
     Console().print(table)
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 
 from .core.records.errors import Refused
 from .core.records.limits import MiB
+from .regular_files import open_regular, read_regular
 
 READ_BYTES = 8 * MiB
+RECORD_BYTES_MAX = 64 * MiB
 RECORDS_MAX = 256  # sets of files that are remembered: models and adapters of one machine
 PROGRESS_S = 1.0
 _NICE = 10  # where engines spin on every core it still gets a tenth of one
@@ -48,7 +50,7 @@ class FileState:
     def hash(self, advance: Callable[[int], None]) -> str:
         """SHA-256 (hex) of the file; `Refused` if it isn't in this state, before and after. `advance` counts bytes."""
         digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
-        with open(self.path, "rb", buffering=0) as file:
+        with open_regular(self.path) as file:
             before = self._from(self.path, os.fstat(file.fileno()))
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
@@ -118,7 +120,7 @@ def in_progress(data_dir: Path) -> list[dict[str, object]]:
     """What is being read now: `title`, `done_bytes` and `total_bytes` of each set of files."""
     found: list[dict[str, object]] = []
     for part in (data_dir / "digests").glob("*.part"):
-        with suppress(OSError, ValueError), part.open() as file:
+        with suppress(OSError, ValueError), open_regular(part) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -133,6 +135,6 @@ def _fields(state: FileState) -> tuple[str | int, ...]:
 def _read(record: Path) -> dict[FileState, str]:
     """What was kept; nothing where that is damaged."""
     try:
-        return {FileState(*state): str(digest) for *state, digest in json.loads(record.read_text())}
+        return {FileState(*state): str(digest) for *state, digest in json.loads(read_regular(record, RECORD_BYTES_MAX))}
     except (OSError, ValueError, TypeError):
         return {}

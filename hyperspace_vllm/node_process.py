@@ -18,11 +18,13 @@ from pathlib import Path
 
 from .config import Config
 from .core.records.errors import printable
+from .regular_files import open_regular, read_regular
 
 logger = logging.getLogger(__name__)
 
 _SILENT_S = 8.0  # a node starts in 2 s
 _LINE_BYTES_MAX = 2048
+_CARD_BYTES_MAX = 65_536
 _LINES_MAX = 100  # different ones
 _AS_ORPHAN = "import os, sys; os.fork() or os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -48,10 +50,10 @@ def revive_node(config: Config) -> bool:
     processes try, all but one of the nodes exit at once.
     """
     try:
-        card = json.loads((config.data_dir / "node.json").read_text())
+        card = json.loads(read_regular(config.data_dir / "node.json", _CARD_BYTES_MAX))
         if not isinstance(card, dict) or card.get("embedded") is not True:
             return False
-        with (config.data_dir / "node.lock").open("rb") as lock:
+        with open_regular(config.data_dir / "node.lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         _spawn(config, subprocess.DEVNULL)
     except (OSError, RuntimeError, ValueError) as error:  # BlockingIOError: somebody is there

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from .regular_files import open_regular
+
 
 class SessionLock:
     """Held by a worker; `OSError` when the file can't be made."""
@@ -38,10 +40,11 @@ def look(data_dir: Path, session: bytes) -> Literal["held", "over", "unknown"]:
 
     Unknown: there is no such file, because the worker could not make one.
     """
+    path = _path(data_dir, session)
     try:
-        with _path(data_dir, session).open("rb") as file:
+        with open_regular(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(file.name)
+            path.unlink()
     except FileNotFoundError:
         return "unknown"
     except OSError:

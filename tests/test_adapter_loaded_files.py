@@ -1,5 +1,6 @@
 """Which files stand for a model, and when: however it is named, as it was when vLLM loaded it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from hyperspace_vllm.core.records.errors import Refused
 from hyperspace_vllm.core.records.ids import sha256
-from hyperspace_vllm.file_digests import FileState
+from hyperspace_vllm.file_digests import FileDigests, FileState
 from hyperspace_vllm.vllm_adapter import loaded_files
 from hyperspace_vllm.vllm_adapter.loaded_files import Identity, LoadedFiles, before_load
 from hyperspace_vllm.vllm_adapter.model_files import Source, model_source, source_of
@@ -179,6 +180,27 @@ def test_the_kind_of_files_is_the_one_that_the_loader_takes(
         (tmp_path / name).write_bytes(b"x")
     found = Source(tmp_path, fixed=False).weights(load_format)
     assert [os.path.basename(path) for path in found] == expected
+
+
+@pytest.mark.parametrize("below", ["", "sub", "additional_chat_templates"])
+def test_pipes_devices_and_folders_are_no_files_of_a_model(tmp_path: Path, below: str) -> None:
+    folder = tmp_path / below
+    folder.mkdir(exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    for kind in (".safetensors", ".jinja", ".json"):
+        os.mkfifo(folder / f"pipe{kind}")
+        (folder / f"device{kind}").symlink_to("/dev/zero")
+        (folder / f"folder{kind}").mkdir()
+        (folder / f"link{kind}").symlink_to(tmp_path / "model.safetensors")
+    source = Source(tmp_path, fixed=False)
+    for paths in (source.weights("auto"), source.texts(), source.all_files()):
+        assert all(os.path.basename(path).startswith(("model", "link")) for path in paths)
+        assert digests(tmp_path, paths)
+
+
+def digests(tmp_path: Path, paths: tuple[str, ...]) -> bool:
+    found = FileDigests(tmp_path / "digests").digest("a model", map(FileState.of, paths))
+    return set(found.values()) <= {hashlib.sha256(b"x").hexdigest()}
 
 
 def snapshot(cache: Path, branch: str | None = "main") -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperspace_vllm.cli import main
+from hyperspace_vllm.cli import _print_status, main
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.ids import network_id, sha256
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
@@ -64,6 +64,34 @@ def test_an_entry_is_shown_by_the_first_digits_of_its_key(
     assert entry["body"].encode() == body_of(1)
     assert entry["intact"] is True
     assert decode_proof(base64.b64decode(entry["proof"])).response_hash == sha256(body_of(1))
+
+
+HOSTILE = "A\x1b[31m\x9b2J\u202eevil\x7f\u2028\U000e0041\r end, und 漢字"
+
+
+def test_nothing_that_a_terminal_obeys_is_shown_and_other_scripts_stay_readable(
+    node: NetworkedNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = json.dumps({"text": HOSTILE}, ensure_ascii=False).encode()
+    assert node.client.wait_connected(60)
+    assert node.client.send(StoreResponse(request_key(1), "network", bytes(32), HOSTILE, RESPONSE_TTL_MS, body))
+    until(lambda: node.status()["responses"]["entries"] == 1, 60)
+    assert run(node, "show", request_key(1).hex()) == 0
+    shown = capsys.readouterr().out
+    assert "漢字" in shown
+    assert all(char.isprintable() or char == "\n" for char in shown)
+    assert json.loads(json.loads(shown)["body"]) == {"text": HOSTILE}
+
+
+def test_the_status_shows_no_markup_and_nothing_that_a_terminal_obeys(
+    node: NetworkedNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = node.status()
+    status["shared_responses"] = {"state": f"[red]{HOSTILE}[/red]"}
+    _print_status(status)
+    shown = capsys.readouterr().out
+    assert "[red]A" in shown
+    assert all(char.isprintable() or char == "\n" for char in shown)
 
 
 @pytest.mark.parametrize("key", ["", "xyz", "0" * 65, "00000000"])

@@ -54,6 +54,20 @@ def test_a_file_is_read_once_however_often_it_is_asked_for(
     assert read == [str(other)]  # only what changed
 
 
+@pytest.mark.parametrize("device", [None, "/dev/zero"])
+def test_a_file_that_became_a_pipe_or_a_device_is_refused_and_not_read(tmp_path: Path, device: str | None) -> None:
+    path = tmp_path / "model.safetensors"
+    if device is None:
+        os.mkfifo(path)
+    else:
+        path.symlink_to(device)
+    code = "import sys; from pathlib import Path; from hyperspace_vllm.file_digests import FileDigests, FileState\n"
+    code += "FileDigests(Path(sys.argv[2])).digest('m', [FileState.of(sys.argv[1])])"
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "data")]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=20)
+    assert f"unreadable: {path}: not a regular file" in done.stderr
+
+
 def test_a_file_that_is_not_what_it_was_is_refused(tmp_path: Path, weights: Path) -> None:
     state = FileState.of(str(weights))
     with weights.open("r+b") as file:

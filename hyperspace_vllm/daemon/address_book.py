@@ -14,6 +14,7 @@ from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import PeerId, public_key_of
 from ..core.records.limits import KiB
 from ..core.records.peer_record import PeerRecord
+from ..regular_files import read_regular
 
 ADDRESSES_MAX = 64
 WRITE_EVERY_S = 10.0
@@ -34,8 +35,7 @@ class AddressBook:
     def read(self, own_address: str) -> tuple[tuple[PeerId, str], ...]:
         """The addresses that may be dialled from `own_address`."""
         try:
-            with self._path.open("rb") as file:
-                found = json.loads(file.read(_FILE_BYTES_MAX))
+            found = json.loads(read_regular(self._path, _FILE_BYTES_MAX))
         except (OSError, ValueError, RecursionError):
             return ()
         if not isinstance(found, dict):

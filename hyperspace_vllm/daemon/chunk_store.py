@@ -32,6 +32,7 @@ from ..core.records.ids import ManifestDigest, RowId
 from ..core.records.limits import DATA_CHUNKS, DIGEST_TABLE_BYTES_MAX, MANIFEST_BYTES_MAX, OBJECT_ROWS_MAX, TOTAL_CHUNKS
 from ..core.records.signing import NO_MEMBER_TAG
 from ..core.records.wire import Bytes32, Offer
+from ..regular_files import read_regular
 from .object_codec import ObjectRecord, good_chunks, open_row, read_record
 
 SIDECAR_BYTES_MAX = MANIFEST_BYTES_MAX + DIGEST_TABLE_BYTES_MAX + 4096
@@ -404,7 +405,7 @@ def _read_sidecar(path: Path) -> _Entry | None:
     try:
         if path.stat().st_size > SIDECAR_BYTES_MAX:
             return None
-        raw = path.read_bytes()
+        raw = read_regular(path, SIDECAR_BYTES_MAX)
         if blake3.blake3(raw[:-32]).digest() != raw[-32:]:
             return None
         sidecar = _decoder.decode(raw[:-32])

@@ -15,6 +15,7 @@ from pathlib import Path
 from vllm.config import ModelConfig
 
 from ..core.records.errors import Refused
+from ..regular_files import read_regular
 from .model_files import source_of
 
 # Beside *.jinja; not all JSON: the vocabulary of a tokenizer may well have the word.
@@ -63,5 +64,4 @@ def _files(model: ModelConfig) -> list[Path]:
 
 def _text(path: Path) -> str:
     """A file that is text, or the head of a GGUF, where its template is."""
-    with path.open("rb") as file:
-        return file.read(_HEAD_BYTES).decode(errors="replace")
+    return read_regular(path, _HEAD_BYTES).decode(errors="replace")

@@ -26,6 +26,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from ..core.prefix.segment import fingerprint_digest
+from ..regular_files import open_regular
 from .kv_layout import KVPlan, describe_group
 from .loaded_files import Identity
 from .neutral import DEFAULTS, NEUTRAL_OPTIONS, NEUTRAL_VARIABLES
@@ -116,7 +117,7 @@ def _content(path: str) -> Any:
         return {entry.name: _content(entry.path) for entry in os.scandir(path) if entry.is_file()}
     if not os.path.isfile(path):
         return path
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -18,6 +18,7 @@ from vllm.config import LoadConfig, ModelConfig
 
 from ..core.records.errors import Refused
 from ..file_digests import FileState
+from ..regular_files import read_regular
 
 # What `--load-format` may be: these load the files that lie in the model's directory.
 _LOAD_FORMATS = frozenset(
@@ -44,6 +45,7 @@ _SUFFIXES = tuple(suffix for kind in _KINDS for suffix in kind)
 _OTHER_RUNTIMES = frozenset(("original", "onnx", "openvino", "metal"))  # folders with copies that vLLM doesn't load
 _TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _NOT_READ = re.compile(r"(license|readme|notice|use_policy)|.*\.index\.json$", re.IGNORECASE)
+_REF_BYTES_MAX = 256
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -65,7 +67,12 @@ class Source:
         top = [path for path in self.path.iterdir() if path.is_file()]
         chosen = next((c for kind in kinds if (c := [p for p in top if p.suffix in kind])), [])
         # A few models load weights from subfolders as well.
-        below = (path for folder in self._folders() for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+        below = (
+            path
+            for folder in self._folders()
+            for path in folder.rglob("*")
+            if path.suffix in _SUFFIXES and path.is_file()
+        )
         files = sorted(str(path) for path in (*chosen, *below))
         if not files:
             raise Refused("weights", f"no weight files in {self.path}")
@@ -77,7 +84,8 @@ class Source:
             return (str(self.path),)  # a GGUF file has it all
         suffixes = (*_TEXT_SUFFIXES, ".py")
         found = (p for p in self.path.iterdir() if p.suffix in suffixes and p.is_file() and not _NOT_READ.match(p.name))
-        named = self.path.glob("additional_chat_templates/*.jinja")  # which a request may choose, or its tools
+        templates = self.path.glob("additional_chat_templates/*.jinja")
+        named = (path for path in templates if path.is_file())  # which a request may choose, or its tools
         return tuple(sorted(map(str, (*found, *named))))
 
     def all_files(self) -> tuple[str, ...]:
@@ -130,7 +138,7 @@ def _snapshot(repo: str, revision: str | None, cache: Path) -> Path | None:
     commit = getattr(revision, "resolved", None) or str(revision or "main")
     if not _COMMIT.fullmatch(commit):
         try:
-            commit = (root / "refs" / commit).read_text().strip()
+            commit = read_regular(root / "refs" / commit, _REF_BYTES_MAX).decode().strip()
         except (OSError, ValueError):
             return None
     found = root / "snapshots" / commit

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contained import contained
+from ..regular_files import open_regular
 
 _EPOCH_BYTES, _COUNT_BYTES = 16, 8
 _STRAYED = _EPOCH_BYTES + _COUNT_BYTES  # place of the byte that says that no epoch ends any more
@@ -109,7 +110,7 @@ def shared_epoch(data_dir: Path) -> tuple[Path, int]:
     directory = data_dir / "epochs"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in directory.iterdir():
-        with suppress(OSError), path.open("rb") as file:  # BlockingIOError: its server lives
+        with suppress(OSError), open_regular(path) as file:  # BlockingIOError: its server lives
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
     descriptor, name = tempfile.mkstemp(dir=directory)

@@ -1,5 +1,7 @@
 """The two ways in which input can be wrong, and how foreign text is shown."""
 
+import json
+
 SHOWN_CHARS_MAX = 300
 
 
@@ -8,6 +10,13 @@ def printable(foreign: str, chars_max: int = SHOWN_CHARS_MAX) -> str:
     cut = foreign[:chars_max]
     shown = cut if cut.isprintable() else repr(cut)[1:-1]
     return shown + "…" * (len(foreign) > chars_max)
+
+
+def for_terminal(json_or_text: str) -> str:
+    """The same with every unprintable character escaped as JSON does, but for the ends of lines; JSON stays JSON."""
+    if json_or_text.isprintable():
+        return json_or_text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in json_or_text)
 
 
 class ProtocolViolation(ValueError):

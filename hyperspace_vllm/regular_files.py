@@ -1,0 +1,22 @@
+"""Reading files that may be something else: of models, of adapters, of data directories."""
+
+import errno
+import os
+import stat
+from io import FileIO
+from pathlib import Path
+
+
+def open_regular(path: str | Path) -> FileIO:
+    """A file to read; `OSError` if it is no regular one: a pipe would be waited for, and a device read without end."""
+    file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_regular(path: str | Path, bytes_max: int) -> bytes:
+    """Its first bytes; `OSError` as `open_regular`."""
+    with open_regular(path) as file:
+        return file.read(bytes_max)
