@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from hyperspace_vllm.api.embeddings import INPUTS_MAX
+from hyperspace_vllm.api.request_body import replayed
 
 from .cached_server import Bench, benches, said, until
 
@@ -163,6 +164,42 @@ async def test_an_error_is_the_servers_own(bench: Bench, engine: Engine) -> None
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == "bad input in ['good', 'bad']"
     assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss; detail=failed"
+
+
+async def test_a_refused_input_costs_no_second_computation_of_the_others(bench: Bench, engine: Engine) -> None:
+    engine.refused = {"bad"}
+    good = [f"text {number}" for number in range(20)]
+    assert (await embed(bench, [*good, "bad"])).status_code == 400
+    await bench.stored(20)
+    engine.inputs.clear()
+    assert (await embed(bench, [*good, "bad"])).status_code == 400
+    assert engine.inputs == ["bad", *good, "bad"]  # alone, and in the whole request, whose refusal is vLLM's own
+    engine.inputs.clear()
+    assert "; hit; " in (await embed(bench, good)).headers["cache-status"]
+    assert engine.inputs == []
+
+
+async def test_a_refused_input_ends_what_is_computed_of_the_others(bench: Bench, engine: Engine) -> None:
+    engine.gate.clear()
+    engine.refused = {"bad"}
+    inner, refused_at_once = bench.cache.app, asyncio.Event()
+
+    async def refuse_at_once(scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        if json.loads(message["body"])["input"] == "bad":
+            await until(lambda: engine.together == 3)
+            await send({"type": "http.response.start", "status": 400, "headers": []})
+            return await send({"type": "http.response.body", "body": b"{}"})
+        if "bad" in json.loads(message["body"])["input"]:
+            refused_at_once.set()
+            engine.gate.set()
+        return await inner(scope, replayed([message], receive), send)
+
+    bench.cache.app = refuse_at_once
+    answer = await embed(bench, ["a", "bb", "ccc", "bad"])
+    assert answer.status_code == 400
+    assert refused_at_once.is_set()
+    assert bench.node.store.stats()["stored"] == 0
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.records.ids import RequestKey
 from ..core.response.request_key import Uncacheable, request_key
 from ..response_db import StoredResponse
+from .coalesce import ABANDONED_GRACE_S
 from .embeddings import Embedding, decode, inputs_of, is_finite, merged, request_of
 from .http_headers import forward_status, hit_headers
 from .request_body import rewritten
@@ -49,11 +50,16 @@ async def answer_inputs(exchange: "Exchange") -> None:
     if missing and exchange.wishes.only_if_cached:
         return await exchange.not_cached("partial" if found else "uri-miss")
     computed = await _compute(exchange, missing)
-    if computed is None:
+    if len(computed) < len(missing):
+        _store(exchange, computed, names)
         # vLLM says by itself what is wrong with the request.
         return await exchange.bypass("request" if exchange.wishes.no_cache else "uri-miss", "failed")
     if missing:
-        headers = [(b"cache-status", _store(exchange, computed, len(found), names))]
+        why = "request" if exchange.wishes.no_cache else "partial" if found else "uri-miss"
+        exchange.cache.metrics.lookups.labels("miss", why).inc()
+        detail = f'"{len(found)} of {len(found) + len(missing)} stored"' if found else ""
+        status = forward_status(why, stored=_store(exchange, computed, names), detail=detail)
+        headers = [(b"cache-status", status)]
     else:
         exchange.cache.metrics.lookups.labels("hit", "local").inc()
         headers = _hit_headers([entry for entry in entries.values() if entry], now_ms)
@@ -75,16 +81,13 @@ async def _entries(
     return entries
 
 
-def _store(exchange: "Exchange", computed: dict[RequestKey, Embedding], found: int, names: object) -> bytes:
-    """Hand over what was computed; the Cache-Status of the answer."""
-    why = "request" if exchange.wishes.no_cache else "partial" if found else "uri-miss"
-    exchange.cache.metrics.lookups.labels("miss", why).inc()
+def _store(exchange: "Exchange", computed: dict[RequestKey, Embedding], names: object) -> bool:
+    """Hand over what was computed; whether any of it was sent."""
     same = exchange.names() == names  # else the weights have changed meanwhile
     results = [exchange.hand_over(key, each.encode()) if same else "model_changed" for key, each in computed.items()]
     for result in results:
         exchange.cache.metrics.stored.labels(result).inc()
-    detail = f'"{found} of {found + len(computed)} stored"' if found else ""
-    return forward_status(why, stored="sent" in results, detail=detail)
+    return "sent" in results
 
 
 def _usable(exchange: "Exchange", entry: StoredResponse | None, now_ms: int) -> Embedding | None:
@@ -94,10 +97,8 @@ def _usable(exchange: "Exchange", entry: StoredResponse | None, now_ms: int) -> 
     return decode(entry.body) if exchange.wishes.allows(max(age_s, 0), max(ttl_s, 0)) else None
 
 
-async def _compute(
-    exchange: "Exchange", missing: dict[RequestKey, dict[str, Any]]
-) -> dict[RequestKey, Embedding] | None:
-    """The embeddings of all that is missing, or None if one can't be had."""
+async def _compute(exchange: "Exchange", missing: dict[RequestKey, dict[str, Any]]) -> dict[RequestKey, Embedding]:
+    """The embeddings of what is missing; those that were there first if one is refused, which ends the others."""
     if not missing:
         return {}
     gone = asyncio.Event()
@@ -107,20 +108,34 @@ async def _compute(
             pass
         gone.set()
 
-    async def compute(request: dict[str, Any]) -> Embedding | None:
+    async def compute(key: RequestKey, request: dict[str, Any]) -> tuple[RequestKey, Embedding | None]:
         body = rewritten(json.dumps(request).encode(), request, None, exchange.salt, add_usage=False)
         raw = await ask(exchange.app, exchange.scope, body, gone)
         embedding = None if raw is None else decode(raw)
-        return embedding if embedding is not None and is_finite(embedding) else None
+        return key, embedding if embedding is not None and is_finite(embedding) else None
 
     watcher = asyncio.create_task(watch(), name="hyperspace-disconnect")
+    tasks = [asyncio.create_task(compute(*each), name="hyperspace-embedding") for each in missing.items()]
+    computed: dict[RequestKey, Embedding] = {}
     try:
-        answers = await asyncio.gather(*(compute(request) for request in missing.values()))
+        for each in asyncio.as_completed(tasks):
+            key, embedding = await each
+            if embedding is None:
+                break
+            computed[key] = embedding
     finally:
         watcher.cancel()
         gone.set()
-    computed = {key: answer for key, answer in zip(missing, answers, strict=True) if answer is not None}
-    return computed if len(computed) == len(missing) else None
+        for task in tasks:
+            task.add_done_callback(_heard)
+            asyncio.get_running_loop().call_later(ABANDONED_GRACE_S, task.cancel)
+    return computed
+
+
+def _heard(task: asyncio.Task[object]) -> None:
+    """What a computation that nobody waits for raises is no news."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _hit_headers(entries: list[StoredResponse], now_ms: int) -> list[tuple[bytes, bytes]]:
