@@ -411,13 +411,47 @@ async def test_a_handler_may_refuse_fail_and_be_slow(members: Members) -> None:
         await asyncio.sleep(60)
         return frame
 
-    for answer, reason in ((refuse, "protocol"), (fail, "protocol"), (sleep, "timeout")):
+    for answer, reason in ((refuse, "unreachable"), (fail, "unreachable"), (sleep, "timeout")):
         b.answer = answer
         assert await failure(a.ask(b, timeout_s=0.5)) == reason
     b.answer = b.echo
     assert await a.ask(b) == b"?"
-    assert await failure(a.host.request(b.peer, "/nobody/speaks/this", b"?", 5)) == "protocol"
+    assert await failure(a.host.request(b.peer, "/nobody/speaks/this", b"?", 5)) == "unreachable"
     assert await failure(a.host.request(Member().peer, PROTOCOL, b"?", 5)) == "unreachable"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"", "unreachable"),
+        (b"\0\0", "unreachable"),
+        (b"\0\0\0\5half", "unreachable"),
+        ((STREAM_FRAME_BYTES_MAX + 1).to_bytes(4, "big"), "protocol"),
+    ],
+)
+async def test_a_stream_that_breaks_is_no_breach_of_the_protocol_and_a_malformed_frame_is(
+    members: Members, answer: bytes, reason: str
+) -> None:
+    (a,) = await members(1)
+    asked = threading.Event()
+
+    async def reply(stream: INetStream) -> None:
+        await stream.read(5)
+        await stream.write(answer)
+        await (stream.reset() if not answer else stream.close())
+
+    async def serve(node: Libp2pNode, victim: ID) -> None:
+        node._host.set_stream_handler(TProtocol(PROTOCOL), reply)
+        await trio.to_thread.run_sync(asked.wait)
+
+    serving = asyncio.create_task(attack(a, serve))
+    await until(lambda: a.host.connected)
+    (peer,) = a.host.connected
+    try:
+        assert await failure(a.host.request(peer, PROTOCOL, b"?", 5)) == reason
+    finally:
+        asked.set()
+        await serving
 
 
 async def test_who_sends_a_frame_that_is_too_long_is_told_of(members: Members) -> None:

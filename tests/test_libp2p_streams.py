@@ -43,8 +43,11 @@ class Stream:
         self.is_reset = True
 
 
-def serve(peers: int, each: int, request: bytes, answer: bytes | None, takes: bool) -> list[Stream]:
+def serve(
+    peers: int, each: int, request: bytes, answer: bytes | None, takes: bool, violators: list[ID] | None = None
+) -> list[Stream]:
     """Streams of so many peers, after a moment; without an answer the requests are being handled for ever."""
+    heard = [] if violators is None else violators
     streams = [Stream(ID(b"%d" % peer), request, takes) for peer in range(peers) for _ in range(each)]
 
     async def handle(peer: ID, protocol: str, frame: bytes) -> bytes | None:
@@ -53,7 +56,7 @@ def serve(peers: int, each: int, request: bytes, answer: bytes | None, takes: bo
         return answer
 
     async def main() -> None:
-        answerer = Answerer(handle, lambda peer: None)
+        answerer = Answerer(handle, heard.append)
         async with trio.open_nursery() as nursery:
             for stream in streams:
                 nursery.start_soon(answerer.serve, stream, "protocol")
@@ -66,10 +69,12 @@ def serve(peers: int, each: int, request: bytes, answer: bytes | None, takes: bo
 
 @pytest.mark.parametrize(("peers", "each"), [(1, 6), (20, 1)])
 def test_requests_that_peers_have_sent_are_bounded_for_one_and_for_all(peers: int, each: int) -> None:
-    streams = serve(peers, each, bytes(SIZE), None, takes=True)
+    violators: list[ID] = []
+    streams = serve(peers, each, bytes(SIZE), None, True, violators)
     held = sum(not stream.is_reset for stream in streams) * SIZE
     bound = FRAME_BYTES_IN_PER_PEER_MAX if peers == 1 else FRAME_BYTES_IN_MAX
     assert bound - SIZE < held <= bound
+    assert bool(violators) is (peers == 1)  # what all have sent together is the fault of none of them
 
 
 @pytest.mark.parametrize(("peers", "each"), [(1, 8), (20, 1)])

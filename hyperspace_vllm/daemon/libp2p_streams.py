@@ -44,6 +44,10 @@ class _BrokenRule(Exception):
     """The peer's frame is too long, or too much at once."""
 
 
+class _Full(Exception):
+    """All peers together have sent as much as this node holds, which is the fault of none of them."""
+
+
 class _Room:
     """Bytes that may be held, in all and by peer."""
 
@@ -53,9 +57,13 @@ class _Room:
         self._bytes = 0
         self._by_peer: dict[ID, int] = {}
 
+    def is_over(self, peer_id: ID, size: int) -> bool:
+        """Whether with `size` more the peer alone would have too much."""
+        return self._by_peer.get(peer_id, 0) + size > self._peer_bytes_max
+
     def take(self, peer_id: ID, size: int) -> bool:
         mine = self._by_peer.get(peer_id, 0) + size
-        if mine > self._peer_bytes_max or self._bytes + size > self._bytes_max:
+        if self.is_over(peer_id, size) or self._bytes + size > self._bytes_max:
             return False
         self._by_peer[peer_id] = mine
         self._bytes += size
@@ -68,8 +76,8 @@ class _Room:
             del self._by_peer[peer_id]
 
 
-async def read_frame(stream: INetStream, first_byte_s: float, frame_s: float, room: Callable[[int], bool]) -> bytes:
-    """One frame's payload; `room` is asked before each piece is taken. TooSlowError, StreamError, _BrokenRule."""
+async def read_frame(stream: INetStream, first_byte_s: float, frame_s: float, room: Callable[[int], None]) -> bytes:
+    """One frame's payload; `room` is told before each piece is taken. TooSlowError, StreamError, _BrokenRule."""
     head = bytearray()
     with trio.fail_after(first_byte_s):
         head += await _read(stream, _LENGTH.size)
@@ -83,8 +91,7 @@ async def read_frame(stream: INetStream, first_byte_s: float, frame_s: float, ro
         while len(payload) < length:
             # As it comes: announcing a length costs the sender nothing, so nothing is set aside for it.
             piece = await _read(stream, min(length - len(payload), READ_BYTES))
-            if not room(len(piece)):
-                raise _BrokenRule("too much at once")
+            room(len(piece))
             payload += piece
     return bytes(payload)
 
@@ -130,18 +137,19 @@ class Answerer:
         except _BrokenRule:
             self._violated(peer_id)
             await stream.reset()
-        except trio.TooSlowError:
+        except (_Full, trio.TooSlowError):
             await stream.reset()
 
     async def _serve_one(self, stream: INetStream, peer_id: ID, protocol: str) -> bool:
         held = 0
 
-        def room(size: int) -> bool:
+        def room(size: int) -> None:
             nonlocal held
+            if self._incoming.is_over(peer_id, size):
+                raise _BrokenRule("too much at once")
             if not self._incoming.take(peer_id, size):
-                return False
+                raise _Full
             held += size
-            return True
 
         try:
             request = await read_frame(stream, IDLE_S, FRAME_S, room)
@@ -191,7 +199,10 @@ class Asker:
         self._requests_of: dict[ID, int] = {}
 
     async def ask(self, peer_id: ID, protocol: str, request: bytes) -> bytes:
-        """The answer; PeerFailed(unreachable | protocol | busy)."""
+        """The answer; PeerFailed(unreachable | protocol | busy): `protocol` for a malformed frame alone.
+
+        Streams break for many reasons, this node's own load among them, and that accuses no peer.
+        """
         if not self._is_connected(peer_id):
             raise PeerFailed("unreachable")
         mine = self._requests_of.get(peer_id, 0)
@@ -218,11 +229,11 @@ class Asker:
         try:
             stream = await self._host.new_stream(peer_id, [TProtocol(protocol)])
         except Exception as error:  # the library raises a dozen kinds
-            raise PeerFailed("protocol" if self._is_connected(peer_id) else "unreachable") from error
+            raise PeerFailed("unreachable") from error
         try:
             return await self._exchange(stream, peer_id, protocol, request)
         except _BROKEN as error:
-            raise PeerFailed("protocol" if self._is_connected(peer_id) else "unreachable") from error
+            raise PeerFailed("unreachable") from error
 
     async def _take_spare(self, peer_id: ID, protocol: str) -> INetStream | None:
         spares = self._spare.get((peer_id, protocol), [])
@@ -236,7 +247,7 @@ class Asker:
     async def _exchange(self, stream: INetStream, peer_id: ID, protocol: str, request: bytes) -> bytes:
         try:
             await write_frame(stream, request)
-            answer = await read_frame(stream, float("inf"), float("inf"), lambda size: True)
+            answer = await read_frame(stream, float("inf"), float("inf"), lambda size: None)
         except _BrokenRule as error:
             await stream.reset()
             raise PeerFailed("protocol") from error

@@ -597,7 +597,7 @@ class NetworkNode:
             return []
         goes_on = self._avoidance.avoids(effect.peer, now_ms)
         if effect.reason == "protocol":
-            self._avoidance.failed(effect.peer, now_ms)  # perhaps only its stream broke
+            self._avoidance.failed(effect.peer, now_ms)  # a bug is as likely as malice
         else:
             self._avoidance.lied(effect.peer, now_ms)
         if not goes_on:
