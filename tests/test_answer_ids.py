@@ -370,6 +370,16 @@ async def test_hits_that_clients_do_not_read_take_a_bounded_amount_of_memory(
     await until(lambda: bench.cache.sending.bytes == 0)
 
 
+async def test_a_hit_counts_what_its_request_holds(make_bench: MakeBench) -> None:
+    bench = await make_bench()
+    await bench.ask(CHAT)
+    await bench.stored(1)
+    with bench.cache.sending.holding(stored_answer.SENDING_BYTES_MAX - 1_000_000):
+        for size, found in ((200_000, "; hit; "), (400_000, "fwd=stale")):
+            answer = await bench.ask(CHAT | {"metadata": {"a": "x" * size}})
+            assert found in answer.headers["cache-status"]
+
+
 def test_small_hits_are_served_however_much_is_held() -> None:
     sending = Sending()
     with sending.holding(stored_answer.SENDING_BYTES_MAX):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import time
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -256,7 +257,10 @@ class Exchange:
             return None
         wanted = Wanted(self.endpoint, self.streams, usage, self.repeated, self.ids())
         answer = render(entry, wanted, age_s, ttl_s, detail)
-        if answer is None or not self.cache.sending.has_room(answer):
+        if answer is None:
+            return None
+        answer = replace(answer, request_bytes=len(self.raw))
+        if not self.cache.sending.has_room(answer):
             return None
         took_ms = (time.perf_counter() - self.started_s) * 1000
         answer.headers.append((b"server-timing", f"hyperspace;dur={took_ms:.3f}".encode()))

@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -21,6 +21,7 @@ from .own_ids import OwnIds
 from .streams import frames
 
 _MESSAGE_BYTES = 65_536
+_REQUEST_COPIES = 3
 _EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")  # as Starlette writes it
 
 
@@ -30,16 +31,17 @@ class StoredAnswer:
 
     headers: RawHeaders
     parts: list[bytes]
+    request_bytes: int = 0
 
     @property
     def size(self) -> int:
-        """Bytes of the body."""
-        return sum(map(len, self.parts))
+        """Bytes that are held until the client has it: the body, and the request as it came, as JSON and repeated."""
+        return sum(map(len, self.parts)) + _REQUEST_COPIES * self.request_bytes
 
     def with_status(self, status: bytes) -> "StoredAnswer":
         """The same with another Cache-Status."""
         others = [(name, value) for name, value in self.headers if name != b"cache-status"]
-        return StoredAnswer([*others, (b"cache-status", status)], self.parts)
+        return replace(self, headers=[*others, (b"cache-status", status)])
 
     def messages(self, sending: "Sending") -> Iterable[Message]:
         """The whole answer, from its start to its last part."""
