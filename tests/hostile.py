@@ -115,9 +115,9 @@ class Stranger:
 
     def on_violation(self, peer: PeerId) -> None: ...
 
-    def on_discovered(self, peer: PeerId, address: str) -> None: ...
+    def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None: ...
 
-    def may_dial(self, peer: PeerId, address: str) -> bool:
+    def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
         return False
 
 

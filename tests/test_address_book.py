@@ -6,26 +6,25 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.records.ids import network_id
-from hyperspace_vllm.core.records.peer_record import PeerRecord
+from hyperspace_vllm.core.records.ids import PeerId, peer_id
 from hyperspace_vllm.daemon.address_book import ADDRESSES_MAX, AddressBook
 
 OWN = "10.0.0.1:7791"
 
 
-def record(port: int) -> PeerRecord:
-    return PeerRecord(network_id("test"), SigningKey.generate().verify_key.encode(), 1, 1, f"10.0.0.2:{port}")
+def peer_at(port: int) -> tuple[PeerId, str]:
+    return peer_id(SigningKey.generate().verify_key.encode()), f"10.0.0.2:{port}"
 
 
 def test_who_was_of_use_is_read_again(tmp_path: Path) -> None:
-    records = [record(port) for port in (1, 2)]
+    peers = [peer_at(port) for port in (1, 2)]
     book = AddressBook(tmp_path)
-    book.note(records)
-    assert AddressBook(tmp_path).read(OWN) == tuple((each.peer, each.address) for each in records)
+    book.note(peers)
+    assert AddressBook(tmp_path).read(OWN) == tuple(peers)
 
 
 def test_being_alone_forgets_nobody_and_the_last_word_is_written_at_the_end(tmp_path: Path) -> None:
-    first, second = record(1), record(2)
+    first, second = peer_at(1), peer_at(2)
     book = AddressBook(tmp_path)
     book.note([first])
     book.note([first, second])  # within ten seconds
@@ -36,7 +35,7 @@ def test_being_alone_forgets_nobody_and_the_last_word_is_written_at_the_end(tmp_
 
 
 def test_only_so_many_are_remembered(tmp_path: Path) -> None:
-    AddressBook(tmp_path).note([record(port) for port in range(1, 2 * ADDRESSES_MAX)])
+    AddressBook(tmp_path).note([peer_at(port) for port in range(1, 2 * ADDRESSES_MAX)])
     assert len(AddressBook(tmp_path).read(OWN)) == ADDRESSES_MAX
 
 
@@ -48,9 +47,9 @@ def test_only_so_many_are_remembered(tmp_path: Path) -> None:
         "{",
         "[" * 100_000,
         json.dumps({"12D3KooW": "10.0.0.2:1"}),
-        json.dumps({record(1).peer: "127.0.0.1:1"}),
-        json.dumps({record(1).peer: ["10.0.0.2:1"]}),
-        json.dumps({record(1).peer: "a name:1"}),
+        json.dumps({peer_at(1)[0]: "127.0.0.1:1"}),
+        json.dumps({peer_at(1)[0]: ["10.0.0.2:1"]}),
+        json.dumps({peer_at(1)[0]: "a name:1"}),
     ],
 )
 def test_what_does_not_parse_or_may_not_be_dialled_is_left_out(tmp_path: Path, content: str) -> None:
@@ -61,5 +60,5 @@ def test_what_does_not_parse_or_may_not_be_dialled_is_left_out(tmp_path: Path, c
 def test_without_a_file_nobody_is_known_and_a_full_disk_is_no_error(tmp_path: Path) -> None:
     book = AddressBook(tmp_path / "none")
     assert book.read(OWN) == ()
-    book.note([record(1)])
+    book.note([peer_at(1)])
     book.close()

@@ -72,13 +72,15 @@ def test_an_address_reaches_as_far_as_what_it_wraps(host: str, scope: Scope | No
         ("127.0.0.1:1", "127.0.0.1:2", "10.0.0.3", False),  # a node that listens on loopback, in a fleet
         ("127.0.0.1:1", "10.0.0.2:1", "127.0.0.1", False),
         ("169.254.169.254:80", "169.254.1.1:1", "169.254.1.2", True),
-        ("169.254.169.254:80", "10.0.0.2:1", "", False),
-        ("127.0.0.1:1", "127.0.0.1:2", "", True),
-        ("10.0.0.1:1", "", "", False),
+        ("169.254.169.254:80", "10.0.0.2:1", None, False),
+        ("127.0.0.1:1", "127.0.0.1:2", None, True),
+        ("10.0.0.1:1", "10.0.0.2:1", "", False),  # who told it has gone
+        ("203.0.113.9:1", "10.0.0.2:1", "", True),
+        ("10.0.0.1:1", "", None, False),
     ],
 )
 def test_nothing_is_dialled_that_means_less_here_than_where_it_comes_from(
-    address: str, own: str, told_from: str, dialled: bool
+    address: str, own: str, told_from: str | None, dialled: bool
 ) -> None:
     assert may_dial(address, own, told_from) is dialled
 
@@ -89,7 +91,7 @@ def test_nothing_is_dialled_that_means_less_here_than_where_it_comes_from(
      "10.0.0.1:1;10.0.0.1:2", "eth0;10.0.0.1:2", "[10.0.0.1]:80", "10.0.0.1:٣", "/etc/x:1"],
 )  # fmt: skip
 def test_what_is_no_numeric_address_is_never_dialled(address: str) -> None:
-    assert not may_dial(address, "127.0.0.1:1")
+    assert not may_dial(address, "127.0.0.1:1", None)
 
 
 def test_one_host_has_one_spelling() -> None:

@@ -70,7 +70,7 @@ class Member:
         self.host = Libp2pHost(self.key, listen, network_key, mdns, (PROTOCOL,), (topic,), self, self.gate)
         self.gossip: list[tuple[PeerId, bytes]] = []
         self.spoilers: list[PeerId] = []
-        self.asked_to_dial: list[tuple[PeerId, str]] = []
+        self.asked_to_dial: list[tuple[PeerId, str, str]] = []
         self.dials = True
         self.changes: list[tuple[PeerId, bool]] = []
         self.violations: list[PeerId] = []
@@ -105,11 +105,11 @@ class Member:
     def on_violation(self, peer: PeerId) -> None:
         self.violations.append(peer)
 
-    def on_discovered(self, peer: PeerId, address: str) -> None:
+    def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
         self.discovered[peer] = address
 
-    def may_dial(self, peer: PeerId, address: str) -> bool:
-        self.asked_to_dial.append((peer, address))
+    def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
+        self.asked_to_dial.append((peer, address, told_from))
         return self.dials
 
     async def meet(self, *others: "Member") -> None:
@@ -176,7 +176,7 @@ class Silent:
     def violated(self, peer: PeerId) -> None:
         pass
 
-    async def may_dial(self, peer: PeerId, address: str) -> bool:
+    async def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
         return False
 
     def peer_changed(self, peer: PeerId, host: str | None) -> None:
@@ -678,7 +678,7 @@ async def test_a_search_dials_whom_it_is_led_to_only_where_it_may(members: Membe
     async with asyncio.timeout(60):
         while not seeker.asked_to_dial:  # peers hear each other's addresses a moment after they have connected
             assert await seeker.host.find_providers("/cache/1", 2, 5) == ((), ANY)
-    assert set(seeker.asked_to_dial) == {(keeper.peer, keeper.host.address)}
+    assert set(seeker.asked_to_dial) == {(keeper.peer, keeper.host.address, "127.0.0.1")}
     assert seeker.host.connected == {middle.peer}
     seeker.dials = True
     async with asyncio.timeout(60):

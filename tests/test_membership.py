@@ -206,6 +206,7 @@ def test_where_there_is_a_network_key_records_without_its_tag_are_left_aside() -
 
 def test_an_older_record_changes_nothing() -> None:
     node = Node()
+    node.connect(1)
     node.learn(2, sequence=5, address="10.9.9.9:1")
     node.learn(2, sequence=4)
     node.learn(2, sequence=5)
@@ -344,7 +345,7 @@ def test_what_one_host_brings_under_many_names_holds_a_quarter_of_the_table() ->
 def test_a_node_tells_others_of_a_few_of_those_that_it_met_at_one_host() -> None:
     node = Node()
     for number in range(10, 10 + 2 * PEX_OF_SOURCE_MAX):
-        node.members.on_connected(Identity(number).peer, "198.51.100.7", node.now_ms)
+        node.members.on_connected(Identity(number).peer, "10.7.7.7", node.now_ms)
         node.learn(number, own_word=True)
         node.members.on_disconnected(Identity(number).peer, node.now_ms)
     node.connect(1, 2)
@@ -414,12 +415,36 @@ def test_who_comes_from_elsewhere_leads_nobody_into_this_network() -> None:
     assert only(node.run(20 * SECOND_MS), Connect) == []
 
 
+def test_no_path_on_which_addresses_come_leads_from_elsewhere_into_this_network() -> None:
+    node = Node()
+    for told_from in ("203.0.113.9", ""):
+        node.members.on_discovered(Identity(1).peer, "10.0.0.9:22", told_from, node.now_ms)
+        assert not node.members.may_dial_at(Identity(2).peer, "10.0.0.9:22", told_from, node.now_ms)
+        assert node.members.may_dial_at(Identity(2).peer, "203.0.113.7:22", told_from, node.now_ms)
+    node.learn(3, own_word=True, address="10.0.0.9:22")  # the greeting of a peer whose connection is ending
+    node.learn(4, told_by=5, address="10.0.0.9:22")
+    assert only(node.run(20 * SECOND_MS), Connect) == []
+
+
+@pytest.mark.parametrize("said", [{"address": "10.0.0.9:22"}, {"address": "203.0.113.9:1", "endpoint": "10.0.0.9:23"}])
+def test_a_record_with_an_address_that_may_not_be_dialled_is_passed_on_to_nobody(said: dict[str, str]) -> None:
+    node = Node()
+    node.members.on_connected(Identity(1).peer, "203.0.113.9", node.now_ms)
+    node.learn(1, own_word=True, **said)
+    assert node.usable() == {Identity(1).peer}
+    assert node.members.answer_peers(WantPeers(b""), node.now_ms).records == ()
+    assert Identity(1).peer not in {peer for peer, address in node.members.addresses(node.now_ms) if ":22" in address}
+    node.learn(1, own_word=True, sequence=2, address="203.0.113.9:1", endpoint="203.0.113.9:2")
+    assert len(node.members.answer_peers(WantPeers(b""), node.now_ms).records) == 1
+    assert node.members.addresses(node.now_ms) == ((Identity(1).peer, "203.0.113.9:1"),)
+
+
 def test_what_mdns_sees_is_dialled_like_any_other_peer() -> None:
     node = Node()
     for number in range(100, 400):
-        node.members.on_discovered(Identity(number).peer, f"10.0.0.9:{number}", node.now_ms)
-    node.members.on_discovered(Identity(500).peer, "127.0.0.1:22", node.now_ms)
-    node.members.on_discovered(Identity(501).peer, "metadata.internal:80", node.now_ms)
+        node.members.on_discovered(Identity(number).peer, f"10.0.0.9:{number}", "10.0.0.8", node.now_ms)
+    node.members.on_discovered(Identity(500).peer, "127.0.0.1:22", "10.0.0.8", node.now_ms)
+    node.members.on_discovered(Identity(501).peer, "metadata.internal:80", "10.0.0.8", node.now_ms)
     assert len(node.members._peers) <= PEERS_OF_SOURCE_MAX + DIALS_MAX
     effects = node.run(30 * SECOND_MS)
     assert 8 <= len(only(effects, Connect)) <= DIALS_TO_HOST_PER_S * (DIALS_BURST_S + 30)
@@ -429,8 +454,8 @@ def test_what_mdns_sees_is_dialled_like_any_other_peer() -> None:
 def test_a_search_of_the_dht_dials_within_the_same_budget() -> None:
     node = Node()
     peer = Identity(2).peer
-    assert not node.members.may_dial_at(peer, "127.0.0.1:22", node.now_ms)
-    allowed = [node.members.may_dial_at(peer, "10.0.0.9:22", node.now_ms) for _ in range(100)]
+    assert not node.members.may_dial_at(peer, "127.0.0.1:22", "10.0.0.8", node.now_ms)
+    allowed = [node.members.may_dial_at(peer, "10.0.0.9:22", "10.0.0.8", node.now_ms) for _ in range(100)]
     assert sum(allowed) == DIALS_OF_PEER_PER_S * DIALS_BURST_S
 
 
@@ -583,7 +608,7 @@ def test_whoever_was_just_heard_is_not_pinged() -> None:
 def test_a_silent_neighbour_is_replaced_pinged_on_and_at_last_disconnected() -> None:
     node = Node()
     for number in range(1, 20):
-        node.learn(number)
+        node.learn(number, address=f"203.0.113.{number}:1")
     node.connect(*range(1, TARGET_NEIGHBOURS + 1), chosen=True)
     known = node.members.get(Identity(1).peer)
     assert known is not None
@@ -634,21 +659,21 @@ def test_a_dial_that_nobody_answers_for_is_given_up() -> None:
 
 def test_a_restarted_peer_is_dialled_at_its_new_address_at_once() -> None:
     node = Node()
-    node.learn(1)
+    node.learn(1, address="203.0.113.1:9")
     (dial,) = only(node.run(HEARTBEAT_MS, answer=False), Connect)
     node.members.on_connect_failed(dial.peer, node.now_ms)
     assert node.usable() == set()
-    node.learn(1, sequence=2, address="10.1.1.1:9")
+    node.learn(1, sequence=2, address="203.0.113.2:9")
     assert node.usable() == peers(1)
     (dial,) = only(node.run(HEARTBEAT_MS, answer=False), Connect)
-    assert dial.address == "10.1.1.1:9"
+    assert dial.address == "203.0.113.2:9"
 
 
 def test_a_bootstrap_node_is_dialled_where_it_says_and_where_it_was_configured() -> None:
     node = Node(bootstrap=(1,))
-    node.learn(1, address="10.1.1.1:9")
+    node.learn(1, address="203.0.113.1:9")
     addresses = {effect.address for effect in only(node.run(60 * SECOND_MS), Connect)}
-    assert addresses == {"10.1.1.1:9", Identity(1).address}
+    assert addresses == {"203.0.113.1:9", Identity(1).address}
 
 
 def test_who_takes_connections_only_to_close_them_is_left_alone() -> None:
@@ -666,7 +691,7 @@ def test_who_takes_connections_only_to_close_them_is_left_alone() -> None:
 def test_a_node_with_neighbours_enough_still_looks_around() -> None:
     node = Node()
     for number in range(1, 20):
-        node.learn(number)
+        node.learn(number, address=f"203.0.113.{number}:1")
     node.connect(*range(1, TARGET_NEIGHBOURS + 1), chosen=True)
     dials = only(node.run(3 * EXPLORE_MS), Connect)
     assert len(dials) == 3
@@ -709,9 +734,11 @@ def test_a_sign_of_life_makes_a_peer_usable_that_could_not_be_dialled() -> None:
     ],
 )
 def test_only_addresses_that_can_be_another_machine_are_dialled(address: str, own: str, dialled: bool) -> None:
-    assert may_dial(address, own) is dialled
+    assert may_dial(address, own, None) is dialled
     node = Node(address=own)
-    node.learn(1, address=address)
+    node.members.on_connected(Identity(2).peer, own.partition(":")[0], node.now_ms)
+    node.learn(2, own_word=True)
+    node.learn(1, told_by=2, address=address)
     assert bool(only(node.run(HEARTBEAT_MS), Connect)) is dialled
 
 

@@ -177,7 +177,7 @@ class Script:
     def meeting(self, number: int) -> list[NetworkEvent]:
         who = Identity(number)
         record = who.record(self.now_ms, self.now_ms + PEER_RECORD_TTL_MS)
-        return [PeerConnected(who.peer), RequestReceived(number, who.peer, Greet(record))]
+        return [PeerConnected(who.peer, who.host), RequestReceived(number, who.peer, Greet(record))]
 
     def told(self, effect: NetworkEffect) -> str:
         match effect:
@@ -335,7 +335,7 @@ def test_a_connection_that_opened_just_before_the_deadline_costs_a_peer_nothing(
 
 def test_who_could_not_be_reached_in_time_is_not_asked_for_seconds() -> None:
     script = Script()
-    script.node.handle(PeerConnected(Identity(2).peer), NOW_MS)
+    script.node.handle(PeerConnected(Identity(2).peer, Identity(2).host), NOW_MS)
     script.run("> meet 2")
     record = Identity(1).record()
     want = next(s for s in script.sends.values()) if script.sends else None

@@ -13,7 +13,6 @@ from ..core.peers.address import may_dial
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import PeerId, public_key_of
 from ..core.records.limits import KiB
-from ..core.records.peer_record import PeerRecord
 from ..regular_files import read_regular
 
 ADDRESSES_MAX = 64
@@ -43,10 +42,10 @@ class AddressBook:
         usable = [(PeerId(peer), address) for peer, address in found.items() if _is_usable(peer, address, own_address)]
         return tuple(usable[:ADDRESSES_MAX])
 
-    def note(self, usable: Sequence[PeerRecord]) -> None:
-        """The peers that are of use now; none at all is no reason to forget those who were."""
+    def note(self, usable: Sequence[tuple[PeerId, str]]) -> None:
+        """The peers that are of use now, where they may be dialled; none is no reason to forget those who were."""
         if usable:
-            self._addresses = {record.peer: record.address for record in usable[:ADDRESSES_MAX]}
+            self._addresses = dict(usable[:ADDRESSES_MAX])
         if time.monotonic() >= self._write_at_s:
             self.close()
 
@@ -66,7 +65,7 @@ class AddressBook:
 
 
 def _is_usable(peer: object, address: object, own_address: str) -> bool:
-    if not isinstance(peer, str) or not isinstance(address, str) or not may_dial(address, own_address):
+    if not isinstance(peer, str) or not isinstance(address, str) or not may_dial(address, own_address, None):
         return False
     try:
         public_key_of(peer)

@@ -274,7 +274,7 @@ class Network:
         )
 
         def tell(usable: tuple[PeerRecord, ...], endpoints: tuple[KvEndpoint, ...]) -> None:
-            book.note(usable)
+            book.note(node.members.addresses(_now_ms()))
             on_peers(usable, endpoints)
 
         node = NetworkNode(options, identity.signing_key, self.trust, self.dials, random.Random(), _now_ms())
@@ -339,12 +339,12 @@ class _Relay:
         if self.driver:
             self.driver.on_violation(peer)
 
-    def on_discovered(self, peer: PeerId, address: str) -> None:
+    def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
         if self.driver:
-            self.driver.on_discovered(peer, address)
+            self.driver.on_discovered(peer, address, told_from)
 
-    def may_dial(self, peer: PeerId, address: str) -> bool:
-        return self.driver is not None and self.driver.may_dial(peer, address)
+    def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
+        return self.driver is not None and self.driver.may_dial(peer, address, told_from)
 
 
 def _reachable(advertise: str, listens_at: str) -> str:

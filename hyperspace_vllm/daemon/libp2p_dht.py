@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 from libp2p.abc import IHost, INetStream
@@ -48,8 +48,9 @@ DHT_DIALS_MAX = 4  # of one lookup, to peers that others claim exist
 DHT_PARALLEL = 4
 
 
-_Answer = tuple[dict[ID, Message.Peer], bool]  # closer peers, as told; whether that is enough
-Dial = Callable[[ID, list[Multiaddr]], Awaitable[bool]]  # connect to a peer at one of these; whether that was done
+_Answer = tuple[list[Message.Peer], bool]  # closer peers, as told; whether that is enough
+# Connect to a peer at one of these addresses, which came from that IP address; whether that was done.
+Dial = Callable[[ID, list[Multiaddr], str], Awaitable[bool]]
 
 logger = logging.getLogger(__name__)
 
@@ -232,16 +233,18 @@ class NodeProviders(ProviderStore):
         # The closest peers found: from the closest outwards, DHT_PARALLEL at a time, and whom those asked know.
         network: Any = self.host.get_network()
         asked: set[ID] = set()
-        told: dict[ID, Message.Peer] = {}
+        told: dict[ID, _Told] = {}
         dials = 0
-        answers_in, answers_out = trio.open_memory_channel[_Answer](DHT_ASKED_MAX)
+        answers_in, answers_out = trio.open_memory_channel[tuple[dict[ID, _Told], bool]](DHT_ASKED_MAX)
 
         async def one(peer_id: ID) -> None:
-            answer: _Answer = {}, False
+            closer, done = dict[ID, _Told](), False
             with suppress(Exception), trio.move_on_after(QUERY_S):
-                if network.live(peer_id) or await self._dial(peer_id, _addresses(told[peer_id])):
-                    answer = await ask(peer_id)
-            answers_in.send_nowait(answer)
+                if network.live(peer_id) or await self._dial(peer_id, *told[peer_id]):
+                    told_from = network.host_of(peer_id)  # before it can hang up
+                    said, done = await ask(peer_id)
+                    closer = {ID(peer.id): _Told(_addresses(peer), told_from) for peer in said}
+            answers_in.send_nowait((closer, done))
 
         async with trio.open_nursery() as nursery:
             running_now = 0
@@ -253,7 +256,7 @@ class NodeProviders(ProviderStore):
                         continue
                     if not network.live(peer_id):
                         # Only where the peer itself says that it is, signed, and within the core's budget of dials.
-                        if dials >= DHT_DIALS_MAX or not _addresses(told.get(peer_id)):
+                        if dials >= DHT_DIALS_MAX or peer_id not in told or not told[peer_id].addresses:
                             continue
                         dials += 1
                     asked.add(peer_id)
@@ -272,9 +275,16 @@ class NodeProviders(ProviderStore):
                     near = sort_peer_ids_by_distance(key, [*near, *fresh])[:BUCKET_SIZE]
 
 
-def _addresses(peer: Message.Peer | None) -> list[Multiaddr]:
+class _Told(NamedTuple):
+    """Where a peer says that it is, and the IP address that the answer with it came from."""
+
+    addresses: list[Multiaddr]
+    told_from: str
+
+
+def _addresses(peer: Message.Peer) -> list[Multiaddr]:
     """Where a peer itself says that it is, signed; none where only others say so."""
-    if peer is None or not 0 < len(peer.signedRecord) <= PEER_ENVELOPE_BYTES_MAX:
+    if not 0 < len(peer.signedRecord) <= PEER_ENVELOPE_BYTES_MAX:
         return []
     try:
         _, record = consume_envelope(peer.signedRecord, "libp2p-peer-record")
@@ -284,8 +294,8 @@ def _addresses(peer: Message.Peer | None) -> list[Multiaddr]:
     return list(record.addrs[:ADDRESSES_PER_PEER_MAX]) if record.peer_id.to_bytes() == peer.id else []
 
 
-def _closer_peers(answer: Message) -> dict[ID, Message.Peer]:
-    return {ID(peer.id): peer for peer in answer.closerPeers[:BUCKET_SIZE] if len(peer.id) <= PEER_ID_BYTES_MAX}
+def _closer_peers(answer: Message) -> list[Message.Peer]:
+    return [peer for peer in answer.closerPeers[:BUCKET_SIZE] if len(peer.id) <= PEER_ID_BYTES_MAX]
 
 
 class NodeDht(KadDHT):

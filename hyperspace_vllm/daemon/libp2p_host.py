@@ -59,14 +59,17 @@ class HostHandler(Protocol):
     def on_disconnected(self, peer: PeerId) -> None:
         """The last connection to a peer is closed."""
 
-    def may_dial(self, peer: PeerId, address: str) -> bool:
-        """Whether a search of the DHT may dial a peer there."""
+    def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
+        """Whether a search of the DHT may dial a peer there, as an answer from that IP address tells."""
 
     def on_violation(self, peer: PeerId) -> None:
         """A peer broke a rule of the streams: a frame too long, too much at once."""
 
-    def on_discovered(self, peer: PeerId, address: str) -> None:
-        """Somebody on this local network says that a peer is there (mDNS, unsigned)."""
+    def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
+        """A machine of this local network says that a peer is there (mDNS, unsigned).
+
+        `told_from` is an IP address that reaches as far as the machine's.
+        """
 
 
 class Libp2pHost:
@@ -399,12 +402,12 @@ class _Events:
     def gossip_spoiled(self, relay: PeerId) -> None:
         self._inbox.put(lambda: self._host.handler.on_gossip_spoiled(relay))
 
-    async def may_dial(self, peer: PeerId, address: str) -> bool:
+    async def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
         token, done, says = trio.lowlevel.current_trio_token(), trio.Event(), [False]
 
         def ask() -> None:
             try:
-                says[0] = self._host.handler.may_dial(peer, address)
+                says[0] = self._host.handler.may_dial(peer, address, told_from)
             finally:
                 with suppress(trio.RunFinishedError):
                     token.run_sync_soon(done.set)

@@ -18,6 +18,7 @@ from contextlib import suppress
 from zeroconf import IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
+from ..core.peers.address import Scope, scope_of
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import PeerId, public_key_of, sha256
 from .libp2p_node import reachable_hosts, split_address
@@ -35,7 +36,7 @@ class Mdns:
     """Announces one node and tells of others."""
 
     def __init__(
-        self, peer: PeerId, address: str, network_key: bytes | None, on_discovered: Callable[[PeerId, str], None]
+        self, peer: PeerId, address: str, network_key: bytes | None, on_discovered: Callable[[PeerId, str, str], None]
     ) -> None:
         group = f"-{sha256(b'hyperspace/mdns/1', network_key).hex()[:8]}" if network_key is not None else ""
         self._kind = f"_p2p{group}._udp.local."
@@ -43,6 +44,7 @@ class Mdns:
         self._peer = peer
         self._address = address
         self._on_discovered = on_discovered
+        self._told_from = ""
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._lookups: set[asyncio.Task[None]] = set()
         self._zeroconf: AsyncZeroconf | None = None
@@ -52,6 +54,8 @@ class Mdns:
         """Announce and listen; a machine without multicast is told of in the log and costs nothing else."""
         host, port = split_address(self._address)
         hosts = [each for each in reachable_hosts(host) if ":" not in each]
+        # zeroconf doesn't say which of the links an answer came from: it may be the one that reaches the furthest.
+        self._told_from = max(hosts, key=lambda each: scope_of(each) or Scope.MACHINE, default="")
         properties = {
             f"dnsaddr{number or ''}": f"/ip4/{each}/tcp/{port}/p2p/{self._peer}" for number, each in enumerate(hosts)
         }
@@ -99,7 +103,7 @@ class Mdns:
             if await info.async_request(zeroconf, LOOKUP_MS):
                 for peer, address in peers_in(info.properties):
                     if peer != self._peer:
-                        self._on_discovered(peer, address)
+                        self._on_discovered(peer, address, self._told_from)
 
 
 def peers_in(properties: dict[bytes, bytes | None]) -> list[tuple[PeerId, str]]:

@@ -68,7 +68,7 @@ class NodeEvents(Protocol):
     async def answer(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None: ...
     def gossip(self, topic: str, relay: PeerId, payload: bytes) -> None: ...
     def gossip_spoiled(self, relay: PeerId) -> None: ...
-    async def may_dial(self, peer: PeerId, address: str) -> bool: ...
+    async def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool: ...
     def violated(self, peer: PeerId) -> None: ...
     def peer_changed(self, peer: PeerId, host: str | None) -> None: ...  # None: it has gone
 
@@ -208,8 +208,8 @@ class Libp2pNode:
                 return
         raise PeerFailed("unreachable")
 
-    async def _dial_told(self, peer_id: ID, addresses: list[Multiaddr]) -> bool:
-        """Dial a peer that a search has led to, at the first of its addresses that the core permits."""
+    async def _dial_told(self, peer_id: ID, addresses: list[Multiaddr], told_from: str) -> bool:
+        """Dial a peer that an answer from `told_from` names, at the first of its addresses that the core permits."""
         peer = PeerId(peer_id.to_base58())
         for each in addresses if _is_node(peer) else []:
             if not self._transport.can_dial(each):
@@ -217,7 +217,7 @@ class Libp2pNode:
             host = each.value_for_protocol(each.protocols()[0].name)
             port = each.value_for_protocol("tcp")
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            if await self._events.may_dial(peer, address):
+            if await self._events.may_dial(peer, address, told_from):
                 with suppress(PeerFailed):
                     await self.connect(peer, address)
                     return True

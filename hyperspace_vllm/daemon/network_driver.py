@@ -294,13 +294,13 @@ class NetworkDriver:
         """It broke a rule of the streams."""
         self.submit(PeerMisbehaved(peer))
 
-    def on_discovered(self, peer: PeerId, address: str) -> None:
+    def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
         """Multicast DNS has seen a node: who it is, its greeting will say."""
-        self.submit(PeerDiscovered(peer, address))
+        self.submit(PeerDiscovered(peer, address, told_from))
 
-    def may_dial(self, peer: PeerId, address: str) -> bool:
+    def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
         """Whether a search of the DHT may dial a peer there; saying yes counts as a dial."""
-        return self._node.may_dial(peer, address, self._now_ms())
+        return self._node.may_dial(peer, address, told_from, self._now_ms())
 
     # --- effects --------------------------------------------------------------------------------
 

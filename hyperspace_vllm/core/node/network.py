@@ -194,9 +194,9 @@ class NetworkNode:
         told = (*self.hints.providers(name, now_ms), *self.registry.providers(name, now_ms))
         return tuple(peer for peer in dict.fromkeys(told) if peer != self._me)
 
-    def may_dial(self, peer: PeerId, address: str, now_ms: int) -> bool:
-        """Whether to dial a peer where a search of the DHT says that it is; saying yes counts as a dial."""
-        return self.members.may_dial_at(peer, address, now_ms)
+    def may_dial(self, peer: PeerId, address: str, told_from: str, now_ms: int) -> bool:
+        """Whether to dial a peer where an answer of the DHT says that it is; saying yes counts as a dial."""
+        return self.members.may_dial_at(peer, address, told_from, now_ms)
 
     # --- events ---------------------------------------------------------------------------------
 
@@ -206,8 +206,8 @@ class NetworkNode:
                 return [Disconnect(peer)]
             case PeerConnected(peer, host):
                 return self.members.on_connected(peer, host, now_ms)
-            case PeerDiscovered(peer, address):
-                return self.members.on_discovered(peer, address, now_ms)
+            case PeerDiscovered(peer, address, told_from):
+                return self.members.on_discovered(peer, address, told_from, now_ms)
             case PeerDisconnected(peer):
                 return self.members.on_disconnected(peer, now_ms)
             case ConnectFailed(peer):
@@ -613,7 +613,8 @@ class NetworkNode:
             effects.append(AuthorsChanged(authors))
         usable = self.members.usable(now_ms)
         endpoints = self.members.endpoints(now_ms)
-        told = (*((record.peer, record.address, record.endpoint) for record in usable), endpoints)
+        said = ((record.peer, record.address, record.endpoint) for record in usable)
+        told = (*said, endpoints, self.members.addresses(now_ms))
         if told != self._told:
             self._told = told
             effects.append(PeersChanged(usable, endpoints))

@@ -28,10 +28,14 @@ class PeerConnected:
 
 @dataclass(frozen=True, slots=True)
 class PeerDiscovered:
-    """Somebody in this local network says that `peer` is at host:port (mDNS); nothing of it is proved."""
+    """A machine of this local network says that `peer` is at host:port (mDNS); nothing of it is proved.
+
+    `told_from` is an IP address that reaches as far as the machine's.
+    """
 
     peer: PeerId
     address: str
+    told_from: str
 
 
 @dataclass(frozen=True, slots=True)

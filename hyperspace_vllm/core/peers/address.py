@@ -4,8 +4,10 @@ An address is somebody's claim, and every node that believes it dials it. So it 
 resolves its own name; whoever's name server decides where a name leads can lead it anywhere), and to mean as much here
 as where it comes from. Addresses have scopes: this machine, this link (where clouds keep their metadata service), a
 private network, everywhere. A node dials nothing of a narrower scope than it is reached in itself, nor of a narrower
-one than whoever told it: a fleet's nodes in 10.0.0.0/8 dial each other, none of them dials its own loopback, and who
-comes from the internet leads nobody to a private network. Rejected: refusing private ranges, in which fleets live.
+one than it is told from, whichever way it comes (PeerRecords, answers of the DHT, mDNS), and passes on no record with
+an address that it would not dial: whoever hears it from this node judges it by where this node is. So a fleet's nodes
+in 10.0.0.0/8 dial each other, none of them dials its own loopback, and peers of the internet lead no node to a private
+network, through a third one neither. Rejected: refusing private ranges, in which fleets live.
 """
 
 from enum import IntEnum
@@ -43,10 +45,11 @@ def scope_of(host: str) -> Scope | None:
     return Scope.PRIVATE if any(ip in each for each in _PRIVATE_6) else Scope.GLOBAL
 
 
-def may_dial(address: str, own_address: str, told_from: str = "") -> bool:
+def may_dial(address: str, own_address: str, told_from: str | None) -> bool:
     """Whether a node reached at `own_address` should dial `address` (both host:port).
 
-    `told_from` is the IP address of who told it; '' where nobody is known.
+    `told_from` is the IP address that it was told from, which counts as one of the internet where it is unknown ('');
+    None where this node itself has kept the address.
     """
     host, _, port = address.rpartition(":")
     if not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
@@ -54,9 +57,14 @@ def may_dial(address: str, own_address: str, told_from: str = "") -> bool:
     if host.startswith("[") != (":" in host):
         return False
     scope = scope_of(host)
-    own = scope_of(host_of(own_address))
-    told = scope_of(told_from)
-    return scope is not None and scope >= max(Scope.GLOBAL if own is None else own, told or Scope.MACHINE)
+    told = Scope.MACHINE if told_from is None else _reach(told_from)
+    return scope is not None and scope >= max(_reach(host_of(own_address)), told)
+
+
+def _reach(host: str) -> Scope:
+    """How far `host` reaches; everywhere, where that can't be told."""
+    scope = scope_of(host)
+    return Scope.GLOBAL if scope is None else scope
 
 
 def host_of(address: str) -> str:

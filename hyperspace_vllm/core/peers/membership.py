@@ -148,6 +148,10 @@ class Membership:
             if known.endpoint
         )
 
+    def addresses(self, now_ms: int) -> tuple[tuple[PeerId, str], ...]:
+        """Where usable peers are reached, as far as this node may dial it."""
+        return tuple((known.peer, known.advertised) for known in self._usable(now_ms) if known.advertised)
+
     def authors(self) -> tuple[tuple[PeerId, Standing], ...]:
         """Everybody with a standing."""
         here = {known.peer: known.standing for known in self._peers if known.record is not None}
@@ -192,9 +196,10 @@ class Membership:
         self._heard(known, now_ms)
         return [self._greet(known, now_ms), *self._make_room(known)]
 
-    def on_discovered(self, peer: PeerId, address: str, now_ms: int) -> list[NetworkEffect]:
-        """mDNS says that a peer is there: dial it when its turn comes."""
-        if peer != self._me and self._peers.get(peer) is None and may_dial(address, self._own.address):
+    def on_discovered(self, peer: PeerId, address: str, told_from: str, now_ms: int) -> list[NetworkEffect]:
+        """mDNS says from `told_from` that a peer is there: dial it when its turn comes."""
+        known = self._peers.get(peer)
+        if peer != self._me and known is None and may_dial(address, self._own.address, told_from):
             known = self._new(peer, "mdns")
             known.advertised = address
             self._peers.add(known)
@@ -231,10 +236,10 @@ class Membership:
             return True
         return self._dials.take(known.peer, known.address, known.owns(known.address), now_ms)
 
-    def may_dial_at(self, peer: PeerId, address: str, now_ms: int) -> bool:
-        """Whether to dial a peer where the DHT says that it is; if so, it is counted."""
+    def may_dial_at(self, peer: PeerId, address: str, told_from: str, now_ms: int) -> bool:
+        """Whether to dial a peer where an answer of the DHT from `told_from` says that it is; if so, it is counted."""
         known = self._peers.get(peer)
-        if not may_dial(address, self._own.address):
+        if not may_dial(address, self._own.address, told_from):
             return False
         return self._dials.take(peer, address, known is not None and known.owns(address), now_ms)
 

@@ -35,11 +35,16 @@ def answer_peers(want: WantPeers, usable: Iterable[Peer], rng: random.Random) ->
 def _worth_telling(usable: Iterable[Peer]) -> Iterator[Peer]:
     """Peers that this node has met itself: what a peer invents gets no further than to those who asked it.
 
+    Only records whose addresses it may dial: the asker judges them by where this node is, not by where the peer is.
     Of those met at one host, which may be one machine under many names, the few that were known first.
     """
     told: Counter[str] = Counter()
     for known in usable:
-        if known.met and (known.standing.rank is Rank.LISTED or told[known.source] < PEX_OF_SOURCE_MAX):
+        if (
+            known.met
+            and known.may_all_be_dialled
+            and (known.standing.rank is Rank.LISTED or told[known.source] < PEX_OF_SOURCE_MAX)
+        ):
             told[known.source] += 1
             yield known
 

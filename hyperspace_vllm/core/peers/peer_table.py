@@ -71,6 +71,11 @@ class Peer:
             return self.configured
         return self.advertised
 
+    @property
+    def may_all_be_dialled(self) -> bool:
+        """Whether there is no address in its record that may not be dialled."""
+        return self.record is None or (self.advertised, self.endpoint) == (self.record.address, self.record.endpoint)
+
     def owns(self, address: str) -> bool:
         """Whether host:port is at a host where the peer was met."""
         return host_of(address) in self.hosts
