@@ -25,7 +25,7 @@ from hyperspace_vllm.core.records.manifest import Manifest, RowEntry, decode_man
 
 KEY = bytes(range(32))
 SLAB = local.Slab(3, 65536, 4096, 7)
-QUESTION = local.Question(KEY, KEY, "What is ML?")
+QUESTION = local.Question(KEY, KEY, "What is ML?", KEY, True)
 LAYOUT = Layout(KEY, 256, (Part(0, 4096), Part(512, 2048)), 2)
 
 CLIENT_MESSAGES: list[local.ClientMessage] = [
@@ -48,7 +48,7 @@ CLIENT_MESSAGES: list[local.ClientMessage] = [
     local.ClaimRequest(1, KEY, True),
     local.RequestDone(KEY),
     local.FindSimilar(1, QUESTION, "strict", KEY, 0.5, 100),
-    local.SimilarChecked(KEY, 0.95, "strict", KEY, "yes", "no"),
+    local.SimilarChecked(KEY, QUESTION, 0.95, "strict", "yes", "no"),
     local.RememberQuestion(KEY, QUESTION),
     local.FindResponse(1, KEY, KEY, 300),
     local.ReleaseResponse(1),

@@ -165,7 +165,10 @@ async def test_a_node_that_says_nothing_is_not_waited_for_again(
 
 # --- held against the engine --------------------------------------------------------------------
 
-GUITAR, GUITAR_TOO = chat("How do I learn to play the guitar?"), chat("How can I learn to play guitar?")
+GUITAR = chat("How do I learn to play the guitar?", temperature=0)
+GUITAR_TOO = chat("How can I learn to play guitar?", temperature=0)
+DAILY = "Practise the chords every day, slowly, for half an hour."
+CHORDS = "Practise your chords daily, slowly, for half an hour."
 
 
 async def checked(bench: Bench, count: int) -> dict[str, object]:
@@ -180,7 +183,7 @@ async def test_a_match_is_now_and_then_computed_as_well_after_it_was_served(
 ) -> None:
     monkeypatch.setattr(wrongness, "CHECK_EVERY", 1)
     monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
-    bench.upstream.says = ["Practise the chords every day.", "Practise your chords daily."]
+    bench.upstream.says = [DAILY, CHORDS]
     first = await bench.ask(GUITAR)
     await bench.stored(1)
     hit = await bench.ask(GUITAR_TOO | STREAM | USAGE)
@@ -189,33 +192,48 @@ async def test_a_match_is_now_and_then_computed_as_well_after_it_was_served(
     assert json.loads(bench.upstream.bodies[1]) == GUITAR_TOO
     await bench.stored(2)
     assert await detail_of(bench, GUITAR_TOO) == "hit; detail=exact", "what was computed is stored"
-    assert text_of(await bench.ask(GUITAR_TOO)) == "Practise your chords daily."
+    assert text_of(await bench.ask(GUITAR_TOO)) == CHORDS
 
 
 async def test_a_canonical_match_that_was_wrong_is_none_any_more(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
-    bench.upstream.says = ["Machines that learn from data.", "Boil the rice for twelve minutes."]
-    await bench.ask(chat("What is ML?"))
+    bench.upstream.says = ["Machines that learn from data what no one wrote down.", "Boil the rice for twelve minutes."]
+    await bench.ask(chat("What is ML?", temperature=0))
     await bench.stored(1)
-    assert await detail_of(bench, chat("Explain machine learning")) == "hit; detail=canonical"
+    assert await detail_of(bench, chat("Explain machine learning", temperature=0)) == "hit; detail=canonical"
     assert (await checked(bench, 1))["wrong_ratio"] == 1
     await bench.stored(2)
     assert bench.node.store.flush(60)
-    assert await detail_of(bench, chat("What is ML?")) == "hit; detail=exact", "its own question it answers as before"
+    assert await detail_of(bench, chat("What is ML?", temperature=0)) == "hit; detail=exact", (
+        "its own question it answers as before"
+    )
 
 
 async def test_with_a_bound_matches_are_computed_until_they_are_known_to_be_right(make_bench: MakeBench) -> None:
     bench = await make_bench(semantic="balanced", max_error=0.8)
-    bench.upstream.says = ["Practise the chords every day.", "Practise your chords daily.", "Practise chords each day."]
+    bench.upstream.says = [DAILY, CHORDS, "Practise your chords each day, slowly, for half an hour."]
     await bench.ask(GUITAR)
     await bench.stored(1)
     assert await detail_of(bench, GUITAR_TOO) == "fwd=uri-miss; stored"
     assert (await checked(bench, 1))["wrong_ratio_high"] == 0.7935
     await bench.stored(2)
     assert (
-        await detail_of(bench, chat("please, how do I learn to play the guitar"))
+        await detail_of(bench, chat("please, how do I learn to play the guitar", temperature=0))
         == "hit; detail=semantic; similarity=1.000"
     )
+
+
+async def test_a_bound_is_kept_for_each_tenant_whatever_others_ask(make_bench: MakeBench) -> None:
+    bench = await make_bench(semantic="balanced", max_error=0.8, api_keys=("a", "b"))
+    bench.upstream.says = ["The", "The", DAILY, CHORDS, DAILY, CHORDS]
+    short = {"authorization": "Bearer a", "one": GUITAR | {"max_tokens": 1}, "other": GUITAR_TOO | {"max_tokens": 1}}
+    first = {"authorization": "Bearer a", "one": GUITAR, "other": GUITAR_TOO}
+    for number, asks in enumerate((short, first, first | {"authorization": "Bearer b"})):
+        await bench.ask(asks["one"], authorization=asks["authorization"])
+        await bench.stored(2 * number + 1)
+        assert await detail_of(bench, asks["other"], authorization=asks["authorization"]) == "fwd=uri-miss; stored"
+        await bench.stored(2 * number + 2)
+    await checked(bench, 2)
 
 
 async def test_an_engine_that_fails_or_hangs_costs_the_hit_nothing(
@@ -265,11 +283,12 @@ async def test_a_stored_answer_that_is_no_text_is_not_compared_and_loses_nothing
 
 async def test_one_check_at_a_time_is_under_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
-    await bench.ask(chat("What is ML?"))
+    bench.upstream.says = [DAILY, CHORDS]
+    await bench.ask(chat("What is ML?", temperature=0))
     await bench.stored(1)
     bench.upstream.gate.clear()
     for _ in range(5):
-        assert await detail_of(bench, chat("Explain machine learning")) == "hit; detail=canonical"
+        assert await detail_of(bench, chat("Explain machine learning", temperature=0)) == "hit; detail=canonical"
     bench.upstream.gate.set()
     await checked(bench, 1)
     assert len(bench.upstream.bodies) == 2

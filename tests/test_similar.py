@@ -33,6 +33,7 @@ from hyperspace_vllm.daemon.similar import SimilarQuestions
 from .network_nodes import until
 
 DIMENSIONS = 384
+ENDED, HAMMER = "It ended in 1945, on the second of September.", "Use a hammer, two nails and a piece of wood."
 
 
 def eventually(true: Callable[[], bool]) -> None:
@@ -129,8 +130,14 @@ class Signer:
     signing_key = SigningKey(bytes(32))
 
 
+def asked(text: str, partition: bytes = bytes(32), tenant: bytes = bytes(32), is_greedy: bool = True) -> Question:
+    return Question(partition, sha256(text.encode()), text, tenant, is_greedy)
+
+
 class Place:
     """A node's database, with what compares its questions."""
+
+    questions = 0  # that were checked
 
     def __init__(self, path: Path) -> None:
         self.path = path / "responses.sqlite"
@@ -139,26 +146,41 @@ class Place:
         eventually(lambda: self.similar.stats()["state"] == "on")
 
     def remember(self, text: str, number: int, partition: bytes = bytes(32)) -> None:
-        question = Question(partition, sha256(text.encode()), text)
+        question = asked(text, partition)
         stored = self.store.stats()["stored"]
         self.similar.remember(StoreResponse(key(number), "network", bytes(32), "v", RESPONSE_TTL_MS, b"{}", question))
         eventually(lambda: self.store.stats()["stored"] > stored)
 
     def find(
-        self, text: str, mode: Mode = "strict", partition: bytes = bytes(32), max_error: float = 1.0
+        self,
+        text: str,
+        mode: Mode = "strict",
+        partition: bytes = bytes(32),
+        max_error: float = 1.0,
+        tenant: bytes = bytes(32),
     ) -> SimilarFound | SimilarNotFound:
         answers: list[SimilarFound | SimilarNotFound] = []
         self.similar.find(
-            FindSimilar(7, Question(partition, bytes(32), text), mode, bytes(32), max_error, 60_000), answers.append
+            FindSimilar(7, asked(text, partition, tenant), mode, bytes(32), max_error, 60_000), answers.append
         )
         eventually(lambda: bool(answers))
         (answer,) = answers
         assert answer.lookup == 7
         return answer
 
-    def check(self, number: int, similarity: float, stored: str, computed: str, mode: Mode = "strict") -> None:
+    def check(
+        self,
+        number: int,
+        similarity: float,
+        stored: str,
+        computed: str,
+        mode: Mode = "strict",
+        tenant: bytes = bytes(32),
+    ) -> None:
+        self.questions += 1
+        question = asked(f"Why is the number {self.questions} odd?", tenant=tenant)
         checked = self.similar.stats()["checked"]
-        self.similar.check(SimilarChecked(key(number), similarity, mode, bytes(32), stored, computed))
+        self.similar.check(SimilarChecked(key(number), question, similarity, mode, stored, computed))
         eventually(lambda: self.similar.stats()["checked"] != checked)
 
     def close(self) -> None:
@@ -225,7 +247,7 @@ def test_an_entry_that_has_gone_is_no_answer_any_more(place: Place) -> None:
 
 @pytest.mark.io
 def test_a_response_from_elsewhere_answers_other_wordings_once_its_question_is_known(place: Place) -> None:
-    body, question = b'{"fetched": 1}', Question(bytes(32), bytes(32), "How do I cook rice?")
+    body, question = b'{"fetched": 1}', asked("How do I cook rice?")
     now_ms = time.time_ns() // 1_000_000
     proof = make_proof(Signer.signing_key, network_id("test"), key(1), body, bytes(32), "v", now_ms)
     place.store.store_fetched(key(1), body, proof.encode(), now_ms, now_ms + 60_000, "network")
@@ -254,7 +276,7 @@ def test_an_entry_that_erred_answers_only_what_is_nearer_and_after_another_error
     place.remember("When did World War II end?", 1)
     near = place.find("In what year did World War II end?", "balanced")
     assert isinstance(near, SimilarFound)
-    place.check(1, near.similarity, "It ended in 1945.", "Use a hammer and two nails.")
+    place.check(1, near.similarity, ENDED, HAMMER)
     nearest = place.find("When did World War II end, please?")
     assert isinstance(nearest, SimilarFound)
     for _ in range(2):
@@ -262,7 +284,7 @@ def test_an_entry_that_erred_answers_only_what_is_nearer_and_after_another_error
         assert place.store.flush(60)
         place.close()
         place.__init__(place.path.parent)  # type: ignore[misc]
-    place.check(1, nearest.similarity, "It ended in 1945.", "Use a hammer and two nails.")
+    place.check(1, nearest.similarity, ENDED, HAMMER)
     for _ in range(2):
         assert place.find("When did World War II end, please?") == SimilarNotFound(7, "far")
         assert place.store.flush(60)
@@ -277,9 +299,9 @@ def test_the_same_response_fetched_again_forgives_no_error_and_takes_no_more_roo
     place.remember("When did World War II end?", 1)
     assert place.store.flush(60)
     size = place.store.stats()["bytes"]
-    again = RememberQuestion(key(1), Question(bytes(32), bytes(32), "When did World War II end?"))
+    again = RememberQuestion(key(1), asked("When did World War II end?"))
     for similarity in (0.94, 1.0):
-        place.check(1, similarity, "It ended in 1945.", "Use a hammer and two nails.")
+        place.check(1, similarity, ENDED, HAMMER)
         for _ in range(3):
             place.similar.remember_question(again)
         found = place.find("In what year did World War II end?", "balanced")
@@ -297,7 +319,7 @@ def test_the_same_response_fetched_again_forgives_no_error_and_takes_no_more_roo
 def test_a_bound_holds_for_each_mode_by_itself_also_after_a_restart(place: Place) -> None:
     place.remember("When did World War II end?", 1)
     for _ in range(20):
-        place.check(1, 0.95, "It ended in 1945.", "It ended in 1945.", mode="strict")
+        place.check(1, 0.95, ENDED, ENDED, mode="strict")
     for _ in range(2):
         strict = place.find("When did World War II end, please?", "strict", max_error=0.2)
         balanced = place.find("When did World War II end, please?", "balanced", max_error=0.2)
@@ -315,12 +337,57 @@ def test_a_bound_holds_for_each_mode_by_itself_also_after_a_restart(place: Place
 
 
 @pytest.mark.io
+def test_a_bound_holds_for_each_tenant_by_itself(place: Place) -> None:
+    place.remember("When did World War II end?", 1)
+    ours, theirs = bytes(32), b"t" * 32
+    for _ in range(20):
+        place.check(1, 0.95, ENDED, ENDED, tenant=theirs)
+    for tenant, is_known in ((theirs, True), (ours, False)):
+        found = place.find("When did World War II end, please?", max_error=0.2, tenant=tenant)
+        assert isinstance(found, SimilarFound)
+        assert (found.verdict != "compute") is is_known
+    for _ in range(20):
+        place.check(1, 0.95, ENDED, ENDED, tenant=ours)
+    for _ in range(20):
+        place.check(2, 0.95, ENDED, HAMMER, tenant=theirs)
+    found = place.find("When did World War II end, please?", max_error=0.2, tenant=ours)
+    assert isinstance(found, SimilarFound)
+    assert found.verdict != "compute", "one tenant's errors switch off no other's matches"
+
+
+@pytest.mark.io
+def test_what_was_sampled_or_is_a_word_long_or_was_asked_before_does_not_count(place: Place) -> None:
+    sampled, greedy = asked("What is ML?", is_greedy=False), asked("What is ML?")
+    for question, answers in ((sampled, (ENDED, HAMMER)), (greedy, ("The", "The"))):
+        place.similar.check(SimilarChecked(key(1), question, 0.95, "strict", *answers))
+    for partition in (bytes(32), b"other parameters".ljust(32)):
+        again = asked("What is ML?", partition)
+        place.similar.check(SimilarChecked(key(1), again, 0.95, "strict", ENDED, ENDED))
+    place.check(1, 0.95, ENDED, ENDED)
+    assert place.similar.stats()["checked"] == 2
+    assert place.store.flush(60)
+    place.close()
+    place.__init__(place.path.parent)  # type: ignore[misc]
+    assert (place.similar.stats()["checked"], place.similar.stats()["wrong_ratio"]) == (2, 0)
+
+
+@pytest.mark.io
 def test_answers_that_say_the_same_in_other_words_are_no_error(place: Place) -> None:
     place.remember("How do I cook rice?", 1)
-    place.check(1, 0.95, "Paris is the capital of France.", " Paris  is the capital of\nFrance.")
-    place.check(1, 0.95, "Paris is the capital of France.", "The capital of France is Paris.")
+    place.check(
+        1,
+        0.95,
+        "Paris is the old capital of the Republic of France.",
+        " Paris  is the old capital of the\nRepublic of France.",
+    )
+    place.check(
+        1,
+        0.95,
+        "Paris is the old capital of the Republic of France.",
+        "The old capital of the Republic of France is Paris.",
+    )
     assert place.similar.stats()["wrong_ratio"] == 0
-    place.check(1, 0.95, "Paris is the capital of France.", "Boil the rice for twelve minutes.")
+    place.check(1, 0.95, "Paris is the old capital of the Republic of France.", "Boil the rice for twelve minutes.")
     for _ in range(2):
         stats = place.similar.stats()
         assert stats["checked"] == 3
@@ -339,7 +406,7 @@ def test_without_its_packages_responses_are_stored_all_the_same(tmp_path: Path) 
 
     store = ResponseStore(tmp_path / "responses.sqlite", 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test"))
     similar = SimilarQuestions(tmp_path / "responses.sqlite", load, ACRONYMS, store)
-    question = Question(bytes(32), bytes(32), "What is ML?")
+    question = asked("What is ML?")
     for number in range(2):
         similar.remember(StoreResponse(key(number), "network", bytes(32), "v", RESPONSE_TTL_MS, b"{}", question))
     eventually(lambda: store.stats()["stored"] == 2)

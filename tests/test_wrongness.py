@@ -12,10 +12,16 @@ from hyperspace_vllm.core.response.wrongness import (
     WINDOW,
     Wrongness,
     floor_after,
+    tells,
     wilson,
 )
 
-KIND = b"a model, a mode and an embedder"
+KIND = b"a tenant, a model, a mode and an embedder"
+
+
+def known(is_wrong: bool) -> list[tuple[bytes, bytes, bool]]:
+    """A full window of comparisons."""
+    return [(KIND, b"%d" % number, is_wrong) for number in range(WINDOW)]
 
 
 @pytest.mark.parametrize(
@@ -39,14 +45,14 @@ def served_wrongly(max_error: float, error: float, matches: int, seed: int) -> t
     rng = random.Random(seed)
     wrongness = Wrongness(random.Random(seed + 1))
     served = wrong = 0
-    for _ in range(matches):
+    for number in range(matches):
         is_wrong = rng.random() < error
         verdict = wrongness.judge(KIND, max_error)
         if verdict != "compute":
             served += 1
             wrong += is_wrong
         if verdict != "serve":
-            wrongness.add(KIND, is_wrong)
+            wrongness.add(KIND, b"%d" % number, is_wrong)
     return served / matches, wrong / max(served, 1)
 
 
@@ -68,12 +74,12 @@ def test_without_a_bound_all_is_served_and_a_small_share_checked() -> None:
 
 
 def test_with_a_bound_of_zero_nothing_is_served() -> None:
-    wrongness = Wrongness(random.Random(1), [(KIND, False)] * WINDOW)
+    wrongness = Wrongness(random.Random(1), known(False))
     assert {wrongness.judge(KIND, 0.0) for _ in range(1_000)} == {"compute"}
 
 
 def test_what_is_known_of_one_kind_says_nothing_about_another() -> None:
-    wrongness = Wrongness(random.Random(1), [(KIND, False)] * WINDOW)
+    wrongness = Wrongness(random.Random(1), known(False))
     assert wrongness.judge(KIND, 0.02) != "compute"
     assert wrongness.judge(b"another", 0.02) == "compute"
     for number in range(KINDS_MAX):
@@ -82,19 +88,19 @@ def test_what_is_known_of_one_kind_says_nothing_about_another() -> None:
 
 
 def test_while_no_check_comes_through_nothing_is_served_for_long() -> None:
-    wrongness = Wrongness(random.Random(1), [(KIND, False)] * WINDOW)
+    wrongness = Wrongness(random.Random(1), known(False))
     verdicts = [wrongness.judge(KIND, 0.02) for _ in range(UNCHECKED_MAX + 10)]
     assert verdicts[UNCHECKED_MAX:] == ["compute"] * 10
     assert "compute" not in verdicts[:UNCHECKED_MAX]
-    wrongness.add(KIND, False)
+    wrongness.add(KIND, b"asked", False)
     assert wrongness.judge(KIND, 0.02) != "compute"
 
 
 def test_what_was_long_ago_is_forgotten() -> None:
-    wrongness = Wrongness(random.Random(1), [(KIND, True)] * WINDOW)
+    wrongness = Wrongness(random.Random(1), known(True))
     assert wrongness.ratio.estimate == 1
-    for _ in range(WINDOW):
-        wrongness.add(KIND, False)
+    for number in range(WINDOW):
+        wrongness.add(KIND, b"new %d" % number, False)
     assert (wrongness.ratio.estimate, wrongness.checked) == (0, WINDOW)
 
 
@@ -106,3 +112,26 @@ def test_an_error_raises_the_entrys_floor_and_the_second_is_its_last(
     similarity: float, floor: float, after: float
 ) -> None:
     assert floor_after(similarity, floor) == pytest.approx(after)
+
+
+def test_a_question_that_is_compared_again_counts_once_by_its_last_comparison() -> None:
+    wrongness = Wrongness(random.Random(1))
+    for _ in range(WINDOW):
+        wrongness.add(KIND, b"asked", False)
+    assert wrongness.checked == 1
+    assert wrongness.judge(KIND, 0.02) == "compute"
+    wrongness.add(KIND, b"asked", True)
+    assert (wrongness.checked, wrongness.ratio.estimate) == (1, 1)
+
+
+def test_the_kind_that_was_asked_for_longest_ago_makes_room() -> None:
+    wrongness = Wrongness(random.Random(1), known(False))
+    for number in range(KINDS_MAX * 2):
+        assert wrongness.judge(b"%d" % number, 0.02) == "compute"
+        assert wrongness.judge(KIND, 0.02) != "compute" or number >= UNCHECKED_MAX
+
+
+def test_answers_of_a_word_or_two_tell_nothing() -> None:
+    assert not tells("The", "The")
+    assert not tells("", "Yes, it is.")
+    assert tells("I don't know.", "It is the powerhouse of the cell, mostly.")

@@ -74,10 +74,10 @@ async def compute_too(exchange: "Exchange", match: ToCompare) -> None:
 
 def report(exchange: "Exchange", match: ToCompare, computed: bytes) -> None:
     """Let the node compare the answers, if the engine's is text as well."""
-    digest, text = exchange.options.model_digest(), _text(computed)
-    if digest is not None and text is not None:
+    question, text = exchange.question(), _text(computed)
+    if question is not None and text is not None:
         said = match.stored[:ANSWER_CHARS_MAX], text[:ANSWER_CHARS_MAX]
-        exchange.options.client.send(SimilarChecked(match.key, match.similarity, match.mode, digest, *said))
+        exchange.options.client.send(SimilarChecked(match.key, question, match.similarity, match.mode, *said))
 
 
 async def answer_to(exchange: "Exchange", scope: Scope, raw: bytes) -> bytes | None:

@@ -563,8 +563,9 @@ def _attach(database: sqlite3.Connection, task: _Asked) -> None:
 
 def _note_check(database: sqlite3.Connection, check: _Checked) -> None:
     wrong = check.floor is not None
-    number = database.execute("INSERT INTO checks (kind, wrong) VALUES (?, ?)", (check.kind, wrong)).lastrowid
-    database.execute("DELETE FROM checks WHERE id <= ? - ?", (number, KINDS_MAX * WINDOW))
+    if check.kind:
+        number = database.execute("INSERT INTO checks (kind, wrong) VALUES (?, ?)", (check.kind, wrong)).lastrowid
+        database.execute("DELETE FROM checks WHERE id <= ? - ?", (number, KINDS_MAX * WINDOW))
     if wrong:
         database.execute(_RAISE_FLOOR, (check.request_key, check.floor))
 

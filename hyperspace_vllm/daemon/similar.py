@@ -32,7 +32,7 @@ from ..core.response.canonical import CANONICAL_VERSION, compared_question
 from ..core.response.guards import eligible
 from ..core.response.same_answer import say_the_same
 from ..core.response.semantic import Match, best_match
-from ..core.response.wrongness import NEVER, Wrongness, floor_after
+from ..core.response.wrongness import NEVER, Wrongness, floor_after, tells
 from ..response_db import Embedded, ResponseReader
 from .embedding import Embedder, EmbedderMissing
 from .question_index import QUESTIONS_MAX, QuestionIndex, quantized
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ID = 32  # bytes of a kind, before those of a question, in the database
 _RECENT_MAX = 1024  # x 1 KiB: a question that is looked for in vain is stored soon after
 _COMMIT_S = 10.0  # an entry that isn't in the database by then has left it
 _LATER_MAX = 4096  # of 1 KiB to 16 KiB, bodies of responses apart
@@ -180,7 +181,8 @@ class SimilarQuestions:
                     index.add(stored.key, stored.partition, stored.text, vectors.reshape(2, dimensions))
         with self._changed:
             self._embedder, self._index, self._state = embedder, index, "on"
-            self._wrongness = Wrongness(random.Random(), self._reader.checks())
+            checks = ((name[:_ID], name[_ID:], wrong) for name, wrong in self._reader.checks())
+            self._wrongness = Wrongness(random.Random(), checks)
         logger.info("semantic hits: %s, %d questions", embedder.name, len(index))
 
     def _end(self) -> None:
@@ -238,17 +240,16 @@ class SimilarQuestions:
             key = match.candidate.key
             if self._is_stored(key):
                 with self._changed:
-                    kind = self._kind(mode, job.want.model_digest)
-                    verdict = self._wrongness.judge(kind, job.want.max_error)
+                    verdict = self._wrongness.judge(self._kind(mode, question), job.want.max_error)
                 return SimilarFound(lookup, key, match.candidate.similarity, verdict)
             self._index.remove(key)
             self._floors.pop(key, None)
             if time.monotonic() >= job.until_s:
                 return SimilarNotFound(lookup, "late")
 
-    def _kind(self, mode: str, model_digest: bytes) -> bytes:
+    def _kind(self, mode: str, question: Question) -> bytes:
         """What a comparison counts for."""
-        return sha256(self._embedder.name.encode(), mode.encode(), model_digest)
+        return sha256(self._embedder.name.encode(), mode.encode(), question.source)
 
     def _note_floor(self, key: RequestKey, floor: float) -> None:
         if floor > 0:
@@ -299,14 +300,18 @@ class SimilarQuestions:
 
     def _compare(self, check: SimilarChecked) -> None:
         """Count an error if the answers differ, and let the entry answer less for it."""
-        key = RequestKey(check.request_key)
+        key, question = RequestKey(check.request_key), check.question
         assert self._index is not None
         wrong = not say_the_same(check.stored, check.computed, self._cosine)
-        kind = self._kind(check.mode, check.model_digest)
-        with self._changed:
-            self._wrongness.add(kind, wrong)
+        name = b""
+        if question.is_greedy and tells(check.stored, check.computed):
+            kind = self._kind(check.mode, question)
+            asked = sha256(compared_question(question.text, self._acronyms).encode())
+            name = kind + asked
+            with self._changed:
+                self._wrongness.add(kind, asked, wrong)
         floor = floor_after(check.similarity, self._floors.get(key, 0.0)) if wrong else None
-        self._store.note_check(key, kind, floor)
+        self._store.note_check(key, name, floor)
         if floor is not None:
             self._note_floor(key, floor)
         if floor == NEVER:

@@ -24,7 +24,7 @@ from .limits import (
     KiB,
 )
 
-LOCAL_PROTOCOL = 7
+LOCAL_PROTOCOL = 8
 PAGE_BYTES = 64 * KiB  # of the arena: a slab takes whole ones
 NAME_CHARS_MAX = 256
 PURGED_KEYS_MAX = 4096
@@ -68,12 +68,15 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a request asks, as far as others may ask the same in other words.
 
     `partition` names everything else about the request, its tenant included: only questions of one partition are
-    compared. `canonical_key` is that of its normalised form (core/response/semantic_key.py).
+    compared. `canonical_key` is that of its normalised form (core/response/semantic_key.py). `source` names the tenant
+    and the weights, for which wrong matches are counted; `is_greedy`: the engine would give the same answer again.
     """
 
     partition: Bytes32
     canonical_key: Bytes32
     text: Annotated[str, Meta(max_length=QUESTION_CHARS_MAX)]
+    source: Bytes32
+    is_greedy: bool
 
 
 # --- client to node -----------------------------------------------------------------------------
@@ -263,15 +266,15 @@ class FindSimilar(_Message, tag="find_similar", frozen=True):
 
 
 class SimilarChecked(_Message, tag="similar_checked", frozen=True):
-    """A match was computed as well: the answer that is stored under `request_key`, and the engine's.
+    """A match for `question` was computed as well: the answer that is stored under `request_key`, and the engine's.
 
     `similarity` is that of the match, 1 for canonical forms that are equal. Nothing is answered.
     """
 
     request_key: Bytes32
+    question: Question
     similarity: Similarity
     mode: Literal["strict", "balanced"]
-    model_digest: Bytes32
     stored: AnswerText
     computed: AnswerText
 

@@ -27,6 +27,7 @@ Semantic = Literal["off", "strict", "balanced"]
 
 _PARTITION_TAG = b"hyperspace/partition/1"
 _CANONICAL_TAG = b"hyperspace/canonical-question/%d" % CANONICAL_VERSION
+_SOURCE_TAG = b"hyperspace/wrongness-source/1"
 _STRICTNESS: tuple[Semantic, ...] = ("balanced", "strict", "off")
 
 _FIELDS = word_set("""
@@ -74,7 +75,9 @@ def question_of(
         return None
     partition = sha256(_PARTITION_TAG, rest)
     canonical = canonical_question(text, acronyms).encode()
-    return Question(partition, sha256(_CANONICAL_TAG, partition, canonical), text)
+    source = sha256(_SOURCE_TAG, model_digest, lora or bytes(32), tenant.encode())
+    is_greedy = body.get("temperature") == 0
+    return Question(partition, sha256(_CANONICAL_TAG, partition, canonical), text, source, is_greedy)
 
 
 def _only_text(message: object, roles: tuple[str, ...]) -> str | None:

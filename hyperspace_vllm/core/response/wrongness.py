@@ -2,18 +2,20 @@
 
 Some matches are computed as well, and the two answers compared. While more than `max_error` of the matches may be
 wrong, at 95 % confidence, all are computed: the client gets the engine's answer, and that is compared. Afterwards they
-are served, and one in CHECK_EVERY is computed too. What was learnt of one model, mode or embedder says nothing about
-another: each is a kind of its own.
+are served, and one in CHECK_EVERY is computed too. What was learnt of one tenant, model, mode or embedder says nothing
+about another: each is a kind of its own.
+
+The bound is against chance and other tenants, not against the clients of one tenant, who choose what is compared. To
+make steering it dear, only greedy answers count, of TELLING_WORDS, and of each question its last comparison.
 
 Context: vCache (Schroeder et al., "vCache: Verified Semantic Prompt Caching", 2025): a bound that the user sets, kept
 by computing where the cache isn't sure yet. Choice: one binomial over the last WINDOW comparisons of a kind, and a
 threshold of its own for an entry that erred. Rejected: vCache's model of each entry, which takes some ten computations
 of each before it serves: here the guards have taken out most of what a cosine can't see. Cost: with max_error = 0.02
-and no error, the first 189 matches are computed.
+and no error, the matches of the first 189 questions are computed, and all where no request is greedy.
 """
 
 import random
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import sqrt
@@ -25,6 +27,7 @@ WINDOW = 1_000
 KINDS_MAX = 64
 CHECK_EVERY = 20
 UNCHECKED_MAX = 8 * CHECK_EVERY  # matches served under a bound without word of a check: then none comes through
+TELLING_WORDS = 8  # "The" and "Yes." say little about the answers that they stand for
 SAME = 0.99  # nearer than this nothing tells a right match from a wrong one
 NEVER = 2.0  # a floor above every similarity
 _Z = 1.96  # 95 %, two-sided
@@ -57,20 +60,25 @@ def floor_after(similarity: float, floor: float) -> float:
     return NEVER if floor > 0 or similarity >= SAME else similarity + (1 - similarity) / 2
 
 
+def tells(one: str, other: str) -> bool:
+    """Whether two answers are long enough for their comparison to count."""
+    return max(len(one.split()), len(other.split())) >= TELLING_WORDS
+
+
 @dataclass(slots=True)
 class _Kind:
-    wrong: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    wrong: dict[bytes, bool] = field(default_factory=dict)  # by question, the oldest comparison first
     unchecked: int = 0  # matches served since the last comparison
 
 
 class Wrongness:
-    """The comparisons of one node. `checks`: those of earlier, by kind, the oldest first."""
+    """The comparisons of one node. `checks`: those of earlier, as of `add`, the oldest first."""
 
-    def __init__(self, rng: random.Random, checks: Iterable[tuple[bytes, bool]] = ()) -> None:
+    def __init__(self, rng: random.Random, checks: Iterable[tuple[bytes, bytes, bool]] = ()) -> None:
         self._rng = rng
         self._kinds: dict[bytes, _Kind] = {}
-        for kind, is_wrong in checks:
-            self.add(kind, is_wrong)
+        for kind, asked, is_wrong in checks:
+            self.add(kind, asked, is_wrong)
 
     @property
     def checked(self) -> int:
@@ -80,25 +88,29 @@ class Wrongness:
     @property
     def ratio(self) -> Interval:
         """Of the matches of all kinds that were checked, those that were wrong."""
-        return wilson(sum(sum(kind.wrong) for kind in self._kinds.values()), self.checked)
+        return wilson(sum(sum(kind.wrong.values()) for kind in self._kinds.values()), self.checked)
 
-    def add(self, kind: bytes, is_wrong: bool) -> None:
-        """A match's answer was compared with the engine's."""
+    def add(self, kind: bytes, asked: bytes, is_wrong: bool) -> None:
+        """The answer of a match for the question `asked` was compared with the engine's."""
         known = self._known(kind)
-        known.wrong.append(is_wrong)
+        known.wrong.pop(asked, None)
+        known.wrong[asked] = is_wrong
+        if len(known.wrong) > WINDOW:
+            del known.wrong[next(iter(known.wrong))]
         known.unchecked = 0
 
     def judge(self, kind: bytes, max_error: float) -> Verdict:
         """What to do with a match."""
         known = self._known(kind)
         if max_error < 1 and (
-            known.unchecked >= UNCHECKED_MAX or wilson(sum(known.wrong), len(known.wrong)).high > max_error
+            known.unchecked >= UNCHECKED_MAX or wilson(sum(known.wrong.values()), len(known.wrong)).high > max_error
         ):
             return "compute"
         known.unchecked += 1
         return "check" if self._rng.randrange(CHECK_EVERY) == 0 else "serve"
 
     def _known(self, kind: bytes) -> _Kind:
-        if kind not in self._kinds and len(self._kinds) >= KINDS_MAX:
+        known = self._kinds[kind] = self._kinds.pop(kind, _Kind())
+        if len(self._kinds) > KINDS_MAX:
             del self._kinds[next(iter(self._kinds))]
-        return self._kinds.setdefault(kind, _Kind())
+        return known
