@@ -125,10 +125,12 @@ SELECT CAST(request_key AS BLOB), partition, question, vectors, floor FROM quest
 WHERE embedder = ?1 AND {_ALIVE} ORDER BY id DESC LIMIT ?4
 """
 
-_SELECT_SHAREABLE = f"""
+_SHAREABLE = f"""
 SELECT CAST(request_key AS BLOB), scope, body, proof, computed_at_ms, {_EXPIRES} FROM entries JOIN bodies USING (id)
-WHERE request_hash = ?1 AND {_ALIVE} AND scope IN ('network', 'public')
+WHERE request_hash = ?1 AND {_ALIVE} AND scope IN
 """
+_SELECT_SHAREABLE = f"{_SHAREABLE} ('network', 'public')"
+_SELECT_PUBLIC = f"{_SHAREABLE} ('public')"
 
 
 def database_path(data_dir: Path) -> Path:
@@ -252,9 +254,12 @@ class ResponseReader:
             return []
         return [(kind, bool(wrong)) for kind, wrong in rows]
 
-    def find_by_hash(self, request_hash: bytes, now_ms: int) -> Shareable | None:
-        """The entry that peers know by `request_hash`, unless it has expired or is private."""
-        row = self._row(_SELECT_SHAREABLE, request_hash, now_ms)
+    def find_by_hash(self, request_hash: bytes, now_ms: int, to_member: bool = True) -> Shareable | None:
+        """The entry that peers know by `request_hash`, unless it has expired or may not go to who asks, member or not.
+
+        Of what may not go the body is not read: asked for again and again, it would keep the disk busy.
+        """
+        row = self._row(_SELECT_SHAREABLE if to_member else _SELECT_PUBLIC, request_hash, now_ms)
         response = _intact(row[2:]) if row else None
         return Shareable(RequestKey(row[0]), row[1], response) if row and response and len(row[0]) == 32 else None
 

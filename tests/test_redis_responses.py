@@ -25,12 +25,13 @@ from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.core.response.exchange import make_hit
 from hyperspace_vllm.daemon import join
+from hyperspace_vllm.daemon.answer_places import ANSWERS_MAX, OWN_NODE, Asker
 from hyperspace_vllm.daemon.audits import Audits
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.join import Network
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.response_lookups import FoundResponse
-from hyperspace_vllm.daemon.response_server import ANSWERS_MAX, ResponseServer
+from hyperspace_vllm.daemon.response_server import ResponseServer
 from hyperspace_vllm.daemon.response_store import ResponseStore, wall_clock_ms
 from hyperspace_vllm.response_db import ResponseReader, database_path
 
@@ -357,16 +358,17 @@ async def test_what_a_busy_disk_could_not_read_is_shared_later(node: MakeNode, m
     asked: list[bytes] = []
     answer = a.server.answer
 
-    async def counted(request_hash: bytes, popularity: int, to_member: bool) -> Hit | Miss:
+    async def counted(request_hash: bytes, popularity: int, asker: Asker) -> Hit | Miss:
         asked.append(request_hash)
-        return await answer(request_hash, popularity, to_member)
+        return await answer(request_hash, popularity, asker)
 
     monkeypatch.setattr(a.server, "answer", counted)
     for _ in range(ANSWERS_MAX):
-        assert a.server._free.acquire(blocking=False)
+        await a.server._places.take(OWN_NODE)
     a.compute("x")
     await until(lambda: len(asked) >= 1)
-    a.server._free.release(ANSWERS_MAX)
+    for _ in range(ANSWERS_MAX):
+        a.server._places.free(OWN_NODE)
     await until(lambda: a.written == 1)
     assert await b.find("x") is not None
 

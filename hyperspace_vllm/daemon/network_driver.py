@@ -78,6 +78,7 @@ from ..core.records.peer_wire import (
 )
 from ..core.response.cache_proof import request_hash
 from ..core.response.exchange import LIES, Opened
+from .answer_places import Asker
 from .fetched_response import Stored, found_response, keep, open_fetched
 from .metrics import Metrics
 from .peer_failed import PeerFailed
@@ -375,10 +376,10 @@ class NetworkDriver:
 
     async def _serve(self, effect: ServeResponse) -> None:
         answer: Hit | Miss = Miss("unknown")
-        if self._responses is not None:
-            asker = self._askers.get(effect.token)
-            to_member = asker is not None and self._trust.is_chosen(public_key_of(asker))
-            answer = await self._responses.answer(effect.request_hash, effect.popularity, to_member)
+        peer = self._askers.get(effect.token)
+        if self._responses is not None and peer is not None:
+            asker = Asker(peer, self._trust.is_chosen(public_key_of(peer)), self._trust.has_standing(peer))
+            answer = await self._responses.answer(effect.request_hash, effect.popularity, asker)
         if isinstance(answer, Hit):
             self._metrics.bytes_total.labels("served").inc(len(answer.sealed))
         self._reply(effect.token, answer)

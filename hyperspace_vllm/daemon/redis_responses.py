@@ -23,6 +23,7 @@ from ..core.records.local import Scope
 from ..core.records.peer_wire import Hit, Miss, decode_answer, encode
 from ..core.response.cache_proof import request_hash
 from ..core.response.exchange import Opened
+from .answer_places import OWN_NODE
 from .fetched_response import Stored, found_response, keep, open_fetched
 from .join import Network
 from .metrics import Metrics
@@ -220,7 +221,7 @@ class RedisResponses:
         # A node that starts tells all that it has, of which most lies there already.
         if left_ms <= 0 or not isinstance(held_ms, int) or left_ms <= held_ms + SAME_MS:
             return
-        hit = await self._responses.answer(name, 0, to_member=True)
+        hit = await self._responses.answer(name, 0, OWN_NODE)
         if hit == Miss("busy"):
             self._queue.setdefault(name, expires_at_ms)
             await asyncio.sleep(BUSY_S)

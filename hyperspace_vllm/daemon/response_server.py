@@ -1,8 +1,9 @@
 """Answers peers' queries from the response database: found by its request hash, checked again, sealed, vouched for.
 
 A disk that hangs costs its askers a `busy` and this node nothing: the database is read in threads of its own, few of
-them, and a query that waits too long is given up. What is served was checked before it was stored, and is checked again
-here, because a damaged page must not make a liar of an honest node.
+them, and a query that waits too long is given up. Strangers have one thread and few places (answer_places.py), and of
+what they may not have nothing is read but the scope. What is served was checked before it was stored, and is checked
+again here, because a damaged page must not make a liar of an honest node.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -22,11 +24,12 @@ from ..core.records.signing import NO_MEMBER_TAG
 from ..core.response.cache_proof import check_statement, decode_proof, request_hash
 from ..core.response.exchange import make_hit
 from ..response_db import ResponseReader, Shareable
+from .answer_places import AnswerPlaces, Asker
 from .response_store import wall_clock_ms
 
-ANSWERS_MAX = 16  # being made at once, those included that nobody waits for any more
 ANSWER_S = 0.25
 _THREADS = 4
+_STRANGERS_THREADS = 1  # hence one core at most
 
 
 class ResponseServer:
@@ -43,22 +46,22 @@ class ResponseServer:
         self._vouch = vouch
         self._clock = clock
         self._readers = _Readers(path)
-        self._free = threading.BoundedSemaphore(ANSWERS_MAX)
+        self._places = AnswerPlaces()
         self._threads = ThreadPoolExecutor(_THREADS, "hyperspace-response-server")
+        self._strangers_threads = ThreadPoolExecutor(_STRANGERS_THREADS, "hyperspace-response-server")
         self._closed = False
 
-    async def answer(self, request_hash: bytes, popularity: int, to_member: bool) -> Hit | Miss:
+    async def answer(self, request_hash: bytes, popularity: int, asker: Asker) -> Hit | Miss:
         """The response with this request hash, if it is here and may go to whoever asks. Raises nothing, takes 250 ms.
 
         Only members get what is shared with the network; the rest get what is public.
         """
-        if self._closed or not self._free.acquire(blocking=False):
+        if self._closed:
             return Miss("busy")
-        making = self._threads.submit(self._make, request_hash, popularity, to_member)
-        making.add_done_callback(self._freed)
         try:
             async with asyncio.timeout(ANSWER_S):
-                made = await asyncio.wrap_future(making)
+                await self._places.take(asker)
+                made = await self._made(request_hash, popularity, asker)
         except TimeoutError:
             return Miss("busy")
         if made is None:
@@ -70,13 +73,31 @@ class ResponseServer:
         """Answer no more; what is being made is finished, but not waited for."""
         self._closed = True
         self._threads.shutdown(wait=False)
+        self._strangers_threads.shutdown(wait=False)
         self._readers.close()
+
+    async def _made(self, wanted: bytes, popularity: int, asker: Asker) -> tuple[Hit, bytes] | None:
+        """Made in a thread; the asker's place is free again when that is done, waited for or not."""
+        loop = asyncio.get_running_loop()
+        threads = self._threads if asker.has_standing else self._strangers_threads
+
+        def done(_: Future[tuple[Hit, bytes] | None]) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._places.free, asker)
+
+        try:
+            making = threads.submit(self._make, wanted, popularity, asker.is_member)
+        except RuntimeError:  # closed meanwhile
+            self._places.free(asker)
+            return None
+        making.add_done_callback(done)
+        return await asyncio.wrap_future(making)
 
     def _make(self, wanted: bytes, popularity: int, to_member: bool) -> tuple[Hit, bytes] | None:
         """The sealed response and its proof's signer, in a thread."""
         now_ms = self._clock()
-        found = self._readers.find(wanted, now_ms)
-        if found is None or not (to_member or found.scope == "public"):
+        found = self._readers.find(wanted, now_ms, to_member)
+        if found is None:
             return None
         signer = self._checked_signer(found, wanted, now_ms)
         if signer is None:
@@ -95,9 +116,6 @@ class ResponseServer:
             return None
         return proof.signer
 
-    def _freed(self, making: Future[tuple[Hit, bytes] | None]) -> None:
-        self._free.release()
-
 
 class _Readers:
     """One ResponseReader a thread at a time."""
@@ -108,10 +126,10 @@ class _Readers:
         self._idle: list[ResponseReader] = []
         self._closed = False
 
-    def find(self, request_hash: bytes, now_ms: int) -> Shareable | None:
+    def find(self, request_hash: bytes, now_ms: int, to_member: bool) -> Shareable | None:
         with self._lock:
             reader = self._idle.pop() if self._idle else ResponseReader(self._path)
-        found = reader.find_by_hash(request_hash, now_ms)
+        found = reader.find_by_hash(request_hash, now_ms, to_member)
         with self._lock:
             if self._closed:
                 reader.close()

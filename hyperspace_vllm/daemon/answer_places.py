@@ -1,0 +1,71 @@
+"""Whose query is answered next: places for few at once, fewer of one peer, and fewest of all strangers together.
+
+A query waits for a place, in its turn; peers with standing go before strangers, however many of these wait.
+"""
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
+
+ANSWERS_MAX = 16  # being made at once, those included that nobody waits for any more
+PEER_ANSWERS_MAX = 2
+STRANGERS_ANSWERS_MAX = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks: a peer, or '' for this node itself, which has as many places as there are."""
+
+    peer: str
+    is_member: bool  # it gets what is shared with the network
+    has_standing: bool
+
+
+OWN_NODE = Asker("", True, True)
+
+
+class AnswerPlaces:
+    """Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._taken: Counter[str] = Counter()
+        self._strangers = 0
+        self._waiting: list[tuple[Asker, asyncio.Future[None]]] = []
+
+    async def take(self, asker: Asker) -> None:
+        """Return when the asker has a place, which `free` gives back."""
+        if self._has_room(asker):
+            self._count(asker, 1)
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((asker, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # its turn came meanwhile
+                self.free(asker)
+            raise
+        finally:
+            self._waiting = [each for each in self._waiting if each[1] is not turn]
+
+    def free(self, asker: Asker) -> None:
+        """Give a place back, to whoever is next."""
+        self._count(asker, -1)
+        for waiting, turn in sorted(self._waiting, key=lambda each: not each[0].has_standing):
+            if not turn.done() and self._has_room(waiting):
+                self._count(waiting, 1)
+                turn.set_result(None)
+
+    def _has_room(self, asker: Asker) -> bool:
+        if self._taken.total() >= ANSWERS_MAX:
+            return False
+        if not asker.has_standing and self._strangers >= STRANGERS_ANSWERS_MAX:
+            return False
+        return not asker.peer or self._taken[asker.peer] < PEER_ANSWERS_MAX
+
+    def _count(self, asker: Asker, change: int) -> None:
+        self._taken[asker.peer] += change
+        if not self._taken[asker.peer]:
+            del self._taken[asker.peer]
+        if not asker.has_standing:
+            self._strangers += change
