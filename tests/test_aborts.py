@@ -16,6 +16,7 @@ from hyperspace_vllm.vllm_adapter import compat
 from .cached_server import MakeBench, benches
 
 PATH = "/v1/responses"
+TEXT = {"type": "output_text", "text": "So.", "annotations": [], "logprobs": None}
 
 
 def test_what_is_noted_in_a_task_is_seen_by_who_started_it_alone() -> None:
@@ -64,7 +65,7 @@ def response(status: str) -> dict[str, Any]:
         "created_at": 1,
         "model": "base",
         "status": status,
-        "output": [],
+        "output": [{"type": "message", "id": "m", "role": "assistant", "status": status, "content": [TEXT]}],
         "usage": {},
     }
 
