@@ -524,6 +524,7 @@ def test_preempted_requests_answer_as_if_they_were_alone(cramped: Server) -> Non
     wait_quiet(cramped)
 
 
+@pytest.mark.slow
 def test_after_a_reset_of_vllms_prefix_cache_and_of_the_connector_the_same_weights_share_again(cramped: Server) -> None:
     text = document(SHORT)
     cramped.complete(text, max_tokens=1)
