@@ -133,7 +133,7 @@ async def _compute(exchange: "Exchange", missing: dict[RequestKey, dict[str, Any
 
 
 def _heard(task: asyncio.Task[object]) -> None:
-    """What a computation that nobody waits for raises is no news."""
+    """An error of a computation that no request waits for is not logged."""
     if not task.cancelled():
         task.exception()
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .middleware import ResponseCacheMiddleware
 
 _COMMIT_LOOKS, _COMMIT_LOOK_S = 20, 0.005  # the node commits within milliseconds, or is busy
-# How the engine serves a request: whoever sets one shares no computation with who does not.
+# How the engine serves a request: a request that sets one shares no computation with others.
 _SERVED_BY = ("priority", "stream_interval")
 _SERVED_BY_HEADERS = (b"x-vllm-priority", b"x-data-parallel-rank")
 _FOLLOWED_MAX = 2  # computations of others that may fail a request before it is computed alone

@@ -7,7 +7,7 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass
 
-ANSWERS_MAX = 16  # being made at once, those included that nobody waits for any more
+ANSWERS_MAX = 16  # being made at once, those included that no peer waits for any more
 PEER_ANSWERS_MAX = 2
 STRANGERS_ANSWERS_MAX = 4
 
@@ -49,7 +49,7 @@ class AnswerPlaces:
             self._waiting = [each for each in self._waiting if each[1] is not turn]
 
     def free(self, asker: Asker) -> None:
-        """Give a place back, to whoever is next."""
+        """Give a place back, to the next peer that waits."""
         self._count(asker, -1)
         for waiting, turn in sorted(self._waiting, key=lambda each: not each[0].has_standing):
             if not turn.done() and self._has_room(waiting):

@@ -5,7 +5,7 @@ resolves its own name; whoever's name server decides where a name leads can lead
 as where it comes from. Addresses have scopes: this machine, this link (where clouds keep their metadata service), a
 private network, everywhere. A node dials nothing of a narrower scope than it is reached in itself, nor of a narrower
 one than it is told from, whichever way it comes (PeerRecords, answers of the DHT, mDNS), and passes on no record with
-an address that it would not dial: whoever hears it from this node judges it by where this node is. So a fleet's nodes
+an address that it would not dial: peers that hear it from this node judge it by where this node is. So a fleet's nodes
 in 10.0.0.0/8 dial each other, none of them dials its own loopback, and peers of the internet lead no node to a private
 network, through a third one neither. Rejected: refusing private ranges, in which fleets live.
 """
