@@ -43,6 +43,7 @@ from hyperspace_vllm.daemon.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.libp2p_mdns import peers_in
 from hyperspace_vllm.daemon.libp2p_node import Libp2pNode, NodeSettings, dht_key, reachable_hosts, split_address
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
+from hyperspace_vllm.daemon.peer_time import PeerTime
 from hyperspace_vllm.daemon.token_bucket import TokenBucket
 
 from .network_world import NETWORK, OpenGate
@@ -853,6 +854,34 @@ async def test_garbage_below_the_streams_ends_only_that_connection(members: Memb
     await until(lambda: a.host.connected == {b.peer})
 
 
+NOBODYS, OPEN = 999, 1  # streams
+
+
+@pytest.mark.parametrize(("kind", "stream", "length"), [(0, NOBODYS, 0), (1, NOBODYS, 7), (0, OPEN, 0), (1, OPEN, 0)])
+async def test_who_sends_frames_for_nothing_is_let_go_and_told_of(
+    members: Members, kind: int, stream: int, length: int
+) -> None:
+    a, b = await members(2)
+    stray = libp2p_yamux._HEAD.pack(0, kind, 0, stream, length)
+
+    async def send(node: Libp2pNode, victim: ID) -> None:
+        (conn,) = node._swarm.live(victim)
+        wire = conn.muxed_conn.secured_conn  # type: ignore[attr-defined]
+        await wire.write(stray * int(libp2p_yamux.STRAYS_PER_S))  # as many as a reset of many streams leaves
+        await trio.sleep(0.3)
+        assert not conn.is_closed
+        assert not a.violations
+        with suppress(Exception):  # it closes before it has read all of them
+            for _ in range(20):
+                await wire.write(stray * int(libp2p_yamux.STRAYS_PER_S))
+        with trio.fail_after(5):
+            await conn.event_closed.wait()
+
+    await attack(a, send)
+    await until(lambda: len(a.violations) == 1)
+    assert await b.ask(a) == b"?"
+
+
 @pytest.mark.parametrize("bound", ["UNREAD_BYTES_MAX", "UNREAD_ALL_BYTES_MAX"])
 async def test_what_a_peer_sends_unasked_is_bounded(
     members: Members, monkeypatch: pytest.MonkeyPatch, bound: str
@@ -1172,7 +1201,8 @@ async def test_windows_are_updated_once_half_of_them_is_used() -> None:
             async def write(self, data: bytes) -> None:
                 sent.append(data)
 
-        conn = libp2p_yamux.YamuxConnection(Wire(), ID(b"peer"))  # type: ignore[arg-type]
+        time = PeerTime(lambda peer: False)
+        conn = libp2p_yamux.YamuxConnection(Wire(), ID(b"peer"), time, lambda peer: None)  # type: ignore[arg-type]
         stream = await conn.open_stream()
         conn._frames.clear()
         half = libp2p_yamux.WINDOW_BYTES // 2

@@ -35,6 +35,7 @@ from ..core.peers.gossip_gate import GossipGate, Verdict
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import NetworkId, PeerId, public_key_of, sha256
 from ..core.records.limits import PEER_CONNECTIONS_MAX
+from ..core.records.standing import Rank
 from . import libp2p_swarm as swarm
 from .libp2p_dht import NodeDht
 from .libp2p_gossip import NodeGossip, NodePubsub
@@ -44,6 +45,7 @@ from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeTransport, Nod
 from .libp2p_yamux import PROTOCOL as YAMUX
 from .libp2p_yamux import YamuxConnection
 from .peer_failed import PeerFailed
+from .peer_time import PeerTime
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +130,8 @@ class Libp2pNode:
             own_id,
             store,
             NodeUpgrader(
+                PeerTime(lambda peer: self._gate.standing(peer).rank is Rank.LISTED),
+                self._on_violation,
                 {NOISE: NoiseTransport(key_pair, noise_privkey=new_noise_key_pair().private_key)},
                 {TProtocol(YAMUX): YamuxConnection},
                 swarm.NEGOTIATION_S,

@@ -33,6 +33,7 @@ from multiaddr import Multiaddr
 from ..core.peers.slots import Handshakes
 from ..core.records.limits import PEER_CONNECTIONS_INBOUND_MAX, PEER_HANDSHAKES_MAX, KiB
 from .libp2p_yamux import YamuxConnection
+from .peer_time import PeerTime
 
 if TYPE_CHECKING:
     from .libp2p_dht import NodeDht
@@ -119,7 +120,11 @@ class NodeTransport(TCP):
 
 
 class NodeUpgrader(TransportUpgrader):
-    """Noise, then our own yamux."""
+    """Noise, then our own yamux; `time` and `violated` as YamuxConnection's."""
+
+    def __init__(self, time: PeerTime, violated: Callable[[ID], None], *args: Any) -> None:
+        super().__init__(*args)
+        self._time, self._violated = time, violated
 
     async def upgrade_connection(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
         """Agree on yamux."""
@@ -128,7 +133,7 @@ class NodeUpgrader(TransportUpgrader):
                 await self.muxer_multistream.select_transport(conn)
         except Exception as error:
             raise MuxerUpgradeFailure("yamux") from error
-        return YamuxConnection(conn, peer_id)
+        return YamuxConnection(conn, peer_id, self._time, self._violated)
 
 
 class _NoAutoConnector(AutoConnector):

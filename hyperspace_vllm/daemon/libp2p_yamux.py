@@ -6,7 +6,7 @@ py-libp2p's own answers every `read()` with an encrypted window update, formats 
 number of streams and bytes from a peer, blocks `close()` behind a frozen peer, and breaks the connection when a write
 is cancelled half-way. Here one task writes whatever is due in one encrypted message, so that cancelling a caller
 cancels nothing on the wire, windows are updated once half of them is used, and a peer that exceeds a bound, stays
-silent or doesn't read for too long loses its connection.
+silent or doesn't read for too long loses its connection. What all frames together may cost is peer_time's to say.
 """
 
 import logging
@@ -23,7 +23,9 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
 from multiaddr import Multiaddr
 
+from ..core.records.ids import PeerId
 from ..core.records.limits import KiB, MiB
+from .peer_time import BYTE_S, CONNECTION_SHARE, FRAME_S, MESSAGE_S, PeerTime, Share
 from .token_bucket import TokenBucket
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,9 @@ UNREAD_ALL_BYTES_MAX = 256 * MiB  # of all together
 QUEUED_BYTES_MAX = 256 * KiB  # data frames waiting to be written; beyond it the streams' writers wait
 OPENED_PER_S = 500.0  # streams, by the peer
 PINGS_PER_S = 10.0
+# Frames that carry nothing, or belong to no stream: of one that was reset here, what is on its way there still comes.
+STRAYS_PER_S = 1000.0
+FRAMES_AT_ONCE = 64  # before other connections have their turn
 CONTROL_FRAMES_MAX = 4096  # acks, updates, pings: a peer that makes us owe it more doesn't read
 MESSAGE_BYTES = 60 * KiB  # into one Noise message of at most 65,519
 DATA_BYTES = 16 * KiB  # of one frame: streams take turns
@@ -55,6 +60,10 @@ _SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
 
 class _BrokenRule(Exception):
     """The peer did what the protocol or a bound forbids."""
+
+
+class _Over(Exception):
+    """The connection ends, and the peer has broken no rule."""
 
 
 class YamuxStream(IMuxedStream):
@@ -204,11 +213,18 @@ class YamuxStream(IMuxedStream):
 
 
 class YamuxConnection(IMuxedConn):
-    """A connection's streams. `start` runs until it is over; then `on_close` is called."""
+    """A connection's streams. `start` runs until it is over; then `on_close` is called.
 
-    def __init__(self, conn: ISecureConn, peer_id: ID) -> None:
+    `violated` hears of a peer that broke a rule.
+    """
+
+    def __init__(self, conn: ISecureConn, peer_id: ID, time: PeerTime, violated: Callable[[ID], None]) -> None:
         self.secured_conn = conn
         self.peer_id = peer_id
+        self._peer = PeerId(peer_id.to_base58())
+        self._time = time
+        self._own_time = Share(CONNECTION_SHARE)
+        self._violated = violated
         self.event_started = trio.Event()
         self.event_closed = trio.Event()
         self.on_close: Callable[[], Awaitable[None]] | None = None
@@ -224,6 +240,7 @@ class YamuxConnection(IMuxedConn):
         self._stop = trio.Event()
         self._may_open = TokenBucket(OPENED_PER_S, 2 * OPENED_PER_S)
         self._may_ping = TokenBucket(PINGS_PER_S, 10 * PINGS_PER_S)
+        self._may_stray = TokenBucket(STRAYS_PER_S, 4 * STRAYS_PER_S)
         self._heard_at = trio.current_time()
         _ALL.add(self)
 
@@ -344,6 +361,9 @@ class YamuxConnection(IMuxedConn):
         # that carries garbage) ends this connection and nothing else.
         try:
             await task()
+        except _BrokenRule as broken:
+            logger.debug("peer %s broke a rule of yamux: %s", self._peer, broken)
+            self._violated(self.peer_id)
         except Exception:
             logger.debug("a connection has ended", exc_info=True)
         finally:
@@ -369,9 +389,11 @@ class YamuxConnection(IMuxedConn):
     async def _read(self) -> None:
         buffer = bytearray()
         while True:
-            buffer += await self.secured_conn.read()
+            message = await self.secured_conn.read()
             self._heard_at = trio.current_time()
-            at = 0
+            await self._spend(MESSAGE_S + len(message) * BYTE_S)
+            buffer += message
+            at = frames = 0
             while len(buffer) - at >= _HEAD.size:
                 version, kind, flags, stream_id, length = _HEAD.unpack_from(buffer, at)
                 if version != 0 or kind > _GO_AWAY or (kind == _DATA and length > WINDOW_BYTES_MAX):
@@ -381,9 +403,15 @@ class YamuxConnection(IMuxedConn):
                     break
                 self._on_frame(kind, flags, stream_id, length, bytes(buffer[at + _HEAD.size : end]))
                 at = end
+                frames += 1
+                if frames % FRAMES_AT_ONCE == 0:
+                    await self._spend(FRAMES_AT_ONCE * FRAME_S)
             del buffer[:at]
-            # The secured connection returns without a checkpoint while it has something left.
-            await trio.lowlevel.checkpoint()
+            await self._spend(frames % FRAMES_AT_ONCE * FRAME_S)
+
+    async def _spend(self, cost_s: float) -> None:
+        host, _ = self.get_remote_address() or ("", 0)
+        await self._time.spend(cost_s, self._own_time, self._peer, host)
 
     async def _watch(self) -> None:
         nonce = 0
@@ -391,7 +419,7 @@ class YamuxConnection(IMuxedConn):
             await trio.sleep(PING_S)
             now = trio.current_time()
             if now - self._heard_at > SILENCE_S:
-                raise _BrokenRule("silent")
+                raise _Over("silent")
             nonce = (nonce + 1) & 0xFFFFFFFF
             self.control(_PING, _SYN, 0, nonce)
             for stream in list(self._streams.values()):
@@ -406,8 +434,11 @@ class YamuxConnection(IMuxedConn):
                 self.control(_PING, _ACK, 0, length)
             return
         if kind == _GO_AWAY:
-            raise _BrokenRule("the peer ends the connection")
+            raise _Over("the peer ends the connection")
         stream = self._open(stream_id) if flags & _SYN else self._streams.get(stream_id)
+        is_stray = not flags & _SYN and (stream is None or not (flags or length))
+        if is_stray and not self._may_stray.take(1):
+            raise _BrokenRule("too many frames for nothing")
         if stream is None:  # one that is over here, but on its way there, or that there is no room for
             return
         if flags & _RST:
@@ -416,7 +447,7 @@ class YamuxConnection(IMuxedConn):
         if kind == _DATA:
             stream.on_data(data)
             if self._holds_too_much():
-                raise _BrokenRule("too much unread")
+                raise _Over("too much unread")
         elif length:
             stream.on_window(length)
         if flags & _FIN:
