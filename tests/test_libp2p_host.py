@@ -106,6 +106,9 @@ class Member:
     def on_violation(self, peer: PeerId) -> None:
         self.violations.append(peer)
 
+    def has_standing(self, peer: PeerId) -> bool:
+        return True
+
     def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
         self.discovered[peer] = address
 
@@ -176,6 +179,9 @@ class Silent:
 
     def violated(self, peer: PeerId) -> None:
         pass
+
+    def has_standing(self, peer: PeerId) -> bool:
+        return True
 
     async def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
         return False
@@ -854,17 +860,16 @@ async def test_garbage_below_the_streams_ends_only_that_connection(members: Memb
     await until(lambda: a.host.connected == {b.peer})
 
 
-NOBODYS, OPEN = 999, 1  # streams
-
-
-@pytest.mark.parametrize(("kind", "stream", "length"), [(0, NOBODYS, 0), (1, NOBODYS, 7), (0, OPEN, 0), (1, OPEN, 0)])
+@pytest.mark.parametrize(("kind", "is_open", "length"), [(0, False, 0), (1, False, 7), (0, True, 0), (1, True, 0)])
 async def test_who_sends_frames_for_nothing_is_let_go_and_told_of(
-    members: Members, kind: int, stream: int, length: int
+    members: Members, kind: int, is_open: bool, length: int
 ) -> None:
     a, b = await members(2)
-    stray = libp2p_yamux._HEAD.pack(0, kind, 0, stream, length)
 
     async def send(node: Libp2pNode, victim: ID) -> None:
+        stream = await open_stream(node, victim)
+        stream_id = stream.muxed_stream.stream_id if is_open else 99_999  # type: ignore[attr-defined]
+        stray = libp2p_yamux._HEAD.pack(0, kind, 0, stream_id, length)
         (conn,) = node._swarm.live(victim)
         wire = conn.muxed_conn.secured_conn  # type: ignore[attr-defined]
         await wire.write(stray * int(libp2p_yamux.STRAYS_PER_S))  # as many as a reset of many streams leaves
@@ -1200,6 +1205,8 @@ async def test_windows_are_updated_once_half_of_them_is_used() -> None:
 
             async def write(self, data: bytes) -> None:
                 sent.append(data)
+
+            def get_remote_address(self) -> None: ...
 
         time = PeerTime(lambda peer: False)
         conn = libp2p_yamux.YamuxConnection(Wire(), ID(b"peer"), time, lambda peer: None)  # type: ignore[arg-type]

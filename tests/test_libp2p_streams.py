@@ -43,6 +43,9 @@ class Stream:
         self.is_reset = True
 
 
+async def no_wait(peer: ID) -> None: ...
+
+
 def serve(
     peers: int, each: int, request: bytes, answer: bytes | None, takes: bool, violators: list[ID] | None = None
 ) -> list[Stream]:
@@ -56,7 +59,7 @@ def serve(
         return answer
 
     async def main() -> None:
-        answerer = Answerer(handle, heard.append)
+        answerer = Answerer(handle, heard.append, no_wait)
         async with trio.open_nursery() as nursery:
             for stream in streams:
                 nursery.start_soon(answerer.serve, stream, "protocol")

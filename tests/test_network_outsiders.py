@@ -173,6 +173,9 @@ class Listener:
 
     def on_violation(self, peer: PeerId) -> None: ...
 
+    def has_standing(self, peer: PeerId) -> bool:
+        return False
+
     def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None: ...
 
     def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:

@@ -1,4 +1,4 @@
-"""What peers send takes a bounded part of this node's CPU time, whatever it says, on connections fed by hand."""
+"""What peers send takes a bounded part of this node's CPU time, whatever it says; on a virtual clock."""
 
 import pytest
 import trio
@@ -8,23 +8,31 @@ from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.records.ids import PeerId, peer_id
 from hyperspace_vllm.core.records.limits import RESPONSE_BYTES_MAX, KiB, MiB
-from hyperspace_vllm.daemon.libp2p_yamux import _DATA, _HEAD, _SYN, _WINDOW, MESSAGE_BYTES, YamuxConnection
+from hyperspace_vllm.daemon import libp2p_yamux
+from hyperspace_vllm.daemon.libp2p_streams import Answerer
+from hyperspace_vllm.daemon.libp2p_yamux import _DATA, _HEAD, _RST, _SYN, _WINDOW, MESSAGE_BYTES, YamuxConnection
 from hyperspace_vllm.daemon.peer_time import (
-    ALL_SHARE,
     BURST_S,
     BYTE_S,
-    CONNECTION_SHARE,
     FRAME_S,
     HOST_SHARE,
+    KNOWN_SHARE,
     MESSAGE_S,
+    PEER_SHARE,
+    REQUEST_S,
+    STRANGERS_SHARE,
+    STREAM_S,
     PeerTime,
-    Share,
 )
 
-FOR_S = 30.0
+FOR_S = 6.0
 NEW = _HEAD.pack(0, _WINDOW, _SYN, 2, 0)
-LISTED = peer_id(SigningKey(bytes([7]) * 32).verify_key.encode())
-STRANGER = peer_id(SigningKey(bytes([8]) * 32).verify_key.encode())
+STRANGERS = [peer_id(SigningKey(bytes([number]) * 32).verify_key.encode()) for number in range(40)]
+KNOWN = [peer_id(SigningKey(bytes([number]) * 32).verify_key.encode()) for number in range(100, 140)]
+
+
+def peer_time() -> PeerTime:
+    return PeerTime(KNOWN.__contains__)
 
 
 class Wire:
@@ -37,12 +45,12 @@ class Wire:
         self._message = message
         self._frames = frames
         self._next = NEW
-        self.read_bytes = 0
         self.cost_s = 0.0
 
     async def read(self) -> bytes:
+        if self.cost_s > 2 * FOR_S:  # nothing has held it back
+            await trio.sleep_forever()
         message, self._next = self._next, self._message
-        self.read_bytes += len(message)
         self.cost_s += MESSAGE_S + self._frames * FRAME_S + len(message) * BYTE_S
         return message
 
@@ -54,21 +62,19 @@ class Wire:
         return self._host, 1
 
 
-async def drain(conn: YamuxConnection) -> None:
-    stream = await conn.accept_stream()
-    while True:
-        await stream.read()
+def flood(wires: list[Wire], peers: list[PeerId]) -> None:
+    """Serve what comes on the wires for FOR_S."""
 
-
-def flood(*wires: Wire, peer: PeerId = STRANGER) -> None:
-    """Serve what comes on the wires for FOR_S of a virtual clock."""
+    async def drain(conn: YamuxConnection) -> None:
+        stream = await conn.accept_stream()
+        while True:
+            await stream.read()
 
     async def main() -> None:
-        time = PeerTime(lambda peer: peer == LISTED)
-        violators: list[ID] = []
+        time, violators = peer_time(), list[ID]()
         with trio.move_on_after(FOR_S):
             async with trio.open_nursery() as nursery:
-                for wire in wires:
+                for wire, peer in zip(wires, peers, strict=True):
                     conn = YamuxConnection(wire, ID.from_base58(peer), time, violators.append)  # type: ignore[arg-type]
                     nursery.start_soon(conn.start)
                     nursery.start_soon(drain, conn)
@@ -89,70 +95,135 @@ def frame(kind: int, length: int, data: bytes = b"") -> bytes:
         (frame(_DATA, 1, b"x") * 4000, 4000),
         (frame(_DATA, 16 * KiB, bytes(16 * KiB)) * 3, 3),
     ],
+    ids=["window updates", "one a message", "one byte each", "full ones"],
 )
-def test_the_frames_of_a_connection_take_a_bounded_part_of_the_time(message: bytes, frames: int) -> None:
-    wire = Wire("192.0.2.1", message, frames)
-    flood(wire)
-    assert CONNECTION_SHARE * FOR_S * 0.9 < wire.cost_s < CONNECTION_SHARE * FOR_S + 2 * BURST_S
+def test_the_frames_of_a_peer_take_a_bounded_part_of_the_time(message: bytes, frames: int) -> None:
+    wires = [Wire("192.0.2.1", message, frames) for _ in range(2)]
+    flood(wires, STRANGERS[:1] * 2)
+    assert PEER_SHARE * FOR_S * 0.9 < sum(wire.cost_s for wire in wires) < PEER_SHARE * FOR_S + 2 * BURST_S
 
 
-@pytest.mark.parametrize(("hosts", "share"), [(1, HOST_SHARE), (6, ALL_SHARE)])
-def test_the_connections_of_one_host_and_all_together_take_a_bounded_part_of_the_time(hosts: int, share: float) -> None:
-    message = frame(_WINDOW, 1) * 1000
-    wires = [Wire(f"192.0.2.{host}", message, 1000) for host in range(hosts) for _ in range(12 // hosts)]
-    flood(*wires)
+@pytest.mark.parametrize(
+    ("hosts", "peers", "share"), [(1, STRANGERS, HOST_SHARE), (6, STRANGERS, STRANGERS_SHARE), (6, KNOWN, KNOWN_SHARE)]
+)
+def test_peers_of_one_host_and_all_together_take_a_bounded_part_of_the_time(
+    hosts: int, peers: list[PeerId], share: float
+) -> None:
+    message = frame(_DATA, 16 * KiB, bytes(16 * KiB)) * 3
+    wires = [Wire(f"192.0.2.{number % hosts}", message, 3) for number in range(12)]
+    flood(wires, peers[:12])
     each = [wire.cost_s for wire in wires]
     assert share * FOR_S * 0.9 < sum(each) < share * FOR_S + 2 * BURST_S
-    assert max(each) < 2 * min(each)  # and none takes it from the others
+    assert max(each) < 2 * min(each)  # none of them takes it from the others
 
 
-def test_a_new_connection_brings_its_host_no_new_time() -> None:
-    async def spent_s() -> float:
-        time = PeerTime(lambda peer: False)
+@pytest.mark.parametrize("streams", [True, False], ids=["streams", "requests"])
+def test_requests_and_new_streams_take_a_bounded_part_of_the_time(
+    streams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libp2p_yamux, "OPENED_PER_S", 1e6)  # of the real clock
+    ended: list[float] = []
+
+    class Opening(Wire):
+        async def read(self) -> bytes:
+            if len(ended) > FOR_S / STREAM_S:  # nothing has held it back
+                await trio.sleep_forever()
+            ended.append(trio.current_time())
+            number = 2 * len(ended)
+            return _HEAD.pack(0, _WINDOW, _SYN, number, 0) + _HEAD.pack(0, _WINDOW, _RST, number, 0)
+
+    async def handle(peer: ID, protocol: str, request: bytes) -> bytes:
+        ended.append(trio.current_time())
+        return b"!"
+
+    async def main() -> None:
+        time, peer, wire = peer_time(), ID.from_base58(STRANGERS[0]), Opening("192.0.2.1", b"", 0)
+        conn = YamuxConnection(wire, peer, time, lambda peer: None)  # type: ignore[arg-type]
+        account = time.account(STRANGERS[0], "192.0.2.1")
+        answerer = Answerer(handle, lambda peer: None, lambda peer: account.spend(REQUEST_S))
         with trio.move_on_after(FOR_S):
-            for spent in range(1_000_000):
-                await time.spend(0.01, Share(CONNECTION_SHARE), STRANGER, "192.0.2.1")
-        return spent * 0.01
+            async with trio.open_nursery() as nursery:
+                if streams:
+                    nursery.start_soon(conn.start)
+                    while True:
+                        await conn.accept_stream()
+                for _ in range(64):
+                    nursery.start_soon(answerer.serve, Asking(peer), "protocol")
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    price_s = STREAM_S + MESSAGE_S + 2 * FRAME_S + 24 * BYTE_S if streams else REQUEST_S
+    assert PEER_SHARE * FOR_S * 0.9 < len(ended) * price_s < PEER_SHARE * FOR_S + 2 * BURST_S
+
+
+class Asking:
+    """A stream with requests without an end."""
+
+    def __init__(self, peer: ID) -> None:
+        self.muxed_conn = self
+        self.peer_id = peer
+        self._left = FOR_S / REQUEST_S
+
+    async def read(self, size: int) -> bytes:
+        self._left -= 1
+        if self._left < 0:  # nothing has held it back
+            await trio.sleep_forever()
+        return b"\0\0\0\1?"[:size] if size == 4 else b"?"
+
+    async def write(self, data: bytes) -> None: ...
+
+    async def reset(self) -> None: ...
+
+
+def test_a_new_identity_brings_its_host_no_new_time() -> None:
+    async def spent_s() -> float:
+        time, spent = peer_time(), 0.0
+        with trio.move_on_after(FOR_S):
+            for number in range(10_000):
+                await time.account(PeerId(f"peer {number}"), "192.0.2.1").spend(0.01)
+                spent += 0.01
+        return spent
 
     assert trio.run(spent_s, clock=trio.testing.MockClock(autojump_threshold=0)) < HOST_SHARE * FOR_S + 2 * BURST_S
 
 
-def test_strangers_take_no_time_from_a_peer_on_this_nodes_lists() -> None:
+@pytest.mark.parametrize(("peers", "bound_s"), [(STRANGERS, 0.0), (KNOWN[:-1], 0.2)])
+def test_a_peer_with_standing_waits_for_no_stranger_and_little_for_its_equals(
+    peers: list[PeerId], bound_s: float
+) -> None:
     async def waited_s() -> float:
-        time = PeerTime(lambda peer: peer == LISTED)
+        time = peer_time()
 
-        async def spend_all() -> None:
+        async def ask(peer: PeerId) -> None:
             while True:
-                await time.spend(0.001, Share(CONNECTION_SHARE), STRANGER, "192.0.2.1")
+                await time.account(peer, "192.0.2.1").spend(REQUEST_S)
 
         async with trio.open_nursery() as nursery:
-            for _ in range(40):
-                nursery.start_soon(spend_all)
-            await trio.sleep(5)
+            kept = [time.account(peer, "192.0.2.1") for peer in peers]
+            for peer in peers * 64:  # requests at once
+                nursery.start_soon(ask, peer)
+            await trio.sleep(2)
             began_s = trio.current_time()
-            await time.spend(0.001, Share(CONNECTION_SHARE), LISTED, "192.0.2.1")
-            waited_s = trio.current_time() - began_s
+            await time.account(KNOWN[-1], "192.0.2.1").spend(REQUEST_S)
             nursery.cancel_scope.cancel()
-        return waited_s
+        assert kept
+        return trio.current_time() - began_s
 
-    assert trio.run(waited_s, clock=trio.testing.MockClock(autojump_threshold=0)) == 0
+    assert trio.run(waited_s, clock=trio.testing.MockClock(autojump_threshold=0)) <= bound_s
 
 
 def test_honest_transfers_are_not_held_up() -> None:
-    """64 KiB windows of responses at 20 MB/s, and the largest response at once."""
-
     async def waited_s() -> float:
-        time, own = PeerTime(lambda peer: False), Share(CONNECTION_SHARE)
+        account = peer_time().account(STRANGERS[0], "192.0.2.1")
 
         async def transfer(size: int) -> None:
             for _ in range(size // MESSAGE_BYTES + 1):
-                await time.spend(MESSAGE_S + MESSAGE_BYTES * BYTE_S + 4 * FRAME_S, own, STRANGER, "192.0.2.1")
+                await account.spend(MESSAGE_S + MESSAGE_BYTES * BYTE_S + 4 * FRAME_S)
 
         began_s = trio.current_time()
-        await transfer(RESPONSE_BYTES_MAX)
+        await transfer(RESPONSE_BYTES_MAX)  # the largest response
         for _ in range(10):
             await trio.sleep(1)
-            await transfer(20 * MiB)
+            await transfer(20 * MiB)  # what the windows allow for over 50 ms
         return trio.current_time() - began_s - 10
 
     assert trio.run(waited_s, clock=trio.testing.MockClock(autojump_threshold=0)) == 0

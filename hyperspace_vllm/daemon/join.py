@@ -339,6 +339,9 @@ class _Relay:
         if self.driver:
             self.driver.on_violation(peer)
 
+    def has_standing(self, peer: PeerId) -> bool:
+        return self.driver is not None and self.driver.has_standing(peer)
+
     def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
         if self.driver:
             self.driver.on_discovered(peer, address, told_from)

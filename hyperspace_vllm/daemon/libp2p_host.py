@@ -63,7 +63,10 @@ class HostHandler(Protocol):
         """Whether a search of the DHT may dial a peer there, as an answer from that IP address tells."""
 
     def on_violation(self, peer: PeerId) -> None:
-        """A peer broke a rule of the streams: a frame too long, too much at once."""
+        """A peer broke a rule of yamux or the streams: a frame too long, too much at once, frames for nothing."""
+
+    def has_standing(self, peer: PeerId) -> bool:
+        """Whether a peer is no stranger; called in the thread, must not block."""
 
     def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
         """A machine of this local network says that a peer is there (mDNS, unsigned).
@@ -415,6 +418,9 @@ class _Events:
         self._inbox.put(ask)
         await done.wait()
         return says[0]
+
+    def has_standing(self, peer: PeerId) -> bool:
+        return self._host.handler.has_standing(peer)
 
     def violated(self, peer: PeerId) -> None:
         self._inbox.put(lambda: self._host.handler.on_violation(peer))

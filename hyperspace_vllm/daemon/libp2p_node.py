@@ -35,7 +35,6 @@ from ..core.peers.gossip_gate import GossipGate, Verdict
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import NetworkId, PeerId, public_key_of, sha256
 from ..core.records.limits import PEER_CONNECTIONS_MAX
-from ..core.records.standing import Rank
 from . import libp2p_swarm as swarm
 from .libp2p_dht import NodeDht
 from .libp2p_gossip import NodeGossip, NodePubsub
@@ -45,7 +44,7 @@ from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeTransport, Nod
 from .libp2p_yamux import PROTOCOL as YAMUX
 from .libp2p_yamux import YamuxConnection
 from .peer_failed import PeerFailed
-from .peer_time import PeerTime
+from .peer_time import REQUEST_S, PeerTime
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +71,7 @@ class NodeEvents(Protocol):
     def gossip_spoiled(self, relay: PeerId) -> None: ...
     async def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool: ...
     def violated(self, peer: PeerId) -> None: ...
+    def has_standing(self, peer: PeerId) -> bool: ...
     def peer_changed(self, peer: PeerId, host: str | None) -> None: ...  # None: it has gone
 
 
@@ -126,11 +126,12 @@ class Libp2pNode:
         store = NodePeerStore(lambda peer_id: peer_id == own_id or bool(self._swarm.live(peer_id)))
         store.add_key_pair(own_id, key_pair)
         self._transport = transport = NodeTransport()
+        self._time = PeerTime(lambda peer: _is_node(peer) and events.has_standing(peer))
         self._swarm = NodeSwarm(
             own_id,
             store,
             NodeUpgrader(
-                PeerTime(lambda peer: self._gate.standing(peer).rank is Rank.LISTED),
+                self._time,
                 self._on_violation,
                 {NOISE: NoiseTransport(key_pair, noise_privkey=new_noise_key_pair().private_key)},
                 {TProtocol(YAMUX): YamuxConnection},
@@ -160,7 +161,7 @@ class Libp2pNode:
         self._topics = settings.topics
         self._listen = settings.listen
         self._asker = Asker(self._host, lambda peer_id: bool(self._swarm.live(peer_id)))
-        self._answerer = Answerer(self._on_request, self._on_violation)
+        self._answerer = Answerer(self._on_request, self._on_violation, self._wait_for_time)
         self._dialling: dict[ID, trio.Lock] = {}
         for protocol in settings.protocols:
             self._host.set_stream_handler(TProtocol(protocol), partial(self._answerer.serve, protocol=protocol))
@@ -284,6 +285,9 @@ class Libp2pNode:
         peer = PeerId(peer_id.to_base58())
         if _is_node(peer):
             self._events.violated(peer)
+
+    async def _wait_for_time(self, peer_id: ID) -> None:
+        await self._time.account(PeerId(peer_id.to_base58()), self._swarm.host_of(peer_id)).spend(REQUEST_S)
 
     async def _on_request(self, peer_id: ID, protocol: str, frame: bytes) -> bytes | None:
         peer = PeerId(peer_id.to_base58())

@@ -111,13 +111,17 @@ async def write_frame(stream: INetStream, payload: bytes) -> None:
 class Answerer:
     """Serves inbound streams: reads requests, asks `answer` and writes what it says.
 
-    `violated` hears who broke a rule.
+    `violated` hears who broke a rule; `turn` returns when a peer's next request may be taken up.
     """
 
     def __init__(
-        self, answer: Callable[[ID, str, bytes], Awaitable[bytes | None]], violated: Callable[[ID], None]
+        self,
+        answer: Callable[[ID, str, bytes], Awaitable[bytes | None]],
+        violated: Callable[[ID], None],
+        turn: Callable[[ID], Awaitable[None]],
     ) -> None:
         self._answer = answer
+        self._turn = turn
         self._violated = violated
         self._requests = 0
         self._requests_of: dict[ID, int] = {}
@@ -153,6 +157,7 @@ class Answerer:
 
         try:
             request = await read_frame(stream, IDLE_S, FRAME_S, room)
+            await self._turn(peer_id)  # before it counts as one of those under way, of which others need some
             answer = await self._ask(peer_id, protocol, request)
         finally:
             if held:

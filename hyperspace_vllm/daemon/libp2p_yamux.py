@@ -25,7 +25,7 @@ from multiaddr import Multiaddr
 
 from ..core.records.ids import PeerId
 from ..core.records.limits import KiB, MiB
-from .peer_time import BYTE_S, CONNECTION_SHARE, FRAME_S, MESSAGE_S, PeerTime, Share
+from .peer_time import BYTE_S, FRAME_S, MESSAGE_S, STREAM_S, PeerTime
 from .token_bucket import TokenBucket
 
 logger = logging.getLogger(__name__)
@@ -221,9 +221,8 @@ class YamuxConnection(IMuxedConn):
     def __init__(self, conn: ISecureConn, peer_id: ID, time: PeerTime, violated: Callable[[ID], None]) -> None:
         self.secured_conn = conn
         self.peer_id = peer_id
-        self._peer = PeerId(peer_id.to_base58())
-        self._time = time
-        self._own_time = Share(CONNECTION_SHARE)
+        host, _ = conn.get_remote_address() or ("", 0)
+        self._time = time.account(PeerId(peer_id.to_base58()), host)
         self._violated = violated
         self.event_started = trio.Event()
         self.event_closed = trio.Event()
@@ -362,7 +361,7 @@ class YamuxConnection(IMuxedConn):
         try:
             await task()
         except _BrokenRule as broken:
-            logger.debug("peer %s broke a rule of yamux: %s", self._peer, broken)
+            logger.debug("peer %s broke a rule of yamux: %s", self.peer_id, broken)
             self._violated(self.peer_id)
         except Exception:
             logger.debug("a connection has ended", exc_info=True)
@@ -391,9 +390,9 @@ class YamuxConnection(IMuxedConn):
         while True:
             message = await self.secured_conn.read()
             self._heard_at = trio.current_time()
-            await self._spend(MESSAGE_S + len(message) * BYTE_S)
+            await self._time.spend(MESSAGE_S + len(message) * BYTE_S)
             buffer += message
-            at = frames = 0
+            at = frames = opened = 0
             while len(buffer) - at >= _HEAD.size:
                 version, kind, flags, stream_id, length = _HEAD.unpack_from(buffer, at)
                 if version != 0 or kind > _GO_AWAY or (kind == _DATA and length > WINDOW_BYTES_MAX):
@@ -404,14 +403,12 @@ class YamuxConnection(IMuxedConn):
                 self._on_frame(kind, flags, stream_id, length, bytes(buffer[at + _HEAD.size : end]))
                 at = end
                 frames += 1
-                if frames % FRAMES_AT_ONCE == 0:
-                    await self._spend(FRAMES_AT_ONCE * FRAME_S)
+                opened += kind != _PING and bool(flags & _SYN)
+                if frames == FRAMES_AT_ONCE:
+                    await self._time.spend(frames * FRAME_S + opened * STREAM_S)
+                    frames = opened = 0
             del buffer[:at]
-            await self._spend(frames % FRAMES_AT_ONCE * FRAME_S)
-
-    async def _spend(self, cost_s: float) -> None:
-        host, _ = self.get_remote_address() or ("", 0)
-        await self._time.spend(cost_s, self._own_time, self._peer, host)
+            await self._time.spend(frames * FRAME_S + opened * STREAM_S)
 
     async def _watch(self) -> None:
         nonce = 0

@@ -295,6 +295,10 @@ class NetworkDriver:
         """It broke a rule of the streams."""
         self.submit(PeerMisbehaved(peer))
 
+    def has_standing(self, peer: PeerId) -> bool:
+        """Whether it was chosen, or has delivered; looks into dicts alone, and so from any thread."""
+        return self._trust.has_standing(peer)
+
     def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
         """Multicast DNS has seen a node: who it is, its greeting will say."""
         self.submit(PeerDiscovered(peer, address, told_from))
