@@ -22,8 +22,10 @@ import pytest
 import trio
 from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
+from libp2p.kad_dht.pb.kademlia_pb2 import Message as DhtMessage
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.peers import slots
@@ -38,7 +40,15 @@ from hyperspace_vllm.core.records.announcement import (
 from hyperspace_vllm.core.records.ids import PeerId, peer_id
 from hyperspace_vllm.core.records.limits import GOSSIP_OF_AUTHOR_PER_S, RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX, MiB
 from hyperspace_vllm.core.records.standing import Rank, Standing
-from hyperspace_vllm.daemon import libp2p_dht, libp2p_gossip, libp2p_node, libp2p_streams, libp2p_swarm, libp2p_yamux
+from hyperspace_vllm.daemon import (
+    libp2p_dht,
+    libp2p_gossip,
+    libp2p_node,
+    libp2p_streams,
+    libp2p_swarm,
+    libp2p_yamux,
+    peer_time,
+)
 from hyperspace_vllm.daemon.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.libp2p_mdns import peers_in
 from hyperspace_vllm.daemon.libp2p_node import Libp2pNode, NodeSettings, dht_key, reachable_hosts, split_address
@@ -934,6 +944,27 @@ async def test_a_slow_sender_is_cut_off(members: Members, monkeypatch: pytest.Mo
 
     await attack(a, drip)
     assert await b.ask(a) == b"?"
+
+
+async def test_messages_of_the_dht_are_in_the_time_of_who_sends_them(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_time, "DHT_MESSAGE_S", 0.05)
+    (a,) = await members(1)
+    count, took_s = 12, 0.0
+    find = DhtMessage(type=DhtMessage.MessageType.FIND_NODE, key=bytes(34)).SerializeToString()
+
+    async def ask(node: Libp2pNode, victim: ID) -> None:
+        nonlocal took_s
+        stream = await open_stream(node, victim, "/ipfs/kad/1.0.0")
+        began_s = trio.current_time()
+        await stream.write((bytes([len(find)]) + find) * count)
+        for _ in range(count):
+            await read_varint_prefixed_bytes_limited(stream, 100_000)
+        took_s = trio.current_time() - began_s
+
+    await attack(a, ask)
+    assert took_s > (count * 0.05 - 2 * peer_time.BURST_S) / peer_time.PEER_SHARE
 
 
 async def test_streams_in_number_are_refused_beyond_a_bound(members: Members) -> None:

@@ -29,6 +29,7 @@ from libp2p.tools.anyio_service import Service
 from libp2p.tools.anyio_service.trio_manager import TrioManager
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
+from . import peer_time
 from .libp2p_dht import DHT_MESSAGE_BYTES_MAX, PROVIDER_RENEWAL_S, PROVIDER_TTL_S, QUERY_S
 from .libp2p_gossip import GossipQueue, check_record
 from .libp2p_pnet import PrivateConnection
@@ -47,6 +48,7 @@ def patch_library() -> None:
         "PROVIDER_RECORD_REPUBLISH_INTERVAL": PROVIDER_RENEWAL_S,
         "RpcQueue": GossipQueue,  # 32 messages otherwise, lost silently beyond
         "read_delim": _read_protocol_name,
+        "read_varint_prefixed_bytes_limited": _read_dht_message,
         "new_protected_conn": PrivateConnection,  # a cipher of its own otherwise, that no other libp2p speaks
         "maybe_consume_signed_record": check_record,
         # It logs through the root logger, which thereby gets a handler that writes to stderr.
@@ -68,7 +70,7 @@ def patch_library() -> None:
 
 _DHT_NAMES = ("QUERY_TIMEOUT", "MAX_DHT_MESSAGE_SIZE")
 _REPLACED_IN: tuple[tuple[ModuleType, tuple[str, ...]], ...] = (
-    (kad_module, (*_DHT_NAMES, "ID")),
+    (kad_module, (*_DHT_NAMES, "ID", "read_varint_prefixed_bytes_limited")),
     (peer_routing_module, _DHT_NAMES),
     (
         provider_module,
@@ -141,3 +143,10 @@ async def _read_protocol_name(reader: ReadWriteCloser) -> bytes:
     if not name.endswith(b"\n") or not name.isascii():
         raise ParseError("protocol name")
     return name[:-1]
+
+
+async def _read_dht_message(stream: Any, size_max: int) -> bytes:
+    # The library answers any number of messages on a stream.
+    message = await read_varint_prefixed_bytes_limited(stream, size_max)
+    await stream.muxed_conn.spend(peer_time.DHT_MESSAGE_S)
+    return message

@@ -320,6 +320,10 @@ class YamuxConnection(IMuxedConn):
         except (trio.EndOfChannel, trio.ClosedResourceError) as error:
             raise MuxedConnUnavailable("Connection closed") from error
 
+    async def spend(self, cost_s: float) -> None:
+        """Return when the peer has this node's time for work of `cost_s`."""
+        await self._time.spend(cost_s)
+
     # --- called by the streams ------------------------------------------------------------------
 
     @property

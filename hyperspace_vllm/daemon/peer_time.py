@@ -1,6 +1,6 @@
 """How much of this node's CPU time goes into what peers send, whatever it says.
 
-A message, a frame, a byte, a new stream and a request have each a price, about what they take on a slow core. A peer
+Messages, frames, bytes, new streams and requests have each a price, about what they take on a slow core. A peer
 that has used up its time is not read for a while, so that TCP holds it back and an honest one loses nothing but speed,
 beyond 30 MB/s. The peers of a host share, and all together; strangers have shares of their own, and take nothing from
 the rest. Rejected: measuring the time, most of which is spent in tasks that cannot say for whom.
@@ -19,6 +19,7 @@ MESSAGE_S = 100e-6  # one Noise message, whatever is in it
 FRAME_S = 4e-6
 BYTE_S = 5e-9
 STREAM_S = 1e-3  # to agree on its protocol
+DHT_MESSAGE_S = 500e-6
 REQUEST_S = 1e-3  # to decode and answer it, in two threads
 
 PEER_SHARE = 0.2  # of a core
