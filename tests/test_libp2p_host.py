@@ -46,14 +46,14 @@ from hyperspace_vllm.daemon import (
     libp2p_node,
     libp2p_streams,
     libp2p_swarm,
+    libp2p_time,
     libp2p_yamux,
-    peer_time,
 )
 from hyperspace_vllm.daemon.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.libp2p_mdns import peers_in
 from hyperspace_vllm.daemon.libp2p_node import Libp2pNode, NodeSettings, dht_key, reachable_hosts, split_address
+from hyperspace_vllm.daemon.libp2p_time import PeerTime
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
-from hyperspace_vllm.daemon.peer_time import PeerTime
 from hyperspace_vllm.daemon.token_bucket import TokenBucket
 
 from .network_world import NETWORK, OpenGate
@@ -949,7 +949,7 @@ async def test_a_slow_sender_is_cut_off(members: Members, monkeypatch: pytest.Mo
 async def test_messages_of_the_dht_are_in_the_time_of_who_sends_them(
     members: Members, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peer_time, "DHT_MESSAGE_S", 0.05)
+    monkeypatch.setattr(libp2p_time, "DHT_MESSAGE_S", 0.05)
     (a,) = await members(1)
     count, took_s = 12, 0.0
     find = DhtMessage(type=DhtMessage.MessageType.FIND_NODE, key=bytes(34)).SerializeToString()
@@ -964,7 +964,7 @@ async def test_messages_of_the_dht_are_in_the_time_of_who_sends_them(
         took_s = trio.current_time() - began_s
 
     await attack(a, ask)
-    assert took_s > (count * 0.05 - 2 * peer_time.BURST_S) / peer_time.PEER_SHARE
+    assert took_s > (count * 0.05 - 2 * libp2p_time.BURST_S) / libp2p_time.PEER_SHARE
 
 
 async def test_streams_in_number_are_refused_beyond_a_bound(members: Members) -> None:

@@ -41,10 +41,10 @@ from .libp2p_gossip import NodeGossip, NodePubsub
 from .libp2p_overrides import patch_library, running
 from .libp2p_streams import Answerer, Asker
 from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeTransport, NodeUpgrader, multiaddr_of
+from .libp2p_time import REQUEST_S, PeerTime
 from .libp2p_yamux import PROTOCOL as YAMUX
 from .libp2p_yamux import YamuxConnection
 from .peer_failed import PeerFailed
-from .peer_time import REQUEST_S, PeerTime
 
 logger = logging.getLogger(__name__)
 

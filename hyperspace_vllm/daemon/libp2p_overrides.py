@@ -29,7 +29,7 @@ from libp2p.tools.anyio_service import Service
 from libp2p.tools.anyio_service.trio_manager import TrioManager
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
-from . import peer_time
+from . import libp2p_time
 from .libp2p_dht import DHT_MESSAGE_BYTES_MAX, PROVIDER_RENEWAL_S, PROVIDER_TTL_S, QUERY_S
 from .libp2p_gossip import GossipQueue, check_record
 from .libp2p_pnet import PrivateConnection
@@ -148,5 +148,5 @@ async def _read_protocol_name(reader: ReadWriteCloser) -> bytes:
 async def _read_dht_message(stream: Any, size_max: int) -> bytes:
     # The library answers any number of messages on a stream.
     message = await read_varint_prefixed_bytes_limited(stream, size_max)
-    await stream.muxed_conn.spend(peer_time.DHT_MESSAGE_S)
+    await stream.muxed_conn.spend(libp2p_time.DHT_MESSAGE_S)
     return message

@@ -32,8 +32,8 @@ from multiaddr import Multiaddr
 
 from ..core.peers.slots import Handshakes
 from ..core.records.limits import PEER_CONNECTIONS_INBOUND_MAX, PEER_HANDSHAKES_MAX, KiB
+from .libp2p_time import PeerTime
 from .libp2p_yamux import YamuxConnection
-from .peer_time import PeerTime
 
 if TYPE_CHECKING:
     from .libp2p_dht import NodeDht

@@ -6,7 +6,7 @@ py-libp2p's own answers every `read()` with an encrypted window update, formats 
 number of streams and bytes from a peer, blocks `close()` behind a frozen peer, and breaks the connection when a write
 is cancelled half-way. Here one task writes whatever is due in one encrypted message, so that cancelling a caller
 cancels nothing on the wire, windows are updated once half of them is used, and a peer that exceeds a bound, stays
-silent or doesn't read for too long loses its connection. What all frames together may cost is peer_time's to say.
+silent or doesn't read for too long loses its connection. What all frames together may cost is libp2p_time's to say.
 """
 
 import logging
@@ -25,7 +25,7 @@ from multiaddr import Multiaddr
 
 from ..core.records.ids import PeerId
 from ..core.records.limits import KiB, MiB
-from .peer_time import BYTE_S, FRAME_S, MESSAGE_S, STREAM_S, PeerTime
+from .libp2p_time import BYTE_S, FRAME_S, MESSAGE_S, STREAM_S, PeerTime
 from .token_bucket import TokenBucket
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,7 @@ from hyperspace_vllm.core.records.ids import PeerId, peer_id
 from hyperspace_vllm.core.records.limits import RESPONSE_BYTES_MAX, KiB, MiB
 from hyperspace_vllm.daemon import libp2p_yamux
 from hyperspace_vllm.daemon.libp2p_streams import Answerer
-from hyperspace_vllm.daemon.libp2p_yamux import _DATA, _HEAD, _RST, _SYN, _WINDOW, MESSAGE_BYTES, YamuxConnection
-from hyperspace_vllm.daemon.peer_time import (
+from hyperspace_vllm.daemon.libp2p_time import (
     BURST_S,
     BYTE_S,
     FRAME_S,
@@ -24,6 +23,7 @@ from hyperspace_vllm.daemon.peer_time import (
     STREAM_S,
     PeerTime,
 )
+from hyperspace_vllm.daemon.libp2p_yamux import _DATA, _HEAD, _RST, _SYN, _WINDOW, MESSAGE_BYTES, YamuxConnection
 
 FOR_S = 6.0
 NEW = _HEAD.pack(0, _WINDOW, _SYN, 2, 0)
