@@ -55,6 +55,7 @@ from hyperspace_vllm.core.records.limits import (
 from hyperspace_vllm.core.records.peer_record import PeerRecord, decode_peer_record
 from hyperspace_vllm.core.records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
 from hyperspace_vllm.core.records.signing import member_tag
+from hyperspace_vllm.core.records.standing import Rank, Standing
 
 from .network_world import HOUR_MS, NETWORK, NETWORK_KEY, NOW_MS, SECOND_MS, Identity, only
 
@@ -413,6 +414,31 @@ def test_who_comes_from_elsewhere_leads_nobody_into_this_network() -> None:
     node.learn(2, told_by=1, address="10.0.0.9:24", endpoint="10.0.0.9:25")
     assert node.members.endpoints(node.now_ms) == ()
     assert only(node.run(20 * SECOND_MS), Connect) == []
+
+
+def test_who_was_only_heard_of_counts_as_its_least_crowded_tellers_host() -> None:
+    """An attacker that tells of an honest peer first can't make it share the room of those that it invents."""
+    node = Node(network_key=None)
+    for number, host in ((1, "198.51.100.66"), (2, "198.51.100.5")):
+        node.members.on_connected(Identity(number).peer, host, node.now_ms)
+        node.learn(number, own_word=True, network_key=None)
+    honest = Identity(3).public_key
+    node.learn(3, told_by=1, sequence=5, network_key=None)
+    for number in range(100, 110):
+        node.learn(number, told_by=1, network_key=None)
+    node.members.changed = False
+    node.learn(3, told_by=2, sequence=4, network_key=None)  # older: its signature isn't checked
+    assert node.members.standing(honest) == Standing(Rank.TOLD, "198.51.100.66")
+    node.learn(3, told_by=2, sequence=5, network_key=None)
+    assert node.members.standing(honest) == Standing(Rank.TOLD, "198.51.100.5")
+    assert node.members.changed
+    node.learn(3, told_by=1, sequence=6, network_key=None)
+    assert node.members.standing(honest) == Standing(Rank.TOLD, "198.51.100.5")
+    node.learn(100, told_by=2, sequence=6, network_key=None)
+    assert node.members.standing(Identity(100).public_key) == Standing(Rank.TOLD, "198.51.100.5")
+    node.members.on_connected(Identity(3).peer, "203.0.113.3", node.now_ms)
+    node.learn(3, told_by=2, sequence=7, network_key=None)
+    assert node.members.standing(honest) == Standing(Rank.MET, "203.0.113.3")
 
 
 def test_no_path_on_which_addresses_come_leads_from_elsewhere_into_this_network() -> None:

@@ -559,11 +559,14 @@ def test_copies_that_strangers_say_they_have_keep_nobody_from_announcing_its_own
     assert only(script.node.handle(stored, script.now_ms), Publish)
 
 
-def test_popularity_grows_with_requests_from_wherever_and_travels_with_the_response() -> None:
-    node = make_node()
+def test_popularity_grows_with_requests_of_clients_and_members_and_travels_with_the_response() -> None:
+    node = make_node(network_key=None, listed=(1,))
     node.handle(ResponsesUsed((response("a"),) * 3), NOW_MS)
     effects = node.handle(RequestReceived(5, Identity(1).peer, Query(response("a"))), NOW_MS)
     assert effects == [ServeResponse(5, response("a"), 64)]
+    for _ in range(100):
+        effects = node.handle(RequestReceived(6, Identity(2).peer, Query(response("a"))), NOW_MS)
+    assert effects == [ServeResponse(6, response("a"), 64)]
 
 
 # --- hostile or odd peers -----------------------------------------------------------------------

@@ -291,7 +291,10 @@ class NetworkNode:
         self._heard(peer, now_ms)
         if isinstance(message, Query):
             self.members.used(peer, now_ms)
-            self._popularity.add(message.id, now_ms)
+            if self._trust.is_chosen(
+                public_key_of(peer)
+            ):  # a stranger asks as often as it likes, for whatever it likes
+                self._popularity.add(message.id, now_ms)
             return [ServeResponse(token, message.id, self._popularity.sixteenths(message.id, now_ms))]
         if isinstance(message, Greet):
             charges = self.members.on_record(message.record, peer, now_ms, own_word=True)

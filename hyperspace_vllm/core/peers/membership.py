@@ -296,6 +296,8 @@ class Membership:
                 check_peer_record(record, self._network, now_ms)
                 known = self._accept(record, raw, None if own_word else peer, now_ms)
                 return self._make_room(known) if own_word and known is not None else []
+            elif (known := self._peers.get(record.peer)) is not None and known.raw == raw:
+                self._adopt(known, peer)
         except ProtocolViolation:
             return [ChargePeer(peer, "protocol")]
         except Refused as refused:
@@ -479,6 +481,14 @@ class Membership:
         teller = self._peers.get(peer) if peer is not None else None
         return teller.source if teller is not None and teller.source else str(peer)
 
+    def _adopt(self, known: Peer, told_by: PeerId) -> None:
+        """Let a peer that was only heard of count as its least crowded teller's: the first may have meant it harm."""
+        source = self._source_told_by(told_by)
+        if known.met or source == known.source:
+            return
+        if self._peers.of_source(source) + 1 < self._peers.of_source(known.source):
+            known.source, self.changed = source, True
+
     def _accept(self, record: PeerRecord, raw: bytes, told_by: PeerId | None, now_ms: int) -> Peer | None:
         is_member = self._trust.meet(record.public_key, record.member_tag)
         if self._members_only and not is_member:
@@ -488,6 +498,8 @@ class Membership:
             known = self._new(record.peer, self._source_told_by(told_by))
             if not self._peers.add(known):
                 return None
+        elif told_by is not None:
+            self._adopt(known, told_by)
         moved = known.record is not None and known.record.address != record.address
         known.record, known.raw, known.member = record, raw, is_member
         teller = known if told_by is None else self._peers.get(told_by)

@@ -125,8 +125,7 @@ class PeerTable:
     def add(self, peer: Peer) -> bool:
         """False: the table is full of peers that must stay, or of better known ones."""
         self._peers[peer.peer] = peer
-        of_source = sum(each.source == peer.source for each in self._peers.values())
-        if len(self) <= PEERS_KNOWN_MAX and of_source <= PEERS_OF_SOURCE_MAX:
+        if len(self) <= PEERS_KNOWN_MAX and self.of_source(peer.source) <= PEERS_OF_SOURCE_MAX:
             return True
         idle = [each for each in self if not (each.connected or each.bootstrap or each.dialling)]
         room = PEERS_KNOWN_MAX - (len(self) - len(idle))
@@ -134,6 +133,10 @@ class PeerTable:
         for loser in losers if room >= 0 else [peer]:
             del self._peers[loser.peer]
         return peer.peer in self._peers
+
+    def of_source(self, source: str) -> int:
+        """How many peers count as one machine's."""
+        return sum(each.source == source for each in self._peers.values())
 
     def remove(self, peer: PeerId) -> None:
         """Forget a peer."""

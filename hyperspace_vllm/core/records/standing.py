@@ -19,7 +19,7 @@ class Rank(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """`source` is the host that the peer connected from, or that of who told of it first."""
+    """`source` is the host that the peer connected from, or that of a peer that told of it."""
 
     rank: Rank
     source: str
