@@ -970,6 +970,8 @@ def test_one_connection_that_brings_a_thousand_owners_takes_a_quarter_of_the_reg
         """What `number` answers when it is asked."""
         send = node._ask(Identity(number).peer, message, 1_000)
         imports = only(node.handle(Answered(send.request, send.peer, with_), NOW_MS), ImportDeltas)
+        while (due_ms := node.registry._intake.next_deadline_ms()) is not None:
+            imports += only(node.registry.on_tick(due_ms), ImportDeltas)
         while imports:  # a document here is a hundred ids of its owner's
             imports = [new for each in imports for new in imported(each)]
 

@@ -1,5 +1,6 @@
 """The registry machine: seeded, without loro. A document is a msgpack of the changes that a delta makes."""
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -19,9 +20,11 @@ from hyperspace_vllm.core.node.network_effects import (
 from hyperspace_vllm.core.node.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
 from hyperspace_vllm.core.peers import registry as registry_module
 from hyperspace_vllm.core.peers.registry import Registry
-from hyperspace_vllm.core.records.ids import PeerId, network_id, peer_id, sha256
+from hyperspace_vllm.core.records.ids import NetworkId, PeerId, network_id, peer_id, sha256
 from hyperspace_vllm.core.records.limits import (
     REGISTRY_COMPACT_MS,
+    REGISTRY_DELTAS_AT_ONCE,
+    REGISTRY_DELTAS_PER_S,
     REGISTRY_ENTRIES_MAX,
     REGISTRY_EPOCH_MS,
     REGISTRY_INDEX_OF_SOURCE_MAX,
@@ -38,6 +41,7 @@ from hyperspace_vllm.core.records.standing import Rank, Standing
 
 NETWORK = network_id("test")
 START_MS = 1_790_000_000_000
+SECOND_MS = 1_000
 RELAY = peer_id(SigningKey(bytes(32)).verify_key.encode())
 
 
@@ -165,14 +169,31 @@ class Node:
         raise AssertionError("a registry that is never done")
 
     def take(self, raws: Iterable[bytes], now_ms: int = START_MS, relay: PeerId = RELAY) -> None:
-        self.perform(self.registry.on_deltas(relay, Deltas(tuple(raws), ()), now_ms), now_ms)
+        for answer in answers_of(raws):
+            self.answered(relay, answer, now_ms)
+
+    def answered(self, relay: PeerId, answer: Deltas, now_ms: int) -> None:
+        """An answer, taken in whole, however many turns that takes."""
+        self.perform(self.registry.on_deltas(relay, answer, now_ms), now_ms)
         self.tick(now_ms)
+        while self.registry._intake.next_deadline_ms() is not None:
+            now_ms += 10
+            self.tick(now_ms)
 
     def pull(self, other: "Node", now_ms: int) -> bool:
         answer = other.registry.answer(self.registry.want(), now_ms)
-        self.perform(self.registry.on_deltas(other.peer, answer, now_ms), now_ms)
-        self.tick(now_ms)
+        self.answered(other.peer, answer, now_ms)
         return answer.more
+
+
+def answers_of(raws: Iterable[bytes]) -> list[Deltas]:
+    """As many as an honest node would give."""
+    answers: list[list[bytes]] = [[]]
+    for raw in raws:
+        if sum(map(len, answers[-1])) + len(raw) > REGISTRY_REPLY_BYTES_MAX:
+            answers.append([])
+        answers[-1].append(raw)
+    return [Deltas(tuple(answer), ()) for answer in answers]
 
 
 def union_of(node: Node, every_id: Iterable[bytes], now_ms: int) -> dict[bytes, frozenset[PeerId]]:
@@ -249,6 +270,65 @@ def test_of_two_deltas_with_one_number_the_first_stays_and_the_owner_is_charged(
     assert [(charge.peer, charge.reason) for charge in node.charged] == [(owner.peer, "registry_equivocation")]
     assert node.registry.providers(b, START_MS) == (owner.peer,)
     assert node.registry.providers(c, START_MS) == ()
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[RegistryDelta]:
+    """Deltas whose signature was checked."""
+    checked: list[RegistryDelta] = []
+    check = registry_module.check_delta
+
+    def counted(raw: bytes, delta: RegistryDelta, network: NetworkId, now_ms: int) -> None:
+        checked.append(delta)
+        check(raw, delta, network, now_ms)
+
+    monkeypatch.setattr(registry_module, "check_delta", counted)
+    return checked
+
+
+def test_any_number_of_other_deltas_with_one_number_cost_one_check_an_epoch(checks: list[RegistryDelta]) -> None:
+    node, owner = Node(1), Owner(2)
+    first, other = owner.snapshot([]), owner.delta(b"other", START_MS)
+    for _ in range(3):
+        node.take([first, *[other] * 4095])
+    assert len(checks) == 2
+    assert [charge.reason for charge in node.charged] == ["registry_equivocation"]
+    later = START_MS + REGISTRY_EPOCH_MS
+    first, other = owner.snapshot([], later), owner.delta(b"other", later)
+    node.take([first, *[other] * 4095], later)
+    assert len(checks) == 4
+    assert len(node.charged) == 2
+
+
+def test_a_turn_checks_a_few_deltas_of_each_host_and_a_second_a_bounded_number(checks: list[RegistryDelta]) -> None:
+    registry = Registry(NETWORK, Owner(1).public, everybody, random.Random(1))
+    owners = [Owner(n) for n in range(100, 100 + REGISTRY_OWNERS_OF_SOURCE_MAX)]
+    flood = [raw for owner in owners for raw in (owner.snapshot([]), *(owner.update() for _ in range(15)))]
+    honest = Owner(2)
+    registry.on_deltas(owners[0].peer, Deltas(tuple(flood), (), more=True), START_MS)
+    registry.on_deltas(honest.peer, Deltas((honest.snapshot([]),), ()), START_MS)
+    assert len(checks) == REGISTRY_DELTAS_AT_ONCE
+    turns = [len(checks)]
+    for now_ms in range(START_MS, START_MS + SECOND_MS, 10):
+        if (due_ms := registry._intake.next_deadline_ms()) is not None and due_ms <= now_ms:
+            registry.on_tick(now_ms)
+            turns.append(len(checks))
+    assert honest.public in [delta.owner for delta in checks[: 2 * REGISTRY_DELTAS_AT_ONCE]]
+    assert max(after - before for before, after in itertools.pairwise(turns)) <= REGISTRY_DELTAS_AT_ONCE
+    assert 0.8 * REGISTRY_DELTAS_PER_S < len(checks) <= REGISTRY_DELTAS_PER_S + REGISTRY_DELTAS_AT_ONCE
+
+
+def test_a_neighbour_that_has_more_is_asked_again_once_its_answer_is_taken_in_and_was_of_use() -> None:
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
+    raws = (owner.snapshot([]), *(owner.update() for _ in range(REGISTRY_DELTAS_AT_ONCE)))
+    registry.on_deltas(RELAY, Deltas(raws, (), more=True), START_MS)
+    assert registry.whom_to_ask_again() == []
+    registry.on_tick(START_MS + SECOND_MS)
+    assert registry.whom_to_ask_again() == [RELAY]
+    assert registry.whom_to_ask_again() == []
+    registry.on_deltas(RELAY, Deltas(raws, (), more=True), START_MS + SECOND_MS)
+    registry.on_tick(START_MS + 2 * SECOND_MS)
+    assert registry.whom_to_ask_again() == []
 
 
 def test_a_new_epoch_replaces_everything_and_an_old_one_is_ignored() -> None:
@@ -497,6 +577,74 @@ def test_a_document_that_no_worker_survives_is_given_up_without_blame() -> None:
         assert not any(isinstance(effect, ChargePeer) for effect in effects)
     assert tries == 6
     assert 60_000 < now_ms - START_MS < 70_000
+
+
+def test_a_document_that_loses_the_worker_twice_is_ignored_until_its_next_epoch() -> None:
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
+    now_ms, effects = START_MS, registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), START_MS)
+    tries = 0
+    while now_ms < START_MS + 600 * SECOND_MS:
+        now_ms += SECOND_MS
+        if imports_of(effects):
+            tries += 1
+            effects = registry.on_refused(DeltasRefused(owner.public, "lost", 1000))
+        else:
+            effects = registry.on_tick(now_ms)
+    assert tries == 2
+    assert registry.stats().ignored_owners == 1
+    assert imports_of(registry.on_deltas(RELAY, Deltas((owner.snapshot([], now_ms),), ()), now_ms))
+    # The next epoch is its last try, not its first.
+    assert ForgetOwner(owner.public) in registry.on_refused(DeltasRefused(owner.public, "lost", 1000))
+
+
+def test_a_worker_that_is_lost_now_and_then_costs_no_owner_its_document() -> None:
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
+    effects = registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), START_MS)
+    for now_ms in range(START_MS, START_MS + 600 * SECOND_MS, 100 * SECOND_MS):
+        assert imports_of(effects)
+        retried = registry.on_refused(DeltasRefused(owner.public, "lost", 10))
+        (again,) = imports_of(retried + registry.on_tick(now_ms + 90 * SECOND_MS))
+        registry.on_imported(DeltasImported(owner.public, again.epoch, again.sequence, (), (), True))
+        effects = registry.on_deltas(RELAY, Deltas((owner.update(),), ()), now_ms + 100 * SECOND_MS)
+
+
+@pytest.mark.parametrize("outcome", ["lost", "slow"])
+def test_documents_that_keep_the_worker_busy_wait_for_each_other_and_for_nobody_elses(outcome: str) -> None:
+    """One host tells of 24 owners; the worker does one import after another."""
+    attackers, honest = [Owner(n) for n in range(100, 124)], [Owner(n) for n in range(10, 14)]
+    hosts = {owner.public: Standing(Rank.TOLD, "attacker") for owner in attackers}
+    registry = Registry(NETWORK, Owner(1).public, lambda key: hosts.get(key, everybody(key)), random.Random(1))
+    queue: deque[ImportDeltas] = deque()
+    taken_ms: dict[bytes, int] = dict.fromkeys(hosts, 0)
+    imported_at_ms: dict[bytes, int] = {}
+    for owner in (*attackers, *honest):
+        queue += imports_of(registry.on_deltas(owner.peer, Deltas((owner.snapshot([]),), ()), START_MS))
+    now_ms = START_MS
+    while now_ms < START_MS + 60 * SECOND_MS:
+        if not queue:
+            now_ms = max(now_ms + 1, registry.next_deadline_ms() or 0)
+        elif (done := queue.popleft()).owner in hosts:
+            now_ms += 1_000
+            taken_ms[done.owner] += 1_000
+            if outcome == "lost":
+                queue += imports_of(registry.on_refused(DeltasRefused(done.owner, "lost", 1_000)))
+            else:
+                registry.on_imported(DeltasImported(done.owner, done.epoch, 0, (), (), True, 1_000))
+        else:
+            imported_at_ms[done.owner] = now_ms
+            registry.on_imported(DeltasImported(done.owner, done.epoch, 0, (), (), True, 10))
+        queue += imports_of(registry.on_tick(now_ms))
+    assert max(imported_at_ms.values()) <= START_MS + 2 * SECOND_MS
+    assert len(imported_at_ms) == len(honest)
+    busy_ms = sum(taken_ms.values())
+    assert 2_000 <= busy_ms <= 5_000 if outcome == "lost" else 15_000 <= busy_ms <= 21_000
+
+
+def test_owners_on_this_nodes_own_lists_are_in_no_hosts_share_of_the_worker() -> None:
+    registry = Registry(NETWORK, Owner(1).public, lambda key: Standing(Rank.LISTED, "host"), random.Random(1))
+    owners = [Owner(n) for n in range(10, 14)]
+    raws = tuple(owner.snapshot([]) for owner in owners)
+    assert len(imports_of(registry.on_deltas(RELAY, Deltas(raws, ()), START_MS))) == len(owners)
 
 
 def test_a_new_epoch_during_an_import_is_imported_next() -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import secrets
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -222,16 +223,30 @@ async def perform(registry: Registry, effects: list, documents: RegistryDocument
 async def test_a_worker_that_hangs_is_killed_and_the_next_job_finds_a_new_one(
     documents: RegistryDocuments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_documents, "JOB_S", 0.5)
+    monkeypatch.setattr(registry_documents, "STALL_S", 0.5)
     good = OwnDocument(entries(3)).snapshot()
     assert isinstance(await documents.import_deltas(snapshot(good)), DeltasImported)
     hung = documents.worker_pid
     assert hung is not None
     os.kill(hung, signal.SIGSTOP)
-    assert await documents.import_deltas(snapshot(good)) == DeltasRefused(OWNER, "worker")
+    assert await documents.import_deltas(snapshot(good)) == DeltasRefused(OWNER, "lost")
     assert not runs(hung)
-    monkeypatch.setattr(registry_documents, "JOB_S", 10.0)
     assert isinstance(await documents.import_deltas(snapshot(good)), DeltasImported)
+
+
+@pytest.mark.parametrize("mebibytes", [48, 64])
+async def test_what_makes_loro_wait_for_itself_or_die_is_lost_within_seconds_and_keeps_no_write_waiting(
+    documents: RegistryDocuments, mebibytes: int
+) -> None:
+    bomb = exported(lambda document: document.get_map("entries").insert(HEX, "\0" * (mebibytes * MiB)))
+    await written(documents, WriteRegistry(entries(3), (), compact=True))
+    began = time.monotonic()
+    jobs = [asyncio.create_task(documents.import_deltas(snapshot(bomb, owner=bytes([n] * 32)))) for n in range(4)]
+    await asyncio.sleep(0)  # all four wait
+    await documents.write(WriteRegistry(entries(1), (), compact=True))
+    assert sum(job.done() for job in jobs) <= 1
+    assert {done.reason for done in await asyncio.gather(*jobs) if isinstance(done, DeltasRefused)} == {"lost"}
+    assert time.monotonic() - began < 4 * registry_documents.JOB_S  # on an idle machine 2 s each
 
 
 async def test_a_worker_that_does_not_start_is_not_started_again_at_once(

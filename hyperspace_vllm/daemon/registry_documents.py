@@ -4,6 +4,10 @@ Nothing is kept here for the worker's sake. When it dies, every document is gone
 answered `worker`, and the core sends the owner's log again from its snapshot; a write is answered `worker` too, and the
 core begins a new epoch with all entries. So one rule covers a crash, a restart and a document that made room.
 
+Others' documents wait for each other and this node's own writes for the job under way alone, so that what peers wrote
+keeps nothing of this node from the others. A job is given up by the CPU time that it took, or when it takes none: a
+document can make loro wait for itself for ever. Wall time says little, since engines may leave the worker hardly any.
+
 An epoch is the wall clock's milliseconds at its first write, or one more than the last: a restarted node's first epoch
 is higher than any that it had, unless its clock was put back.
 """
@@ -40,7 +44,10 @@ from .registry_worker import (
 )
 
 START_S = 20.0  # 0.3 s on an idle machine
-JOB_S = 10.0  # the largest log there may be takes 0.2 s
+JOB_CPU_S = 1.0  # the largest log there may be takes 0.2 s
+STALL_S = 1.0  # without any CPU time: a fortieth of a core gives a job 25 ms
+_STALLED_CPU_S = 0.001
+JOB_S = 10.0  # whatever it does
 RESTART_S_MAX = 60.0
 JOBS_MAX = 64  # waiting: the core has at most 8 imports and a write under way, the rest is Forget
 # 20,000 entries of an id (34 B in msgpack) and an expiry (9 B) in a pair (1 B), and as many removed; or an export.
@@ -50,7 +57,7 @@ log = logging.getLogger(__name__)
 
 
 class RegistryDocuments:
-    """Performs WriteRegistry, ImportDeltas and ForgetOwner, one at a time, each with a deadline."""
+    """Performs WriteRegistry, ImportDeltas and ForgetOwner, one at a time, each with a deadline; writes go first."""
 
     def __init__(self, network: NetworkId, signing_key: SigningKey, clock: Callable[[], int], nice: int) -> None:
         self._network = network
@@ -65,7 +72,7 @@ class RegistryDocuments:
     async def write(self, effect: WriteRegistry) -> OwnDeltaWritten | DeltasRefused:
         """Change the own document, sign what loro exports of the change."""
         try:
-            reply = await self._worker.ask(
+            reply, _ = await self._worker.ask(
                 Begin(effect.added) if effect.compact else Change(effect.added, effect.removed)
             )
         except Refused:
@@ -95,13 +102,15 @@ class RegistryDocuments:
     async def import_deltas(self, effect: ImportDeltas) -> DeltasImported | DeltasRefused:
         """Import another owner's deltas."""
         try:
-            reply = await self._worker.ask(
+            reply, took_ms = await self._worker.ask(
                 Import(effect.owner, effect.epoch, effect.payloads, effect.starts_with_snapshot)
             )
         except Refused:
             return DeltasRefused(effect.owner, "worker")
+        if reply is None:
+            return DeltasRefused(effect.owner, "lost", took_ms)
         if not isinstance(reply, Imported):
-            return DeltasRefused(effect.owner, reply.reason if isinstance(reply, Failed) else "worker")
+            return DeltasRefused(effect.owner, reply.reason if isinstance(reply, Failed) else "worker", took_ms)
         return DeltasImported(
             owner=effect.owner,
             epoch=effect.epoch,
@@ -109,6 +118,7 @@ class RegistryDocuments:
             added=reply.added,
             removed=reply.removed,
             cleared=effect.starts_with_snapshot,
+            took_ms=took_ms,
         )
 
     async def forget(self, owner: bytes) -> None:
@@ -134,6 +144,7 @@ class _Worker:
         self._nice = nice
         self._process: Process | None = None
         self._turn = asyncio.Lock()
+        self._turn_of_others = asyncio.Lock()  # of their documents' jobs one at most waits for the turn, behind writes
         self._waiting = 0
         self._closed = False
         self._failures = 0
@@ -145,13 +156,14 @@ class _Worker:
         process = self._process
         return process.pid if process is not None and process.returncode is None else None
 
-    async def ask(self, request: Request) -> Reply:
-        """The worker's reply; `Refused("worker")` if it died, was too slow, or doesn't start."""
-        if self._waiting >= JOBS_MAX:
+    async def ask(self, request: Request) -> tuple[Reply | None, int]:
+        """The worker's reply, None if it died or hung, and its CPU time in ms; `Refused("worker")` if there is none."""
+        others = isinstance(request, Import | Forget)
+        if others and self._waiting >= JOBS_MAX:
             raise Refused("worker", "busy")
         self._waiting += 1
         try:
-            async with self._turn:
+            async with self._turn_of_others if others else contextlib.nullcontext(), self._turn:
                 if self._closed:
                     raise Refused("worker", "closed")
                 return await self._ask(request)
@@ -164,29 +176,37 @@ class _Worker:
         async with self._turn:  # one may be starting
             await self._end()
 
-    async def _ask(self, request: Request) -> Reply:
+    async def _ask(self, request: Request) -> tuple[Reply | None, int]:
         if self.pid is None:
             await self._start()
         process = self._process
         assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        frame = msgspec.msgpack.encode(request)
+        watch = _CpuWatch(process.pid)
+        job = asyncio.create_task(self._exchange(process, msgspec.msgpack.encode(request)))
         try:
             async with asyncio.timeout(JOB_S):
-                process.stdin.write(len(frame).to_bytes(LENGTH_BYTES, "big") + frame)
-                await process.stdin.drain()
-                size = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
-                if size > _REPLY_BYTES_MAX:
-                    raise Refused("worker", f"a reply of {size} bytes")
-                return self._replies.decode(await process.stdout.readexactly(size))
+                while not (await asyncio.wait({job}, timeout=STALL_S))[0]:
+                    watch.check()
+            return job.result(), watch.took_ms()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
+            job.cancel()
             await self._end()
             log.warning("the registry worker was lost (%s); its documents will be rebuilt", type(error).__name__)
-            raise Refused("worker", type(error).__name__) from error
+            return None, watch.took_ms()
         except BaseException:
+            job.cancel()
             await self._end()  # half a reply may still be on its way
             raise
+
+    async def _exchange(self, process: Process, frame: bytes) -> Reply:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(len(frame).to_bytes(LENGTH_BYTES, "big") + frame)
+        await process.stdin.drain()
+        size = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
+        if size > _REPLY_BYTES_MAX:
+            raise OSError(f"a reply of {size} bytes")
+        return self._replies.decode(await process.stdout.readexactly(size))
 
     async def _start(self) -> None:
         if time.monotonic() < self._start_at_s:
@@ -218,3 +238,27 @@ class _Worker:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+
+class _CpuWatch:
+    """What CPU time a process has taken since the watch began."""
+
+    def __init__(self, pid: int) -> None:
+        self._clock = (~pid << 3) | 2  # clock_getcpuclockid(3): all threads of the process
+        self._began_s = self._seen_s = self._now_s()
+
+    def check(self) -> None:
+        """TimeoutError: it took too much, or none since the last time."""
+        before, self._seen_s = self._seen_s, self._now_s()
+        if self._seen_s - self._began_s > JOB_CPU_S or self._seen_s - before < _STALLED_CPU_S:
+            raise TimeoutError
+
+    def took_ms(self) -> int:
+        """So far; of a process that has ended, as far as it was seen."""
+        return round(((self._now_s() or self._seen_s) - self._began_s) * 1000)
+
+    def _now_s(self) -> float:
+        try:
+            return time.clock_gettime(self._clock)
+        except OSError:  # it has ended
+            return 0.0

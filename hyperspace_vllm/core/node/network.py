@@ -273,7 +273,7 @@ class NetworkNode:
                 effects += self._settle(lookup, lookup.on_tick(now_ms), now_ms)
         due_ms = self.registry.next_deadline_ms()
         if due_ms is not None and due_ms <= now_ms:
-            effects += self.registry.on_tick(now_ms)
+            effects += self.registry.on_tick(now_ms) + self._sync_on()
         if now_ms >= self._sync_at_ms:
             self._sync_at_ms = now_ms + SYNC_MS
             effects += self._sync()
@@ -323,10 +323,7 @@ class NetworkNode:
             case WantPeers(), Peers():
                 return self.members.on_peers(event.peer, event.message, now_ms)
             case WantDeltas(), Deltas():
-                effects = self.registry.on_deltas(event.peer, event.message, now_ms)
-                charged = any(isinstance(effect, ChargePeer) for effect in effects)
-                goes_on = event.message.more and effects and not charged
-                return effects + (self._sync_with(event.peer) if goes_on else [])
+                return self.registry.on_deltas(event.peer, event.message, now_ms) + self._sync_on()
             case Ping(), Pong():
                 return []
             case WantPeers() | WantDeltas(), Refusal("stranger"):
@@ -554,6 +551,9 @@ class NetworkNode:
     def _sync(self) -> list[NetworkEffect]:
         neighbour = self.members.any_neighbour()
         return self._sync_with(neighbour.peer) if neighbour is not None else []
+
+    def _sync_on(self) -> list[NetworkEffect]:
+        return [effect for peer in self.registry.whom_to_ask_again() for effect in self._sync_with(peer)]
 
     def _sync_with(self, peer: PeerId) -> list[NetworkEffect]:
         if not self._options.registry:

@@ -5,7 +5,7 @@ that knows a lookup's number. Every effect that starts work is answered by exact
 docstring (network_effects.py), unless it was cancelled. `now_ms` is the wall clock: records carry it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..records.announcement import EvidenceEntry
 from ..records.ids import PeerId
@@ -228,14 +228,19 @@ class DeltasImported:
     added: tuple[tuple[bytes, int], ...]
     removed: tuple[bytes, ...]
     cleared: bool  # a snapshot: `added` is everything there is
+    took_ms: int = field(default=0, compare=False)  # of the worker's CPU time
 
 
 @dataclass(frozen=True, slots=True)
 class DeltasRefused:
-    """Answers ImportDeltas: loro didn't take it, or the document grew beyond its bound. The owner is to blame."""
+    """Answers ImportDeltas: the owner wrote what isn't a document, or what the worker didn't survive (`lost`).
+
+    `worker` says nothing of the owner: the document that the deltas continue isn't there, or no worker is.
+    """
 
     owner: bytes
-    reason: str  # malformed | too_large | worker
+    reason: str  # malformed | too_large | lost | worker
+    took_ms: int = field(default=0, compare=False)  # of the worker's CPU time
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,10 @@ class Allowance:
         self._at_ms = now_ms
         return self._left
 
+    def spend(self, amount: float, now_ms: int) -> None:
+        """Take `amount` even if there is less: what is owed is earned first."""
+        self._left = self.left(now_ms) - amount
+
     def take(self, amount: float, now_ms: int, leave: float = 0.0) -> bool:
         """Take `amount`, unless less than `leave` would be left; whether it was taken."""
         if self.left(now_ms) - amount < leave:

@@ -106,6 +106,14 @@ REGISTRY_LOGS_BYTES_OF_SOURCE_MAX = REGISTRY_LOGS_BYTES_MAX // 4
 REGISTRY_INDEX_MAX = 200_000  # entries of all owners: 50 MiB in the node
 REGISTRY_INDEX_OF_SOURCE_MAX = REGISTRY_INDEX_MAX // 4
 REGISTRY_IMPORTS_MAX = 8  # under way
+REGISTRY_DELTAS_AT_ONCE = 64  # checked in one turn: 5 ms of the node's loop
+REGISTRY_DELTAS_PER_S = 1_000  # of all neighbours: 7 % of the loop
+WORKER_MS_PER_S = 250  # of the registry worker's time, for the documents of one host
+WORKER_BURST_MS = 5_000  # saved up: 250 documents of 500 entries
+WORKER_LOST_MS = 2_000  # what a lost worker costs beside: until it is noticed, and everybody's documents again
+WORKER_LOST_TWICE_MS = (
+    20_000  # what a document costs its host that the worker doesn't survive: a minute without imports
+)
 STREAM_FRAME_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB
 VRAM_SEGMENTS_MAX = 8192  # 2 Mi tokens in segments of 256; a digest of 4 KiB has 4 bits for each then
 RESPONSE_HINTS_MAX = 100_000  # pairs of an id and a provider that a node remembers from gossip: 40 MiB
