@@ -52,6 +52,7 @@ from hyperspace_vllm.daemon import (
 from hyperspace_vllm.daemon.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.libp2p_mdns import peers_in
 from hyperspace_vllm.daemon.libp2p_node import Libp2pNode, NodeSettings, dht_key, reachable_hosts, split_address
+from hyperspace_vllm.daemon.libp2p_swarm import NodePeerStore
 from hyperspace_vllm.daemon.libp2p_time import PeerTime
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from hyperspace_vllm.daemon.token_bucket import TokenBucket
@@ -702,6 +703,36 @@ async def test_a_search_dials_whom_it_is_led_to_only_where_it_may(members: Membe
         while await seeker.host.find_providers("/cache/1", 2, 5) != ((provider.peer,), ANY):
             pass
     assert keeper.peer in seeker.host.connected
+
+
+async def test_the_dht_passes_on_no_address_that_reaches_less_far_than_where_its_peer_is_connected_from(
+    members: Members,
+) -> None:
+    """A peer at another address of this machine says that it is at 127.0.0.1, to a node whom a third asks."""
+    outward = reachable_hosts("0.0.0.0")[0]
+    if outward == "127.0.0.1":
+        pytest.skip("this machine has no other address than loopback")
+    liar, seeker = await members(2, meet=False)
+    (middle,) = await members(1, meet=False, listen="0.0.0.0:0")
+    _, port = split_address(middle.host.address)
+    await liar.host.connect(middle.peer, f"{outward}:{port}", 5)
+    await seeker.host.connect(middle.peer, f"127.0.0.1:{port}", 5)
+    assert await liar.host.provide("/cache/1", 5)
+    store = middle.host._link.node._host.get_peerstore()  # type: ignore[union-attr]
+    await until(lambda: all(PROTOCOL in _protocols(store, each) for each in (liar, seeker)))  # they are identified
+    assert await seeker.host.find_providers("/cache/1", 2, 5) == ((liar.peer,), ANY)
+    assert seeker.asked_to_dial == []
+    told = [store.addrs(ID.from_base58(each.peer)) for each in (seeker, liar)]
+    assert [len(each) for each in told] == [1, 0]
+    assert store.get_peer_record(ID.from_base58(liar.peer)) is None
+    providers = middle.host._link.node._dht.provider_store.get_providers(dht_key("/cache/1"))  # type: ignore[union-attr]
+    assert [(str(each.peer_id), each.addrs) for each in providers] == [(liar.peer, [])]
+
+
+def _protocols(store: NodePeerStore, member: Member) -> list[str]:
+    with suppress(Exception):
+        return list(store.get_protocols(ID.from_base58(member.peer)))
+    return []
 
 
 async def test_nobody_is_dialled_because_a_stream_to_it_is_wanted(members: Members) -> None:

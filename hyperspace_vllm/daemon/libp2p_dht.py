@@ -115,7 +115,9 @@ class NodeProviders(ProviderStore):
             self._keys_of.setdefault(peer_id, keys)[key] = None
             self._count += 1
         # One list of addresses per peer, not per key.
-        self._info_of[peer_id] = PeerInfo(peer_id, provider.addrs[:ADDRESSES_PER_PEER_MAX])
+        store: Any = self.host.get_peerstore()
+        addresses = store.may_pass_on(peer_id, provider.addrs[:ADDRESSES_PER_PEER_MAX])
+        self._info_of[peer_id] = PeerInfo(peer_id, addresses)
         super().add_provider(key, self._info_of[peer_id])
 
     def _forget(self, peer_id: ID, key: bytes) -> None:

@@ -40,7 +40,7 @@ from .libp2p_dht import NodeDht
 from .libp2p_gossip import NodeGossip, NodePubsub
 from .libp2p_overrides import patch_library, running
 from .libp2p_streams import Answerer, Asker
-from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeTransport, NodeUpgrader, multiaddr_of
+from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeTransport, NodeUpgrader, address_of, multiaddr_of
 from .libp2p_time import REQUEST_S, PeerTime
 from .libp2p_yamux import PROTOCOL as YAMUX
 from .libp2p_yamux import YamuxConnection
@@ -123,7 +123,10 @@ class Libp2pNode:
         own_id = generate_peer_id_from(key_pair)
         self._own_id = own_id
         topics = frozenset(settings.topics)
-        store = NodePeerStore(lambda peer_id: peer_id == own_id or bool(self._swarm.live(peer_id)))
+        store = NodePeerStore(
+            lambda peer_id: peer_id == own_id or bool(self._swarm.live(peer_id)),
+            lambda peer_id: None if peer_id == own_id else self._swarm.host_of(peer_id),
+        )
         store.add_key_pair(own_id, key_pair)
         self._transport = transport = NodeTransport()
         self._time = PeerTime(lambda peer: _is_node(peer) and events.has_standing(peer))
@@ -219,9 +222,7 @@ class Libp2pNode:
         for each in addresses if _is_node(peer) else []:
             if not self._transport.can_dial(each):
                 continue
-            host = each.value_for_protocol(each.protocols()[0].name)
-            port = each.value_for_protocol("tcp")
-            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            address = address_of(each)
             if await self._events.may_dial(peer, address, told_from):
                 with suppress(PeerFailed):
                     await self.connect(peer, address)

@@ -30,6 +30,7 @@ from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
+from ..core.peers.address import may_dial
 from ..core.peers.slots import Handshakes
 from ..core.records.limits import PEER_CONNECTIONS_INBOUND_MAX, PEER_HANDSHAKES_MAX, KiB
 from .libp2p_time import PeerTime
@@ -56,6 +57,22 @@ logger = logging.getLogger(__name__)
 def multiaddr_of(host: str, port: int) -> Multiaddr:
     """/ip4|ip6/host/tcp/port."""
     return Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}")
+
+
+def address_of(maddr: Multiaddr) -> str:
+    """host:port of /ip4|ip6/host/tcp/port/…; LookupError."""
+    host, port = maddr.value_for_protocol(maddr.protocols()[0].name), maddr.value_for_protocol("tcp")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def may_pass_on(maddr: Multiaddr, told_from: str | None) -> bool:
+    """Whether a peer's address reaches as far as the host that it is connected from: who hears it from this node judges
+    it by where this node is. None: the address is this node's own."""
+    try:
+        address = address_of(maddr)
+    except LookupError:
+        return False
+    return may_dial(address, address, told_from)
 
 
 class _Listener:
@@ -266,15 +283,24 @@ class NodeSwarm(Swarm):
 
 
 class NodePeerStore(PeerStore):
-    """Addresses and protocols of a bounded number of peers; the library's evicts its own keys when it is full."""
+    """Addresses and protocols of a bounded number of peers; the library's evicts its own keys when it is full.
 
-    def __init__(self, keep: Callable[[ID], bool]) -> None:
+    What it holds is what others are told in answers of the DHT.
+    """
+
+    def __init__(self, keep: Callable[[ID], bool], told_from: Callable[[ID], str | None]) -> None:
         super().__init__(max_peers=PEERS_KEPT_MAX)
         self._keep = keep  # the node itself, and whoever is connected
+        self._told_from = told_from
+
+    def may_pass_on(self, peer_id: ID, addrs: Sequence[Multiaddr]) -> list[Multiaddr]:
+        """Those of a peer's addresses of which others may be told."""
+        told_from = self._told_from(peer_id)
+        return [each for each in addrs if may_pass_on(each, told_from)]
 
     def add_addrs(self, peer_id: ID, addrs: Sequence[Multiaddr], ttl: int = 0) -> None:
         """Remember the newest few of a peer's addresses."""
-        super().add_addrs(peer_id, addrs[:ADDRESSES_PER_PEER_MAX], FOREVER_S)
+        super().add_addrs(peer_id, self.may_pass_on(peer_id, addrs[:ADDRESSES_PER_PEER_MAX]), FOREVER_S)
         data = self.peer_data_map.get(peer_id)
         if data is not None and len(data.addrs) > ADDRESSES_PER_PEER_MAX:
             data.addrs = data.addrs[-ADDRESSES_PER_PEER_MAX:]
@@ -293,6 +319,9 @@ class NodePeerStore(PeerStore):
         """Take a signed record of addresses."""
         if len(envelope.raw_payload) > PEER_ENVELOPE_BYTES_MAX:
             return False
+        record = envelope.record()
+        if len(self.may_pass_on(record.peer_id, record.addrs)) < len(record.addrs):
+            return True  # there is nothing wrong with it; others just aren't told of it
         return super().consume_peer_record(envelope, ttl)
 
     def _enforce_peer_limit(self) -> None:
