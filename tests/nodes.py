@@ -3,7 +3,8 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from hyperspace_vllm.core.records.ids import (
     sha256,
 )
 from hyperspace_vllm.core.records.layout import Layout, Part
-from hyperspace_vllm.core.records.limits import GiB, MiB
+from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, GiB, MiB
 from hyperspace_vllm.core.records.local import LoadedRow, Slab
+from hyperspace_vllm.core.records.manifest import digest_blob
 from hyperspace_vllm.core.records.peer_record import PeerRecord
 from hyperspace_vllm.daemon.arena import Arena
 from hyperspace_vllm.daemon.chunk_store import ChunkStore
@@ -94,13 +96,22 @@ class Server:
 
 
 class SharedPool(ComputePool):
-    """A pool that outlives its nodes: its worker takes seconds to start."""
+    """A pool that outlives its nodes: its workers take seconds to start."""
 
     async def close(self) -> None:
         """Stays open."""
 
-    async def end(self) -> None:
-        await super().close()
+    @classmethod
+    @asynccontextmanager
+    async def started(cls) -> "AsyncIterator[SharedPool]":
+        """One whose worker processes run, both of them: a node without a verifier fetches no KV."""
+        pool = cls()
+        try:
+            await pool.commit(digest_blob(bytes(TOTAL_CHUNKS * 32), 1))
+            await until(lambda: pool.can_verify)
+            yield pool
+        finally:
+            await super(SharedPool, pool).close()
 
 
 class TestNode:

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from hyperspace_vllm.core.records.manifest import digest_blob
 from hyperspace_vllm.daemon import object_encoder
 from hyperspace_vllm.daemon.identity import Identity
 from tests.nodes import Answer, SharedPool, TestNode, keys, peer_of, until
@@ -21,11 +20,8 @@ DAY_S = 86_400
 
 @pytest.fixture
 async def pool() -> AsyncIterator[SharedPool]:
-    shared = SharedPool()
-    await shared.commit(digest_blob(bytes(64 * 32), 1))
-    await until(lambda: shared.can_verify)  # both of its processes have started
-    yield shared
-    await shared.end()
+    async with SharedPool.started() as pool:
+        yield pool
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, ahead_s: int) -> None:

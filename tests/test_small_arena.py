@@ -8,7 +8,6 @@ import pytest
 from hyperspace_vllm.core.records.ids import row_key
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import MiB
-from hyperspace_vllm.core.records.manifest import digest_blob
 from hyperspace_vllm.daemon.identity import Identity
 from tests.nodes import SharedPool, TestNode, keys, peer_of, until
 
@@ -23,11 +22,8 @@ KEYS = keys("long", 31)
 
 @pytest.fixture
 async def pool() -> AsyncIterator[SharedPool]:
-    shared = SharedPool()
-    await shared.commit(digest_blob(bytes(64 * 32), 1))
-    await until(lambda: shared.can_verify)  # both of its processes have started
-    yield shared
-    await shared.end()
+    async with SharedPool.started() as pool:
+        yield pool
 
 
 async def stored(node: TestNode, layout: Layout = LAYOUT, step: int = 3) -> None:

@@ -42,10 +42,8 @@ STALL_MS, FAULT_S = 2_000, 8.0
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def pool() -> AsyncIterator[SharedPool]:
-    pool = SharedPool()
-    await pool.commit(digest_blob(bytes(TOTAL_CHUNKS * 32), 1))  # it has started
-    yield pool
-    await pool.end()
+    async with SharedPool.started() as pool:
+        yield pool
 
 
 @pytest.fixture(autouse=True)

@@ -240,6 +240,7 @@ class YamuxConnection(IMuxedConn):
         self._may_open = TokenBucket(OPENED_PER_S, 2 * OPENED_PER_S)
         self._may_ping = TokenBucket(PINGS_PER_S, 10 * PINGS_PER_S)
         self._may_stray = TokenBucket(STRAYS_PER_S, 4 * STRAYS_PER_S)
+        self._opened = 0  # streams, not paid for yet
         self._heard_at = trio.current_time()
         _ALL.add(self)
 
@@ -396,7 +397,7 @@ class YamuxConnection(IMuxedConn):
             self._heard_at = trio.current_time()
             await self._time.spend(MESSAGE_S + len(message) * BYTE_S)
             buffer += message
-            at = frames = opened = 0
+            at = frames = 0
             while len(buffer) - at >= _HEAD.size:
                 version, kind, flags, stream_id, length = _HEAD.unpack_from(buffer, at)
                 if version != 0 or kind > _GO_AWAY or (kind == _DATA and length > WINDOW_BYTES_MAX):
@@ -407,12 +408,15 @@ class YamuxConnection(IMuxedConn):
                 self._on_frame(kind, flags, stream_id, length, bytes(buffer[at + _HEAD.size : end]))
                 at = end
                 frames += 1
-                opened += kind != _PING and bool(flags & _SYN)
                 if frames == FRAMES_AT_ONCE:
-                    await self._time.spend(frames * FRAME_S + opened * STREAM_S)
-                    frames = opened = 0
+                    await self._pay(frames)
+                    frames = 0
             del buffer[:at]
-            await self._time.spend(frames * FRAME_S + opened * STREAM_S)
+            await self._pay(frames)
+
+    async def _pay(self, frames: int) -> None:
+        opened, self._opened = self._opened, 0
+        await self._time.spend(frames * FRAME_S + opened * STREAM_S)
 
     async def _watch(self) -> None:
         nonce = 0
@@ -475,6 +479,7 @@ class YamuxConnection(IMuxedConn):
             self.control(_WINDOW, _RST, stream_id, 0)
             return None
         self._streams[stream_id] = stream
+        self._opened += 1
         self.control(_WINDOW, _ACK, stream_id, 0)
         return stream
 
