@@ -200,6 +200,13 @@ async def node(tmp_path: Path) -> AsyncIterator[SmallNode]:
         yield started
 
 
+@pytest.fixture
+async def strict(tmp_path: Path) -> AsyncIterator[SmallNode]:
+    """A node whose leases end after a second."""
+    async with small_node(tmp_path, lease_ms=1_000) as started:
+        yield started
+
+
 async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -454,22 +461,22 @@ async def test_a_released_lookup_is_neither_hinted_nor_answered(node: SmallNode)
 
 
 @pytest.mark.parametrize("goes", ["goodbye", "silence"])
-async def test_a_client_that_goes_releases_its_lookups(node: SmallNode, goes: str) -> None:
+async def test_a_client_that_goes_releases_its_lookups(strict: SmallNode, goes: str) -> None:
     if goes == "goodbye":
-        async with connected(node, "api", layout=None) as client:
+        async with connected(strict, "api", layout=None) as client:
             client.send(find(1))
             client.send(find(2))
-            finder = await wanted(node, 2)
+            finder = await wanted(strict, 2)
     else:
-        async with raw_socket(node) as socket:
+        async with raw_socket(strict) as socket:
             await socket.send(encode(Hello(LOCAL_PROTOCOL, "api", bytes(16), "n")))
             for number in (1, 2):
                 await socket.send(encode(find(number)))
-            finder = await wanted(node, 2)
-            await until(lambda: node.server.engine_leases == 0)
+            finder = await wanted(strict, 2)
+            await until(lambda: strict.server.engine_leases == 0)
     await until(lambda: sorted(finder.released) == [lookup for lookup, *_ in finder.wanted])
     for lookup in finder.released:
-        node.server.answer_response(lookup, FOUND, "late")
+        strict.server.answer_response(lookup, FOUND, "late")
 
 
 async def test_response_lookups_beyond_the_bound_are_answered_busy(node: SmallNode) -> None:
@@ -796,13 +803,6 @@ class ClientProcess:
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()
-
-
-@pytest.fixture
-async def strict(tmp_path: Path) -> AsyncIterator[SmallNode]:
-    """A node whose leases end after a second."""
-    async with small_node(tmp_path, lease_ms=1_000) as started:
-        yield started
 
 
 @pytest.fixture
