@@ -342,6 +342,33 @@ def test_a_node_serves_on_a_read_only_root_file_system_with_dockers_64_mib_of_de
         assert container.wait(STOPS_WITHIN_S) == 0
 
 
+@pytest.mark.parametrize(
+    ("disk", "says"),
+    [
+        (
+            "size=64k tmpfs {0} && ! dd if=/dev/zero of={0}/other 2>&-",
+            "No space left on device; make room on that disk",
+        ),
+        ("ro tmpfs {0}", "Read-only file system; set HYPERSPACE_DATA_DIR to a directory that this user can write"),
+    ],
+)
+def test_a_node_whose_disk_takes_nothing_says_so_at_its_start(nodes: Nodes, disk: str, says: str) -> None:
+    nodes.config.data_dir.mkdir()
+    mounted = f'mount -t tmpfs -o {disk.format(nodes.config.data_dir)} && exec "$@"'
+    container = subprocess.Popen(
+        [*unshared("--mount"), "sh", "-c", mounted, "sh", *NODE],
+        cwd=REPOSITORY,
+        env=os.environ | nodes.config.as_environ(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with ended_at_last(container):
+        _, errors = container.communicate(timeout=HEARD_S)
+        assert container.returncode == 1
+        assert says in errors
+        assert "Traceback" not in errors
+
+
 def test_where_dev_shm_is_not_shared_responses_are_and_one_line_says_why_kv_is_not(
     nodes: Nodes, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,5 +1,6 @@
 """Why a node can't start, in words that say what to do."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,15 @@ class StartError(Exception):
 
 @contextmanager
 def needed(what: str | Path, advice: str) -> Iterator[None]:
-    """A `StartError` that names `what` in place of the error that a system call or a wrong value ends in."""
+    """A `StartError` that names `what` in place of the error that a system call or a wrong value ends in.
+
+    Where a disk is full the advice is to make room, whatever `advice` is for other errors.
+    """
     try:
         yield
     except (OSError, ValueError, zmq.ZMQError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if is_full and not advice.startswith("make room"):
+            advice = "make room on that disk, or choose another HYPERSPACE_DATA_DIR"
         raise StartError(f"{what}: {reason}; {advice}") from error
