@@ -90,8 +90,9 @@ class FileDigests:
         """Holds the set's lock; what is advanced is seen by `in_progress`."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         done, told_at = 0, float("-inf")
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # of this thread alone
+        if threading.current_thread() is not threading.main_thread():  # which keeps it, and hands it to its children
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # of this thread alone
         with record.with_suffix(".part").open("w") as part:
             fcntl.flock(part, fcntl.LOCK_EX)
 

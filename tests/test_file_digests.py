@@ -107,6 +107,24 @@ def test_a_damaged_record_is_read_anew(tmp_path: Path, weights: Path, damage: by
     assert digest(tmp_path, state) == right
 
 
+def test_reading_lowers_the_priority_of_the_thread_that_reads_and_never_of_a_process(
+    tmp_path: Path, weights: Path
+) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    priorities = []
+
+    def read() -> None:
+        digest(tmp_path, FileState.of(str(weights)))
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    reader.join()
+    (tmp_path / "data").rename(tmp_path / "aside")  # so that it is read again
+    read()
+    assert priorities == [max(own, file_digests._NICE), own]
+
+
 def test_records_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_digests, "RECORDS_MAX", 3)
     for number in range(5):
