@@ -45,6 +45,7 @@ APART = [
     ("time", "Who is the pope?", "Who was the pope?"),
     ("time", "Who owned Twitter?", "Who owns Twitter?"),
     ("question_type", "Why do stars twinkle?", "When do stars twinkle?"),
+    ("question_type", "What do cats learn?", "How do cats learn?"),
     ("question_type", "Explain quicksort", "Implement quicksort"),
     ("question_type", "Describe Paris", "Define Paris."),
     ("question_type", "Describe a sunset", "What is a sunset?"),
@@ -97,6 +98,9 @@ TOGETHER = [
     ("Define inheritance in Java", "Explain inheritance in Java"),
     ("What is core banking? What are its functions?", "What is core banking? What purpose does it serve?"),
     ("What is Paris?", "Tell me about Paris"),
+    ("What is the equation for the speed of light?", "How do you determine the equation for the speed of light?"),
+    ("What is the importance of sleep?", "Why is sleep important?"),
+    ("Which is the best phone under Rs.15000?", "Which is the best phone under 15000 INR?"),
     ("How do I write “thanks” in a letter – briefly?", 'How do I write "thanks" in a letter - briefly?'),
 ]
 
@@ -195,6 +199,43 @@ def test_strict_forgives_plurals_synonyms_and_openings() -> None:
     assert refusal("How does a muscle work?", "How do muscles work?", "strict") is None
     assert refusal("What is inflation in economics?", "Explain inflation in economics", "strict") is None
     assert refusal("What are good films about the sea?", "What is a good movie about the sea?", "strict") is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("How do you tie a tie?", "How do I tie a tie?"),
+        ("What are some ways to tie a tie?", "How can you tie a tie?"),
+        ("What is the best way to tie a tie?", "What are some of the best ways to tie a tie?"),
+        ("What can I do to sleep better?", "How can I sleep better?"),
+        ("Which books about Rome are the best?", "What are the best books about Rome?"),
+        ("Which planet in our galaxy is the largest?", "What is the largest planet in our galaxy?"),
+        ("Which are some of the best jokes?", "What are the best jokes?"),
+    ],
+)
+def test_strict_takes_openings_that_say_the_same_for_one(one: str, other: str) -> None:
+    assert refusal(one, other, "strict") is None
+    assert refusal(other, one, "strict") is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("How do you feel?", "How do I feel?"),
+        ("How do you know my name?", "How do I know my name?"),
+        ("How do you choose your words with care?", "How do I choose your words with care?"),
+        ("How do we die of cold?", "How do I die of cold?"),
+        ("What should I do to sleep better?", "How can I sleep better?"),
+        ("What is the fastest way to tie a tie?", "How do I tie a tie?"),
+        ("What is the worst way to tie a tie?", "What is the best way to tie a tie?"),
+        ("Which planet is the largest in our galaxy?", "Which galaxy is the largest in our planet?"),
+        ("Which man is the oldest?", "Which is the man?"),
+        ("Which city is the oldest, and why?", "What is the oldest city?"),
+    ],
+)
+def test_strict_takes_no_other_openings_for_one(one: str, other: str) -> None:
+    assert refusal(one, other, "strict") is not None
+    assert refusal(other, one, "strict") is not None
 
 
 def test_a_question_reads_as_its_parts() -> None:

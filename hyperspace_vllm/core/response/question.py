@@ -62,8 +62,9 @@ _MEASURES = {
     "age": "old",
     "speed": "fast",
 }
+_CURRENCY_CODES = frozenset(("Rs", "INR", "USD", "EUR", "GBP", "JPY"))  # a unit of an amount, which may be left out
 _WAYS = word_set("way ways method methods steps step procedure process tips trick tricks strategy formula recipe")
-_REASONS = word_set("reason reasons cause causes")
+_REASONS = word_set("reason reasons cause causes importance significance")
 _TIMES = word_set("year date day month")
 _WAYS_ASKED = re.compile(r"(?:is|are) there (?:a |an |any |some )?(?:\w+ )?ways?\b|is it possible to\b")
 _DOINGS = re.compile(r"(?:should|can|could|must|do|does) \w+ (?:have to |need to )?do to\b")
@@ -306,6 +307,8 @@ def _is_name(token: Token, is_heading: bool) -> bool:
     text = token.text
     if token.is_quoted or re.search(r"\w[._&#+]\w|\d|_|[+#]$", text):
         return True
+    if text in _CURRENCY_CODES:
+        return False
     if text == "I" or (token.opens and (len(text) == 1 or text.lower() in FUNCTION)):
         return False
     if text.isupper() or not (text[1:].islower() or len(text) == 1 or text.islower()):

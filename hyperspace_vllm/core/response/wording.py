@@ -19,11 +19,24 @@ _UNSAID = word_set("a an the do does")
 _AFTER_ARTICLES = word_set("few little")  # "a few" are some, "few" hardly any
 _WITHOUT_CAPITALS = word_set("I An The Do Does")
 _SPELT = {"are": "is", "were": "was", "has": "have", "which": "what", "whom": "who"}
-_WAY_TO = re.compile(
-    r"^(?:how (?:do|can) i|how (?:does|can) one|what (?:is|are) the best ways? to) (?=\w)", re.IGNORECASE
+# Openings that say the same, and what they are read as. "How do we die" and "how should I" ask for something else, and
+# so do "how do you feel" and "how do you know my name".
+_ANYONE = r"you (?=\S+ \S)(?!.*\b(?:i|me|mine|my|myself|you|yours?|yourself|we|us|ours?)\b)"
+_OPENINGS = (
+    (
+        "how to ",
+        rf"how (?:do|can) (?:i |{_ANYONE})|how (?:does|can) (?:one|someone) |what (?:can|do) i do to "
+        r"|what (?:is|are) (?:the |an? |some (?:of the )?)?(?:best |good )?ways? (?:to|i can) ",
+    ),
+    ("what is ", r"explain |define |(?:what|which) are some (?:of (?=the |your |my ))?|(?:what|which) (?:is|are) "),
 )
-_WHAT_IS = re.compile(
-    r"^(?:explain |define |what are some (?:of (?=the |your |my ))?|what (?:is|are) )(?=\w)", re.IGNORECASE
+_OPENED = tuple((read_as, re.compile(rf"^(?:{said})(?=\w)", re.IGNORECASE)) for read_as, said in _OPENINGS)
+# "Which book about Rome is the best", where nothing but a place, a time or a purpose follows.
+_SUPERLATIVE_LAST = re.compile(
+    r"^(?:which|what) (?P<thing>(?!is |are )[\w' -]{1,80}?) (?:is|are) "
+    r"(?:the (?P<most>\w+est|most \w+)|(?:the )?(?P<best>best|worst))"
+    r"(?P<rest>(?: (?:in|for|on|at|under|to) [^,;:.?!]{1,80})?)[?.!]*$",
+    re.IGNORECASE,
 )
 
 
@@ -32,7 +45,11 @@ def wording(plain: str) -> list[tuple[str, ...]]:
 
     What is written with a capital inside the text, or quoted, is as it is written: a Python is no python.
     """
-    return list(_bound(tokens_of(_WHAT_IS.sub("what is ", _WAY_TO.sub("how to ", plain)))))
+    for read_as, opening in _OPENED:
+        plain = opening.sub(read_as, plain)
+    if (found := _SUPERLATIVE_LAST.match(plain)) is not None:
+        plain = f"what is the {found['most'] or found['best']} {found['thing']}{found['rest']}"
+    return list(_bound(tokens_of(plain)))
 
 
 def _bound(tokens: list[Token]) -> Iterator[tuple[str, ...]]:
