@@ -269,3 +269,36 @@ def test_long_questions_take_time_in_proportion() -> None:
 
     quickest = [min(took_s(words) for _ in range(5)) for words in (25, 250)]
     assert quickest[1] < 40 * quickest[0]  # 10 times as long; 100 times if each word were held against each
+
+
+@pytest.mark.parametrize(
+    ("frames", "persons"),
+    [
+        (("What is {} name?", "Who can read {} messages?", "Does {} dog eat the right food?"), ("my", "your", "our")),
+        (("What do {} think about taxes?", "Do {} like cats?", "When do {} feel tired?"), ("I", "you", "we")),
+        (("Who made {}?", "Can anyone trust {} with a secret?"), ("me", "you", "us")),
+    ],
+)
+def test_a_person_exchanged_for_another_keeps_questions_apart(
+    frames: tuple[str, ...], persons: tuple[str, ...]
+) -> None:
+    assert not_refused(frames, persons) == []
+
+
+def test_who_helps_whom_keeps_questions_apart() -> None:
+    assert is_refused("Can you help me with my essay?", "Can I help you with your essay?")
+    assert is_refused("How do you know my name?", "How do I know your name?")
+
+
+@pytest.mark.parametrize("frame", ["How do {} tie a tie?", "Should {} drink coffee before a run?"])
+def test_a_subject_that_is_anybody_may_be_exchanged(frame: str) -> None:
+    assert refusal(frame.format("I"), frame.format("you"), "balanced") is None
+
+
+def test_what_belongs_to_anybody_is_anybodys() -> None:
+    assert refusal("How do I clean my oven at home?", "How do you clean your oven at home?", "balanced") is None
+
+
+@pytest.mark.parametrize("place", ["Can dogs {}eat vegetables?", "Do children {}learn Python at school?"])
+def test_only_keeps_questions_apart(place: str) -> None:
+    assert is_refused(place.format("only "), place.format(""))

@@ -179,8 +179,6 @@ def test_no_guard_objects_to_what_the_canonical_form_takes_for_one(one: str, oth
         ("wording", "What is Paris?", "Tell me about Paris"),
         ("wording", "How do you handle rejection?", "How should you handle rejection?"),
         ("wording", "What does Jimmy Wales think?", "What does Jimmy Wales think of himself?"),
-        ("wording", "Why does he love music?", "Why do we love music?"),
-        ("wording", "Who can vote in Texas?", "Who only can vote in Texas?"),
         ("wording", "What is illogical thinking?", "What is an example of illogical thinking?"),
         ("wording", "What is the fastest bird?", "What kind of bird is the fastest?"),
         ("wording", "How tall is the Eiffel Tower?", "What is the height of the Eiffel Tower?"),

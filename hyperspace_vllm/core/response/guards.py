@@ -33,6 +33,7 @@ from .guard_words import (
     word_set,
 )
 from .opposites import have_antonyms, have_other_affixes
+from .persons import are_exchanged
 from .question import Question, Word, are_derived, read_question
 from .wording import wording
 
@@ -138,8 +139,13 @@ def _differ_in_comparison(one: Question, other: Question) -> bool:
 
 
 def _differ_in_qualifier(one: Question, other: Question) -> bool:
-    """A word that only one has makes another thing of a thing: "attempted murder"."""
-    return _adds_qualifier(one, other) or _adds_qualifier(other, one)
+    """A word that only one has makes another thing of a thing: "attempted murder", "only vegetables"."""
+    return ("only" in one.keys) != ("only" in other.keys) or _adds_qualifier(one, other) or _adds_qualifier(other, one)
+
+
+def _differ_in_persons(one: Question, other: Question) -> bool:
+    """What my name is, and what yours is."""
+    return are_exchanged(one.plain, other.plain)
 
 
 def _differ_in_language(one: Question, other: Question) -> bool:
@@ -249,6 +255,7 @@ GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
     ("kinds", _differ_in_noun),
     ("comparison", _differ_in_comparison),
     ("qualifiers", _differ_in_qualifier),
+    ("persons", _differ_in_persons),
     ("time", _differ_in_time),
     ("question_type", _differ_in_type),
     ("modality", _differ_in_modality),
