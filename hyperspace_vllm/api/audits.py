@@ -7,6 +7,8 @@ comes meanwhile is not scored.
 import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
@@ -27,6 +29,7 @@ from ..core.response.audit import (
     scoring_request,
 )
 from .checks import OneAtATime, answer_to
+from .large_bodies import Busy
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -56,14 +59,15 @@ class Audits(OneAtATime):
         """Have the engine score an answer, and the node hear of it."""
         began_s = time.monotonic()
         try:
-            await self._audit(exchange, key, body, proof)
+            with suppress(Busy):
+                await self._audit(exchange, key, body, proof)
         finally:
             now_s = time.monotonic()
             self._rests_until_s = now_s + (now_s - began_s) * (1 / AUDIT_SHARE - 1)
 
     async def _audit(self, exchange: "Exchange", key: RequestKey, body: bytes, proof: bytes) -> None:
         said = plain_answer(exchange.endpoint, msgspec.json.decode(body))
-        prompt = prompt_of(exchange.endpoint, exchange.body)
+        prompt = await exchange.read(partial(prompt_of, exchange.endpoint, exchange.body))
         if said is None or prompt is None or not await self._can_split(exchange):
             return
         before = await _tokens(exchange, prompt)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..core.records.ids import RequestKey
-from ..core.records.local import ANSWER_CHARS_MAX, SimilarChecked
+from ..core.records.local import ANSWER_CHARS_MAX, Question, SimilarChecked
 from ..core.response.admission import Admitted, admit
 from ..core.response.guards import Mode
 from ..core.response.request_key import Uncacheable
 from .coalesce import Scope
+from .large_bodies import Busy
 from .request_body import rewritten
 from .subrequest import ask
 
@@ -61,20 +62,30 @@ def to_compare(key: RequestKey, similarity: float, mode: Mode, stored: bytes) ->
 async def compute_too(exchange: "Exchange", match: ToCompare) -> None:
     """Have the engine answer a request that a match was served to, store that too, and let the two be compared."""
     body = {name: value for name, value in exchange.body.items() if name not in ("stream", "stream_options")}
-    key = exchange.key(body)
-    raw = rewritten(json.dumps(body).encode(), body, exchange.signed_scope(), exchange.salt, add_usage=False)
+    named = exchange.names()
+    if isinstance(named, Uncacheable):
+        return
+
+    def read() -> tuple[RequestKey | Uncacheable, Question | None, bytes]:
+        raw = rewritten(json.dumps(body).encode(), body, exchange.signed_scope(), exchange.salt, add_usage=False)
+        return exchange.key(named, body), exchange.question_to(named, body), raw
+
+    try:
+        key, question, raw = await exchange.read(read)
+    except Busy:
+        return
     answer = await answer_to(exchange, exchange.scope, raw)
     if answer is None or isinstance(key, Uncacheable):
         return
     admitted = admit(exchange.endpoint, body, answer)
-    if isinstance(admitted, Admitted) and exchange.key(body) == key:  # else the weights have changed meanwhile
-        exchange.hand_over(key, admitted.body, exchange.question(body))
+    if isinstance(admitted, Admitted) and exchange.names() == named:  # else the weights have changed meanwhile
+        exchange.hand_over(key, admitted.body, question)
         report(exchange, match, admitted.body)
 
 
 def report(exchange: "Exchange", match: ToCompare, computed: bytes) -> None:
     """Let the node compare the answers, if the engine's is text as well."""
-    question, text = exchange.question(), _text(computed)
+    question, text = exchange.question, _text(computed)
     if question is not None and text is not None:
         said = match.stored[:ANSWER_CHARS_MAX], text[:ANSWER_CHARS_MAX]
         exchange.options.client.send(SimilarChecked(match.key, question, match.similarity, match.mode, *said))

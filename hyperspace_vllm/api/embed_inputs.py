@@ -7,6 +7,7 @@ import asyncio
 import base64
 import json
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..core.records.ids import RequestKey
@@ -20,25 +21,18 @@ from .stored_answer import json_headers
 from .subrequest import ask
 
 if TYPE_CHECKING:
-    from .exchange import Exchange
+    from .exchange import Exchange, Names
 
 
-async def answer_inputs(exchange: "Exchange") -> None:
-    """Answer an exchange whose request has a key."""
-    inputs, names = inputs_of(exchange.body), exchange.names()
-    if isinstance(inputs, Uncacheable) or isinstance(names, Uncacheable):
-        reason = inputs.reason if isinstance(inputs, Uncacheable) else "unknown_model"
-        return await exchange.bypass("bypass", reason)
-    if exchange.refused:
+async def answer_inputs(exchange: "Exchange", names: "Names") -> None:
+    """Answer an exchange whose request has a key, by `names`."""
+    requests = await exchange.read(partial(_requests, exchange.body, names))
+    if isinstance(requests, Uncacheable):
+        return await exchange.bypass("bypass", requests.reason)
+    if await exchange.is_refused():
         return await exchange.bypass("bypass", "refused")
-    keys: list[RequestKey] = []
-    missing: dict[RequestKey, dict[str, Any]] = {}
-    for given in inputs:
-        request = request_of(exchange.body, given)
-        key = request_key("embeddings", request, *names)
-        assert not isinstance(key, Uncacheable)  # the whole request has one
-        keys.append(key)
-        missing[key] = request
+    keys = [key for key, _ in requests]
+    missing = dict(requests)
     now_ms = exchange.options.clock()
     entries = {} if exchange.wishes.no_cache else await _entries(exchange, list(missing), now_ms)
     found = {key: embedding for key, entry in entries.items() if (embedding := _usable(exchange, entry, now_ms))}
@@ -49,7 +43,7 @@ async def answer_inputs(exchange: "Exchange") -> None:
         return await exchange.bypass("uri-miss", "no_node")
     if missing and exchange.wishes.only_if_cached:
         return await exchange.not_cached("partial" if found else "uri-miss")
-    computed = await _compute(exchange, missing)
+    computed = await _compute(exchange, await exchange.read(partial(_bodies, missing, exchange.salt)))
     if len(computed) < len(missing):
         _store(exchange, computed, names)
         # vLLM says by itself what is wrong with the request.
@@ -64,9 +58,32 @@ async def answer_inputs(exchange: "Exchange") -> None:
         exchange.cache.metrics.lookups.labels("hit", "local").inc()
         headers = _hit_headers([entry for entry in entries.values() if entry], now_ms)
     encoding = exchange.body.get("encoding_format", "float")
-    body = merged([(found | computed)[key] for key in keys], encoding, exchange.ids().answer)
+    embeddings = [(found | computed)[key] for key in keys]
+    merge = partial(merged, embeddings, encoding, exchange.ids().answer)
+    body = await exchange.cache.bodies.always(sum(len(each.vector) for each in embeddings), merge)
     await exchange.send({"type": "http.response.start", "status": 200, "headers": headers + json_headers(body)})
     return await exchange.send({"type": "http.response.body", "body": body})
+
+
+def _requests(body: dict[str, Any], names: "Names") -> list[tuple[RequestKey, dict[str, Any]]] | Uncacheable:
+    """The request for each of the inputs, with its key."""
+    inputs = inputs_of(body)
+    if isinstance(inputs, Uncacheable):
+        return inputs
+    requests = []
+    for given in inputs:
+        request = request_of(body, given)
+        key = request_key("embeddings", request, *names)
+        assert not isinstance(key, Uncacheable)  # the whole request has one
+        requests.append((key, request))
+    return requests
+
+
+def _bodies(missing: dict[RequestKey, dict[str, Any]], salt: object) -> dict[RequestKey, bytes]:
+    return {
+        key: rewritten(json.dumps(request).encode(), request, None, salt, add_usage=False)
+        for key, request in missing.items()
+    }
 
 
 async def _entries(
@@ -97,7 +114,7 @@ def _usable(exchange: "Exchange", entry: StoredResponse | None, now_ms: int) -> 
     return decode(entry.body) if exchange.wishes.allows(max(age_s, 0), max(ttl_s, 0)) else None
 
 
-async def _compute(exchange: "Exchange", missing: dict[RequestKey, dict[str, Any]]) -> dict[RequestKey, Embedding]:
+async def _compute(exchange: "Exchange", missing: dict[RequestKey, bytes]) -> dict[RequestKey, Embedding]:
     """The embeddings of what is missing; those that were there first if one is refused, which ends the others."""
     if not missing:
         return {}
@@ -108,8 +125,7 @@ async def _compute(exchange: "Exchange", missing: dict[RequestKey, dict[str, Any
             pass
         gone.set()
 
-    async def compute(key: RequestKey, request: dict[str, Any]) -> tuple[RequestKey, Embedding | None]:
-        body = rewritten(json.dumps(request).encode(), request, None, exchange.salt, add_usage=False)
+    async def compute(key: RequestKey, body: bytes) -> tuple[RequestKey, Embedding | None]:
         raw = await ask(exchange.app, exchange.scope, body, gone)
         embedding = None if raw is None else decode(raw)
         return key, embedding if embedding is not None and is_finite(embedding) else None

@@ -7,6 +7,7 @@ nobody could divide. Cost: some front-end work a missing input, hence INPUTS_MAX
 """
 
 import base64
+import json
 import math
 import struct
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from ..core.records.limits import REQUEST_BYTES_MAX
 from ..core.response.request_key import Uncacheable
 
 INPUTS_MAX = 64
@@ -49,7 +51,10 @@ def inputs_of(body: Mapping[str, Any]) -> list[Input] | Uncacheable:
         return Uncacheable("field_type")
     if len({type(each) for each in inputs}) > 1:
         return Uncacheable("field_type")
-    return inputs if 0 < len(inputs) <= INPUTS_MAX else Uncacheable("batch")
+    if not 0 < len(inputs) <= INPUTS_MAX:
+        return Uncacheable("batch")
+    repeated = len(json.dumps(request_of(body, "")))  # in each of the requests
+    return inputs if len(inputs) * repeated <= REQUEST_BYTES_MAX or len(inputs) == 1 else Uncacheable("batch")
 
 
 def request_of(body: Mapping[str, Any], given: Input) -> dict[str, Any]:

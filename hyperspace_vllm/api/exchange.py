@@ -4,9 +4,10 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..contained import contained, report_error
 from ..core.records.ids import RequestKey, sha256
@@ -25,11 +26,12 @@ from . import aborts, checks
 from .coalesce import Flight, Laggard, LeaderFailed, Message, Receive, Scope, Send
 from .embed_inputs import answer_inputs
 from .http_headers import LOAD_REPORT, PROOF, first_header, forward_status, header, parse_cache_control, without_proof
+from .large_bodies import Busy
 from .network_race import HITS, NetworkRace, Outcome
 from .node_lookup import Pending
 from .own_ids import OwnIds
 from .relay import Relay, leaving_on_disconnect
-from .request_body import replayed, rewritten, with_content_length
+from .request_body import changes_of, replayed, with_changes, with_content_length
 from .stored_answer import StoredAnswer, Wanted, entry_of, json_headers, origin_header, render
 from .streams import collector
 
@@ -43,6 +45,7 @@ _SERVED_BY_HEADERS = (b"x-vllm-priority", b"x-data-parallel-rank")
 _FOLLOWED_MAX = 2  # computations of others that may fail a request before it is computed alone
 _OWN_TEMPLATES = ("chat_template", "chat_template_kwargs")  # where a client may have a template of its own
 Names = tuple[bytes, bytes | None, str]
+T = TypeVar("T")
 
 
 class Exchange:
@@ -67,6 +70,9 @@ class Exchange:
         self._abort = aborts.Abort()
         self._weights_changes = self.options.weights_changes()
         self._doubted: checks.ToCompare | None = None  # one that is computed instead of served
+        self._refused: bool | None = None  # not asked yet
+        self.named_as: Names | Uncacheable = Uncacheable("off")
+        self.question: Question | None = None  # until it is wanted
         self._kept = False  # an entry stays, whatever is computed
         self._committed = False  # the application has the request, or the client some of an answer
         self.wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
@@ -104,6 +110,10 @@ class Exchange:
         """Answer the request, come what may: an error of ours is a bypass."""
         try:
             await self._choose()
+        except Busy:
+            if self._committed:
+                raise
+            await self._answer_unread()
         except Exception:
             if self._committed:
                 raise
@@ -111,14 +121,15 @@ class Exchange:
             await self.bypass("bypass", "error")
 
     async def _choose(self) -> None:
-        key = self.key()
-        if isinstance(key, Uncacheable) or self.wishes.no_store:
+        self.named_as = named = self.names()
+        key = named if isinstance(named, Uncacheable) else await self.read(partial(self.key, named))
+        if isinstance(named, Uncacheable) or isinstance(key, Uncacheable) or self.wishes.no_store:
             reason = key.reason if isinstance(key, Uncacheable) else "no-store"
             if self.wishes.only_if_cached and self.cache.lookup is not None:
                 return await self.not_cached(reason)
             return await self.bypass("request" if self.wishes.no_store else "bypass", reason)
         if self.endpoint == "embeddings":
-            return await answer_inputs(self)
+            return await answer_inputs(self, named)
         why = "request" if self.wishes.no_cache else "uri-miss"
         now_ms = self.options.clock()
         if self.wishes.no_cache and self._first_sample_stays:
@@ -129,37 +140,48 @@ class Exchange:
                 self._kept = self._first_sample_stays
                 if await self._answer_from(key, entry, now_ms):
                     return None
-                if self.refused:
+                if await self.is_refused():
                     return await self.bypass("bypass", "refused")
                 why = "stale"
-            elif await self._answer_from_similar():
-                return None
+        if self.mode is not None:
+            self.question = await self.read(partial(self.question_to, named))
+        if why == "uri-miss" and await self._answer_from_similar():
+            return None
         if self.wishes.only_if_cached:
             return await self._find_or_refuse(key, why)
         return await self._compute(key, why)
 
-    @cached_property
-    def refused(self) -> bool:
+    async def read(self, work: Callable[[], T]) -> T:
+        """What `work` makes of the request, off the event loop if that is large; raises `Busy`."""
+        return await self.cache.bodies.work(len(self.raw), work)
+
+    async def is_refused(self) -> bool:
         """Whether the server itself refuses the request, and should say so: asked once there is another answer."""
-        return not self.options.accepts(self.endpoint, self.raw, self.scope["headers"])
+        if self._refused is None:
+            accepts = partial(self.options.accepts, self.endpoint, self.raw, self.scope["headers"])
+            self._refused = not await self.read(accepts)
+        return self._refused
+
+    async def _answer_unread(self) -> None:
+        """There was no time to read the request."""
+        if self.wishes.only_if_cached:
+            return await self.not_cached("busy")
+        return await self.bypass("bypass", "busy")
 
     @property
     def _first_sample_stays(self) -> bool:
         """Whether an answer is one of many, of which no client may choose the one that all get."""
         return is_sampled(self.endpoint, self.body)
 
-    def key(self, body: dict[str, Any] | None = None) -> RequestKey | Uncacheable:
+    def key(self, named: Names, body: dict[str, Any] | None = None) -> RequestKey | Uncacheable:
         """What an answer would be stored under, or why it can't be; to `body` if given, else to the request."""
-        named, body = self.names(), self.body if body is None else body
-        if isinstance(named, Uncacheable):
-            return named
+        body = self.body if body is None else body
+        if any("strftime" in str(body.get(name)) for name in _OWN_TEMPLATES):
+            return Uncacheable("dated")
         return request_key(self.endpoint, body, *named, parses=self.options.parses)
 
-    def question(self, body: dict[str, Any] | None = None) -> Question | None:
+    def question_to(self, named: Names, body: dict[str, Any] | None = None) -> Question | None:
         """The question of a request that has a key, if others may ask the same in other words. `body` as of `key`."""
-        named = self.names() if self.mode is not None else Uncacheable("off")
-        if isinstance(named, Uncacheable):
-            return None
         body = self.body if body is None else body
         return question_of(self.endpoint, body, *named, self.options.acronyms, parses=self.options.parses)
 
@@ -188,7 +210,7 @@ class Exchange:
         if not self.options.cache_sampled and is_sampled(self.endpoint, self.body):
             return Uncacheable("sampled")
         dates = "" if self.endpoint == "completions" else self.options.dates()
-        if dates is None or any("strftime" in str(self.body.get(name)) for name in _OWN_TEMPLATES):
+        if dates is None:
             return Uncacheable("dated")
         return sha256(digest, dates.encode()) if dates else digest, lora, self.tenant
 
@@ -196,7 +218,7 @@ class Exchange:
 
     async def _answer_from_similar(self) -> bool:
         """Replay the answer to another wording of the question; False, with nothing sent, when there is none."""
-        lookup, question = self.cache.lookup, self.question()
+        lookup, question = self.cache.lookup, self.question
         if lookup is None or question is None or self.mode is None:
             return False
         if eligible(question.text) is not None:
@@ -239,7 +261,7 @@ class Exchange:
 
     async def _answer_from(self, key: RequestKey, entry: StoredResponse, now_ms: int, detail: str = "exact") -> bool:
         """Replay an entry; False, with nothing sent, when it won't do."""
-        answer = self._render(entry, self.wants_usage, now_ms, detail)
+        answer = await self._render(entry, self.wants_usage, now_ms, detail)
         if answer is None:
             return False
         self.cache.metrics.lookups.labels("hit", "local" if detail == "exact" else detail.partition(";")[0]).inc()
@@ -249,14 +271,15 @@ class Exchange:
         self.cache.metrics.hit_seconds.observe(time.perf_counter() - self.started_s)
         return True
 
-    def _render(self, entry: StoredResponse, usage: bool, now_ms: int, detail: str) -> StoredAnswer | None:
+    async def _render(self, entry: StoredResponse, usage: bool, now_ms: int, detail: str) -> StoredAnswer | None:
         """The answer from an entry, if the server would answer, it is as fresh as wanted, and there is room for it."""
         age_s = max(now_ms - entry.computed_at_ms, 0) // 1000
         ttl_s = max(entry.expires_at_ms - now_ms, 0) // 1000
-        if entry.expires_at_ms <= now_ms or not self.wishes.allows(age_s, ttl_s) or self.refused:
+        if entry.expires_at_ms <= now_ms or not self.wishes.allows(age_s, ttl_s) or await self.is_refused():
             return None
         wanted = Wanted(self.endpoint, self.streams, usage, self.repeated, self.ids())
-        answer = render(entry, wanted, age_s, ttl_s, detail)
+        size = len(entry.body) + (len(self.raw) if self.repeated else 0)
+        answer = await self.cache.bodies.work(size, partial(render, entry, wanted, age_s, ttl_s, detail))
         if answer is None:
             return None
         answer = replace(answer, request_bytes=len(self.raw))
@@ -294,22 +317,31 @@ class Exchange:
             return None
         return self.cache.node.start(key, digest, deadline_s, partial(self._try, key))
 
-    @contained()
-    def _answer_found(self, key: RequestKey, usage: bool, found: ResponseFound) -> StoredAnswer | None:
-        """The answer from what another node had, if it is sound and fresh enough."""
-        now_ms = self.options.clock()
-        entry = entry_of(found, self.endpoint, self.body, now_ms, self.options.ttl_ms)
-        if entry is None or self._is_nobodys(entry):
-            self.options.client.send(PurgeResponses((key,)))  # the node, which can't tell, has stored it
+    async def _answer_found(self, key: RequestKey, usage: bool, found: ResponseFound) -> StoredAnswer | None:
+        """The answer from what another node had, if it is sound and fresh enough; an error of ours is none."""
+        try:
+            now_ms = self.options.clock()
+            entry = await self.cache.bodies.work(len(found.body) + len(self.raw), partial(self._judged, found, now_ms))
+            if entry is None:
+                self.options.client.send(PurgeResponses((key,)))  # the node, which can't tell, has stored it
+                return None
+            answer = await self._render(entry, usage, now_ms, "peer")
+        except Busy:
             return None
-        answer = self._render(entry, usage, now_ms, "peer")
+        except Exception:
+            report_error("the response cache: another node's answer")
+            return None
         if answer is not None:
             answer.headers.append(origin_header(found))
             self.cache.recent.add(key, entry, now_ms)
             self._have_audited(key, entry.body, entry.proof, found.suspect)
-            if (question := self.question()) is not None:
-                self.options.client.send(RememberQuestion(key, question))
+            if self.question is not None:
+                self.options.client.send(RememberQuestion(key, self.question))
         return answer
+
+    def _judged(self, found: ResponseFound, now_ms: int) -> StoredResponse | None:
+        entry = entry_of(found, self.endpoint, self.body, now_ms, self.options.ttl_ms)
+        return None if entry is None or self._is_nobodys(entry) else entry
 
     @contained()
     def _try(self, key: RequestKey, message: ResponseToTry) -> None:
@@ -352,14 +384,22 @@ class Exchange:
 
     async def bypass(self, why: str, reason: str) -> None:
         """Have vLLM answer, told of the scope and nothing else."""
-        body = self._signed_body()
+        try:
+            body = await self._engine_body(add_usage=False)
+        except Exception:
+            report_error("the response cache: a scope is not signed")
+            body = self.raw
         request = replayed([{"type": "http.request", "body": body, "more_body": False}], self.receive)
         send = self.cache.passing(self.send, why, reason)
         await self.app(with_content_length(self.scope, len(body)), request, send)
 
-    @contained(lambda self: self.raw)
-    def _signed_body(self) -> bytes:
-        return rewritten(self.raw, self.body, self.signed_scope(), self.salt, add_usage=False)
+    async def _engine_body(self, add_usage: bool) -> bytes:
+        """The body for the application, which gets it signed and salted even if there is no time for a large one."""
+        changes = changes_of(self.body, self.signed_scope(), self.salt, add_usage)
+        if not changes:
+            return self.raw
+        write = partial(with_changes, self.raw, self.body, changes)
+        return await self.cache.bodies.always(len(self.raw), write)
 
     def signed_scope(self) -> dict[str, str] | None:
         """The scope for the connector, unless it is the default. An unknown tenant gets none, hence nothing shared."""
@@ -377,13 +417,17 @@ class Exchange:
         # What answers one may be a stored response of a certain age, so it answers those who want it no fresher.
         freshness = (self.wishes.max_age_s, self.wishes.min_fresh_s)
         served_by = self._served_by()
-        same = (key, self.streams, asks_usage, freshness, json.dumps(self.repeated), served_by)
+        repeated = await self.read(partial(json.dumps, self.repeated)) if self.repeated else ""
+        same = (key, self.streams, asks_usage, freshness, repeated, served_by)
         shared = None if self.wishes.no_cache else same
+        # Before a flight is looked for: nothing is waited for until the next one is open.
+        body = await self._engine_body(asks_usage and not self.wants_usage)
         failed = 0
-        while failed < _FOLLOWED_MAX and (flight := self.cache.flights.find(shared)) is not None:
-            if self.refused:
+        while failed < _FOLLOWED_MAX and self.cache.flights.find(shared) is not None:
+            if await self.is_refused():
                 return await self.bypass("bypass", "refused")
-            if await self._follow(flight, why):
+            flight = self.cache.flights.find(shared)  # it may have ended meanwhile
+            if flight is not None and await self._follow(flight, why):
                 return None
             failed += 1
             now_ms = self.options.clock()
@@ -391,12 +435,12 @@ class Exchange:
                 return None  # of those whom it has failed before
         if failed:  # other nodes have been asked
             self.cache.metrics.lookups.labels("miss", "leader-failed").inc()
-            return await self._lead(key, why, shared, storing, asks_usage, None)
+            return await self._lead(key, why, shared, body, storing, asks_usage, None)
         lookup = self._ask(key)
         leased = storing and shared is not None and not any(served_by) and self.options.client.api_servers > 1
         if lookup is None and not leased:
             self.cache.metrics.lookups.labels("miss", why).inc()
-        return await self._lead(key, why, shared, storing, asks_usage, lookup, leased)
+        return await self._lead(key, why, shared, body, storing, asks_usage, lookup, leased)
 
     def _served_by(self) -> tuple[object, ...]:
         headers = self.scope["headers"]
@@ -426,6 +470,7 @@ class Exchange:
         key: RequestKey,
         why: str,
         shared: object,
+        body: bytes,
         storing: bool,
         asks_usage: bool,
         lookup: Pending | None,
@@ -434,7 +479,6 @@ class Exchange:
         # Whatever may raise comes before the flight is open: one that never starts would hold up who joins it.
         taking = collector(self.endpoint) if storing else None
         adds_usage = asks_usage and not self.wants_usage
-        body = rewritten(self.raw, self.body, self.signed_scope(), self.salt, adds_usage)
         flight = Flight(taking) if shared is None else self.cache.flights.open(shared, taking)
         if storing:
             flight.on_end = partial(self._ended, key, flight, leased)
@@ -497,7 +541,10 @@ class Exchange:
         for _ in range(_COMMIT_LOOKS):
             now_ms = self.options.clock()
             if (entry := await self.entry(key, now_ms)) is not None:
-                answer = self._render(entry, self.wants_usage, now_ms, "exact")
+                try:
+                    answer = await self._render(entry, self.wants_usage, now_ms, "exact")
+                except Busy:
+                    return None
                 return answer and answer.with_status(forward_status("uri-miss", collapsed=True))
             await asyncio.sleep(_COMMIT_LOOK_S)
         return None
@@ -520,13 +567,13 @@ class Exchange:
         answer = raw if isinstance(raw, NotStored) else admit(self.endpoint, self.body, raw)
         if isinstance(answer, NotStored):
             return answer.reason
-        if self.key() != key or self.options.weights_changes() != self._weights_changes:
+        if self.names() != self.named_as or self.options.weights_changes() != self._weights_changes:
             return "model_changed"
         now_ms = self.options.clock()
         if self._first_sample_stays and self.cache.recent.newer(key, None, now_ms) is not None:
             result = "kept"  # another computation was quicker
         else:
-            result = self.hand_over(key, answer.body, self.question())
+            result = self.hand_over(key, answer.body, self.question)
         if self._doubted is not None:
             checks.report(self, self._doubted, answer.body)
         return result

@@ -15,6 +15,7 @@ that may be joined, the database reader, and what is on its way to the node (ans
 
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,8 @@ from .audits import Audits
 from .checks import OneAtATime
 from .coalesce import App, FlightTable, Message, Receive, Scope, Send
 from .exchange import Exchange
-from .http_headers import first_header, forward_status, header, parse_cache_control
+from .http_headers import Directives, first_header, forward_status, header, parse_cache_control
+from .large_bodies import Busy, LargeBodies
 from .lookup import Lookup, Recent, Touches
 from .metrics import l1_metrics
 from .node_lookup import NodeLookup
@@ -46,6 +48,7 @@ class ResponseCacheMiddleware:
         self.flights = FlightTable()
         ttl_ms, deadline_s = options.ttl_ms, options.read_deadline_s
         self.lookup = Lookup(options.db_path, ttl_ms, deadline_s) if options.db_path else None
+        self.bodies = LargeBodies(options.body_deadline_s)
         self.recent = Recent()
         self.sending = Sending()
         self.touches = Touches(options.client)
@@ -84,12 +87,19 @@ class ResponseCacheMiddleware:
         if (first_header(scope["headers"], b"content-type") or "").lower().split(";")[
             0
         ] != "application/json":  # as vLLM
-            return self._not_json(scope, raw, receive, send)
-        request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
-        body = Uncacheable("too_large") if too_large else parse_request(raw)
+            return await self._not_json(scope, raw, receive, send)
+        try:
+            body, lenient = await self.bodies.work(len(raw), partial(_parsed, raw, too_large))
+        except Busy:
+            if _wishes(scope).only_if_cached and self.lookup is not None:
+                return partial(Exchange(self, endpoint, raw, {}, scope, receive, send).not_cached, "busy")
+            # What tells tenants apart, or keeps a request here, is put in all the same: as dear as vLLM's own reading.
+            must = self._has_tenants or _stays_here(scope)
+            body, lenient = Uncacheable("busy"), _as_vllm_reads(raw) if must else None
         if not isinstance(body, Uncacheable):
             return Exchange(self, endpoint, raw, body, scope, receive, send).run
-        if (lenient := _as_vllm_reads(raw)) is None:
+        if lenient is None:
+            request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
             return partial(self._untouched, scope, request, send, body.reason)
         # It has no key, but the connector must hear all the same how far its KV may travel.
         return partial(Exchange(self, endpoint, raw, lenient, scope, receive, send).bypass, "bypass", body.reason)
@@ -101,16 +111,15 @@ class ResponseCacheMiddleware:
             raw = await read_rest(raw, hear)
         if isinstance(raw, list):
             return partial(self.app, scope, replayed(raw, receive), send)
-        if (body := _as_vllm_reads(raw)) is not None:
-            key = api_key_of(self.options.api_keys, first_header(scope["headers"], b"authorization"))
-            raw = rewritten(raw, body, None, engine_salt(key, body.get("cache_salt")), add_usage=False)
+        key = api_key_of(self.options.api_keys, first_header(scope["headers"], b"authorization"))
+        raw = await self.bodies.always(len(raw), partial(_with_salt, raw, key))
         request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
         return partial(self.app, with_content_length(scope, len(raw)), request, send)
 
-    def _not_json(self, scope: Scope, raw: bytes, receive: Receive, send: Send) -> Answer:
+    async def _not_json(self, scope: Scope, raw: bytes, receive: Receive, send: Send) -> Answer:
         """By its Content-Type, which the application may judge otherwise: what it could read as a scope is removed."""
-        if (body := _as_vllm_reads(raw)) is not None:
-            raw = rewritten(raw, body, None, body.get("cache_salt"), add_usage=False)
+        with suppress(Busy):  # it would not verify
+            raw = await self.bodies.work(len(raw), partial(_with_salt, raw, ""))
         request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
         return partial(self._untouched, with_content_length(scope, len(raw)), request, send, "not_json")
 
@@ -142,8 +151,25 @@ def _path(scope: Scope) -> str:
 
 
 def _stays_here(scope: Scope) -> bool:
-    wishes = parse_cache_control(header(scope["headers"], b"cache-control"))
+    wishes = _wishes(scope)
     return wishes.private or wishes.no_store
+
+
+def _wishes(scope: Scope) -> Directives:
+    return parse_cache_control(header(scope["headers"], b"cache-control"))
+
+
+def _parsed(raw: bytes, too_large: bool) -> tuple[dict[str, Any] | Uncacheable, dict[str, Any] | None]:
+    """A request's body; of one that we can't name also what vLLM reads in it."""
+    body = Uncacheable("too_large") if too_large else parse_request(raw)
+    return body, _as_vllm_reads(raw) if isinstance(body, Uncacheable) else None
+
+
+def _with_salt(raw: bytes, api_key: str | None) -> bytes:
+    """A body with the salt of whoever has that key, and without a client's own scope."""
+    if (body := _as_vllm_reads(raw)) is None:
+        return raw
+    return rewritten(raw, body, None, engine_salt(api_key, body.get("cache_salt")), add_usage=False)
 
 
 def _as_vllm_reads(raw: bytes) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ one of them all.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Literal
 
@@ -45,7 +45,7 @@ class NetworkRace:
         self,
         engine: App,
         lookup: Pending,
-        find: Callable[[ResponseFound], StoredAnswer | None],
+        find: Callable[[ResponseFound], Awaitable[StoredAnswer | None]],
         decided: Callable[[Outcome], None],
         sending: Sending,
         waits: bool = False,
@@ -96,7 +96,9 @@ class NetworkRace:
             if not self._lookup.answer.done():
                 return
         found = await self._lookup.answer
-        answer = self._find(found) if found is not None and not self._gone.is_set() else None
+        answer = await self._find(found) if found is not None and not self._gone.is_set() else None
+        if self._gone.is_set():
+            return
         if answer is None:
             self._decide("waited_miss" if found is None else "unusable")
             return
@@ -141,7 +143,9 @@ class NetworkRace:
         found = await self._lookup.answer
         if self.outcome is not None:
             return
-        answer = None if found is None else self._find(found)
+        answer = None if found is None else await self._find(found)
+        if self.outcome is not None:  # the engine was quicker
+            return
         if answer is None:
             self._decide("not_found" if found is None else "unusable")
             await self._let_start(send)

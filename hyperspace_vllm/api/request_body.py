@@ -48,7 +48,14 @@ def replayed(messages: list[Message], receive: Receive) -> Receive:
 def rewritten(
     raw: bytes, body: Mapping[str, Any], signed_scope: Mapping[str, str] | None, salt: object, add_usage: bool
 ) -> bytes:
-    """The body for the application: `raw` itself unless a scope, another salt, or asking for usage has to be put in.
+    """The body for the application, with `changes_of` put in; the arguments are theirs."""
+    return with_changes(raw, body, changes_of(body, signed_scope, salt, add_usage))
+
+
+def changes_of(
+    body: Mapping[str, Any], signed_scope: Mapping[str, str] | None, salt: object, add_usage: bool
+) -> dict[str, Any]:
+    """The fields that the application gets otherwise: a scope, another salt, asking for usage.
 
     A client's own kv_transfer_params.hyperspace is removed in any case.
     """
@@ -64,6 +71,11 @@ def rewritten(
         changes["cache_salt"] = salt
     if add_usage:
         changes["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+    return changes
+
+
+def with_changes(raw: bytes, body: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
+    """The JSON of `body`, which is `raw`, with other values for some fields."""
     if not changes:
         return raw
     if changes.keys() & body.keys() or not body or raw.lstrip()[:1] != b"{" or b"\0" in raw[:4]:

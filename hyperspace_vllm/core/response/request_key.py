@@ -70,7 +70,7 @@ def request_key(
         fields = canonical_fields(endpoint, body)
         if streams_apart(endpoint, body, parses):
             fields = dict(sorted({**fields, "stream": bool(body.get("stream"))}.items()))
-        text = json.dumps([endpoint, fields], separators=(",", ":"), allow_nan=False)
+        text = json.dumps([endpoint, fields], separators=(",", ":"), allow_nan=False, check_circular=False)
     except ValueError:  # NaN, Infinity, 1e999
         return Uncacheable("not_finite")
     except RecursionError:  # all of these take a few levels more than reading did
@@ -152,7 +152,11 @@ def _neutral_of_wrong_type(known: Fields, body: Mapping[str, object]) -> Uncache
 
 def has_surrogates(text: str) -> bool:
     """JSON may hold lone ones, which UTF-8 has no bytes for."""
-    return any("\ud800" <= char <= "\udfff" for char in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _stream_conflict(body: Mapping[str, object]) -> Uncacheable | None:

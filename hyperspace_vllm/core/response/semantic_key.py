@@ -58,17 +58,16 @@ def question_of(
     parses: bool = False,
 ) -> Question | None:
     """The question of a request that has a RequestKey, or None if it isn't plain. Arguments as of `request_key`."""
-    fields = canonical_fields(endpoint, body) if endpoint == "chat" else {}
-    if not fields or fields.keys() - _FIELDS:
-        return None
     messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
+    if endpoint != "chat" or not isinstance(messages, list) or not 1 <= len(messages) <= 2:
+        return None
+    if canonical_fields(endpoint, body).keys() - _FIELDS:
         return None
     *before, last = messages
     text = _only_text(last, ("user",))
     if text is None or not text.strip() or len(text) > QUESTION_CHARS_MAX or not is_read(text):
         return None
-    if len(before) > 1 or any(not _sets_the_scene(message) for message in before):
+    if any(not _sets_the_scene(message) for message in before):
         return None
     rest = request_key(endpoint, {**body, "messages": [*before, {"role": "user"}]}, model_digest, lora, tenant, parses)
     if isinstance(rest, Uncacheable):

@@ -1,0 +1,79 @@
+"""Reading large bodies off the event loop, so that no other request waits for them.
+
+Context: JSON, canonical fields, vLLM's own request model and the frames of a replay take time by the size of a body: up
+to half a second for 4 MiB, in which no client of the server would get a token. Choice: one thread with a short line
+before it and a deadline; a request that has to wait longer passes by the cache. Rejected: a process, which would have
+to import vLLM. Cost: C code holds the GIL while it reads or writes JSON, so the loop still waits for the longest of
+these steps by itself (as for vLLM's own reading of the body), and 5 ms at a time beside Python code.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from ..core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_MAX
+
+T = TypeVar("T")
+
+
+class Busy(Exception):
+    """There was no time for a large body."""
+
+
+class LargeBodies:
+    """The thread of one server and the line before it; `deadline_s` is for each piece of work."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._thread = ThreadPoolExecutor(1, "hyperspace-body")
+        self._under_way: list[Future[Any]] = []
+
+    @property
+    def waiting(self) -> int:
+        """How many pieces of work are not done, those that no request waits for any more included."""
+        self._under_way = [job for job in self._under_way if not job.done()]
+        return len(self._under_way)
+
+    async def work(self, size: int, work: Callable[[], T]) -> T:
+        """What `work` returns or raises, which grows with `size` (bytes): a small one is done at once.
+
+        `Busy` if the line is full or the deadline passes. Work that no request waits for any more is not begun.
+        """
+        if size <= INLINE_BODY_BYTES:
+            return work()
+        if self.waiting >= LARGE_BODIES_MAX:
+            raise Busy
+        to_do = [work]
+        job = self._thread.submit(_do, to_do)
+        self._under_way.append(job)
+        answer: asyncio.Future[T] = asyncio.wrap_future(job)
+        answer.add_done_callback(_heard)
+        try:
+            await asyncio.wait((answer,), timeout=self._deadline_s)
+        finally:
+            to_do.clear()  # the line holds no body of a request that has left it
+        if not answer.done():
+            raise Busy
+        return answer.result()
+
+    async def always(self, size: int, work: Callable[[], T]) -> T:
+        """The same of what can't be left out: on the event loop where there is no time."""
+        try:
+            return await self.work(size, work)
+        except Busy:
+            return work()
+
+
+def _do(to_do: list[Callable[[], T]]) -> T:
+    try:
+        work = to_do.pop()
+    except IndexError:
+        raise Busy from None
+    return work()
+
+
+def _heard(answer: asyncio.Future[Any]) -> None:
+    """An error of work that no request waits for is not logged."""
+    if not answer.cancelled():
+        answer.exception()
