@@ -320,6 +320,7 @@ async def benches(tmp_path: Path) -> AsyncIterator[MakeBench]:
                 "process_secret": b"process",
                 "engine_version": "vllm 0.32.0",
                 "read_deadline_s": 5.0,  # not the subject here, and the machine may be busy
+                "body_deadline_s": 60.0,
             }
             caches: list[ResponseCacheMiddleware] = []
 

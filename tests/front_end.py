@@ -200,7 +200,7 @@ async def _serve(
             server = _Server(args, config, load_config({}, {"data_dir": str(directory)}))
             options = server._options(server.config, config, app)
             options.client.close()
-            options = replace(options, client=node, read_deadline_s=5.0)
+            options = replace(options, client=node, read_deadline_s=5.0, body_deadline_s=60.0)
             app.user_middleware.append(Middleware(ResponseCacheMiddleware, options=options))
 
         ports = []

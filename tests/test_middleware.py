@@ -464,7 +464,7 @@ async def test_an_error_before_the_way_is_known_leaves_the_request_to_the_applic
 
 
 async def test_a_scope_that_cant_be_signed_is_no_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyperspace_vllm.api.exchange.rewritten", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("hyperspace_vllm.api.exchange.changes_of", lambda *_, **__: 1 / 0)
     for _ in range(2):
         answer = await bench.ask(CHAT)
         assert answer.status_code == 200

@@ -13,6 +13,7 @@ Cost: some requests that would have had the same answer miss each other.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from json.encoder import c_make_encoder, encode_basestring_ascii  # type: ignore[attr-defined]
 
 from ..records.ids import RequestKey, sha256
 from .request_fields import FIELDS, POOLING, Endpoint, Fields
@@ -33,6 +34,15 @@ class Uncacheable:
 
 class _DuplicateKey(ValueError):
     pass
+
+
+def _string(text: str) -> str:
+    return encode_basestring_ascii(text)
+
+
+# json.dumps, in C but for its strings: at each of them another thread may have the GIL, which the whole text of a large
+# request would hold for longer than it takes to read it.
+_as_json = c_make_encoder(None, None, _string, None, ":", ",", False, False, False)
 
 
 def parse_request(raw: bytes) -> dict[str, object] | Uncacheable:
@@ -70,7 +80,7 @@ def request_key(
         fields = canonical_fields(endpoint, body)
         if streams_apart(endpoint, body, parses):
             fields = dict(sorted({**fields, "stream": bool(body.get("stream"))}.items()))
-        text = json.dumps([endpoint, fields], separators=(",", ":"), allow_nan=False, check_circular=False)
+        text = "".join(_as_json([endpoint, fields], 0))
     except ValueError:  # NaN, Infinity, 1e999
         return Uncacheable("not_finite")
     except RecursionError:  # all of these take a few levels more than reading did

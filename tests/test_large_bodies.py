@@ -1,0 +1,340 @@
+"""Large requests are read beside the event loop: other requests don't wait, and none waits for long."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from hyperspace_vllm.api import large_bodies
+from hyperspace_vllm.api.http_headers import RawHeaders
+from hyperspace_vllm.api.large_bodies import Busy, LargeBodies
+from hyperspace_vllm.core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_MAX
+from hyperspace_vllm.core.records.local import StoreResponse
+from hyperspace_vllm.core.response.request_fields import Endpoint
+from hyperspace_vllm.core.response.scope import RequestScope, engine_salt, verify_scope
+
+from .cached_server import CHAT, CHAT_PATH, STREAM, TEXT, TEXT_PATH, Bench, MakeBench, benches, text_of, until
+
+LARGE = INLINE_BODY_BYTES + 1
+PATIENT_S = 60.0
+LONG_CHAT = {"model": "base", "messages": [{"role": "user", "content": "word " * INLINE_BODY_BYTES}]}
+BYPASSED = "hyperspace; fwd=bypass; detail=busy"
+AS_JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture
+async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
+    async with benches(tmp_path) as make:
+        yield make
+
+
+@contextmanager
+def taken(bodies: LargeBodies, count: int) -> Iterator[None]:
+    """The thread of `bodies` at work, and `count` places of its line taken, that one included."""
+    done = threading.Event()
+    tasks = [asyncio.ensure_future(bodies.work(LARGE, partial(done.wait, PATIENT_S))) for _ in range(count)]
+    try:
+        yield
+    finally:
+        done.set()
+        assert len(tasks) == count
+
+
+async def settled(bodies: LargeBodies, count: int) -> None:
+    await until(lambda: bodies.waiting == count)
+
+
+# --- the line -----------------------------------------------------------------------------------
+
+
+async def test_what_is_small_is_done_at_once_and_what_is_large_in_one_other_thread() -> None:
+    bodies = LargeBodies(PATIENT_S)
+    here = threading.get_ident()
+    assert await bodies.work(INLINE_BODY_BYTES, threading.get_ident) == here
+    others = {await bodies.work(LARGE, threading.get_ident) for _ in range(3)}
+    assert len(others) == 1
+    assert here not in others
+
+
+async def test_errors_of_the_work_are_those_of_who_asked_for_it() -> None:
+    with pytest.raises(ZeroDivisionError):
+        await LargeBodies(PATIENT_S).work(LARGE, lambda: 1 // 0)
+
+
+async def test_a_full_line_takes_nothing_more_and_waits_for_nobody() -> None:
+    bodies = LargeBodies(PATIENT_S)
+    with taken(bodies, LARGE_BODIES_MAX):
+        await settled(bodies, LARGE_BODIES_MAX)
+        with pytest.raises(Busy):
+            await bodies.work(LARGE, lambda: None)
+        here = threading.get_ident()
+        assert await bodies.always(LARGE, threading.get_ident) == here
+    await settled(bodies, 0)
+    assert await bodies.work(LARGE, lambda: "again") == "again"
+
+
+@pytest.mark.parametrize("leaves", ["by its deadline", "by itself"])
+async def test_work_that_nobody_waits_for_any_more_is_not_begun(leaves: str) -> None:
+    bodies = LargeBodies(0.05 if leaves == "by its deadline" else PATIENT_S)
+    begun: list[str] = []
+    with taken(bodies, 1):
+        await settled(bodies, 1)
+        late = asyncio.ensure_future(bodies.work(LARGE, lambda: begun.append("late")))
+        await settled(bodies, 2)
+        if leaves == "by itself":
+            late.cancel()
+        with pytest.raises(asyncio.CancelledError if leaves == "by itself" else Busy):
+            await late
+        assert bodies.waiting == 2  # its place is free once its turn has come
+    await settled(bodies, 0)
+    assert begun == []
+
+
+# --- the event loop -----------------------------------------------------------------------------
+
+
+def messages() -> dict[str, Any]:
+    return {"model": "base", "messages": [{"role": "user", "content": "a"}] * 100_000}
+
+
+def tools() -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "object"}
+    inner = schema
+    for _ in range(40):
+        inner["properties"] = {f"p{at}": {"type": "string"} for at in range(2300)}
+        inner["properties"]["inner"] = inner = {"type": "object"}
+    return CHAT | {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+
+
+async def longest_wait_s(work: Callable[[], Any]) -> float:
+    """The longest time that a task which is always ready had to wait meanwhile."""
+    longest_s, last_s = 0.0, time.perf_counter()
+
+    async def beat() -> None:
+        nonlocal longest_s, last_s
+        while True:
+            await asyncio.sleep(0.001)
+            now_s = time.perf_counter()
+            longest_s, last_s = max(longest_s, now_s - last_s), now_s
+
+    beating = asyncio.create_task(beat())
+    await asyncio.sleep(0.01)
+    longest_s = 0.0
+    await work()
+    await asyncio.sleep(0.002)
+    beating.cancel()
+    return longest_s
+
+
+def reads(endpoint: Endpoint, body: bytes, headers: RawHeaders) -> bool:
+    """What every server must do at least, in one go."""
+    return isinstance(json.loads(body), dict)
+
+
+@pytest.mark.io
+@pytest.mark.parametrize("body", [messages(), tools()], ids=["messages", "tools"])
+async def test_nobody_waits_longer_for_a_large_request_than_for_the_server_to_read_it(
+    make_bench: MakeBench, body: dict[str, Any]
+) -> None:
+    bench = await make_bench(accepts=reads)
+    raw = json.dumps(body).encode()
+    ratios: list[float] = []
+
+    async def read() -> None:
+        json.loads(raw)
+
+    async def ask() -> None:
+        answer: list[dict[str, Any]] = []
+        requests = [{"type": "http.request", "body": raw, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            return requests.pop() if requests else await asyncio.Future()
+
+        async def send(message: dict[str, Any]) -> None:
+            answer.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": CHAT_PATH, "headers": headers, "asgi": {}}
+        await bench.cache(scope, receive, send)
+        assert dict(answer[0]["headers"])[b"cache-status"].startswith(b"hyperspace; hit")
+
+    assert (await bench.client.post(CHAT_PATH, content=raw, headers=AS_JSON)).status_code == 200
+    await bench.stored(1)
+    for _ in range(8):  # others use this machine too: the quickest tells
+        ratios.append(await longest_wait_s(ask) / await longest_wait_s(read))
+        if min(ratios) < 2.5:
+            return
+    pytest.fail(f"the loop stood still for {min(ratios):.1f} times as long as reading the request takes")
+
+
+@pytest.mark.io
+@pytest.mark.parametrize("asked_as", [{}, STREAM])
+async def test_a_large_answer_is_made_beside_the_event_loop(
+    make_bench: MakeBench, asked_as: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hyperspace_vllm.api import exchange
+
+    bench = await make_bench()
+    bench.upstream.says.append("word " * INLINE_BODY_BYTES)
+    first = await bench.ask(CHAT)
+    threads: list[int] = []
+    render = exchange.render
+
+    def noted(*args: Any) -> Any:
+        threads.append(threading.get_ident())
+        return render(*args)
+
+    monkeypatch.setattr(exchange, "render", noted)
+    answer = await bench.ask(CHAT | asked_as)
+    assert "; hit; " in answer.headers["cache-status"]
+    assert text_of(answer) == text_of(first)
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+# --- a server that has no time ------------------------------------------------------------------
+
+
+@pytest.mark.io
+async def test_a_large_request_for_which_there_is_no_time_passes_by_as_it_came(make_bench: MakeBench) -> None:
+    bench = await make_bench()
+    await bench.ask(CHAT)
+    await bench.ask(LONG_CHAT)
+    raw = json.dumps(LONG_CHAT).encode()
+    with taken(bench.cache.bodies, LARGE_BODIES_MAX):
+        await settled(bench.cache.bodies, LARGE_BODIES_MAX)
+        answer = await bench.client.post(CHAT_PATH, content=raw, headers=AS_JSON)
+        assert (answer.status_code, answer.headers["cache-status"]) == (200, BYPASSED)
+        assert bench.upstream.bodies[-1] == raw
+        assert "; hit; " in (await bench.ask(CHAT)).headers["cache-status"]
+        refused = await bench.ask(LONG_CHAT, cache_control="only-if-cached")
+        assert (refused.status_code, refused.headers["cache-status"]) == (504, "hyperspace; detail=busy")
+    await settled(bench.cache.bodies, 0)
+    assert "; hit; " in (await bench.ask(LONG_CHAT)).headers["cache-status"]
+
+
+@pytest.mark.io
+async def test_a_large_request_waits_no_longer_than_its_deadline(make_bench: MakeBench) -> None:
+    bench = await make_bench(body_deadline_s=0.05)
+    with taken(bench.cache.bodies, 1):
+        await settled(bench.cache.bodies, 1)
+        assert (await bench.ask(LONG_CHAT)).headers["cache-status"] == BYPASSED
+
+
+@pytest.mark.io
+async def test_an_entry_waits_no_longer_for_the_servers_own_checks(make_bench: MakeBench) -> None:
+    done = threading.Event()
+
+    def accepts(endpoint: Endpoint, body: bytes, headers: RawHeaders) -> bool:
+        return len(body) <= INLINE_BODY_BYTES or done.wait(PATIENT_S)
+
+    bench = await make_bench(accepts=accepts)
+    await bench.ask(LONG_CHAT)
+    await bench.stored(1)
+    bench.cache.bodies._deadline_s = 0.05
+    answer = await bench.ask(LONG_CHAT)
+    done.set()
+    assert (answer.status_code, answer.headers["cache-status"]) == (200, BYPASSED)
+    assert len(bench.upstream.bodies) == 2
+
+
+@pytest.mark.io
+@pytest.mark.parametrize("path", [CHAT_PATH, "/pooling"])
+async def test_what_keeps_tenants_apart_reaches_the_server_also_without_time(make_bench: MakeBench, path: str) -> None:
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+
+    received: list[dict[str, Any]] = []
+
+    async def pooling(request: Request) -> Response:
+        received.append(await request.json())
+        return JSONResponse({})
+
+    bench = await make_bench(api_keys=("one", "two"), more_routes={"/pooling": pooling})
+    with taken(bench.cache.bodies, LARGE_BODIES_MAX):
+        await settled(bench.cache.bodies, LARGE_BODIES_MAX)
+        await bench.ask(LONG_CHAT, path, authorization="Bearer one")
+    (body,) = received or [json.loads(raw) for raw in bench.upstream.bodies]
+    assert body["cache_salt"] == engine_salt("one", None)
+
+
+@pytest.mark.io
+async def test_a_private_request_stays_in_the_node_also_without_time(make_bench: MakeBench) -> None:
+    bench = await make_bench()
+    with taken(bench.cache.bodies, LARGE_BODIES_MAX):
+        await settled(bench.cache.bodies, LARGE_BODIES_MAX)
+        answer = await bench.ask(LONG_CHAT, cache_control="private")
+        assert answer.headers["cache-status"] == BYPASSED
+    signed = json.loads(bench.upstream.bodies[0])["kv_transfer_params"]["hyperspace"]
+    assert verify_scope(b"process", signed, None) == RequestScope("private", "")
+
+
+@pytest.mark.io
+async def test_a_client_that_leaves_while_its_request_is_read_leaves_nothing_behind(make_bench: MakeBench) -> None:
+    bench = await make_bench()
+    bench.upstream.gate.clear()
+    with taken(bench.cache.bodies, 1):
+        await settled(bench.cache.bodies, 1)
+        asked = asyncio.create_task(bench.ask(LONG_CHAT))
+        await settled(bench.cache.bodies, 2)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+    await settled(bench.cache.bodies, 0)
+    await until(lambda: len(bench.upstream.bodies) == bench.upstream.disconnects)
+    assert bench.cache.flights.readers == 0
+    bench.upstream.gate.set()
+    assert (await bench.ask(LONG_CHAT)).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
+
+
+# --- either way, the same -----------------------------------------------------------------------
+
+
+def spellings() -> Iterator[tuple[str, bytes, dict[str, str]]]:
+    text, chat = json.dumps(TEXT).encode(), json.dumps(CHAT).encode()
+    for path, raw in ((TEXT_PATH, text), (CHAT_PATH, chat)):
+        for more in (b"", b',"stream":true', b',"cache_salt":"s"', b',"user":"\\ud800"', b',"user":"\xc3\xa9"'):
+            yield path, raw[:-1] + more + b"}", AS_JSON
+        yield path, raw[:-1] + b',"stream":true,"stream_options":{"include_usage":true}}', AS_JSON
+        yield path, raw[:-1] + b',"model":"base"}', AS_JSON
+        yield path, raw[:-1], AS_JSON
+        yield path, raw, {"content-type": "text/plain"}
+        yield path, raw, AS_JSON | {"cache-control": "private"}
+        yield path, raw, AS_JSON | {"cache-control": "no-cache"}
+        yield path, raw, AS_JSON | {"cache-control": "only-if-cached"}
+        yield path, raw[:-1] + b',"kv_transfer_params":{"hyperspace":{"scope":"public"}}}', AS_JSON
+        yield path, raw[:-1] + b',"temperature":NaN}', AS_JSON
+
+
+@pytest.mark.io
+async def test_requests_are_read_alike_beside_the_event_loop_and_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[Any]] = {}
+    for inline in (0, 1 << 40):
+        monkeypatch.setattr(large_bodies, "INLINE_BODY_BYTES", inline)
+        (tmp_path / str(inline)).mkdir()
+        async with benches(tmp_path / str(inline)) as make:
+            bench = await make(semantic="off")
+            seen[inline] = [await told(bench, *each) for each in spellings() for _ in range(2)]
+            seen[inline] += bench.upstream.bodies
+            seen[inline] += [message.request_key for message in bench.node.sent if isinstance(message, StoreResponse)]
+    assert seen[0] == seen[1 << 40]
+    assert (200, "hyperspace; hit") in seen[0]
+
+
+async def told(bench: Bench, path: str, raw: bytes, headers: dict[str, str]) -> tuple[int, str]:
+    stored = bench.node.store.stats()["stored"]
+    answer: httpx.Response = await bench.client.post(path, content=raw, headers=headers)
+    status = answer.headers["cache-status"]
+    if "; stored" in status:
+        await bench.stored(stored + 1)
+    return answer.status_code, status.partition("; ttl=")[0]
