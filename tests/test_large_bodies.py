@@ -146,7 +146,7 @@ async def test_nobody_waits_longer_for_a_large_request_than_for_the_server_to_re
 ) -> None:
     bench = await make_bench(accepts=reads)
     raw = json.dumps(body).encode()
-    ratios: list[float] = []
+    read_s, asked_s = [], []
 
     async def read() -> None:
         json.loads(raw)
@@ -168,11 +168,12 @@ async def test_nobody_waits_longer_for_a_large_request_than_for_the_server_to_re
 
     assert (await bench.client.post(CHAT_PATH, content=raw, headers=AS_JSON)).status_code == 200
     await bench.stored(1)
-    for _ in range(8):  # others use this machine too: the quickest tells
-        ratios.append(await longest_wait_s(ask) / await longest_wait_s(read))
-        if min(ratios) < 2.5:
+    for _ in range(8):  # others use this machine too: the quickest tell
+        read_s.append(await longest_wait_s(read))
+        asked_s.append(await longest_wait_s(ask))
+        if len(read_s) >= 3 and min(asked_s) < 3 * min(read_s):
             return
-    pytest.fail(f"the loop stood still for {min(ratios):.1f} times as long as reading the request takes")
+    pytest.fail(f"the loop stood still for {min(asked_s):.3f} s, reading the request takes {min(read_s):.3f} s")
 
 
 @pytest.mark.io
