@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from hyperspace_vllm.api.embeddings import INPUTS_MAX
 from hyperspace_vllm.api.request_body import replayed
+from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX
 
 from .cached_server import Bench, benches, said, until
 
@@ -210,6 +211,7 @@ async def test_a_refused_input_ends_what_is_computed_of_the_others(bench: Bench,
         ({"endianness": "big"}, "encoding"),
         ({"input": ["a"] * (INPUTS_MAX + 1)}, "batch"),
         ({"input": []}, "batch"),
+        ({"input": ["a", "b"], "user": "u" * (REQUEST_BYTES_MAX // 2)}, "batch"),
         ({"input": [5, "a"]}, "field_type"),
         ({"input": ["a", [1, 2]]}, "field_type"),
         ({"model": "nobody"}, "unknown_model"),

@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from hyperspace_vllm.api import large_bodies
 from hyperspace_vllm.api.http_headers import RawHeaders
 from hyperspace_vllm.api.large_bodies import Busy, LargeBodies
-from hyperspace_vllm.core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_MAX
+from hyperspace_vllm.core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_BYTES_MAX
 from hyperspace_vllm.core.records.local import StoreResponse
 from hyperspace_vllm.core.response.request_fields import Endpoint
 from hyperspace_vllm.core.response.scope import RequestScope, engine_salt, verify_scope
@@ -36,20 +36,21 @@ async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
         yield make
 
 
-@contextmanager
-def taken(bodies: LargeBodies, count: int) -> Iterator[None]:
-    """The thread of `bodies` at work, and `count` places of its line taken, that one included."""
+@asynccontextmanager
+async def taken(bodies: LargeBodies, size: int) -> AsyncIterator[None]:
+    """The thread of `bodies` at work, and `size` bytes in its line, those included."""
     done = threading.Event()
-    tasks = [asyncio.ensure_future(bodies.work(LARGE, partial(done.wait, PATIENT_S))) for _ in range(count)]
+    task = asyncio.create_task(bodies.work(size, partial(done.wait, 2 * PATIENT_S)))
+    await until(lambda: bodies.waiting == size)
     try:
         yield
     finally:
         done.set()
-        assert len(tasks) == count
+    await asyncio.wait((task,))
 
 
-async def settled(bodies: LargeBodies, count: int) -> None:
-    await until(lambda: bodies.waiting == count)
+async def emptied(bodies: LargeBodies) -> None:
+    await until(lambda: bodies.waiting == 0)
 
 
 # --- the line -----------------------------------------------------------------------------------
@@ -71,13 +72,12 @@ async def test_errors_of_the_work_are_those_of_who_asked_for_it() -> None:
 
 async def test_a_full_line_takes_nothing_more_and_waits_for_nobody() -> None:
     bodies = LargeBodies(PATIENT_S)
-    with taken(bodies, LARGE_BODIES_MAX):
-        await settled(bodies, LARGE_BODIES_MAX)
+    async with taken(bodies, LARGE_BODIES_BYTES_MAX):
         with pytest.raises(Busy):
             await bodies.work(LARGE, lambda: None)
         here = threading.get_ident()
         assert await bodies.always(LARGE, threading.get_ident) == here
-    await settled(bodies, 0)
+    await emptied(bodies)
     assert await bodies.work(LARGE, lambda: "again") == "again"
 
 
@@ -85,17 +85,24 @@ async def test_a_full_line_takes_nothing_more_and_waits_for_nobody() -> None:
 async def test_work_that_nobody_waits_for_any_more_is_not_begun(leaves: str) -> None:
     bodies = LargeBodies(0.05 if leaves == "by its deadline" else PATIENT_S)
     begun: list[str] = []
-    with taken(bodies, 1):
-        await settled(bodies, 1)
+    async with taken(bodies, LARGE):
         late = asyncio.ensure_future(bodies.work(LARGE, lambda: begun.append("late")))
-        await settled(bodies, 2)
+        await until(lambda: bodies.waiting > LARGE)
         if leaves == "by itself":
             late.cancel()
         with pytest.raises(asyncio.CancelledError if leaves == "by itself" else Busy):
             await late
-        assert bodies.waiting == 2  # its place is free once its turn has come
-    await settled(bodies, 0)
+        assert bodies.waiting == 2 * LARGE  # its place is free once its turn has come
+    await emptied(bodies)
     assert begun == []
+
+
+async def test_what_is_larger_than_the_line_is_taken_where_it_is_empty() -> None:
+    bodies = LargeBodies(PATIENT_S)
+    assert await bodies.work(LARGE_BODIES_BYTES_MAX + 1, lambda: "done") == "done"
+    async with taken(bodies, LARGE):
+        with pytest.raises(Busy):
+            await bodies.work(LARGE_BODIES_BYTES_MAX, lambda: "done")
 
 
 # --- the event loop -----------------------------------------------------------------------------
@@ -210,23 +217,43 @@ async def test_a_large_request_for_which_there_is_no_time_passes_by_as_it_came(m
     await bench.ask(CHAT)
     await bench.ask(LONG_CHAT)
     raw = json.dumps(LONG_CHAT).encode()
-    with taken(bench.cache.bodies, LARGE_BODIES_MAX):
-        await settled(bench.cache.bodies, LARGE_BODIES_MAX)
+    async with taken(bench.cache.bodies, LARGE_BODIES_BYTES_MAX):
         answer = await bench.client.post(CHAT_PATH, content=raw, headers=AS_JSON)
         assert (answer.status_code, answer.headers["cache-status"]) == (200, BYPASSED)
         assert bench.upstream.bodies[-1] == raw
         assert "; hit; " in (await bench.ask(CHAT)).headers["cache-status"]
         refused = await bench.ask(LONG_CHAT, cache_control="only-if-cached")
         assert (refused.status_code, refused.headers["cache-status"]) == (504, "hyperspace; detail=busy")
-    await settled(bench.cache.bodies, 0)
+    await emptied(bench.cache.bodies)
     assert "; hit; " in (await bench.ask(LONG_CHAT)).headers["cache-status"]
+
+
+@pytest.mark.io
+async def test_a_large_request_of_another_type_passes_by_as_it_came_too(make_bench: MakeBench) -> None:
+    bench = await make_bench()
+    raw = json.dumps(LONG_CHAT).encode()
+    async with taken(bench.cache.bodies, LARGE_BODIES_BYTES_MAX):
+        answer = await bench.client.post(CHAT_PATH, content=raw, headers={"content-type": "text/plain"})
+    assert answer.headers["cache-status"] == "hyperspace; fwd=bypass; detail=not_json"
+    assert bench.upstream.bodies == [raw]
+
+
+@pytest.mark.io
+async def test_large_requests_that_are_alike_are_computed_once(make_bench: MakeBench) -> None:
+    bench = await make_bench(api_keys=("one", "two"))  # whose salt is put into each of them
+    bench.upstream.gate.clear()
+    asked = [asyncio.create_task(bench.ask(LONG_CHAT, authorization="Bearer one")) for _ in range(20)]
+    await until(lambda: bench.cache.flights.readers == 20)
+    bench.upstream.gate.set()
+    answers = await asyncio.gather(*asked)
+    assert len(bench.upstream.bodies) == 1
+    assert len({text_of(answer) for answer in answers}) == 1
 
 
 @pytest.mark.io
 async def test_a_large_request_waits_no_longer_than_its_deadline(make_bench: MakeBench) -> None:
     bench = await make_bench(body_deadline_s=0.05)
-    with taken(bench.cache.bodies, 1):
-        await settled(bench.cache.bodies, 1)
+    async with taken(bench.cache.bodies, LARGE):
         assert (await bench.ask(LONG_CHAT)).headers["cache-status"] == BYPASSED
 
 
@@ -260,8 +287,7 @@ async def test_what_keeps_tenants_apart_reaches_the_server_also_without_time(mak
         return JSONResponse({})
 
     bench = await make_bench(api_keys=("one", "two"), more_routes={"/pooling": pooling})
-    with taken(bench.cache.bodies, LARGE_BODIES_MAX):
-        await settled(bench.cache.bodies, LARGE_BODIES_MAX)
+    async with taken(bench.cache.bodies, LARGE_BODIES_BYTES_MAX):
         await bench.ask(LONG_CHAT, path, authorization="Bearer one")
     (body,) = received or [json.loads(raw) for raw in bench.upstream.bodies]
     assert body["cache_salt"] == engine_salt("one", None)
@@ -270,8 +296,7 @@ async def test_what_keeps_tenants_apart_reaches_the_server_also_without_time(mak
 @pytest.mark.io
 async def test_a_private_request_stays_in_the_node_also_without_time(make_bench: MakeBench) -> None:
     bench = await make_bench()
-    with taken(bench.cache.bodies, LARGE_BODIES_MAX):
-        await settled(bench.cache.bodies, LARGE_BODIES_MAX)
+    async with taken(bench.cache.bodies, LARGE_BODIES_BYTES_MAX):
         answer = await bench.ask(LONG_CHAT, cache_control="private")
         assert answer.headers["cache-status"] == BYPASSED
     signed = json.loads(bench.upstream.bodies[0])["kv_transfer_params"]["hyperspace"]
@@ -282,14 +307,13 @@ async def test_a_private_request_stays_in_the_node_also_without_time(make_bench:
 async def test_a_client_that_leaves_while_its_request_is_read_leaves_nothing_behind(make_bench: MakeBench) -> None:
     bench = await make_bench()
     bench.upstream.gate.clear()
-    with taken(bench.cache.bodies, 1):
-        await settled(bench.cache.bodies, 1)
+    async with taken(bench.cache.bodies, LARGE):
         asked = asyncio.create_task(bench.ask(LONG_CHAT))
-        await settled(bench.cache.bodies, 2)
+        await until(lambda: bench.cache.bodies.waiting > LARGE)
         asked.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asked
-    await settled(bench.cache.bodies, 0)
+    await emptied(bench.cache.bodies)
     await until(lambda: len(bench.upstream.bodies) == bench.upstream.disconnects)
     assert bench.cache.flights.readers == 0
     bench.upstream.gate.set()

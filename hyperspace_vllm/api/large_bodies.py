@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ..core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_MAX
+from ..core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_BYTES_MAX
 
 T = TypeVar("T")
 
@@ -27,13 +27,13 @@ class LargeBodies:
     def __init__(self, deadline_s: float) -> None:
         self._deadline_s = deadline_s
         self._thread = ThreadPoolExecutor(1, "hyperspace-body")
-        self._under_way: list[Future[Any]] = []
+        self._under_way: dict[Future[Any], int] = {}
 
     @property
     def waiting(self) -> int:
-        """How many pieces of work are not done, those that no request waits for any more included."""
-        self._under_way = [job for job in self._under_way if not job.done()]
-        return len(self._under_way)
+        """Bytes of the work that is not done, that which no request waits for any more included."""
+        self._under_way = {job: size for job, size in self._under_way.items() if not job.done()}
+        return sum(self._under_way.values())
 
     async def work(self, size: int, work: Callable[[], T]) -> T:
         """What `work` returns or raises, which grows with `size` (bytes): a small one is done at once.
@@ -42,11 +42,11 @@ class LargeBodies:
         """
         if size <= INLINE_BODY_BYTES:
             return work()
-        if self.waiting >= LARGE_BODIES_MAX:
+        if (waiting := self.waiting) and waiting + size > LARGE_BODIES_BYTES_MAX:
             raise Busy
         to_do = [work]
         job = self._thread.submit(_do, to_do)
-        self._under_way.append(job)
+        self._under_way[job] = size
         answer: asyncio.Future[T] = asyncio.wrap_future(job)
         answer.add_done_callback(_heard)
         try:

@@ -77,7 +77,8 @@ class ResponseCacheOptions:
     None while there is none (the model's files are being read), which switches the cache off for that request.
     `weights_changes` counts how often the engine's weights began to change. `dates` says what the chat template prints
     of the date now: '' if nothing, None if more than the day, and then nothing that it renders is cached. `accepts`
-    says whether the server's request model takes a body with these headers: what it refuses the cache does not answer.
+    says whether the server's request model takes a body with these headers: what it refuses the cache does not answer;
+    it is called in another thread for a large body.
     """
 
     db_path: Path | None
