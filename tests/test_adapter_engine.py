@@ -237,6 +237,7 @@ def preempt(engine: SteppedEngine) -> None:
     assert engine.ask("state")["preemptions"] > 0
 
 
+@pytest.mark.slow
 def test_an_engine_without_a_node_serves_as_if_we_were_not_there(tmp_path: Path) -> None:
     # Somebody holds the directory's lock and answers nothing: the embedded node leaves, and nobody else is there.
     lock = os.open(tmp_path / "node.lock", os.O_CREAT | os.O_RDWR)

@@ -262,6 +262,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.io
+@pytest.mark.slow
 def test_the_same_files_have_one_identity_whichever_way_they_are_named(tmp_path: Path) -> None:
     data, cache = tmp_path / "data", tmp_path / "hf"
 

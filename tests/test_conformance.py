@@ -406,6 +406,7 @@ def test_equal_requests_at_one_time_are_computed_once(server: Server) -> None:
 # --- models that pool -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_embeddings_are_those_that_were_computed(pooling: Server) -> None:
     client = openai_client(pooling).embeddings
     salt = {"cache_salt": str(time.time_ns())}
@@ -428,6 +429,7 @@ def test_embeddings_are_those_that_were_computed(pooling: Server) -> None:
             assert [e.embedding for e in again.data] == [e.embedding for e in both.data]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -446,6 +448,7 @@ def test_scores_are_replayed(pooling: Server, path: str, body: dict[str, Any]) -
     assert without_ids(again.json()) == without_ids(first.json())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("endpoint", "body"), POOLING_REQUESTS, ids=[endpoint for endpoint, _ in POOLING_REQUESTS])
 def test_scores_tell_nothing_of_the_client_that_asked_first(
     pooling: Server, endpoint: Endpoint, body: dict[str, Any]

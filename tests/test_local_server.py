@@ -71,6 +71,7 @@ from hyperspace_vllm.core.records.local import (
     decode_node_message,
     encode,
 )
+from hyperspace_vllm.daemon import served
 from hyperspace_vllm.daemon.arena import PAGE_BYTES, Arena
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.local_server import LocalServer
@@ -574,7 +575,10 @@ async def test_goodbye_frees_what_was_granted_and_drops_what_was_not_named(node:
     assert node.metrics.staged_dropped_total.labels("client_gone")._value.get() == 1
 
 
-async def test_the_network_hears_what_all_engines_serve_and_no_more_of_those_that_go(node: SmallNode) -> None:
+async def test_the_network_hears_what_all_engines_serve_and_no_more_of_those_that_go(
+    node: SmallNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "PEER_RECORD_AGAIN_MS", 200)
     keys = [SegmentKey(sha256(f"segment {number}".encode())) for number in range(3)]
     ids = [wire_id(network_id("default"), key) for key in keys]
     model = bytes([8]) * 32

@@ -277,6 +277,7 @@ def server(nodes: Nodes, mode: str) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.slow
 def test_an_embedded_node_outlives_a_killed_server_by_its_linger_only(nodes: Nodes) -> None:
     first = server(nodes, "attach")
     pid = nodes.card()["pid"]
