@@ -101,6 +101,9 @@ class SharedPool(ComputePool):
     async def close(self) -> None:
         """Stays open."""
 
+    async def end(self) -> None:
+        await super().close()
+
     @classmethod
     @asynccontextmanager
     async def started(cls) -> "AsyncIterator[SharedPool]":
@@ -111,7 +114,7 @@ class SharedPool(ComputePool):
             await until(lambda: pool.can_verify)
             yield pool
         finally:
-            await super(SharedPool, pool).close()
+            await pool.end()
 
 
 class TestNode:
