@@ -8,6 +8,7 @@ import pytest
 from hyperspace_vllm.core.response.guard_words import PREPOSITIONS
 from hyperspace_vllm.core.response.guards import Mode, eligible, refusal
 from hyperspace_vllm.core.response.opposites import have_antonyms, have_other_affixes
+from hyperspace_vllm.core.response.signs import signs
 
 MODES: tuple[Mode, ...] = ("balanced", "strict")
 
@@ -302,3 +303,55 @@ def test_what_belongs_to_anybody_is_anybodys() -> None:
 @pytest.mark.parametrize("place", ["Can dogs {}eat vegetables?", "Do children {}learn Python at school?"])
 def test_only_keeps_questions_apart(place: str) -> None:
     assert is_refused(place.format("only "), place.format(""))
+
+
+SIGNS = (".", "-", "+", "*", "**", "!", "(", "[", "#", "@", "~", "^", "/", "//", "&&", "=", "<", ">", "|", "°", "")
+
+
+@pytest.mark.parametrize(
+    ("place", "read_as_punctuation"),
+    [
+        ("What does {}5 mean?", ""),
+        ("Is 5{} enough for a child?", "."),
+        ("What does chmod {}x do?", "(["),
+        ("Who can use O{} blood?", ".!(["),
+    ],
+)
+def test_a_sign_exchanged_for_another_or_left_out_keeps_questions_apart(place: str, read_as_punctuation: str) -> None:
+    signs = [sign for sign in SIGNS if not sign or sign not in read_as_punctuation]
+    assert not_refused_by_signs(place, signs) == []
+
+
+def not_refused_by_signs(place: str, signs: list[str]) -> list[tuple[str, str]]:
+    """The pairs that are a hit."""
+    return [
+        (one, other)
+        for one, other in combinations(signs, 2)
+        if refusal(place.format(one), place.format(other), "balanced") is None
+    ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("How long do 5 mg of iron last?", "How long do .5 mg of iron last?"),
+        ("What is 100 - 50 - 20?", "What is 100 - (50 - 20)?"),
+        ("What do I wear at 10 °C?", "What do I wear at –10 °C?"),
+        ('What is a 6" pipe?', "What is a 6' pipe?"),
+        ("Is Disney+ good for kids?", "Is Disney good for kids?"),
+        ("What does :) mean in a text?", "What does :( mean in a text?"),
+    ],
+)
+def test_signs_that_were_unread_keep_questions_apart(one: str, other: str) -> None:
+    assert is_refused(one, other)
+
+
+def test_an_article_exchanged_for_another_is_another_thing_to_strict() -> None:
+    assert refusal("Who owns a cloud of data?", "Who owns the cloud of data?", "strict") == "articles"
+    assert refusal("What divides the cats?", "What divides cats?", "strict") is None
+
+
+def test_punctuation_between_words_is_no_sign() -> None:
+    one = "How do I get a well-known brand (in India) to the dogs' market?"
+    assert signs(one) == signs("How do I get a well known brand, in India, to the dogs market...") == ()
+    assert signs("How far are 1,000 km at 50%?") == ()

@@ -202,8 +202,7 @@ def test_strict_forgives_plurals_synonyms_and_openings() -> None:
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("How do you tie a tie?", "How do I tie a tie?"),
-        ("What are some ways to tie a tie?", "How can you tie a tie?"),
+        ("What are some ways to tie a tie?", "How can I tie a tie?"),
         ("What is the best way to tie a tie?", "What are some of the best ways to tie a tie?"),
         ("What can I do to sleep better?", "How can I sleep better?"),
         ("Which books about Rome are the best?", "What are the best books about Rome?"),

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from ..records.limits import QUESTION_CHARS_MAX
 from .guard_words import word_set
 
-CANONICAL_VERSION = 3  # raised with each change of the forms, so that no key or vector of another is compared
+CANONICAL_VERSION = 4  # raised with each change of the forms, so that no key or vector of another is compared
 WORDS_MAX = 256  # of a question, between white space; a longer text is a document
 
 # Asked about alone, in capitals, each has one reading. Operators add their own; those with several (CNN, PM) stay out.
@@ -81,8 +81,12 @@ _QUOTES = str.maketrans({"‘": "'", "’": "'", "ʼ": "'", "“": '"', "”": '
 _PIECES = re.compile(r"\"[^\"]*\"[^\s\"]*|(?<!\w)'[^']*'(?!\w)[^\s']*|[^\s]+")
 _WORD = re.compile(r"\w+(?:[.'&]\w+)*\.?")
 
-# Greetings need their comma: "hello world" is no greeting.
-_GREETING = re.compile(r"(?:hi|hello|hey|good morning|good evening)(?: there)? ?[,!.] ?", re.IGNORECASE)
+# Greetings need their comma, and no name after it: "hello world" is no greeting, nor is "Good morning, Vietnam".
+_GREETING = re.compile(
+    r"(?i:hi|hello|hey|good morning|good evening)(?i: there)? ?[,!.] ?"
+    r"(?=[a-z]|I\b|(?i:what|who|whom|whose|where|when|why|how|which|is|are|was|were|do|does|did|can|could|will|would"
+    r"|should|may|please|kindly|tell|give|show|list|explain|describe|define|write|if|in)\b)"
+)
 _LEAD = re.compile(
     r"(?:please,? |kindly "
     r"|(?:can|could|would|will) (?:you|anyone|someone)(?: please| kindly)?,? "

@@ -35,7 +35,8 @@ from .guard_words import (
 from .opposites import have_antonyms, have_other_affixes
 from .persons import are_exchanged
 from .question import Question, Word, are_derived, read_question
-from .wording import wording
+from .signs import signs
+from .wording import articles, wording
 
 Mode = Literal["balanced", "strict"]
 
@@ -112,6 +113,11 @@ def _differ_in_units(one: Question, other: Question) -> bool:
     """A currency may be left out, but not exchanged."""
     ours, theirs = one.units - other.units, other.units - one.units
     return bool(ours and theirs) or not (ours | theirs) <= CURRENCIES
+
+
+def _differ_in_signs(one: Question, other: Question) -> bool:
+    """What "+x" does, and "-x"."""
+    return signs(one.plain) != signs(other.plain)
 
 
 def _differ_in_negation(one: Question, other: Question) -> bool:
@@ -237,6 +243,12 @@ def _differ_in_a_word(one: Question, other: Question) -> bool:
     return any(_are_two(x, y) for x, y in exchanged)
 
 
+def _differ_in_articles(one: Question, other: Question) -> bool:
+    """One may be missing, but not exchanged."""
+    mine, yours = articles(one.plain), articles(other.plain)
+    return any(mine[word] != yours[word] for word in mine.keys() & yours.keys())
+
+
 def _differ_in_wording(one: Question, other: Question) -> bool:
     """Any word that only one has, or that stands elsewhere, but for two that change places (see roles)."""
     mine, yours = wording(one.plain), wording(other.plain)
@@ -247,6 +259,7 @@ def _differ_in_wording(one: Question, other: Question) -> bool:
 GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
     ("numbers", _differ_in_numbers),
     ("units", _differ_in_units),
+    ("signs", _differ_in_signs),
     ("negation", _differ_in_negation),
     ("antonyms", _differ_by_antonym),
     ("languages", _differ_in_language),
@@ -268,6 +281,7 @@ GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
 )
 STRICT_GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
     ("time", _differ_in_tense),
+    ("articles", _differ_in_articles),
     ("wording", _differ_in_wording),
 )
 

@@ -8,6 +8,7 @@ Rejected: a list of words that may be missing for each kind of question. Cost: m
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 from .guard_words import FUNCTION, NEGATIONS, SYMMETRIC, word_set
 from .question import Token, concept_of, number_of, tokens_of
@@ -16,16 +17,16 @@ from .word_forms import IRREGULAR
 # Articles, and "do", which only makes a question of a statement. Not the forms of "be" and "have", which say something
 # by themselves, nor "did", the past.
 _UNSAID = word_set("a an the do does")
+_ARTICLES = {"a": "a", "an": "a", "the": "the"}
 _AFTER_ARTICLES = word_set("few little")  # "a few" are some, "few" hardly any
 _WITHOUT_CAPITALS = word_set("I An The Do Does")
 _SPELT = {"are": "is", "were": "was", "has": "have", "which": "what", "whom": "who"}
 # Openings that say the same, and what they are read as. "How do we die" and "how should I" ask for something else, and
-# so do "how do you feel" and "how do you know my name".
-_ANYONE = r"you (?=\S+ \S)(?!.*\b(?:i|me|mine|my|myself|you|yours?|yourself|we|us|ours?)\b)"
+# so do "how do you store what I say" and "how can you defend a murderer".
 _OPENINGS = (
     (
         "how to ",
-        rf"how (?:do|can) (?:i |{_ANYONE})|how (?:does|can) (?:one|someone) |what (?:can|do) i do to "
+        r"how (?:do|can) i |how (?:does|can) (?:one|someone) |what (?:can|do) i do to "
         r"|what (?:is|are) (?:the |an? |some (?:of the )?)?(?:best |good )?ways? (?:to|i can) ",
     ),
     ("what is ", r"explain |define |(?:what|which) are some (?:of (?=the |your |my ))?|(?:what|which) (?:is|are) "),
@@ -50,6 +51,13 @@ def wording(plain: str) -> list[tuple[str, ...]]:
     if (found := _SUPERLATIVE_LAST.match(plain)) is not None:
         plain = f"what is the {found['most'] or found['best']} {found['thing']}{found['rest']}"
     return list(_bound(tokens_of(plain)))
+
+
+def articles(plain: str) -> dict[str, str]:
+    """The article before each word of a plain question that has one: a cloud is not the cloud."""
+    tokens = tokens_of(plain)
+    found = ((word.key, _ARTICLES[article.key]) for article, word in pairwise(tokens) if article.key in _ARTICLES)
+    return dict(found)
 
 
 def _bound(tokens: list[Token]) -> Iterator[tuple[str, ...]]:
