@@ -98,6 +98,25 @@ async def test_work_that_nobody_waits_for_any_more_is_not_begun(leaves: str) -> 
     assert begun == []
 
 
+async def test_a_request_waits_for_all_its_turns_together_no_longer_than_for_one() -> None:
+    bodies = LargeBodies(2.0)
+    waited_s = []
+
+    async def steps() -> None:
+        for _ in range(5):
+            began_s = time.monotonic()
+            with pytest.raises(Busy):
+                await bodies.work(LARGE, lambda: None)
+            waited_s.append(time.monotonic() - began_s)
+
+    async with taken(bodies, LARGE):
+        with pytest.raises(Busy):  # another one's patience is not spent
+            await bodies.work(LARGE, lambda: None)
+        await asyncio.create_task(steps())
+    assert waited_s[0] >= 1.0
+    assert max(waited_s[1:]) < 0.5  # they are not even asked for
+
+
 async def test_what_is_larger_than_the_line_is_taken_where_it_is_empty() -> None:
     bodies = LargeBodies(PATIENT_S)
     assert await bodies.work(LARGE_BODIES_BYTES_MAX + 1, lambda: "done") == "done"

@@ -8,13 +8,17 @@ these steps by itself (as for vLLM's own reading of the body), and 5 ms at a tim
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from ..core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_BYTES_MAX
 
 T = TypeVar("T")
+
+_LOOK_S = 0.02  # how often work that waits for its turn is looked at, besides when it is done
 
 
 class Busy(Exception):
@@ -22,12 +26,17 @@ class Busy(Exception):
 
 
 class LargeBodies:
-    """The thread of one server and the line before it; `deadline_s` is for each piece of work."""
+    """The thread of one server and the line before it.
+
+    `deadline_s` is for each piece of work; for its turns a request (a task) waits half of that in all, so that others'
+    bodies, which come between its steps, hold it up no longer.
+    """
 
     def __init__(self, deadline_s: float) -> None:
         self._deadline_s = deadline_s
         self._thread = ThreadPoolExecutor(1, "hyperspace-body")
         self._under_way: dict[Future[Any], int] = {}
+        self._patience_s: WeakKeyDictionary[asyncio.Task[Any], float] = WeakKeyDictionary()
 
     @property
     def waiting(self) -> int:
@@ -38,19 +47,27 @@ class LargeBodies:
     async def work(self, size: int, work: Callable[[], T]) -> T:
         """What `work` returns or raises, which grows with `size` (bytes): a small one is done at once.
 
-        `Busy` if the line is full or the deadline passes. Work that no request waits for any more is not begun.
+        `Busy` if the line is full or too slow. Work that no request waits for any more is not begun.
         """
         if size <= INLINE_BODY_BYTES:
             return work()
-        if (waiting := self.waiting) and waiting + size > LARGE_BODIES_BYTES_MAX:
+        task = asyncio.current_task()
+        assert task is not None
+        patience_s = self._patience_s.get(task, self._deadline_s / 2)
+        if (waiting := self.waiting) and (waiting + size > LARGE_BODIES_BYTES_MAX or patience_s <= 0):
             raise Busy
         to_do = [work]
         job = self._thread.submit(_do, to_do)
         self._under_way[job] = size
         answer: asyncio.Future[T] = asyncio.wrap_future(job)
         answer.add_done_callback(_heard)
+        came_s = time.monotonic()
         try:
-            await asyncio.wait((answer,), timeout=self._deadline_s)
+            while to_do and not answer.done() and (left_s := came_s + patience_s - time.monotonic()) > 0:
+                await asyncio.wait((answer,), timeout=min(left_s, _LOOK_S))
+            self._patience_s[task] = patience_s - (time.monotonic() - came_s)
+            if not to_do and not answer.done():
+                await asyncio.wait((answer,), timeout=self._deadline_s)
         finally:
             to_do.clear()  # the line holds no body of a request that has left it
         if not answer.done():
