@@ -773,6 +773,32 @@ async def test_a_client_that_holds_up_the_others_for_too_long_is_cut_off(
         assert b"[DONE]" not in await asyncio.to_thread(read_all, sock)
 
 
+async def test_a_client_that_reads_a_little_now_and_then_holds_up_the_others_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coalesce, "LAGGARD_S", 1.0)
+
+    async def app(scope: coalesce.Scope, receive: coalesce.Receive, send: coalesce.Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for number in range(400):
+            frame = b"data: " + bytes(100_000) + b"\n\n"
+            await send({"type": "http.response.body", "body": frame, "more_body": number < 399})
+
+    async def read(reader: coalesce.Reader, pause_s: float) -> None:
+        while await reader.next() is not None:  # noqa: ASYNC110  # the pause itself
+            await asyncio.sleep(pause_s)
+
+    flight = coalesce.Flight(None)
+    slow, quick = flight.join(), flight.join()
+    flight.start(app, {"type": "http", "headers": []}, b"")
+    held_up = asyncio.create_task(read(slow, 0.3))
+    async with asyncio.timeout(30):
+        await read(quick, 0)
+        with pytest.raises(coalesce.Laggard):
+            await held_up
+
+
 # --- a cache that is ill is a miss --------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ others, and the application is told of a disconnect when the last reader has lef
 
 Bounds: the application runs at most FLIGHT_WINDOW_BYTES ahead of its fastest reader (with one reader that is the flow
 control it has always had). A log that grows beyond FLIGHT_BYTES_MAX takes no more readers and drops what all have
-read; a reader that stays that far behind for LAGGARD_S is then cut off, for it holds up the others.
+read; readers that far behind hold up the others, for LAGGARD_S of a flight's time in all, and are then cut off.
 """
 
 import asyncio
@@ -122,6 +122,7 @@ class Flight:
         self._first = 0  # position of _log[0]
         self._bytes = 0  # sent so far
         self._dropped_bytes = 0
+        self._patience_s = LAGGARD_S
         self._readers: set[Reader] = set()
         self._partial = b""
         self._moved = asyncio.Event()
@@ -251,20 +252,22 @@ class Flight:
             self._first += 1
 
     async def _flow_control(self) -> None:
-        patient_until: float | None = None
         loop = asyncio.get_running_loop()
         while self._readers and not self.complete:
             behind = [self._bytes - reader.bytes_read for reader in self._readers]
             held_up = max(behind) > FLIGHT_BYTES_MAX and len(behind) > 1
             if min(behind) <= FLIGHT_WINDOW_BYTES and not held_up:
                 return
-            patient_until = (patient_until or loop.time() + LAGGARD_S) if held_up else None
             self._moved.clear()
+            began_s = loop.time()
             try:
-                async with asyncio.timeout_at(patient_until):
+                async with asyncio.timeout(self._patience_s if held_up else None):
                     await self._moved.wait()
             except TimeoutError:
                 self._cut_off_laggards()
+            finally:
+                if held_up:  # a reader that takes a little now and then gets no more of it
+                    self._patience_s = max(self._patience_s - (loop.time() - began_s), 0.0)
 
     def _cut_off_laggards(self) -> None:
         for reader in list(self._readers):
