@@ -3,6 +3,8 @@
 import asyncio
 import os
 import secrets
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -44,6 +46,16 @@ async def test_a_proof_verifies_and_only_for_its_blob(pool: ComputePool) -> None
     assert not await pool.verify(BLOB, proof, commitment)
     assert not await pool.verify(BLOB, bytes(48), bytes(48))
     assert not await pool.verify(b"\xff" * len(BLOB), commitment, proof)
+
+
+def test_a_worker_whose_node_has_ended_ends_without_a_word() -> None:
+    command = [sys.executable, "-m", "hyperspace_vllm.daemon.kzg_worker", "0"]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert worker.stdout is not None
+    worker.stdout.close()
+    worker.stdout = None
+    _, errors = worker.communicate(timeout=60)
+    assert (worker.returncode, errors) == (0, b"")
 
 
 async def test_a_dead_worker_fails_its_job_and_is_replaced(pool: ComputePool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,10 @@ def main() -> None:
         raise SystemExit(f"{setup_file}: not the ceremony's trusted setup (SHA-256 differs)")
     setup = ckzg.load_trusted_setup(str(setup_file), 0)
     _self_test(ckzg, setup)
-    _serve(ckzg, setup, sys.stdin.buffer, sys.stdout.buffer)
+    try:
+        _serve(ckzg, setup, sys.stdin.buffer, sys.stdout.buffer)
+    except BrokenPipeError:
+        os._exit(0)  # the node has ended; Python would try to flush once more what it did not take
 
 
 def _self_test(ckzg, setup: object) -> None:  # type: ignore[no-untyped-def]
