@@ -242,7 +242,7 @@ def test_workers_that_ray_starts_are_given_our_settings_but_no_secret(
 @pytest.mark.parametrize(
     ("kind", "handed_down", "expected"),
     [
-        pytest.param("LLM", None, ("0", False), marks=pytest.mark.slow),  # offline: nobody else's requests
+        pytest.param("LLM", None, ("0", False), marks=pytest.mark.slow),  # offline: its own requests alone
         pytest.param("API server", "1", ("1", True), marks=pytest.mark.slow),
         (
             "API server",

@@ -292,11 +292,11 @@ def test_who_helps_whom_keeps_questions_apart() -> None:
 
 
 @pytest.mark.parametrize("frame", ["How do {} tie a tie?", "Should {} drink coffee before a run?"])
-def test_a_subject_that_is_anybody_may_be_exchanged(frame: str) -> None:
+def test_a_subject_that_stands_for_people_in_general_may_be_exchanged(frame: str) -> None:
     assert refusal(frame.format("I"), frame.format("you"), "balanced") is None
 
 
-def test_what_belongs_to_anybody_is_anybodys() -> None:
+def test_what_belongs_to_people_in_general_may_be_exchanged() -> None:
     assert refusal("How do I clean my oven at home?", "How do you clean your oven at home?", "balanced") is None
 
 

@@ -71,7 +71,7 @@ async def test_errors_of_the_work_are_those_of_who_asked_for_it() -> None:
         await LargeBodies(PATIENT_S).work(LARGE, lambda: 1 // 0)
 
 
-async def test_a_full_line_takes_nothing_more_and_waits_for_nobody() -> None:
+async def test_a_full_line_takes_nothing_more_and_makes_no_request_wait() -> None:
     bodies = LargeBodies(PATIENT_S)
     async with taken(bodies, LARGE_BODIES_BYTES_MAX):
         with pytest.raises(Busy):
@@ -83,7 +83,7 @@ async def test_a_full_line_takes_nothing_more_and_waits_for_nobody() -> None:
 
 
 @pytest.mark.parametrize("leaves", ["by its deadline", "by itself"])
-async def test_work_that_nobody_waits_for_any_more_is_not_begun(leaves: str) -> None:
+async def test_work_that_no_request_waits_for_any_more_is_not_begun(leaves: str) -> None:
     bodies = LargeBodies(0.05 if leaves == "by its deadline" else PATIENT_S)
     begun: list[str] = []
     async with taken(bodies, LARGE):
@@ -178,7 +178,7 @@ def frozen_heap() -> Iterator[None]:
 @pytest.mark.io
 @pytest.mark.usefixtures("frozen_heap")
 @pytest.mark.parametrize("body", [messages(), tools()], ids=["messages", "tools"])
-async def test_nobody_waits_longer_for_a_large_request_than_for_the_server_to_read_it(
+async def test_no_client_waits_longer_for_a_large_request_than_for_the_server_to_read_it(
     make_bench: MakeBench, body: dict[str, Any]
 ) -> None:
     bench = await make_bench(accepts=reads)

@@ -609,7 +609,7 @@ def test_a_worker_that_is_lost_now_and_then_costs_no_owner_its_document() -> Non
 
 
 @pytest.mark.parametrize("outcome", ["lost", "slow"])
-def test_documents_that_keep_the_worker_busy_wait_for_each_other_and_for_nobody_elses(outcome: str) -> None:
+def test_documents_that_keep_the_worker_busy_delay_each_other_and_none_of_other_hosts(outcome: str) -> None:
     """One host tells of 24 owners; the worker does one import after another."""
     attackers, honest = [Owner(n) for n in range(100, 124)], [Owner(n) for n in range(10, 14)]
     hosts = {owner.public: Standing(Rank.TOLD, "attacker") for owner in attackers}

@@ -3,7 +3,7 @@
 Context: callers embed overlapping batches, and usage is told for a whole answer alone. Choice: every input that is
 missing is a request of its own to the engine, which batches what runs at once; its answer is kept as base64 float32,
 with its own usage, and rendered as each caller wants it. Rejected: one request for all that is missing, whose usage
-nobody could divide. Cost: some front-end work a missing input, hence INPUTS_MAX; larger batches pass by, and those
+cannot be divided. Cost: some front-end work a missing input, hence INPUTS_MAX; larger batches pass by, and those
 whose other fields, repeated for each input, exceed REQUEST_BYTES_MAX.
 """
 

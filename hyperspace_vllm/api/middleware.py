@@ -166,7 +166,7 @@ def _parsed(raw: bytes, too_large: bool) -> tuple[dict[str, Any] | Uncacheable, 
 
 
 def _with_salt(raw: bytes, api_key: str | None) -> bytes:
-    """A body with the salt of whoever has that key, and without a client's own scope."""
+    """A body with the salt of that key's tenant, and without a client's own scope."""
     if (body := _as_vllm_reads(raw)) is None:
         return raw
     return rewritten(raw, body, None, engine_salt(api_key, body.get("cache_salt")), add_usage=False)

@@ -105,7 +105,7 @@ class ResponseCacheOptions:
     acronyms: Mapping[str, str] = field(default_factory=lambda: ACRONYMS)
     ttl_ms: int = RESPONSE_TTL_MS
     read_deadline_s: float = 0.25  # for the database; a disk that hangs is a miss
-    body_deadline_s: float = 1.0  # for each step of reading a large body (large_bodies.py)
+    body_deadline_s: float = 1.0  # a step of reading a large body; half for its turns (large_bodies.py)
     network_deadline_s: float = 0.3  # for other nodes, where a request waits for them; 0: they aren't asked
     follow_deadline_s: float = 30.0  # without a frame from the computation that a request waits for
     stalled_stream_s: float = 300.0  # without another one: such a stream can only be cut off, and an engine may pause

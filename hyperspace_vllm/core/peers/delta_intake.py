@@ -72,7 +72,7 @@ class DeltaIntake:
         self._turn_at_ms = now_ms + _TURN_MS
 
     def next_deadline_ms(self) -> int | None:
-        """When to take the next turn; None: when somebody has answered."""
+        """When to take the next turn; None: when an answer comes."""
         return self._turn_at_ms if self._answers else None
 
     def shift(self, by_ms: int) -> None:

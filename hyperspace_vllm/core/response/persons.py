@@ -1,9 +1,9 @@
 """Whom a question is about: the asker, the one who is asked, or others.
 
 Context: "What is my name?" and "What is your name?" are as near as two spellings of one question, while "How do I tie
-a tie?" and "How do you tie a tie?" are one. Choice: persons may not be exchanged, unless the subject is anybody: after
-how, when, where, why and the like with "do", "can" or "should", where no verb of mind follows. What belongs to that
-subject is anybody's as well. Cost: rewordings such as "Is my dog ill?" for "Is your dog ill?" are kept apart.
+a tie?" and "How do you tie a tie?" are one. Choice: persons may not be exchanged, unless the subject stands for people
+in general: after how, when, where, why and the like with "do", "can" or "should", where no verb of mind follows. What
+belongs to that subject is as general. Cost: rewordings such as "Is my dog ill?" for "Is your dog ill?" are kept apart.
 """
 
 import re
