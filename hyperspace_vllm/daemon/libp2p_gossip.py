@@ -10,24 +10,36 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from libp2p.abc import IHost
+import trio
+from google.protobuf.descriptor import Descriptor
+from libp2p.abc import IHost, INetStream
 from libp2p.custom_types import TProtocol
+from libp2p.exceptions import ParseError
+from libp2p.io.exceptions import IOException, MessageTooLarge
+from libp2p.network.connection.exceptions import RawConnError
+from libp2p.network.stream.exceptions import StreamError
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.rpc_queue import RpcQueue
 from libp2p.pubsub.utils import maybe_consume_signed_record
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
 from ..core.peers.eviction import who_goes
+from ..core.peers.gossip_gate import message_cost
 from ..core.records.limits import KiB, MiB
 from ..core.records.standing import Standing
+from . import libp2p_time
 from .libp2p_swarm import PEER_ENVELOPE_BYTES_MAX, PEER_ID_BYTES_MAX, PEERS_KEPT_MAX
 
 GOSSIP_BYTES_MAX = 64 * KiB
 GOSSIP_RPC_BYTES_MAX = 256 * KiB
 GOSSIP_QUEUE_MAX = 128
 GOSSIP_QUEUE_BYTES_MAX = 2 * MiB
+# A full RPC of an honest node has fewer: a message id is of 46 bytes, and a message's seven fields are of 300 and more.
+GOSSIP_FIELDS_MAX = GOSSIP_RPC_BYTES_MAX // 40
+FIELDS_AT_ONCE = 64  # before other tasks have their turn
 CONTROL_ENTRIES_MAX = 64
 CONTROL_IDS_MAX = 1_000
 HEARTBEAT_S = 1
@@ -100,19 +112,21 @@ class NodeGossip(GossipSub):
         random.shuffle(held)
         return who_goes(held, max(room, 0), len(held))
 
-    async def handle_rpc(self, rpc: rpc_pb2.RPC, sender_peer_id: ID) -> None:
-        """Handle a neighbour's control messages, as far as they are about our topics and not too many."""
-        control: Any = rpc.control
+    def keep_ours(self, control: Any) -> int:
+        """Drop of a neighbour's control messages what is not about our topics, or too many; how many are left."""
         for field in (control.graft, control.prune, control.ihave):
-            kept = [entry for entry in field[:CONTROL_ENTRIES_MAX] if entry.topicID in self._topics]
+            kept = {entry.topicID: entry for entry in field if entry.topicID in self._topics}
             if len(kept) != len(field):
+                ours = list(kept.values())
                 del field[:]
-                field.extend(kept)
+                field.extend(ours)
         for field in (control.ihave, control.iwant, control.idontwant):
             del field[CONTROL_ENTRIES_MAX:]
             for entry in field:
-                del entry.messageIDs[CONTROL_IDS_MAX:]
-        await super().handle_rpc(rpc, sender_peer_id)
+                # Of an id that is wanted a thousand times the library would send a thousand copies.
+                entry.messageIDs[:] = list(dict.fromkeys(entry.messageIDs))[:CONTROL_IDS_MAX]
+        kinds = control.graft, control.prune, control.ihave, control.iwant, control.idontwant
+        return sum(len(entries) for entries in kinds)
 
     async def _do_px(self, px_peers: Any) -> None:
         return
@@ -145,10 +159,49 @@ class NodePubsub(Pubsub):
             max_subscriptions_per_peer=len(topics),
             allowed_topics=topics,
         )
+        self._router = router
         self._topics = topics
         self._judge = judge
         self._greeting: set[ID] = set()
         self._on_message = on_message
+
+    async def continuously_read_stream(self, stream: INetStream) -> None:
+        """Take a neighbour's RPCs, each and what is in it at its price, until the stream ends; ParseError."""
+        conn: Any = stream.muxed_conn
+        try:
+            while self.manager.is_running:
+                raw = await read_varint_prefixed_bytes_limited(stream, GOSSIP_RPC_BYTES_MAX)
+                fields = count_fields(raw)
+                if fields > GOSSIP_FIELDS_MAX:
+                    conn.refuse("a gossip RPC of too many fields")
+                    return
+                await conn.spend(libp2p_time.GOSSIP_RPC_S + fields * libp2p_time.GOSSIP_FIELD_S)
+                await self._take(rpc_pb2.RPC.FromString(raw), conn)
+        except MessageTooLarge as error:
+            raise ParseError("gossip RPC") from error
+        except (StreamError, IOException, RawConnError):
+            return
+
+    async def _take(self, rpc: Any, conn: Any) -> None:
+        """Handle one RPC; what a neighbour's messages take before they are ignored is in its time too."""
+        peer_id = conn.peer_id
+        if not check_record.knows(rpc, peer_id):
+            await conn.spend(libp2p_time.GOSSIP_RECORD_S)
+        if not check_record(rpc, self.host, peer_id):
+            return
+        for number, msg in enumerate(rpc.publish):
+            if self._is_subscribed_to_msg(msg):
+                await conn.spend(libp2p_time.GOSSIP_MESSAGE_S * message_cost(len(msg.data)))
+                await self.push_msg(peer_id, msg)
+            elif number % FIELDS_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        for subscription in rpc.subscriptions[:CONTROL_ENTRIES_MAX]:
+            await conn.spend(libp2p_time.GOSSIP_CONTROL_S)
+            self.handle_subscription(peer_id, subscription)
+        if rpc.HasField("control"):
+            entries = self._router.keep_ours(rpc.control)
+            await conn.spend(entries * libp2p_time.GOSSIP_CONTROL_S)
+            await self._router.handle_rpc(rpc, peer_id)
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         """Take a message from a neighbour (or ourselves), deliver it and pass it on, if it is accepted."""
@@ -192,6 +245,10 @@ class _Once:
         self._check = check
         self._known: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
 
+    def knows(self, msg: rpc_pb2.RPC, peer_id: ID) -> bool:
+        """Whether it needs no check."""
+        return not msg.senderRecord or (peer_id.to_bytes(), msg.senderRecord) in self._known
+
     def __call__(self, msg: rpc_pb2.RPC, host: IHost, peer_id: ID) -> bool:
         key = peer_id.to_bytes(), msg.senderRecord
         if key in self._known:
@@ -205,3 +262,46 @@ class _Once:
 
 
 check_record = _Once(maybe_consume_signed_record)
+
+
+def count_fields(rpc: bytes) -> int:
+    """How many fields an encoded RPC has, those of its messages among them, without decoding it; ParseError.
+
+    It stops counting soon after GOSSIP_FIELDS_MAX.
+    """
+    return _count(rpc, 0, len(rpc), rpc_pb2.RPC.DESCRIPTOR, 0)
+
+
+def _count(rpc: bytes, at: int, end: int, kind: Descriptor, fields: int) -> int:
+    while at < end and fields <= GOSSIP_FIELDS_MAX:
+        key, at = _varint(rpc, at)
+        fields += 1
+        match key & 7:
+            case 0:
+                _, at = _varint(rpc, at)
+            case 1:
+                at += 8
+            case 2:
+                size, begin = _varint(rpc, at)
+                at = begin + size
+                field = kind.fields_by_number.get(key >> 3)
+                if size and at <= end and field is not None and field.message_type is not None:
+                    fields = _count(rpc, begin, at, field.message_type, fields)
+            case 5:
+                at += 4
+            case _:
+                raise ParseError("gossip RPC")
+    if at > end:
+        raise ParseError("gossip RPC")
+    return fields
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    if at < len(data) and data[at] < 0x80:
+        return data[at], at + 1
+    value = 0
+    for number, byte in enumerate(data[at : at + 10]):
+        value |= (byte & 0x7F) << 7 * number
+        if byte < 0x80:
+            return value, at + number + 1
+    raise ParseError("gossip RPC")

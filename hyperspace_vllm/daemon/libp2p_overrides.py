@@ -10,11 +10,15 @@ from contextlib import asynccontextmanager
 from types import ModuleType
 from typing import Any
 
+import libp2p.host.basic_host as basic_host_module
+import libp2p.host.ping as ping_module
+import libp2p.identity.identify_push.identify_push as identify_push_module
 import libp2p.kad_dht.kad_dht as kad_module
 import libp2p.kad_dht.peer_routing as peer_routing_module
 import libp2p.kad_dht.provider_store as provider_module
 import libp2p.network.connection.swarm_connection as swarm_connection_module
 import libp2p.network.swarm as swarm_module
+import libp2p.protocol_muxer.generic_selector as selector_module
 import libp2p.protocol_muxer.multiselect_communicator as communicator_module
 import libp2p.pubsub.gossipsub as gossipsub_module
 import libp2p.pubsub.pubsub as pubsub_module
@@ -24,7 +28,9 @@ from libp2p.crypto.serialization import key_type_to_public_key_deserializer
 from libp2p.exceptions import ParseError
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import MessageTooLarge
+from libp2p.io.utils import read_exactly
 from libp2p.peer.id import ID
+from libp2p.protocol_muxer.exceptions import MultiselectCommunicatorError
 from libp2p.tools.anyio_service import Service
 from libp2p.tools.anyio_service.trio_manager import TrioManager
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
@@ -33,7 +39,7 @@ from . import libp2p_time
 from .libp2p_dht import DHT_MESSAGE_BYTES_MAX, PROVIDER_RENEWAL_S, PROVIDER_TTL_S, QUERY_S
 from .libp2p_gossip import GossipQueue, check_record
 from .libp2p_pnet import PrivateConnection
-from .libp2p_swarm import PEER_ID_BYTES_MAX, PROTOCOL_NAME_BYTES_MAX
+from .libp2p_swarm import IDENTIFY_BYTES_MAX, PEER_ID_BYTES_MAX, PROTOCOL_NAME_BYTES_MAX, PROTOCOL_NAMES_MAX
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +54,9 @@ def patch_library() -> None:
         "PROVIDER_RECORD_REPUBLISH_INTERVAL": PROVIDER_RENEWAL_S,
         "RpcQueue": GossipQueue,  # 32 messages otherwise, lost silently beyond
         "read_delim": _read_protocol_name,
+        "MultiselectCommunicator": _Negotiation,
+        "read_exactly": _read_ping,
+        "read_length_prefixed_protobuf": _read_identify,
         "read_varint_prefixed_bytes_limited": _read_dht_message,
         "new_protected_conn": PrivateConnection,  # a cipher of its own otherwise, that no other libp2p speaks
         "maybe_consume_signed_record": check_record,
@@ -76,9 +85,13 @@ _REPLACED_IN: tuple[tuple[ModuleType, tuple[str, ...]], ...] = (
         provider_module,
         (*_DHT_NAMES, "PROVIDER_RECORD_EXPIRATION_INTERVAL", "PROVIDER_RECORD_REPUBLISH_INTERVAL"),
     ),
-    (pubsub_module, ("RpcQueue", "maybe_consume_signed_record")),
+    (pubsub_module, ("RpcQueue",)),
     (gossipsub_module, ("maybe_consume_signed_record",)),
     (communicator_module, ("read_delim",)),
+    (selector_module, ("MultiselectCommunicator",)),
+    (basic_host_module, ("MultiselectCommunicator", "read_length_prefixed_protobuf")),
+    (identify_push_module, ("read_length_prefixed_protobuf",)),
+    (ping_module, ("read_exactly",)),
     (swarm_connection_module, ("logging",)),
     (swarm_module, ("new_protected_conn",)),
 )
@@ -134,6 +147,19 @@ async def running(service: Service) -> AsyncIterator[None]:
         nursery.cancel_scope.cancel()
 
 
+class _Negotiation(communicator_module.MultiselectCommunicator):
+    # The library says "na" to any number of names, before anybody has proved who he is.
+    def __init__(self, read_writer: ReadWriteCloser) -> None:
+        super().__init__(read_writer)
+        self._names_left = PROTOCOL_NAMES_MAX
+
+    async def read(self) -> str:
+        if not self._names_left:
+            raise MultiselectCommunicatorError("too many protocol names")
+        self._names_left -= 1
+        return await super().read()
+
+
 async def _read_protocol_name(reader: ReadWriteCloser) -> bytes:
     # The library's takes any length up to 2^64, before anybody has proved who he is.
     try:
@@ -149,4 +175,22 @@ async def _read_dht_message(stream: Any, size_max: int) -> bytes:
     # The library answers any number of messages on a stream.
     message = await read_varint_prefixed_bytes_limited(stream, size_max)
     await stream.muxed_conn.spend(libp2p_time.DHT_MESSAGE_S)
+    return message
+
+
+async def _read_ping(stream: Any, size: int) -> bytes:
+    # The library answers any number of pings on a stream.
+    ping = await read_exactly(stream, size)
+    await stream.muxed_conn.spend(libp2p_time.PING_S)
+    return ping
+
+
+async def _read_identify(stream: Any, use_varint_format: bool = True) -> bytes:
+    # The library reads a MiB, and makes an address of every two bytes of it.
+    try:
+        message = await read_varint_prefixed_bytes_limited(stream, IDENTIFY_BYTES_MAX)
+    except Exception:
+        await stream.reset()  # or it takes whatever follows for an identity without a length
+        raise
+    await stream.muxed_conn.spend(len(message) * libp2p_time.IDENTIFY_BYTE_S)
     return message

@@ -43,6 +43,8 @@ CONNECTIONS_PER_PEER_MAX = 3  # two when both sides dial at once
 UPGRADE_S = 5.0
 NEGOTIATION_S = 5
 PROTOCOL_NAME_BYTES_MAX = 256
+PROTOCOL_NAMES_MAX = 9  # of one negotiation: multistream's own, and eight to choose from
+IDENTIFY_BYTES_MAX = 8 * KiB
 PEER_ID_BYTES_MAX = 64  # of an Ed25519 key: 38
 
 PEERS_KEPT_MAX = 512

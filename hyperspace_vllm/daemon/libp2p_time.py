@@ -1,6 +1,7 @@
 """How much of this node's CPU time goes into what peers send, whatever it says.
 
-Messages, frames, bytes, new streams and requests have each a price, about what they take on a slow core. A peer
+Messages, frames, bytes, new streams, requests and whatever else comes in any number on a stream (gossip, pings, the
+DHT's) have each a price, about what they take on a slow core. A peer
 that has used up its time is not read for a while, so that TCP holds it back and an honest one loses nothing but speed,
 beyond 30 MB/s. The peers of a host share, and all together; strangers have shares of their own, and take nothing from
 the rest. Rejected: measuring the time, most of which is spent in tasks that cannot say for whom.
@@ -21,6 +22,13 @@ BYTE_S = 5e-9
 STREAM_S = 1e-3  # to agree on its protocol
 DHT_MESSAGE_S = 500e-6
 REQUEST_S = 1e-3  # to decode and answer it, in two threads
+PING_S = 150e-6
+IDENTIFY_BYTE_S = 2e-6  # 20 us an address, of ten bytes at least
+GOSSIP_RPC_S = 100e-6  # one RPC, whatever is in it
+GOSSIP_FIELD_S = 5e-6  # of its messages and control entries, message ids among them
+GOSSIP_MESSAGE_S = 200e-6  # to judge a new one, as often as `message_cost` says
+GOSSIP_CONTROL_S = 200e-6  # a subscription, a GRAFT, which may take an answer
+GOSSIP_RECORD_S = 1e-3  # to verify a sender's addresses
 
 PEER_SHARE = 0.2  # of a core
 HOST_SHARE = 0.25

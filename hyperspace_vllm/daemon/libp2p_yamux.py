@@ -325,6 +325,12 @@ class YamuxConnection(IMuxedConn):
         """Return when the peer has this node's time for work of `cost_s`."""
         await self._time.spend(cost_s)
 
+    def refuse(self, why: str) -> None:
+        """End the connection soon: the peer broke a rule."""
+        logger.debug("peer %s broke a rule: %s", self.peer_id, why)
+        self._violated(self.peer_id)
+        self.stop()
+
     # --- called by the streams ------------------------------------------------------------------
 
     @property
@@ -366,8 +372,7 @@ class YamuxConnection(IMuxedConn):
         try:
             await task()
         except _BrokenRule as broken:
-            logger.debug("peer %s broke a rule of yamux: %s", self.peer_id, broken)
-            self._violated(self.peer_id)
+            self.refuse(str(broken))
         except Exception:
             logger.debug("a connection has ended", exc_info=True)
         finally:
