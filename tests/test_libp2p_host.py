@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import pairwise
+from typing import Any
 from unittest.mock import ANY
 
 import libp2p.kad_dht.kad_dht as kad_module
@@ -22,14 +23,20 @@ import pytest
 import trio
 from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
+from libp2p.exceptions import ParseError
+from libp2p.identity.identify.pb.identify_pb2 import Identify
+from libp2p.io.utils import read_exactly
 from libp2p.kad_dht.pb.kademlia_pb2 import Message as DhtMessage
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.stream_muxer.exceptions import MuxedStreamError
+from libp2p.utils import encode_varint_prefixed
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.peers import slots
-from hyperspace_vllm.core.peers.gossip_gate import BURST_S, GossipGate
+from hyperspace_vllm.core.peers.gossip_gate import BURST_S, GossipGate, Verdict
 from hyperspace_vllm.core.records.announcement import (
     RESPONSE_TOPIC,
     Announcement,
@@ -998,6 +1005,185 @@ async def test_messages_of_the_dht_are_in_the_time_of_who_sends_them(
     assert took_s > (count * 0.05 - 2 * libp2p_time.BURST_S) / libp2p_time.PEER_SHARE
 
 
+class Ignoring(OpenGate):
+    """Accepts one message, and counts those that it makes no use of."""
+
+    ignored = 0
+
+    def judge(self, *args: Any) -> Verdict:
+        payload: bytes = args[3]
+        self.ignored += payload != b"last"
+        return Verdict.ACCEPT if payload == b"last" else Verdict.IGNORE
+
+
+def gossip_message(payload: bytes, number: int = 0) -> rpc_pb2.Message:
+    sender = ID.from_base58(peer_id(SigningKey.generate().verify_key.encode()))
+    return rpc_pb2.Message(from_id=sender.to_bytes(), data=payload, seqno=bytes([number]), topicIDs=[TOPIC])
+
+
+def prune() -> rpc_pb2.RPC:
+    return rpc_pb2.RPC(control=rpc_pb2.ControlMessage(prune=[rpc_pb2.ControlPrune(topicID=TOPIC)] * 64))
+
+
+@pytest.mark.parametrize(
+    ("price", "items", "rpcs"),
+    [
+        ("GOSSIP_RPC_S", 12, [rpc_pb2.RPC()] * 12),
+        ("GOSSIP_FIELD_S", 12, [rpc_pb2.RPC(publish=[rpc_pb2.Message()] * 12)]),
+        ("GOSSIP_MESSAGE_S", 12, [rpc_pb2.RPC(publish=[gossip_message(b"?", number) for number in range(12)])]),
+        ("GOSSIP_CONTROL_S", 12, [prune()] * 12),
+        ("GOSSIP_CONTROL_S", 12, [rpc_pb2.RPC(subscriptions=[rpc_pb2.RPC.SubOpts(topicid=TOPIC)] * 12)]),
+        ("GOSSIP_RECORD_S", 12, [rpc_pb2.RPC(senderRecord=bytes([number])) for number in range(12)]),
+    ],
+    ids=["RPCs", "empty messages", "ignored messages", "PRUNEs", "subscriptions", "records"],
+)
+async def test_whatever_gossip_holds_is_in_the_time_of_who_sends_it(
+    members: Members, monkeypatch: pytest.MonkeyPatch, price: str, items: int, rpcs: list[rpc_pb2.RPC]
+) -> None:
+    monkeypatch.setattr(libp2p_time, price, 0.05)
+    gate = Ignoring()
+    (a,) = await members(1, gate=gate)
+    took_s = 0.0
+
+    async def gossip(node: Libp2pNode, victim: ID) -> None:
+        nonlocal took_s
+        stream = await open_stream(node, victim, "/meshsub/1.1.0")
+        began_s = trio.current_time()
+        for rpc in (*rpcs, rpc_pb2.RPC(publish=[gossip_message(b"last")])):
+            await stream.write(encode_varint_prefixed(rpc.SerializeToString()))
+        while not a.gossip:  # noqa: ASYNC110 (it comes in another thread)
+            await trio.sleep(0.02)
+        took_s = trio.current_time() - began_s
+
+    await attack(a, gossip)
+    assert took_s > (items * 0.05 - 2 * libp2p_time.BURST_S) / libp2p_time.PEER_SHARE
+    assert gate.ignored == (12 if price == "GOSSIP_MESSAGE_S" else 0)
+    assert not a.violations
+
+
+@pytest.mark.parametrize(
+    "rpc",
+    [
+        b"\x12\x00" * (libp2p_gossip.GOSSIP_FIELDS_MAX + 1),
+        rpc_pb2.RPC(publish=[rpc_pb2.Message(topicIDs=[""] * libp2p_gossip.GOSSIP_FIELDS_MAX)]).SerializeToString(),
+        rpc_pb2.RPC(
+            control=rpc_pb2.ControlMessage(
+                iwant=[rpc_pb2.ControlIWant(messageIDs=[b""] * libp2p_gossip.GOSSIP_FIELDS_MAX)]
+            )
+        ).SerializeToString(),
+    ],
+    ids=["messages", "topics", "ids"],
+)
+async def test_who_sends_an_rpc_of_more_entries_than_an_honest_one_has_is_let_go_and_told_of(
+    members: Members, rpc: bytes
+) -> None:
+    a, b = await members(2)
+
+    async def gossip(node: Libp2pNode, victim: ID) -> None:
+        (conn,) = node._swarm.live(victim)
+        stream = await open_stream(node, victim, "/meshsub/1.1.0")
+        with suppress(Exception):
+            await stream.write(encode_varint_prefixed(rpc))
+        with trio.fail_after(20):
+            await conn.event_closed.wait()
+
+    await attack(a, gossip)
+    await until(lambda: len(a.violations) == 1)
+    assert await b.ask(a) == b"?"
+
+
+def test_the_fullest_honest_rpcs_are_within_the_bound() -> None:
+    message = gossip_message(announcement(Member(), 1))
+    message.signature, message.key = bytes(64), bytes(36)
+    each = rpc_pb2.RPC(publish=[message]).ByteSize()
+    wanted = rpc_pb2.RPC(publish=[message] * (libp2p_gossip.GOSSIP_RPC_BYTES_MAX // each)).SerializeToString()
+    assert libp2p_gossip.count_fields(wanted) == libp2p_gossip.GOSSIP_RPC_BYTES_MAX // each * 7
+    ids = [bytes(46)] * (libp2p_gossip.GOSSIP_RPC_BYTES_MAX // 48 - 2)
+    had = rpc_pb2.RPC(
+        control=rpc_pb2.ControlMessage(ihave=[rpc_pb2.ControlIHave(topicID=TOPIC, messageIDs=ids)])
+    ).SerializeToString()
+    assert libp2p_gossip.count_fields(had) == len(ids) + 3
+    for rpc in (wanted, had):
+        assert libp2p_gossip.GOSSIP_RPC_BYTES_MAX * 0.99 < len(rpc) <= libp2p_gossip.GOSSIP_RPC_BYTES_MAX
+        assert libp2p_gossip.count_fields(rpc) <= libp2p_gossip.GOSSIP_FIELDS_MAX
+    for malformed in (b"\x12\x05a", b"\x80", b"\x12", b"\x0b", b"\x12\x02\x0a\x05abcdef"):
+        with pytest.raises(ParseError):
+            libp2p_gossip.count_fields(malformed)
+
+
+def test_of_a_neighbours_control_messages_one_of_each_topic_is_kept_and_each_id_once() -> None:
+    node = libp2p_gossip.NodeGossip(frozenset([TOPIC]), lambda peer: Standing(Rank.MET, ""))
+    control = rpc_pb2.ControlMessage(
+        graft=[rpc_pb2.ControlGraft(topicID=topic) for topic in (TOPIC, "another") * 20],
+        prune=[rpc_pb2.ControlPrune(topicID=TOPIC)] * 20,
+        ihave=[rpc_pb2.ControlIHave(topicID=TOPIC, messageIDs=[b"a", b"b"])] * 20,
+        iwant=[rpc_pb2.ControlIWant(messageIDs=[b"a", b"b"] * 20)],
+    )
+    assert node.keep_ours(control) == 4
+    assert [entry.topicID for entry in (*control.graft, *control.prune, *control.ihave)] == [TOPIC] * 3
+    assert list(control.iwant[0].messageIDs) == [b"a", b"b"]
+
+
+async def test_pings_are_in_the_time_of_who_sends_them(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libp2p_time, "PING_S", 0.05)
+    (a,) = await members(1)
+    count, took_s = 12, 0.0
+
+    async def ping(node: Libp2pNode, victim: ID) -> None:
+        nonlocal took_s
+        stream = await open_stream(node, victim, "/ipfs/ping/1.0.0")
+        began_s = trio.current_time()
+        await stream.write(bytes(32) * count)
+        await read_exactly(stream, 32 * count)
+        took_s = trio.current_time() - began_s
+
+    await attack(a, ping)
+    assert took_s > (count * 0.05 - 2 * libp2p_time.BURST_S) / libp2p_time.PEER_SHARE
+
+
+@pytest.mark.parametrize("is_raw", [False, True], ids=["on a stream", "before anybody has proved who he is"])
+@pytest.mark.parametrize("name", [b"\x02a\n", b"\x03ls\n"])
+async def test_a_few_protocol_names_are_answered_and_then_no_more(members: Members, is_raw: bool, name: bytes) -> None:
+    (a,) = await members(1)
+    opening = b"\x13/multistream/1.0.0\n" + name * 100
+    answers = bytearray()
+
+    async def ask(node: Libp2pNode, victim: ID) -> None:
+        stream = await node._swarm.live(victim)[0].muxed_conn.open_stream()
+        with suppress(MuxedStreamError):
+            await stream.write(opening)
+            while data := await stream.read(65536):
+                answers.extend(data)
+
+    if is_raw:
+        with suppress(ConnectionError), socket.create_connection(split_address(a.host.address), 30) as stranger:
+            stranger.sendall(opening)
+            while data := await asyncio.to_thread(stranger.recv, 65536):
+                answers += data
+    else:
+        await attack(a, ask)
+    assert answers.count(b"na\n" if name == b"\x02a\n" else PROTOCOL.encode()) <= 8
+
+
+async def test_an_identity_without_an_end_is_not_read(members: Members) -> None:
+    (a,) = await members(1)
+    known: list[str] = []
+
+    async def push(node: Libp2pNode, victim: ID) -> None:
+        link = a.host._link
+        assert link is not None
+        for name, agent in (("/large", "x" * libp2p_swarm.IDENTIFY_BYTES_MAX), ("/small", "")):
+            stream = await open_stream(node, victim, "/ipfs/id/push/1.0.0")
+            message = Identify(protocols=[name], agent_version=agent).SerializeToString()
+            await stream.write(encode_varint_prefixed(message))
+            await wait_closed(stream, 20)
+            known.extend(link.node._host.get_peerstore().get_protocols(node._own_id))
+
+    await attack(a, push)
+    assert "/small" in known
+    assert "/large" not in known
+
+
 async def test_streams_in_number_are_refused_beyond_a_bound(members: Members) -> None:
     a, b = await members(2)
 
@@ -1218,7 +1404,7 @@ def test_the_library_is_the_one_that_was_read() -> None:
 def test_every_overridden_method_is_still_the_librarys(ours: type) -> None:
     new = {
         *("live", "host_of", "drop", "close_sockets", "_has_room", "forget", "_least", "renew", "_tell", "may_pass_on"),
-        *("_forget", "_ask_closer", "_query", "_walk", "_learn_addresses"),
+        *("keep_ours", "_take", "_forget", "_ask_closer", "_query", "_walk", "_learn_addresses"),
     }
     for name, value in vars(ours).items():
         if callable(value) and name not in new and not name.startswith("__"):
