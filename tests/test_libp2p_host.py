@@ -1064,6 +1064,7 @@ async def test_whatever_gossip_holds_is_in_the_time_of_who_sends_it(
 @pytest.mark.parametrize(
     "rpc",
     [
+        b"\x12\x00" * 1000 + b"\x12\x05",
         b"\x12\x00" * (libp2p_gossip.GOSSIP_FIELDS_MAX + 1),
         rpc_pb2.RPC(publish=[rpc_pb2.Message(topicIDs=[""] * libp2p_gossip.GOSSIP_FIELDS_MAX)]).SerializeToString(),
         rpc_pb2.RPC(
@@ -1072,9 +1073,9 @@ async def test_whatever_gossip_holds_is_in_the_time_of_who_sends_it(
             )
         ).SerializeToString(),
     ],
-    ids=["messages", "topics", "ids"],
+    ids=["malformed", "messages", "topics", "ids"],
 )
-async def test_who_sends_an_rpc_of_more_entries_than_an_honest_one_has_is_let_go_and_told_of(
+async def test_who_sends_an_rpc_that_is_malformed_or_of_too_many_entries_is_let_go_and_told_of(
     members: Members, rpc: bytes
 ) -> None:
     a, b = await members(2)

@@ -166,17 +166,19 @@ class NodePubsub(Pubsub):
         self._on_message = on_message
 
     async def continuously_read_stream(self, stream: INetStream) -> None:
-        """Take a neighbour's RPCs, each and what is in it at its price, until the stream ends; ParseError."""
+        """Take a neighbour's RPCs, each and what is in it at its price, until the stream ends.
+
+        Raises ParseError for one that is too long; a malformed one, or one of too many fields, ends the connection.
+        """
         conn: Any = stream.muxed_conn
         try:
             while self.manager.is_running:
                 raw = await read_varint_prefixed_bytes_limited(stream, GOSSIP_RPC_BYTES_MAX)
                 fields = count_fields(raw)
-                if fields > GOSSIP_FIELDS_MAX:
-                    conn.refuse("a gossip RPC of too many fields")
-                    return
                 await conn.spend(libp2p_time.GOSSIP_RPC_S + fields * libp2p_time.GOSSIP_FIELD_S)
                 await self._take(rpc_pb2.RPC.FromString(raw), conn)
+        except ParseError as error:
+            conn.refuse(f"gossip: {error}")
         except MessageTooLarge as error:
             raise ParseError("gossip RPC") from error
         except (StreamError, IOException, RawConnError):
@@ -265,17 +267,19 @@ check_record = _Once(maybe_consume_signed_record)
 
 
 def count_fields(rpc: bytes) -> int:
-    """How many fields an encoded RPC has, those of its messages among them, without decoding it; ParseError.
+    """How many fields an encoded RPC has, those of its messages among them, without decoding it.
 
-    It stops counting soon after GOSSIP_FIELDS_MAX.
+    Raises ParseError for one that is malformed, or has more than GOSSIP_FIELDS_MAX.
     """
     return _count(rpc, 0, len(rpc), rpc_pb2.RPC.DESCRIPTOR, 0)
 
 
 def _count(rpc: bytes, at: int, end: int, kind: Descriptor, fields: int) -> int:
-    while at < end and fields <= GOSSIP_FIELDS_MAX:
+    while at < end:
         key, at = _varint(rpc, at)
         fields += 1
+        if fields > GOSSIP_FIELDS_MAX:
+            raise ParseError("too many fields")
         match key & 7:
             case 0:
                 _, at = _varint(rpc, at)
@@ -290,9 +294,9 @@ def _count(rpc: bytes, at: int, end: int, kind: Descriptor, fields: int) -> int:
             case 5:
                 at += 4
             case _:
-                raise ParseError("gossip RPC")
+                raise ParseError("malformed RPC")
     if at > end:
-        raise ParseError("gossip RPC")
+        raise ParseError("malformed RPC")
     return fields
 
 
@@ -304,4 +308,4 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << 7 * number
         if byte < 0x80:
             return value, at + number + 1
-    raise ParseError("gossip RPC")
+    raise ParseError("malformed RPC")
