@@ -31,6 +31,7 @@ from hyperspace_vllm.core.records.peer_wire import (
     protocol_of,
 )
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG, member_tag
+from hyperspace_vllm.core.records.standing import Tier
 from hyperspace_vllm.daemon.identity import curve_public_of
 from hyperspace_vllm.daemon.libp2p_host import Libp2pHost
 
@@ -115,8 +116,8 @@ class Stranger:
 
     def on_violation(self, peer: PeerId) -> None: ...
 
-    def has_standing(self, peer: PeerId) -> bool:
-        return False
+    def tier(self, peer: PeerId) -> Tier:
+        return Tier.STRANGER
 
     def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None: ...
 

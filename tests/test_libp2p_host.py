@@ -46,7 +46,7 @@ from hyperspace_vllm.core.records.announcement import (
 )
 from hyperspace_vllm.core.records.ids import PeerId, peer_id
 from hyperspace_vllm.core.records.limits import GOSSIP_OF_AUTHOR_PER_S, RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX, MiB
-from hyperspace_vllm.core.records.standing import Rank, Standing
+from hyperspace_vllm.core.records.standing import Rank, Standing, Tier
 from hyperspace_vllm.daemon import (
     libp2p_dht,
     libp2p_gossip,
@@ -124,8 +124,8 @@ class Member:
     def on_violation(self, peer: PeerId) -> None:
         self.violations.append(peer)
 
-    def has_standing(self, peer: PeerId) -> bool:
-        return True
+    def tier(self, peer: PeerId) -> Tier:
+        return Tier.PROVEN
 
     def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
         self.discovered[peer] = address
@@ -198,8 +198,8 @@ class Silent:
     def violated(self, peer: PeerId) -> None:
         pass
 
-    def has_standing(self, peer: PeerId) -> bool:
-        return True
+    def tier(self, peer: PeerId) -> Tier:
+        return Tier.PROVEN
 
     async def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
         return False

@@ -6,6 +6,7 @@ import trio.testing
 from libp2p.peer.id import ID
 
 from hyperspace_vllm.core.records.limits import STREAM_FRAME_BYTES_MAX
+from hyperspace_vllm.core.records.standing import Tier
 from hyperspace_vllm.daemon.libp2p_streams import (
     ANSWER_BYTES_MAX,
     ANSWER_BYTES_PER_PEER_MAX,
@@ -59,7 +60,7 @@ def serve(
         return answer
 
     async def main() -> None:
-        answerer = Answerer(handle, heard.append, no_wait)
+        answerer = Answerer(handle, heard.append, no_wait, lambda peer: Tier.MEMBER)
         async with trio.open_nursery() as nursery:
             for stream in streams:
                 nursery.start_soon(answerer.serve, stream, "protocol")

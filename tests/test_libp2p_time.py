@@ -8,6 +8,7 @@ from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.records.ids import PeerId, peer_id
 from hyperspace_vllm.core.records.limits import RESPONSE_BYTES_MAX, KiB, MiB
+from hyperspace_vllm.core.records.standing import Tier
 from hyperspace_vllm.daemon import libp2p_yamux
 from hyperspace_vllm.daemon.libp2p_streams import Answerer
 from hyperspace_vllm.daemon.libp2p_time import (
@@ -29,10 +30,11 @@ FOR_S = 6.0
 NEW = _HEAD.pack(0, _WINDOW, _SYN, 2, 0)
 STRANGERS = [peer_id(SigningKey(bytes([number]) * 32).verify_key.encode()) for number in range(40)]
 KNOWN = [peer_id(SigningKey(bytes([number]) * 32).verify_key.encode()) for number in range(100, 140)]
+PROVEN = [peer_id(SigningKey(bytes([number]) * 32).verify_key.encode()) for number in range(140, 144)]
 
 
 def peer_time() -> PeerTime:
-    return PeerTime(KNOWN.__contains__)
+    return PeerTime(lambda peer: Tier.PROVEN if peer in PROVEN else Tier.MEMBER if peer in KNOWN else Tier.STRANGER)
 
 
 class Wire:
@@ -140,7 +142,9 @@ def test_requests_and_new_streams_take_a_bounded_part_of_the_time(
         time, peer, wire = peer_time(), ID.from_base58(STRANGERS[0]), Opening("192.0.2.1", b"", 0)
         conn = YamuxConnection(wire, peer, time, lambda peer: None)  # type: ignore[arg-type]
         account = time.account(STRANGERS[0], "192.0.2.1")
-        answerer = Answerer(handle, lambda peer: None, lambda peer: account.spend(REQUEST_S))
+        answerer = Answerer(
+            handle, lambda peer: None, lambda peer: account.spend(REQUEST_S), lambda peer: Tier.STRANGER
+        )
         with trio.move_on_after(FOR_S):
             async with trio.open_nursery() as nursery:
                 if streams:

@@ -37,6 +37,7 @@ from hyperspace_vllm.core.records.peer_wire import (
     protocol_of,
 )
 from hyperspace_vllm.core.records.signing import member_tag
+from hyperspace_vllm.core.records.standing import Tier
 from hyperspace_vllm.core.response import dht_use
 from hyperspace_vllm.core.response.cache_proof import request_hash
 from hyperspace_vllm.daemon.libp2p_host import Libp2pHost
@@ -173,8 +174,8 @@ class Listener:
 
     def on_violation(self, peer: PeerId) -> None: ...
 
-    def has_standing(self, peer: PeerId) -> bool:
-        return False
+    def tier(self, peer: PeerId) -> Tier:
+        return Tier.STRANGER
 
     def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None: ...
 

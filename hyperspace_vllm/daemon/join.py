@@ -28,6 +28,7 @@ from ..core.records.ids import PeerId, RequestKey, RowId, network_id, public_key
 from ..core.records.local import Scope
 from ..core.records.peer_record import PeerRecord
 from ..core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
+from ..core.records.standing import Tier
 from ..core.response.evidence import verdict
 from ..response_db import database_path
 from .address_book import AddressBook
@@ -339,8 +340,8 @@ class _Relay:
         if self.driver:
             self.driver.on_violation(peer)
 
-    def has_standing(self, peer: PeerId) -> bool:
-        return self.driver is not None and self.driver.has_standing(peer)
+    def tier(self, peer: PeerId) -> Tier:
+        return self.driver.tier(peer) if self.driver else Tier.STRANGER
 
     def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
         if self.driver:

@@ -6,6 +6,7 @@ somebody says so.
 """
 
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -27,7 +28,10 @@ from libp2p.peer.peerinfo import PeerInfo
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
+from ..core.records.ids import PeerId
 from ..core.records.limits import KiB
+from ..core.records.standing import Tier
+from .libp2p_room import Hold, Room
 from .libp2p_swarm import ADDRESSES_PER_PEER_MAX, PEER_ENVELOPE_BYTES_MAX, PEER_ID_BYTES_MAX
 
 QUERY_S = 1.5  # a frozen peer costs a lookup this much, once
@@ -37,7 +41,9 @@ MAINTENANCE_S = 60.0
 DHT_MESSAGE_BYTES_MAX = 64 * KiB  # 20 peers of about 500 B, and as many providers
 DHT_STREAMS_MAX = 256
 DHT_STREAMS_PER_PEER_MAX = 32
+DHT_STREAMS_OF_STRANGERS_MAX = 128
 DHT_STREAM_S = 10.0
+DHT_IDLE_S = 2.0  # from one message's end to the next one's
 PROVIDER_MESSAGES_PER_10_S = 2_000  # of one peer; what they may add is bounded below
 PROVIDERS_MAX = 50_000
 PROVIDERS_PER_PEER_MAX = 4_000
@@ -303,32 +309,32 @@ def _closer_peers(answer: Message) -> list[Message.Peer]:
 class NodeDht(KadDHT):
     """Provider records only, in server mode; streams bounded in number and time."""
 
-    def __init__(self, host: IHost, dial: Dial) -> None:
+    def __init__(self, host: IHost, dial: Dial, tier: Callable[[PeerId], Tier]) -> None:
         super().__init__(host, DHTMode.SERVER)
         self.routing_table = _ConnectedOnly(host.get_id(), host, max_peers_per_subnet=0)
         self.peer_routing.routing_table = self.routing_table
         self.value_store = _NoValues(host, host.get_id())
         self.provider_store: NodeProviders = NodeProviders(host, self.peer_routing, self.routing_table, dial)
         self._provider_rate_max = PROVIDER_MESSAGES_PER_10_S
-        self._inbound_limiter = trio.CapacityLimiter(DHT_STREAMS_MAX)
-        self._streams_of: dict[ID, int] = {}
+        self._inbound_limiter = trio.CapacityLimiter(math.inf)  # one that lost its place is in it for a moment more
+        self._tier = tier
+        self._places = Room(DHT_STREAMS_PER_PEER_MAX, DHT_STREAMS_OF_STRANGERS_MAX, DHT_STREAMS_MAX)
 
     async def handle_stream(self, stream: INetStream) -> None:
         """Answer one peer's stream, for a bounded time."""
-        peer_id = stream.muxed_conn.peer_id
-        if self._streams_of.get(peer_id, 0) >= DHT_STREAMS_PER_PEER_MAX:
+        peer, scope = PeerId(stream.muxed_conn.peer_id.to_base58()), trio.CancelScope()
+        place = Hold(peer, self._tier(peer), scope.cancel)
+        if not self._places.take(place, 1):
             await stream.reset()
             return
-        self._streams_of[peer_id] = self._streams_of.get(peer_id, 0) + 1
         try:
-            with trio.move_on_after(DHT_STREAM_S) as scope:
+            scope.deadline = trio.current_time() + DHT_STREAM_S
+            with scope:
                 await super().handle_stream(stream)
             if scope.cancelled_caught:
                 await stream.reset()
         finally:
-            self._streams_of[peer_id] -= 1
-            if not self._streams_of[peer_id]:
-                del self._streams_of[peer_id]
+            self._places.give_back(place)
 
     async def _run_main_loop(self) -> None:
         # Whom to know is the core's business (peer exchange), so nothing here searches for peers.

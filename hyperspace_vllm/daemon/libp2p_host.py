@@ -24,6 +24,7 @@ from nacl.signing import SigningKey
 from ..core.peers.gossip_gate import GossipGate
 from ..core.records.ids import PeerId, peer_id
 from ..core.records.limits import STREAM_FRAME_BYTES_MAX
+from ..core.records.standing import Tier
 from .libp2p_mdns import Mdns
 from .libp2p_node import Libp2pNode, NodeSettings
 from .peer_failed import PeerFailed
@@ -65,8 +66,8 @@ class HostHandler(Protocol):
     def on_violation(self, peer: PeerId) -> None:
         """A peer broke a rule of yamux or the streams: a frame too long, too much at once, frames for nothing."""
 
-    def has_standing(self, peer: PeerId) -> bool:
-        """Whether a peer is no stranger; called in the thread, must not block."""
+    def tier(self, peer: PeerId) -> Tier:
+        """Whether a peer's needs come first; called in the thread, must not block."""
 
     def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
         """A machine of this local network says that a peer is there (mDNS, unsigned).
@@ -419,8 +420,8 @@ class _Events:
         await done.wait()
         return says[0]
 
-    def has_standing(self, peer: PeerId) -> bool:
-        return self._host.handler.has_standing(peer)
+    def tier(self, peer: PeerId) -> Tier:
+        return self._host.handler.tier(peer)
 
     def violated(self, peer: PeerId) -> None:
         self._inbox.put(lambda: self._host.handler.on_violation(peer))

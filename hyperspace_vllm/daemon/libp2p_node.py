@@ -35,6 +35,7 @@ from ..core.peers.gossip_gate import GossipGate, Verdict
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import NetworkId, PeerId, public_key_of, sha256
 from ..core.records.limits import PEER_CONNECTIONS_MAX
+from ..core.records.standing import Tier
 from . import libp2p_swarm as swarm
 from .libp2p_dht import NodeDht
 from .libp2p_gossip import NodeGossip, NodePubsub
@@ -71,7 +72,7 @@ class NodeEvents(Protocol):
     def gossip_spoiled(self, relay: PeerId) -> None: ...
     async def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool: ...
     def violated(self, peer: PeerId) -> None: ...
-    def has_standing(self, peer: PeerId) -> bool: ...
+    def tier(self, peer: PeerId) -> Tier: ...
     def peer_changed(self, peer: PeerId, host: str | None) -> None: ...  # None: it has gone
 
 
@@ -129,7 +130,7 @@ class Libp2pNode:
         )
         store.add_key_pair(own_id, key_pair)
         self._transport = transport = NodeTransport()
-        self._time = PeerTime(lambda peer: _is_node(peer) and events.has_standing(peer))
+        self._time = PeerTime(self._tier)
         self._swarm = NodeSwarm(
             own_id,
             store,
@@ -156,7 +157,7 @@ class Libp2pNode:
         )
         # One failing inbound stream must not end the connection, let alone the host.
         self._swarm.set_stream_handler(_guarded(self._host._swarm_stream_handler))
-        self._dht = NodeDht(self._host, self._dial_told)
+        self._dht = NodeDht(self._host, self._dial_told, self._tier)
         self._host.dht = self._dht
         self._gate = settings.gate or GossipGate(NetworkId(bytes(32)), 0)
         self._gossip = NodeGossip(topics, lambda peer_id: self._gate.standing(PeerId(peer_id.to_base58())))
@@ -164,7 +165,7 @@ class Libp2pNode:
         self._topics = settings.topics
         self._listen = settings.listen
         self._asker = Asker(self._host, lambda peer_id: bool(self._swarm.live(peer_id)))
-        self._answerer = Answerer(self._on_request, self._on_violation, self._wait_for_time)
+        self._answerer = Answerer(self._on_request, self._on_violation, self._wait_for_time, self._tier)
         self._dialling: dict[ID, trio.Lock] = {}
         for protocol in settings.protocols:
             self._host.set_stream_handler(TProtocol(protocol), partial(self._answerer.serve, protocol=protocol))
@@ -238,7 +239,17 @@ class Libp2pNode:
 
     async def request(self, peer: PeerId, protocol: str, frame: bytes) -> bytes:
         """A peer's answer; PeerFailed."""
-        return await self._asker.ask(ID.from_base58(peer), protocol, frame)
+        peer_id = ID.from_base58(peer)
+        held_s, began_s = self._held_s(peer_id), trio.current_time()
+        try:
+            return await self._asker.ask(peer_id, protocol, frame)
+        except trio.Cancelled:
+            if self._held_s(peer_id) - held_s > (trio.current_time() - began_s) / 2:
+                raise PeerFailed("busy") from None  # this node, for others: the answer may lie here unread
+            raise
+
+    def _held_s(self, peer_id: ID) -> float:
+        return max((conn.muxed_conn.held_s for conn in self._swarm.live(peer_id)), default=0.0)  # type: ignore[attr-defined]
 
     async def publish(self, topic: str, payload: bytes) -> None:
         """Send to the topic's mesh."""
@@ -286,6 +297,9 @@ class Libp2pNode:
         peer = PeerId(peer_id.to_base58())
         if _is_node(peer):
             self._events.violated(peer)
+
+    def _tier(self, peer: PeerId) -> Tier:
+        return self._events.tier(peer) if _is_node(peer) else Tier.STRANGER
 
     async def _wait_for_time(self, peer_id: ID) -> None:
         await self._time.account(PeerId(peer_id.to_base58()), self._swarm.host_of(peer_id)).spend(REQUEST_S)

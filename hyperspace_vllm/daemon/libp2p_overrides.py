@@ -36,7 +36,7 @@ from libp2p.tools.anyio_service.trio_manager import TrioManager
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
 from . import libp2p_time
-from .libp2p_dht import DHT_MESSAGE_BYTES_MAX, PROVIDER_RENEWAL_S, PROVIDER_TTL_S, QUERY_S
+from .libp2p_dht import DHT_IDLE_S, DHT_MESSAGE_BYTES_MAX, PROVIDER_RENEWAL_S, PROVIDER_TTL_S, QUERY_S
 from .libp2p_gossip import GossipQueue, check_record
 from .libp2p_pnet import PrivateConnection
 from .libp2p_swarm import IDENTIFY_BYTES_MAX, PEER_ID_BYTES_MAX, PROTOCOL_NAME_BYTES_MAX, PROTOCOL_NAMES_MAX
@@ -172,8 +172,9 @@ async def _read_protocol_name(reader: ReadWriteCloser) -> bytes:
 
 
 async def _read_dht_message(stream: Any, size_max: int) -> bytes:
-    # The library answers any number of messages on a stream.
-    message = await read_varint_prefixed_bytes_limited(stream, size_max)
+    # The library answers any number of messages on a stream, and waits for them for ever.
+    with trio.fail_after(DHT_IDLE_S):
+        message = await read_varint_prefixed_bytes_limited(stream, size_max)
     await stream.muxed_conn.spend(libp2p_time.DHT_MESSAGE_S)
     return message
 

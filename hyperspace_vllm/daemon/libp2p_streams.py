@@ -18,15 +18,20 @@ from libp2p.io.exceptions import IOException
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.peer.id import ID
 
+from ..core.records.ids import PeerId
 from ..core.records.limits import STREAM_FRAME_BYTES_MAX, KiB, MiB
+from ..core.records.standing import Tier
+from .libp2p_room import Hold, Room
 from .peer_failed import PeerFailed
 
 REQUESTS_PER_PEER_MAX = 64  # in flight, either way
 REQUESTS_MAX = 512
 FRAME_BYTES_IN_PER_PEER_MAX = 2 * STREAM_FRAME_BYTES_MAX
 FRAME_BYTES_IN_MAX = 64 * MiB
+FRAME_BYTES_IN_OF_STRANGERS_MAX = 32 * MiB
 ANSWER_BYTES_PER_PEER_MAX = 4 * STREAM_FRAME_BYTES_MAX  # answers that a peer has not taken yet
 ANSWER_BYTES_MAX = 128 * MiB
+ANSWER_BYTES_OF_STRANGERS_MAX = 64 * MiB
 SPARE_STREAMS_MAX = 4  # kept open for the next request, by peer and protocol
 READ_BYTES = 64 * KiB
 
@@ -44,56 +49,22 @@ class _BrokenRule(Exception):
     """The peer's frame is too long, or too much at once."""
 
 
-class _Full(Exception):
-    """All peers together have sent as much as this node holds, which is the fault of none of them."""
-
-
-class _Room:
-    """Bytes that may be held, in all and by peer."""
-
-    def __init__(self, peer_bytes_max: int, bytes_max: int) -> None:
-        self._peer_bytes_max = peer_bytes_max
-        self._bytes_max = bytes_max
-        self._bytes = 0
-        self._by_peer: dict[ID, int] = {}
-
-    def is_over(self, peer_id: ID, size: int) -> bool:
-        """Whether with `size` more the peer alone would have too much."""
-        return self._by_peer.get(peer_id, 0) + size > self._peer_bytes_max
-
-    def take(self, peer_id: ID, size: int) -> bool:
-        mine = self._by_peer.get(peer_id, 0) + size
-        if self.is_over(peer_id, size) or self._bytes + size > self._bytes_max:
-            return False
-        self._by_peer[peer_id] = mine
-        self._bytes += size
-        return True
-
-    def give_back(self, peer_id: ID, size: int) -> None:
-        self._bytes -= size
-        self._by_peer[peer_id] -= size
-        if not self._by_peer[peer_id]:
-            del self._by_peer[peer_id]
-
-
-async def read_frame(stream: INetStream, first_byte_s: float, frame_s: float, room: Callable[[int], None]) -> bytes:
-    """One frame's payload; `room` is told before each piece is taken. TooSlowError, StreamError, _BrokenRule."""
+async def read_frame(stream: INetStream, first_byte_s: float, frame_s: float, keep: Callable[[bytes], object]) -> None:
+    """Read one frame, piece by piece, each of which `keep` gets. TooSlowError, StreamError, _BrokenRule."""
     head = bytearray()
     with trio.fail_after(first_byte_s):
         head += await _read(stream, _LENGTH.size)
     with trio.fail_after(frame_s):
         while len(head) < _LENGTH.size:
             head += await _read(stream, _LENGTH.size - len(head))
-        (length,) = _LENGTH.unpack(head)
-        if length > STREAM_FRAME_BYTES_MAX:
+        (left,) = _LENGTH.unpack(head)
+        if left > STREAM_FRAME_BYTES_MAX:
             raise _BrokenRule("frame too long")
-        payload = bytearray()
-        while len(payload) < length:
+        while left > 0:
             # As it comes: announcing a length costs the sender nothing, so nothing is set aside for it.
-            piece = await _read(stream, min(length - len(payload), READ_BYTES))
-            room(len(piece))
-            payload += piece
-    return bytes(payload)
+            piece = await _read(stream, min(left, READ_BYTES))
+            keep(piece)
+            left -= len(piece)
 
 
 async def _read(stream: INetStream, size: int) -> bytes:
@@ -111,7 +82,8 @@ async def write_frame(stream: INetStream, payload: bytes) -> None:
 class Answerer:
     """Serves inbound streams: reads requests, asks `answer` and writes what it says.
 
-    `violated` hears who broke a rule; `turn` returns when a peer's next request may be taken up.
+    `violated` hears who broke a rule; `turn` returns when a peer's next request may be taken up. Who finds no
+    room, or loses it to another, is told `busy`, which is the fault of neither.
     """
 
     def __init__(
@@ -119,14 +91,16 @@ class Answerer:
         answer: Callable[[ID, str, bytes], Awaitable[bytes | None]],
         violated: Callable[[ID], None],
         turn: Callable[[ID], Awaitable[None]],
+        tier: Callable[[PeerId], Tier],
     ) -> None:
         self._answer = answer
         self._turn = turn
         self._violated = violated
         self._requests = 0
         self._requests_of: dict[ID, int] = {}
-        self._incoming = _Room(FRAME_BYTES_IN_PER_PEER_MAX, FRAME_BYTES_IN_MAX)
-        self._outgoing = _Room(ANSWER_BYTES_PER_PEER_MAX, ANSWER_BYTES_MAX)
+        self._tier = tier
+        self._incoming = Room(FRAME_BYTES_IN_PER_PEER_MAX, FRAME_BYTES_IN_OF_STRANGERS_MAX, FRAME_BYTES_IN_MAX)
+        self._outgoing = Room(ANSWER_BYTES_PER_PEER_MAX, ANSWER_BYTES_OF_STRANGERS_MAX, ANSWER_BYTES_MAX)
 
     async def serve(self, stream: INetStream, protocol: str) -> None:
         """Serve one stream until it ends, breaks a rule or is idle for too long."""
@@ -141,38 +115,31 @@ class Answerer:
         except _BrokenRule:
             self._violated(peer_id)
             await stream.reset()
-        except (_Full, trio.TooSlowError):
+        except trio.TooSlowError:
             await stream.reset()
 
     async def _serve_one(self, stream: INetStream, peer_id: ID, protocol: str) -> bool:
-        held = 0
-
-        def room(size: int) -> None:
-            nonlocal held
-            if self._incoming.is_over(peer_id, size):
-                raise _BrokenRule("too much at once")
-            if not self._incoming.take(peer_id, size):
-                raise _Full
-            held += size
-
+        peer = PeerId(peer_id.to_base58())
+        request = _Request(self._incoming, peer, self._tier(peer))
         try:
-            request = await read_frame(stream, IDLE_S, FRAME_S, room)
+            await read_frame(stream, IDLE_S, FRAME_S, request.keep)
             await self._turn(peer_id)  # before it counts as one of those under way, of which others need some
-            answer = await self._ask(peer_id, protocol, request)
+            frame = request.take()
+            answer = b"" if frame is None else await self._ask(peer_id, protocol, frame)
         finally:
-            if held:
-                self._incoming.give_back(peer_id, held)
+            request.end()
         if answer is None:
             return False
-        if not self._outgoing.take(peer_id, len(answer)):
-            answer = b""
-        try:
-            with trio.fail_after(ANSWER_S):
-                await write_frame(stream, answer)
-        finally:
-            if answer:
-                self._outgoing.give_back(peer_id, len(answer))
-        return True
+        with trio.CancelScope() as scope:
+            hold = Hold(peer, self._tier(peer), scope.cancel)
+            try:
+                if not self._outgoing.take(hold, len(answer)):
+                    answer = b""
+                with trio.fail_after(ANSWER_S):
+                    await write_frame(stream, answer)
+            finally:
+                self._outgoing.give_back(hold)
+        return not scope.cancelled_caught
 
     async def _ask(self, peer_id: ID, protocol: str, request: bytes) -> bytes | None:
         mine = self._requests_of.get(peer_id, 0)
@@ -188,6 +155,39 @@ class Answerer:
             self._requests_of[peer_id] -= 1
             if not self._requests_of[peer_id]:
                 del self._requests_of[peer_id]
+
+
+class _Request:
+    """A request as far as it has come; until all of it has, and it is taken up, it makes room for others'."""
+
+    def __init__(self, room: Room, peer: PeerId, tier: Tier) -> None:
+        self._room = room
+        self._hold = Hold(peer, tier, self._lose)
+        self._payload: bytearray | None = bytearray()
+
+    def keep(self, piece: bytes) -> None:
+        """Add a piece, unless there is no room: then the rest is read for nothing. _BrokenRule."""
+        if self._payload is None:
+            return
+        if self._room.is_over(self._hold.peer, len(piece)):
+            raise _BrokenRule("too much at once")
+        if self._room.take(self._hold, len(piece)):
+            self._payload += piece
+        else:
+            self.end()
+            self._lose()
+
+    def take(self) -> bytes | None:
+        """All of it, which makes room for nothing any more; None: there was no room."""
+        self._hold.lose = None
+        return None if self._payload is None else bytes(self._payload)
+
+    def end(self) -> None:
+        """Give its room back."""
+        self._room.give_back(self._hold)
+
+    def _lose(self) -> None:
+        self._payload = None
 
 
 class _Network(Protocol):
@@ -251,8 +251,9 @@ class Asker:
 
     async def _exchange(self, stream: INetStream, peer_id: ID, protocol: str, request: bytes) -> bytes:
         try:
+            answer = bytearray()
             await write_frame(stream, request)
-            answer = await read_frame(stream, float("inf"), float("inf"), lambda size: None)
+            await read_frame(stream, float("inf"), float("inf"), answer.extend)
         except _BrokenRule as error:
             await stream.reset()
             raise PeerFailed("protocol") from error
@@ -268,4 +269,4 @@ class Asker:
                 await stream.close()
         if not answer:
             raise PeerFailed("busy")
-        return answer
+        return bytes(answer)

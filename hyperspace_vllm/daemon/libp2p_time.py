@@ -4,17 +4,22 @@ Messages, frames, bytes, new streams, requests and whatever else comes in any nu
 DHT's) have each a price, about what they take on a slow core. A peer
 that has used up its time is not read for a while, so that TCP holds it back and an honest one loses nothing but speed,
 beyond 30 MB/s. The peers of a host share, and all together; strangers have shares of their own, and take nothing from
-the rest. Rejected: measuring the time, most of which is spent in tasks that cannot say for whom.
+the rest. Where there is less than all of them want they take turns, a millisecond at a time: hosts among members, among
+those that are proven and among strangers, and the peers of a host. Rejected: measuring the time, most of which is spent
+in tasks that cannot say for whom.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from weakref import WeakValueDictionary
 
 import trio
 
 from ..core.peers.address import source_of
+from ..core.peers.turns import Job, Line
 from ..core.records.ids import PeerId
+from ..core.records.standing import Tier
 
 MESSAGE_S = 100e-6  # one Noise message, whatever is in it
 FRAME_S = 4e-6
@@ -35,60 +40,98 @@ HOST_SHARE = 0.25
 STRANGERS_SHARE = 0.3  # of all strangers together
 KNOWN_SHARE = 0.5  # of all peers with standing together
 BURST_S = 0.2  # CPU time that may be taken at once
+SLICE_S = 1e-3  # of one turn
 HOSTS_MAX = 2048  # of which the shares are remembered
 
 
-class Share:
-    """A part of a core's time."""
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._used_until_s = float("-inf")
-
-    def reserve(self, cost_s: float, now_s: float) -> float:
-        """When work of `cost_s` may be done, at a time that is past if there is enough left."""
-        self._used_until_s = max(self._used_until_s, now_s - BURST_S / self._share) + cost_s / self._share
-        return self._used_until_s
-
-
 class Account:
-    """The time of one peer; `shares()` are those in which it has a part."""
+    """The time of one peer. `held_s` is for how long it has waited, in all, for the sake of others."""
 
-    def __init__(self, shares: Callable[[], tuple[Share, ...]]) -> None:
-        self._own = Share(PEER_SHARE)
-        self._shares = shares
-        self._turn = trio.Lock()  # in what it shares a peer has one place in the queue
+    def __init__(self, own: Callable[[Line | None], Line], turns: "_Turns") -> None:
+        self._own = own
+        self._line: Line | None = None
+        self._turns = turns
+        self.held_s = 0.0
 
     async def spend(self, cost_s: float) -> None:
         """Return, after a checkpoint at least, when there is time for work of `cost_s`."""
-        async with self._turn:
-            for share in (self._own, *self._shares()):
-                now_s = trio.current_time()
-                at_s = share.reserve(cost_s, now_s)
-                if at_s > now_s:
-                    await trio.sleep_until(at_s)
+        await trio.lowlevel.checkpoint()
+        while cost_s > 0:
+            piece_s = min(cost_s, SLICE_S)
+            cost_s -= piece_s
+            self._line = self._own(self._line)
+            asked_s = max(trio.current_time(), self._line.free_at_s)
+            await self._turns.take(self._line, piece_s)
+            self.held_s += max(trio.current_time() - asked_s, 0.0)
 
 
 class PeerTime:
-    """The time of all peers; those that `has_standing` says no to are strangers."""
+    """The time of all peers, which `tier` tells apart."""
 
-    def __init__(self, has_standing: Callable[[PeerId], bool]) -> None:
-        self._has_standing = has_standing
-        self._known, self._strangers = Share(KNOWN_SHARE), Share(STRANGERS_SHARE)
-        self._of_host: OrderedDict[tuple[str, bool], Share] = OrderedDict()
+    def __init__(self, tier: Callable[[PeerId], Tier]) -> None:
+        self._tier = tier
+        self._all = Line(float("inf"), 0.0)
+        known = Line(KNOWN_SHARE, BURST_S, self._all)
+        self._tiers = {
+            Tier.PROVEN: Line(KNOWN_SHARE, BURST_S, known),
+            Tier.MEMBER: Line(KNOWN_SHARE, BURST_S, known),
+            Tier.STRANGER: Line(STRANGERS_SHARE, BURST_S, self._all),
+        }
+        self._turns = _Turns(self._all)
+        self._hosts: OrderedDict[tuple[str, Tier], Line] = OrderedDict()
         self._accounts: WeakValueDictionary[PeerId, Account] = WeakValueDictionary()
 
     def account(self, peer: PeerId, host: str) -> Account:
         """The account of a peer that is connected from `host`, the same for all who keep it."""
         account = self._accounts.get(peer)
         if account is None:
-            account = self._accounts[peer] = Account(lambda: self._shares(peer, source_of(host)))
+            own = partial(self._line, peer, source_of(host))
+            account = self._accounts[peer] = Account(own, self._turns)
         return account
 
-    def _shares(self, peer: PeerId, source: str) -> tuple[Share, ...]:
-        known = self._has_standing(peer)
-        share = self._of_host.setdefault((source, known), Share(HOST_SHARE))
-        self._of_host.move_to_end((source, known))
-        if len(self._of_host) > HOSTS_MAX:
-            self._of_host.popitem(last=False)
-        return share, self._known if known else self._strangers
+    def _line(self, peer: PeerId, source: str, line: Line | None) -> Line:
+        tier = self._tier(peer)
+        host = self._hosts.setdefault((source, tier), Line(HOST_SHARE, BURST_S, self._tiers[tier]))
+        self._hosts.move_to_end((source, tier))
+        if len(self._hosts) > HOSTS_MAX:
+            self._hosts.popitem(last=False)
+        return line if line is not None and line.parent is host else Line(PEER_SHARE, BURST_S, host)
+
+
+class _Turns:
+    """Begins the jobs of a tree of lines when they are due."""
+
+    def __init__(self, lines: Line) -> None:
+        self._lines = lines
+        self._alarm: trio.CancelScope | None = None
+
+    async def take(self, line: Line, cost_s: float) -> None:
+        """Return when a job of that cost may begin."""
+        begun = trio.Event()
+        job = Job(cost_s, begun.set)
+        line.add(job)
+        again_s = self._begin()
+        if begun.is_set():
+            return
+        if self._alarm is not None:
+            self._alarm.deadline = again_s
+        else:
+            self._alarm = trio.CancelScope(deadline=again_s)
+            trio.lowlevel.spawn_system_task(self._begin_later)
+        try:
+            await begun.wait()
+        finally:
+            line.remove(job)
+
+    def _begin(self) -> float:
+        """Begin what is due; when to do so again."""
+        while isinstance(found := self._lines.take(trio.current_time()), Job):
+            found.begin()
+        return found
+
+    async def _begin_later(self) -> None:
+        while self._alarm is not None:
+            with self._alarm:
+                await trio.sleep_forever()
+            again_s = self._begin()
+            self._alarm = trio.CancelScope(deadline=again_s) if again_s < float("inf") else None

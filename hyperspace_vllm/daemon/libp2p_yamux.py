@@ -241,7 +241,7 @@ class YamuxConnection(IMuxedConn):
         self._may_ping = TokenBucket(PINGS_PER_S, 10 * PINGS_PER_S)
         self._may_stray = TokenBucket(STRAYS_PER_S, 4 * STRAYS_PER_S)
         self._opened = 0  # streams, not paid for yet
-        self._heard_at = trio.current_time()
+        self._listens_since = trio.current_time()
         _ALL.add(self)
 
     async def start(self) -> None:
@@ -325,6 +325,11 @@ class YamuxConnection(IMuxedConn):
         """Return when the peer has this node's time for work of `cost_s`."""
         await self._time.spend(cost_s)
 
+    @property
+    def held_s(self) -> float:
+        """For how long, in all, the peer has waited for this node's time because of others."""
+        return self._time.held_s
+
     def refuse(self, why: str) -> None:
         """End the connection soon: the peer broke a rule."""
         logger.debug("peer %s broke a rule: %s", self.peer_id, why)
@@ -398,8 +403,9 @@ class YamuxConnection(IMuxedConn):
     async def _read(self) -> None:
         buffer = bytearray()
         while True:
+            self._listens_since = trio.current_time()
             message = await self.secured_conn.read()
-            self._heard_at = trio.current_time()
+            self._listens_since = float("inf")  # while it isn't read, a peer that says nothing isn't silent
             await self._time.spend(MESSAGE_S + len(message) * BYTE_S)
             buffer += message
             at = frames = 0
@@ -428,7 +434,7 @@ class YamuxConnection(IMuxedConn):
         while True:
             await trio.sleep(PING_S)
             now = trio.current_time()
-            if now - self._heard_at > SILENCE_S:
+            if now - self._listens_since > SILENCE_S:
                 raise _Over("silent")
             nonce = (nonce + 1) & 0xFFFFFFFF
             self.control(_PING, _SYN, 0, nonce)

@@ -76,6 +76,7 @@ from ..core.records.peer_wire import (
     encode,
     protocol_of,
 )
+from ..core.records.standing import Tier
 from ..core.response.cache_proof import request_hash
 from ..core.response.exchange import LIES, Opened
 from .answer_places import Asker
@@ -295,9 +296,9 @@ class NetworkDriver:
         """It broke a rule of the streams."""
         self.submit(PeerMisbehaved(peer))
 
-    def has_standing(self, peer: PeerId) -> bool:
-        """Whether it was chosen, or has delivered; looks into dicts alone, and so from any thread."""
-        return self._trust.has_standing(peer)
+    def tier(self, peer: PeerId) -> Tier:
+        """Whose needs come first; looks into dicts alone, and so from any thread."""
+        return self._trust.tier(peer)
 
     def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
         """Multicast DNS has seen a node: who it is, its greeting will say."""

@@ -339,7 +339,9 @@ class NetworkNode:
             return []
         if event.reason == "protocol":
             return [ChargePeer(asked.peer, "protocol")]
-        if event.reason != "busy":
+        if event.reason == "busy":
+            self.members.unread(asked.peer)
+        else:
             self.members.unanswered(asked.peer, asked.message, now_ms)
         return []
 

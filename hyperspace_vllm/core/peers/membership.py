@@ -276,6 +276,12 @@ class Membership:
             known.pinged_at_ms = 0
             self._set_silent(known, now_ms)
 
+    def unread(self, peer: PeerId) -> None:
+        """This node has had no time for the peer, whose answer may have come: that makes it not silent."""
+        known = self._peers.get(peer)
+        if known is not None:
+            known.pinged_at_ms = 0
+
     def shun(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
         """The peer goes on breaking rules: have nothing to do with it for a while."""
         known = self._peers.get(peer)

@@ -20,6 +20,7 @@ from typing import Literal
 from ..records.ids import PeerId, peer_id, public_key_of
 from ..records.limits import PEERS_KNOWN_MAX
 from ..records.signing import NO_MEMBER_TAG, member_tag
+from ..records.standing import Tier
 from .findings import Findings
 from .patience import Patience
 from .reputation import LIES, THRESHOLD, Reputation
@@ -162,6 +163,12 @@ class Trust:
     def has_standing(self, peer: PeerId) -> bool:
         """Whether the peer was chosen, or has delivered: strangers' hints don't take its place."""
         return self.patience.has_earned(peer) or self.is_chosen(public_key_of(peer))
+
+    def tier(self, peer: PeerId) -> Tier:
+        """Whose needs come first: those on this node's own lists and those that have delivered, then members."""
+        if self.patience.has_earned(peer) or self.is_listed(public_key_of(peer)):
+            return Tier.PROVEN
+        return Tier.MEMBER if self.has_standing(peer) else Tier.STRANGER
 
     def may_be_waited_for(self, peer: PeerId, now_ms: int) -> bool:
         """Whether a request may wait for what this peer says it has."""

@@ -17,6 +17,14 @@ class Rank(IntEnum):
     LISTED = 2
 
 
+class Tier(IntEnum):
+    """Whose needs come first where peers share what this node has."""
+
+    STRANGER = 0
+    MEMBER = 1  # holds the network key, and has delivered nothing yet
+    PROVEN = 2  # on this node's own lists, or has delivered
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """`source` is the host that the peer connected from, or that of a peer that told of it."""
