@@ -24,7 +24,16 @@ from hyperspace_vllm.daemon.libp2p_time import (
     STREAM_S,
     PeerTime,
 )
-from hyperspace_vllm.daemon.libp2p_yamux import _DATA, _HEAD, _RST, _SYN, _WINDOW, MESSAGE_BYTES, YamuxConnection
+from hyperspace_vllm.daemon.libp2p_yamux import (
+    _DATA,
+    _HEAD,
+    _RST,
+    _SYN,
+    _WINDOW,
+    MESSAGE_BYTES,
+    SILENCE_S,
+    YamuxConnection,
+)
 
 FOR_S = 6.0
 NEW = _HEAD.pack(0, _WINDOW, _SYN, 2, 0)
@@ -213,6 +222,90 @@ def test_a_peer_with_standing_waits_for_no_stranger_and_little_for_its_equals(
         return trio.current_time() - began_s
 
     assert trio.run(waited_s, clock=trio.testing.MockClock(autojump_threshold=0)) <= bound_s
+
+
+class Bursts(Wire):
+    """64 new streams and their resets, again and again: 64 ms of work in one message."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(host, b"", 0)
+        self._number = 0
+
+    async def read(self) -> bytes:
+        ids = range(self._number + 2, self._number + 130, 2)
+        self._number += 128
+        return b"".join(_HEAD.pack(0, _WINDOW, flags, each, 0) for flags in (_SYN, _RST) for each in ids)
+
+
+@pytest.mark.parametrize(
+    ("peers", "hosts", "honest"),
+    [
+        (KNOWN[:12], 3, KNOWN[-1]),
+        (KNOWN[:12], 3, PROVEN[0]),
+        (KNOWN[:4], 2, KNOWN[-1]),
+        (STRANGERS[:12], 3, STRANGERS[-1]),
+        (KNOWN[:2], 0, KNOWN[-1]),
+        (STRANGERS[:2], 0, STRANGERS[-1]),
+    ],
+    ids=["members", "members and one proven", "two hosts", "strangers", "members of its host", "strangers of its host"],
+)
+def test_bursts_of_others_keep_no_peer_waiting(
+    peers: list[PeerId], hosts: int, honest: PeerId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libp2p_yamux, "OPENED_PER_S", 1e6)  # of the real clock
+
+    async def drain(conn: YamuxConnection) -> None:
+        while True:
+            await conn.accept_stream()
+
+    async def main() -> list[float]:
+        time, waits = peer_time(), list[float]()
+        async with trio.open_nursery() as nursery:
+            for number, peer in enumerate(peers):
+                wire = Bursts(f"192.0.2.{number % hosts + 2}" if hosts else "192.0.2.1")
+                conn = YamuxConnection(wire, ID.from_base58(peer), time, lambda peer: None)  # type: ignore[arg-type]
+                nursery.start_soon(conn.start)
+                nursery.start_soon(drain, conn)
+            account = time.account(honest, "192.0.2.1")
+            await trio.sleep(3)
+            for _ in range(10):
+                began_s = trio.current_time()
+                for cost_s in (MESSAGE_S, STREAM_S, MESSAGE_S, REQUEST_S):  # a query on a stream of its own
+                    await account.spend(cost_s)
+                waits.append(trio.current_time() - began_s)
+                await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+        return waits
+
+    assert max(trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))) < 0.1
+
+
+def test_a_peer_that_this_node_does_not_read_is_not_called_silent() -> None:
+    ended: list[float] = []
+
+    class Quiet(Wire):
+        reads = 0
+
+        async def read(self) -> bytes:
+            self.reads += 1
+            if self.reads > 1:
+                await trio.sleep_forever()
+            return NEW
+
+    async def main() -> None:
+        time = peer_time()
+        conn = YamuxConnection(Quiet("192.0.2.1", b"", 0), ID.from_base58(KNOWN[0]), time, lambda peer: None)  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(time.account(KNOWN[0], "192.0.2.1").spend, PEER_SHARE * 2 * SILENCE_S)
+            await trio.sleep(0.01)
+            nursery.start_soon(conn.start)
+            await trio.sleep(1.5 * SILENCE_S)
+            assert not conn.is_closed
+            await conn.event_closed.wait()  # it is silent indeed once it is read
+            ended.append(trio.current_time())
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert ended
 
 
 def test_honest_transfers_are_not_held_up() -> None:

@@ -110,11 +110,11 @@ class _Turns:
         begun = trio.Event()
         job = Job(cost_s, begun.set)
         line.add(job)
-        again_s = self._begin()
+        again_s = max(self._begin(), trio.current_time() + SLICE_S)  # waking up costs as much as many a job
         if begun.is_set():
             return
         if self._alarm is not None:
-            self._alarm.deadline = again_s
+            self._alarm.deadline = min(self._alarm.deadline, again_s)
         else:
             self._alarm = trio.CancelScope(deadline=again_s)
             trio.lowlevel.spawn_system_task(self._begin_later)
@@ -133,5 +133,5 @@ class _Turns:
         while self._alarm is not None:
             with self._alarm:
                 await trio.sleep_forever()
-            again_s = self._begin()
+            again_s = max(self._begin(), trio.current_time() + SLICE_S)
             self._alarm = trio.CancelScope(deadline=again_s) if again_s < float("inf") else None
