@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import os
 import secrets
 import signal
@@ -51,6 +52,7 @@ from hyperspace_vllm.daemon import (
     libp2p_dht,
     libp2p_gossip,
     libp2p_node,
+    libp2p_overrides,
     libp2p_streams,
     libp2p_swarm,
     libp2p_time,
@@ -984,6 +986,41 @@ async def test_a_slow_sender_is_cut_off(members: Members, monkeypatch: pytest.Mo
     assert await b.ask(a) == b"?"
 
 
+async def test_an_idle_stream_of_the_dht_ends_soon(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libp2p_dht, "DHT_STREAM_S", 600.0)
+    (a,) = await members(1)
+
+    async def idle(node: Libp2pNode, victim: ID) -> None:
+        await wait_closed(await open_stream(node, victim, "/ipfs/kad/1.0.0"), 60)
+
+    await attack(a, idle)
+
+
+async def test_idle_streams_of_the_dht_keep_nobody_out(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libp2p_overrides, "DHT_IDLE_S", 600.0)
+    monkeypatch.setattr(libp2p_dht, "DHT_STREAM_S", 600.0)
+    monkeypatch.setattr(libp2p_dht, "DHT_STREAMS_MAX", 8)
+    monkeypatch.setattr(libp2p_dht, "DHT_STREAMS_OF_STRANGERS_MAX", 8)
+    (a,) = await members(1)
+    find = DhtMessage(type=DhtMessage.MessageType.FIND_NODE, key=bytes(34)).SerializeToString()
+    held = 0
+
+    async def hold(node: Libp2pNode, victim: ID) -> None:
+        nonlocal held
+        for _ in range(12):
+            await open_stream(node, victim, "/ipfs/kad/1.0.0")
+        other = Libp2pNode(NodeSettings(SigningKey.generate(), "127.0.0.1:0", None, (), (TOPIC,)), Silent())
+        async with other.running():
+            await other.connect(a.peer, a.host.address)
+            stream = await open_stream(other, victim, "/ipfs/kad/1.0.0")
+            await stream.write(bytes([len(find)]) + find)
+            assert await read_varint_prefixed_bytes_limited(stream, 100_000)
+            held += 1
+
+    await attack(a, hold)
+    assert held
+
+
 async def test_messages_of_the_dht_are_in_the_time_of_who_sends_them(
     members: Members, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1425,7 +1462,7 @@ async def test_every_default_of_the_library_that_matters_is_set() -> None:
         for name in ("_provider_rate_max", "_inbound_limiter", "value_store", "provider_store", "routing_table"):
             assert f"self.{name}" in _source(kad_module), name
         assert dht._provider_rate_max == libp2p_dht.PROVIDER_MESSAGES_PER_10_S
-        assert dht._inbound_limiter.total_tokens == libp2p_dht.DHT_STREAMS_MAX
+        assert dht._inbound_limiter.total_tokens == math.inf  # our own bound makes room
         assert not gossip.spam_protection_enabled
         assert not gossip.eclipse_protection_enabled
         assert not gossip.adaptive_gossip_enabled

@@ -48,13 +48,21 @@ async def no_wait(peer: ID) -> None: ...
 
 
 def serve(
-    peers: int, each: int, request: bytes, answer: bytes | None, takes: bool, violators: list[ID] | None = None
+    peers: int,
+    each: int,
+    request: bytes,
+    answer: bytes | None,
+    takes: bool,
+    violators: list[ID] | None = None,
+    taken_up: list[ID] | None = None,
 ) -> list[Stream]:
     """Streams of so many peers, after a moment; without an answer the requests are being handled for ever."""
     heard = [] if violators is None else violators
     streams = [Stream(ID(b"%d" % peer), request, takes) for peer in range(peers) for _ in range(each)]
+    handled = [] if taken_up is None else taken_up
 
     async def handle(peer: ID, protocol: str, frame: bytes) -> bytes | None:
+        handled.append(peer)
         if answer is None:
             await trio.sleep_forever()
         return answer
@@ -74,11 +82,15 @@ def serve(
 @pytest.mark.parametrize(("peers", "each"), [(1, 6), (20, 1)])
 def test_requests_that_peers_have_sent_are_bounded_for_one_and_for_all(peers: int, each: int) -> None:
     violators: list[ID] = []
-    streams = serve(peers, each, bytes(SIZE), None, True, violators)
-    held = sum(not stream.is_reset for stream in streams) * SIZE
+    taken_up: list[ID] = []
+    streams = serve(peers, each, bytes(SIZE), None, True, violators, taken_up)
+    held = len(taken_up) * SIZE
     bound = FRAME_BYTES_IN_PER_PEER_MAX if peers == 1 else FRAME_BYTES_IN_MAX
     assert bound - SIZE < held <= bound
     assert bool(violators) is (peers == 1)  # what all have sent together is the fault of none of them
+    if peers > 1:
+        assert not any(stream.is_reset for stream in streams)
+        assert sum(stream.written == [0] for stream in streams) == peers - len(taken_up)  # busy
 
 
 @pytest.mark.parametrize(("peers", "each"), [(1, 8), (20, 1)])
@@ -87,3 +99,49 @@ def test_answers_that_peers_do_not_take_are_bounded_for_one_and_for_all(peers: i
     held = sum(size for stream in streams for size in stream.written)
     bound = ANSWER_BYTES_PER_PEER_MAX if peers == 1 else ANSWER_BYTES_MAX
     assert bound - SIZE < held <= bound
+
+
+class Unfinished(Stream):
+    """A request of which half comes."""
+
+    def __init__(self, peer: ID) -> None:
+        super().__init__(peer, b"", True)
+        self._data = SIZE.to_bytes(4, "big") + bytes(SIZE // 2)
+
+
+@pytest.mark.parametrize("takes", [True, False], ids=["requests", "answers"])
+@pytest.mark.parametrize(
+    ("tier", "holders"),
+    [
+        (Tier.STRANGER, Tier.STRANGER),
+        (Tier.MEMBER, Tier.STRANGER),
+        (Tier.MEMBER, Tier.MEMBER),
+        (Tier.PROVEN, Tier.MEMBER),
+    ],
+)
+def test_what_others_hold_keeps_no_request_out(takes: bool, tier: Tier, holders: Tier) -> None:
+    honest = Stream(ID(b"honest"), b"?", True)
+    others: list[Stream] = []
+    for number in range(8):
+        peer = ID(b"%d" % number)
+        others += [Unfinished(peer) if takes else Stream(peer, b"?", False) for _ in range(4)]
+    violators: list[ID] = []
+
+    async def handle(peer: ID, protocol: str, frame: bytes) -> bytes:
+        return bytes(SIZE)
+
+    async def main() -> None:
+        own = honest.peer_id.to_base58()
+        answerer = Answerer(handle, violators.append, no_wait, lambda peer: tier if peer == own else holders)
+        async with trio.open_nursery() as nursery:
+            for stream in others:
+                nursery.start_soon(answerer.serve, stream, "protocol")
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            nursery.start_soon(answerer.serve, honest, "protocol")
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert honest.written == [SIZE]
+            assert not honest.is_reset
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert not violators
