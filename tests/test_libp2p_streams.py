@@ -5,7 +5,7 @@ import trio
 import trio.testing
 from libp2p.peer.id import ID
 
-from hyperspace_vllm.core.records.limits import STREAM_FRAME_BYTES_MAX
+from hyperspace_vllm.core.records.limits import STREAM_FRAME_BYTES_MAX, MiB
 from hyperspace_vllm.core.records.standing import Tier
 from hyperspace_vllm.daemon.libp2p_streams import (
     ANSWER_BYTES_MAX,
@@ -128,7 +128,7 @@ def test_what_others_hold_keeps_no_request_out(takes: bool, tier: Tier, holders:
     violators: list[ID] = []
 
     async def handle(peer: ID, protocol: str, frame: bytes) -> bytes:
-        return bytes(SIZE)
+        return bytes(MiB if peer == honest.peer_id else SIZE)
 
     async def main() -> None:
         own = honest.peer_id.to_base58()
@@ -139,7 +139,7 @@ def test_what_others_hold_keeps_no_request_out(takes: bool, tier: Tier, holders:
             await trio.testing.wait_all_tasks_blocked(0.05)
             nursery.start_soon(answerer.serve, honest, "protocol")
             await trio.testing.wait_all_tasks_blocked(0.05)
-            assert honest.written == [SIZE]
+            assert honest.written == [MiB]
             assert not honest.is_reset
             nursery.cancel_scope.cancel()
 
