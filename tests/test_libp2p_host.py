@@ -987,6 +987,28 @@ async def test_a_slow_sender_is_cut_off(members: Members, monkeypatch: pytest.Mo
     assert await b.ask(a) == b"?"
 
 
+async def test_who_is_not_read_because_of_others_is_no_failure(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libp2p_time, "HOST_SHARE", 1e-3)
+    a, b = await members(2)
+
+    async def crowd(node: Libp2pNode) -> None:
+        for _ in range(8):
+            account = node._time.account(peer_id(SigningKey.generate().verify_key.encode()), "127.0.0.1")
+            trio.lowlevel.spawn_system_task(account.spend, 600.0)
+
+    await a.host._call(crowd, 30)
+    reasons = []
+    for _ in range(5):  # a slow machine gives up elsewhere first
+        with pytest.raises(PeerFailed) as failed:
+            await a.host.request(b.peer, PROTOCOL, b"?", 3)
+        reasons.append(failed.value.reason)
+        if reasons[-1] == "busy":
+            break
+    assert "busy" in reasons
+
+
 async def test_an_idle_stream_of_the_dht_ends_soon(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libp2p_dht, "DHT_STREAM_S", 600.0)
     (a,) = await members(1)

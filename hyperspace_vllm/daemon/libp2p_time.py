@@ -45,13 +45,20 @@ HOSTS_MAX = 2048  # of which the shares are remembered
 
 
 class Account:
-    """The time of one peer. `held_s` is for how long it has waited, in all, for the sake of others."""
+    """The time of one peer."""
 
     def __init__(self, own: Callable[[Line | None], Line], turns: "_Turns") -> None:
         self._own = own
         self._line: Line | None = None
         self._turns = turns
-        self.held_s = 0.0
+        self._held_s = 0.0
+        self._waits = 0  # tasks that wait now
+        self._since_s = 0.0  # the first of them does
+
+    @property
+    def held_s(self) -> float:
+        """For how long it has waited, in all, because of others."""
+        return self._held_s + (max(trio.current_time() - self._since_s, 0.0) if self._waits else 0.0)
 
     async def spend(self, cost_s: float) -> None:
         """Return, after a checkpoint at least, when there is time for work of `cost_s`."""
@@ -60,9 +67,16 @@ class Account:
             piece_s = min(cost_s, SLICE_S)
             cost_s -= piece_s
             self._line = self._own(self._line)
-            asked_s = max(trio.current_time(), self._line.free_at_s)
-            await self._turns.take(self._line, piece_s)
-            self.held_s += max(trio.current_time() - asked_s, 0.0)
+            if not self._waits:
+                self._since_s = max(trio.current_time(), self._line.free_at_s)
+            self._waits += 1
+            try:
+                await self._turns.take(self._line, piece_s)
+            finally:
+                held_s = self.held_s
+                self._waits -= 1
+                if not self._waits:
+                    self._held_s = held_s
 
 
 class PeerTime:
