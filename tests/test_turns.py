@@ -105,3 +105,19 @@ def test_a_job_that_is_given_up_takes_nothing() -> None:
     line.remove(job)
     assert everything.take(0.0) == float("inf")
     assert Clock(everything).wait(line) == 0
+
+
+def test_a_little_work_goes_ahead_of_others_and_is_in_the_share_of_all() -> None:
+    everything = Line(0.5, 0.0)
+    done: list[Line] = []
+    busy(Line(0.5, 0.0, Line(0.5, 0.0, everything)), done)
+    host = Line(0.25, 0.2, everything, 0.01)
+    line = Line(0.2, 0.2, host, 0.01)
+    clock = Clock(everything)
+    clock.run(clock.now_s + 1)
+    went = sum(line.goes_ahead(SLICE_S, clock.now_s) for _ in range(100))
+    assert 20 <= went <= 22
+    assert not Line(0.2, 0.2, host, 0.01).goes_ahead(SLICE_S, clock.now_s)  # a new name brings the host nothing
+    done.clear()
+    clock.run(clock.now_s + went * SLICE_S / 0.5)
+    assert len(done) <= 1  # the others wait for it

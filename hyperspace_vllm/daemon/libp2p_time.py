@@ -41,6 +41,7 @@ STRANGERS_SHARE = 0.3  # of all strangers together
 KNOWN_SHARE = 0.5  # of all peers with standing together
 BURST_S = 0.2  # CPU time that may be taken at once
 SLICE_S = 1e-3  # of one turn
+AHEAD_SHARE = 0.01  # of a host, and of a peer, out of turn: a few queries a second wait for nobody
 HOSTS_MAX = 2048  # of which the shares are remembered
 
 
@@ -105,11 +106,11 @@ class PeerTime:
 
     def _line(self, peer: PeerId, source: str, line: Line | None) -> Line:
         tier = self._tier(peer)
-        host = self._hosts.setdefault((source, tier), Line(HOST_SHARE, BURST_S, self._tiers[tier]))
+        host = self._hosts.setdefault((source, tier), Line(HOST_SHARE, BURST_S, self._tiers[tier], AHEAD_SHARE))
         self._hosts.move_to_end((source, tier))
         if len(self._hosts) > HOSTS_MAX:
             self._hosts.popitem(last=False)
-        return line if line is not None and line.parent is host else Line(PEER_SHARE, BURST_S, host)
+        return line if line is not None and line.parent is host else Line(PEER_SHARE, BURST_S, host, AHEAD_SHARE)
 
 
 class _Turns:
@@ -121,6 +122,8 @@ class _Turns:
 
     async def take(self, line: Line, cost_s: float) -> None:
         """Return when a job of that cost may begin."""
+        if line.goes_ahead(cost_s, trio.current_time()):
+            return
         begun = trio.Event()
         job = Job(cost_s, begun.set)
         line.add(job)

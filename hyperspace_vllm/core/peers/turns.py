@@ -9,6 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+AHEAD_SAVED_S = 2.0  # for so long a line saves up what it may take out of turn
+AHEAD_DEBT_S = 0.5  # for so long those that wait may wait longer for it
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Job:
@@ -21,14 +24,16 @@ class Job:
 class Line:
     """One that waits in its parent: for its own jobs, or for those of the lines in it.
 
-    `rate` is in seconds of work a second, of which it saves up `burst_s` of work.
+    `rate` is in seconds of work a second, of which it saves up `burst_s` of work. `ahead` of it is done out of turn.
     """
 
-    def __init__(self, rate: float, burst_s: float, parent: "Line | None" = None) -> None:
+    def __init__(self, rate: float, burst_s: float, parent: "Line | None" = None, ahead: float = 0.0) -> None:
         self._rate = rate
         self._saved_s = burst_s / rate
         self.parent = parent
         self.free_at_s = float("-inf")  # when the next job may begin
+        self._ahead = ahead
+        self._ahead_at_s = float("-inf")  # when more may be done out of turn
         self._taken_s = 0.0  # where it stands in its parent
         self._turn_s = 0.0  # where the line in it stood that went last
         self._waiting: dict[Line, None] = {}
@@ -43,6 +48,24 @@ class Line:
             parent._waiting[line] = None
             line, parent = parent, parent.parent
 
+    def goes_ahead(self, cost_s: float, now_s: float) -> bool:
+        """Whether work of a line at the end may begin out of turn, because it and its parent take so little."""
+        both = [line for line in (self, self.parent) if line is not None]
+        if self._jobs or self.free_at_s > now_s or any(not line._ahead or line._ahead_at_s > now_s for line in both):
+            return False
+        path: list[Line] = []
+        line: Line | None = self
+        while line is not None:
+            path.append(line)
+            line = line.parent
+        if any(each.free_at_s > now_s + AHEAD_DEBT_S for each in path):
+            return False
+        for each in both:
+            each._ahead_at_s = max(each._ahead_at_s, now_s - AHEAD_SAVED_S) + cost_s / each._ahead
+        for each in path:
+            each._charge(cost_s, now_s)
+        return True
+
     def remove(self, job: Job) -> None:
         """A job is given up, unless it has begun."""
         if job in self._jobs:
@@ -55,8 +78,11 @@ class Line:
             return self.free_at_s
         found = self._jobs.popleft() if self._jobs else self._take_from_lines(now_s)
         if isinstance(found, Job):
-            self.free_at_s = max(self.free_at_s, now_s - self._saved_s) + found.cost_s / self._rate
+            self._charge(found.cost_s, now_s)
         return found
+
+    def _charge(self, cost_s: float, now_s: float) -> None:
+        self.free_at_s = max(self.free_at_s, now_s - self._saved_s) + cost_s / self._rate
 
     def _take_from_lines(self, now_s: float) -> Job | float:
         again_s = float("inf")
