@@ -138,8 +138,11 @@ def test_claims_leave_peers_that_were_met_what_they_may() -> None:
 
 
 def test_what_is_counted_is_bounded() -> None:
-    budget = Budget()
-    for second in range(100):
-        budget.passed(2_000, 2_000, second % 2 == 0, NOW_MS + 1_000 * second)
-    assert len(budget.dials._of_peer) <= DIALS_COUNTED_MAX
-    assert len(budget.dials._to_host) <= DIALS_COUNTED_MAX
+    dials, passed = Dials(NOW_MS), 0
+    for second in range(200):
+        for n in range(60):
+            peer, host = PeerId(f"p{second}-{n}"), f"10.0.{second}.{n}:1"
+            passed += dials.take(peer, host, second % 2 == 0, NOW_MS + 1_000 * second)
+    assert passed > 2 * DIALS_COUNTED_MAX
+    assert len(dials._of_peer) <= DIALS_COUNTED_MAX
+    assert len(dials._to_host) <= DIALS_COUNTED_MAX
