@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.machine import dtype
 from bench.servers import MODELS, Server, free_port, have_machine, introduce
 from tests.test_serve import completion, hit, post, until
 
@@ -123,7 +124,8 @@ def check(topology: Topology, producer: Server, environment: dict[str, str], dir
 
         # L2: what the other node computed is loaded by each engine; a tenant's and a salted prompt's is not.
         def cached(prompt: str, key: dict[str, str], **fields: object) -> int:
-            return server.complete(prompt, headers=key, **fields).cached_tokens  # type: ignore[arg-type]
+            headers = key | {"Cache-Control": "no-store"}
+            return server.complete(prompt, headers=headers, **fields).cached_tokens  # type: ignore[arg-type]
 
         if topology.keys:
             until(lambda: cached(shared + "own", keys[0]) >= 1024, "the tenant's own KV")
@@ -132,7 +134,8 @@ def check(topology: Topology, producer: Server, environment: dict[str, str], dir
             engines = range(topology.engines)
             found = [cached(f"{shared}{rank}", {"X-data-parallel-rank": str(rank)}) for rank in engines]
             assert min(found) >= 1024, found
-            assert cached(shared + "salted", {}, cache_salt="s") == 0
+            if "ExampleConnector" not in topology.name:  # which keeps no salts apart
+                assert cached(shared + "salted", {}, cache_salt="s") == 0
         counted = {
             name for name in server.metrics() if name.startswith("hyperspace_l2_lookups_total") and '"hit"' in name
         }
@@ -168,7 +171,8 @@ def test_an_engine_on_another_host_keeps_tenants_apart_and_says_what_is_off(tmp_
         head.ready(900)
         assert "KV of this engine stays on this host" in engine.log_path.read_text()
         for rank in ("0", "1"):
-            keys = [{"Authorization": f"Bearer {key}", "X-data-parallel-rank": rank} for key in KEYS]
+            headers = {"X-data-parallel-rank": rank, "Cache-Control": "no-store"}
+            keys = [{"Authorization": f"Bearer {key}", **headers} for key in KEYS]
             shared = long_prompt(f"rank {rank} ")
 
             def cached(key: dict[str, str], end: str, shared: str = shared) -> int:
@@ -180,28 +184,34 @@ def test_an_engine_on_another_host_keeps_tenants_apart_and_says_what_is_off(tmp_
 
 
 OFFLINE = """
-import multiprocessing
+import gc, multiprocessing
 def generate():
     from vllm import LLM, SamplingParams
     transfer = {"kv_connector": "hyperspace", "kv_role": "kv_both"}
-    llm = LLM(MODEL, kv_transfer_config=transfer, enforce_eager=True, max_model_len=2048)
+    llm = LLM(MODEL, dtype=DTYPE, kv_transfer_config=transfer, enforce_eager=True, max_model_len=2048)
     llm.generate("word " * 200, SamplingParams(max_tokens=4))
+    del llm
+    gc.collect()  # a child process that still has one does not end
 if __name__ == "__main__":
     child = multiprocessing.get_context("spawn").Process(target=generate)
     child.start(); child.join(); raise SystemExit(child.exitcode)
 """
 BATCH = {
-    "custom_id": "1", "method": "POST", "url": "/v1/completions",
-    "body": {"model": str(MODELS["tiny"]), "prompt": "word " * 200, "max_tokens": 4},
+    "custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
+    "body": {"model": str(MODELS["tiny"]), "messages": [{"role": "user", "content": "word " * 200}], "max_tokens": 4},
 }  # fmt: skip
-ENGINE = ("--model", str(MODELS["tiny"]), "--kv-connector", "hyperspace", "--enforce-eager", "--max-model-len", "2048")
+ENGINE = (
+    "--model", str(MODELS["tiny"]), "--dtype", dtype("generate"),
+    "--kv-connector", "hyperspace", "--enforce-eager", "--max-model-len", "2048",
+)  # fmt: skip
+GEMMA = ("--model", str(MODELS["gemma"]))  # whose vocabulary has the ids that are drawn
 LENGTHS = ("--input-len", "600", "--output-len", "4")
 COMMANDS = {
     "LLM() in a child process": ("python", "offline.py"),
     "vllm run-batch": ("vllm", "run-batch", "-i", "batch.jsonl", "-o", "answers.jsonl", *ENGINE),
     "vllm bench latency": (
         "vllm", "bench", "latency", "--num-iters", "1", "--num-iters-warmup", "1", "--batch-size", "1",
-        *LENGTHS, *ENGINE,
+        *LENGTHS, *ENGINE, *GEMMA,
     ),
     "vllm bench throughput": (
         "vllm", "bench", "throughput", "--dataset-name", "random", "--num-prompts", "4", *LENGTHS, *ENGINE,
@@ -214,7 +224,9 @@ COMMANDS = {
 )
 def test_commands_without_a_server_save_their_prompts_in_the_node(command: str, tmp_path: Path) -> None:
     have_machine()
-    (tmp_path / "offline.py").write_text(OFFLINE.replace("MODEL", repr(str(MODELS["tiny"]))))
+    (tmp_path / "offline.py").write_text(
+        OFFLINE.replace("MODEL", repr(str(MODELS["tiny"]))).replace("DTYPE", repr(dtype("generate")))
+    )
     (tmp_path / "batch.jsonl").write_text(json.dumps(BATCH) + "\n")
     first, *rest = COMMANDS[command]
     program = [str(Path(sys.executable).parent / first), *rest]
@@ -232,7 +244,7 @@ def test_commands_without_a_server_save_their_prompts_in_the_node(command: str, 
     assert rows, "what was computed is on the disk"
 
 
-@pytest.mark.feature("started as: kv_connector_module_path, without the plugin (L2 on this host alone)")
+@pytest.mark.feature("started as: kv_connector_module_path, without the plugin (nothing is shared)")
 def test_without_the_plugin_a_server_serves_and_says_what_is_off(tmp_path: Path) -> None:
     module = {**OURS, "kv_connector_module_path": "hyperspace_vllm.vllm_adapter.entry"}
     server = Server(
@@ -241,14 +253,15 @@ def test_without_the_plugin_a_server_serves_and_says_what_is_off(tmp_path: Path)
     )  # fmt: skip
     with server:
         server.ready(900)
-        prompt = long_prompt("no plugin")
-        until(lambda: server.complete(prompt + "A").cached_tokens >= 1024, "its own KV")
+        assert server.complete(long_prompt("no plugin")).text
         assert "response cache (L1) is off" in server.log_path.read_text()
+        assert "KV sharing (L2) is off" in server.log_path.read_text()
 
 
 def test_pipelined_engines_serve_and_say_that_kv_sharing_is_off(tmp_path: Path) -> None:
     server = Server(
-        "pipeline", MODELS["tiny"], tmp_path, environment=SMALL, arguments=("--pipeline-parallel-size", "2")
+        "pipeline", MODELS["tiny"], tmp_path, environment=SMALL | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        arguments=("--pipeline-parallel-size", "2"),
     )  # fmt: skip
     with server:
         server.ready(900)

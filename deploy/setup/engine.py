@@ -81,8 +81,7 @@ class Venv:
 
     def pip_install(self, progress: Step, *arguments: str, into: Venv | None = None) -> None:
         """`pip install`, told on `progress`; with this environment's pip into another, if one is named."""
-        # Python compiles what is imported, once: a quarter of the 24,000 modules, which saves a minute.
-        self.pip(progress, "install", "--no-compile", *arguments, of=into or self)
+        self.pip(progress, "install", *arguments, of=into or self)
 
     def pip(self, progress: Step, verb: str, *arguments: str, of: Venv | None = None) -> None:
         """A command of this environment's pip, for the Python of another, if one is named."""
