@@ -1019,7 +1019,7 @@ async def test_an_idle_stream_of_the_dht_ends_soon(members: Members, monkeypatch
     await attack(a, idle)
 
 
-async def test_idle_streams_of_the_dht_keep_nobody_out(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_idle_streams_of_the_dht_keep_no_peer_out(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libp2p_overrides, "DHT_IDLE_S", 600.0)
     monkeypatch.setattr(libp2p_dht, "DHT_STREAM_S", 600.0)
     monkeypatch.setattr(libp2p_dht, "DHT_STREAMS_MAX", 8)

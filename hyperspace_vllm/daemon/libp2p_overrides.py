@@ -148,7 +148,7 @@ async def running(service: Service) -> AsyncIterator[None]:
 
 
 class _Negotiation(communicator_module.MultiselectCommunicator):
-    # The library says "na" to any number of names, before anybody has proved who he is.
+    # The library says "na" to any number of names, before the peer has proved its identity.
     def __init__(self, read_writer: ReadWriteCloser) -> None:
         super().__init__(read_writer)
         self._names_left = PROTOCOL_NAMES_MAX
@@ -161,7 +161,7 @@ class _Negotiation(communicator_module.MultiselectCommunicator):
 
 
 async def _read_protocol_name(reader: ReadWriteCloser) -> bytes:
-    # The library's takes any length up to 2^64, before anybody has proved who he is.
+    # The library's takes any length up to 2^64, before the peer has proved its identity.
     try:
         name = await read_varint_prefixed_bytes_limited(reader, PROTOCOL_NAME_BYTES_MAX)
     except MessageTooLarge as error:

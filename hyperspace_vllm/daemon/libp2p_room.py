@@ -1,7 +1,7 @@
 """What peers may make this node hold: in all, by peer, and of all strangers together.
 
-Where it is full, the one makes room that counts less than the newcomer, or as much and holds more: what it had begun is
-lost, so that nobody keeps the others out by holding what it never ends.
+Where it is full, a peer of a lower tier than the newcomer makes room, or one of the same tier that holds more: what it
+had begun is lost. So a peer that never ends what it began keeps no other peer out.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ class Hold:
 
 
 class Room:
-    """So much in all, so much of one peer, so much of all strangers."""
+    """A bound in all, one for each peer, and one for all strangers together."""
 
     def __init__(self, peer_max: int, strangers_max: int, all_max: int) -> None:
         self._peer_max = peer_max

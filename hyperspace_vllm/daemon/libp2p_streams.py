@@ -82,8 +82,8 @@ async def write_frame(stream: INetStream, payload: bytes) -> None:
 class Answerer:
     """Serves inbound streams: reads requests, asks `answer` and writes what it says.
 
-    `violated` hears who broke a rule; `turn` returns when a peer's next request may be taken up. Who finds no
-    room, or loses it to another, is told `busy`, which is the fault of neither.
+    `violated` hears of a peer that broke a rule; `turn` returns when a peer's next request may be taken up. A peer that
+    finds no room, or loses it to another, is answered `busy`, which is no fault of either.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
 """How much of this node's CPU time goes into what peers send, whatever it says.
 
 Messages, frames, bytes, new streams, requests and whatever else comes in any number on a stream (gossip, pings, the
-DHT's) have each a price, about what they take on a slow core. A peer
-that has used up its time is not read for a while, so that TCP holds it back and an honest one loses nothing but speed,
-beyond 30 MB/s. The peers of a host share, and all together; strangers have shares of their own, and take nothing from
-the rest. Where there is less than all of them want they take turns, a millisecond at a time: hosts among members, among
-those that are proven and among strangers, and the peers of a host. Rejected: measuring the time, most of which is spent
-in tasks that cannot say for whom.
+DHT's) have each a price, about what they take on a slow core. A peer that has used up its time is not read for a
+while, so that TCP holds it back and an honest one loses nothing but speed, beyond 30 MB/s. The peers of a host share,
+and all together; strangers have shares of their own, and take nothing from the rest. Where there is less than all of
+them want they take turns, a millisecond at a time: hosts among members, among those that are proven and among
+strangers, and the peers of a host. Rejected: measuring the time, most of which is spent in tasks that cannot say for
+whom.
 """
 
 from collections import OrderedDict
@@ -41,7 +41,7 @@ STRANGERS_SHARE = 0.3  # of all strangers together
 KNOWN_SHARE = 0.5  # of all peers with standing together
 BURST_S = 0.2  # CPU time that may be taken at once
 SLICE_S = 1e-3  # of one turn
-AHEAD_SHARE = 0.01  # of a host, and of a peer, out of turn: a few queries a second wait for nobody
+AHEAD_SHARE = 0.01  # of a host, and of a peer, out of turn: a few queries a second go without waiting
 HOSTS_MAX = 2048  # of which the shares are remembered
 
 

@@ -1,8 +1,8 @@
-"""Whose work is next, where time is bounded in all, for a group, and for each of a group.
+"""Which work is next, where time is bounded in all, for a group, and for each line of a group.
 
-Lines form a tree: those at its ends hold jobs, each has a rate, and in each those below take turns (start-time fair
-queueing). Who has taken least goes next; who comes after a pause has saved nothing up, but is behind nobody, so that it
-waits for one job of each of the others at most, however many of theirs wait.
+Lines form a tree: its leaves hold jobs, each line has a rate, and the lines in one take turns (start-time fair
+queueing): the line that has taken least goes next. A line that comes after a pause has saved nothing up and starts
+level with the others, so it waits for one job of each of them at most, however many jobs they have waiting.
 """
 
 from collections import deque
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 AHEAD_SAVED_S = 2.0  # for so long a line saves up what it may take out of turn
-AHEAD_DEBT_S = 0.5  # for so long those that wait may wait longer for it
+AHEAD_DEBT_S = 0.5  # by so much other lines may wait longer for it
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -22,7 +22,7 @@ class Job:
 
 
 class Line:
-    """One that waits in its parent: for its own jobs, or for those of the lines in it.
+    """Waits in its parent, with jobs of its own or with the lines in it.
 
     `rate` is in seconds of work a second, of which it saves up `burst_s` of work. `ahead` of it is done out of turn.
     """
@@ -93,7 +93,7 @@ class Line:
                 line._taken_s += found.cost_s
                 line._leave()
                 return found
-            line._taken_s = max(line._taken_s, self._turn_s)  # what its own rate forbids it it does not make up for
+            line._taken_s = max(line._taken_s, self._turn_s)  # time that its own rate denies a line is lost
             again_s = min(again_s, found)
         return again_s
 
