@@ -32,6 +32,8 @@ _PACKED_BYTES_MIN = 256  # what is shorter hardly shrinks
 _REQUEST_HASH = "request_hash BLOB AS (substr(proof, 1, 32)) VIRTUAL"
 _REQUEST_HASH_INDEX = "CREATE INDEX entries_by_request_hash ON entries (request_hash);"
 
+Row = tuple[Any, ...]
+
 _WORTH = "worth_ms INTEGER"  # which entry goes first: see response_store
 _WORTH_INDEX = "CREATE INDEX entries_by_worth ON entries (worth_ms);"
 
@@ -221,8 +223,12 @@ class ResponseReader:
 
     def get(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
         """The entry of `key` that has not expired, or None."""
-        row = self._row(_SELECT, key, now_ms)
-        return _intact(row) if row else None
+        row = self.row(key, now_ms)
+        return intact(row) if row else None
+
+    def row(self, key: RequestKey, now_ms: int) -> Row | None:
+        """The same as it lies in the database, for `intact`."""
+        return self._row(_SELECT, key, now_ms)
 
     def find_canonical(self, canonical_key: bytes, now_ms: int) -> RequestKey | None:
         """The newest entry whose question has this canonical key."""
@@ -260,7 +266,7 @@ class ResponseReader:
         Of what may not go the body is not read: asked for again and again, it would keep the disk busy.
         """
         row = self._row(_SELECT_SHAREABLE if to_member else _SELECT_PUBLIC, request_hash, now_ms)
-        response = _intact(row[2:]) if row else None
+        response = intact(row[2:]) if row else None
         return Shareable(RequestKey(row[0]), row[1], response) if row and response and len(row[0]) == 32 else None
 
     def close(self) -> None:
@@ -270,7 +276,7 @@ class ResponseReader:
                 self._connection.close()
         self._connection = self._file = None
 
-    def _row(self, query: str, key: bytes, now_ms: int) -> tuple[Any, ...] | None:
+    def _row(self, query: str, key: bytes, now_ms: int) -> Row | None:
         try:
             connection = self._current()
             return connection.execute(query, (key, now_ms, self._ttl_ms)).fetchone() if connection else None
@@ -296,7 +302,17 @@ class ResponseReader:
         return self._connection
 
 
-def _intact(row: tuple[Any, ...]) -> StoredResponse | None:
+def unpacked_size(row: Row) -> int:
+    """Bytes of the body that `intact` makes of a row; 0 of a damaged one."""
+    stored = row[0]
+    try:
+        return zstandard.frame_content_size(stored) if stored.startswith(zstandard.FRAME_HEADER) else len(stored)
+    except (zstandard.ZstdError, TypeError, AttributeError):
+        return 0
+
+
+def intact(row: Row) -> StoredResponse | None:
+    """The entry in a row, None for a damaged one; takes time by the size of its body."""
     stored, *rest = row
     try:
         body = unpacked(stored)

@@ -13,10 +13,14 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import JSONResponse
 
-from hyperspace_vllm.api import large_bodies
+from hyperspace_vllm.api import exchange, large_bodies, lookup, relay
+from hyperspace_vllm.api.collect import CompletionCollector
 from hyperspace_vllm.api.http_headers import RawHeaders
 from hyperspace_vllm.api.large_bodies import Busy, LargeBodies
+from hyperspace_vllm.api.lookup import Recent
+from hyperspace_vllm.api.own_ids import OwnIds
 from hyperspace_vllm.core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_BYTES_MAX
 from hyperspace_vllm.core.records.local import StoreResponse
 from hyperspace_vllm.core.response.request_fields import Endpoint
@@ -218,8 +222,6 @@ async def test_no_client_waits_longer_for_a_large_request_than_for_the_server_to
 async def test_a_large_answer_is_made_beside_the_event_loop(
     make_bench: MakeBench, asked_as: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hyperspace_vllm.api import exchange
-
     bench = await make_bench()
     bench.upstream.says.append("word " * INLINE_BODY_BYTES)
     first = await bench.ask(CHAT)
@@ -236,6 +238,77 @@ async def test_a_large_answer_is_made_beside_the_event_loop(
     assert text_of(answer) == text_of(first)
     assert threads
     assert threading.get_ident() not in threads
+
+
+STEPS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "the ids of a JSON answer are taken out for its followers": (relay, "nameless", {}),
+    "a JSON answer is judged": (exchange, "admit", {}),
+    "a stream is taken together": (CompletionCollector, "result", STREAM),
+    "a frame is taken in": (CompletionCollector, "feed", STREAM),
+    "a frame gets a follower's ids": (OwnIds, "frame", STREAM),
+    "an entry is unpacked": (lookup, "intact", {}),
+}
+
+
+@pytest.mark.io
+@pytest.mark.parametrize("is_large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("step", STEPS)
+async def test_the_steps_of_a_large_answer_are_made_beside_the_event_loop_and_those_of_a_small_one_on_it(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, step: str, is_large: bool
+) -> None:
+    where, name, asked_as = STEPS[step]
+    threads: list[int] = []
+    function = getattr(where, name)
+
+    def noted(*args: Any) -> Any:
+        threads.append(threading.get_ident())
+        return function(*args)
+
+    monkeypatch.setattr(where, name, noted)
+    bench = await make_bench()
+    text = "word " * (INLINE_BODY_BYTES if is_large else 1)
+    bench.upstream.says.append(text)
+    gate = bench.upstream.first if asked_as else bench.upstream.gate
+    gate.clear()
+    asked = [asyncio.create_task(bench.ask(CHAT | asked_as)) for _ in range(3)]
+    await until(lambda: bench.cache.flights.readers == 3)
+    gate.set()
+    assert [text_of(answer) for answer in await asyncio.gather(*asked)] == [text] * 3
+    await bench.stored(1)
+    bench.cache.recent = Recent()
+    hit = await bench.ask(CHAT | asked_as)
+    assert "; hit; " in hit.headers["cache-status"]
+    assert text_of(hit) == text
+    here = threading.get_ident()
+    if name in ("feed", "frame"):
+        assert (set(threads) != {here}) == is_large
+    else:  # once, however many wait for it
+        assert [thread == here for thread in threads] == [not is_large]
+
+
+@pytest.mark.io
+async def test_followers_get_a_large_answer_with_ids_inside_under_ids_of_their_own(make_bench: MakeBench) -> None:
+    bench = await make_bench()
+    call = {"id": f"call_{'0' * 32}", "type": "function", "function": {"name": "f", "arguments": "x" * LARGE}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    gate = asyncio.Event()
+
+    async def engine(scope: Any, receive: Any, send: Any) -> None:
+        await gate.wait()
+        choice = {"index": 0, "message": said, "finish_reason": "tool_calls"}
+        answer = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "base", "choices": [choice]}
+        await JSONResponse(answer | {"usage": {}})(scope, receive, send)
+
+    bench.cache.app = engine
+    asked = [asyncio.create_task(bench.ask(CHAT)) for _ in range(8)]
+    await until(lambda: bench.cache.flights.readers == 8)
+    async with taken(bench.cache.bodies, LARGE_BODIES_BYTES_MAX):  # they wait for their turns, and not for the engine
+        gate.set()
+        await until(lambda: bench.cache.bodies.waiting > LARGE_BODIES_BYTES_MAX)
+    answers = [answer.json() for answer in await asyncio.gather(*asked)]
+    calls = [answer["choices"][0]["message"]["tool_calls"][0] for answer in answers]
+    assert len({answer["id"] for answer in answers}) == len({each["id"] for each in calls}) == 8
+    assert {each["function"]["arguments"] for each in calls} == {"x" * LARGE}
 
 
 # --- a server that has no time ------------------------------------------------------------------

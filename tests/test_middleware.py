@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hyperspace_vllm.api import coalesce
+from hyperspace_vllm.api.large_bodies import LargeBodies
 from hyperspace_vllm.api.middleware import response_cache
 from hyperspace_vllm.api.options import ResponseCacheOptions
 from hyperspace_vllm.core.records.ids import sha256
@@ -789,7 +790,7 @@ async def test_a_client_that_reads_a_little_now_and_then_holds_up_the_others_no_
         while await reader.next() is not None:  # noqa: ASYNC110  # the pause itself
             await asyncio.sleep(pause_s)
 
-    flight = coalesce.Flight(None)
+    flight = coalesce.Flight(LargeBodies(1.0), None)
     slow, quick = flight.join(), flight.join()
     flight.start(app, {"type": "http", "headers": []}, b"")
     held_up = asyncio.create_task(read(slow, 0.3))

@@ -20,6 +20,7 @@ from ..core.records.limits import AUDIT_TOKENS_MAX
 from ..core.records.local import SOURCE_BYTES_MAX, ResponseAudited
 from ..core.response.audit import (
     Comparison,
+    Said,
     compare,
     continuing_request,
     plain_answer,
@@ -28,6 +29,7 @@ from ..core.response.audit import (
     score,
     scoring_request,
 )
+from ..core.response.request_fields import Endpoint
 from .checks import OneAtATime, answer_to
 from .large_bodies import Busy
 
@@ -66,7 +68,7 @@ class Audits(OneAtATime):
             self._rests_until_s = now_s + (now_s - began_s) * (1 / AUDIT_SHARE - 1)
 
     async def _audit(self, exchange: "Exchange", key: RequestKey, body: bytes, proof: bytes) -> None:
-        said = plain_answer(exchange.endpoint, msgspec.json.decode(body))
+        said = await exchange.cache.bodies.work(len(body), partial(_said, exchange.endpoint, body))
         prompt = await exchange.read(partial(prompt_of, exchange.endpoint, exchange.body))
         if said is None or prompt is None or not await self._can_split(exchange):
             return
@@ -148,8 +150,18 @@ async def _text_tokens(exchange: "Exchange", text: str) -> list[int]:
 
 async def _tokens(exchange: "Exchange", request: dict[str, object]) -> list[int]:
     """The token ids of a prompt; none if the server doesn't tell."""
-    raw = await answer_to(exchange, _at(exchange, _TOKENIZE), msgspec.json.encode(request))
-    return [] if raw is None else msgspec.json.decode(raw)["tokens"]
+    body = await exchange.read(partial(msgspec.json.encode, request))
+    raw = await answer_to(exchange, _at(exchange, _TOKENIZE), body)
+    return [] if raw is None else await exchange.cache.bodies.work(len(raw), partial(_tokens_in, raw))
+
+
+def _tokens_in(raw: bytes) -> list[int]:
+    tokens: list[int] = msgspec.json.decode(raw)["tokens"]
+    return tokens
+
+
+def _said(endpoint: Endpoint, body: bytes) -> Said | None:
+    return plain_answer(endpoint, msgspec.json.decode(body))
 
 
 def _at(exchange: "Exchange", path: str) -> dict[str, object]:

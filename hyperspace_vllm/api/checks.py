@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -45,22 +46,21 @@ class OneAtATime:
 
 @dataclass(frozen=True, slots=True)
 class ToCompare:
-    """A semantic match whose answer is text, `stored` under `key`; `similarity` is that of the questions."""
+    """A semantic match, whose answer is `stored` under `key`; `similarity` is that of the questions."""
 
     key: RequestKey
     similarity: float
     mode: Mode
-    stored: str
-
-
-def to_compare(key: RequestKey, similarity: float, mode: Mode, stored: bytes) -> ToCompare | None:
-    """None for a match whose answer isn't text."""
-    text = _text(stored)
-    return None if text is None else ToCompare(key, similarity, mode, text)
+    stored: bytes
 
 
 async def compute_too(exchange: "Exchange", match: ToCompare) -> None:
-    """Have the engine answer a request that a match was served to, store that too, and let the two be compared."""
+    """Have the engine answer a request that a match was served to, store that too, and let the two be compared.
+
+    Not if the match isn't text.
+    """
+    if await _text(exchange, match.stored) is None:
+        return
     body = {name: value for name, value in exchange.body.items() if name not in ("stream", "stream_options")}
     named = exchange.names()
     if isinstance(named, Uncacheable):
@@ -77,17 +77,18 @@ async def compute_too(exchange: "Exchange", match: ToCompare) -> None:
     answer = await answer_to(exchange, exchange.scope, raw)
     if answer is None or isinstance(key, Uncacheable):
         return
-    admitted = admit(exchange.endpoint, body, answer)
+    admitted = await exchange.cache.bodies.in_turn(len(answer), partial(admit, exchange.endpoint, body, answer))
     if isinstance(admitted, Admitted) and exchange.names() == named:  # else the weights have changed meanwhile
         exchange.hand_over(key, admitted.body, question)
-        report(exchange, match, admitted.body)
+        await report(exchange, match, admitted.body)
 
 
-def report(exchange: "Exchange", match: ToCompare, computed: bytes) -> None:
-    """Let the node compare the answers, if the engine's is text as well."""
-    question, text = exchange.question, _text(computed)
-    if question is not None and text is not None:
-        said = match.stored[:ANSWER_CHARS_MAX], text[:ANSWER_CHARS_MAX]
+async def report(exchange: "Exchange", match: ToCompare, computed: bytes) -> None:
+    """Let the node compare the answers, if both are text."""
+    stored, text = await _text(exchange, match.stored), await _text(exchange, computed)
+    question = exchange.question
+    if question is not None and stored is not None and text is not None:
+        said = stored[:ANSWER_CHARS_MAX], text[:ANSWER_CHARS_MAX]
         exchange.options.client.send(SimilarChecked(match.key, question, match.similarity, match.mode, *said))
 
 
@@ -102,7 +103,11 @@ async def answer_to(exchange: "Exchange", scope: Scope, raw: bytes) -> bytes | N
     return None if too_late.is_set() else answer
 
 
-def _text(answer: bytes) -> str | None:
+async def _text(exchange: "Exchange", answer: bytes) -> str | None:
+    return await exchange.cache.bodies.in_turn(len(answer), partial(_said, answer))
+
+
+def _said(answer: bytes) -> str | None:
     """What a chat's first choice says to its reader."""
     try:
         match msgspec.json.decode(answer):

@@ -12,9 +12,10 @@ read; readers that far behind hold up the others, for LAGGARD_S of a flight's ti
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from ..contained import report_error
 from ..core.records.limits import (
@@ -26,6 +27,7 @@ from ..core.records.limits import (
 )
 from .collect import FrameKind
 from .http_headers import header
+from .large_bodies import LargeBodies
 from .streams import Collector
 
 Scope = MutableMapping[str, Any]
@@ -33,6 +35,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -101,14 +104,17 @@ class Reader:
 class Flight:
     """One run of the application.
 
-    `collector` sees every frame of a streamed 200 response; `body` gathers one that is not a stream. `on_end` is called
+    `collector` sees every frame of a streamed 200 response; `body` gathers one that is not a stream. `on_end` is run
     once, when the last byte has been sent or never will be. `from_cache` is set by an application that answers with a
-    stored response, whose headers say so already.
+    stored response, whose headers say so already. What takes time by the size of an answer goes through `bodies`.
     """
 
-    def __init__(self, collector: Collector | None, table: "FlightTable | None" = None, key: object = None) -> None:
+    def __init__(
+        self, bodies: LargeBodies, collector: Collector | None, table: "FlightTable | None" = None, key: object = None
+    ) -> None:
+        self.bodies = bodies
         self.collector = collector
-        self.on_end: Callable[[], None] | None = None
+        self.on_end: Callable[[], Coroutine[Any, Any, None]] | None = None
         self.complete = False
         self.ended = False
         self.error: BaseException | None = None
@@ -128,6 +134,8 @@ class Flight:
         self._moved = asyncio.Event()
         self._abandoned = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._shared: asyncio.Task[Any] | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     def start(self, app: App, scope: Scope, request_body: bytes) -> None:
         """Run the application on a request whose body has been read."""
@@ -156,6 +164,14 @@ class Flight:
     def readers(self) -> int:
         """How many requests read this flight."""
         return len(self._readers)
+
+    async def shared(self, size: int, work: Callable[[], T]) -> T:
+        """What `work` makes of the whole answer (`size` bytes), or raises: the first reader's serves all of them."""
+        if self._shared is None:
+            self._shared = asyncio.create_task(self.bodies.in_turn(size, work), name="hyperspace-shared-answer")
+            self._shared.add_done_callback(_heard)
+        made: T = await asyncio.shield(self._shared)
+        return made
 
     def join(self) -> Reader:
         """A reader of the whole log."""
@@ -204,14 +220,14 @@ class Flight:
             self._append(Piece(b"", start=message))
         elif message["type"] == "http.response.body":
             last = not message.get("more_body", False)
-            self._append_body(bytes(message.get("body", b"")), last)
+            await self._append_body(bytes(message.get("body", b"")), last)
             self.complete = self.complete or last
         self._wake_readers()
         if self.complete:
             self._end()
         await self._flow_control()
 
-    def _append_body(self, body: bytes, last: bool) -> None:
+    async def _append_body(self, body: bytes, last: bool) -> None:
         if not self.streams:
             if self.collector is not None and self.status == 200 and len(self.body) <= RESPONSE_BYTES_MAX:
                 self.body += body
@@ -220,18 +236,18 @@ class Flight:
         *frames, self._partial = (self._partial + body).split(b"\n\n")
         for frame in frames:
             whole = frame + b"\n\n"
-            self._append(Piece(whole, self._kind(whole)))
+            self._append(Piece(whole, await self._kind(whole)))
         if self._partial and (last or len(self._partial) > FLIGHT_BYTES_MAX):
-            self._append(Piece(self._partial))
-            self._kind(self._partial)
-            self._partial = b""
+            rest, self._partial = self._partial, b""
+            self._append(Piece(rest))
+            await self._kind(rest)
 
-    def _kind(self, frame: bytes) -> FrameKind:
+    async def _kind(self, frame: bytes) -> FrameKind:
         """Shows a frame to the collector, which must not break the stream: without it nothing is stored."""
         if self.collector is None:
             return "other"
         try:
-            return self.collector.feed(frame)
+            return await self.bodies.in_turn(len(frame), partial(self.collector.feed, frame))
         except Exception:
             report_error("a collector of frames")
             self.collector = None
@@ -290,7 +306,7 @@ class Flight:
         callback, self.on_end = self.on_end, None
         if callback is not None:
             # Behind the readers in the loop's queue: they get their last frame before anything is stored.
-            asyncio.get_running_loop().call_soon(callback)
+            self._ending = asyncio.create_task(callback(), name="hyperspace-answer-ended")
 
     def _wake_readers(self) -> None:
         for reader in self._readers:
@@ -300,8 +316,9 @@ class Flight:
 class FlightTable:
     """The flights that a request may join, by what it has in common with them. Bounded in number and bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, bodies: LargeBodies) -> None:
         self.bytes = 0
+        self._bodies = bodies
         self._flights: dict[object, Flight] = {}
 
     def find(self, key: object) -> Flight | None:
@@ -309,10 +326,10 @@ class FlightTable:
         return self._flights.get(key)
 
     def open(self, key: object, collector: Collector | None) -> Flight:
-        """A flight that others may join, or one of its own when there are too many."""
-        if len(self._flights) >= FLIGHTS_MAX or key in self._flights:
-            return Flight(collector)
-        flight = self._flights[key] = Flight(collector, self, key)
+        """A flight that others may join, or one of its own without a key or when there are too many."""
+        if key is None or len(self._flights) >= FLIGHTS_MAX or key in self._flights:
+            return Flight(self._bodies, collector)
+        flight = self._flights[key] = Flight(self._bodies, collector, self, key)
         return flight
 
     @property
@@ -324,6 +341,12 @@ class FlightTable:
         """The flight takes no more readers."""
         if self._flights.get(key) is flight:
             del self._flights[key]
+
+
+def _heard(task: asyncio.Task[Any]) -> None:
+    """An error of work that no reader waits for any more is not logged."""
+    if not task.cancelled():
+        task.exception()
 
 
 def drops_silently(scope: Scope) -> bool:

@@ -89,6 +89,11 @@ class CompletionCollector:
                 self._choices.clear()
         return kind
 
+    @property
+    def size(self) -> int:
+        """Bytes of the frames without their envelopes."""
+        return self._bytes
+
     def result(self) -> bytes | NotStored:
         """The JSON body, if the stream ended with [DONE] and nothing in it was odd."""
         if self._failure is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..contained import contained, report_error
 from ..core.records.ids import RequestKey, sha256
 from ..core.records.local import PurgeResponses, Question, RememberQuestion, ResponseFound, ResponseToTry, StoreResponse
-from ..core.response.admission import NotStored, admit, storage_scope, streams_completely
+from ..core.response.admission import Admitted, NotStored, admit, storage_scope, streams_completely
 from ..core.response.answer_ids import ID_CHARS_MAX, named_by
 from ..core.response.audit import plain_answer, prompt_of
 from ..core.response.guards import eligible
@@ -237,7 +237,7 @@ class Exchange:
         if similar.verdict == "compute":
             self.cache.metrics.similar.labels("doubted").inc()
             if (entry := await self.entry(key, self.options.clock())) is not None:
-                self._doubted = checks.to_compare(key, similar.similarity, self.mode, entry.body)
+                self._doubted = checks.ToCompare(key, similar.similarity, self.mode, entry.body)
             return False
         self.cache.metrics.similar.labels("found").inc()
         detail = f"semantic; similarity={similar.similarity:.3f}"
@@ -254,8 +254,8 @@ class Exchange:
         entry = await self.entry(key, now_ms)
         if entry is None or not await self._answer_from(key, entry, now_ms, detail):
             return False
-        match = checks.to_compare(key, similarity, self.mode, entry.body) if checked and self.mode else None
-        if match is not None and not self.wishes.only_if_cached:
+        if checked and self.mode is not None and not self.wishes.only_if_cached:
+            match = checks.ToCompare(key, similarity, self.mode, entry.body)
             self.cache.checks.start(checks.compute_too(self, match))
         return True
 
@@ -479,7 +479,7 @@ class Exchange:
         # Whatever may raise comes before the flight is open: one that never starts would hold up who joins it.
         taking = collector(self.endpoint) if storing else None
         adds_usage = asks_usage and not self.wants_usage
-        flight = Flight(taking) if shared is None else self.cache.flights.open(shared, taking)
+        flight = self.cache.flights.open(shared, taking)
         if storing:
             flight.on_end = partial(self._ended, key, flight, leased)
         leader = Relay(flight.join(), self.send, forward_status(why, stored=storing), adds_usage)
@@ -549,22 +549,28 @@ class Exchange:
             await asyncio.sleep(_COMMIT_LOOK_S)
         return None
 
-    @contained()
-    def _ended(self, key: RequestKey, flight: Flight, leased: bool) -> None:
+    async def _ended(self, key: RequestKey, flight: Flight, leased: bool) -> None:
         try:
             if not flight.from_cache:
-                self.cache.metrics.stored.labels(self._judge(key, flight)).inc()
+                self.cache.metrics.stored.labels(await self._judge(key, flight)).inc()
+        except Exception:
+            report_error("the response cache: an answer is not stored")
         finally:
             if leased:
                 self.cache.node.done(key)
 
-    def _judge(self, key: RequestKey, flight: Flight) -> str:
-        if not flight.complete or flight.collector is None or self._abort.happened:
+    async def _judge(self, key: RequestKey, flight: Flight) -> str:
+        taken = flight.collector
+        if not flight.complete or taken is None or self._abort.happened:
             return "unfinished"
         if flight.status != 200:
             return "error"
-        raw = flight.collector.result() if flight.streams else bytes(flight.body)
-        answer = raw if isinstance(raw, NotStored) else admit(self.endpoint, self.body, raw)
+
+        def judged() -> Admitted | NotStored:
+            raw = taken.result() if flight.streams else bytes(flight.body)
+            return raw if isinstance(raw, NotStored) else admit(self.endpoint, self.body, raw)
+
+        answer = await self.cache.bodies.in_turn(taken.size if flight.streams else len(flight.body), judged)
         if isinstance(answer, NotStored):
             return answer.reason
         if self.names() != self.named_as or self.options.weights_changes() != self._weights_changes:
@@ -575,7 +581,7 @@ class Exchange:
         else:
             result = self.hand_over(key, answer.body, self.question)
         if self._doubted is not None:
-            checks.report(self, self._doubted, answer.body)
+            await checks.report(self, self._doubted, answer.body)
         return result
 
     def hand_over(self, key: RequestKey, body: bytes, question: Question | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Reading large bodies off the event loop, so that no other request waits for them.
+"""Reading large bodies and answers off the event loop, so that no other request waits for them.
 
 Context: JSON, canonical fields, vLLM's own request model and the frames of a replay take time by the size of a body: up
 to half a second for 4 MiB, in which no client of the server would get a token. Choice: one thread with a short line
@@ -57,10 +57,7 @@ class LargeBodies:
         if (waiting := self.waiting) and (waiting + size > LARGE_BODIES_BYTES_MAX or patience_s <= 0):
             raise Busy
         to_do = [work]
-        job = self._thread.submit(_do, to_do)
-        self._under_way[job] = size
-        answer: asyncio.Future[T] = asyncio.wrap_future(job)
-        answer.add_done_callback(_heard)
+        answer = self._submit(size, to_do)
         came_s = time.monotonic()
         try:
             while to_do and not answer.done() and (left_s := came_s + patience_s - time.monotonic()) > 0:
@@ -80,6 +77,17 @@ class LargeBodies:
             return await self.work(size, work)
         except Busy:
             return work()
+
+    async def in_turn(self, size: int, work: Callable[[], T]) -> T:
+        """The same of an answer that the engine has made: it takes its turn however long the line is."""
+        return work() if size <= INLINE_BODY_BYTES else await self._submit(size, [work])
+
+    def _submit(self, size: int, to_do: list[Callable[[], T]]) -> asyncio.Future[T]:
+        job = self._thread.submit(_do, to_do)
+        self._under_way[job] = size
+        answer: asyncio.Future[T] = asyncio.wrap_future(job)
+        answer.add_done_callback(_heard)
+        return answer
 
 
 def _do(to_do: list[Callable[[], T]]) -> T:

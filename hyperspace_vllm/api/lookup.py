@@ -2,7 +2,8 @@
 
 A read from the page cache takes some 60 µs, less than handing it to a thread. But a disk that hangs must not hold up
 the server's other requests. So a thread with a deadline makes the read whenever none has been quick for a second, and
-after a quick one the event loop reads by itself: at most once does it wait for a disk that stops in that second.
+after a quick one the event loop reads by itself: at most once does it wait for a disk that stops in that second. A
+large body is unpacked and hashed in the thread in any case.
 """
 
 import asyncio
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..core.records.ids import RequestKey
-from ..core.records.limits import RECENT_BYTES_MAX, RECENT_MS, KiB
+from ..core.records.limits import INLINE_BODY_BYTES, RECENT_BYTES_MAX, RECENT_MS, KiB
 from ..core.records.local import TouchResponses
-from ..response_db import ResponseReader, StoredResponse
+from ..response_db import ResponseReader, StoredResponse, intact, unpacked_size
 from .options import NodeLink
 
 T = TypeVar("T")
@@ -41,7 +42,12 @@ class Lookup:
 
     async def get(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
         """The entry of `key`, if it can be had within the deadline."""
-        return await self._read(partial(self._reader.get, key, now_ms))
+        row = await self._read(partial(self._reader.row, key, now_ms))
+        if row is None:
+            return None
+        if unpacked_size(row) <= INLINE_BODY_BYTES:
+            return intact(row)
+        return await self._in_thread(partial(intact, row)) if self._waiting < _WAITING_MAX else None
 
     async def find_canonical(self, canonical_key: bytes, now_ms: int) -> RequestKey | None:
         """The key of the newest entry whose question has this canonical key, as `get`."""
@@ -54,14 +60,14 @@ class Lookup:
         if self._waiting == 0 and started_s < self._trusted_until_s:
             found = read()
         elif self._waiting < _WAITING_MAX:
-            found = await self._read_in_thread(read)
+            found = await self._in_thread(read)
         else:
             return None
         finished_s = time.monotonic()
         self._trusted_until_s = finished_s + _TRUSTED_S if finished_s - started_s < _QUICK_S else 0.0
         return found
 
-    async def _read_in_thread(self, read: Callable[[], T | None]) -> T | None:
+    async def _in_thread(self, read: Callable[[], T | None]) -> T | None:
         self._waiting += 1
         answer = asyncio.get_running_loop().run_in_executor(self._thread, read)
         answer.add_done_callback(self._answered)

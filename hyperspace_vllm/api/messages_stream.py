@@ -55,6 +55,11 @@ class MessagesCollector:
                 self._pieces.clear()
         return "other"
 
+    @property
+    def size(self) -> int:
+        """Characters of all blocks."""
+        return sum(len(piece) for pieces in self._pieces for piece in pieces)
+
     def result(self) -> bytes | NotStored:
         """The JSON body, if the stream ended with message_stop and nothing in it was odd."""
         if self._failure is not None:

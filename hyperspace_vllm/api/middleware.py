@@ -45,10 +45,10 @@ class ResponseCacheMiddleware:
     def __init__(self, app: App, options: ResponseCacheOptions) -> None:
         self.app = app
         self.options = options
-        self.flights = FlightTable()
         ttl_ms, deadline_s = options.ttl_ms, options.read_deadline_s
         self.lookup = Lookup(options.db_path, ttl_ms, deadline_s) if options.db_path else None
         self.bodies = LargeBodies(options.body_deadline_s)
+        self.flights = FlightTable(self.bodies)
         self.recent = Recent()
         self.sending = Sending()
         self.touches = Touches(options.client)

@@ -1,15 +1,30 @@
 """The ids of one client's answer, put into what was stored or is computed for another (core/response/answer_ids.py)."""
 
 import secrets
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from ..core.response.answer_ids import answer_id, rename_event, with_ids
+from ..core.response.answer_ids import answer_id, rename_event, with_ids, without_ids
 from ..core.response.request_fields import Endpoint
 
 _FRESH_DIGITS = 16  # as vLLM's random_uuid
 _MARKS = b'"id":"', b'"signature":"'  # of ids inside; in a string the quotes are escaped
+
+
+@dataclass(frozen=True, slots=True)
+class Nameless:
+    """The JSON of an answer without its id; `has_ids`: there are others inside."""
+
+    body: bytes
+    has_ids: bool
+
+
+def nameless(answer: bytes | bytearray) -> Nameless:
+    """An answer that vLLM gave to another client, as `OwnIds.named` takes it; ValueError if it isn't a JSON object."""
+    body = msgspec.json.encode(without_ids(msgspec.json.decode(answer, type=dict[str, Any])))
+    return Nameless(body, _has_ids(body))
 
 
 class OwnIds:
@@ -21,12 +36,16 @@ class OwnIds:
 
     def body(self, stored: bytes) -> bytes:
         """The JSON answer of a stored one; raises as `decoded` does."""
-        if any(mark in stored for mark in _MARKS):
-            return msgspec.json.encode(self.decoded(stored))
-        return b'{"id":' + msgspec.json.encode(self.answer) + b"," + stored[1:]
+        return self.named(Nameless(stored, _has_ids(stored)))
+
+    def named(self, answer: Nameless) -> bytes:
+        """The same; without ids inside it takes no longer than a copy."""
+        if answer.has_ids or answer.body == b"{}":
+            return msgspec.json.encode(self.decoded(answer.body))
+        return b'{"id":' + msgspec.json.encode(self.answer) + b"," + answer.body[1:]
 
     def decoded(self, answer: bytes) -> dict[str, Any]:
-        """The same as an object, and of an answer that vLLM gave to another client; ValueError if it isn't JSON."""
+        """The same as an object; ValueError if it isn't JSON."""
         return with_ids(msgspec.json.decode(answer, type=dict[str, Any]), self.answer, self._fresh)
 
     def frame(self, frame: bytes) -> bytes:
@@ -43,3 +62,7 @@ class OwnIds:
 
     def _fresh(self, old: str, digits: int) -> str:
         return self._drawn.setdefault(old, secrets.token_hex(16))[:digits]
+
+
+def _has_ids(stored: bytes) -> bool:
+    return any(mark in stored for mark in _MARKS)

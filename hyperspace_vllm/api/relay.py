@@ -4,11 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-
-import msgspec
+from functools import partial
 
 from .coalesce import LeaderFailed, Piece, Reader, Receive, Send
-from .own_ids import OwnIds
+from .own_ids import OwnIds, nameless
 from .replay import fingerprint_of, with_fingerprint
 from .request_body import with_content_length
 
@@ -43,6 +42,7 @@ class Relay:
         """
         start: Piece | None = None
         body = bytearray()
+        bodies = self.reader.flight.bodies
         while (piece := await self.reader.next(started_deadline_s if self.started else deadline_s)) is not None:
             if piece.start is not None:
                 start = piece
@@ -57,17 +57,27 @@ class Relay:
                     raise LeaderFailed
                 await self._give(start)
                 start = None
-            await self._give(replace(piece, body=ids.frame(piece.body)))
+            await self._give(replace(piece, body=await bodies.in_turn(len(piece.body), partial(ids.frame, piece.body))))
         if start is not None and not self.reader.gone:
-            await self._give_json(start, bytes(body), ids)
+            try:
+                async with asyncio.timeout(deadline_s):
+                    own = await self._own(body, ids)
+            except (TimeoutError, ValueError, RecursionError):
+                raise LeaderFailed from None
+            await self._give_json(start, own)
         await self._end()
 
-    async def _give_json(self, start: Piece, body: bytes, ids: OwnIds) -> None:
+    async def _own(self, body: bytearray, ids: OwnIds) -> bytes:
+        """A JSON answer under `ids`: read once for all readers, however many there are."""
+        flight = self.reader.flight
+        answer = await flight.shared(len(body), partial(nameless, body))
+        name = partial(ids.named, answer)
+        return await flight.bodies.in_turn(len(answer.body), name) if answer.has_ids else name()
+
+    async def _give_json(self, start: Piece, own: bytes) -> None:
         assert start.start is not None
-        try:
-            own = msgspec.json.encode(ids.decoded(body))
-        except (ValueError, RecursionError):
-            raise LeaderFailed from None
+        if self.reader.gone:
+            return
         sized = with_content_length({"headers": (), **start.start}, len(own))
         await self._give(replace(start, start=sized))
         await self._give(Piece(own))
@@ -82,8 +92,9 @@ class Relay:
             return
         if self._strips_usage and piece.kind == "usage":
             fingerprint = fingerprint_of(piece.body)
-            if self._finish is not None and fingerprint is not None:
-                self._finish = with_fingerprint(self._finish, fingerprint)
+            if (finish := self._finish) is not None and fingerprint is not None:
+                add = partial(with_fingerprint, finish, fingerprint)
+                self._finish = await self.reader.flight.bodies.in_turn(len(finish), add)
             return
         await self._give_finish()
         if self._strips_usage and piece.kind == "finish":

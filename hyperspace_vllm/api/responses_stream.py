@@ -41,6 +41,11 @@ class ResponsesCollector:
             self._take(frame)
         return "other"
 
+    @property
+    def size(self) -> int:
+        """Bytes of the body."""
+        return len(self._body or b"")
+
     def result(self) -> bytes | NotStored:
         """The JSON body, if the stream ended with response.completed."""
         if self._failure is not None:

@@ -17,6 +17,10 @@ class Collector(Protocol):
     def feed(self, frame: bytes) -> FrameKind:
         """Take in one frame and say which kind it is."""
 
+    @property
+    def size(self) -> int:
+        """About how many bytes `result` has to write."""
+
     def result(self) -> bytes | NotStored:
         """The JSON body that vLLM would have sent to the same request without `stream`."""
 
