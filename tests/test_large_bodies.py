@@ -15,13 +15,13 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse
 
-from hyperspace_vllm.api import exchange, large_bodies, lookup, relay
+from hyperspace_vllm.api import exchange, large_bodies, lookup, middleware, relay
 from hyperspace_vllm.api.collect import CompletionCollector
 from hyperspace_vllm.api.http_headers import RawHeaders
 from hyperspace_vllm.api.large_bodies import Busy, LargeBodies
 from hyperspace_vllm.api.lookup import Recent
 from hyperspace_vllm.api.own_ids import OwnIds
-from hyperspace_vllm.core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_BYTES_MAX
+from hyperspace_vllm.core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_BYTES_MAX, REQUEST_BYTES_MAX
 from hyperspace_vllm.core.records.local import StoreResponse
 from hyperspace_vllm.core.response.request_fields import Endpoint
 from hyperspace_vllm.core.response.scope import RequestScope, engine_salt, verify_scope
@@ -309,6 +309,48 @@ async def test_followers_get_a_large_answer_with_ids_inside_under_ids_of_their_o
     calls = [answer["choices"][0]["message"]["tool_calls"][0] for answer in answers]
     assert len({answer["id"] for answer in answers}) == len({each["id"] for each in calls}) == 8
     assert {each["function"]["arguments"] for each in calls} == {"x" * LARGE}
+
+
+@pytest.mark.io
+@pytest.mark.parametrize(
+    ("more", "is_read"),
+    [
+        ({"user": "a"}, False),
+        ({"kv_transfer_params": {"hyperspace": {"scope": "public"}, "other": 1}}, True),
+        ({"user": "é"}, True),
+    ],
+)
+@pytest.mark.parametrize("size", [1, LARGE, REQUEST_BYTES_MAX])
+@pytest.mark.parametrize("cache_control", ["", "private"])
+async def test_a_body_of_another_type_is_read_only_if_it_may_hold_a_scope_and_never_on_the_loop_if_it_is_large(
+    make_bench: MakeBench,
+    monkeypatch: pytest.MonkeyPatch,
+    more: dict[str, Any],
+    is_read: bool,
+    size: int,
+    cache_control: str,
+) -> None:
+    threads: list[int] = []
+    read = middleware._as_vllm_reads
+
+    def noted(raw: bytes) -> dict[str, Any] | None:
+        threads.append(threading.get_ident())
+        return read(raw)
+
+    monkeypatch.setattr(middleware, "_as_vllm_reads", noted)
+    bench = await make_bench()
+    raw = json.dumps(TEXT | {"padding": "x" * size} | more).encode()
+    headers = {"content-type": "text/plain", "cache-control": cache_control}
+    answer = await bench.client.post(TEXT_PATH, content=raw, headers=headers)
+    too_large = len(raw) > REQUEST_BYTES_MAX
+    assert answer.headers["cache-status"].endswith("too_large" if too_large else "not_json")
+    here = threading.get_ident()
+    assert [thread == here for thread in threads] == ([size == 1] if is_read and not too_large else [])
+    (received,) = bench.upstream.bodies
+    if more.get("kv_transfer_params") and not too_large:
+        assert json.loads(received)["kv_transfer_params"] == {"other": 1}
+    else:
+        assert received == raw
 
 
 # --- a server that has no time ------------------------------------------------------------------

@@ -80,13 +80,11 @@ class ResponseCacheMiddleware:
     async def _way(self, endpoint: Endpoint, scope: Scope, receive: Receive, hear: Receive, send: Send) -> Answer:
         """How a request will be answered. `hear` is `receive`, remembered."""
         raw, too_large = await read_body(hear), False
-        if isinstance(raw, list) and (self._has_tenants or _stays_here(scope)):
+        if isinstance(raw, list) and (self._has_tenants or _stays_here(scope)) and _is_json(scope):
             raw, too_large = await read_rest(raw, hear), True
         if isinstance(raw, list):
             return partial(self._untouched, scope, replayed(raw, receive), send, "too_large")
-        if (first_header(scope["headers"], b"content-type") or "").lower().split(";")[
-            0
-        ] != "application/json":  # as vLLM
+        if not _is_json(scope):
             return await self._not_json(scope, raw, receive, send)
         try:
             body, lenient = await self.bodies.work(len(raw), partial(_parsed, raw, too_large))
@@ -117,9 +115,10 @@ class ResponseCacheMiddleware:
         return partial(self.app, with_content_length(scope, len(raw)), request, send)
 
     async def _not_json(self, scope: Scope, raw: bytes, receive: Receive, send: Send) -> Answer:
-        """By its Content-Type, which the application may judge otherwise: what it could read as a scope is removed."""
-        with suppress(Busy):  # it would not verify
-            raw = await self.bodies.work(len(raw), partial(_with_salt, raw, ""))
+        """By its Content-Type, which vLLM refuses after FastAPI has read the body: of a scope in it nothing is left."""
+        if _may_hold_scope(raw):
+            with suppress(Busy):  # it would not verify
+                raw = await self.bodies.work(len(raw), partial(_with_salt, raw, ""))
         request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
         return partial(self._untouched, with_content_length(scope, len(raw)), request, send, "not_json")
 
@@ -148,6 +147,17 @@ def _path(scope: Scope) -> str:
     """Of a POST."""
     is_post = scope["type"] == "http" and scope["method"] == "POST"
     return scope["path"].removeprefix(scope.get("root_path", "")) if is_post else ""
+
+
+def _is_json(scope: Scope) -> bool:
+    """By its Content-Type, as vLLM reads it: it refuses any other on every endpoint that it serves."""
+    content_type = first_header(scope["headers"], b"content-type") or ""
+    return content_type.lower().split(";")[0] == "application/json"
+
+
+def _may_hold_scope(raw: bytes) -> bool:
+    """Whether a body names kv_transfer_params if it is JSON: plainly, in escapes, or in UTF-16 or UTF-32."""
+    return b"kv_transfer_params" in raw or b"\\u" in raw or b"\0" in raw[:4]
 
 
 def _stays_here(scope: Scope) -> bool:
