@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import pytest
 
 from hyperspace_vllm.core.records.ids import RequestKey
-from hyperspace_vllm.core.response.canonical import is_read
+from hyperspace_vllm.core.response.canonical import canonical_question, compared_question, is_read
 from hyperspace_vllm.core.response.guard_words import FILLER, FUNCTION, NEGATIONS
 from hyperspace_vllm.core.response.guards import Mode, eligible, refusal, refusal_between
 from hyperspace_vllm.core.response.question import read_question
 from hyperspace_vllm.core.response.request_key import has_surrogates
 from hyperspace_vllm.core.response.semantic import Candidate, Match, NoMatch, best_match
 from hyperspace_vllm.core.response.semantic_key import question_of
+from hyperspace_vllm.core.response.word_forms import LOOSE_SYNONYMS, SYNONYMS
 
 from .test_canonical import SAME
 
@@ -198,7 +199,82 @@ def test_strict_forgives_plurals_synonyms_and_openings() -> None:
     assert refusal("What divides cats and dogs?", "What divides dogs and cats?", "strict") is None
     assert refusal("How does a muscle work?", "How do muscles work?", "strict") is None
     assert refusal("What is inflation in economics?", "Explain inflation in economics", "strict") is None
-    assert refusal("What are good films about the sea?", "What is a good movie about the sea?", "strict") is None
+    assert refusal("What are the drawbacks of shoes?", "What is the disadvantage of a shoe?", "strict") is None
+    assert refusal("How do I purchase a house?", "How can I buy houses?", "strict") is None
+
+
+# The mode that takes the pair for one, none in the last: there the other sense makes a question that people ask.
+SENSES = [
+    ("balanced", "What are good films about the sea?", "What is a good movie about the sea?"),
+    ("balanced", "What is the main method in Java?", "What is the primary method in Java?"),
+    ("balanced", "How do I type text in Word?", "How do I sort text in Word?"),
+    ("balanced", "How do I cure ham?", "How do I heal ham?"),
+    ("balanced", "What is the test for cancer?", "What is the exam for cancer?"),
+    ("balanced", "How do I train for a marathon?", "How do I teach for a marathon?"),
+    ("balanced", "How do I lower a chair?", "How do I reduce a chair?"),
+    ("balanced", "What is the best firm mattress?", "What is the best company mattress?"),
+    ("", "How do I remove a hard drive?", "How do I erase a hard drive?"),
+    ("", "How do you pick a lock?", "How do you choose a lock?"),
+    ("", "What is the best notebook for writing?", "What is the best laptop for writing?"),
+    ("", "What is the carbon cycle?", "What is the carbon bike?"),
+    ("", "What is the best camping site in Wales?", "What is the best camping website in Wales?"),
+    ("", "How do I store wine?", "How do I shop wine?"),
+    ("", "How to present a book?", "How to gift a book?"),
+    ("", "What is the right side of the road to drive on?", "What is the correct side of the road to drive on?"),
+]
+
+
+@pytest.mark.parametrize(("mode", "one", "other"), SENSES)
+def test_strict_takes_no_word_of_several_senses_for_another(mode: str, one: str, other: str) -> None:
+    for pair in ((one, other), (other, one)):
+        assert refusal(*pair, "strict") is not None
+        assert (refusal(*pair, "balanced") is None) == (mode == "balanced")
+
+
+def test_no_word_is_in_both_tables_of_synonyms_unless_it_stands_for_its_line() -> None:
+    both = SYNONYMS.keys() & LOOSE_SYNONYMS.keys()
+    assert {SYNONYMS[word] for word in both} == {LOOSE_SYNONYMS[word] for word in both}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("How do I boost the moral of my team?", "How do I boost the morale of my team?"),
+        ("Is it human to kill a horse?", "Is it humane to kill a horse?"),
+        ("What is a good plan for a beginner?", "What is a good plane for a beginner?"),
+    ],
+)
+def test_strict_takes_no_two_nouns_of_one_stem_for_one(one: str, other: str) -> None:
+    assert refusal(one, other, "strict") == "wording"
+
+
+@pytest.mark.parametrize("opening", ["Explain", "Please explain", "Define", "Describe", "Tell me about"])
+@pytest.mark.parametrize(
+    "figure",
+    [
+        "the value of pi", "the price of Bitcoin", "Bitcoin price", "the Bitcoin price", "Bitcoin's price",
+        "the population of Vienna", "the population in Vienna", "the date of Easter",
+        "the number of bones in the human body", "the capital of France",
+    ],
+)  # fmt: skip
+def test_who_asks_for_a_figure_wants_no_explanation_of_it(opening: str, figure: str) -> None:
+    asked, explained = f"What is {figure}?", f"{opening} {figure}"
+    assert canonical_question(asked) != canonical_question(explained)
+    assert compared_question(asked) != compared_question(explained)
+    for mode in MODES:
+        assert refusal(asked, explained, mode) is not None
+        assert refusal(explained, asked, mode) is not None
+
+
+@pytest.mark.parametrize("thing", ["the boiling point of water", "the time difference between London and Tokyo"])
+def test_strict_explains_nothing_that_is_of_a_thing(thing: str) -> None:
+    assert refusal(f"Explain {thing}", f"What is {thing}?", "strict") == "wording"
+
+
+@pytest.mark.parametrize("notion", ["value", "price", "inflation in economics", "IP address", "interest rate"])
+def test_a_notion_is_explained_by_what_it_is(notion: str) -> None:
+    for mode in MODES:
+        assert refusal(f"Explain {notion}", f"What is {notion}?", mode) is None
 
 
 @pytest.mark.parametrize(

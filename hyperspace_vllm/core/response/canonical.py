@@ -7,8 +7,9 @@ understanding ("capital of France", "France's capital") don't meet.
 
 Only "what is", "explain" and "define" meet, and only before one noun with what stands before it: equal forms are served
 without a look at the embedding. "Describe Paris", "what does Islam mean" and "define a variable in Python" ask for
-something else, "what are windows" for other things than "what is windows". An acronym is written out where it is all
-that is asked about, and a name after "the" or "in" (the US); elsewhere it may be a unit, a pronoun or a trade's own.
+something else, "what are windows" for other things than "what is windows"; "what is the Bitcoin price" wants a figure,
+"explain the Bitcoin price" doesn't. An acronym is written out where it is all that is asked about, and a name after
+"the" or "in" (the US); elsewhere it may be a unit, a pronoun or a trade's own.
 
 What stays: all other instructions (how, list, compare, translate, write); punctuation but for the mark at the end;
 upper case wherever it may make a name (a Python): inside the text, and at its start in a word of capitals (US) or one
@@ -19,11 +20,12 @@ that is another without it (Turkey); whatever is quoted. Text that looks like co
 import re
 import unicodedata
 from collections.abc import Mapping
+from itertools import pairwise
 
 from ..records.limits import QUESTION_CHARS_MAX
-from .guard_words import word_set
+from .guard_words import FIGURES, PROPERTIES, word_set
 
-CANONICAL_VERSION = 4  # raised with each change of the forms, so that no key or vector of another is compared
+CANONICAL_VERSION = 5  # raised with each change of the forms, so that no key or vector of another is compared
 WORDS_MAX = 256  # of a question, between white space; a longer text is a document
 
 # Asked about alone, in capitals, each has one reading. Operators add their own; those with several (CNN, PM) stay out.
@@ -164,6 +166,10 @@ true false important possible missing needed required allowed available popular 
 """)
 
 
+_OF_A_PROPERTY = word_set("of between")
+_OF_THE_PROPERTY = _OF_A_PROPERTY | word_set("in for at on from to")
+
+
 # What is read beside ASCII: signs that are rewritten above, or that guards know (units, numbers, dashes, quotes).
 _READ_SIGNS = frozenset("‘’ʼ“”„«»–—…€£₹¥°²³½¼¾×÷−")
 _LATIN = re.compile("[\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f]")
@@ -210,6 +216,16 @@ def compared_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
     question = canonical_question(text, acronyms)
     topic = None if _is_verbatim(text) else _topic(question, _OPENINGS)
     return question if topic is None else f"what is {topic.removeprefix('a ').removeprefix('an ')}"
+
+
+def names_property(topic: str) -> bool:
+    """Whether a topic is what a thing has, in a word or a figure: "the value of pi", "Bitcoin price"; not "value"."""
+    words = topic.lower().rstrip(_END_MARKS).split(" ")
+    joins = _OF_THE_PROPERTY if words[0] == "the" else _OF_A_PROPERTY
+    bare = words[1:] if words[0] in ("the", "a", "an") else words
+    if len(bare) > 1 and {bare[-1], bare[-1].removesuffix("s")} & FIGURES:
+        return True
+    return any({word, word.removesuffix("s")} & PROPERTIES and after in joins for word, after in pairwise(bare))
 
 
 def plain_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
@@ -308,6 +324,8 @@ def _topic(question: str, forms: tuple[re.Pattern[str], ...]) -> str | None:
         topic = _ARTICLE.sub("", match["topic"])
         words = topic.removeprefix("a ").removeprefix("an ").split(" ")
         common = {word for word in words if word.lower() in _NO_TOPIC and (word != word.upper() or word == "I")}
+        if names_property(topic):
+            continue
         if len(words) <= _TOPIC_WORDS_MAX and not common and topic.replace(" ", "").isalpha():
             return topic
     return None

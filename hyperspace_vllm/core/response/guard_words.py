@@ -27,6 +27,19 @@ of in on at by for from with into onto about as than over under above below betw
 off down before after during while until against around across without towards to and or
 """)
 
+# What a thing has, and is told in a word or a figure: "what is" asks for that, "explain" for more. `FIGURES` are told
+# so also with their thing before them ("Bitcoin price"), where others make a notion ("IP address", "interest rate").
+FIGURES = word_set("""
+price cost fee salary wage population value worth age birthday height weight gdp ceo president founder owner winner
+score
+""")
+PROPERTIES = FIGURES | word_set("""
+income revenue budget number amount count total quantity sum average percentage ratio rate size length width depth
+distance area volume mass density speed temperature duration date time day month year deadline capital currency symbol
+colour color address location coordinates name nickname password code result record minister king queen mayor governor
+author inventor director status version square cube root logarithm sine cosine tangent
+""")
+
 # What treats alike whatever it joins.
 SYMMETRIC = frozenset(("and", "or", "vs", "versus", "between", "&"))
 

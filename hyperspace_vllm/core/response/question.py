@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .canonical import plain_question
+from .canonical import names_property, plain_question
 from .guard_words import (
     FILLER,
     FUNCTION,
@@ -14,7 +14,7 @@ from .guard_words import (
     UNITS,
     word_set,
 )
-from .word_forms import IRREGULAR, SYNONYMS
+from .word_forms import IRREGULAR, LOOSE_SYNONYMS, SYNONYMS
 
 _TOKEN = re.compile(
     r"(?P<number>(?<![\w.)])[-−]?\d+(?:[.,:/]\d+)*(?:st|nd|rd|th)?|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th)?)"
@@ -222,7 +222,25 @@ def are_derived(one: str, other: str) -> bool:
     )
 
 
-_SYNONYM_STEMS = {stem(word): stem(first) for word, first in SYNONYMS.items()}
+def singular(word: str) -> str:
+    """A word without its plural; equal ones need not be words ("axes", "axe" and "ax")."""
+    if len(word) <= 3 or not word.isalpha():
+        return word
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    return word[:-1] if len(word) > 3 and word.endswith(("sse", "xe", "ze", "che", "she", "oe")) else word
+
+
+def sense_of(word: str) -> str:
+    """The singular of a word, or of the first of those with its one sense."""
+    one = singular(word)
+    return _SENSES_OF.get(one, one)
+
+
+_SYNONYM_STEMS = {stem(word): stem(first) for word, first in (LOOSE_SYNONYMS | SYNONYMS).items()}
+_SENSES_OF = {singular(word): singular(first) for word, first in SYNONYMS.items()}
 
 
 def tokens_of(text: str) -> list[Token]:
@@ -374,6 +392,8 @@ def _asks(words: list[str]) -> str:
 
 def _asks_order(verb: str, rest: list[str]) -> str:
     """ "Define a variable" and "describe a sunset" want one to be made, without the article they ask what it is."""
+    if verb in _DEFINE and names_property(" ".join(rest).removeprefix("me ").removeprefix("about ")):
+        return verb  # a price is told otherwise than it is explained
     if verb == "tell":
         return "about" if rest[:1] == ["me"] and "about" in rest[1:3] else verb
     if verb in ("define", "describe") and rest[:1] not in (["a"], ["an"]):

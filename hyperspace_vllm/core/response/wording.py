@@ -2,8 +2,9 @@
 
 Context: a small word turns a question ("too much salt", "sue for", "get off drugs"), and no list of those that do is
 ever complete. Choice: a closed list of what may be missing, and all else counts, in its tense, where it stands. Equal
-are only plurals, synonyms (word_forms.py), what stands for one word by grammar alone (is, are), and a few openings.
-Rejected: a list of words that may be missing for each kind of question. Cost: most rewordings, such as "you" for "I".
+are only plurals, synonyms of one sense (word_forms.py), what stands for one word by grammar alone (is, are), and a few
+openings. Rejected: a list of words that may be missing for each kind of question. Cost: most rewordings, such as "you"
+for "I".
 """
 
 import re
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from .guard_words import FUNCTION, NEGATIONS, SYMMETRIC, word_set
-from .question import Token, concept_of, number_of, tokens_of
+from .question import Token, number_of, sense_of, tokens_of
 from .word_forms import IRREGULAR
 
 # Articles, and "do", which only makes a question of a statement. Not the forms of "be" and "have", which say something
@@ -29,7 +30,12 @@ _OPENINGS = (
         r"how (?:do|can) i |how (?:does|can) (?:one|someone) |what (?:can|do) i do to "
         r"|what (?:is|are) (?:the |an? |some (?:of the )?)?(?:best |good )?ways? (?:to|i can) ",
     ),
-    ("what is ", r"explain |define |(?:what|which) are some (?:of (?=the |your |my ))?|(?:what|which) (?:is|are) "),
+    (
+        "what is ",
+        # Not of a thing that is another's: the boiling point of water is a figure.
+        r"(?:explain|define) (?!.*(?: of | between |'s ))"
+        r"|(?:what|which) are some (?:of (?=the |your |my ))?|(?:what|which) (?:is|are) ",
+    ),
 )
 _OPENED = tuple((read_as, re.compile(rf"^(?:{said})(?=\w)", re.IGNORECASE)) for read_as, said in _OPENINGS)
 # "Which book about Rome is the best", where nothing but a place, a time or a purpose follows.
@@ -83,5 +89,7 @@ def _spelt(token: Token, opens: bool) -> str:
         return f'"{text}"'
     if text != text.lower() and text not in _WITHOUT_CAPITALS and not is_opening:
         return text.replace(".", "").removesuffix("'s")
+    if key in FUNCTION:
+        return key
     has_ending = IRREGULAR.get(key, key) != key or key.endswith(("ed", "ing", "ly"))
-    return number_of(token) or (key if has_ending else concept_of(key))
+    return number_of(token) or (key if has_ending else sense_of(key))
