@@ -574,6 +574,19 @@ async def test_gossip_reaches_everybody_once(members: Members) -> None:
     assert group[0].gossip == []
 
 
+async def test_a_message_that_cannot_be_sent_is_told_with_its_traceback_and_takes_no_place(
+    members: Members, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    (a,) = await members(1, meet=False)
+    monkeypatch.setattr(Libp2pNode, "publish", broken)
+    assert a.host.publish(TOPIC, b"hello")
+    await until(lambda: "a message of gossip was not sent" in caplog.text and a.host._publishing == 0)
+    assert "ZeroDivisionError" in caplog.text
+
+
 async def test_a_burst_is_not_lost(members: Members) -> None:
     a, b = await members(2)
     await meshed(a, b)

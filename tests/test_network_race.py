@@ -14,6 +14,7 @@ import pytest
 from nacl.signing import SigningKey
 from prometheus_client import REGISTRY
 
+from hyperspace_vllm import contained
 from hyperspace_vllm.api import network_race, node_lookup
 from hyperspace_vllm.api.node_lookup import NodeLookup
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
@@ -392,6 +393,38 @@ async def test_an_engine_that_ignores_its_defeat_is_cancelled(bench: Bench, monk
     assert text_of(await bench.ask(CHAT)) == "from afar"
     async with asyncio.timeout(10):
         await cancelled.wait()
+
+
+@pytest.mark.parametrize("is_a_fault", [True, False])
+async def test_an_engine_that_fails_after_its_defeat_is_reported_once_unless_it_means_its_client(
+    bench: Bench, is_a_fault: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(contained, "_reported", set())
+    monkeypatch.setattr(contained.logger, "propagate", False)
+    contained.logger.addHandler(caplog.handler)
+    failed = 0
+
+    async def engine(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal failed
+        await receive()
+        bench.node.inbox.append(found(bench.node.asked[-1]))
+        assert (await receive())["type"] == "http.disconnect"
+        failed += 1
+        if is_a_fault:
+            raise ZeroDivisionError
+        try:
+            raise OSError("client disconnected")
+        except OSError:
+            raise RuntimeError from None  # as Starlette's ClientDisconnect
+
+    bench.cache.app = engine
+    bench.node.others = Says(hinted=False)
+    for seed in range(2):
+        assert text_of(await bench.ask(CHAT | {"seed": seed})) == "from afar"
+    await until(lambda: failed == 2)
+    contained.logger.removeHandler(caplog.handler)
+    reports = [record.exc_info is not None for record in caplog.records if "please report it" in record.message]
+    assert reports == [True] * is_a_fault
 
 
 # --- many at once ---------------------------------------------------------------------------------

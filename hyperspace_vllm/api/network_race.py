@@ -10,17 +10,15 @@ one of them all.
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Literal
 
+from ..contained import report_error
 from ..core.records.local import ResponseFound
 from .coalesce import ABANDONED_GRACE_S, App, Message, Receive, Scope, Send, drops_silently
 from .node_lookup import Pending
 from .stored_answer import Sending, StoredAnswer
-
-logger = logging.getLogger(__name__)
 
 Outcome = Literal[
     "waited_hit",  # hinted (or only-if-cached), and worth the wait
@@ -126,10 +124,12 @@ class NetworkRace:
         try:
             async with patience:
                 await self._engine(scope, receive, send_from_engine)
-        except Exception:
+        except Exception as error:
             if self.outcome not in HITS:
                 raise
-            logger.debug("the engine failed after its request had been answered", exc_info=True)
+            # Its client has gone, it was told: that is an OSError, or what Starlette makes of one.
+            if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
+                report_error("a computation whose request another node has answered")
         finally:
             if self.outcome not in HITS:
                 replay.cancel()

@@ -340,6 +340,8 @@ class NodeDht(KadDHT):
         # Whom to know is the core's business (peer exchange), so nothing here searches for peers.
         while True:
             await trio.sleep(MAINTENANCE_S)
-            with suppress(Exception):
+            try:
                 self.provider_store.cleanup_expired()
                 await self.provider_store.renew()
+            except Exception:
+                logger.exception("what this node provides was not renewed")

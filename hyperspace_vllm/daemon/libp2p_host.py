@@ -159,8 +159,9 @@ class Libp2pHost:
 
         async def publish() -> None:
             try:
-                with suppress(Exception):
-                    await link.node.publish(topic, payload)
+                await link.node.publish(topic, payload)
+            except Exception:  # it would end the thread's work for all
+                logger.exception("a message of gossip was not sent")
             finally:
                 self._inbox.put(published)
 

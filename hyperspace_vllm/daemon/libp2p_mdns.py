@@ -98,12 +98,15 @@ class Mdns:
             lookup.add_done_callback(self._lookups.discard)
 
     async def _look_up(self, zeroconf: Zeroconf, name: str) -> None:
-        with suppress(Exception):
-            info = AsyncServiceInfo(self._kind, name)
-            if await info.async_request(zeroconf, LOOKUP_MS):
-                for peer, address in peers_in(info.properties):
-                    if peer != self._peer:
-                        self._on_discovered(peer, address, self._told_from)
+        info = AsyncServiceInfo(self._kind, name)
+        try:
+            answered = await info.async_request(zeroconf, LOOKUP_MS)
+        except Exception as error:  # zeroconf raises what it likes
+            logger.debug("a name of mDNS was not looked up: %r", error)
+            return
+        for peer, address in peers_in(info.properties) if answered else ():
+            if peer != self._peer:
+                self._on_discovered(peer, address, self._told_from)
 
 
 def peers_in(properties: dict[bytes, bytes | None]) -> list[tuple[PeerId, str]]:
