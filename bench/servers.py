@@ -6,6 +6,7 @@ Each server is a process group of its own with its own data directory, so its no
 import fcntl
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -227,17 +228,34 @@ class Server:
 
     def signal_group(self, number: int) -> None:
         """Send a signal to every process of the server (its node is not one of them)."""
+        left = ring_buffers(self.process.pid) if number == signal.SIGKILL else set()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
+        for path in left:
+            path.unlink(missing_ok=True)
 
     def stop(self, timeout_s: float = 30) -> None:
         """End the server: politely, then not."""
+        left = ring_buffers(self.process.pid)  # vLLM kills its own processes that don't end in time
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout_s)
         self.signal_group(signal.SIGKILL)
         self.process.wait(10)
+        for path in left:
+            path.unlink(missing_ok=True)
+
+
+def ring_buffers(group: int) -> set[Path]:
+    """Shared memory of Python's that processes of the group have mapped: of killed ones it would stay for good."""
+    found: set[Path] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # another user's, or gone
+            if os.getpgid(int(process.name)) == group:
+                maps = (process / "maps").read_text()
+                found.update(map(Path, re.findall(r" (/dev/shm/psm_[0-9a-f]+)$", maps, re.MULTILINE)))
+    return found
 
 
 def introduce(directories: Sequence[Path], ports: Sequence[int]) -> list[dict[str, str]]:

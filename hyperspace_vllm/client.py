@@ -375,7 +375,8 @@ class _Link:
             logger.warning("hyperspace node speaks protocol %d, this is %d", welcome.protocol, LOCAL_PROTOCOL)
             return
         known = self.last_welcome
-        if self._role in _TOUCH_KV and (self.arena is None or known is None or known.arena_path != welcome.arena_path):
+        # By the node, not by the path: in the data directory the arenas of all of its nodes have the same one.
+        if self._role in _TOUCH_KV and (self.arena is None or known is None or known.epoch != welcome.epoch):
             try:
                 self.arena = _map_arena(welcome)
             except (OSError, ValueError) as error:

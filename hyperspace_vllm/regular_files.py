@@ -7,9 +7,9 @@ from io import FileIO
 from pathlib import Path
 
 
-def open_regular(path: str | Path) -> FileIO:
+def open_regular(path: str | Path, flags: int = 0) -> FileIO:
     """A file to read; `OSError` if it is no regular one: a pipe would be waited for, and a device read without end."""
-    file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags))
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()

@@ -1,6 +1,8 @@
+import fcntl
 import os
 import random
 import stat
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -118,12 +120,86 @@ def test_an_arena_is_private_and_leaves_with_its_node(tmp_path: Path) -> None:
     assert not list((tmp_path / "shm").iterdir())
 
 
-def test_the_next_node_removes_what_a_killed_one_left(tmp_path: Path) -> None:
-    (tmp_path / "shm").mkdir()
-    killed = Arena.create(tmp_path, SIZE, shared_memory=tmp_path / "shm")
+def abandoned(path: Path, age_s: float = 3600) -> Path:
+    """As a killed node leaves its arena: locked by no process."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(bytes(SIZE))
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+def name(number: int) -> str:
+    return f"hyperspace-{number:032x}.arena"
+
+
+def test_the_next_node_of_a_directory_removes_at_once_what_a_killed_one_left(tmp_path: Path) -> None:
+    (tmp_path / "arena.path").write_text(str(abandoned(tmp_path / "shm" / name(1), age_s=-10)))
     survivor = Arena.create(tmp_path, SIZE, shared_memory=tmp_path / "shm")
     assert list((tmp_path / "shm").iterdir()) == [survivor.path]
-    assert killed.path != survivor.path
+
+
+def test_what_killed_nodes_of_other_directories_left_a_while_ago_is_removed_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(3):
+        abandoned(tmp_path / "shm" / name(number))
+    young = abandoned(tmp_path / "shm" / name(7), age_s=50)
+    mine = Arena.create(tmp_path, SIZE, shared_memory=tmp_path / "shm")
+    assert set((tmp_path / "shm").iterdir()) == {young, mine.path}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"arenas of killed nodes removed from {tmp_path / 'shm'}: 3, 12 MiB"
+    ]
+
+
+def test_the_arena_of_a_living_node_stays_however_old_and_whoever_names_it(tmp_path: Path) -> None:
+    (tmp_path / "shm").mkdir()
+    living = Arena.create(tmp_path, SIZE, shared_memory=tmp_path / "shm")
+    os.utime(living.path, (0, 0))
+    copy = tmp_path / "copy of its data directory"
+    copy.mkdir()
+    (copy / "arena.path").write_text((tmp_path / "arena.path").read_text())
+    Arena.create(copy, SIZE, shared_memory=tmp_path / "shm")
+    assert living.path.exists()
+
+
+def test_an_arena_that_was_removed_before_its_node_could_lock_it_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shm").mkdir()
+    lock = fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        for path in (tmp_path / "shm").iterdir():
+            path.unlink()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    arena = Arena.create(tmp_path, SIZE, shared_memory=tmp_path / "shm")
+    assert arena.path == tmp_path / "arena"
+    assert arena.path.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "of another user", "of another name"])
+def test_only_regular_files_of_this_user_that_are_named_as_arenas_are_removed(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, target = tmp_path / "shm" / name(1), abandoned(tmp_path / name(2))
+    path.parent.mkdir()
+    match kind:
+        case "link":
+            path.symlink_to(target)
+        case "pipe":
+            os.mkfifo(path)
+            os.utime(path, (0, 0))
+        case "of another user":
+            abandoned(path)
+            own = os.geteuid()
+            monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+        case "of another name":
+            path = abandoned(path.with_name(f"x{path.name}"))
+    Arena.create(tmp_path, SIZE, shared_memory=tmp_path / "shm")
+    assert target.exists()
+    assert os.path.lexists(path)
 
 
 @pytest.mark.parametrize("victim", ["shm/somebody-elses", "precious", "shm/hyperspace-1.arena"])

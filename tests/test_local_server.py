@@ -177,11 +177,16 @@ class SmallNode:
 
 @asynccontextmanager
 async def small_node(
-    tmp_path: Path, kv_cache: bool = True, size: int = 4 * MiB, finds: bool = True, lease_ms: int = 60_000
+    tmp_path: Path,
+    kv_cache: bool = True,
+    size: int = 4 * MiB,
+    finds: bool = True,
+    lease_ms: int = 60_000,
+    shared_memory: Path = Path("/dev/shm"),
 ) -> AsyncIterator[SmallNode]:
     # Leases are long unless a test is about them: a busy machine stops a client's heartbeats for seconds.
     config = Config(data_dir=tmp_path, kv_cache=kv_cache)
-    arena = Arena.create(tmp_path, size)
+    arena = Arena.create(tmp_path, size, shared_memory)
     node = SmallNode(config, RowCache(arena), finder=Finder() if finds else None, lease_ms=lease_ms)
     node.server.bind()
     serving = asyncio.create_task(node.server.run())
@@ -902,11 +907,14 @@ async def test_without_a_node_a_client_neither_waits_nor_raises(tmp_path: Path) 
     assert not client.send(GetStatus())
 
 
-async def test_a_client_finds_the_next_node_and_drops_what_the_last_one_leased(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arena_lies_in", ["/dev/shm", "the data directory"])
+async def test_a_client_finds_the_next_node_and_drops_what_the_last_one_leased(
+    tmp_path: Path, arena_lies_in: str
+) -> None:
     client = NodeClient(Config(data_dir=tmp_path), "worker", "n")
     slabs: list[Slab] = []
     for epoch in (1, 2):
-        async with small_node(tmp_path):
+        async with small_node(tmp_path, shared_memory=Path(arena_lies_in)):
             await until(lambda e=epoch: client.connected and client.epoch == e)  # type: ignore[misc]
             assert not any(client.is_current(slab) for slab in slabs)
             client.send(RegisterLayout(LAYOUT, ENGINE))

@@ -27,7 +27,7 @@ from hyperspace_vllm.core.records.local import GetStatus, Status
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.session_lock import look
 
-from .node_processes import REPOSITORY, Nodes, alive, hyperspace, until
+from .node_processes import REPOSITORY, Nodes, alive, descendants, hyperspace, until
 
 pytestmark = pytest.mark.io
 NODE = [sys.executable, "-m", "hyperspace_vllm.cli", "node"]
@@ -233,14 +233,6 @@ def test_sigterm_ends_a_node_that_hangs_and_shows_where() -> None:
         _, errors = process.communicate(timeout=STOPS_WITHIN_S)
     assert process.returncode == 1
     assert "threading.py" in errors
-
-
-def descendants(pid: int) -> list[int]:
-    """As psutil lists them, by whom vLLM ends what doesn't end by itself."""
-    children = [
-        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
-    ]
-    return children + [each for child in children for each in descendants(child)]
 
 
 REVIVER = """

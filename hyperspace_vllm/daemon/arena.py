@@ -8,24 +8,41 @@ the bytes were its own. (On x86 and on arm64 the aligned u64 is one store; betwe
 owner lie a lock and a message to another process, which order them.) Generations start at a random number, so that a
 slab of an earlier node never looks current in this one's arena.
 
+A node holds its file locked (`flock`) for as long as it has it mapped, so the kernel unlocks it however the node dies. A
+node that starts removes the files in shared memory that it can lock itself: a killed node's directory may never be used
+again. Process ids would not tell: containers that share /dev/shm have their own.
+
 A file, not `multiprocessing.shared_memory`: on Python 3.11 that one is unlinked by its first client's resource tracker.
 """
 
+import errno
+import fcntl
+import logging
+import math
 import mmap
 import os
 import re
 import secrets
-import stat
+import threading
+import time
 from bisect import bisect_left
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from ..core.records.limits import MiB
 from ..core.records.local import PAGE_BYTES, Slab, pages_bytes
+from ..regular_files import open_regular
+
+logger = logging.getLogger(__name__)
 
 # Less than this in /dev/shm (Docker gives 64 MiB) holds too few rows to be worth it: a file does better.
 SHARED_MEMORY_BYTES_MIN = 256 * MiB
 _GENERATION_BYTES = 8
 _NAME = re.compile(r"hyperspace-[0-9a-f]{32}\.arena")
+_ABANDONED_AFTER_S = 60.0  # a node may stand between making its file and locking it
+_LOOKS_MAX = 256  # files, a start
+_SWEEP_S = 2.0  # freeing 32 GiB takes longer: the rest goes on beside the start
 
 
 class ArenaFull(OSError):
@@ -58,11 +75,14 @@ class Arena:
     def create(cls, data_dir: Path, size: int, shared_memory: Path = Path("/dev/shm")) -> "Arena":
         """An arena in shared memory, or in the data directory if there is too little; at most half of what's free.
 
-        <data_dir>/arena.path remembers the file, so that the next node of the directory removes what a killed one
-        left. The caller holds the directory's lock.
+        What killed nodes left is removed first; <data_dir>/arena.path remembers the file, so that the next node of the
+        directory needn't wait until it looks abandoned. The caller holds the directory's lock.
         """
         note = data_dir / "arena.path"
-        _remove_leftover(note, data_dir, shared_memory)
+        (data_dir / "arena").unlink(missing_ok=True)
+        sweep = threading.Thread(target=_sweep, args=(note, shared_memory), name="hyperspace-sweep", daemon=True)
+        sweep.start()
+        sweep.join(_SWEEP_S)
         places = [
             (shared_memory / f"hyperspace-{secrets.token_hex(16)}.arena", min(size, SHARED_MEMORY_BYTES_MIN)),
             (data_dir / "arena", 4 * PAGE_BYTES),
@@ -159,23 +179,40 @@ def _free_bytes(directory: Path) -> int:
 def _map_new_file(path: Path, size: int) -> mmap.mmap:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
+        # Held by the mapping too, so it lasts as long as that; child processes that are executed have neither.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, "removed before it was locked", str(path))
         # Reserved now: a page that is missing when it is first touched is a SIGBUS, not an error.
         os.posix_fallocate(descriptor, 0, size)
         return mmap.mmap(descriptor, size)
     except OSError:
-        path.unlink()
+        path.unlink(missing_ok=True)
         raise
     finally:
         os.close(descriptor)
 
 
-def _remove_leftover(note: Path, data_dir: Path, shared_memory: Path) -> None:
-    (data_dir / "arena").unlink(missing_ok=True)
-    try:
-        leftover = Path(note.read_text())
-        status = leftover.lstat()
-    except (OSError, ValueError):
-        return  # no note, an unreadable one, or nothing left
-    ours = leftover.parent == shared_memory and _NAME.fullmatch(leftover.name)
-    if ours and stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
-        leftover.unlink(missing_ok=True)
+def _sweep(note: Path, shared_memory: Path) -> None:
+    """Remove what the directory's last node left, and what other nodes of this user left a while ago."""
+    freed, abandoned_s = [], time.time() - _ABANDONED_AFTER_S
+    with suppress(OSError, ValueError):  # no note, or an unreadable one
+        freed.append(_remove_unlocked(shared_memory / Path(note.read_text()).name, math.inf))
+    with suppress(OSError), os.scandir(shared_memory) as entries:
+        arenas = (shared_memory / entry.name for entry in entries if _NAME.fullmatch(entry.name))
+        freed += [_remove_unlocked(path, abandoned_s) for path in islice(arenas, _LOOKS_MAX)]
+    if number := sum(map(bool, freed)):
+        logger.warning("arenas of killed nodes removed from %s: %d, %d MiB", shared_memory, number, sum(freed) // MiB)
+
+
+def _remove_unlocked(path: Path, made_before_s: float) -> int:
+    """Remove an arena of this user that is older and held locked by no node; the bytes freed, 0 if it stays."""
+    with suppress(OSError), open_regular(path, os.O_NOFOLLOW) as file:
+        status = os.fstat(file.fileno())
+        if not _NAME.fullmatch(path.name) or status.st_uid != os.geteuid() or status.st_mtime > made_before_s:
+            return 0
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its node lives
+        if os.path.samestat(status, path.lstat()):
+            path.unlink()
+            return status.st_blocks * 512
+    return 0
