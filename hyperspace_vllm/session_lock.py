@@ -44,7 +44,8 @@ def look(data_dir: Path, session: bytes) -> Literal["held", "over", "unknown"]:
     try:
         with open_regular(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            with contextlib.suppress(OSError):  # it is over, whether or not its file can be removed
+                path.unlink()
     except FileNotFoundError:
         return "unknown"
     except OSError:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,10 @@ class Nodes:
         self.config = Config(data_dir=data_dir, kv_cache=False, arena_bytes=MiB, metrics_listen="0")
         self.started: list[subprocess.Popen[str]] = []
 
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+    def start(self, *arguments: str, under: Sequence[str] = ()) -> "subprocess.Popen[str]":
+        """`under`: a command that executes the node."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "hyperspace_vllm.cli", "node", *arguments],
+            [*under, sys.executable, "-m", "hyperspace_vllm.cli", "node", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -71,8 +72,8 @@ class Nodes:
         self.started.append(process)
         return process
 
-    def start_and_wait(self, *arguments: str) -> "subprocess.Popen[str]":
-        process = self.start(*arguments)
+    def start_and_wait(self, *arguments: str, under: Sequence[str] = ()) -> "subprocess.Popen[str]":
+        process = self.start(*arguments, under=under)
         until(lambda: self.card().get("pid") == process.pid)
         return process
 

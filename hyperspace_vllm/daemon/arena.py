@@ -8,9 +8,9 @@ the bytes were its own. (On x86 and on arm64 the aligned u64 is one store; betwe
 owner lie a lock and a message to another process, which order them.) Generations start at a random number, so that a
 slab of an earlier node never looks current in this one's arena.
 
-A node holds its file locked (`flock`) for as long as it has it mapped, so the kernel unlocks it however the node dies. A
-node that starts removes the files in shared memory that it can lock itself: a killed node's directory may never be used
-again. Process ids would not tell: containers that share /dev/shm have their own.
+A node holds its file locked (`flock`) for as long as it has it mapped, so the kernel unlocks it however the node dies.
+A node that starts removes the files in shared memory that it can lock itself: a killed node's directory may never be
+used again. Process ids would not tell: containers that share /dev/shm have their own.
 
 A file, not `multiprocessing.shared_memory`: on Python 3.11 that one is unlinked by its first client's resource tracker.
 """
@@ -145,7 +145,8 @@ class Arena:
 
     def close(self) -> None:
         """Remove the file; processes that mapped it keep their pages until they unmap it."""
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # in a data directory that can't be written; the next node removes it
+            self.path.unlink()
 
     def _add_free(self, first: int, pages: int) -> None:
         index = bisect_left(self._free, (first, 0))

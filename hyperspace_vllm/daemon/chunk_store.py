@@ -13,7 +13,6 @@ Whatever the disk does ends in `Refused` with a metric label: disk_full | io_err
 
 import contextlib
 import errno
-import mmap
 import os
 import secrets
 import threading
@@ -33,7 +32,9 @@ from ..core.records.limits import DATA_CHUNKS, DIGEST_TABLE_BYTES_MAX, MANIFEST_
 from ..core.records.signing import NO_MEMBER_TAG
 from ..core.records.wire import Bytes32, Offer
 from ..regular_files import read_regular
+from .disk_complaint import DiskComplaint
 from .object_codec import ObjectRecord, good_chunks, open_row, read_record
+from .object_writer import ObjectWriter
 
 SIDECAR_BYTES_MAX = MANIFEST_BYTES_MAX + DIGEST_TABLE_BYTES_MAX + 4096
 ALL_COLUMNS = (1 << TOTAL_CHUNKS) - 1
@@ -68,35 +69,6 @@ class _Entry:
         return held * self.record.manifest.chunk_bytes + SIDECAR_BYTES_MAX
 
 
-class ObjectWriter:
-    """A new object's file, mapped: zero to begin with, its space reserved."""
-
-    def __init__(self, path: Path, rows: int, chunk_bytes: int) -> None:
-        self.path = path
-        self.size = size = rows * TOTAL_CHUNKS * chunk_bytes
-        self._row_bytes = TOTAL_CHUNKS * chunk_bytes
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, size)  # a full disk must fail here: under mmap it would be SIGBUS
-            self._map = mmap.mmap(fd, size)
-        except BaseException:
-            path.unlink()
-            raise
-        finally:
-            os.close(fd)
-        self._view = memoryview(self._map)
-
-    def row(self, row: int) -> memoryview:
-        """Where the 64 chunks of a row go."""
-        return self._view[row * self._row_bytes : (row + 1) * self._row_bytes]
-
-    def close(self) -> None:
-        """Unmap; the file stays."""
-        self._view.release()
-        with contextlib.suppress(BufferError):  # a failed encoder's traceback still holds slices: unmapped with it
-            self._map.close()
-
-
 class ChunkStore:
     """Objects on disk by manifest digest and by row id; the least recently used go when the quota is reached."""
 
@@ -110,6 +82,7 @@ class ChunkStore:
         self._reserved_bytes = 0
         self._used_bytes = 0
         self._latest_ms = 0  # no manifest here is of a later date
+        self._complaint = DiskComplaint(directory)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._read_index()
 
@@ -225,7 +198,8 @@ class ChunkStore:
             yield writer
         finally:
             writer.close()
-            writer.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # published, or the disk can't be written: the next start removes it
+                writer.path.unlink()
             with self._lock:
                 self._reserved_bytes -= writer.size
 
@@ -235,7 +209,7 @@ class ChunkStore:
         with self._writing:
             entry = _Entry(record, shareable, [ALL_COLUMNS] * len(record.manifest.rows))
             try:
-                with _disk_errors():
+                with self._disk_writes():
                     writer.path.rename(self._object_path(record.digest))
                 self._write_sidecar(entry)
             except Refused:
@@ -251,7 +225,7 @@ class ChunkStore:
                 return False
             signed = _Entry(record, entry.shareable, entry.columns)
             try:
-                with _disk_errors():
+                with self._disk_writes():
                     self._object_path(digest).rename(self._object_path(record.digest))
                 self._write_sidecar(signed)
             except Refused:
@@ -271,7 +245,7 @@ class ChunkStore:
             self._make_room(len(new) * chunk_bytes + SIDECAR_BYTES_MAX, keep=record.digest)
             path = self._object_path(record.digest)
             try:
-                with _disk_errors(), _open(path, os.O_WRONLY | os.O_CREAT) as fd:
+                with self._disk_writes(), _open(path, os.O_WRONLY | os.O_CREAT) as fd:
                     os.ftruncate(fd, record.object_bytes)
                     for column, chunk in new.items():
                         _write_all(fd, chunk, (row * TOTAL_CHUNKS + column) * chunk_bytes)
@@ -324,6 +298,7 @@ class ChunkStore:
                 return ObjectWriter(self._directory / f"{secrets.token_hex(16)}.tmp", rows, chunk_bytes)
             except OSError as error:
                 if attempt or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    self._complaint.failed(error)
                     raise _refusal(error) from error
                 self._evict(
                     rows * TOTAL_CHUNKS * chunk_bytes
@@ -342,6 +317,8 @@ class ChunkStore:
             digest = next((digest for digest in self._objects if digest != keep), None)
             if digest is None:
                 return
+            with self._disk_writes():  # where nothing can be deleted, nothing is forgotten to make room
+                self._sidecar_path(digest).unlink(missing_ok=True)
             size -= self._objects[digest].bytes_held
             self.discard(digest)
 
@@ -375,11 +352,20 @@ class ChunkStore:
         )
         path = self._sidecar_path(record.digest)
         new = path.with_suffix(".tmp")
-        with _disk_errors():
+        with self._disk_writes():
             with _open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
                 _write_all(fd, memoryview(body + blake3.blake3(body).digest()), 0)
                 os.fsync(fd)
             new.rename(path)
+        self._complaint.works()
+
+    @contextlib.contextmanager
+    def _disk_writes(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._complaint.failed(error)
+            raise _refusal(error) from error
 
     def _read_index(self) -> None:
         sidecars = []
@@ -398,7 +384,8 @@ class ChunkStore:
         for path in self._directory.glob("*.obj"):
             if not path.with_suffix(".meta").exists():
                 path.unlink(missing_ok=True)
-        self._evict(self.used_bytes - self._quota_bytes)
+        with contextlib.suppress(Refused):
+            self._evict(self.used_bytes - self._quota_bytes)
 
 
 def _read_sidecar(path: Path) -> _Entry | None:

@@ -181,7 +181,10 @@ class _Node:
             logger.exception("the network has failed: please report it")
 
     def _on_joined(self, embedded: bool) -> None:
-        self._write_card(embedded)
+        try:
+            self._write_card(embedded)
+        except OSError as error:  # the one from the start is there, without the network's address
+            logger.error("%s: %s; make room on that disk, and let this user write there", self._card, error.strerror)
         if self._driver:
             self._driver.report_stored()
 

@@ -11,6 +11,7 @@ this writer notice by the files' identities.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
@@ -31,6 +32,7 @@ from ..core.records.local import Question, Scope, StoreResponse
 from ..core.response.cache_proof import make_proof, request_hash
 from ..core.response.wrongness import KINDS_MAX, WINDOW
 from ..response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, file_at, packed
+from .disk_complaint import DiskComplaint
 from .response_news import PROOF_SIGNER, Listener, News, Retelling, Told
 
 logger = logging.getLogger(__name__)
@@ -172,7 +174,7 @@ class ResponseStore:
         self._closing = False
         self._busy = True
         self._damaged = False
-        self._complaint = ""
+        self._complaint = DiskComplaint(path)
         self._swept_ms = 1 << 62  # by the clock; later than now where that was set back, and at first
         self._totals = {"entries": 0, "bytes": 0}
         self._counts = dict.fromkeys(
@@ -311,21 +313,19 @@ class ResponseStore:
                 database.execute("BEGIN IMMEDIATE")
                 counts = self._write(database, batch, touched, news)
                 totals = _totals(database)
+            if file_at(self._path) != self._file:
+                raise FileNotFoundError(errno.ENOENT, "deleted or replaced while it was written")
         except (sqlite3.Error, OSError) as error:
             self._count(failed=len(batch) or 1)
+            self._complaint.failed(error)
             if database is not None and _is_damage(error):
                 database.close()
                 database, self._damaged = None, True
             if database is None:  # e.g. a read-only or full disk: wait before the next attempt
-                if self._complaint != str(error):
-                    logger.error("%s can't be opened, no response is stored: %s", self._path, error)
-                self._complaint = str(error)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, 1.0)
             return database
-        if file_at(self._path) != self._file:  # written into a file that was deleted meanwhile
-            self._count(failed=len(batch) or 1)
-            return database
+        self._complaint.works()
         with self._changed:
             self._totals = totals
         self._count(hits=touched.total(), **counts)
