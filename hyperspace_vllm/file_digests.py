@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .core.records.errors import Refused
 from .core.records.limits import MiB
-from .regular_files import open_regular, read_regular
+from .regular_files import open_regular, read_regular, remove_drafts
 
 READ_BYTES = 8 * MiB
 RECORD_BYTES_MAX = 64 * MiB
@@ -80,7 +80,8 @@ class FileDigests:
                 with self._reading(record, title, sum(state.size for state in wanted)) as advance:
                     known = _read(record)  # another process may have read them meanwhile
                     known = {s: known[s] if s in known else s.hash(advance) for s in wanted}
-                    self._write(record, known)
+                    with suppress(OSError):  # a disk that can't be written costs the next process the reading
+                        self._write(record, known)
         except OSError as error:
             raise Refused("unreadable", f"{error.filename or title}: {error.strerror}") from error
         return {state.path: known[state] for state in wanted}
@@ -92,7 +93,8 @@ class FileDigests:
         done, told_at = 0, float("-inf")
         if threading.current_thread() is not threading.main_thread():  # which keeps it, and hands it to its children
             with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # of this thread alone
+                nice = max(_NICE, os.getpriority(os.PRIO_PROCESS, 0))  # root could raise it
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)  # of this thread alone
         with record.with_suffix(".part").open("w") as part:
             fcntl.flock(part, fcntl.LOCK_EX)
 
@@ -105,13 +107,16 @@ class FileDigests:
                     os.pwrite(part.fileno(), progress.ljust(512).encode(), 0)
 
             yield advance
-            Path(part.name).unlink(missing_ok=True)
+            with suppress(OSError):
+                Path(part.name).unlink()
 
     def _write(self, record: Path, known: dict[FileState, str]) -> None:
         rows = [[*_fields(state), digest] for state, digest in known.items()]
         draft = record.with_suffix(f".{os.getpid()}-{threading.get_native_id()}")
         draft.write_text(json.dumps(rows))
         draft.replace(record)
+        remove_drafts(self._directory, "*.part")
+        remove_drafts(self._directory, "*.*-*")
         records = sorted(self._directory.glob("*.json"), key=lambda path: path.stat().st_mtime)
         for old in records[:-RECORDS_MAX]:
             old.unlink(missing_ok=True)

@@ -3,8 +3,12 @@
 import errno
 import os
 import stat
+import time
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+
+_LEFT_BEHIND_S = 3600.0
 
 
 def open_regular(path: str | Path, flags: int = 0) -> FileIO:
@@ -20,3 +24,11 @@ def read_regular(path: str | Path, bytes_max: int) -> bytes:
     """Its first bytes; `OSError` as `open_regular`."""
     with open_regular(path) as file:
         return file.read(bytes_max)
+
+
+def remove_drafts(directory: Path, pattern: str) -> None:
+    """Remove what killed processes left: files of these names that have not been written for an hour."""
+    for path in directory.glob(pattern):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime > _LEFT_BEHIND_S:
+                path.unlink()

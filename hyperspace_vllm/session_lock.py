@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from .regular_files import open_regular
+from .regular_files import open_regular, remove_drafts
 
 
 class SessionLock:
@@ -55,6 +55,7 @@ def look(data_dir: Path, session: bytes) -> Literal["held", "over", "unknown"]:
 
 def remove_leftovers(data_dir: Path) -> None:
     """Remove the files of sessions that are over, as earlier nodes left them."""
+    remove_drafts(data_dir / "sessions", "*.new")
     for path in (data_dir / "sessions").glob("*"):
         with contextlib.suppress(ValueError):
             look(data_dir, bytes.fromhex(path.name))

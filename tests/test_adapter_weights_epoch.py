@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import fcntl
 import gc
 import os
 from pathlib import Path
@@ -234,3 +235,21 @@ def test_the_epochs_of_servers_that_are_gone_leave_the_directory(tmp_path: Path)
     os.close(keeps)
     last, _ = shared_epoch(tmp_path)
     assert {each.name for each in (tmp_path / "epochs").iterdir()} == {other.name, last.name}
+
+
+def test_a_server_that_starts_leaves_the_epoch_of_one_that_is_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = fcntl.flock
+    others: list[Any] = []
+
+    def late(descriptor: Any, operation: int) -> None:
+        if operation & fcntl.LOCK_SH and not others:
+            others.append(None)
+            others[0] = shared_epoch(tmp_path)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    path, _ = shared_epoch(tmp_path)
+    assert others[0]
+    assert path.exists()

@@ -198,3 +198,24 @@ def test_a_reader_that_dies_leaves_the_work_to_the_next(tmp_path: Path, weights:
     began = time.monotonic()
     assert digest(tmp_path, FileState.of(str(weights)))
     assert time.monotonic() - began < 30
+
+
+def test_what_can_not_be_kept_is_used_all_the_same(tmp_path: Path, weights: Path) -> None:
+    state = FileState.of(str(weights))
+    first = digest(tmp_path, state)
+    (record,) = (tmp_path / "data" / "digests").glob("*.json")
+    record.unlink()
+    (record / "in the way").mkdir(parents=True)
+    assert digest(tmp_path, state) == first
+
+
+def test_drafts_of_readers_that_were_killed_leave_the_directory(tmp_path: Path, weights: Path) -> None:
+    directory = tmp_path / "data" / "digests"
+    directory.mkdir(parents=True)
+    old, fresh = ([directory / f"{name}.part", directory / f"{name}.1234-1235"] for name in ("a" * 32, "b" * 32))
+    for path in (*old, *fresh):
+        path.touch()
+    for path in old:
+        os.utime(path, (0, 0))
+    digest(tmp_path, FileState.of(str(weights)))
+    assert set(directory.iterdir()) - set(directory.glob("*.json")) == set(fresh)

@@ -96,3 +96,40 @@ def test_a_worker_goes_on_with_the_next_node_of_its_directory_when_another_has_r
     until(lambda: client.epoch == 2)
     assert writes(client)
     client.close()
+
+
+def test_drafts_of_processes_that_were_killed_go_with_the_next_start_and_those_of_living_ones_stay(
+    directories: list[Nodes],
+) -> None:
+    nodes = directories[0]
+    data_dir = nodes.config.data_dir
+    (data_dir / "sessions").mkdir(parents=True)
+    drafts = {name: data_dir / name for name in (".node.key.0123456789abcdef", f"sessions/{'ab' * 16}.new")}
+    fresh = [path.with_stem(f"{path.stem}0") for path in drafts.values()]
+    for path in (*drafts.values(), *fresh):
+        path.write_bytes(bytes(32))
+    for path in drafts.values():
+        make_old(path)
+    nodes.start_and_wait()
+    assert not any(path.exists() for path in drafts.values())
+    assert all(path.exists() for path in fresh)
+
+
+def test_everything_that_a_killed_node_leaves_in_its_directory_is_the_next_ones(directories: list[Nodes]) -> None:
+    nodes = directories[0]
+    data_dir = nodes.config.data_dir
+    nodes.config = replace(nodes.config, kv_cache=True)
+    nodes.start_and_wait()
+    nodes.started[0].kill()
+    nodes.started[0].wait()
+    for name in ("node.json.new", "peers.json.new", f"chunks/{'ab' * 16}.tmp", f"chunks/{'cd' * 32}.obj"):
+        (data_dir / name).write_bytes(b"half a")
+    second = nodes.start_and_wait()
+    client = NodeClient(nodes.config, "worker", "engine")
+    assert writes(client)
+    client.close()
+    assert not list((data_dir / "chunks").iterdir())
+    second.terminate()
+    assert second.wait(60) == 0
+    left = {path.name for path in data_dir.iterdir()} - {"node.key", "node.lock", "arena.path", "responses.sqlite"}
+    assert left == {"chunks", "sessions", "peers.json.new"}, "the last is written over, once there are peers"

@@ -17,6 +17,7 @@ from zmq.utils import z85
 
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import PeerId, peer_id, public_key_of
+from ..regular_files import remove_drafts
 from .start_error import StartError
 
 _SEED_BYTES = 32
@@ -63,6 +64,7 @@ def curve_public_of(peer: str) -> bytes:
 
 def _read_or_create(path: Path) -> bytes:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    remove_drafts(path.parent, f".{path.name}.*")
     try:
         return _read(path)
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contained import contained
-from ..regular_files import open_regular
+from ..regular_files import open_regular, remove_drafts
 
 _EPOCH_BYTES, _COUNT_BYTES = 16, 8
 _STRAYED = _EPOCH_BYTES + _COUNT_BYTES  # place of the byte that says that no epoch ends any more
@@ -109,11 +109,14 @@ def shared_epoch(data_dir: Path) -> tuple[Path, int]:
     """A new file for a server's API servers, and the descriptor that keeps it: the files of dead servers go."""
     directory = data_dir / "epochs"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for path in directory.iterdir():
+    remove_drafts(directory, ".*")
+    for path in directory.glob("[!.]*"):
         with suppress(OSError), open_regular(path) as file:  # BlockingIOError: its server lives
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-    descriptor, name = tempfile.mkstemp(dir=directory)
+    descriptor, draft = tempfile.mkstemp(dir=directory, prefix=".")  # a server that starts now leaves it alone
     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     os.ftruncate(descriptor, _STATE_BYTES)
-    return Path(name), descriptor
+    path = directory / Path(draft).name[1:]
+    os.rename(draft, path)
+    return path, descriptor
