@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import pytest
 
 from hyperspace_vllm.client import NodeClient
+from hyperspace_vllm.core.records.ids import RequestKey
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import KiB, MiB
 from hyperspace_vllm.core.records.local import (
@@ -29,6 +31,7 @@ from hyperspace_vllm.core.records.local import (
     WantStaging,
 )
 from hyperspace_vllm.daemon.chunk_store import SIDECAR_BYTES_MAX
+from hyperspace_vllm.response_db import ResponseReader
 
 from .node_processes import REPOSITORY, Nodes, hyperspace, until
 
@@ -242,9 +245,14 @@ def test_a_response_database_that_becomes_read_only_is_written_again_when_it_may
         copy.replace(database)  # an operator's backup, say: the node opens it
         engine.compute(2)
         until(lambda: engine.status()["responses"]["failed"])
-        assert engine.said(f"{database}: attempt to write a readonly database; {SAYS}")
+        assert engine.said(f"{database}: it can't be written; {SAYS}")
+        reader = ResponseReader(database)  # as an API server's
+        reader.get(RequestKey(bytes([1]) * 32), 0)
+        shared = database.with_name(f"{database.name}-shm")
+        assert stat.S_IMODE(shared.stat().st_mode) == 0o400, "which stays when the file may be written again"
         database.chmod(0o600)
         engine.compute(3)
         until(lambda: engine.stored()[1] == 2)
         assert engine.said(f"{database}: written again")
-        assert len(engine.said("attempt to write")) == 1
+        reader.close()
+        assert len(engine.said("it can't be written")) == 1

@@ -368,6 +368,12 @@ class ResponseStore:
         """A connection to a database of our schema that passed its integrity check."""
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))
+        if not os.access(self._path, os.W_OK):
+            raise PermissionError(errno.EACCES, "it can't be written")
+        # SQLite gives them the mode that the file had when they were made, by a reader too, and they would keep it.
+        for suffix in ("-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.chmod(f"{self._path}{suffix}", 0o600)
         database = sqlite3.connect(self._path, timeout=5, isolation_level=None, check_same_thread=False)
         try:
             database.create_function("worth", 2, _worth, deterministic=True)
