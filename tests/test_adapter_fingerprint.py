@@ -63,9 +63,18 @@ def test_the_same_model_at_another_path_is_the_same(config: VllmConfig, tmp_path
     assert fingerprint(at(copy_of(tmp_path))) == fingerprint(config)
 
 
+def test_speculation_without_a_draft_model_shares_kv_with_servers_that_have_none(config: VllmConfig) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 3}
+    assert fingerprint(at(TINY, speculative_config=ngram)) == fingerprint(config)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"dtype": "float32"}, {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}}],
+    [
+        {"dtype": "float32"},
+        {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}},
+        {"speculative_config": {"model": str(TINY), "method": "draft_model", "num_speculative_tokens": 3}},
+    ],
 )
 def test_what_changes_kv_changes_the_fingerprint(config: VllmConfig, options: dict[str, object]) -> None:
     assert fingerprint(at(TINY, **options)) != fingerprint(config)

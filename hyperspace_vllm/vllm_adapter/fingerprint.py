@@ -138,9 +138,12 @@ def _lasting(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draft_identity(config: VllmConfig) -> Any:
-    """A speculator's layers may share the KV groups, so its configuration counts as the model's does."""
+    """A speculator's layers may share the KV groups, so its configuration counts as the model's does.
+
+    N-gram speculators have no layers; vLLM names the model itself as their draft model.
+    """
     speculative = config.speculative_config
-    if speculative is None or speculative.draft_model_config is None:
+    if speculative is None or speculative.draft_model_config is None or speculative.method in ("ngram", "ngram_gpu"):
         return None
     return [str(speculative.method), _model_identity(speculative.draft_model_config)]
 
