@@ -541,7 +541,11 @@ async def test_a_node_that_dies_is_not_waited_for(tmp_path: Path) -> None:
 
 
 async def test_staging_never_takes_more_than_half_of_the_arena(node: SmallNode) -> None:
-    async with connected(node) as worker, connected(node, engine=bytes(range(1, 17))) as other:
+    one_part = Layout(bytes(32), 256, (Part(0, ROW_BYTES),), 1)
+    async with (
+        connected(node, layout=one_part) as worker,
+        connected(node, engine=bytes(range(1, 17)), layout=one_part) as other,
+    ):
         half = node.cache.arena.capacity_bytes // 2
         shares = [len(await granted(client, 1000)) for client in (worker, other)]
         assert shares == [half * 3 // 4 // ROW_BYTES, (half - shares[0] * ROW_BYTES) * 3 // 4 // ROW_BYTES]
@@ -549,6 +553,14 @@ async def test_staging_never_takes_more_than_half_of_the_arena(node: SmallNode) 
         (free,) = {len(await granted(client, 1000)) for client in (worker, other)}
         assert free == 0
         assert node.cache.arena.free_bytes >= half
+
+
+async def test_rows_of_one_size_leave_room_for_those_of_the_other_that_a_segment_needs(node: SmallNode) -> None:
+    async with connected(node) as worker:
+        sizes = [part.row_bytes for part in LAYOUT.parts]
+        counts = [len(await granted(worker, 1000, size)) for size in sizes]
+        share = node.cache.arena.capacity_bytes // 2 * 3 // 4
+        assert counts == [share // sum(sizes)] * 2
 
 
 async def test_rows_that_wait_to_be_stored_count_as_staged_and_what_did_not_fit_comes_later(node: SmallNode) -> None:
@@ -559,9 +571,9 @@ async def test_rows_that_wait_to_be_stored_count_as_staged_and_what_did_not_fit_
         node.cache.keep(RowKey(bytes([number]) * 32), slab)
         node.cache.lease(RowKey(bytes([number]) * 32), UNSTORED)
     async with connected(node) as worker:
-        assert await granted(worker, 10) == ()
+        assert await granted(worker, 5) == ()
         node.cache.end_leases(UNSTORED)
-        assert len((await next_message(worker, StagingGranted)).slabs) == 10
+        assert len((await next_message(worker, StagingGranted)).slabs) == 5
 
 
 async def test_without_the_kv_cache_nothing_is_staged_or_found(tmp_path: Path) -> None:

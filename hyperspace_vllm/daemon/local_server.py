@@ -472,7 +472,7 @@ class LocalServer:
         if all(part.row_bytes != want.row_bytes for part in layout.parts):
             raise ProtocolViolation(f"row_bytes {want.row_bytes}: no part of the layout has such rows")
         wanted = want.count if self._config.kv_cache else 0
-        slabs = self._staging.grant(session.key, want.row_bytes, wanted, layout.ranks)
+        slabs = self._staging.grant(session.key, want.row_bytes, wanted, layout)
         if not self._send(session.route, StagingGranted(want.row_bytes, slabs)):
             for slab in slabs:
                 self._staging.give_back(session.key, slab)
@@ -481,7 +481,7 @@ class LocalServer:
     def _grant_owed(self, session: _Session) -> None:
         """Grant what didn't fit when the session asked: else the next prompt would find the slabs of a busy moment."""
         for row_bytes, wanted in session.owed.items():
-            slabs = self._staging.grant(session.key, row_bytes, wanted, session.registered_layout().ranks)
+            slabs = self._staging.grant(session.key, row_bytes, wanted, session.registered_layout())
             if slabs and not self._send(session.route, StagingGranted(row_bytes, slabs)):
                 for slab in slabs:
                     self._staging.give_back(session.key, slab)

@@ -2,7 +2,8 @@
 
 Granted to one session, then staged (the node's, waiting for its name), then kept as a row or dropped. With the rows
 that wait to be stored they never take more than half of the arena: rows that can be served keep the other half. Of what
-is left of that half a session is granted three quarters at most, so that another engine always finds some.
+is left of that half a session is granted three quarters at most, so that another engine always finds some; and of its
+own share each size of rows what a segment needs of it, since a segment is stored when all its rows are here.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from itertools import count
 from typing import Literal
 
 from ..core.records.errors import ProtocolViolation
+from ..core.records.layout import Layout
 from ..core.records.local import Slab, pages_bytes
 from .metrics import Metrics
 from .row_cache import UNSTORED, RowCache
@@ -28,18 +30,23 @@ class Staging:
         self._ended: dict[bytes, list[Slab]] = {}  # session -> slabs that it may yet write
         self._numbers = count(1)
 
-    def grant(self, session: bytes, length: int, wanted: int, ranks: int) -> tuple[Slab, ...]:
-        """Up to `wanted` slabs of `length` bytes that only this session, one of its engine's `ranks`, may write."""
+    def grant(self, session: bytes, length: int, wanted: int, layout: Layout) -> tuple[Slab, ...]:
+        """Up to `wanted` slabs of `length` bytes that only this session, one of its engine's ranks, may write."""
         granted = self._granted.setdefault(session, {})
+        size = pages_bytes(length)
         own = sum(pages_bytes(slab.length) for slab in granted.values())
+        own_of_size = sum(size for slab in granted.values() if slab.length == length)
         others = self._bytes - own + self._cache.leased_bytes(UNSTORED)
-        share = (self._bytes_max - others) * 3 // 4 // ranks
+        share = (self._bytes_max - others) * 3 // 4 // layout.ranks
+        segment = sum(pages_bytes(part.row_bytes) for part in layout.parts)
+        share_of_size = share * sum(size for part in layout.parts if part.row_bytes == length) // segment
+        room = min(share - own, share_of_size - own_of_size)
         slabs: list[Slab] = []
-        while len(slabs) < wanted and own + (len(slabs) + 1) * pages_bytes(length) <= share:
+        while len(slabs) < min(wanted, room // size):
             slab = self._cache.allocate(length)
             if slab is None:
                 break
-            self._bytes += pages_bytes(length)
+            self._bytes += size
             granted[slab.slot] = slab
             slabs.append(slab)
         return tuple(slabs)
