@@ -267,4 +267,4 @@ def test_pipelined_engines_start_and_say_that_kv_sharing_is_off(tmp_path: Path) 
     )  # fmt: skip
     with server:
         server.ready(900)
-        assert "KV sharing (L2) is off: pipeline parallelism" in server.log_path.read_text()
+        assert "KV sharing (L2) is off: unsupported: pipeline parallelism" in server.log_path.read_text()
