@@ -574,6 +574,17 @@ async def test_gossip_reaches_everybody_once(members: Members) -> None:
     assert group[0].gossip == []
 
 
+async def test_a_neighbour_that_lost_its_place_in_a_mesh_is_told_of_messages(members: Members) -> None:
+    a, b = await members(2)
+    await meshed(a, b)
+    gossip = a.host._link.node._gossip  # type: ignore[union-attr]
+    gossip._add_back_off(ID.from_base58(b.peer), TOPIC, False)
+    gossip.mesh[TOPIC].clear()
+    assert a.host.publish(TOPIC, b"hello")
+    await until(lambda: b.gossip == [(a.peer, b"hello")])
+    assert not gossip.mesh[TOPIC]
+
+
 async def test_a_message_that_cannot_be_sent_is_told_with_its_traceback_and_takes_no_place(
     members: Members, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,7 +6,7 @@ every message and an entry for every topic that anybody names, and connects to w
 
 import logging
 import random
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -105,6 +105,18 @@ class NodeGossip(GossipSub):
         pool = super()._get_in_topic_gossipsub_peers_from_minus(topic, CANDIDATES_MAX, minus, backoff_check)
         left_out = self._least(pool, num_to_select)
         return [peer_id for peer_id in pool if peer_id not in left_out]
+
+    def gossip_heartbeat(self) -> defaultdict[ID, dict[str, list[bytes]]]:
+        """Whom to tell of which messages by IHAVE; the library passes over who was pruned within the last minute."""
+        told: defaultdict[ID, dict[str, list[bytes]]] = defaultdict(dict)
+        subscribed = self.pubsub.peer_topics if self.pubsub else {}
+        for topic in self.mesh.keys() & subscribed.keys():
+            if messages := self.mcache.window(topic):
+                mesh = self.mesh[topic]
+                count = self._get_adaptive_gossip_peers_count(topic, len(subscribed[topic] - mesh))
+                for peer_id in self._get_in_topic_gossipsub_peers_from_minus(topic, count, mesh):
+                    told[peer_id][topic] = list(messages)
+        return told
 
     def _least(self, peers: Iterable[ID], room: int) -> list[ID]:
         """Those who have to go for `room` to stay."""
