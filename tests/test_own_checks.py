@@ -15,6 +15,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, POOLING, Endpoint
 from hyperspace_vllm.core.response.request_key import Uncacheable, parse_request, request_key
+from hyperspace_vllm.vllm_adapter import own_checks
 from hyperspace_vllm.vllm_adapter.own_checks import OwnChecks, parses_answers
 
 from .front_end import TINY
@@ -74,6 +75,20 @@ def bodies(endpoint: Endpoint, field: str) -> Iterator[bytes]:
 def fields_of(endpoint: Endpoint) -> list[str]:
     fields = FIELDS[endpoint]
     return sorted({*fields.neutral, *fields.keyed, *fields.forbidden, *fields.verbatim})
+
+
+def test_a_body_that_passed_is_not_read_again_at_its_own_endpoint(
+    checks: OwnChecks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, odd = (json.dumps(SAMPLES["chat"] | more).encode() for more in ({"user": "me"}, {"max_tokens": "many"}))
+    for _ in range(2):
+        assert checks("chat", chat, [])
+        assert not checks("completions", chat, [])
+        assert not checks("chat", odd, [])
+        assert not checks("chat", chat, [(b"x-data-parallel-rank", b"9")])
+    monkeypatch.setattr(own_checks.json, "loads", None)
+    assert checks("chat", chat, [])
+    assert not checks("completions", chat, [])
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS.values())
