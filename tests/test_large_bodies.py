@@ -21,7 +21,12 @@ from hyperspace_vllm.api.http_headers import RawHeaders
 from hyperspace_vllm.api.large_bodies import Busy, LargeBodies
 from hyperspace_vllm.api.lookup import Recent
 from hyperspace_vllm.api.own_ids import OwnIds
-from hyperspace_vllm.core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_BYTES_MAX, REQUEST_BYTES_MAX
+from hyperspace_vllm.core.records.limits import (
+    INLINE_BODY_BYTES,
+    LARGE_BODIES_BYTES_MAX,
+    REQUEST_BYTES_MAX,
+    USUAL_BODY_BYTES,
+)
 from hyperspace_vllm.core.records.local import StoreResponse
 from hyperspace_vllm.core.response.request_fields import Endpoint
 from hyperspace_vllm.core.response.scope import RequestScope, engine_salt, verify_scope
@@ -29,8 +34,9 @@ from hyperspace_vllm.core.response.scope import RequestScope, engine_salt, verif
 from .cached_server import CHAT, CHAT_PATH, STREAM, TEXT, TEXT_PATH, Bench, MakeBench, benches, text_of, until
 
 LARGE = INLINE_BODY_BYTES + 1
+LARGEST = USUAL_BODY_BYTES + 1
 PATIENT_S = 60.0
-LONG_CHAT = {"model": "base", "messages": [{"role": "user", "content": "word " * INLINE_BODY_BYTES}]}
+LONG_CHAT = {"model": "base", "messages": [{"role": "user", "content": "word " * (USUAL_BODY_BYTES // 4)}]}
 BYPASSED = "hyperspace; fwd=bypass; detail=busy"
 AS_JSON = {"content-type": "application/json"}
 
@@ -79,11 +85,17 @@ async def test_a_full_line_takes_nothing_more_and_makes_no_request_wait() -> Non
     bodies = LargeBodies(PATIENT_S)
     async with taken(bodies, LARGE_BODIES_BYTES_MAX):
         with pytest.raises(Busy):
-            await bodies.work(LARGE, lambda: None)
+            await bodies.work(LARGEST, lambda: None)
         here = threading.get_ident()
-        assert await bodies.always(LARGE, threading.get_ident) == here
+        assert await bodies.always(LARGEST, threading.get_ident) == here
     await emptied(bodies)
-    assert await bodies.work(LARGE, lambda: "again") == "again"
+    assert await bodies.work(LARGEST, lambda: "again") == "again"
+
+
+async def test_a_body_of_usual_length_does_not_wait_behind_the_largest() -> None:
+    bodies = LargeBodies(PATIENT_S)
+    async with taken(bodies, LARGE_BODIES_BYTES_MAX):
+        assert await bodies.work(USUAL_BODY_BYTES, lambda: "done") == "done"
 
 
 @pytest.mark.parametrize("leaves", ["by its deadline", "by itself"])
@@ -124,7 +136,7 @@ async def test_a_request_waits_for_all_its_turns_together_no_longer_than_for_one
 async def test_what_is_larger_than_the_line_is_taken_where_it_is_empty() -> None:
     bodies = LargeBodies(PATIENT_S)
     assert await bodies.work(LARGE_BODIES_BYTES_MAX + 1, lambda: "done") == "done"
-    async with taken(bodies, LARGE):
+    async with taken(bodies, LARGEST):
         with pytest.raises(Busy):
             await bodies.work(LARGE_BODIES_BYTES_MAX, lambda: "done")
 
@@ -302,9 +314,9 @@ async def test_followers_get_a_large_answer_with_ids_inside_under_ids_of_their_o
     bench.cache.app = engine
     asked = [asyncio.create_task(bench.ask(CHAT)) for _ in range(8)]
     await until(lambda: bench.cache.flights.readers == 8)
-    async with taken(bench.cache.bodies, LARGE_BODIES_BYTES_MAX):  # they wait for their turns, and not for the engine
+    async with taken(bench.cache.bodies, USUAL_BODY_BYTES):  # they wait for their turns, and not for the engine
         gate.set()
-        await until(lambda: bench.cache.bodies.waiting > LARGE_BODIES_BYTES_MAX)
+        await until(lambda: bench.cache.bodies.waiting > USUAL_BODY_BYTES)
     answers = [answer.json() for answer in await asyncio.gather(*asked)]
     calls = [answer["choices"][0]["message"]["tool_calls"][0] for answer in answers]
     assert len({answer["id"] for answer in answers}) == len({each["id"] for each in calls}) == 8
@@ -398,7 +410,7 @@ async def test_large_requests_that_are_alike_are_computed_once(make_bench: MakeB
 @pytest.mark.io
 async def test_a_large_request_waits_no_longer_than_its_deadline(make_bench: MakeBench) -> None:
     bench = await make_bench(body_deadline_s=0.05)
-    async with taken(bench.cache.bodies, LARGE):
+    async with taken(bench.cache.bodies, LARGEST):
         assert (await bench.ask(LONG_CHAT)).headers["cache-status"] == BYPASSED
 
 
@@ -452,9 +464,9 @@ async def test_a_private_request_stays_in_the_node_also_without_time(make_bench:
 async def test_a_client_that_leaves_while_its_request_is_read_leaves_nothing_behind(make_bench: MakeBench) -> None:
     bench = await make_bench()
     bench.upstream.gate.clear()
-    async with taken(bench.cache.bodies, LARGE):
+    async with taken(bench.cache.bodies, LARGEST):
         asked = asyncio.create_task(bench.ask(LONG_CHAT))
-        await until(lambda: bench.cache.bodies.waiting > LARGE)
+        await until(lambda: bench.cache.bodies.waiting > LARGEST)
         asked.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asked

@@ -1,10 +1,11 @@
 """Reading large bodies and answers off the event loop, so that no other request waits for them.
 
 Context: JSON, canonical fields, vLLM's own request model and the frames of a replay take time by the size of a body: up
-to half a second for 4 MiB, in which no client of the server would get a token. Choice: one thread with a short line
-before it and a deadline; a request that has to wait longer passes by the cache. Rejected: a process, which would have
-to import vLLM. Cost: C code holds the GIL while it reads or writes JSON, so the loop still waits for the longest of
-these steps by itself (as for vLLM's own reading of the body), and 5 ms at a time beside Python code.
+to half a second for 4 MiB, in which no client of the server would get a token. Choice: two threads, each with a short
+line before it and a deadline: one for the largest, so that those of usual length don't wait behind them; a request that
+has to wait longer passes by the cache. Rejected: a process, which would have to import vLLM. Cost: C code holds the GIL
+while it reads or writes JSON, so the loop still waits for the longest of these steps by itself (as for vLLM's own
+reading of the body), and 5 ms at a time beside Python code.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from ..core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_BYTES_MAX
+from ..core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_BYTES_MAX, USUAL_BODY_BYTES
 
 T = TypeVar("T")
 
@@ -25,8 +26,30 @@ class Busy(Exception):
     """There was no time for a large body."""
 
 
+class _Line:
+    """Work that waits for one thread."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(1, name)
+        self._under_way: dict[Future[Any], int] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of the work that is not done, that which no request waits for any more included."""
+        self._under_way = {job: size for job, size in self._under_way.items() if not job.done()}
+        return sum(self._under_way.values())
+
+    def submit(self, size: int, to_do: list[Callable[[], T]]) -> asyncio.Future[T]:
+        """What the work in `to_do` returns or raises, if it is still there when its turn comes."""
+        job = self._thread.submit(_do, to_do)
+        self._under_way[job] = size
+        answer: asyncio.Future[T] = asyncio.wrap_future(job)
+        answer.add_done_callback(_heard)
+        return answer
+
+
 class LargeBodies:
-    """The thread of one server and the line before it.
+    """The threads of one server and the lines before them.
 
     `deadline_s` is for each piece of work; for its turns a request (a task) waits half of that in all, so that others'
     bodies, which come between its steps, hold it up no longer.
@@ -34,15 +57,13 @@ class LargeBodies:
 
     def __init__(self, deadline_s: float) -> None:
         self._deadline_s = deadline_s
-        self._thread = ThreadPoolExecutor(1, "hyperspace-body")
-        self._under_way: dict[Future[Any], int] = {}
+        self._usual, self._largest = _Line("hyperspace-body"), _Line("hyperspace-largest-body")
         self._patience_s: WeakKeyDictionary[asyncio.Task[Any], float] = WeakKeyDictionary()
 
     @property
     def waiting(self) -> int:
         """Bytes of the work that is not done, that which no request waits for any more included."""
-        self._under_way = {job: size for job, size in self._under_way.items() if not job.done()}
-        return sum(self._under_way.values())
+        return self._usual.waiting + self._largest.waiting
 
     async def work(self, size: int, work: Callable[[], T]) -> T:
         """What `work` returns or raises, which grows with `size` (bytes): a small one is done at once.
@@ -54,10 +75,11 @@ class LargeBodies:
         task = asyncio.current_task()
         assert task is not None
         patience_s = self._patience_s.get(task, self._deadline_s / 2)
-        if (waiting := self.waiting) and (waiting + size > LARGE_BODIES_BYTES_MAX or patience_s <= 0):
+        line = self._line(size)
+        if (waiting := line.waiting) and (waiting + size > LARGE_BODIES_BYTES_MAX or patience_s <= 0):
             raise Busy
         to_do = [work]
-        answer = self._submit(size, to_do)
+        answer = line.submit(size, to_do)
         came_s = time.monotonic()
         try:
             while to_do and not answer.done() and (left_s := came_s + patience_s - time.monotonic()) > 0:
@@ -80,14 +102,10 @@ class LargeBodies:
 
     async def in_turn(self, size: int, work: Callable[[], T]) -> T:
         """The same of an answer that the engine has made: it takes its turn however long the line is."""
-        return work() if size <= INLINE_BODY_BYTES else await self._submit(size, [work])
+        return work() if size <= INLINE_BODY_BYTES else await self._line(size).submit(size, [work])
 
-    def _submit(self, size: int, to_do: list[Callable[[], T]]) -> asyncio.Future[T]:
-        job = self._thread.submit(_do, to_do)
-        self._under_way[job] = size
-        answer: asyncio.Future[T] = asyncio.wrap_future(job)
-        answer.add_done_callback(_heard)
-        return answer
+    def _line(self, size: int) -> _Line:
+        return self._usual if size <= USUAL_BODY_BYTES else self._largest
 
 
 def _do(to_do: list[Callable[[], T]]) -> T:
