@@ -107,7 +107,7 @@ class NodeGossip(GossipSub):
         return [peer_id for peer_id in pool if peer_id not in left_out]
 
     def gossip_heartbeat(self) -> defaultdict[ID, dict[str, list[bytes]]]:
-        """Which peers to tell of which messages by IHAVE; the library leaves out those pruned within the last minute."""
+        """Which peers to tell of which messages by IHAVE; the library leaves out those pruned a minute ago or less."""
         told: defaultdict[ID, dict[str, list[bytes]]] = defaultdict(dict)
         subscribed = self.pubsub.peer_topics if self.pubsub else {}
         for topic in self.mesh.keys() & subscribed.keys():
