@@ -22,11 +22,10 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench import machine
+from bench.servers import MODELS
 from hyperspace_vllm.core.response.audit import FAR_NATS, Said, Score, score
 from hyperspace_vllm.core.response.evidence import FAR_LIE_MIN
-
-from . import machine
-from .servers import MODELS
 
 TOKENS = 64
 BATCH = 16

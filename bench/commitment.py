@@ -29,12 +29,11 @@ from importlib.resources import files
 import blake3
 import ckzg
 
+from bench import machine
+from bench.anchors import Buffers
 from hyperspace_vllm import native
 from hyperspace_vllm.core.records.manifest import digest_blob
-from hyperspace_vllm.daemon.kzg_worker import TRUSTED_SETUP_SHA256
-
-from . import machine
-from .anchors import Buffers
+from hyperspace_vllm.daemon.workers.kzg_worker import TRUSTED_SETUP_SHA256
 
 STRIP_BYTES = 32 * 1024  # smaller ones leave BLAKE3's 16 lanes idle, larger ones leave the cache
 

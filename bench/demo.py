@@ -25,13 +25,12 @@ from rich.live import Live
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bench.documents import document, prompt
+from bench.machine import dtype
+from bench.servers import MODELS, ROOT, Completion, Server, found_network, free_port
 from hyperspace_vllm.core.records.ids import RequestKey, network_id, public_key_of
 from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof, request_hash
 from hyperspace_vllm.response_db import database_path, unpacked
-
-from .documents import document, prompt
-from .machine import dtype
-from .servers import MODELS, ROOT, Completion, Server, found_network, free_port
 
 FULL, L1, L1_NETWORK, L2 = "full inference", "L1 local", "L1 network", "L2 network"
 QUESTIONS = {

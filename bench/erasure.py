@@ -24,10 +24,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bench import anchors, machine
+from bench.anchors import ISAL_COLUMN, OPERATIONS, ROOT, Buffers, Galois, Isal, Run, Work
 from hyperspace_vllm import native
-
-from . import anchors, machine
-from .anchors import ISAL_COLUMN, OPERATIONS, ROOT, Buffers, Galois, Isal, Run, Work
 
 SIZES_KIB = (64, 256, 1024, 4096)
 ROUNDS = 7

@@ -25,13 +25,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bench.machine import dtype
+from bench.servers import MODELS, ROOT
 from hyperspace_vllm import native_cuda
 from hyperspace_vllm.core.records.manifest import chunk_bytes_for
-from hyperspace_vllm.daemon.object_codec import encode_row
+from hyperspace_vllm.daemon.kv.object_codec import encode_row
 from hyperspace_vllm.native_cuda import KVPages, LayerPages
-
-from .machine import dtype
-from .servers import MODELS, ROOT
 
 KEY, NONCE = bytes(range(32)), bytes(range(12))
 # One segment of a model like Llama 3 8B: 256 tokens in blocks of 16, 32 layers, 8 heads, 128 + 128 bfloat16 each.

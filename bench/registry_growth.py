@@ -19,12 +19,12 @@ from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.node.network_effects import WriteRegistry
 from hyperspace_vllm.core.node.network_events import OwnDeltaWritten
-from hyperspace_vllm.core.peers.registry import Registry
 from hyperspace_vllm.core.records.ids import network_id
 from hyperspace_vllm.core.records.limits import REGISTRY_TTL_MS, REGISTRY_WRITE_MS
 from hyperspace_vllm.core.records.peer_wire import WantDeltas
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, decode_delta, encode_delta
-from hyperspace_vllm.daemon.registry_worker import OwnDocument, PeerDocument
+from hyperspace_vllm.core.registry.registry import Registry
+from hyperspace_vllm.daemon.workers.registry_worker import OwnDocument, PeerDocument
 
 START_MS = 1_790_000_000_000
 CHANGES_PER_WRITE = 100

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .machine import dtype
-from .servers import MODELS, ROOT, Server, free_port
-from .ttft import bootstrap_interval
+from bench.machine import dtype
+from bench.servers import MODELS, ROOT, Server, free_port
+from bench.ttft import bootstrap_interval
 
 BUILD = ROOT / "build" / "response-cache"
 PROMPTS = 100
@@ -201,7 +201,7 @@ def measure_questions(count: int) -> Figures:
     import numpy as np
 
     from hyperspace_vllm.core.records.ids import RequestKey, sha256
-    from hyperspace_vllm.daemon.question_index import QuestionIndex, quantized
+    from hyperspace_vllm.daemon.responses.question_index import QuestionIndex, quantized
 
     rng = np.random.default_rng(1)
     index = QuestionIndex(384)

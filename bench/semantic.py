@@ -35,13 +35,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hyperspace_vllm.core.response.canonical import canonical_question, compared_question
-from hyperspace_vllm.core.response.guards import Mode, eligible, refusal
-from hyperspace_vllm.core.response.question import read_question
-from hyperspace_vllm.core.response.semantic import COSINE_MIN, similarity, similarity_needed
-from hyperspace_vllm.daemon.embedding import DEFAULT_MODEL, Embedder, load_embedder
-
-from . import machine
+from bench import machine
+from hyperspace_vllm.core.response.similar.canonical import canonical_question, compared_question
+from hyperspace_vllm.core.response.similar.guards import Mode, eligible, refusal
+from hyperspace_vllm.core.response.similar.question import read_question
+from hyperspace_vllm.core.response.similar.semantic import COSINE_MIN, similarity, similarity_needed
+from hyperspace_vllm.daemon.responses.embedding import DEFAULT_MODEL, Embedder, load_embedder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

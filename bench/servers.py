@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from .machine import ROOT, dtype
+from bench.machine import ROOT, dtype
 
 MODELS = {
     "gemma": ROOT / ".models" / "gemma-3-270m",

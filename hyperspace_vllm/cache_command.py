@@ -19,10 +19,10 @@ from typing import Any, TextIO
 
 from .client import NodeClient
 from .config import Config
+from .core.local.messages import PURGED_KEYS_MAX, PurgeResponses
 from .core.records.errors import ProtocolViolation, for_terminal
 from .core.records.ids import peer_id, sha256
 from .core.records.limits import RECENT_MS
-from .core.records.local import PURGED_KEYS_MAX, PurgeResponses
 from .core.response.cache_proof import decode_proof
 from .response_db import database_path, unpacked
 

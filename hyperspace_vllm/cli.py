@@ -12,8 +12,8 @@ from typing import Any
 from . import cache_command
 from .client import NodeClient
 from .config import SETTINGS, Config, ConfigError, load_config_with_origins
+from .core.local.messages import GetStatus, Status
 from .core.records.errors import for_terminal
-from .core.records.local import GetStatus, Status
 
 _CONNECT_S = 5.0
 _ANSWER_S = 5.0

@@ -19,10 +19,7 @@ import zmq
 
 from .config import Config
 from .contained import report_error
-from .core.records.errors import ProtocolViolation
-from .core.records.ids import NetworkId
-from .core.records.limits import HEARTBEAT_MS, LEASE_MS, LOCAL_MESSAGE_BYTES_MAX
-from .core.records.local import (
+from .core.local.messages import (
     LOCAL_PROTOCOL,
     ClientMessage,
     Goodbye,
@@ -37,6 +34,9 @@ from .core.records.local import (
     decode_node_message,
     encode,
 )
+from .core.records.errors import ProtocolViolation
+from .core.records.ids import NetworkId
+from .core.records.limits import HEARTBEAT_MS, LEASE_MS, LOCAL_MESSAGE_BYTES_MAX
 from .node_process import revive_node
 from .node_process import start_node as start_node  # a client's other way to a node
 from .session_lock import SessionLock

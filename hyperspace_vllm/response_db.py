@@ -1,6 +1,6 @@
 """The response database: its schema, and the read path that API servers use in place.
 
-One process writes (daemon/response_store.py); any number of others read the same file under SQLite's WAL, so a hit
+One process writes (daemon/responses/response_store.py); any number of others read the same file under SQLite's WAL, so a hit
 needs no message to the node. A reader never reports an error: a missing, locked, damaged or replaced database is a
 miss. Every body is checked against the digest in its CacheProof, for SQLite itself has no checksums.
 
@@ -18,10 +18,10 @@ from typing import Any
 
 import zstandard
 
+from .core.local.messages import Scope
 from .core.records.errors import ProtocolViolation
 from .core.records.ids import RequestKey, sha256
 from .core.records.limits import CLOCK_SKEW_MS, RESPONSE_BYTES_MAX, RESPONSE_TTL_MS
-from .core.records.local import Scope
 from .core.response.cache_proof import decode_proof
 
 SCHEMA_VERSION = 4
@@ -38,7 +38,7 @@ _WORTH = "worth_ms INTEGER"  # which entry goes first: see response_store
 _WORTH_INDEX = "CREATE INDEX entries_by_worth ON entries (worth_ms);"
 
 # Vectors as in `Embedded`; both NULL where there are none. `floor`: the similarity that other questions must have to be
-# answered so, once the answer was wrong for one (core/response/wrongness.py).
+# answered so, once the answer was wrong for one (core/response/similar/match_error.py).
 _QUESTIONS = """
 CREATE TABLE questions (
     id INTEGER PRIMARY KEY,

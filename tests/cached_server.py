@@ -20,9 +20,7 @@ from starlette.routing import Route
 
 from hyperspace_vllm.api.middleware import ResponseCacheMiddleware
 from hyperspace_vllm.api.options import ApiMessage, ResponseCacheOptions
-from hyperspace_vllm.core.records.ids import network_id
-from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
-from hyperspace_vllm.core.records.local import (
+from hyperspace_vllm.core.local.messages import (
     ClaimRequest,
     FindResponse,
     FindSimilar,
@@ -35,11 +33,13 @@ from hyperspace_vllm.core.records.local import (
     SimilarChecked,
     TouchResponses,
 )
-from hyperspace_vllm.core.response.canonical import ACRONYMS
-from hyperspace_vllm.daemon.embedding import load_embedder
-from hyperspace_vllm.daemon.request_leases import RequestLeases
-from hyperspace_vllm.daemon.response_store import ResponseStore
-from hyperspace_vllm.daemon.similar import SimilarQuestions
+from hyperspace_vllm.core.records.ids import network_id
+from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
+from hyperspace_vllm.core.response.similar.canonical import ACRONYMS
+from hyperspace_vllm.daemon.local.request_leases import RequestLeases
+from hyperspace_vllm.daemon.responses.embedding import load_embedder
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore
+from hyperspace_vllm.daemon.responses.similar import SimilarQuestions
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
 TEXT = {"model": "base", "prompt": "Once"}

@@ -42,13 +42,12 @@ from hyperspace_vllm.api.middleware import ResponseCacheMiddleware
 from hyperspace_vllm.config import load_config
 from hyperspace_vllm.core.records.ids import network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
-from hyperspace_vllm.daemon.response_store import ResponseStore
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.vllm_adapter import compat
 from hyperspace_vllm.vllm_adapter.loaded_files import before_load
 from hyperspace_vllm.vllm_adapter.plugin import _Server
 from hyperspace_vllm.vllm_adapter.weights_epoch import shared_epoch
-
-from .cached_server import Node, Signer, served
+from tests.cached_server import Node, Signer, served
 
 TINY = Path(__file__).parents[1] / ".models" / "tiny"
 FLAGS = ("--served-model-name", "demo", "--max-model-len", "4096", "--enforce-eager", "--disable-log-stats")

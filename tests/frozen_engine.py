@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.servers import Server
-
-from .network_nodes import workers_of
+from tests.network_nodes import workers_of
 
 
 @contextmanager

@@ -26,10 +26,11 @@ from nacl.signing import SigningKey
 
 from hyperspace_vllm.api.embeddings import Embedding, inputs_of
 from hyperspace_vllm.api.embeddings import decode as decode_embedding
-from hyperspace_vllm.api.streams import collector as collector_of
-from hyperspace_vllm.api.streams import frames
+from hyperspace_vllm.api.streams.frames import collector as collector_of
+from hyperspace_vllm.api.streams.frames import frames
 from hyperspace_vllm.config import Config, ConfigError, load_config
-from hyperspace_vllm.core.records import local, peer_wire, wire
+from hyperspace_vllm.core.local import messages as local
+from hyperspace_vllm.core.records import peer_wire, wire
 from hyperspace_vllm.core.records.announcement import (
     Announcement,
     EvidenceEntry,
@@ -47,13 +48,13 @@ from hyperspace_vllm.core.records.peer_record import PeerRecord, check_peer_reco
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, check_delta, decode_delta, encode_delta
 from hyperspace_vllm.core.response.admission import NotStored
 from hyperspace_vllm.core.response.cache_proof import CacheProof, decode_proof, make_proof
-from hyperspace_vllm.core.response.canonical import ACRONYMS
-from hyperspace_vllm.core.response.exchange import make_hit, open_hit
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS
 from hyperspace_vllm.core.response.request_key import Uncacheable, choice_count, parse_request, request_key
 from hyperspace_vllm.core.response.scope import RequestScope, sign_scope, verify_scope
-from hyperspace_vllm.core.response.semantic_key import question_of
-from hyperspace_vllm.daemon.chunk_store import ChunkStore
+from hyperspace_vllm.core.response.sealed_hit import make_hit, open_hit
+from hyperspace_vllm.core.response.similar.canonical import ACRONYMS
+from hyperspace_vllm.core.response.similar.semantic_key import question_of
+from hyperspace_vllm.daemon.kv.chunk_store import ChunkStore
 
 Target = Callable[[bytes], None]
 KEY = bytes(range(32))

@@ -15,9 +15,7 @@ from typing import Any
 
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.records.ids import RequestKey, sha256
-from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
-from hyperspace_vllm.core.records.local import (
+from hyperspace_vllm.core.local.messages import (
     FindResponse,
     GetStatus,
     NodeMessage,
@@ -29,6 +27,8 @@ from hyperspace_vllm.core.records.local import (
     Status,
     StoreResponse,
 )
+from hyperspace_vllm.core.records.ids import RequestKey, sha256
+from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
 
 MODEL = sha256(b"a model")
 

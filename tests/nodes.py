@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.local.messages import LoadedRow, Slab
 from hyperspace_vllm.core.node.events import PrefixReleased, PrefixWanted, RequestOver, RowArrived, SegmentKeyKnown
 from hyperspace_vllm.core.node.network_events import RowsStored
 from hyperspace_vllm.core.node.node import Node
@@ -26,17 +27,16 @@ from hyperspace_vllm.core.records.ids import (
 )
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, GiB, MiB
-from hyperspace_vllm.core.records.local import LoadedRow, Slab
 from hyperspace_vllm.core.records.manifest import digest_blob
 from hyperspace_vllm.core.records.peer_record import PeerRecord
-from hyperspace_vllm.daemon.arena import Arena
-from hyperspace_vllm.daemon.chunk_store import ChunkStore
-from hyperspace_vllm.daemon.chunk_transport import ChunkTransport
-from hyperspace_vllm.daemon.compute_pool import ComputePool
 from hyperspace_vllm.daemon.driver import Driver
 from hyperspace_vllm.daemon.identity import Identity
+from hyperspace_vllm.daemon.kv.arena import Arena
+from hyperspace_vllm.daemon.kv.chunk_store import ChunkStore
+from hyperspace_vllm.daemon.kv.chunk_transport import ChunkTransport
+from hyperspace_vllm.daemon.kv.row_cache import RowCache
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.row_cache import RowCache
+from hyperspace_vllm.daemon.workers.compute_pool import ComputePool
 
 NETWORK = network_id("test")
 # A full-attention part and one with a window of two segments, on two ranks.

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import GiB
-
-from .nodes import TestNode, keys, until
+from tests.nodes import TestNode, keys, until
 
 
 def layout_of(row_bytes: int) -> Layout:

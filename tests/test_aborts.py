@@ -12,8 +12,7 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
 from hyperspace_vllm.api import aborts
 from hyperspace_vllm.vllm_adapter import compat
-
-from .cached_server import MakeBench, benches
+from tests.cached_server import MakeBench, benches
 
 PATH = "/v1/responses"
 TEXT = {"type": "output_text", "text": "So.", "annotations": [], "logprobs": None}

@@ -11,8 +11,7 @@ from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from hyperspace_vllm.core.prefix.segment import chain_seed, segment_keys
-from hyperspace_vllm.core.records.local import (
+from hyperspace_vllm.core.local.messages import (
     ClientMessage,
     Heartbeat,
     LoadedRow,
@@ -25,6 +24,7 @@ from hyperspace_vllm.core.records.local import (
     SegmentNamed,
     Slab,
 )
+from hyperspace_vllm.core.prefix.segment import chain_seed, segment_keys
 from hyperspace_vllm.core.response.scope import DEFAULT_SCOPE, RequestScope
 from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, LayerSlot, PartPlan
 from hyperspace_vllm.vllm_adapter.metadata import IDLE, StepMetadata

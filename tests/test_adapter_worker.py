@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyperspace_vllm.core.records.local import (
+from hyperspace_vllm.core.local.messages import (
     NO_ENGINE,
     ClientMessage,
     LoadedRow,

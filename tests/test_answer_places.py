@@ -2,7 +2,7 @@
 
 import asyncio
 
-from hyperspace_vllm.daemon.answer_places import (
+from hyperspace_vllm.daemon.responses.answer_places import (
     ANSWERS_MAX,
     OWN_NODE,
     PEER_ANSWERS_MAX,

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hyperspace_vllm.core.local.messages import Slab
 from hyperspace_vllm.core.records.limits import MiB
-from hyperspace_vllm.core.records.local import Slab
-from hyperspace_vllm.daemon.arena import PAGE_BYTES, Arena, ArenaFull
+from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES, Arena, ArenaFull
 
 SIZE = 4 * MiB  # 64 pages, the first of them the header
 
@@ -218,7 +218,7 @@ def test_without_shared_memory_the_arena_lies_in_the_data_directory(tmp_path: Pa
 
 
 def test_without_room_anywhere_there_is_no_arena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyperspace_vllm.daemon.arena._free_bytes", lambda directory: 0)
+    monkeypatch.setattr("hyperspace_vllm.daemon.kv.arena._free_bytes", lambda directory: 0)
     with pytest.raises(ArenaFull, match="no room"):
         Arena.create(tmp_path, SIZE, shared_memory=tmp_path)
 

@@ -14,9 +14,7 @@ from bench.servers import MODELS, Server
 from hyperspace_vllm.api import audits
 from hyperspace_vllm.api.coalesce import Message, Receive, Scope, Send
 from hyperspace_vllm.api.exchange import Exchange
-from hyperspace_vllm.core.records.ids import RequestKey, network_id
-from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
-from hyperspace_vllm.core.records.local import (
+from hyperspace_vllm.core.local.messages import (
     SOURCE_BYTES_MAX,
     FindResponse,
     NodeMessage,
@@ -25,6 +23,8 @@ from hyperspace_vllm.core.records.local import (
     ResponseFound,
     ResponseHint,
 )
+from hyperspace_vllm.core.records.ids import RequestKey, network_id
+from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.answer_ids import without_ids
 from hyperspace_vllm.core.response.audit import (
     Said,
@@ -36,9 +36,8 @@ from hyperspace_vllm.core.response.audit import (
     scoring_request,
 )
 from hyperspace_vllm.core.response.cache_proof import make_proof
-from hyperspace_vllm.daemon.response_store import wall_clock_ms
-
-from .cached_server import Bench, Node, benches, until
+from hyperspace_vllm.daemon.responses.response_store import wall_clock_ms
+from tests.cached_server import Bench, Node, benches, until
 
 CHAT: dict[str, Any] = {"model": "demo", "temperature": 0, "messages": [{"role": "user", "content": "Why?"}]}
 TEXT: dict[str, Any] = {"model": "demo", "temperature": 0, "prompt": "Once"}

@@ -7,6 +7,13 @@ import pytest
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.local.messages import (
+    ResponseAudited,
+    ResponseFound,
+    ResponseNotFound,
+    ResponseToTry,
+    StoreResponse,
+)
 from hyperspace_vllm.core.node.network import NetworkNode
 from hyperspace_vllm.core.node.network_effects import Publish
 from hyperspace_vllm.core.node.network_events import AnswerAudited
@@ -15,25 +22,17 @@ from hyperspace_vllm.core.peers.reputation import score_of
 from hyperspace_vllm.core.records.errors import ProtocolViolation
 from hyperspace_vllm.core.records.ids import RequestKey, public_key_of, sha256
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
-from hyperspace_vllm.core.records.local import (
-    ResponseAudited,
-    ResponseFound,
-    ResponseNotFound,
-    ResponseToTry,
-    StoreResponse,
-)
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.daemon import join
-from hyperspace_vllm.daemon.audits import Audits
 from hyperspace_vllm.daemon.identity import Identity as StoredIdentity
 from hyperspace_vllm.daemon.join import Network
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.response_news import Told
-from hyperspace_vllm.daemon.response_store import ResponseStore, wall_clock_ms
+from hyperspace_vllm.daemon.responses.audit_requests import Audits
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore, wall_clock_ms
+from hyperspace_vllm.daemon.responses.store_changes import Told
 from hyperspace_vllm.response_db import ResponseReader, database_path
-
-from .network_nodes import NetworkedNode, body_of, private_network, request_key, until
-from .network_world import NETWORK, NOW_MS, Identity, make_node, only
+from tests.network_nodes import NetworkedNode, body_of, private_network, request_key, until
+from tests.network_world import NETWORK, NOW_MS, Identity, make_node, only
 
 ME, LIAR, HONEST = range(3)
 MODEL = sha256(b"a model")

@@ -14,15 +14,14 @@ import pytest
 
 from hyperspace_vllm.cli import _print_status, main
 from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.local.messages import StoreResponse
 from hyperspace_vllm.core.records.ids import network_id, sha256
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
-from hyperspace_vllm.core.records.local import StoreResponse
 from hyperspace_vllm.core.response.cache_proof import decode_proof
-from hyperspace_vllm.daemon.response_store import ResponseStore
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.response_db import database_path
-
-from .cached_server import Signer
-from .network_nodes import NetworkedNode, body_of, request_key, until
+from tests.cached_server import Signer
+from tests.network_nodes import NetworkedNode, body_of, request_key, until
 
 pytestmark = pytest.mark.io
 

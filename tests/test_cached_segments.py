@@ -10,16 +10,15 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
+from hyperspace_vllm.core.local.messages import PrefixesInMemory, RegisterLayout
 from hyperspace_vllm.core.prefix.segment import chain_seed, segment_keys
 from hyperspace_vllm.core.records.ids import SegmentKey
-from hyperspace_vllm.core.records.local import PrefixesInMemory, RegisterLayout
 from hyperspace_vllm.core.response.scope import DEFAULT_SCOPE, RequestScope
 from hyperspace_vllm.vllm_adapter import cached_segments
 from hyperspace_vllm.vllm_adapter.cached_segments import CachedSegments
 from hyperspace_vllm.vllm_adapter.engine_report import EngineReport
 from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, LayerSlot, PartPlan
-
-from .test_adapter_scheduler import FINGERPRINT, PLAN, Bench, NodePeer, S
+from tests.test_adapter_scheduler import FINGERPRINT, PLAN, Bench, NodePeer, S
 
 BLOCK = 128
 HASH = 16  # vLLM hashes in smaller runs than the blocks of this plan

@@ -3,7 +3,7 @@
 import pytest
 
 from hyperspace_vllm.core.records.limits import QUESTION_CHARS_MAX
-from hyperspace_vllm.core.response.canonical import ACRONYMS, WORDS_MAX, canonical_question, compared_question
+from hyperspace_vllm.core.response.similar.canonical import ACRONYMS, WORDS_MAX, canonical_question, compared_question
 
 SAME = [
     ("What is ML?", "Explain machine learning"),

@@ -12,8 +12,8 @@ from nacl.signing import SigningKey
 from hyperspace_vllm.core.records.errors import Refused
 from hyperspace_vllm.core.records.ids import RowId, network_id, sha256
 from hyperspace_vllm.core.records.limits import DATA_CHUNKS, MiB
-from hyperspace_vllm.daemon.chunk_store import SIDECAR_BYTES_MAX, ChunkStore
-from hyperspace_vllm.daemon.object_codec import (
+from hyperspace_vllm.daemon.kv.chunk_store import SIDECAR_BYTES_MAX, ChunkStore
+from hyperspace_vllm.daemon.kv.object_codec import (
     ObjectRecord,
     chunk_digest,
     encode_row,

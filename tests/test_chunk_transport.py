@@ -27,16 +27,15 @@ from hyperspace_vllm.core.records.limits import (
     PEER_REQUESTS_MAX,
     MiB,
 )
-from hyperspace_vllm.daemon import chunk_server, kv_door
-from hyperspace_vllm.daemon.chunk_store import ChunkStore
-from hyperspace_vllm.daemon.chunk_transport import ChunkTransport
 from hyperspace_vllm.daemon.identity import Identity, curve_public_of
+from hyperspace_vllm.daemon.kv import chunk_server, kv_door
+from hyperspace_vllm.daemon.kv.chunk_store import ChunkStore
+from hyperspace_vllm.daemon.kv.chunk_transport import ChunkTransport
+from hyperspace_vllm.daemon.kv.object_codec import ObjectRecord, encode_row, new_nonce, sign_record
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.object_codec import ObjectRecord, encode_row, new_nonce, sign_record
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from hyperspace_vllm.daemon.zmq_pump import HANDSHAKE_MS
-
-from .nodes import peer_of, trust_of, until
+from tests.nodes import peer_of, trust_of, until
 
 pytestmark = pytest.mark.io
 CHUNK = 256 * 301  # large enough to be sent without a copy

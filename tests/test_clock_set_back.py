@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hyperspace_vllm.daemon import object_encoder
 from hyperspace_vllm.daemon.identity import Identity
+from hyperspace_vllm.daemon.kv import object_encoder
 from tests.nodes import Answer, SharedPool, TestNode, keys, peer_of, until
 
 pytestmark = pytest.mark.io

@@ -29,8 +29,8 @@ from hyperspace_vllm.core.records.manifest import (
     digest_blob,
 )
 from hyperspace_vllm.core.records.sealing import seal_key, xor_stream
-from hyperspace_vllm.daemon.kzg_worker import TRUSTED_SETUP_SHA256
-from hyperspace_vllm.daemon.object_codec import encode_row, good_chunks, open_row, read_record
+from hyperspace_vllm.daemon.kv.object_codec import encode_row, good_chunks, open_row, read_record
+from hyperspace_vllm.daemon.workers.kzg_worker import TRUSTED_SETUP_SHA256
 
 VECTORS = Path(__file__).parent / "vectors" / "manifest.json"
 NETWORK = network_id("vectors")

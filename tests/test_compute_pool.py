@@ -14,8 +14,8 @@ import pytest
 
 from hyperspace_vllm.core.records.errors import Refused
 from hyperspace_vllm.core.records.manifest import digest_blob
-from hyperspace_vllm.daemon import compute_pool
-from hyperspace_vllm.daemon.compute_pool import ComputePool
+from hyperspace_vllm.daemon.workers import compute_pool
+from hyperspace_vllm.daemon.workers.compute_pool import ComputePool
 
 pytestmark = pytest.mark.io
 BLOB = digest_blob(secrets.token_bytes(2 * 64 * 32), 2)
@@ -49,7 +49,7 @@ async def test_a_proof_verifies_and_only_for_its_blob(pool: ComputePool) -> None
 
 
 def test_a_worker_whose_node_has_ended_ends_without_a_word() -> None:
-    command = [sys.executable, "-m", "hyperspace_vllm.daemon.kzg_worker", "0"]
+    command = [sys.executable, "-m", "hyperspace_vllm.daemon.workers.kzg_worker", "0"]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert worker.stdout is not None
     worker.stdout.close()

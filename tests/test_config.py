@@ -8,7 +8,7 @@ from hyperspace_vllm.cli import main
 from hyperspace_vllm.config import SETTINGS, Config, ConfigError, load_config, load_config_with_origins
 from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import GiB, MiB
-from hyperspace_vllm.core.response.wrongness import WINDOW, wilson
+from hyperspace_vllm.core.response.similar.match_error import WINDOW, wilson
 
 PEER = f"{peer_id(bytes(32))}@10.0.0.1:4000"
 

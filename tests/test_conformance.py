@@ -22,10 +22,9 @@ from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.response.answer_ids import without_ids
 from hyperspace_vllm.core.response.cache_proof import decode_proof
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, Endpoint
-
-from .answers import MARK, canaries, events, ids_in
-from .frozen_engine import frozen_engine
-from .network_nodes import until
+from tests.answers import MARK, canaries, events, ids_in
+from tests.frozen_engine import frozen_engine
+from tests.network_nodes import until
 
 pytestmark = [
     pytest.mark.vllm,

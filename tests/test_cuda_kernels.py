@@ -20,7 +20,7 @@ from bench import gpu
 from hyperspace_vllm import native, native_cuda
 from hyperspace_vllm.core.records.manifest import chunk_bytes_for
 from hyperspace_vllm.core.records.sealing import xor_stream
-from hyperspace_vllm.daemon.object_codec import chunk_digest, encode_row, open_row
+from hyperspace_vllm.daemon.kv.object_codec import chunk_digest, encode_row, open_row
 from hyperspace_vllm.native_cuda import KVPages, LayerPages
 from tests.test_native_codec import galois_parity
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .fuzz_decoders import TARGETS, mutated, run
+from tests.fuzz_decoders import TARGETS, mutated, run
 
 decoders = pytest.mark.parametrize("name", TARGETS)
 few = settings(deadline=None, max_examples=60)  # a busy machine is no bug of a decoder

@@ -14,8 +14,7 @@ from hyperspace_vllm.core.records.limits import (
     DIALS_PER_S,
     DIALS_TO_HOST_PER_S,
 )
-
-from .network_world import NOW_MS
+from tests.network_world import NOW_MS
 
 MACHINE, LINK, PRIVATE, GLOBAL = Scope
 

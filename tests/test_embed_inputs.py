@@ -16,8 +16,7 @@ from starlette.responses import JSONResponse, Response
 from hyperspace_vllm.api.embeddings import INPUTS_MAX
 from hyperspace_vllm.api.request_body import replayed
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX
-
-from .cached_server import Bench, benches, said, until
+from tests.cached_server import Bench, benches, said, until
 
 pytestmark = pytest.mark.io
 

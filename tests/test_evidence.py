@@ -30,8 +30,7 @@ from hyperspace_vllm.core.response.announcer import (
 )
 from hyperspace_vllm.core.response.cache_proof import make_proof
 from hyperspace_vllm.core.response.evidence import check_evidence, evidence_of, verdict
-
-from .network_world import NETWORK, NETWORK_KEY, NOW_MS, SECOND_MS, Identity, World, make_node, only
+from tests.network_world import NETWORK, NETWORK_KEY, NOW_MS, SECOND_MS, Identity, World, make_node, only
 
 ME, ACCUSER, ACCUSED, OTHER = range(4)
 MODEL = sha256(b"a model")

@@ -20,7 +20,7 @@ from hyperspace_vllm.core.records.peer_wire import Hit, decode_answer, encode
 from hyperspace_vllm.core.records.sealing import open_response, seal_key, seal_response
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG, member_tag
 from hyperspace_vllm.core.response.cache_proof import make_proof
-from hyperspace_vllm.core.response.exchange import LIES, Opened, make_hit, open_hit
+from hyperspace_vllm.core.response.sealed_hit import LIES, Opened, make_hit, open_hit
 
 NETWORK = network_id("test")
 KEY, OTHER_KEY = RequestKey(bytes([7]) * 32), RequestKey(bytes([6]) * 32)

@@ -30,8 +30,7 @@ from bench.machine import dtype
 from bench.servers import MODELS, Completion, Server, free_port, introduce
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, KiB, MiB
 from hyperspace_vllm.core.records.manifest import chunk_bytes_for
-
-from .slow_link import SlowLink
+from tests.slow_link import SlowLink
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

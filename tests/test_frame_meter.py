@@ -6,7 +6,7 @@ import pytest
 
 from hyperspace_vllm.core.records.errors import ProtocolViolation
 from hyperspace_vllm.core.records.limits import KiB, MiB
-from hyperspace_vllm.daemon.frame_meter import (
+from hyperspace_vllm.daemon.kv.frame_meter import (
     CURVE_BYTES,
     FRAMES_HELD_MAX,
     HANDSHAKE_FRAME_BYTES_MAX,

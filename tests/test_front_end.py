@@ -11,9 +11,8 @@ import httpx
 import pytest
 
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, POOLING, Endpoint
-
-from .comparable import comparable
-from .front_end import TINY, FrontEnds, front_ends, with_tokens
+from tests.comparable import comparable
+from tests.front_end import TINY, FrontEnds, front_ends, with_tokens
 
 Json = dict[str, Any]
 

@@ -21,8 +21,7 @@ from hyperspace_vllm.core.records.limits import (
     RESPONSE_TTL_MS,
 )
 from hyperspace_vllm.core.records.standing import Rank, Standing
-
-from .network_world import NETWORK, NOW_MS, Identity
+from tests.network_world import NETWORK, NOW_MS, Identity
 
 ACCEPT, IGNORE, REJECT, MUTE = Verdict.ACCEPT, Verdict.IGNORE, Verdict.REJECT, Verdict.MUTE
 LINK = PeerId("the neighbour that it came by")

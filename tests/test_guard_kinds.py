@@ -5,10 +5,10 @@ from itertools import combinations, permutations
 
 import pytest
 
-from hyperspace_vllm.core.response.guard_words import PREPOSITIONS
-from hyperspace_vllm.core.response.guards import Mode, eligible, refusal
-from hyperspace_vllm.core.response.opposites import have_antonyms, have_other_affixes
-from hyperspace_vllm.core.response.signs import signs
+from hyperspace_vllm.core.response.similar.guard_words import PREPOSITIONS
+from hyperspace_vllm.core.response.similar.guards import Mode, eligible, refusal
+from hyperspace_vllm.core.response.similar.opposites import have_antonyms, have_other_affixes
+from hyperspace_vllm.core.response.similar.signs import signs
 
 MODES: tuple[Mode, ...] = ("balanced", "strict")
 

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 import pytest
 
 from hyperspace_vllm.core.records.ids import RequestKey
-from hyperspace_vllm.core.response.canonical import canonical_question, compared_question, is_read
-from hyperspace_vllm.core.response.guard_words import FILLER, FUNCTION, NEGATIONS
-from hyperspace_vllm.core.response.guards import Mode, eligible, refusal, refusal_between
-from hyperspace_vllm.core.response.question import read_question
 from hyperspace_vllm.core.response.request_key import has_surrogates
-from hyperspace_vllm.core.response.semantic import Candidate, Match, NoMatch, best_match
-from hyperspace_vllm.core.response.semantic_key import question_of
-from hyperspace_vllm.core.response.word_forms import LOOSE_SYNONYMS, SYNONYMS
-
-from .test_canonical import SAME
+from hyperspace_vllm.core.response.similar.canonical import canonical_question, compared_question, is_read
+from hyperspace_vllm.core.response.similar.guard_words import FILLER, FUNCTION, NEGATIONS
+from hyperspace_vllm.core.response.similar.guards import Mode, eligible, refusal, refusal_between
+from hyperspace_vllm.core.response.similar.question import read_question
+from hyperspace_vllm.core.response.similar.semantic import Candidate, Match, NoMatch, best_match
+from hyperspace_vllm.core.response.similar.semantic_key import question_of
+from hyperspace_vllm.core.response.similar.word_forms import LOOSE_SYNONYMS, SYNONYMS
+from tests.test_canonical import SAME
 
 QUESTION = "What is the recommended dose of ibuprofen for adults?"
 PLACES = (0, 12, 24, len(QUESTION) - 1, len(QUESTION))

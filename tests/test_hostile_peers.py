@@ -14,9 +14,8 @@ from hyperspace_vllm.core.records.limits import KiB, MiB
 from hyperspace_vllm.core.records.peer_wire import PEERS_PROTOCOL, Greeting, Hit, Miss, Query
 from hyperspace_vllm.core.response.cache_proof import request_hash
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
-
-from .hostile import NETWORK, Flood, Stranger, address_of, growth_bytes, victim, write_network_key
-from .network_nodes import NetworkedNode, request_key, until
+from tests.hostile import NETWORK, Flood, Stranger, address_of, growth_bytes, victim, write_network_key
+from tests.network_nodes import NetworkedNode, request_key, until
 
 pytestmark = [pytest.mark.io, pytest.mark.timeout(600)]
 

@@ -15,8 +15,7 @@ import pytest
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.ids import peer_id, public_key_of, sha256
 from hyperspace_vllm.core.records.limits import MiB
-
-from .network_nodes import MODEL, NetworkedNode, body_of, request_key, until
+from tests.network_nodes import MODEL, NetworkedNode, body_of, request_key, until
 
 pytestmark = pytest.mark.io
 REPOSITORY = Path(__file__).parent.parent

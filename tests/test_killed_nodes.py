@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from hyperspace_vllm.client import NodeClient
+from hyperspace_vllm.core.local.messages import RegisterLayout, StagingGranted, WantStaging
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import KiB
-from hyperspace_vllm.core.records.local import RegisterLayout, StagingGranted, WantStaging
-
-from .node_processes import Nodes, descendants, until
+from tests.node_processes import Nodes, descendants, until
 
 pytestmark = pytest.mark.io
 

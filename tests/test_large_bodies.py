@@ -15,23 +15,23 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse
 
-from hyperspace_vllm.api import exchange, large_bodies, lookup, middleware, relay
-from hyperspace_vllm.api.collect import CompletionCollector
+from hyperspace_vllm.api import database_lookup as lookup
+from hyperspace_vllm.api import exchange, large_bodies, middleware, relay
+from hyperspace_vllm.api.database_lookup import Recent
 from hyperspace_vllm.api.http_headers import RawHeaders
 from hyperspace_vllm.api.large_bodies import Busy, LargeBodies
-from hyperspace_vllm.api.lookup import Recent
 from hyperspace_vllm.api.own_ids import OwnIds
+from hyperspace_vllm.api.streams.collect import CompletionCollector
+from hyperspace_vllm.core.local.messages import StoreResponse
 from hyperspace_vllm.core.records.limits import (
     INLINE_BODY_BYTES,
     LARGE_BODIES_BYTES_MAX,
     REQUEST_BYTES_MAX,
     USUAL_BODY_BYTES,
 )
-from hyperspace_vllm.core.records.local import StoreResponse
 from hyperspace_vllm.core.response.request_fields import Endpoint
 from hyperspace_vllm.core.response.scope import RequestScope, engine_salt, verify_scope
-
-from .cached_server import CHAT, CHAT_PATH, STREAM, TEXT, TEXT_PATH, Bench, MakeBench, benches, text_of, until
+from tests.cached_server import CHAT, CHAT_PATH, STREAM, TEXT, TEXT_PATH, Bench, MakeBench, benches, text_of, until
 
 LARGE = INLINE_BODY_BYTES + 1
 LARGEST = USUAL_BODY_BYTES + 1

@@ -49,7 +49,7 @@ from hyperspace_vllm.core.records.announcement import (
 from hyperspace_vllm.core.records.ids import PeerId, peer_id
 from hyperspace_vllm.core.records.limits import GOSSIP_OF_AUTHOR_PER_S, RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX, MiB
 from hyperspace_vllm.core.records.standing import Rank, Standing, Tier
-from hyperspace_vllm.daemon import (
+from hyperspace_vllm.daemon.libp2p import (
     libp2p_dht,
     libp2p_gossip,
     libp2p_node,
@@ -59,15 +59,14 @@ from hyperspace_vllm.daemon import (
     libp2p_time,
     libp2p_yamux,
 )
-from hyperspace_vllm.daemon.libp2p_host import Libp2pHost
-from hyperspace_vllm.daemon.libp2p_mdns import peers_in
-from hyperspace_vllm.daemon.libp2p_node import Libp2pNode, NodeSettings, dht_key, reachable_hosts, split_address
-from hyperspace_vllm.daemon.libp2p_swarm import NodePeerStore
-from hyperspace_vllm.daemon.libp2p_time import PeerTime
+from hyperspace_vllm.daemon.libp2p.libp2p_host import Libp2pHost
+from hyperspace_vllm.daemon.libp2p.libp2p_mdns import peers_in
+from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode, NodeSettings, dht_key, reachable_hosts, split_address
+from hyperspace_vllm.daemon.libp2p.libp2p_swarm import NodePeerStore
+from hyperspace_vllm.daemon.libp2p.libp2p_time import PeerTime
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from hyperspace_vllm.daemon.token_bucket import TokenBucket
-
-from .network_world import NETWORK, OpenGate
+from tests.network_world import NETWORK, OpenGate
 
 pytestmark = pytest.mark.io
 PROTOCOL = "/hyperspace/cache/1.0.0"
@@ -1342,7 +1341,7 @@ async def test_a_frozen_peer_costs_its_callers_their_deadline_and_nobody_else_an
 async def test_a_host_whose_thread_died_comes_back_at_its_address(
     members: Members, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hyperspace_vllm.daemon.libp2p_host.RESTART_S", (0.2,))
+    monkeypatch.setattr("hyperspace_vllm.daemon.libp2p.libp2p_host.RESTART_S", (0.2,))
     a, b = await members(2)
     address = b.host.address
 
@@ -1406,7 +1405,7 @@ def test_nothing_is_written_to_stderr() -> None:
     code = (
         "import asyncio, socket\n"
         "from tests.test_libp2p_host import Member, failure\n"
-        "from hyperspace_vllm.daemon.libp2p_node import split_address\n"
+        "from hyperspace_vllm.daemon.libp2p.libp2p_node import split_address\n"
         "async def main():\n"
         "    a, b = Member(), Member()\n"
         "    await a.host.start(); await b.host.start()\n"

@@ -6,7 +6,7 @@ from libp2p.io.abc import ReadWriteCloser
 from libp2p.network.connection.raw_connection import RawConnection
 from nacl.secret import SecretBox
 
-from hyperspace_vllm.daemon.libp2p_pnet import NONCE_BYTES, PrivateConnection, hsalsa20, xsalsa20
+from hyperspace_vllm.daemon.libp2p.libp2p_pnet import NONCE_BYTES, PrivateConnection, hsalsa20, xsalsa20
 
 KEY = bytes(range(32))
 

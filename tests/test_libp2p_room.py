@@ -4,7 +4,7 @@ import pytest
 
 from hyperspace_vllm.core.records.ids import PeerId
 from hyperspace_vllm.core.records.standing import Tier
-from hyperspace_vllm.daemon.libp2p_room import Hold, Room
+from hyperspace_vllm.daemon.libp2p.libp2p_room import Hold, Room
 
 STRANGER, MEMBER, PROVEN = Tier
 

@@ -9,9 +9,9 @@ from nacl.signing import SigningKey
 from hyperspace_vllm.core.records.ids import PeerId, peer_id
 from hyperspace_vllm.core.records.limits import RESPONSE_BYTES_MAX, KiB, MiB
 from hyperspace_vllm.core.records.standing import Tier
-from hyperspace_vllm.daemon import libp2p_yamux
-from hyperspace_vllm.daemon.libp2p_streams import Answerer
-from hyperspace_vllm.daemon.libp2p_time import (
+from hyperspace_vllm.daemon.libp2p import libp2p_yamux
+from hyperspace_vllm.daemon.libp2p.libp2p_streams import Answerer
+from hyperspace_vllm.daemon.libp2p.libp2p_time import (
     BURST_S,
     BYTE_S,
     FRAME_S,
@@ -24,7 +24,7 @@ from hyperspace_vllm.daemon.libp2p_time import (
     STREAM_S,
     PeerTime,
 )
-from hyperspace_vllm.daemon.libp2p_yamux import (
+from hyperspace_vllm.daemon.libp2p.libp2p_yamux import (
     _DATA,
     _HEAD,
     _RST,

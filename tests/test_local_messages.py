@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperspace_vllm.core.records import local, wire
+from hyperspace_vllm.core.local import messages as local
+from hyperspace_vllm.core.records import wire
 from hyperspace_vllm.core.records.errors import ProtocolViolation
 from hyperspace_vllm.core.records.ids import NetworkId, RowId
 from hyperspace_vllm.core.records.layout import Layout, Part

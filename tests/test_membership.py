@@ -56,8 +56,7 @@ from hyperspace_vllm.core.records.peer_record import PeerRecord, decode_peer_rec
 from hyperspace_vllm.core.records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
 from hyperspace_vllm.core.records.signing import member_tag
 from hyperspace_vllm.core.records.standing import Rank, Standing
-
-from .network_world import HOUR_MS, NETWORK, NETWORK_KEY, NOW_MS, SECOND_MS, Identity, only
+from tests.network_world import HOUR_MS, NETWORK, NETWORK_KEY, NOW_MS, SECOND_MS, Identity, only
 
 ME = Identity(0)
 

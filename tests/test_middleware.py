@@ -25,14 +25,13 @@ from hyperspace_vllm.api import coalesce
 from hyperspace_vllm.api.large_bodies import LargeBodies
 from hyperspace_vllm.api.middleware import response_cache
 from hyperspace_vllm.api.options import ResponseCacheOptions
+from hyperspace_vllm.core.local.messages import FindResponse, StoreResponse, TouchResponses
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX, RESPONSE_TTL_MS
-from hyperspace_vllm.core.records.local import FindResponse, StoreResponse, TouchResponses
 from hyperspace_vllm.core.response.cache_proof import decode_proof
 from hyperspace_vllm.core.response.scope import RequestScope, tenant_of, verify_scope
-from hyperspace_vllm.daemon.response_store import wall_clock_ms
-
-from .cached_server import (
+from hyperspace_vllm.daemon.responses.response_store import wall_clock_ms
+from tests.cached_server import (
     CHAT,
     CHAT_PATH,
     STREAM,
@@ -478,7 +477,7 @@ async def test_a_collector_that_raises_breaks_no_stream(
 ) -> None:
     body = CHAT | STREAM | USAGE
     expected = await bench.ask(body, cache_control="no-store")
-    monkeypatch.setattr(f"hyperspace_vllm.api.collect.{broken}", lambda *_: 1 / 0)
+    monkeypatch.setattr(f"hyperspace_vllm.api.streams.collect.{broken}", lambda *_: 1 / 0)
     for _ in range(2):
         answer = await bench.ask(body)
         assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"

@@ -9,11 +9,10 @@ import msgspec
 import pytest
 
 from hyperspace_vllm.api import checks, exchange, node_lookup
-from hyperspace_vllm.core.records.local import StoreResponse
-from hyperspace_vllm.core.response import wrongness
-from hyperspace_vllm.core.response.semantic import COSINE_MIN
-
-from .cached_server import CHAT_PATH, STREAM, USAGE, Bench, MakeBench, benches, text_of, until
+from hyperspace_vllm.core.local.messages import StoreResponse
+from hyperspace_vllm.core.response.similar import match_error as wrongness
+from hyperspace_vllm.core.response.similar.semantic import COSINE_MIN
+from tests.cached_server import CHAT_PATH, STREAM, USAGE, Bench, MakeBench, benches, text_of, until
 
 pytestmark = pytest.mark.io
 

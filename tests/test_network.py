@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hyperspace_vllm.core.local.messages import FindResponse, PurgeResponses, ResponseHint, ResponseNotFound
 from hyperspace_vllm.core.records.limits import MiB
-from hyperspace_vllm.core.records.local import FindResponse, PurgeResponses, ResponseHint, ResponseNotFound
-
-from .network_nodes import (
+from tests.network_nodes import (
     MODEL,
     NetworkedNode,
     body_of,

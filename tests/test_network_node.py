@@ -95,8 +95,7 @@ from hyperspace_vllm.core.records.peer_wire import (
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, encode_delta
 from hyperspace_vllm.core.records.standing import Rank, Standing
 from hyperspace_vllm.core.response.lookup import RACE_MS
-
-from .network_world import HOUR_MS, NETWORK, NETWORK_KEY, NOW_MS, SECOND_MS, Identity, World, make_node, only
+from tests.network_world import HOUR_MS, NETWORK, NETWORK_KEY, NOW_MS, SECOND_MS, Identity, World, make_node, only
 
 
 def response(letter: str) -> bytes:

@@ -40,13 +40,12 @@ from hyperspace_vllm.core.records.signing import member_tag
 from hyperspace_vllm.core.records.standing import Tier
 from hyperspace_vllm.core.response import dht_use
 from hyperspace_vllm.core.response.cache_proof import request_hash
-from hyperspace_vllm.daemon.libp2p_host import Libp2pHost
+from hyperspace_vllm.daemon.libp2p.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.network_driver import NetworkDriver
-from hyperspace_vllm.daemon.response_lookups import FoundResponse
-
-from .network_nodes import MODEL, NetworkedNode, body_of, private_network, request_key, until
-from .network_world import OpenGate
+from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
+from tests.network_nodes import MODEL, NetworkedNode, body_of, private_network, request_key, until
+from tests.network_world import OpenGate
 
 pytestmark = [pytest.mark.io, pytest.mark.timeout(2_400)]
 

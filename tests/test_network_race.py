@@ -17,9 +17,7 @@ from prometheus_client import REGISTRY
 from hyperspace_vllm import contained
 from hyperspace_vllm.api import network_race, node_lookup
 from hyperspace_vllm.api.node_lookup import NodeLookup
-from hyperspace_vllm.core.records.ids import RequestKey, network_id
-from hyperspace_vllm.core.records.limits import RESPONSE_LOOKUPS_MAX, RESPONSE_TTL_MS
-from hyperspace_vllm.core.records.local import (
+from hyperspace_vllm.core.local.messages import (
     FindResponse,
     NodeMessage,
     PurgeResponses,
@@ -30,10 +28,23 @@ from hyperspace_vllm.core.records.local import (
     StoreResponse,
     TouchResponses,
 )
+from hyperspace_vllm.core.records.ids import RequestKey, network_id
+from hyperspace_vllm.core.records.limits import RESPONSE_LOOKUPS_MAX, RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import make_proof
-from hyperspace_vllm.daemon.response_store import wall_clock_ms
-
-from .cached_server import CHAT, CHAT_PATH, STREAM, TEXT_PATH, USAGE, Bench, MakeBench, Node, benches, text_of, until
+from hyperspace_vllm.daemon.responses.response_store import wall_clock_ms
+from tests.cached_server import (
+    CHAT,
+    CHAT_PATH,
+    STREAM,
+    TEXT_PATH,
+    USAGE,
+    Bench,
+    MakeBench,
+    Node,
+    benches,
+    text_of,
+    until,
+)
 
 pytestmark = pytest.mark.io
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from hyperspace_vllm.core.records.limits import MiB
-
-from .network_nodes import NetworkedNode, body_of, memory_bytes, private_network, until, workers_of
+from tests.network_nodes import NetworkedNode, body_of, memory_bytes, private_network, until, workers_of
 
 pytestmark = [pytest.mark.io, pytest.mark.soak, pytest.mark.timeout(1_500)]
 

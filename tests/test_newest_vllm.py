@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, Endpoint
-
-from .setup_modules import setup_modules
-from .test_neutral import COUNTED, NEUTRAL_OPTIONS, NEUTRAL_VARIABLES, PARTLY
-from .vllm_source import NO_DEFAULT, REQUEST_MODELS, VllmSource, interface
+from tests.setup_modules import setup_modules
+from tests.test_neutral import COUNTED, NEUTRAL_OPTIONS, NEUTRAL_VARIABLES, PARTLY
+from tests.vllm_source import NO_DEFAULT, REQUEST_MODELS, VllmSource, interface
 
 ROOT = Path(__file__).parents[1]
 ADAPTER = ROOT / "hyperspace_vllm" / "vllm_adapter"

@@ -18,9 +18,7 @@ import pytest
 
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.records.layout import Layout, Part
-from hyperspace_vllm.core.records.limits import EMBEDDED_LINGER_MS, LEASE_MS, KiB, MiB
-from hyperspace_vllm.core.records.local import (
+from hyperspace_vllm.core.local.messages import (
     GetStatus,
     LookupPrefix,
     PrefixAnswer,
@@ -33,12 +31,13 @@ from hyperspace_vllm.core.records.local import (
     Status,
     WantStaging,
 )
+from hyperspace_vllm.core.records.layout import Layout, Part
+from hyperspace_vllm.core.records.limits import EMBEDDED_LINGER_MS, LEASE_MS, KiB, MiB
 from hyperspace_vllm.daemon.identity import Identity, IdentityError, curve_public_of
 from hyperspace_vllm.daemon.join import load_network_key
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.node_process import revive_node
-
-from .node_processes import REPOSITORY, Nodes, alive, hyperspace, until
+from tests.node_processes import REPOSITORY, Nodes, alive, hyperspace, until
 
 pytestmark = pytest.mark.io
 M = TypeVar("M")

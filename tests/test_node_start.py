@@ -21,13 +21,12 @@ import pytest
 
 from hyperspace_vllm.client import NodeClient, start_node
 from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.local.messages import GetStatus, Status
 from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import LEASE_MS, MiB
-from hyperspace_vllm.core.records.local import GetStatus, Status
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.session_lock import look
-
-from .node_processes import REPOSITORY, Nodes, alive, descendants, hyperspace, until
+from tests.node_processes import REPOSITORY, Nodes, alive, descendants, hyperspace, until
 
 pytestmark = pytest.mark.io
 NODE = [sys.executable, "-m", "hyperspace_vllm.cli", "node"]

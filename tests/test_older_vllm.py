@@ -10,8 +10,7 @@ from vllm.v1.core.sched.output import KVConnectorBlockState
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 
 from hyperspace_vllm.vllm_adapter import older_vllm
-
-from .setup_modules import setup_modules
+from tests.setup_modules import setup_modules
 
 pytestmark = pytest.mark.feature("the connector's interface")
 

@@ -17,9 +17,8 @@ from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, POOL
 from hyperspace_vllm.core.response.request_key import Uncacheable, parse_request, request_key
 from hyperspace_vllm.vllm_adapter import own_checks
 from hyperspace_vllm.vllm_adapter.own_checks import OwnChecks, parses_answers
-
-from .front_end import TINY
-from .test_request_key import SAMPLES, vllms_models
+from tests.front_end import TINY
+from tests.test_request_key import SAMPLES, vllms_models
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,7 +10,7 @@ import pytest
 from redis.exceptions import InvalidResponse
 
 from hyperspace_vllm.core.records.limits import REDIS_REPLY_BYTES_MAX, REDIS_REPLY_ITEMS_MAX, MiB
-from hyperspace_vllm.daemon.redis_link import AWAY, BoundedParser, RedisLink
+from hyperspace_vllm.daemon.redis.redis_link import AWAY, BoundedParser, RedisLink
 
 
 async def parse(data: bytes) -> object:

@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
+from hyperspace_vllm.core.local.messages import ResponseNotFound
 from hyperspace_vllm.core.records.ids import PeerId, network_id, peer_id
 from hyperspace_vllm.core.records.limits import PROVIDERS_MAX, REGISTRY_TTL_MS
-from hyperspace_vllm.core.records.local import ResponseNotFound
+from tests import network_nodes, redis_server
+from tests.network_nodes import NetworkedNode, body_of, private_network
+from tests.redis_server import RedisServer
 
-from . import network_nodes, redis_server
-from .network_nodes import NetworkedNode, body_of, private_network
-from .redis_server import RedisServer
-
-redis_link = pytest.importorskip("hyperspace_vllm.daemon.redis_link")
-redis_registry = pytest.importorskip("hyperspace_vllm.daemon.redis_registry")
+redis_link = pytest.importorskip("hyperspace_vllm.daemon.redis.redis_link")
+redis_registry = pytest.importorskip("hyperspace_vllm.daemon.redis.redis_registry")
 pytestmark = [
     pytest.mark.io,
     redis_server.NEEDED,

@@ -16,34 +16,33 @@ import msgspec
 import pytest
 
 from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.local.messages import ResponseAudited, ResponseNotFound, Scope, StoreResponse
 from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.core.records.ids import network_id, peer_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX, MiB
-from hyperspace_vllm.core.records.local import ResponseAudited, ResponseNotFound, Scope, StoreResponse
 from hyperspace_vllm.core.records.peer_wire import Hit, Miss, decode_answer, encode
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
-from hyperspace_vllm.core.response.exchange import make_hit
+from hyperspace_vllm.core.response.sealed_hit import make_hit
 from hyperspace_vllm.daemon import join
-from hyperspace_vllm.daemon.answer_places import ANSWERS_MAX, OWN_NODE, Asker
-from hyperspace_vllm.daemon.audits import Audits
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.join import Network
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.response_lookups import FoundResponse
-from hyperspace_vllm.daemon.response_server import ResponseServer
-from hyperspace_vllm.daemon.response_store import ResponseStore, wall_clock_ms
+from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE, Asker
+from hyperspace_vllm.daemon.responses.audit_requests import Audits
+from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
+from hyperspace_vllm.daemon.responses.response_server import ResponseServer
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore, wall_clock_ms
 from hyperspace_vllm.response_db import ResponseReader, database_path
-
-from . import network_nodes, redis_server
-from .network_nodes import MODEL, NetworkedNode, body_of, config_of, private_network, request_key
-from .redis_server import RedisServer
+from tests import network_nodes, redis_server
+from tests.network_nodes import MODEL, NetworkedNode, body_of, config_of, private_network, request_key
+from tests.redis_server import RedisServer
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-redis_link = pytest.importorskip("hyperspace_vllm.daemon.redis_link")
-redis_responses = pytest.importorskip("hyperspace_vllm.daemon.redis_responses")
+redis_link = pytest.importorskip("hyperspace_vllm.daemon.redis.redis_link")
+redis_responses = pytest.importorskip("hyperspace_vllm.daemon.redis.redis_responses")
 pytestmark = [pytest.mark.io, redis_server.NEEDED]
 
 NETWORK = network_id("default")

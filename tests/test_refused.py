@@ -9,9 +9,8 @@ import pytest
 
 from hyperspace_vllm.api.http_headers import RawHeaders
 from hyperspace_vllm.core.response.request_fields import Endpoint
-
-from .cached_server import CHAT, STREAM, Bench, MakeBench, benches, until
-from .test_network_race import PATIENT_S, Says, found
+from tests.cached_server import CHAT, STREAM, Bench, MakeBench, benches, until
+from tests.test_network_race import PATIENT_S, Says, found
 
 pytestmark = pytest.mark.io
 

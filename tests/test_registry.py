@@ -18,8 +18,6 @@ from hyperspace_vllm.core.node.network_effects import (
     WriteRegistry,
 )
 from hyperspace_vllm.core.node.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
-from hyperspace_vllm.core.peers import registry as registry_module
-from hyperspace_vllm.core.peers.registry import Registry
 from hyperspace_vllm.core.records.ids import NetworkId, PeerId, network_id, peer_id, sha256
 from hyperspace_vllm.core.records.limits import (
     REGISTRY_COMPACT_MS,
@@ -38,6 +36,8 @@ from hyperspace_vllm.core.records.limits import (
 from hyperspace_vllm.core.records.peer_wire import Deltas, RegistryHead, WantDeltas, decode_answer, encode
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, decode_delta, encode_delta
 from hyperspace_vllm.core.records.standing import Rank, Standing
+from hyperspace_vllm.core.registry import registry as registry_module
+from hyperspace_vllm.core.registry.registry import Registry
 
 NETWORK = network_id("test")
 START_MS = 1_790_000_000_000

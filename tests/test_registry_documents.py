@@ -16,14 +16,14 @@ from nacl.signing import SigningKey
 from bench.registry_growth import measure
 from hyperspace_vllm.core.node.network_effects import ImportDeltas, WriteRegistry
 from hyperspace_vllm.core.node.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
-from hyperspace_vllm.core.peers.registry import Registry
 from hyperspace_vllm.core.records.ids import network_id, peer_id
 from hyperspace_vllm.core.records.limits import REGISTRY_DELTA_BYTES_MAX, REGISTRY_ENTRIES_MAX, MiB
 from hyperspace_vllm.core.records.registry_delta import check_delta, decode_delta
 from hyperspace_vllm.core.records.standing import Rank, Standing
-from hyperspace_vllm.daemon import registry_documents
-from hyperspace_vllm.daemon.registry_documents import RegistryDocuments
-from hyperspace_vllm.daemon.registry_worker import OwnDocument, resident_bytes
+from hyperspace_vllm.core.registry.registry import Registry
+from hyperspace_vllm.daemon.workers import registry_documents
+from hyperspace_vllm.daemon.workers.registry_documents import RegistryDocuments
+from hyperspace_vllm.daemon.workers.registry_worker import OwnDocument, resident_bytes
 
 pytestmark = pytest.mark.io
 NETWORK = network_id("test")

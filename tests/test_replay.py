@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperspace_vllm.api.streams import collector as collector_of
-from hyperspace_vllm.api.streams import frames
+from hyperspace_vllm.api.streams.frames import collector as collector_of
+from hyperspace_vllm.api.streams.frames import frames
 from hyperspace_vllm.core.response.admission import Admitted, NotStored, admit, streams_completely
 from hyperspace_vllm.core.response.request_fields import Endpoint
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from hyperspace_vllm.core.local.messages import ClaimRequest, NodeMessage, RequestClaimed, RequestOver
 from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, REQUEST_LEASES_MAX
-from hyperspace_vllm.core.records.local import ClaimRequest, NodeMessage, RequestClaimed, RequestOver
-from hyperspace_vllm.daemon.request_leases import RequestLeases
-
-from .cached_server import CHAT, STREAM, Bench, MakeBench, benches, text_of, until
+from hyperspace_vllm.daemon.local.request_leases import RequestLeases
+from tests.cached_server import CHAT, STREAM, Bench, MakeBench, benches, text_of, until
 
 KEY, OTHER = bytes(32), bytes([1]) * 32
 

@@ -17,12 +17,12 @@ import pytest
 import zstandard
 from nacl.signing import SigningKey
 
+from hyperspace_vllm.core.local.messages import Scope, StoreResponse
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_BYTES_MAX, RESPONSE_TTL_MS
-from hyperspace_vllm.core.records.local import Scope, StoreResponse
 from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof, make_proof, request_hash
-from hyperspace_vllm.daemon.response_news import Listener, Told
-from hyperspace_vllm.daemon.response_store import ResponseStore
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore
+from hyperspace_vllm.daemon.responses.store_changes import Listener, Told
 from hyperspace_vllm.response_db import ResponseReader, Shareable, StoredResponse, packed, unpacked
 
 NETWORK = network_id("test")
@@ -669,8 +669,8 @@ import os, resource, sys
 from pathlib import Path
 from nacl.signing import SigningKey
 from hyperspace_vllm.core.records.ids import network_id
-from hyperspace_vllm.core.records.local import StoreResponse
-from hyperspace_vllm.daemon.response_store import ResponseStore
+from hyperspace_vllm.core.local.messages import StoreResponse
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 
 class Signer:
     signing_key = SigningKey(bytes(32))

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
+from hyperspace_vllm.core.local.messages import Scope, StoreResponse
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_BYTES_MAX, RESPONSE_TTL_MS
-from hyperspace_vllm.core.records.local import Scope, StoreResponse
 from hyperspace_vllm.core.records.peer_wire import Hit, Miss
 from hyperspace_vllm.core.records.signing import member_tag
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
-from hyperspace_vllm.core.response.exchange import Opened, open_hit
-from hyperspace_vllm.daemon import response_server
-from hyperspace_vllm.daemon.answer_places import ANSWERS_MAX, OWN_NODE, Asker
-from hyperspace_vllm.daemon.response_server import ANSWER_S, ResponseServer
-from hyperspace_vllm.daemon.response_store import ResponseStore, wall_clock_ms
+from hyperspace_vllm.core.response.sealed_hit import Opened, open_hit
+from hyperspace_vllm.daemon.responses import response_server
+from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE, Asker
+from hyperspace_vllm.daemon.responses.response_server import ANSWER_S, ResponseServer
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore, wall_clock_ms
 
 pytestmark = pytest.mark.io
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from hyperspace_vllm.core.local.messages import PAGE_BYTES, Slab, pages_bytes
 from hyperspace_vllm.core.node.effects import (
     AnswerPrefix,
     Effect,
@@ -34,9 +35,8 @@ from hyperspace_vllm.core.prefix.fetch import LookupEvent, PrefixLookup
 from hyperspace_vllm.core.prefix.plan import needed, rows_of
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RowKey, SegmentKey, network_id, row_key
 from hyperspace_vllm.core.records.layout import Layout, Part
-from hyperspace_vllm.core.records.local import PAGE_BYTES, Slab, pages_bytes
-from hyperspace_vllm.daemon.arena import Arena
-from hyperspace_vllm.daemon.row_cache import RowCache
+from hyperspace_vllm.daemon.kv.arena import Arena
+from hyperspace_vllm.daemon.kv.row_cache import RowCache
 
 NETWORK = network_id("test")
 PEER, MANIFEST = PeerId("A"), ManifestDigest(b"m" * 32)

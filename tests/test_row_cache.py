@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from hyperspace_vllm.core.local.messages import Slab
 from hyperspace_vllm.core.records.ids import RowKey
-from hyperspace_vllm.core.records.local import Slab
-from hyperspace_vllm.daemon.arena import PAGE_BYTES, Arena
-from hyperspace_vllm.daemon.row_cache import RowCache
+from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES, Arena
+from hyperspace_vllm.daemon.kv.row_cache import RowCache
 
 A, B, C, D = (RowKey(bytes([i]) * 32) for i in range(4))
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hyperspace_vllm.core.response.same_answer import say_the_same
-from hyperspace_vllm.daemon.embedding import Embedder, load_embedder
+from hyperspace_vllm.core.response.similar.same_answer import say_the_same
+from hyperspace_vllm.daemon.responses.embedding import Embedder, load_embedder
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data/answer_pairs.jsonl").read_text().splitlines()]
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
+from hyperspace_vllm.core.local.messages import Question
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import QUESTION_CHARS_MAX
-from hyperspace_vllm.core.records.local import Question
-from hyperspace_vllm.core.response.canonical import ACRONYMS
-from hyperspace_vllm.core.response.semantic_key import question_of, tightened
+from hyperspace_vllm.core.response.similar.canonical import ACRONYMS
+from hyperspace_vllm.core.response.similar.semantic_key import question_of, tightened
 
 DIGEST = bytes(32)
 

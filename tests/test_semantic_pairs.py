@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from hyperspace_vllm.core.records.ids import RequestKey
-from hyperspace_vllm.core.response.canonical import canonical_question, compared_question
-from hyperspace_vllm.core.response.guards import Mode, eligible
-from hyperspace_vllm.core.response.semantic import Candidate, Match, best_match, similarity
-from hyperspace_vllm.daemon.embedding import DEFAULT_DIMENSIONS, Embedder, load_embedder
+from hyperspace_vllm.core.response.similar.canonical import canonical_question, compared_question
+from hyperspace_vllm.core.response.similar.guards import Mode, eligible
+from hyperspace_vllm.core.response.similar.semantic import Candidate, Match, best_match, similarity
+from hyperspace_vllm.daemon.responses.embedding import DEFAULT_DIMENSIONS, Embedder, load_embedder
 
 pytestmark = pytest.mark.io
 

@@ -6,15 +6,14 @@ import pytest
 
 from hyperspace_vllm.core.node.network_effects import Send
 from hyperspace_vllm.core.node.network_events import ServedChanged
+from hyperspace_vllm.core.peers.delivered import LOAD_STEP_PERMILLE, worth_telling
 from hyperspace_vllm.core.peers.membership import RENEW_MS
-from hyperspace_vllm.core.peers.served import LOAD_STEP_PERMILLE, worth_telling
-from hyperspace_vllm.core.peers.vram_digest import make_digest, overlap
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import PEER_RECORD_AGAIN_MS, PEER_RECORD_BYTES_MAX, VRAM_SEGMENTS_MAX
 from hyperspace_vllm.core.records.peer_record import DIGESTS_MAX, PeerRecord, decode_peer_record
 from hyperspace_vllm.core.records.peer_wire import Greet
-
-from .network_world import NOW_MS, SECOND_MS, Identity, World
+from hyperspace_vllm.core.registry.vram_digest import make_digest, overlap
+from tests.network_world import NOW_MS, SECOND_MS, Identity, World
 
 
 def ids(count: int) -> list[bytes]:

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from hyperspace_vllm.client import NodeClient
+from hyperspace_vllm.core.local.messages import PrefixesInMemory, RegisterLayout
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
-from hyperspace_vllm.core.records.local import PrefixesInMemory, RegisterLayout
-
-from .network_nodes import NetworkedNode, private_network, until
+from tests.network_nodes import NetworkedNode, private_network, until
 
 pytestmark = [pytest.mark.io, pytest.mark.timeout(120)]
 

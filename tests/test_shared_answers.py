@@ -8,9 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from hyperspace_vllm.daemon.response_store import wall_clock_ms
-
-from .cached_server import CHAT, STREAM, Bench, MakeBench, benches, text_of, until
+from hyperspace_vllm.daemon.responses.response_store import wall_clock_ms
+from tests.cached_server import CHAT, STREAM, Bench, MakeBench, benches, text_of, until
 
 pytestmark = pytest.mark.io
 

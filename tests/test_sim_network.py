@@ -26,15 +26,15 @@ from hyperspace_vllm.core.records.limits import GOSSIP_OF_AUTHOR_PER_S, RESPONSE
 from hyperspace_vllm.core.records.peer_wire import Hit
 from hyperspace_vllm.core.records.sealing import open_response
 from hyperspace_vllm.core.response.cache_proof import decode_proof
-from hyperspace_vllm.core.response.exchange import Opened
+from hyperspace_vllm.core.response.sealed_hit import Opened
 from hyperspace_vllm.sim import host as sim_host
 from hyperspace_vllm.sim.agenda import Agenda
 from hyperspace_vllm.sim.fleet import Fleet
-from hyperspace_vllm.sim.network import BREAK_MS, Network
-from hyperspace_vllm.sim.responses import Response, Shelf
 from hyperspace_vllm.sim.run import Result, run
 from hyperspace_vllm.sim.scenarios import RUN_MS, SCENARIOS, build
 from hyperspace_vllm.sim.signatures import remembered_verdicts
+from hyperspace_vllm.sim.sim_network import BREAK_MS, Network
+from hyperspace_vllm.sim.sim_responses import Response, Shelf
 
 NODES = 20
 ATTACKS = ("inventors", "gossip_flood", "slot_holders")

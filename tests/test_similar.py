@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.records.ids import RequestKey, network_id, sha256
-from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
-from hyperspace_vllm.core.records.local import (
+from hyperspace_vllm.core.local.messages import (
     FindSimilar,
     Question,
     RememberQuestion,
@@ -21,16 +19,17 @@ from hyperspace_vllm.core.records.local import (
     SimilarNotFound,
     StoreResponse,
 )
+from hyperspace_vllm.core.records.ids import RequestKey, network_id, sha256
+from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import make_proof
-from hyperspace_vllm.core.response.canonical import ACRONYMS
-from hyperspace_vllm.core.response.guards import Mode
-from hyperspace_vllm.core.response.semantic import CANDIDATES_MAX, COSINE_MIN
-from hyperspace_vllm.daemon.embedding import Embedder, EmbedderMissing, load_embedder
-from hyperspace_vllm.daemon.question_index import QuestionIndex, quantized
-from hyperspace_vllm.daemon.response_store import ResponseStore
-from hyperspace_vllm.daemon.similar import SimilarQuestions
-
-from .network_nodes import until
+from hyperspace_vllm.core.response.similar.canonical import ACRONYMS
+from hyperspace_vllm.core.response.similar.guards import Mode
+from hyperspace_vllm.core.response.similar.semantic import CANDIDATES_MAX, COSINE_MIN
+from hyperspace_vllm.daemon.responses.embedding import Embedder, EmbedderMissing, load_embedder
+from hyperspace_vllm.daemon.responses.question_index import QuestionIndex, quantized
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore
+from hyperspace_vllm.daemon.responses.similar import SimilarQuestions
+from tests.network_nodes import until
 
 DIMENSIONS = 384
 ENDED, HAMMER = "It ended in 1945, on the second of September.", "Use a hammer, two nails and a piece of wood."

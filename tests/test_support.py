@@ -4,7 +4,7 @@ import ast
 import json
 from pathlib import Path
 
-from . import support
+from tests import support
 
 TESTS = Path(__file__).parent
 

@@ -18,14 +18,13 @@ from starlette.responses import JSONResponse, Response
 
 from bench.servers import MODELS, Server
 from hyperspace_vllm.api import exchange, node_lookup, request_body
-from hyperspace_vllm.core.response import wrongness
-from hyperspace_vllm.core.response.canonical import ACRONYMS
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, SALTED, Endpoint
 from hyperspace_vllm.core.response.request_key import request_key
 from hyperspace_vllm.core.response.scope import engine_salt, tenant_of
-from hyperspace_vllm.core.response.semantic_key import question_of
-
-from .cached_server import Bench, MakeBench, benches
+from hyperspace_vllm.core.response.similar import match_error as wrongness
+from hyperspace_vllm.core.response.similar.canonical import ACRONYMS
+from hyperspace_vllm.core.response.similar.semantic_key import question_of
+from tests.cached_server import Bench, MakeBench, benches
 
 KEYS = tuple(f"sk-{number}" for number in range(20))
 TENANTS = ("", *(str(tenant_of(b"fleet", KEYS, f"Bearer {key}")) for key in KEYS))

@@ -22,12 +22,11 @@ from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, KiB, MiB
 from hyperspace_vllm.core.records.manifest import Manifest, digest_blob
 from hyperspace_vllm.core.records.wire import Offer
-from hyperspace_vllm.daemon.chunk_store import ChunkStore
 from hyperspace_vllm.daemon.identity import Identity
-from hyperspace_vllm.daemon.object_codec import ObjectRecord, chunk_digest, sign_record
-
-from .nodes import NETWORK, Answer, SharedPool, TestNode, keys, peer_of, until
-from .peer_process import layout_of
+from hyperspace_vllm.daemon.kv.chunk_store import ChunkStore
+from hyperspace_vllm.daemon.kv.object_codec import ObjectRecord, chunk_digest, sign_record
+from tests.nodes import NETWORK, Answer, SharedPool, TestNode, keys, peer_of, until
+from tests.peer_process import layout_of
 
 pytestmark = [pytest.mark.io, pytest.mark.asyncio(loop_scope="module")]
 

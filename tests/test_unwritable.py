@@ -15,10 +15,7 @@ from typing import Any, TypeVar
 import pytest
 
 from hyperspace_vllm.client import NodeClient
-from hyperspace_vllm.core.records.ids import RequestKey
-from hyperspace_vllm.core.records.layout import Layout, Part
-from hyperspace_vllm.core.records.limits import KiB, MiB
-from hyperspace_vllm.core.records.local import (
+from hyperspace_vllm.core.local.messages import (
     LookupPrefix,
     PrefixAnswer,
     RegisterLayout,
@@ -30,10 +27,12 @@ from hyperspace_vllm.core.records.local import (
     StoreResponse,
     WantStaging,
 )
-from hyperspace_vllm.daemon.chunk_store import SIDECAR_BYTES_MAX
+from hyperspace_vllm.core.records.ids import RequestKey
+from hyperspace_vllm.core.records.layout import Layout, Part
+from hyperspace_vllm.core.records.limits import KiB, MiB
+from hyperspace_vllm.daemon.kv.chunk_store import SIDECAR_BYTES_MAX
 from hyperspace_vllm.response_db import ResponseReader
-
-from .node_processes import REPOSITORY, Nodes, hyperspace, until
+from tests.node_processes import REPOSITORY, Nodes, hyperspace, until
 
 pytestmark = pytest.mark.io
 
@@ -150,7 +149,7 @@ WORKER = """
 import sys, time
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import load_config
-from hyperspace_vllm.core.records.local import RegisterLayout, WantStaging
+from hyperspace_vllm.core.local.messages import RegisterLayout, WantStaging
 from tests.test_unwritable import LAYOUT, ROW_BYTES
 client = NodeClient(load_config(), "worker", "other")
 assert client.wait_connected(60)

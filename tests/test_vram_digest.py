@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperspace_vllm.core.peers.vram_digest import (
+from hyperspace_vllm.core.records.ids import network_id, sha256, wire_id
+from hyperspace_vllm.core.records.limits import VRAM_SEGMENTS_MAX
+from hyperspace_vllm.core.records.peer_record import VRAM_DIGEST_BYTES_MAX
+from hyperspace_vllm.core.registry.vram_digest import (
     approximate_count,
     difference,
     digest_bytes,
@@ -16,9 +19,6 @@ from hyperspace_vllm.core.peers.vram_digest import (
     overlap,
     positions_each,
 )
-from hyperspace_vllm.core.records.ids import network_id, sha256, wire_id
-from hyperspace_vllm.core.records.limits import VRAM_SEGMENTS_MAX
-from hyperspace_vllm.core.records.peer_record import VRAM_DIGEST_BYTES_MAX
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "vram_digest.json").read_text())
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from hyperspace_vllm.core.response.wrongness import (
+from hyperspace_vllm.core.response.similar.match_error import (
     CHECK_EVERY,
     KINDS_MAX,
     NEVER,

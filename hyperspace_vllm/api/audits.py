@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ..core.local.messages import SOURCE_BYTES_MAX, ResponseAudited
 from ..core.records.ids import RequestKey
 from ..core.records.limits import AUDIT_TOKENS_MAX
-from ..core.records.local import SOURCE_BYTES_MAX, ResponseAudited
 from ..core.response.audit import (
     Comparison,
     Said,

@@ -1,4 +1,4 @@
-"""Semantic matches that are computed as well, so that their answers can be compared (core/response/wrongness.py)."""
+"""Semantic matches that are computed as well, so that their answers can be compared (core/response/similar/match_error.py)."""
 
 import asyncio
 import json
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ..core.local.messages import ANSWER_CHARS_MAX, Question, SimilarChecked
 from ..core.records.ids import RequestKey
-from ..core.records.local import ANSWER_CHARS_MAX, Question, SimilarChecked
 from ..core.response.admission import Admitted, admit
-from ..core.response.guards import Mode
 from ..core.response.request_key import Uncacheable
+from ..core.response.similar.guards import Mode
 from .coalesce import Scope
 from .large_bodies import Busy
 from .request_body import rewritten

@@ -25,10 +25,10 @@ from ..core.records.limits import (
     FLIGHTS_MAX,
     RESPONSE_BYTES_MAX,
 )
-from .collect import FrameKind
 from .http_headers import header
 from .large_bodies import LargeBodies
-from .streams import Collector
+from .streams.collect import FrameKind
+from .streams.frames import Collector
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

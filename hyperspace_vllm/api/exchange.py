@@ -10,17 +10,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..contained import contained, report_error
+from ..core.local.messages import (
+    PurgeResponses,
+    Question,
+    RememberQuestion,
+    ResponseFound,
+    ResponseToTry,
+    StoreResponse,
+)
 from ..core.records.ids import RequestKey, sha256
-from ..core.records.local import PurgeResponses, Question, RememberQuestion, ResponseFound, ResponseToTry, StoreResponse
 from ..core.response.admission import Admitted, NotStored, admit, storage_scope, streams_completely
 from ..core.response.answer_ids import ID_CHARS_MAX, named_by
 from ..core.response.audit import plain_answer, prompt_of
-from ..core.response.guards import eligible
 from ..core.response.request_fields import POOLING, Endpoint
 from ..core.response.request_key import Uncacheable, is_sampled, request_key
 from ..core.response.scope import DEFAULT_SCOPE, api_key_of, engine_salt, sign_scope, tenant_of
-from ..core.response.semantic_key import question_of, tightened
-from ..core.response.wrongness import CHECK_EVERY
+from ..core.response.similar.guards import eligible
+from ..core.response.similar.match_error import CHECK_EVERY
+from ..core.response.similar.semantic_key import question_of, tightened
 from ..response_db import StoredResponse
 from . import aborts, checks
 from .coalesce import Flight, Laggard, LeaderFailed, Message, Receive, Scope, Send
@@ -32,8 +39,8 @@ from .node_lookup import Pending
 from .own_ids import OwnIds
 from .relay import Relay, leaving_on_disconnect
 from .request_body import changes_of, replayed, with_changes, with_content_length
-from .stored_answer import StoredAnswer, Wanted, entry_of, json_headers, origin_header, render
-from .streams import collector
+from .streams.frames import collector
+from .streams.stored_answer import StoredAnswer, Wanted, entry_of, json_headers, origin_header, render
 
 if TYPE_CHECKING:
     from .middleware import ResponseCacheMiddleware

@@ -26,15 +26,15 @@ from ..core.response.scope import api_key_of, engine_salt
 from .audits import Audits
 from .checks import OneAtATime
 from .coalesce import App, FlightTable, Message, Receive, Scope, Send
+from .database_lookup import Lookup, Recent, Touches
 from .exchange import Exchange
 from .http_headers import Directives, first_header, forward_status, header, parse_cache_control
+from .l1_metrics import l1_metrics
 from .large_bodies import Busy, LargeBodies
-from .lookup import Lookup, Recent, Touches
-from .metrics import l1_metrics
 from .node_lookup import NodeLookup
 from .options import ResponseCacheOptions
 from .request_body import read_body, read_rest, replayed, rewritten, with_content_length
-from .stored_answer import Sending
+from .streams.stored_answer import Sending
 
 Answer = Callable[[], Awaitable[None]]
 

@@ -12,9 +12,7 @@ import logging
 from collections.abc import Callable, Iterable
 from itertools import count
 
-from ..core.records.ids import RequestKey
-from ..core.records.limits import RESPONSE_LOOKUPS_MAX, SIMILAR_LOOKUPS_MAX
-from ..core.records.local import (
+from ..core.local.messages import (
     ClaimRequest,
     FindResponse,
     FindSimilar,
@@ -32,7 +30,9 @@ from ..core.records.local import (
     SimilarFound,
     SimilarNotFound,
 )
-from ..core.response.guards import Mode
+from ..core.records.ids import RequestKey
+from ..core.records.limits import RESPONSE_LOOKUPS_MAX, SIMILAR_LOOKUPS_MAX
+from ..core.response.similar.guards import Mode
 from .options import NodeLink
 
 logger = logging.getLogger(__name__)

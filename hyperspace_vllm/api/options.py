@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ..core.records.limits import RESPONSE_TTL_MS
-from ..core.records.local import (
+from ..core.local.messages import (
     ClaimRequest,
     FindResponse,
     FindSimilar,
@@ -21,9 +20,10 @@ from ..core.records.local import (
     StoreResponse,
     TouchResponses,
 )
-from ..core.response.canonical import ACRONYMS
+from ..core.records.limits import RESPONSE_TTL_MS
 from ..core.response.request_fields import Endpoint
-from ..core.response.semantic_key import Semantic
+from ..core.response.similar.canonical import ACRONYMS
+from ..core.response.similar.semantic_key import Semantic
 from .http_headers import RawHeaders
 
 ApiMessage = (

@@ -8,8 +8,8 @@ from functools import partial
 
 from .coalesce import LeaderFailed, Piece, Reader, Receive, Send
 from .own_ids import OwnIds, nameless
-from .replay import fingerprint_of, with_fingerprint
 from .request_body import with_content_length
+from .streams.replay import fingerprint_of, with_fingerprint
 
 _ERROR_FRAMES = b'data: {"error"', b"event: error", b"event: response.failed"
 

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from typing import assert_never
 
+from ..core.local.messages import LoadedRow, Slab
 from ..core.node.effects import (
     AnswerPrefix,
     ChargePeer,
@@ -51,22 +52,21 @@ from ..core.peers.trust import Trust
 from ..core.records.errors import Refused
 from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, row_id
 from ..core.records.limits import LOOKUP_ROWS_MAX, REGISTRY_TTL_MS
-from ..core.records.local import LoadedRow, Slab
 from ..core.records.peer_record import PeerRecord
 from ..core.records.sealing import seal_key
-from .chunk_keeper import ChunkKeeper
-from .chunk_store import ChunkStore
-from .chunk_transport import ChunkTransport
-from .compute_pool import ComputePool
 from .identity import Identity
-from .local_server import LocalServer
-from .manifests import Manifests
+from .kv.chunk_keeper import ChunkKeeper
+from .kv.chunk_store import ChunkStore
+from .kv.chunk_transport import ChunkTransport
+from .kv.manifests import Manifests
+from .kv.object_codec import ObjectRecord
+from .kv.object_encoder import ObjectEncoder
+from .kv.row_assembly import RowAssembly
+from .kv.row_cache import UNSTORED, RowCache
+from .local.local_server import LocalServer
 from .metrics import Metrics
-from .object_codec import ObjectRecord
-from .object_encoder import ObjectEncoder
 from .peer_failed import PeerFailed
-from .row_assembly import RowAssembly
-from .row_cache import UNSTORED, RowCache
+from .workers.compute_pool import ComputePool
 
 log = logging.getLogger(__name__)
 

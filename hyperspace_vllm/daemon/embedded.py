@@ -15,7 +15,7 @@ from ..client import NodeClient
 from ..config import Config
 from ..core.records.limits import EMBEDDED_LINGER_MS
 from .directory import lock_directory
-from .local_server import LocalServer
+from .local.local_server import LocalServer
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..config import Config
+from ..core.local.messages import Scope
 from ..core.node.network import NetworkNode, NetworkOptions
 from ..core.node.network_effects import KvEndpoint
 from ..core.node.network_events import AnswerAudited, RowsStored, ServedChanged
@@ -25,19 +26,18 @@ from ..core.peers.gossip_gate import GossipGate
 from ..core.peers.trust import Trust
 from ..core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
 from ..core.records.ids import PeerId, RequestKey, RowId, network_id, public_key_of
-from ..core.records.local import Scope
 from ..core.records.peer_record import PeerRecord
 from ..core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
 from ..core.records.standing import Tier
 from ..core.response.evidence import verdict
 from ..response_db import database_path
 from .address_book import AddressBook
-from .fetched_response import Stored
 from .identity import Identity, IdentityError
 from .metrics import Metrics
 from .network_driver import Clients, NetworkDriver
-from .response_news import Told
-from .response_server import ResponseServer
+from .responses.fetched_response import Stored
+from .responses.response_server import ResponseServer
+from .responses.store_changes import Told
 from .start_error import StartError, needed
 
 log = logging.getLogger(__name__)
@@ -230,13 +230,13 @@ class Network:
     ) -> NetworkDriver:
         """A driver whose node has begun to join; everything it needs is closed with `parts`."""
         await _imported(".libp2p_host")  # seconds, in which engines are served
-        from .libp2p_host import Libp2pHost
-        from .registry_documents import RegistryDocuments
+        from .libp2p.libp2p_host import Libp2pHost
+        from .workers.registry_documents import RegistryDocuments
 
         config, identity = self._config, self._identity
         redis = None
         if config.registry:
-            from .redis_registry import RedisRegistry
+            from .redis.redis_registry import RedisRegistry
 
             with needed("registry", "correct its URL (HYPERSPACE_REGISTRY)"):
                 redis = RedisRegistry(config.registry, self._network, identity.peer_id, _now_ms)

@@ -19,27 +19,27 @@ from ..core.node.events import Event
 from ..core.records.ids import PeerId, network_id
 from ..file_digests import in_progress
 from ..response_db import database_path
-from .arena import Arena
-from .audits import Audits
 from .directory import claim_directory, lock_directory
 from .embedded import say_all_is_well, until_unwanted, wait_in_line
 from .identity import Identity
 from .join import Network
-from .local_server import LocalServer
+from .kv.arena import Arena
+from .kv.row_cache import RowCache
+from .local.local_server import LocalServer
 from .logs import log_to_file, log_to_stderr
 from .metrics import Metrics
-from .response_news import Listener
-from .row_cache import RowCache
+from .responses.audit_requests import Audits
+from .responses.store_changes import Listener
 from .served import Served
 from .start_error import StartError, needed
 from .stopping import Stopping
 
 if TYPE_CHECKING:
-    from .chunk_transport import ChunkTransport
     from .driver import Driver
-    from .redis_responses import RedisResponses
-    from .response_store import ResponseStore
-    from .similar import SimilarQuestions
+    from .kv.chunk_transport import ChunkTransport
+    from .redis.redis_responses import RedisResponses
+    from .responses.response_store import ResponseStore
+    from .responses.similar import SimilarQuestions
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class _Node:
         if config.share == "private":
             logger.warning('shared_responses is off: share = "private" lets no response leave this node')
             return None
-        from .response_server import ResponseServer
+        from .responses.response_server import ResponseServer
 
         trust = self._joined.trust
         if not trust.may_trust_others():
@@ -204,7 +204,7 @@ class _Node:
         server = ResponseServer(database_path(config.data_dir), self._network, trust.vouch)
         parts.callback(server.close)
         try:
-            from .redis_responses import RedisResponses
+            from .redis.redis_responses import RedisResponses
 
             shared = RedisResponses(
                 config.shared_responses, self._network, config.share, server, trust, self._metrics, self._joined
@@ -216,7 +216,7 @@ class _Node:
         return shared
 
     def _open_responses(self, parts: AsyncExitStack, listener: Listener) -> "ResponseStore":
-        from .response_store import ResponseStore
+        from .responses.response_store import ResponseStore
 
         config = self._config
         store = ResponseStore(
@@ -235,12 +235,12 @@ class _Node:
         if config.semantic == "off":
             return None
         try:
-            from .similar import SimilarQuestions
+            from .responses.similar import SimilarQuestions
         except ImportError as error:
             logger.error("semantic hits are off: %s; pip install hyperspace-vllm[semantic]", error)
             return None
-        from ..core.response.canonical import ACRONYMS
-        from .embedding import load_embedder
+        from ..core.response.similar.canonical import ACRONYMS
+        from .responses.embedding import load_embedder
 
         acronyms = {**ACRONYMS, **config.acronym_table}
         load = partial(load_embedder, config.semantic_model)
@@ -250,10 +250,10 @@ class _Node:
 
     async def _open_data_plane(self, parts: AsyncExitStack) -> "Driver":
         from ..core.node.node import Node
-        from .chunk_store import ChunkStore
-        from .chunk_transport import ChunkTransport
-        from .compute_pool import ComputePool
         from .driver import Driver
+        from .kv.chunk_store import ChunkStore
+        from .kv.chunk_transport import ChunkTransport
+        from .workers.compute_pool import ComputePool
 
         config = self._config
         peers = tuple(PeerId(peer.partition("@")[0]) for peer in config.peers)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, assert_never
 
+from ..core.local.messages import Scope
 from ..core.node.network import NetworkNode
 from ..core.node.network_effects import (
     AnswerResponse,
@@ -58,11 +59,9 @@ from ..core.node.network_events import (
 )
 from ..core.peers.gossip_gate import GossipGate
 from ..core.peers.trust import Trust
-from ..core.peers.vram_digest import approximate_count
 from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import NetworkId, PeerId, RequestKey, RowId, public_key_of
 from ..core.records.limits import PROVIDERS_MAX
-from ..core.records.local import Scope
 from ..core.records.peer_record import PeerRecord
 from ..core.records.peer_wire import (
     Hit,
@@ -77,20 +76,21 @@ from ..core.records.peer_wire import (
     protocol_of,
 )
 from ..core.records.standing import Tier
+from ..core.registry.vram_digest import approximate_count
 from ..core.response.cache_proof import request_hash
-from ..core.response.exchange import LIES, Opened
-from .answer_places import Asker
-from .fetched_response import Stored, found_response, keep, open_fetched
+from ..core.response.sealed_hit import LIES, Opened
 from .metrics import Metrics
 from .peer_failed import PeerFailed
-from .response_lookups import FoundResponse
-from .response_news import Told
-from .response_server import ResponseServer
+from .responses.answer_places import Asker
+from .responses.fetched_response import Stored, found_response, keep, open_fetched
+from .responses.response_lookups import FoundResponse
+from .responses.response_server import ResponseServer
+from .responses.store_changes import Told
 
 if TYPE_CHECKING:  # optional, or slow to import: join.py builds them
-    from .libp2p_host import Libp2pHost
-    from .redis_registry import RedisRegistry
-    from .registry_documents import RegistryDocuments
+    from .libp2p.libp2p_host import Libp2pHost
+    from .redis.redis_registry import RedisRegistry
+    from .workers.registry_documents import RegistryDocuments
 
 log = logging.getLogger(__name__)
 

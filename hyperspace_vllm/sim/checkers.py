@@ -16,7 +16,7 @@ from ..core.node.network_events import NetworkEvent
 from ..core.records.ids import RequestKey
 from ..core.records.peer_wire import PeerRequest
 from ..core.response.lookup import ATTEMPTS_MAX, IN_FLIGHT_MAX, RACE_MS
-from .responses import right_body
+from .sim_responses import right_body
 
 if TYPE_CHECKING:
     from .fleet import Fleet

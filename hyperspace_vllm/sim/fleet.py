@@ -13,13 +13,13 @@ from ..core.response.cache_proof import request_hash
 from ..core.response.lookup import HEDGE_MS_MAX, RACE_MS
 from .agenda import Agenda
 from .checkers import Checker
-from .dht import Dht
-from .gossip import Gossip
 from .holders import Holder
 from .host import CLOCK_SKEW_MS, DEADLINE_MS, Request, SimHost
 from .liars import Kind, Liar
-from .network import HANDSHAKE_CPU_MS, HANDSHAKE_TRIPS, Network
-from .responses import request_key
+from .sim_dht import Dht
+from .sim_gossip import Gossip
+from .sim_network import HANDSHAKE_CPU_MS, HANDSHAKE_TRIPS, Network
+from .sim_responses import request_key
 from .trace import Trace
 
 EPOCH_MS = 1_700_000_000_000

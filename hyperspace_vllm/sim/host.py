@@ -73,9 +73,9 @@ from ..core.records.peer_wire import (
 from ..core.records.signing import NO_MEMBER_TAG, member_tag
 from ..core.response.cache_proof import request_hash
 from ..core.response.evidence import evidence_of
-from ..core.response.exchange import LIES, Opened, make_hit, open_hit
+from ..core.response.sealed_hit import LIES, Opened, make_hit, open_hit
 from .documents import Documents
-from .responses import MODEL_DIGEST, Response, Shelf, compute, right_body
+from .sim_responses import MODEL_DIGEST, Response, Shelf, compute, right_body
 
 if TYPE_CHECKING:
     from .fleet import Fleet

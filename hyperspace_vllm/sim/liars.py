@@ -46,9 +46,9 @@ from ..core.records.peer_wire import (
 )
 from ..core.records.registry_delta import RegistryDelta, encode_delta
 from ..core.records.signing import NO_MEMBER_TAG, member_tag
-from ..core.response.exchange import make_hit
+from ..core.response.sealed_hit import make_hit
 from .documents import payload_of
-from .responses import Response, compute, right_body
+from .sim_responses import Response, compute, right_body
 
 if TYPE_CHECKING:
     from .host import SimHost

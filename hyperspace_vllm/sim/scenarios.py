@@ -12,7 +12,7 @@ from ..core.records.limits import RESPONSE_TTL_MS
 from .fleet import EPOCH_MS, Fleet
 from .host import FRAMER, SimHost
 from .liars import KINDS, Kind
-from .responses import compute, right_body
+from .sim_responses import compute, right_body
 
 RUN_MS = 60_000
 BOOT_MS = 2_000  # within which all hosts start

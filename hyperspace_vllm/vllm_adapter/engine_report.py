@@ -13,11 +13,11 @@ from vllm.v1.request import Request
 
 from ..client import NodeClient
 from ..contained import contained
+from ..core.local.messages import PrefixesInMemory, RegisterLayout
 from ..core.prefix.plan import segments_that_fit
 from ..core.records.ids import SegmentKey
 from ..core.records.layout import Layout
 from ..core.records.limits import MiB
-from ..core.records.local import PrefixesInMemory, RegisterLayout
 from .cached_segments import CachedSegments
 
 logger = logging.getLogger("vllm.hyperspace")

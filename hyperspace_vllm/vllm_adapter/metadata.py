@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-from ..core.records.local import LoadedRow, RegisterLayout
+from ..core.local.messages import LoadedRow, RegisterLayout
 
 BlockTables = tuple[tuple[int, ...], ...]  # block ids by KV cache group; 0 is vLLM's null block
 

@@ -153,7 +153,7 @@ class _Server:
         from ..api.options import ResponseCacheOptions
         from ..client import NodeClient
         from ..core.records.ids import network_id
-        from ..core.response.canonical import ACRONYMS
+        from ..core.response.similar.canonical import ACRONYMS
         from ..response_db import database_path
         from .adapters import Adapters, NamedAdapters
         from .dated import dates, printed_dates

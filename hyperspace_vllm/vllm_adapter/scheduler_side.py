@@ -21,10 +21,7 @@ from vllm.v1.request import Request
 
 from ..client import NodeClient
 from ..contained import contained
-from ..core.prefix.segment import Multimodal, chain_seed, next_key
-from ..core.records.ids import SegmentKey
-from ..core.records.limits import FETCH_PREFILL_SHARE, LOOKUP_ROWS_MAX, PROMPT_SEGMENTS_MAX
-from ..core.records.local import (
+from ..core.local.messages import (
     Heartbeat,
     LookupPrefix,
     PrefixAnswer,
@@ -34,6 +31,9 @@ from ..core.records.local import (
     RequestEnded,
     SegmentNamed,
 )
+from ..core.prefix.segment import Multimodal, chain_seed, next_key
+from ..core.records.ids import SegmentKey
+from ..core.records.limits import FETCH_PREFILL_SHARE, LOOKUP_ROWS_MAX, PROMPT_SEGMENTS_MAX
 from ..core.response.scope import RequestScope
 from .adapters import Adapters
 from .cached_segments import CachedSegments

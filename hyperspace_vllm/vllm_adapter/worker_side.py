@@ -13,8 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from ..client import NodeClient
-from ..core.records.errors import Refused
-from ..core.records.local import (
+from ..core.local.messages import (
     NO_ENGINE,
     LoadedRow,
     RegisterLayout,
@@ -24,6 +23,7 @@ from ..core.records.local import (
     StagingGranted,
     WantStaging,
 )
+from ..core.records.errors import Refused
 from ..session_lock import SessionLock
 from .copy_proof import prove_copies
 from .kv_copy import Copier, EncodeDevice, copier_for

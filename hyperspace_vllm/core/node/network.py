@@ -12,10 +12,9 @@ from typing import assert_never
 from nacl.signing import SigningKey
 
 from ..peers.avoidance import Avoidance
+from ..peers.delivered import worth_telling
 from ..peers.dials import Dials
 from ..peers.membership import GREET_MS, Membership
-from ..peers.registry import Registry
-from ..peers.served import worth_telling
 from ..peers.trust import Trust
 from ..records.announcement import EvidenceEntry, PrefixEntry, ResponseEntry
 from ..records.errors import Refused
@@ -37,6 +36,7 @@ from ..records.peer_wire import (
 )
 from ..records.signing import NO_MEMBER_TAG, member_tag
 from ..records.standing import Standing
+from ..registry.registry import Registry
 from ..response.announcer import Inbox, Outbox
 from ..response.dht_use import ProvideQueue, SearchBudget
 from ..response.evidence import check_evidence, verdict

@@ -6,10 +6,10 @@ several at once share it; what it can't use it lets go of, and one that got noth
 
 from collections.abc import Iterable
 
+from ..local.messages import pages_bytes
 from ..node.events import RowsFound
 from ..records.ids import RowKey
 from ..records.limits import FETCH_STALL_MS
-from ..records.local import pages_bytes
 from .plan import Row
 
 AGAIN_MS = 20  # between two looks for room: a lease on an answer lasts about as long as a copy

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .guard_words import word_set
 from .request_fields import Endpoint
 from .request_key import canonical_fields
+from .similar.guard_words import word_set
 
 # e^2: seven times less likely than the best. Of 100 honest answers (float32 by bfloat16) the worst is 0.12.
 FAR_NATS = 2.0

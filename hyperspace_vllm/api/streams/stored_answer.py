@@ -1,0 +1,147 @@
+"""From a stored response to the ASGI messages that answer a request with it."""
+
+import base64
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from ...core.local.messages import ResponseFound
+from ...core.records.errors import ProtocolViolation
+from ...core.records.ids import sha256
+from ...core.records.limits import REPLAY_BYTES_MAX, SENDING_BYTES_MAX
+from ...core.response.admission import Admitted, admit
+from ...core.response.cache_proof import decode_proof
+from ...core.response.request_fields import Endpoint
+from ...response_db import StoredResponse
+from ..coalesce import Message
+from ..http_headers import RawHeaders, hit_headers, quoted
+from ..own_ids import OwnIds
+from .frames import frames
+
+_MESSAGE_BYTES = 65_536
+_REQUEST_COPIES = 3
+_EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")  # as Starlette writes it
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAnswer:
+    """A response as its request wanted it: `headers` of a 200, and the body in the parts to send."""
+
+    headers: RawHeaders
+    parts: list[bytes]
+    request_bytes: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes that are held until the client has it: the body, and the request as it came, as JSON and repeated."""
+        return sum(map(len, self.parts)) + _REQUEST_COPIES * self.request_bytes
+
+    def with_status(self, status: bytes) -> "StoredAnswer":
+        """The same with another Cache-Status."""
+        others = [(name, value) for name, value in self.headers if name != b"cache-status"]
+        return replace(self, headers=[*others, (b"cache-status", status)])
+
+    def messages(self, sending: "Sending") -> Iterable[Message]:
+        """The whole answer, from its start to its last part."""
+        with sending.holding(self.size):
+            yield {"type": "http.response.start", "status": 200, "headers": self.headers}
+            for at, part in enumerate(self.parts):
+                yield {"type": "http.response.body", "body": part, "more_body": at + 1 < len(self.parts)}
+
+
+class Sending:
+    """The memory of what the cache answers with, while clients read it: SENDING_BYTES_MAX in all.
+
+    Answers of one message each are not held to it: vLLM's own connections have buffers of that size.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def has_room(self, answer: StoredAnswer) -> bool:
+        """Whether one more may be sent."""
+        return answer.size <= _MESSAGE_BYTES or self.bytes + answer.size <= SENDING_BYTES_MAX
+
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """While an answer is sent."""
+        self.bytes += size
+        try:
+            yield
+        finally:
+            self.bytes -= size
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How a request wants to be answered; `usage`: its stream has a usage frame at the end.
+
+    `repeated` are fields of the request that the answer repeats (Responses), and that were not stored.
+    """
+
+    endpoint: Endpoint
+    streams: bool
+    usage: bool
+    repeated: Mapping[str, object]
+    ids: OwnIds
+
+
+def render(entry: StoredResponse, wanted: Wanted, age_s: int, ttl_s: int, detail: str) -> StoredAnswer | None:
+    """The answer from an entry; None when its body has another version's shape, or its stream would be too long."""
+    headers = hit_headers(age_s, ttl_s, base64.b64encode(entry.proof), detail)
+    try:
+        if not wanted.streams:
+            ids, repeated = wanted.ids, wanted.repeated
+            body = msgspec.json.encode({**ids.decoded(entry.body), **repeated}) if repeated else ids.body(entry.body)
+            return StoredAnswer(headers + json_headers(body), [body])
+        answer = {**wanted.ids.decoded(entry.body), **wanted.repeated}
+        parts = _grouped(frames(wanted.endpoint, answer, wanted.usage))
+    except (msgspec.MsgspecError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return None
+    return StoredAnswer([*headers, _EVENT_STREAM], parts)
+
+
+def entry_of(
+    found: ResponseFound, endpoint: Endpoint, request: dict[str, object], now_ms: int, ttl_ms: int
+) -> StoredResponse | None:
+    """What the network found, if it is what its proof speaks of, fresh, and an answer to such a request.
+
+    It expires `ttl_ms` after it was computed, which may be over.
+
+    The node has checked the proof; a peer that may sign could still have signed anything.
+    """
+    try:
+        intact = decode_proof(found.proof).response_hash == sha256(found.body)
+    except ProtocolViolation:
+        return None
+    if not intact or found.expires_at_ms <= now_ms or admit(endpoint, request, found.body) != Admitted(found.body):
+        return None
+    expires_at_ms = min(found.expires_at_ms, found.computed_at_ms + ttl_ms)
+    return StoredResponse(found.body, found.proof, found.computed_at_ms, expires_at_ms)
+
+
+def origin_header(found: ResponseFound) -> tuple[bytes, bytes]:
+    """Says who computed an answer from the network, how its provider was found, and what was checked."""
+    fields = ("computed-by", found.computed_by), ("source", found.source), ("verified-by", found.verified_by)
+    return b"hyperspace-origin", "; ".join(f"{name}={quoted(value)}" for name, value in fields).encode()
+
+
+def json_headers(body: bytes) -> RawHeaders:
+    """Of a JSON body."""
+    return [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
+
+
+def _grouped(parts: Iterable[bytes]) -> list[bytes]:
+    """The frames in as few messages as their size allows."""
+    groups = [bytearray()]
+    size = 0
+    for part in parts:
+        size += len(part)
+        if size > REPLAY_BYTES_MAX:
+            raise ValueError(f"a stream of more than {REPLAY_BYTES_MAX} bytes")
+        if len(groups[-1]) + len(part) > _MESSAGE_BYTES and groups[-1]:
+            groups.append(bytearray())
+        groups[-1] += part
+    return [bytes(group) for group in groups]

@@ -1,0 +1,442 @@
+"""The registry: which peer says that it can serve which ids (of responses and of KV rows).
+
+One document per owner, written by its owner alone; the registry is their union at read, so nobody can delete or bloat
+another's entries. A document travels as a log of signed deltas (records/registry_delta.py): the snapshot that began
+the owner's epoch and the updates since. This machine keeps the logs as they came, because it passes them on; a worker
+process holds what loro makes of them (ImportDeltas) and can be rebuilt from the logs at any time. Only entries that
+came back from there are the owner's word; whether they are true, a fetch has to show.
+
+Which deltas are taken: the next of the epoch at hand, or the snapshot of a higher one. What is older, already here, or
+after a gap is left aside without blame, because a relay sends it in good faith; the next exchange of heads brings what
+is missing. Of two different deltas with the same number the first to come stays, and the owner, who signed both, is
+charged once an epoch. What doesn't decode or isn't signed by its owner is charged to the relay, who could have checked.
+
+Under a bound on all owners together (their number, bytes of logs, entries), and under the quarter of it that is one
+source's, the least known owner goes (eviction.py): what one peer invents pushes out its own inventions. An owner that
+went is ignored for a minute, one whose document was refused, or lost the worker twice, until its next epoch. What
+checking deltas and importing documents may take of the node's time say delta_intake.py and worker_time.py.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+
+from ..node.network_effects import ChargePeer, ForgetOwner, ImportDeltas, NetworkEffect
+from ..node.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from ..peers.eviction import who_goes
+from ..records.errors import ProtocolViolation, Refused
+from ..records.ids import NetworkId, PeerId, peer_id, public_key_of
+from ..records.limits import (
+    REGISTRY_ENTRIES_MAX,
+    REGISTRY_EPOCH_MS,
+    REGISTRY_IMPORTS_MAX,
+    REGISTRY_INDEX_MAX,
+    REGISTRY_INDEX_OF_SOURCE_MAX,
+    REGISTRY_LOG_BYTES_MAX,
+    REGISTRY_LOG_DELTAS_MAX,
+    REGISTRY_LOGS_BYTES_MAX,
+    REGISTRY_LOGS_BYTES_OF_SOURCE_MAX,
+    REGISTRY_OWNERS_MAX,
+    REGISTRY_OWNERS_OF_SOURCE_MAX,
+    REGISTRY_REPLY_BYTES_MAX,
+    WORKER_LOST_MS,
+    WORKER_LOST_TWICE_MS,
+)
+from ..records.peer_wire import Deltas, RegistryHead, WantDeltas
+from ..records.registry_delta import RegistryDelta, check_delta, decode_delta
+from ..records.standing import Standing
+from .delta_intake import DeltaIntake
+from .registry_index import Owner, RegistryIndex, RegistryStats
+from .registry_log import DeltaLog
+from .registry_own import OwnEntries
+from .worker_time import WorkerTime
+
+_SWEEP_MS = 60_000
+_RETRY_MS = 2_000  # after the worker failed, doubled for each time in a row
+_RETRIES_MAX = 5  # then there is no worker for it
+_LOSSES_MAX = 2  # in a row; a worker may have died of something else once
+_BLOCKED_MS = 500  # until hosts that have no worker time left are looked at again
+_EPOCH_MAX = (1 << 63) - 1  # what a RegistryHead can say
+_DELTAS_MAX = 4096  # of one answer (peer_wire.Deltas)
+
+
+class Registry:
+    """The union of all owners' documents, of owners that have a `standing(public key)`.
+
+    The owner of none of the methods' arguments is believed before its checks.
+    """
+
+    def __init__(
+        self, network: NetworkId, own_key: bytes, standing: Callable[[bytes], Standing | None], rng: random.Random
+    ) -> None:
+        self._network = network
+        self._own_key = own_key
+        self._standing = standing
+        self._rng = rng
+        self._own = OwnEntries()
+        self._owners: dict[bytes, Owner] = {}
+        self._index = RegistryIndex()
+        self._log_bytes = 0
+        self._intake = DeltaIntake()
+        self._worker_time = WorkerTime()
+        self._due: dict[bytes, None] = {}  # owners whose log has more than their entries
+        self._imports_at_ms = 0  # when to look at `_due`
+        self._importing: dict[bytes, tuple[Owner, int]] = {}  # and the epoch
+        self._retries: dict[bytes, int] = {}  # owner -> when
+        self._effects: list[NetworkEffect] = []  # of events that return none
+        self._heads: tuple[RegistryHead, ...] | None = None
+        self._sweep_at_ms: int | None = None
+        self._now_ms = 0  # of the latest call that told
+
+    # --- this node's own entries ----------------------------------------------------------------
+
+    def note_stored(self, id: bytes, expires_at_ms: int) -> None:
+        """This node can serve `id` (a request hash or row id) until `expires_at_ms`."""
+        self._own.put(id, expires_at_ms)
+
+    def note_gone(self, ids: Iterable[bytes]) -> None:
+        """This node can't serve them any more."""
+        for gone in ids:
+            self._own.remove(gone)
+
+    def on_own_delta(self, event: OwnDeltaWritten, now_ms: int) -> list[NetworkEffect]:
+        """The own document has changed: others can have the delta from now on."""
+        assert event.delta.owner == self._own_key
+        self._now_ms = now_ms
+        self._own.on_written(event.delta, event.raw, now_ms)
+        self._heads = None
+        return []
+
+    # --- time -----------------------------------------------------------------------------------
+
+    def next_deadline_ms(self) -> int | None:
+        """When `on_tick` has something to do; None: when something else happens first."""
+        if self._effects:
+            return self._now_ms
+        imports_at_ms = self._imports_at_ms if self._due and len(self._importing) < REGISTRY_IMPORTS_MAX else None
+        times = [self._own.next_deadline_ms(), self._sweep_at_ms, min(self._retries.values(), default=None)]
+        times += [imports_at_ms, self._intake.next_deadline_ms()]
+        return min((at for at in times if at is not None), default=None)
+
+    def on_tick(self, now_ms: int) -> list[NetworkEffect]:
+        """Write, retry, import and forget whatever is due."""
+        self._now_ms = now_ms
+        effects, self._effects = self._effects, []
+        for key in [key for key, at in self._retries.items() if at <= now_ms]:
+            del self._retries[key]
+            self._queue(self._owners[key])
+            if key in self._due:
+                self._due = {key: None, **self._due}  # first: what loses the worker again is given up
+        if self._sweep_at_ms is None or now_ms >= self._sweep_at_ms:
+            self._sweep_at_ms = now_ms + _SWEEP_MS
+            effects += self._sweep(now_ms)
+        write = self._own.next_write(now_ms)
+        return effects + ([write] if write else []) + self._take_in(now_ms)
+
+    def shift(self, by_ms: int) -> None:
+        """The clock was set."""
+        self._now_ms += by_ms
+        self._own.shift(by_ms)
+        self._intake.shift(by_ms)
+        self._imports_at_ms += by_ms
+        self._retries = {key: at + by_ms for key, at in self._retries.items()}
+        if self._sweep_at_ms is not None:
+            self._sweep_at_ms += by_ms
+
+    def _sweep(self, now_ms: int) -> list[NetworkEffect]:
+        effects: list[NetworkEffect] = []
+        for owner in list(self._owners.values()):
+            if owner.log.expires_at_ms <= now_ms or owner.crowded_out:
+                effects += self._forget(owner)
+            else:
+                owner.standing = self._standing(owner.key) or owner.standing
+                self._index.remove(owner, [id for id, at in owner.entries.items() if at <= now_ms])
+        return effects
+
+    # --- exchange with peers --------------------------------------------------------------------
+
+    def want(self) -> WantDeltas:
+        """How far this node has every owner's log, its own included. Ignored owners count as had."""
+        return WantDeltas(self._all_heads())
+
+    def answer(self, want: WantDeltas, now_ms: int) -> Deltas:
+        """What the sender of `want` lacks, up to the bound of one answer; `more` if that was not all."""
+        theirs = {head.owner: (head.epoch, head.sequence) for head in want.heads}
+        logs = [(owner.key, owner.log) for owner in self._owners.values() if not owner.ignored]
+        if self._own.log is not None:
+            logs.append((self._own_key, self._own.log))
+        # Several neighbours answer the same node: each begins elsewhere.
+        self._rng.shuffle(logs)
+        chosen: list[bytes] = []
+        room = REGISTRY_REPLY_BYTES_MAX
+        for key, log in logs:
+            if log.expires_at_ms <= now_ms:
+                continue
+            for raw in log.after(*theirs.get(key, (-1, 0))):
+                room -= len(raw)
+                if room < 0 or len(chosen) == _DELTAS_MAX:
+                    return Deltas(tuple(chosen), self._held_heads(), more=True)
+                chosen.append(raw)
+        return Deltas(tuple(chosen), self._held_heads())
+
+    def on_deltas(self, peer: PeerId, deltas: Deltas, now_ms: int) -> list[NetworkEffect]:
+        """Take what continues the logs, now and in later turns; `peer` only passed it on (unless it is the owner)."""
+        self._now_ms = now_ms
+        standing = self._standing(public_key_of(peer))
+        self._intake.put(standing.source if standing is not None else peer, peer, deltas)
+        return self._take_in(now_ms)
+
+    def whom_to_ask_again(self) -> list[PeerId]:
+        """Neighbours whose last answer was of use, is taken in, and was not all."""
+        finished, self._intake.finished = self._intake.finished, []
+        return finished
+
+    def _take_in(self, now_ms: int) -> list[NetworkEffect]:
+        effects: list[NetworkEffect] = []
+        has_grown = False
+        for answer, raw in self._intake.turn(now_ms):
+            before = self._log_bytes
+            try:
+                effects += self._on_delta(raw, decode_delta(raw), now_ms)
+            except ProtocolViolation:
+                effects.append(ChargePeer(answer.peer, "registry_malformed"))
+                answer.drop()
+            except Refused as refused:
+                if refused.reason in ("bad_signature", "other_network"):
+                    effects.append(ChargePeer(answer.peer, f"registry_{refused.reason}"))
+                    answer.drop()
+            if self._log_bytes != before:
+                answer.was_of_use = has_grown = True
+        if has_grown and len(self._owners) > REGISTRY_OWNERS_OF_SOURCE_MAX:
+            effects += self._crowd_out(lambda owner: 1, REGISTRY_OWNERS_MAX - 1, REGISTRY_OWNERS_OF_SOURCE_MAX)
+        if has_grown and self._log_bytes > REGISTRY_LOGS_BYTES_OF_SOURCE_MAX:
+            effects += self._crowd_out(
+                lambda owner: owner.log.size, REGISTRY_LOGS_BYTES_MAX, REGISTRY_LOGS_BYTES_OF_SOURCE_MAX
+            )
+        return effects + self._start_imports(now_ms)
+
+    def _on_delta(self, raw: bytes, delta: RegistryDelta, now_ms: int) -> list[NetworkEffect]:
+        if delta.owner == self._own_key:
+            return []  # of an earlier run: the first write of this run has a higher epoch
+        if delta.network != self._network:
+            raise Refused("other_network")
+        if delta.epoch > _EPOCH_MAX:
+            raise ProtocolViolation(f"registry delta epoch {delta.epoch}: at most {_EPOCH_MAX}")
+        owner = self._owners.get(delta.owner)
+        if owner is None or delta.epoch > owner.log.epoch:
+            return self._on_epoch(owner, raw, delta, now_ms)
+        if delta.epoch < owner.log.epoch or owner.ignored or delta.sequence > owner.log.sequence + 1:
+            return []
+        if delta.sequence <= owner.log.sequence:
+            return self._on_known(owner, raw, delta, now_ms)
+        check_delta(raw, delta, self._network, now_ms)
+        if len(owner.log) >= REGISTRY_LOG_DELTAS_MAX or owner.log.size + len(raw) > REGISTRY_LOG_BYTES_MAX:
+            return [*self._ignore(owner), ChargePeer(owner.peer, "registry_too_large")]
+        owner.log.append(raw, delta)
+        self._on_grown(owner, len(raw))
+        return []
+
+    def _on_epoch(self, owner: Owner | None, raw: bytes, delta: RegistryDelta, now_ms: int) -> list[NetworkEffect]:
+        standing = self._standing(delta.owner)
+        if delta.kind != "snapshot" or standing is None or (owner is not None and owner.crowded_out):
+            return []
+        if owner is not None and 0 <= now_ms - owner.taken_at_ms < REGISTRY_EPOCH_MS:
+            return []  # an owner that begins anew all the time is heard now and then
+        check_delta(raw, delta, self._network, now_ms)
+        if owner is None:
+            owner = self._owners[delta.owner] = Owner(
+                delta.owner, peer_id(delta.owner), DeltaLog(raw, delta), taken_at_ms=now_ms, standing=standing
+            )
+        else:
+            self._log_bytes -= owner.log.size
+            owner.log = DeltaLog(raw, delta)
+            owner.taken_at_ms = now_ms
+            owner.standing = standing
+            owner.imported = None  # its entries stay until the new ones are there
+            owner.ignored = owner.equivocated = False
+            owner.failures = 0
+            self._retries.pop(owner.key, None)
+        self._on_grown(owner, len(raw))
+        return []
+
+    def _on_known(self, owner: Owner, raw: bytes, delta: RegistryDelta, now_ms: int) -> list[NetworkEffect]:
+        if owner.equivocated or raw == owner.log[delta.sequence]:
+            return []
+        check_delta(raw, delta, self._network, now_ms)
+        owner.equivocated = True
+        return [ChargePeer(owner.peer, "registry_equivocation")]
+
+    def _on_grown(self, owner: Owner, size: int) -> None:
+        self._heads = None
+        self._log_bytes += size
+        self._queue(owner)
+
+    # --- imports --------------------------------------------------------------------------------
+
+    def _queue(self, owner: Owner) -> None:
+        busy = owner.key in self._importing or owner.key in self._retries
+        if not busy and not owner.ignored and owner.imported != owner.log.sequence:
+            self._due[owner.key] = None
+            self._imports_at_ms = self._now_ms
+
+    def _start_imports(self, now_ms: int) -> list[NetworkEffect]:
+        effects: list[NetworkEffect] = []
+        self._imports_at_ms = now_ms + _BLOCKED_MS
+        for key in list(self._due):
+            owner = self._owners[key]
+            if len(self._importing) >= REGISTRY_IMPORTS_MAX:
+                break
+            if not self._worker_time.begin(key, owner.standing, now_ms):
+                continue
+            del self._due[key]
+            self._importing[key] = (owner, owner.log.epoch)
+            effects.append(
+                ImportDeltas(
+                    owner=key,
+                    epoch=owner.log.epoch,
+                    payloads=owner.log.payloads(0 if owner.imported is None else owner.imported + 1),
+                    starts_with_snapshot=owner.imported is None,
+                    sequence=owner.log.sequence,
+                )
+            )
+        return effects
+
+    def on_imported(self, event: DeltasImported) -> None:
+        """The owner's entries are these now. Of an epoch that is over by now they count until the next import."""
+        owner = self._finished(event.owner, event.took_ms)
+        if owner is None:
+            return
+        if event.cleared:
+            self._index.remove(owner, list(owner.entries))
+        self._index.remove(owner, event.removed)
+        self._index.add(owner, event.added)
+        if event.epoch == owner.log.epoch:
+            owner.imported = event.sequence
+            owner.failures = owner.losses = 0
+        self._queue(owner)
+        if len(owner.entries) > REGISTRY_ENTRIES_MAX:
+            self._effects += [*self._ignore(owner), ChargePeer(owner.peer, "registry_too_large")]
+        if self._index.entries > REGISTRY_INDEX_OF_SOURCE_MAX:
+            self._effects += self._crowd_out(
+                lambda owner: len(owner.entries), REGISTRY_INDEX_MAX, REGISTRY_INDEX_OF_SOURCE_MAX
+            )
+
+    def on_refused(self, event: DeltasRefused) -> list[NetworkEffect]:
+        """The worker failed: rebuild the document from its log. Otherwise the owner wrote what isn't a document."""
+        if event.owner == self._own_key:
+            self._own.on_failed(self._now_ms)
+            return []
+        epoch = self._importing.get(event.owner, (None, -1))[1]
+        is_lost = event.reason == "lost"
+        owner = self._finished(event.owner, event.took_ms + (WORKER_LOST_MS if is_lost else 0))
+        effects: list[NetworkEffect] = []
+        if owner is not None and epoch != owner.log.epoch:
+            owner.imported = None
+            self._queue(owner)
+        elif owner is not None and (is_lost or event.reason == "worker"):
+            effects = self._rebuild(owner, is_lost)
+        elif owner is not None:
+            effects = [*self._ignore(owner), ChargePeer(owner.peer, f"registry_{event.reason}")]
+        return effects + self._start_imports(self._now_ms)
+
+    def _rebuild(self, owner: Owner, lost: bool) -> list[NetworkEffect]:
+        owner.losses += lost
+        if owner.losses >= _LOSSES_MAX:
+            self._worker_time.pay(owner.standing.source, WORKER_LOST_TWICE_MS, self._now_ms)
+            return self._ignore(owner)
+        if owner.imported is not None:
+            owner.imported = None  # perhaps only its document is gone
+            self._queue(owner)
+            return []
+        if owner.failures >= _RETRIES_MAX:
+            return self._ignore(owner)
+        self._retries[owner.key] = self._now_ms + (_RETRY_MS << owner.failures)
+        owner.failures += 1
+        return []
+
+    def _finished(self, key: bytes, took_ms: int) -> Owner | None:
+        """The owner whose import has ended, unless it was forgotten or is ignored by now."""
+        self._worker_time.ended(key, took_ms, self._now_ms)
+        self._imports_at_ms = self._now_ms
+        imported, _ = self._importing.pop(key, (None, 0))
+        owner = self._owners.get(key)
+        if owner is None or owner.ignored:
+            return None
+        if owner is not imported:  # forgotten and come back meanwhile
+            self._queue(owner)
+            return None
+        return owner
+
+    # --- the union ------------------------------------------------------------------------------
+
+    def providers(self, id: bytes, now_ms: int) -> tuple[PeerId, ...]:
+        """Peers other than this node that say they can serve `id` now: hints, in no particular order."""
+        return tuple(
+            owner.peer
+            for owner in self._index.owners_of(id)
+            if owner.entries[id] > now_ms and owner.log.expires_at_ms > now_ms
+        )
+
+    @property
+    def entries(self) -> int:
+        """Entries of others, some of which may have expired within the last minute."""
+        return self._index.entries
+
+    def stats(self) -> RegistryStats:
+        """Sizes as of now."""
+        return RegistryStats(
+            owners=len(self._owners),
+            entries=self._index.entries,
+            own_entries=len(self._own),
+            log_bytes=self._log_bytes + (self._own.log.size if self._own.log else 0),
+            ignored_owners=sum(owner.ignored for owner in self._owners.values()),
+        )
+
+    def _ignore(self, owner: Owner) -> list[NetworkEffect]:
+        """Keep nothing of the owner but its epoch, so that nobody has to send it again."""
+        self._drop(owner)
+        owner.ignored = True
+        owner.imported = None
+        owner.log.clear()
+        return [ForgetOwner(owner.key)]
+
+    def _crowd_out(self, size: Callable[[Owner], int], room: int, source_room: int) -> list[NetworkEffect]:
+        """Ignore the least known owners until all fit; of owners that are ignored only so many stay."""
+        heard = [owner for owner in self._owners.values() if not owner.ignored]
+        for owner in heard:
+            owner.standing = self._standing(owner.key) or owner.standing
+        effects: list[NetworkEffect] = []
+        for owner in who_goes(((owner, owner.standing, size(owner)) for owner in heard), room, source_room):
+            effects += self._ignore(owner)
+            owner.crowded_out = True
+        too_many = len(self._owners) - (REGISTRY_OWNERS_MAX - 1)
+        if too_many > 0:
+            for owner in [owner for owner in self._owners.values() if owner.ignored][:too_many]:
+                effects += self._forget(owner)
+        return effects
+
+    def _forget(self, owner: Owner) -> list[NetworkEffect]:
+        self._drop(owner)
+        del self._owners[owner.key]
+        return [] if owner.ignored else [ForgetOwner(owner.key)]
+
+    def _drop(self, owner: Owner) -> None:
+        self._index.remove(owner, list(owner.entries))
+        self._log_bytes -= owner.log.size
+        self._due.pop(owner.key, None)
+        self._retries.pop(owner.key, None)
+        self._heads = None
+
+    def _all_heads(self) -> tuple[RegistryHead, ...]:
+        if self._heads is None:
+            heads = [RegistryHead(owner.key, owner.log.epoch, owner.log.sequence) for owner in self._owners.values()]
+            if self._own.log is not None:
+                heads.append(RegistryHead(self._own_key, self._own.log.epoch, self._own.log.sequence))
+            self._heads = tuple(heads)
+        return self._heads
+
+    def _held_heads(self) -> tuple[RegistryHead, ...]:
+        if not any(owner.ignored for owner in self._owners.values()):
+            return self._all_heads()
+        return tuple(
+            head for head in self._all_heads() if head.owner == self._own_key or not self._owners[head.owner].ignored
+        )

@@ -1,0 +1,118 @@
+"""Passes bytes between a TCP connection and a ZeroMQ socket of ours, and bounds what the peer makes the socket hold.
+
+    peer ── TCP ── Passage ── Unix socket ── ZeroMQ (CURVE, messages)
+
+Context: ZeroMQ accepts any number of connections before anybody has proved who he is, and holds a message's frames
+without a bound (frame_meter.py). Choice: this module owns the TCP side; bytes stay encrypted. Rejected: a process of
+its own with a memory limit, which one peer could end for all others; a look now and then at how much has come, which is
+too late on a busy machine. Cost: one more copy, a third of the CPU time that CURVE takes. The Unix socket is an
+abstract one with a random name, which exists until it is connected.
+"""
+
+import asyncio
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Iterable
+from contextlib import suppress
+
+import zmq
+
+from ...core.records.errors import ProtocolViolation
+from ...core.records.limits import KiB
+from ..zmq_pump import Socket
+from .frame_meter import FrameMeter
+
+PIECE_BYTES = 256 * KiB  # pages of the buffer that no message needs are never touched
+UNFINISHED_S = 5.0  # a message that fills the meter and isn't whole by then never will be
+ATTACH_S = 5.0  # for ZeroMQ to connect within this process
+
+
+class Passage:
+    """One connection's way. `zmq_socket` connects for the first time, and must not connect again by itself."""
+
+    def __init__(self, tcp: socket.socket, zmq_socket: Socket, meter: FrameMeter) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._tcp = tcp
+        self._zmq = zmq_socket
+        self._meter = meter
+        self._came_out = asyncio.Event()
+
+    def came_out(self, frames: Iterable[zmq.Frame]) -> None:
+        """The socket gave a message."""
+        self._meter.came_out(len(frame) for frame in frames)
+        self._came_out.set()
+
+    async def run(self, first: bytes = b"") -> None:
+        """Until either end closes; `first` is what was read of TCP already. `ProtocolViolation`: the peer's fault."""
+        with self._tcp:
+            self._tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            with await attach(self._zmq) as local:
+                ways = [asyncio.ensure_future(self._inward(local, first)), asyncio.ensure_future(self._outward(local))]
+                try:
+                    await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for way in ways:
+                        way.cancel()
+                    ended = await asyncio.gather(*ways, return_exceptions=True)
+        for each in ended:
+            if isinstance(each, ProtocolViolation):
+                raise each
+
+    async def _inward(self, local: socket.socket, first: bytes) -> None:
+        buffer = memoryview(bytearray(PIECE_BYTES))
+        buffer[: len(first)] = first
+        size = len(first) or await self._loop.sock_recv_into(self._tcp, buffer)
+        while size:
+            self._meter.put_in(buffer[:size])
+            await self._loop.sock_sendall(local, buffer[:size])
+            await self._wait_for_room()
+            size = await self._loop.sock_recv_into(self._tcp, buffer)
+
+    async def _outward(self, local: socket.socket) -> None:
+        buffer = memoryview(bytearray(PIECE_BYTES))
+        while size := await self._loop.sock_recv_into(local, buffer):
+            await self._loop.sock_sendall(self._tcp, buffer[:size])
+
+    async def _wait_for_room(self) -> None:
+        if not self._meter.full:
+            return
+        try:
+            async with asyncio.timeout(UNFINISHED_S):
+                while self._meter.full:
+                    self._came_out.clear()
+                    await self._came_out.wait()
+        except TimeoutError:
+            raise ProtocolViolation("a message of more frames or bytes than any of ours") from None
+
+
+async def attach(zmq_socket: Socket) -> socket.socket:
+    """This process's end of a new connection of `zmq_socket`; OSError, also when it takes too long."""
+    loop = asyncio.get_running_loop()
+    name = f"hyperspace-{secrets.token_hex(16)}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
+        listener.bind(f"\0{name}")
+        listener.listen(1)
+        zmq_socket.connect(f"ipc://@{name}")
+        async with asyncio.timeout(ATTACH_S):  # TimeoutError is an OSError
+            local, _ = await loop.sock_accept(listener)
+    credentials = local.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    if struct.unpack("3i", credentials)[0] != os.getpid():  # another process of this host was quicker
+        local.close()
+        raise OSError("the connection is another process's")
+    return local
+
+
+def detach(zmq_socket: Socket) -> None:
+    """Forget the connection that `attach` made, if ZeroMQ hasn't yet."""
+    if not zmq_socket.closed:
+        with suppress(zmq.ZMQError):
+            zmq_socket.disconnect(zmq_socket.getsockopt_string(zmq.LAST_ENDPOINT))
+
+
+def hang_up(tcp: socket.socket) -> None:
+    """End a connection that another task reads: it sees the end of what the peer sent."""
+    with suppress(OSError):
+        tcp.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,265 @@
+"""One node's link to one peer on the bulk transport: requests out, replies matched, checked and handed on uncopied."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import assert_never
+
+import zmq
+
+from ...core.records import wire
+from ...core.records.errors import ProtocolViolation
+from ...core.records.ids import ManifestDigest, PeerId
+from ...core.records.limits import KV_REPLY_BYTES_HELD_MAX, PEER_MESSAGE_BYTES_MAX
+from ..identity import Identity, curve_public_of
+from ..peer_failed import PeerFailed
+from ..zmq_pump import Pump, Socket, set_link_options
+from .frame_meter import FrameMeter
+from .kv_passage import Passage, detach
+
+DIAL_S = 3.0
+DIAL_AGAIN_S = 0.1  # doubled each time in a row
+DIAL_AGAIN_S_MAX = 5.0
+LASTED_S = 5.0  # a connection that lasted so long was a good one
+CONNECT_S = 1.0  # not connected for longer: requests fail at once until ZeroMQ has reconnected
+REQUESTS_QUEUED_MAX = 256  # small messages
+REPLIES_QUEUED_MAX = 32  # 32 chunks of 4 MiB = 128 MiB a peer at the very most
+
+Chunks = list[tuple[int, memoryview]]
+Request = Callable[[int], wire.PeerRequest]
+_FINAL = ("protocol", "unreachable")  # no chunk comes any more, whichever was asked for
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request under way: what may answer it, and what has."""
+
+    answered_by: type[wire.PeerReply]
+    lacking: set[int]  # columns still to come
+    chunk_bytes: int
+    arrived: Chunks = field(default_factory=list)
+    reply: wire.PeerReply | None = None
+    failure: str = ""
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def over(self) -> bool:
+        return self.reply is not None or (not self.lacking and self.answered_by is wire.Chunk) or self.broken
+
+    @property
+    def broken(self) -> bool:
+        return bool(self.failure) and (self.failure in _FINAL or self.answered_by is not wire.Chunk)
+
+
+class PeerLink:
+    """The DEALER to one peer, connected from the start: the first lookup shouldn't pay for the handshake.
+
+    `may_dial` is asked before each dial; once it says no the link is `over`. ValueError when `address` is no host:port.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Socket],
+        peer: PeerId,
+        address: str,
+        identity: Identity,
+        charge: Callable[[PeerId, str], None],
+        may_dial: Callable[[], bool],
+    ) -> None:
+        self.address = address
+        self._host, self._port = _split(address)
+        self._peer = peer
+        self._charge = charge
+        self._may_dial = may_dial
+        self.over = False
+        self.has_answered = False
+        self._open: dict[int, _Open] = {}
+        self._numbers = count()
+        self._loop = asyncio.get_running_loop()
+        self._silent_since: float | None = self._loop.time()
+        self.useful_at = self._loop.time()  # when it was made or last answered
+        self._socket = made = context.socket(zmq.DEALER)
+        set_link_options(made)
+        made.setsockopt(zmq.CURVE_SERVERKEY, curve_public_of(peer))
+        made.setsockopt(zmq.CURVE_PUBLICKEY, identity.curve_public)
+        made.setsockopt(zmq.CURVE_SECRETKEY, identity.curve_secret)
+        made.setsockopt(zmq.MAXMSGSIZE, PEER_MESSAGE_BYTES_MAX)
+        made.setsockopt(zmq.SNDHWM, REQUESTS_QUEUED_MAX)
+        made.setsockopt(zmq.RCVHWM, REPLIES_QUEUED_MAX)
+        self._pump = Pump(made, self._receive)
+        self._passage: Passage | None = None
+        self._connecting = self._loop.create_task(self._stay_connected())
+
+    @property
+    def connected(self) -> bool:
+        """Whether a request would leave at once."""
+        return self._pump.writable
+
+    @property
+    def busy(self) -> bool:
+        """Whether something waits for it."""
+        return bool(self._open)
+
+    async def ask(self, request: Request, answered_by: type[wire.PeerReply], timeout_s: float) -> wire.PeerReply:
+        """The answer to `request`, which is made with its number; `PeerFailed`."""
+        opened = _Open(answered_by, set(), 0)
+        number = self._begin(opened)
+        deadline = self._loop.time() + timeout_s
+        try:
+            await self._send(request(number), deadline)
+            await self._wait(opened, deadline)
+        finally:
+            del self._open[number]
+        if opened.failure:
+            raise PeerFailed(opened.failure)
+        assert opened.reply is not None
+        return opened.reply
+
+    async def chunks(
+        self, digest: ManifestDigest, row: int, columns: tuple[int, ...], chunk_bytes: int, timeout_s: float
+    ) -> AsyncGenerator[Chunks, None]:
+        """As ChunkTransport.chunks."""
+        opened = _Open(wire.Chunk, set(columns), chunk_bytes)
+        number = self._begin(opened)
+        deadline = self._loop.time() + timeout_s
+        try:
+            await self._send(wire.GetChunks(number, digest, row, columns), deadline)
+            while opened.arrived or not opened.over:
+                await self._wait(opened, deadline)
+                batch, opened.arrived = opened.arrived, []
+                if batch:
+                    yield batch
+        finally:
+            del self._open[number]
+            if opened.lacking:
+                self._pump.send([wire.encode(wire.Cancel(number))])
+        if opened.failure:
+            raise PeerFailed(opened.failure)
+
+    def violated(self, detail: str) -> PeerFailed:
+        """Charge the peer for breaking the protocol; what its request then fails with."""
+        log.info("peer %s broke the protocol: %s", self._peer, detail, extra={"peer": self._peer})
+        self._charge(self._peer, "protocol")
+        return PeerFailed("protocol")
+
+    def close(self) -> None:
+        """Disconnect; what is under way fails as `unreachable`."""
+        self._connecting.cancel()
+        self._pump.close()
+        for opened in self._open.values():
+            opened.failure = "unreachable"
+            opened.wake.set()
+
+    async def _stay_connected(self) -> None:
+        delay_s = DIAL_AGAIN_S
+        while self._may_dial():
+            began = self._loop.time()
+            try:
+                async with asyncio.timeout(DIAL_S):
+                    tcp = await self._dial()
+                meter = FrameMeter(PEER_MESSAGE_BYTES_MAX, KV_REPLY_BYTES_HELD_MAX)
+                self._passage = Passage(tcp, self._socket, meter)
+                await self._passage.run()
+            except OSError:
+                pass
+            except ProtocolViolation as violation:
+                self.violated(str(violation))
+            detach(self._socket)
+            if self._loop.time() - began > LASTED_S:
+                delay_s = DIAL_AGAIN_S
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, DIAL_AGAIN_S_MAX)
+        self.over = True
+
+    async def _dial(self) -> socket.socket:
+        """A TCP connection to the peer; OSError."""
+        found = await self._loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, where = found[0]
+        tcp = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+        try:
+            await self._loop.sock_connect(tcp, where)
+        except BaseException:
+            tcp.close()
+            raise
+        return tcp
+
+    def _begin(self, opened: _Open) -> int:
+        number = next(self._numbers) % (1 << 32)
+        self._open[number] = opened
+        return number
+
+    async def _send(self, message: wire.PeerRequest, deadline: float) -> None:
+        frames: list[bytes | memoryview] = [wire.encode(message)]
+        if self._pump.send(frames) is None:
+            now = self._loop.time()
+            self._silent_since = self._silent_since or now
+            patience_s = min(deadline, self._silent_since + CONNECT_S) - now
+            try:
+                await self._pump.wait_writable(max(patience_s, 0))
+            except TimeoutError:
+                raise PeerFailed("unreachable") from None
+            if self._pump.send(frames) is None:
+                raise PeerFailed("unreachable")
+        self._silent_since = None
+
+    async def _wait(self, opened: _Open, deadline: float) -> None:
+        """Until there is something to look at."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                while not opened.over and not opened.arrived:
+                    opened.wake.clear()
+                    await opened.wake.wait()
+        except TimeoutError:
+            raise PeerFailed("timeout") from None
+
+    def _receive(self, frames: list[zmq.Frame]) -> None:
+        self.has_answered = True  # whatever it says: CURVE has shown whose words these are
+        if self._passage is not None:
+            self._passage.came_out(frames)
+        try:
+            reply = wire.decode_reply(frames[0].buffer)
+        except ProtocolViolation as error:
+            self.violated(str(error))
+            return
+        opened = self._open.get(reply.request)
+        if opened is None:
+            return  # too late, or made up
+        if not _accept(opened, reply, frames[1:]):
+            opened.failure = self.violated(f"unexpected {type(reply).__name__}").reason
+        elif not isinstance(reply, wire.NotHere):
+            self.useful_at = self._loop.time()
+        opened.wake.set()
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or any(each.isspace() for each in host):
+        raise ValueError("expected host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _accept(opened: _Open, reply: wire.PeerReply, payload: list[zmq.Frame]) -> bool:
+    """Take a reply into its request; False if it is none that the request allows."""
+    match reply:
+        case wire.Chunk(_, column, size):
+            if column not in opened.lacking or len(payload) != 1:
+                return False
+            chunk = payload[0].buffer
+            if len(chunk) != size or size != opened.chunk_bytes:
+                return False
+            opened.lacking.remove(column)
+            opened.arrived.append((column, chunk))
+            return True
+        case wire.NotHere(_, reason, columns):
+            opened.lacking -= set(columns) or opened.lacking
+            opened.failure = "not_here" if reason in ("unknown", "refused") else reason
+            return not payload
+        case wire.HaveReply() | wire.ManifestReply():
+            opened.reply = reply
+            return isinstance(reply, opened.answered_by) and not payload
+        case _:
+            assert_never(reply)

@@ -1,0 +1,323 @@
+"""GossipSub for py-libp2p: our topics only, and messages that the core's gate lets through, instead of all.
+
+The library passes ten messages a second and peer, loses bursts of more than 32 without a word, keeps a time stamp for
+every message and an entry for every topic that anybody names, and connects to whomever a PRUNE lists.
+"""
+
+import logging
+import random
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import trio
+from google.protobuf.descriptor import Descriptor
+from libp2p.abc import IHost, INetStream
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import ParseError
+from libp2p.io.exceptions import IOException, MessageTooLarge
+from libp2p.network.connection.exceptions import RawConnError
+from libp2p.network.stream.exceptions import StreamError
+from libp2p.peer.id import ID
+from libp2p.pubsub.gossipsub import GossipSub
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.pubsub.rpc_queue import RpcQueue
+from libp2p.pubsub.utils import maybe_consume_signed_record
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
+
+from ...core.peers.eviction import who_goes
+from ...core.peers.gossip_gate import message_cost
+from ...core.records.limits import KiB, MiB
+from ...core.records.standing import Standing
+from . import libp2p_time
+from .libp2p_swarm import PEER_ENVELOPE_BYTES_MAX, PEER_ID_BYTES_MAX, PEERS_KEPT_MAX
+
+GOSSIP_BYTES_MAX = 64 * KiB
+GOSSIP_RPC_BYTES_MAX = 256 * KiB
+GOSSIP_QUEUE_MAX = 128
+GOSSIP_QUEUE_BYTES_MAX = 2 * MiB
+# A full RPC of an honest node has fewer: a message id is of 46 bytes, and a message's seven fields are of 300 and more.
+GOSSIP_FIELDS_MAX = GOSSIP_RPC_BYTES_MAX // 40
+FIELDS_AT_ONCE = 64  # before other tasks have their turn
+CONTROL_ENTRIES_MAX = 64
+CONTROL_IDS_MAX = 1_000
+HEARTBEAT_S = 1
+CANDIDATES_MAX = 1_000  # for a place in a mesh: all who are connected
+
+logger = logging.getLogger(__name__)
+
+
+class GossipQueue(RpcQueue):
+    """A neighbour's outgoing messages, bounded in number and bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(max_size=GOSSIP_QUEUE_MAX, max_message_size=GOSSIP_RPC_BYTES_MAX)
+        self._bytes = 0
+
+    def push(self, rpc: rpc_pb2.RPC, priority: bool = False) -> bool:
+        """Queue it, unless there is no room."""
+        size = rpc.ByteSize()
+        if self._bytes + size > GOSSIP_QUEUE_BYTES_MAX or not super().push(rpc, priority):
+            return False
+        self._bytes += size
+        return True
+
+    async def pop(self) -> rpc_pb2.RPC | None:
+        """The next one."""
+        rpc = await super().pop()
+        if rpc is not None:
+            self._bytes -= rpc.ByteSize()
+        return rpc
+
+
+class NodeGossip(GossipSub):
+    """GossipSub 1.1 on our topics only; peer exchange and adaptive features off.
+
+    The library fills and thins a mesh by lot, so that eight strangers take most of its places: here those with a better
+    `standing` come and stay first, and of equals those of the host that has fewest.
+    """
+
+    def __init__(self, topics: frozenset[str], standing: Callable[[ID], Standing]) -> None:
+        super().__init__(
+            protocols=[TProtocol("/meshsub/1.1.0")],
+            # Of 6, 4 and 12 as usual a network of ten sends every message eight times, at 0.4 ms a copy; what a sparse
+            # mesh loses to frozen neighbours, the heartbeat's IHAVEs and the registry make up for.
+            degree=4,
+            degree_low=3,
+            degree_high=6,
+            heartbeat_interval=HEARTBEAT_S,
+            do_px=False,
+            adaptive_gossip_enabled=False,
+            spam_protection_enabled=False,  # ten messages a second; GossipGate bounds authors instead
+            eclipse_protection_enabled=False,
+            max_pending_messages_per_peer=8,
+        )
+        self._topics = topics
+        self._standing = standing
+
+    def _select_peers_for_pruning(self, topic: str, num_to_prune: int) -> list[ID]:
+        return self._least(self.mesh[topic], len(self.mesh[topic]) - num_to_prune)
+
+    def _get_in_topic_gossipsub_peers_from_minus(
+        self, topic: str, num_to_select: int, minus: Iterable[ID], backoff_check: bool = False
+    ) -> list[ID]:
+        pool = super()._get_in_topic_gossipsub_peers_from_minus(topic, CANDIDATES_MAX, minus, backoff_check)
+        left_out = self._least(pool, num_to_select)
+        return [peer_id for peer_id in pool if peer_id not in left_out]
+
+    def gossip_heartbeat(self) -> defaultdict[ID, dict[str, list[bytes]]]:
+        """Which peers to tell of which messages by IHAVE; the library leaves out those pruned a minute ago or less."""
+        told: defaultdict[ID, dict[str, list[bytes]]] = defaultdict(dict)
+        subscribed = self.pubsub.peer_topics if self.pubsub else {}
+        for topic in self.mesh.keys() & subscribed.keys():
+            if messages := self.mcache.window(topic):
+                mesh = self.mesh[topic]
+                count = self._get_adaptive_gossip_peers_count(topic, len(subscribed[topic] - mesh))
+                for peer_id in self._get_in_topic_gossipsub_peers_from_minus(topic, count, mesh):
+                    told[peer_id][topic] = list(messages)
+        return told
+
+    def _least(self, peers: Iterable[ID], room: int) -> list[ID]:
+        """Those who have to go for `room` to stay."""
+        held = [(peer_id, self._standing(peer_id), 1) for peer_id in peers]
+        random.shuffle(held)
+        return who_goes(held, max(room, 0), len(held))
+
+    def keep_ours(self, control: Any) -> int:
+        """Drop of a neighbour's control messages what is not about our topics, or too many; how many are left."""
+        for field in (control.graft, control.prune, control.ihave):
+            kept = {entry.topicID: entry for entry in field if entry.topicID in self._topics}
+            if len(kept) != len(field):
+                ours = list(kept.values())
+                del field[:]
+                field.extend(ours)
+        for field in (control.ihave, control.iwant, control.idontwant):
+            del field[CONTROL_ENTRIES_MAX:]
+            for entry in field:
+                # Of an id that is wanted a thousand times the library would send a thousand copies.
+                entry.messageIDs[:] = list(dict.fromkeys(entry.messageIDs))[:CONTROL_IDS_MAX]
+        kinds = control.graft, control.prune, control.ihave, control.iwant, control.idontwant
+        return sum(len(entries) for entries in kinds)
+
+    async def _do_px(self, px_peers: Any) -> None:
+        return
+
+    def _check_equivocation(self, msg: rpc_pb2.Message) -> bool:
+        return True  # it keeps 1,000 messages; the seen cache drops the second one
+
+    async def publish(self, msg_forwarder: ID, pubsub_msg: rpc_pb2.Message) -> None:
+        """Pass a message on."""
+        await super().publish(msg_forwarder, pubsub_msg)
+        self.recent_message_deliveries.clear()  # a time stamp per message, for a feature that is off
+
+
+class NodePubsub(Pubsub):
+    """Messages on our topics that `judge` accepts, handed to `on_message(topic, relay, payload)` and passed on."""
+
+    def __init__(
+        self,
+        host: IHost,
+        router: NodeGossip,
+        topics: frozenset[str],
+        judge: Callable[[ID, rpc_pb2.Message], bool],
+        on_message: Callable[[str, ID, bytes], None],
+    ) -> None:
+        super().__init__(
+            host,
+            router,
+            max_inbound_rpc_size=GOSSIP_RPC_BYTES_MAX,
+            max_subscriptions_per_rpc=CONTROL_ENTRIES_MAX,
+            max_subscriptions_per_peer=len(topics),
+            allowed_topics=topics,
+        )
+        self._router = router
+        self._topics = topics
+        self._judge = judge
+        self._greeting: set[ID] = set()
+        self._on_message = on_message
+
+    async def continuously_read_stream(self, stream: INetStream) -> None:
+        """Take a neighbour's RPCs, each and what is in it at its price, until the stream ends.
+
+        Raises ParseError for one that is too long; a malformed one, or one of too many fields, ends the connection.
+        """
+        conn: Any = stream.muxed_conn
+        try:
+            while self.manager.is_running:
+                raw = await read_varint_prefixed_bytes_limited(stream, GOSSIP_RPC_BYTES_MAX)
+                fields = count_fields(raw)
+                await conn.spend(libp2p_time.GOSSIP_RPC_S + fields * libp2p_time.GOSSIP_FIELD_S)
+                await self._take(rpc_pb2.RPC.FromString(raw), conn)
+        except ParseError as error:
+            conn.refuse(f"gossip: {error}")
+        except MessageTooLarge as error:
+            raise ParseError("gossip RPC") from error
+        except (StreamError, IOException, RawConnError):
+            return
+
+    async def _take(self, rpc: Any, conn: Any) -> None:
+        """Handle one RPC; what a neighbour's messages take before they are ignored is in its time too."""
+        peer_id = conn.peer_id
+        if not check_record.knows(rpc, peer_id):
+            await conn.spend(libp2p_time.GOSSIP_RECORD_S)
+        if not check_record(rpc, self.host, peer_id):
+            return
+        for number, msg in enumerate(rpc.publish):
+            if self._is_subscribed_to_msg(msg):
+                await conn.spend(libp2p_time.GOSSIP_MESSAGE_S * message_cost(len(msg.data)))
+                await self.push_msg(peer_id, msg)
+            elif number % FIELDS_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        for subscription in rpc.subscriptions[:CONTROL_ENTRIES_MAX]:
+            await conn.spend(libp2p_time.GOSSIP_CONTROL_S)
+            self.handle_subscription(peer_id, subscription)
+        if rpc.HasField("control"):
+            entries = self._router.keep_ours(rpc.control)
+            await conn.spend(entries * libp2p_time.GOSSIP_CONTROL_S)
+            await self._router.handle_rpc(rpc, peer_id)
+
+    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        """Take a message from a neighbour (or ourselves), deliver it and pass it on, if it is accepted."""
+        if not self._is_subscribed_to_msg(msg):
+            return
+        if msg_forwarder != self.my_id:
+            if ID(msg.from_id) == self.my_id or not self._judge(msg_forwarder, msg):
+                return
+            self._on_message(msg.topicIDs[0], msg_forwarder, bytes(msg.data))
+        # The library's goes on with checks that the judge has made, and keeps each verdict for minutes.
+        self._mark_msg_seen(msg)
+        await self.router.publish(msg_forwarder, msg)
+
+    def forget(self, peer_id: ID) -> None:
+        """The neighbour is gone."""
+        self._handle_dead_peer(peer_id)
+
+    async def _handle_new_peer(self, peer_id: ID) -> None:
+        # Once at a time: of two the library forgets the first's queue, whose task then waits for ever.
+        if peer_id not in self._greeting:
+            self._greeting.add(peer_id)
+            try:
+                await super()._handle_new_peer(peer_id)
+            finally:
+                self._greeting.discard(peer_id)
+
+    def _is_subscribed_to_msg(self, msg: rpc_pb2.Message) -> bool:
+        # Asked before a task is made for the message: most that come are copies of one that we have.
+        if len(msg.topicIDs) != 1 or msg.topicIDs[0] not in self._topics or len(msg.data) > GOSSIP_BYTES_MAX:
+            return False
+        return len(msg.from_id) <= PEER_ID_BYTES_MAX and len(msg.seqno) <= 16 and not self._is_msg_seen(msg)
+
+    def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
+        """Nobody reads the library's queues of 32."""
+
+
+class _Once:
+    """Checks a sender's signed addresses once: the library verifies them twice for every gossip message."""
+
+    def __init__(self, check: Callable[..., bool]) -> None:
+        self._check = check
+        self._known: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
+
+    def knows(self, msg: rpc_pb2.RPC, peer_id: ID) -> bool:
+        """Whether it needs no check."""
+        return not msg.senderRecord or (peer_id.to_bytes(), msg.senderRecord) in self._known
+
+    def __call__(self, msg: rpc_pb2.RPC, host: IHost, peer_id: ID) -> bool:
+        key = peer_id.to_bytes(), msg.senderRecord
+        if key in self._known:
+            return True
+        if len(msg.senderRecord) > PEER_ENVELOPE_BYTES_MAX or not self._check(msg, host, peer_id):
+            return False
+        self._known[key] = None
+        if len(self._known) > PEERS_KEPT_MAX:
+            self._known.popitem(last=False)
+        return True
+
+
+check_record = _Once(maybe_consume_signed_record)
+
+
+def count_fields(rpc: bytes) -> int:
+    """How many fields an encoded RPC has, those of its messages among them, without decoding it.
+
+    Raises ParseError for one that is malformed, or has more than GOSSIP_FIELDS_MAX.
+    """
+    return _count(rpc, 0, len(rpc), rpc_pb2.RPC.DESCRIPTOR, 0)
+
+
+def _count(rpc: bytes, at: int, end: int, kind: Descriptor, fields: int) -> int:
+    while at < end:
+        key, at = _varint(rpc, at)
+        fields += 1
+        if fields > GOSSIP_FIELDS_MAX:
+            raise ParseError("too many fields")
+        match key & 7:
+            case 0:
+                _, at = _varint(rpc, at)
+            case 1:
+                at += 8
+            case 2:
+                size, begin = _varint(rpc, at)
+                at = begin + size
+                field = kind.fields_by_number.get(key >> 3)
+                if size and at <= end and field is not None and field.message_type is not None:
+                    fields = _count(rpc, begin, at, field.message_type, fields)
+            case 5:
+                at += 4
+            case _:
+                raise ParseError("malformed RPC")
+    if at > end:
+        raise ParseError("malformed RPC")
+    return fields
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    if at < len(data) and data[at] < 0x80:
+        return data[at], at + 1
+    value = 0
+    for number, byte in enumerate(data[at : at + 10]):
+        value |= (byte & 0x7F) << 7 * number
+        if byte < 0x80:
+            return value, at + number + 1
+    raise ParseError("malformed RPC")

@@ -1,0 +1,80 @@
+"""What peers may make this node hold: in all, by peer, and of all strangers together.
+
+Where it is full, a peer of a lower tier than the newcomer makes room, or one of the same tier that holds more: what it
+had begun is lost. So a peer that never ends what it began keeps no other peer out.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...core.records.ids import PeerId
+from ...core.records.standing import Tier
+
+
+@dataclass(eq=False, slots=True)
+class Hold:
+    """What one piece of work of a peer holds; `lose` is called when it has to make room, and is None when it can't."""
+
+    peer: PeerId
+    tier: Tier
+    lose: Callable[[], object] | None
+    size: int = 0
+
+
+class Room:
+    """A bound in all, one for each peer, and one for all strangers together."""
+
+    def __init__(self, peer_max: int, strangers_max: int, all_max: int) -> None:
+        self._peer_max = peer_max
+        self._strangers_max = strangers_max
+        self._all_max = all_max
+        self._held = self._strangers = 0
+        self._of_peer: Counter[PeerId] = Counter()
+        self._holds: dict[Hold, None] = {}  # the oldest first
+
+    def is_over(self, peer: PeerId, size: int) -> bool:
+        """Whether with `size` more the peer alone would have too much."""
+        return self._of_peer[peer] + size > self._peer_max
+
+    def take(self, hold: Hold, size: int) -> bool:
+        """Let a hold grow by `size`, others losing theirs if need be; False: there is no room."""
+        if self.is_over(hold.peer, size):
+            return False
+        while not self._has_room(hold.tier, size):
+            loser = self._loser(hold, size)
+            if loser is None or loser.lose is None:
+                return False
+            self.give_back(loser)
+            loser.lose()
+        self._holds[hold] = None
+        self._count(hold, size)
+        return True
+
+    def give_back(self, hold: Hold) -> None:
+        """The hold is over; one that is already changes nothing."""
+        if self._holds.pop(hold, hold) is None:
+            self._count(hold, -hold.size)
+
+    def _has_room(self, tier: Tier, size: int) -> bool:
+        fits = self._held + size <= self._all_max
+        return fits and (tier > Tier.STRANGER or self._strangers + size <= self._strangers_max)
+
+    def _loser(self, newcomer: Hold, size: int) -> Hold | None:
+        # Of peers of equal tiers one that would still hold as much as the newcomer then does: or they'd take turns
+        # in losing what they have begun.
+        def weight(hold: Hold) -> tuple[int, int]:
+            return -hold.tier, self._of_peer[hold.peer]
+
+        least = (-newcomer.tier, self._of_peer[newcomer.peer] + size)
+        losers = (each for each in self._holds if each.lose is not None and weight(each) > least)
+        return max(losers, key=weight, default=None)
+
+    def _count(self, hold: Hold, size: int) -> None:
+        hold.size += size
+        self._held += size
+        self._of_peer[hold.peer] += size
+        if not self._of_peer[hold.peer]:
+            del self._of_peer[hold.peer]
+        if hold.tier is Tier.STRANGER:
+            self._strangers += size

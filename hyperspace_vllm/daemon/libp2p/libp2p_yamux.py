@@ -1,0 +1,531 @@
+"""yamux/1.0.0 over one secured connection: many streams, bounded memory, no frame that somebody waits to write.
+
+    frame = version u8 (0) | type u8 | flags u16 | stream id u32 | length u32 || length bytes, for type 0 only
+
+py-libp2p's own answers every `read()` with an encrypted window update, formats a dozen log lines a frame, takes any
+number of streams and bytes from a peer, blocks `close()` behind a frozen peer, and breaks the connection when a write
+is cancelled half-way. Here one task writes whatever is due in one encrypted message, so that cancelling a caller
+cancels nothing on the wire, windows are updated once half of them is used, and a peer that exceeds a bound, stays
+silent or doesn't read for too long loses its connection. What all frames together may cost is libp2p_time's to say.
+"""
+
+import logging
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from weakref import WeakSet
+
+import trio
+from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.connection_types import ConnectionType
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
+from multiaddr import Multiaddr
+
+from ...core.records.ids import PeerId
+from ...core.records.limits import KiB, MiB
+from ..token_bucket import TokenBucket
+from .libp2p_time import BYTE_S, FRAME_S, MESSAGE_S, STREAM_S, PeerTime
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = "/yamux/1.0.0"
+WINDOW_BYTES = 256 * KiB  # what the protocol starts with
+WINDOW_BYTES_MAX = 1 * MiB  # 20 MB/s over 50 ms
+INBOUND_STREAMS_MAX = 96  # of one connection: 64 requests, and what identify, gossip and the DHT need
+OUTBOUND_STREAMS_MAX = 256
+UNREAD_BYTES_MAX = 16 * MiB  # of one connection: 64 streams with a window of 256 KiB each
+UNREAD_FREE_BYTES = 1 * MiB  # of one connection, whatever the others hold
+UNREAD_ALL_BYTES_MAX = 256 * MiB  # of all together
+QUEUED_BYTES_MAX = 256 * KiB  # data frames waiting to be written; beyond it the streams' writers wait
+OPENED_PER_S = 500.0  # streams, by the peer
+PINGS_PER_S = 10.0
+# Frames that carry nothing, or belong to no stream: of one that was reset here, what is on its way there still comes.
+STRAYS_PER_S = 1000.0
+FRAMES_AT_ONCE = 64  # before other connections have their turn
+CONTROL_FRAMES_MAX = 4096  # acks, updates, pings: a peer that makes us owe it more doesn't read
+MESSAGE_BYTES = 60 * KiB  # into one Noise message of at most 65,519
+DATA_BYTES = 16 * KiB  # of one frame: streams take turns
+
+WRITE_S = 10.0  # for one message
+PING_S = 10.0
+SILENCE_S = 35.0  # three pings without a byte
+LINGER_S = 20.0  # for the peer to close its half of a stream that we have closed
+
+_HEAD = struct.Struct("!BBHII")
+_DATA, _WINDOW, _PING, _GO_AWAY = range(4)
+_SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
+
+
+class _BrokenRule(Exception):
+    """The peer did what the protocol or a bound forbids."""
+
+
+class _Over(Exception):
+    """The connection ends, and the peer has broken no rule."""
+
+
+class YamuxStream(IMuxedStream):
+    """One stream of a `YamuxConnection`."""
+
+    def __init__(self, conn: "YamuxConnection", stream_id: int) -> None:
+        self.muxed_conn = conn
+        self.stream_id = stream_id
+        self._conn = conn
+        self._buffer = bytearray()
+        self._readable = trio.Event()
+        self._writable = trio.Event()
+        self._send_window = WINDOW_BYTES
+        self._window = WINDOW_BYTES  # what the peer may have in flight or unread
+        self._granted = WINDOW_BYTES  # of which it has not used yet
+        self._consumed = 0
+        self._ended = False  # the peer's FIN
+        self._closed = False  # ours
+        self._turn = trio.Lock()  # the library writes to a gossip stream from several tasks
+        self._reset = False
+        self.closed_at = 0.0
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Whatever has arrived, at most `n` bytes of it, at least one; MuxedStreamEOF, MuxedStreamReset."""
+        if n == 0:
+            return b""
+        while not self._buffer:
+            if self._reset:
+                raise MuxedStreamReset("reset")
+            if self._ended or self._closed:
+                raise MuxedStreamEOF("closed")
+            self._readable = trio.Event()
+            await self._readable.wait()
+        size = len(self._buffer) if n is None or n < 0 else min(n, len(self._buffer))
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        self._conn.unread_bytes -= size
+        self._consumed += size
+        if self._consumed >= self._window // 2 and not self._ended:
+            self._grant()
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Return when all of it is queued; the queue is short."""
+        async with self._turn:
+            await self._write(data)
+
+    async def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            if self._reset:
+                raise MuxedStreamReset("reset")
+            if self._closed:
+                raise MuxedStreamError("closed")
+            size = min(len(view), self._send_window, DATA_BYTES)
+            if size == 0:
+                self._writable = trio.Event()
+                await self._writable.wait()
+            elif not self._conn.has_room:
+                await self._conn.wait_room()
+            else:
+                self._send_window -= size
+                self._conn.queue(_HEAD.pack(0, _DATA, 0, self.stream_id, size) + view[:size], data=True)
+                view = view[size:]
+
+    async def close(self) -> None:
+        """Say that nothing follows, and take nothing more."""
+        if not self._closed and not self._reset:
+            self._closed = True
+            self.closed_at = trio.current_time()
+            self._conn.control(_WINDOW, _FIN, self.stream_id, 0)
+            self._drop_buffer()
+            if self._ended:
+                self._conn.forget(self)
+            self._wake()
+
+    async def reset(self) -> None:
+        """Give the stream up in both directions."""
+        if not self._reset:
+            if not (self._closed and self._ended):
+                self._conn.control(_WINDOW, _RST, self.stream_id, 0)
+            self.on_reset()
+
+    def set_deadline(self, ttl: int) -> None:
+        """Not offered: callers bring their own deadline."""
+        raise NotImplementedError
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """The peer's host and port."""
+        return self._conn.get_remote_address()
+
+    async def __aenter__(self) -> "YamuxStream":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # --- called by the connection ---------------------------------------------------------------
+
+    def on_data(self, data: bytes) -> None:
+        """Bytes from the peer."""
+        if len(data) > self._granted:
+            raise _BrokenRule("more than the window")
+        self._granted -= len(data)
+        if not self._closed:
+            self._buffer += data
+            self._conn.unread_bytes += len(data)
+            self._readable.set()
+
+    def on_window(self, increment: int) -> None:
+        """The peer takes more."""
+        self._send_window = min(self._send_window + increment, 0xFFFFFFFF)
+        self._writable.set()
+
+    def on_end(self) -> None:
+        """The peer sends no more."""
+        self._ended = True
+        self._readable.set()
+        if self._closed:
+            self._conn.forget(self)
+
+    def on_reset(self) -> None:
+        """The stream is gone, and what was unread with it."""
+        self._reset = True
+        self._drop_buffer()
+        self._conn.forget(self)
+        self._wake()
+
+    def _grant(self) -> None:
+        increment = self._consumed
+        self._consumed = 0
+        if self._window < WINDOW_BYTES_MAX:
+            increment += self._window
+            self._window *= 2
+        self._granted += increment
+        self._conn.control(_WINDOW, 0, self.stream_id, increment)
+
+    def _drop_buffer(self) -> None:
+        self._conn.unread_bytes -= len(self._buffer)
+        self._buffer.clear()
+
+    def _wake(self) -> None:
+        self._readable.set()
+        self._writable.set()
+
+
+class YamuxConnection(IMuxedConn):
+    """A connection's streams. `start` runs until it is over; then `on_close` is called.
+
+    `violated` hears of a peer that broke a rule.
+    """
+
+    def __init__(self, conn: ISecureConn, peer_id: ID, time: PeerTime, violated: Callable[[ID], None]) -> None:
+        self.secured_conn = conn
+        self.peer_id = peer_id
+        host, _ = conn.get_remote_address() or ("", 0)
+        self._time = time.account(PeerId(peer_id.to_base58()), host)
+        self._violated = violated
+        self.event_started = trio.Event()
+        self.event_closed = trio.Event()
+        self.on_close: Callable[[], Awaitable[None]] | None = None
+        self.unread_bytes = 0
+        self._streams: dict[int, YamuxStream] = {}
+        self._next_id = 1 if conn.is_initiator else 2
+        self._accept_in, self._accept_out = trio.open_memory_channel[YamuxStream](INBOUND_STREAMS_MAX)
+        self._frames: deque[bytes] = deque()
+        self._data_bytes = 0
+        self._control_frames = 0
+        self._due = trio.Event()
+        self._room = trio.Event()
+        self._stop = trio.Event()
+        self._may_open = TokenBucket(OPENED_PER_S, 2 * OPENED_PER_S)
+        self._may_ping = TokenBucket(PINGS_PER_S, 10 * PINGS_PER_S)
+        self._may_stray = TokenBucket(STRAYS_PER_S, 4 * STRAYS_PER_S)
+        self._opened = 0  # streams, not paid for yet
+        self._listens_since = trio.current_time()
+        _ALL.add(self)
+
+    async def start(self) -> None:
+        """Serve the connection until it breaks or `stop` is called."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._guard, self._read)
+                nursery.start_soon(self._guard, self._write)
+                nursery.start_soon(self._guard, self._watch)
+                self.event_started.set()
+                await self._stop.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            await self._end()
+
+    def stop(self) -> None:
+        """End the connection soon, without waiting for anything."""
+        self._stop.set()
+
+    async def close(self) -> None:
+        """End the connection; returns when it has ended."""
+        self.stop()
+        if self.event_started.is_set():
+            await self.event_closed.wait()
+        else:
+            self.event_started.set()
+            await self._end()
+
+    @property
+    def is_initiator(self) -> bool:
+        """Whether this side dialled."""
+        return self.secured_conn.is_initiator
+
+    @property
+    def is_established(self) -> bool:
+        """Whether streams can be opened."""
+        return self.event_started.is_set() and not self._stop.is_set()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is over."""
+        return self.event_closed.is_set()
+
+    def get_transport_addresses(self) -> list[Multiaddr]:
+        """Where the peer's end of the connection is."""
+        address = self.get_remote_address()
+        if address is None:
+            return []
+        kind = "ip6" if ":" in address[0] else "ip4"
+        return [Multiaddr(f"/{kind}/{address[0]}/tcp/{address[1]}")]
+
+    def get_connection_type(self) -> ConnectionType:
+        """Never relayed."""
+        return ConnectionType.DIRECT
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """The peer's host and port."""
+        return self.secured_conn.get_remote_address()
+
+    async def open_stream(self) -> YamuxStream:
+        """A new stream; MuxedStreamError when there are too many, or the connection is ending."""
+        if self._stop.is_set():
+            raise MuxedStreamError("the connection is ending")
+        if sum(stream_id & 1 == self._next_id & 1 for stream_id in self._streams) >= OUTBOUND_STREAMS_MAX:
+            raise MuxedStreamError("too many streams")
+        stream = YamuxStream(self, self._next_id)
+        self._next_id += 2
+        self._streams[stream.stream_id] = stream
+        self.control(_WINDOW, _SYN, stream.stream_id, 0)
+        await trio.lowlevel.checkpoint()
+        return stream
+
+    async def accept_stream(self) -> YamuxStream:
+        """The next stream that the peer opens; MuxedConnUnavailable when there will be none."""
+        try:
+            return await self._accept_out.receive()
+        except (trio.EndOfChannel, trio.ClosedResourceError) as error:
+            raise MuxedConnUnavailable("Connection closed") from error
+
+    async def spend(self, cost_s: float) -> None:
+        """Return when the peer has this node's time for work of `cost_s`."""
+        await self._time.spend(cost_s)
+
+    @property
+    def held_s(self) -> float:
+        """For how long, in all, the peer has waited for this node's time because of others."""
+        return self._time.held_s
+
+    def refuse(self, why: str) -> None:
+        """End the connection soon: the peer broke a rule."""
+        logger.debug("peer %s broke a rule: %s", self.peer_id, why)
+        self._violated(self.peer_id)
+        self.stop()
+
+    # --- called by the streams ------------------------------------------------------------------
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a data frame may be queued."""
+        return self._data_bytes < QUEUED_BYTES_MAX or self._stop.is_set()
+
+    async def wait_room(self) -> None:
+        """Return when `has_room` may have become true."""
+        self._room = self._room if not self._room.is_set() else trio.Event()
+        await self._room.wait()
+
+    def queue(self, frame: bytes, data: bool) -> None:
+        """Write a frame soon."""
+        if self._stop.is_set():
+            return
+        if data:
+            self._data_bytes += len(frame)
+        else:
+            self._control_frames += 1
+            if self._control_frames > CONTROL_FRAMES_MAX:
+                self.stop()
+        self._frames.append(frame)
+        self._due.set()
+
+    def control(self, kind: int, flags: int, stream_id: int, value: int) -> None:
+        """Write a frame without data soon."""
+        self.queue(_HEAD.pack(0, kind, flags, stream_id, value), data=False)
+
+    def forget(self, stream: YamuxStream) -> None:
+        """The stream is over on both sides."""
+        self._streams.pop(stream.stream_id, None)
+
+    # --- tasks ----------------------------------------------------------------------------------
+
+    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
+        # Whatever goes wrong in here (the library below raises a dozen kinds of errors for a connection that broke, or
+        # that carries garbage) ends this connection and nothing else.
+        try:
+            await task()
+        except _BrokenRule as broken:
+            self.refuse(str(broken))
+        except Exception:
+            logger.debug("a connection has ended", exc_info=True)
+        finally:
+            self.stop()
+
+    async def _write(self) -> None:
+        while True:
+            if not self._frames:
+                self._due = trio.Event()
+                await self._due.wait()
+            message = bytearray()
+            while self._frames and len(message) + len(self._frames[0]) <= MESSAGE_BYTES:
+                frame = self._frames.popleft()
+                message += frame
+                if len(frame) > _HEAD.size:
+                    self._data_bytes -= len(frame)
+                else:
+                    self._control_frames -= 1
+            with trio.fail_after(WRITE_S):
+                await self.secured_conn.write(bytes(message))
+            self._room.set()
+
+    async def _read(self) -> None:
+        buffer = bytearray()
+        while True:
+            self._listens_since = trio.current_time()
+            message = await self.secured_conn.read()
+            self._listens_since = float("inf")  # while it isn't read, a peer that says nothing isn't silent
+            await self._time.spend(MESSAGE_S + len(message) * BYTE_S)
+            buffer += message
+            at = frames = 0
+            while len(buffer) - at >= _HEAD.size:
+                version, kind, flags, stream_id, length = _HEAD.unpack_from(buffer, at)
+                if version != 0 or kind > _GO_AWAY or (kind == _DATA and length > WINDOW_BYTES_MAX):
+                    raise _BrokenRule("malformed frame")
+                end = at + _HEAD.size + (length if kind == _DATA else 0)
+                if end > len(buffer):
+                    break
+                self._on_frame(kind, flags, stream_id, length, bytes(buffer[at + _HEAD.size : end]))
+                at = end
+                frames += 1
+                if frames == FRAMES_AT_ONCE:
+                    await self._pay(frames)
+                    frames = 0
+            del buffer[:at]
+            await self._pay(frames)
+
+    async def _pay(self, frames: int) -> None:
+        opened, self._opened = self._opened, 0
+        await self._time.spend(frames * FRAME_S + opened * STREAM_S)
+
+    async def _watch(self) -> None:
+        nonce = 0
+        while True:
+            await trio.sleep(PING_S)
+            now = trio.current_time()
+            if now - self._listens_since > SILENCE_S:
+                raise _Over("silent")
+            nonce = (nonce + 1) & 0xFFFFFFFF
+            self.control(_PING, _SYN, 0, nonce)
+            for stream in list(self._streams.values()):
+                if stream.closed_at and now - stream.closed_at > LINGER_S:
+                    await stream.reset()
+
+    def _on_frame(self, kind: int, flags: int, stream_id: int, length: int, data: bytes) -> None:
+        if kind == _PING:
+            if not self._may_ping.take(1):
+                raise _BrokenRule("too many pings")
+            if flags & _SYN:
+                self.control(_PING, _ACK, 0, length)
+            return
+        if kind == _GO_AWAY:
+            raise _Over("the peer ends the connection")
+        stream = self._open(stream_id) if flags & _SYN else self._streams.get(stream_id)
+        is_stray = not flags & _SYN and (stream is None or not (flags or length))
+        if is_stray and not self._may_stray.take(1):
+            raise _BrokenRule("too many frames for nothing")
+        if stream is None:  # one that is over here, but on its way there, or that there is no room for
+            return
+        if flags & _RST:
+            stream.on_reset()
+            return
+        if kind == _DATA:
+            stream.on_data(data)
+            if self._holds_too_much():
+                raise _Over("too much unread")
+        elif length:
+            stream.on_window(length)
+        if flags & _FIN:
+            stream.on_end()
+
+    def _holds_too_much(self) -> bool:
+        if self.unread_bytes <= UNREAD_FREE_BYTES:
+            return False
+        return self.unread_bytes > UNREAD_BYTES_MAX or sum(each.unread_bytes for each in _ALL) > UNREAD_ALL_BYTES_MAX
+
+    def _open(self, stream_id: int) -> YamuxStream | None:
+        ours = self._next_id & 1
+        if stream_id == 0 or stream_id & 1 == ours or stream_id in self._streams:
+            raise _BrokenRule("stream id")
+        if not self._may_open.take(1):
+            raise _BrokenRule("too many streams at once")
+        if sum(each & 1 != ours for each in self._streams) >= INBOUND_STREAMS_MAX:
+            self.control(_WINDOW, _RST, stream_id, 0)
+            return None
+        stream = YamuxStream(self, stream_id)
+        try:
+            self._accept_in.send_nowait(stream)
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            self.control(_WINDOW, _RST, stream_id, 0)
+            return None
+        self._streams[stream_id] = stream
+        self._opened += 1
+        self.control(_WINDOW, _ACK, stream_id, 0)
+        return stream
+
+    async def _end(self) -> None:
+        if self.event_closed.is_set():
+            return
+        self.stop()
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(0.2):
+                # What was queued before the end (a reset, say) goes out if the peer takes it now.
+                rest = b"".join(self._frames)[:MESSAGE_BYTES] if len(self._frames) < 64 else b""
+                await self._farewell(rest + _HEAD.pack(0, _GO_AWAY, 0, 0, 0))
+            with trio.move_on_after(1):
+                await self._close_quietly()
+        self._frames.clear()
+        self._accept_in.close()
+        for stream in list(self._streams.values()):
+            stream.on_reset()
+        self.event_closed.set()
+        self._room.set()
+        if self.on_close is not None:
+            with trio.CancelScope(shield=True), trio.move_on_after(5):
+                await self.on_close()
+
+    async def _farewell(self, message: bytes) -> None:
+        try:
+            await self.secured_conn.write(message)
+        except Exception:
+            return
+
+    async def _close_quietly(self) -> None:
+        try:
+            await self.secured_conn.close()
+        except Exception:
+            return
+
+
+_ALL: WeakSet[YamuxConnection] = WeakSet()

@@ -1,0 +1,65 @@
+"""Which of the host's API servers computes a request, while others want the same: the lease goes to the first.
+
+The others are told when it is over: the answer is in the database then, or will never be. A lease ends with the word of
+its holder, with the storing of its answer or with its session; who waits has a deadline of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ...core.local.messages import ClaimRequest, NodeMessage, RequestClaimed, RequestOver
+from ...core.records.limits import LOOKUPS_PER_CLIENT_MAX, REQUEST_LEASES_MAX
+
+
+@dataclass(slots=True)
+class _Lease:
+    holder: bytes  # the route of its session
+    waiting: list[tuple[bytes, int]] = field(default_factory=list)  # routes and their numbers of the claims
+
+
+class RequestLeases:
+    """`send` queues a message for the client at a route."""
+
+    def __init__(self, send: Callable[[bytes, NodeMessage], bool]) -> None:
+        self._send = send
+        self._leases: dict[bytes, _Lease] = {}  # by RequestKey
+        self._waiting: dict[bytes, int] = {}  # how many claims of a route wait
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def claim(self, route: bytes, want: ClaimRequest) -> None:
+        """Grant the lease, or note that this client waits; with too many of either it computes on its own."""
+        lease = self._leases.get(want.request_key)
+        if lease is None and len(self._leases) < REQUEST_LEASES_MAX:
+            self._leases[want.request_key] = _Lease(route)
+        waits = lease is not None and want.waits and self._waiting.get(route, 0) < LOOKUPS_PER_CLIENT_MAX
+        if lease is not None and waits:
+            lease.waiting.append((route, want.claim))
+            self._waiting[route] = self._waiting.get(route, 0) + 1
+        if want.waits:
+            self._send(route, RequestClaimed(want.claim, not waits))
+
+    def over(self, route: bytes, request_key: bytes) -> None:
+        """The holder has ended, or its answer is being stored; from anybody else it means nothing."""
+        lease = self._leases.get(request_key)
+        if lease is not None and lease.holder == route:
+            del self._leases[request_key]
+            for waiter, claim in lease.waiting:
+                self._forget(waiter)
+                self._send(waiter, RequestOver(claim))
+
+    def end(self, route: bytes) -> None:
+        """The client has gone, with what it held and waited for."""
+        for key in [key for key, lease in self._leases.items() if lease.holder == route]:
+            self.over(route, key)
+        if self._waiting.pop(route, 0):
+            for lease in self._leases.values():
+                lease.waiting = [each for each in lease.waiting if each[0] != route]
+
+    def _forget(self, route: bytes) -> None:
+        left = self._waiting.get(route, 0) - 1
+        if left > 0:
+            self._waiting[route] = left
+        else:
+            self._waiting.pop(route, None)

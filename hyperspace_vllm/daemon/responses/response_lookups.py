@@ -1,0 +1,131 @@
+"""The lookups of other nodes' responses that clients of this host wait for: their numbers, their bound, their end."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+from ...core.local.messages import (
+    NAME_CHARS_MAX,
+    FindResponse,
+    NodeMessage,
+    ResponseFound,
+    ResponseHint,
+    ResponseNotFound,
+    ResponseToTry,
+)
+from ...core.records.errors import ProtocolViolation
+from ...core.records.ids import RequestKey
+from ...core.records.limits import LOOKUPS_PER_CLIENT_MAX
+
+
+class ResponseFinder(Protocol):
+    """Who asks other nodes. It answers by `LocalServer.hint_response` and `answer_response`, at once or later."""
+
+    def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
+        """Begin a lookup; `lookup` is unique in this process's life, `deadline_ms` a duration."""
+
+    def release(self, lookup: int) -> None:
+        """Nobody waits for the lookup any more; an answer would be ignored."""
+
+    def purge(self, keys: Iterable[bytes]) -> None:
+        """Delete entries wherever this node has put them."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundResponse:
+    """What a lookup found; the fields are those of `local.ResponseFound`."""
+
+    body: bytes
+    proof: bytes
+    computed_at_ms: int
+    expires_at_ms: int
+    computed_by: str
+    source: str
+    verified_by: str
+    suspect: bool = False
+
+
+class ResponseLookups:
+    """From a client's lookups to the finder's, and back. `send` queues a message for the client at a route."""
+
+    def __init__(self, finder: ResponseFinder | None, send: Callable[[bytes, NodeMessage], bool]) -> None:
+        self._finder = finder
+        self._send = send
+        self._numbers = count(1)
+        self._waiting: dict[int, tuple[bytes, int]] = {}  # our number -> whose, and its number there
+        self._clients: dict[bytes, dict[int, int]] = {}  # route -> the client's number -> ours
+
+    def find(self, route: bytes, want: FindResponse) -> None:
+        """Begin a client's lookup, or answer at once why not."""
+        theirs = self._clients.get(route, {})
+        if want.lookup in theirs:
+            raise ProtocolViolation(f"response lookup {want.lookup}: under way already")
+        if self._finder is None or len(theirs) >= LOOKUPS_PER_CLIENT_MAX:
+            self._send(route, ResponseNotFound(want.lookup, "busy" if self._finder else "off"))
+            return
+        lookup = next(self._numbers)
+        self._waiting[lookup] = (route, want.lookup)
+        self._clients.setdefault(route, theirs)[want.lookup] = lookup
+        self._finder.find(lookup, RequestKey(want.request_key), want.model_digest, want.deadline_ms)
+
+    def release(self, route: bytes, client_lookup: int) -> None:
+        """End a client's lookup; an unknown one is fine, for its answer may have crossed the release."""
+        lookup = self._clients.get(route, {}).get(client_lookup)
+        if lookup is not None:
+            self._forget(lookup)
+            if self._finder is not None:
+                self._finder.release(lookup)
+
+    def end(self, route: bytes) -> None:
+        """The client has gone: release what it waits for."""
+        for client_lookup in list(self._clients.get(route, ())):
+            self.release(route, client_lookup)
+
+    def purge(self, keys: Iterable[bytes]) -> None:
+        """The operator wants these entries gone."""
+        if self._finder is not None:
+            self._finder.purge(keys)
+
+    def hint(self, lookup: int, hinted: bool) -> None:
+        """Tell the client whether there is a hint; one that waits no more is ignored."""
+        if (waiting := self._waiting.get(lookup)) is not None:
+            route, client_lookup = waiting
+            self._send(route, ResponseHint(client_lookup, hinted))
+
+    def let_try(self, lookup: int, body: bytes, proof: bytes) -> None:
+        """Have the client audit a response that it won't get; one that waits no more is ignored."""
+        if (waiting := self._waiting.get(lookup)) is not None:
+            route, client_lookup = waiting
+            self._send(route, ResponseToTry(client_lookup, body, proof))
+
+    def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
+        """End the lookup with what was found, or with the reason why nothing was; one that waits no more is ignored."""
+        if (waiting := self._waiting.get(lookup)) is None:
+            return
+        route, client_lookup = waiting
+        self._forget(lookup)
+        if found is None:
+            self._send(route, ResponseNotFound(client_lookup, reason[:NAME_CHARS_MAX]))
+            return
+        self._send(
+            route,
+            ResponseFound(
+                client_lookup,
+                found.body,
+                found.proof,
+                found.computed_at_ms,
+                found.expires_at_ms,
+                found.computed_by[:NAME_CHARS_MAX],
+                found.source[:NAME_CHARS_MAX],
+                found.verified_by[:NAME_CHARS_MAX],
+                found.suspect,
+            ),
+        )
+
+    def _forget(self, lookup: int) -> None:
+        route, client_lookup = self._waiting.pop(lookup)
+        theirs = self._clients[route]
+        del theirs[client_lookup]
+        if not theirs:
+            del self._clients[route]

@@ -1,0 +1,264 @@
+"""Registry documents: signs this node's own deltas and has loro, in a worker process, import those of others.
+
+Nothing is kept here for the worker's sake. When it dies, every document is gone: an import that continues one is
+answered `worker`, and the core sends the owner's log again from its snapshot; a write is answered `worker` too, and the
+core begins a new epoch with all entries. So one rule covers a crash, a restart and a document that made room.
+
+Others' documents wait for each other and this node's own writes for the job under way alone, so that what peers wrote
+keeps nothing of this node from the others. A job is given up by the CPU time that it took, or when it takes none: a
+document can make loro wait for itself for ever. Wall time says little, since engines may leave the worker hardly any.
+
+An epoch is the wall clock's milliseconds at its first write, or one more than the last: a restarted node's first epoch
+is higher than any that it had, unless its clock was put back.
+"""
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
+
+import msgspec
+from nacl.signing import SigningKey
+
+from ...core.node.network_effects import ImportDeltas, WriteRegistry
+from ...core.node.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from ...core.records.errors import Refused
+from ...core.records.ids import NetworkId
+from ...core.records.limits import REGISTRY_DELTA_BYTES_MAX, REGISTRY_ENTRIES_MAX, REGISTRY_TTL_MS, KiB
+from ...core.records.registry_delta import DELTA_OVERHEAD_BYTES, RegistryDelta, encode_delta
+from .registry_worker import (
+    LENGTH_BYTES,
+    READY,
+    Begin,
+    Change,
+    Failed,
+    Forget,
+    Import,
+    Imported,
+    Reply,
+    Request,
+    Written,
+)
+
+START_S = 20.0  # 0.3 s on an idle machine
+JOB_CPU_S = 1.0  # the largest log there may be takes 0.2 s
+STALL_S = 1.0  # without any CPU time: a fortieth of a core gives a job 25 ms
+_STALLED_CPU_S = 0.001
+JOB_S = 10.0  # whatever it does
+RESTART_S_MAX = 60.0
+JOBS_MAX = 64  # waiting: the core has at most 8 imports and a write under way, the rest is Forget
+# 20,000 entries of an id (34 B in msgpack) and an expiry (9 B) in a pair (1 B), and as many removed; or an export.
+_REPLY_BYTES_MAX = REGISTRY_ENTRIES_MAX * (34 + 9 + 1 + 34) * 2 + 64 * KiB
+
+log = logging.getLogger(__name__)
+
+
+class RegistryDocuments:
+    """Performs WriteRegistry, ImportDeltas and ForgetOwner, one at a time, each with a deadline; writes go first."""
+
+    def __init__(self, network: NetworkId, signing_key: SigningKey, clock: Callable[[], int], nice: int) -> None:
+        self._network = network
+        self._key = signing_key
+        self._owner = signing_key.verify_key.encode()
+        self._clock = clock
+        self._worker = _Worker(nice)
+        self._epoch = 0
+        self._sequence = 0
+        self._expires_at_ms = 0
+
+    async def write(self, effect: WriteRegistry) -> OwnDeltaWritten | DeltasRefused:
+        """Change the own document, sign what loro exports of the change."""
+        try:
+            reply, _ = await self._worker.ask(
+                Begin(effect.added) if effect.compact else Change(effect.added, effect.removed)
+            )
+        except Refused:
+            return DeltasRefused(self._owner, "worker")
+        if not isinstance(reply, Written):
+            return DeltasRefused(self._owner, "worker")
+        if len(reply.payload) > REGISTRY_DELTA_BYTES_MAX - DELTA_OVERHEAD_BYTES:
+            return DeltasRefused(self._owner, "too_large")
+        if effect.compact:
+            now_ms = self._clock()
+            self._epoch = max(now_ms, self._epoch + 1)
+            self._sequence = 0
+            self._expires_at_ms = now_ms + REGISTRY_TTL_MS
+        else:
+            self._sequence += 1
+        delta = RegistryDelta(
+            self._network,
+            self._owner,
+            self._epoch,
+            self._sequence,
+            "snapshot" if effect.compact else "update",
+            self._expires_at_ms,
+            reply.payload,
+        )
+        return OwnDeltaWritten(delta, encode_delta(delta, self._key))
+
+    async def import_deltas(self, effect: ImportDeltas) -> DeltasImported | DeltasRefused:
+        """Import another owner's deltas."""
+        try:
+            reply, took_ms = await self._worker.ask(
+                Import(effect.owner, effect.epoch, effect.payloads, effect.starts_with_snapshot)
+            )
+        except Refused:
+            return DeltasRefused(effect.owner, "worker")
+        if reply is None:
+            return DeltasRefused(effect.owner, "lost", took_ms)
+        if not isinstance(reply, Imported):
+            return DeltasRefused(effect.owner, reply.reason if isinstance(reply, Failed) else "worker", took_ms)
+        return DeltasImported(
+            owner=effect.owner,
+            epoch=effect.epoch,
+            sequence=effect.sequence,
+            added=reply.added,
+            removed=reply.removed,
+            cleared=effect.starts_with_snapshot,
+            took_ms=took_ms,
+        )
+
+    async def forget(self, owner: bytes) -> None:
+        """Drop an owner's document. A worker that is dead has none."""
+        if self._worker.pid is not None:
+            with contextlib.suppress(Refused):
+                await self._worker.ask(Forget(owner))
+
+    @property
+    def worker_pid(self) -> int | None:
+        """The worker process, while there is one: for metrics of its memory, and tests of its death."""
+        return self._worker.pid
+
+    async def close(self) -> None:
+        """End the worker; what waits for it is refused."""
+        await self._worker.close()
+
+
+class _Worker:
+    """One process, started by the first job that finds none."""
+
+    def __init__(self, nice: int) -> None:
+        self._nice = nice
+        self._process: Process | None = None
+        self._turn = asyncio.Lock()
+        self._turn_of_others = asyncio.Lock()  # of their documents' jobs one at most waits for the turn, behind writes
+        self._waiting = 0
+        self._closed = False
+        self._failures = 0
+        self._start_at_s = 0.0  # monotonic; not before
+        self._replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+    @property
+    def pid(self) -> int | None:
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else None
+
+    async def ask(self, request: Request) -> tuple[Reply | None, int]:
+        """The worker's reply, None if it died or hung, and its CPU time in ms; `Refused("worker")` if there is none."""
+        others = isinstance(request, Import | Forget)
+        if others and self._waiting >= JOBS_MAX:
+            raise Refused("worker", "busy")
+        self._waiting += 1
+        try:
+            async with self._turn_of_others if others else contextlib.nullcontext(), self._turn:
+                if self._closed:
+                    raise Refused("worker", "closed")
+                return await self._ask(request)
+        finally:
+            self._waiting -= 1
+
+    async def close(self) -> None:
+        self._closed = True
+        await self._end()
+        async with self._turn:  # one may be starting
+            await self._end()
+
+    async def _ask(self, request: Request) -> tuple[Reply | None, int]:
+        if self.pid is None:
+            await self._start()
+        process = self._process
+        assert process is not None
+        watch = _CpuWatch(process.pid)
+        job = asyncio.create_task(self._exchange(process, msgspec.msgpack.encode(request)))
+        try:
+            async with asyncio.timeout(JOB_S):
+                while not (await asyncio.wait({job}, timeout=STALL_S))[0]:
+                    watch.check()
+            return job.result(), watch.took_ms()
+        except (TimeoutError, OSError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
+            job.cancel()
+            await self._end()
+            log.warning("the registry worker was lost (%s); its documents will be rebuilt", type(error).__name__)
+            return None, watch.took_ms()
+        except BaseException:
+            job.cancel()
+            await self._end()  # half a reply may still be on its way
+            raise
+
+    async def _exchange(self, process: Process, frame: bytes) -> Reply:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(len(frame).to_bytes(LENGTH_BYTES, "big") + frame)
+        await process.stdin.drain()
+        size = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
+        if size > _REPLY_BYTES_MAX:
+            raise OSError(f"a reply of {size} bytes")
+        return self._replies.decode(await process.stdout.readexactly(size))
+
+    async def _start(self) -> None:
+        if time.monotonic() < self._start_at_s:
+            raise Refused("worker", "restarts later")
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "hyperspace_vllm.daemon.workers.registry_worker", str(self._nice)),
+                stdin=PIPE,
+                stdout=PIPE,
+                process_group=0,  # a Ctrl-C is for the node; the worker ends with its input
+            )
+            assert self._process.stdout is not None
+            async with asyncio.timeout(START_S):
+                await self._process.stdout.readexactly(len(READY))
+        except (TimeoutError, OSError, asyncio.IncompleteReadError) as error:
+            await self._end()
+            self._failures += 1
+            self._start_at_s = time.monotonic() + min(2.0**self._failures, RESTART_S_MAX)
+            log.error("the registry worker does not start (%s): others don't hear what is here", type(error).__name__)
+            raise Refused("worker", "did not start") from error
+        except BaseException:
+            await self._end()
+            raise
+        self._failures = 0
+
+    async def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+class _CpuWatch:
+    """What CPU time a process has taken since the watch began."""
+
+    def __init__(self, pid: int) -> None:
+        self._clock = (~pid << 3) | 2  # clock_getcpuclockid(3): all threads of the process
+        self._began_s = self._seen_s = self._now_s()
+
+    def check(self) -> None:
+        """TimeoutError: it took too much, or none since the last time."""
+        before, self._seen_s = self._seen_s, self._now_s()
+        if self._seen_s - self._began_s > JOB_CPU_S or self._seen_s - before < _STALLED_CPU_S:
+            raise TimeoutError
+
+    def took_ms(self) -> int:
+        """So far; of a process that has ended, as far as it was seen."""
+        return round(((self._now_s() or self._seen_s) - self._began_s) * 1000)
+
+    def _now_s(self) -> float:
+        try:
+            return time.clock_gettime(self._clock)
+        except OSError:  # it has ended
+            return 0.0
