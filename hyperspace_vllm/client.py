@@ -67,7 +67,7 @@ class NodeClient:
         self._role: Literal["api", "scheduler", "worker", "cli"] = role
         self._name = name[:256]
         self._lock = threading.Lock()
-        self._link: _Link | None = None
+        self._link: _NodeSession | None = None
         self._epoch = 0
         self._closed = False
         this = weakref.ref(self)
@@ -165,9 +165,9 @@ class NodeClient:
             if self._link is not None:
                 self._link.close()
 
-    def _current(self) -> "_Link":
+    def _current(self) -> "_NodeSession":
         if self._link is None:
-            self._link = _Link(self._config, self._role, self._name, self._epoch)
+            self._link = _NodeSession(self._config, self._role, self._name, self._epoch)
             if self._closed:
                 self._link.close()
             else:
@@ -213,7 +213,7 @@ def _keep(client: "weakref.ref[NodeClient]") -> None:
         del ours, link  # sleep without keeping the client alive
 
 
-class _Link:
+class _NodeSession:
     """Socket, session and mapped arena of one process. The caller holds the client's lock."""
 
     def __init__(

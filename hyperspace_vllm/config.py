@@ -126,7 +126,7 @@ class Config:
         1.0,
         "Share of semantic hits that may be wrong, from 0.004: until that is sure, matches are computed; 1: no bound.",
         at_most=1,
-        at_least=0.004,  # of none wrong in wrongness.WINDOW no less is sure: 0.0038
+        at_least=0.004,  # of none wrong in match_error.WINDOW no less is sure: 0.0038
     )
     acronyms: tuple[str, ...] = _setting(
         (),

@@ -16,12 +16,12 @@ from hyperspace_vllm.vllm_adapter.connector import _check_supported, _scope_read
 from hyperspace_vllm.vllm_adapter.fingerprint import kv_fingerprint, model_digest
 from hyperspace_vllm.vllm_adapter.inherited import Inherited
 from hyperspace_vllm.vllm_adapter.kv_layout import plan_kv
-from hyperspace_vllm.vllm_adapter.loaded_files import Identity
+from hyperspace_vllm.vllm_adapter.loaded_files import LoadedIdentity
 from tests.test_adapter_kv_layout import hybrid_cache
 from tests.test_adapter_scheduler import request
 
 TINY = Path(__file__).parents[1] / ".models" / "tiny"
-FILES = Identity(("model.safetensors 00",), (), ("tokenizer.json 00",), ())
+FILES = LoadedIdentity(("model.safetensors 00",), (), ("tokenizer.json 00",), ())
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def at(model: Path, **options: object) -> VllmConfig:
     return EngineArgs(model=str(model), **options).create_engine_config()  # type: ignore[arg-type]
 
 
-def digest_of(config: VllmConfig, files: Identity = FILES, **arguments: object) -> bytes:
+def digest_of(config: VllmConfig, files: LoadedIdentity = FILES, **arguments: object) -> bytes:
     return model_digest(config, Namespace(**arguments), files)
 
 

@@ -20,8 +20,8 @@ from hyperspace_vllm.core.records.errors import Refused
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.file_digests import FileDigests, FileState
 from hyperspace_vllm.vllm_adapter import loaded_files
-from hyperspace_vllm.vllm_adapter.loaded_files import Identity, LoadedFiles, before_load
-from hyperspace_vllm.vllm_adapter.model_files import Source, model_source, source_of
+from hyperspace_vllm.vllm_adapter.loaded_files import LoadedIdentity, LoadedFiles, before_load
+from hyperspace_vllm.vllm_adapter.model_files import FileSource, model_source, source_of
 from tests.hub import COMMIT, hub
 
 ROOT = Path(__file__).parents[1]
@@ -42,10 +42,10 @@ def at(model: Path, **options: object) -> VllmConfig:
     return EngineArgs(model=str(model), **options).create_engine_config()  # type: ignore[arg-type]
 
 
-def loaded(config: VllmConfig, data_dir: Path) -> tuple[LoadedFiles, list[Identity]]:
-    found: list[Identity] = []
+def loaded(config: VllmConfig, data_dir: Path) -> tuple[LoadedFiles, list[LoadedIdentity]]:
+    found: list[LoadedIdentity] = []
 
-    def derive(files: Identity) -> bytes:
+    def derive(files: LoadedIdentity) -> bytes:
         found.append(files)
         return sha256(repr(files).encode())
 
@@ -178,7 +178,7 @@ def test_the_kind_of_files_is_the_one_that_the_loader_takes(
 ) -> None:
     for name in ("a.safetensors", "b.safetensors", "c.bin", "d.pt", "e.pth", "f.gguf", "g.json"):
         (tmp_path / name).write_bytes(b"x")
-    found = Source(tmp_path, fixed=False).weights(load_format)
+    found = FileSource(tmp_path, fixed=False).weights(load_format)
     assert [os.path.basename(path) for path in found] == expected
 
 
@@ -192,7 +192,7 @@ def test_pipes_devices_and_folders_are_no_files_of_a_model(tmp_path: Path, below
         (folder / f"device{kind}").symlink_to("/dev/zero")
         (folder / f"folder{kind}").mkdir()
         (folder / f"link{kind}").symlink_to(tmp_path / "model.safetensors")
-    source = Source(tmp_path, fixed=False)
+    source = FileSource(tmp_path, fixed=False)
     for paths in (source.weights("auto"), source.texts(), source.all_files()):
         assert all(os.path.basename(path).startswith(("model", "link")) for path in paths)
         assert digests(tmp_path, paths)
@@ -230,8 +230,8 @@ def test_a_repository_is_found_in_the_hubs_cache_by_whatever_revision_names_it(
     tmp_path: Path, revision: str | None
 ) -> None:
     directory = snapshot(tmp_path)
-    assert source_of("acme/tiny", revision, str(tmp_path)) == Source(directory, fixed=True)
-    assert source_of(str(directory), None) == Source(directory, fixed=True)
+    assert source_of("acme/tiny", revision, str(tmp_path)) == FileSource(directory, fixed=True)
+    assert source_of(str(directory), None) == FileSource(directory, fixed=True)
 
 
 @pytest.mark.parametrize("revision", ["v9", "f" * 40, "../../evil"])

@@ -8,14 +8,14 @@ from hyperspace_vllm.daemon.responses.answer_places import (
     PEER_ANSWERS_MAX,
     STRANGERS_ANSWERS_MAX,
     AnswerPlaces,
-    Asker,
+    AskingPeer,
 )
 
-MEMBERS = [Asker(f"member {number}", True, True) for number in range(20)]
-STRANGERS = [Asker(f"stranger {number}", False, False) for number in range(20)]
+MEMBERS = [AskingPeer(f"member {number}", True, True) for number in range(20)]
+STRANGERS = [AskingPeer(f"stranger {number}", False, False) for number in range(20)]
 
 
-async def asked(places: AnswerPlaces, *askers: Asker) -> list[asyncio.Task[None]]:
+async def asked(places: AnswerPlaces, *askers: AskingPeer) -> list[asyncio.Task[None]]:
     tasks = [asyncio.create_task(places.take(asker)) for asker in askers]
     await settled()
     return tasks

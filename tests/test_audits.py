@@ -25,11 +25,11 @@ from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.daemon import join
 from hyperspace_vllm.daemon.identity import Identity as StoredIdentity
-from hyperspace_vllm.daemon.join import Network
+from hyperspace_vllm.daemon.join import NodeNetwork
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.responses.audit_requests import Audits
+from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore, wall_clock_ms
-from hyperspace_vllm.daemon.responses.store_changes import Told
+from hyperspace_vllm.daemon.responses.store_changes import ServableEntry
 from hyperspace_vllm.response_db import ResponseReader, database_path
 from tests.network_nodes import NetworkedNode, body_of, private_network, request_key, until
 from tests.network_world import NETWORK, NOW_MS, Identity, make_node, only
@@ -62,9 +62,9 @@ class Node:
         self.network: NetworkNode = make_node(ME, listed=(LIAR, HONEST))
         self.store = ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, self, NETWORK, lambda: self.now_ms, self.heard)
         self.metrics = Metrics()
-        self.audits = Audits(NETWORK, Identity(ME).public_key, self.store, self.audited, self.metrics)
+        self.audits = AuditRequests(NETWORK, Identity(ME).public_key, self.store, self.audited, self.metrics)
 
-    def heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+    def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
         self.gone.extend(gone)
 
     def audited(self, event: AnswerAudited) -> bool:
@@ -209,8 +209,8 @@ async def test_who_is_caught_is_suspected_or_convicted_without_a_network_too(
     identity, liar = StoredIdentity.load(tmp_path), Identity(LIAR)
     config = Config(data_dir=tmp_path, p2p_listen=p2p_listen, peers=(f"{liar.peer}@127.0.0.1:1",))
     metrics = Metrics()
-    network = Network(config, identity, metrics)
-    audits = Audits(NETWORK, identity.public_key, None, network.audited, metrics)
+    network = NodeNetwork(config, identity, metrics)
+    audits = AuditRequests(NETWORK, identity.public_key, None, network.audited, metrics)
     now_ms = wall_clock_ms()
     assert network.trust.trusts(liar.public_key, now_ms)
     for number in range(FINDINGS_MIN):

@@ -13,7 +13,7 @@ from hyperspace_vllm.core.response.similar.canonical import canonical_question, 
 from hyperspace_vllm.core.response.similar.guard_words import FILLER, FUNCTION, NEGATIONS
 from hyperspace_vllm.core.response.similar.guards import Mode, eligible, refusal, refusal_between
 from hyperspace_vllm.core.response.similar.question import read_question
-from hyperspace_vllm.core.response.similar.semantic import Candidate, Match, NoMatch, best_match
+from hyperspace_vllm.core.response.similar.semantic import SimilarCandidate, Match, NoMatch, best_match
 from hyperspace_vllm.core.response.similar.semantic_key import question_of
 from hyperspace_vllm.core.response.similar.word_forms import LOOSE_SYNONYMS, SYNONYMS
 from tests.test_canonical import SAME
@@ -344,8 +344,8 @@ def test_a_question_that_depends_on_the_moment_takes_no_part(reason: str | None,
     assert eligible(text) == reason
 
 
-def candidate(question: str, similarity: float) -> Candidate:
-    return Candidate(question, similarity, RequestKey(question.encode()))
+def candidate(question: str, similarity: float) -> SimilarCandidate:
+    return SimilarCandidate(question, similarity, RequestKey(question.encode()))
 
 
 def test_the_nearest_candidate_that_no_guard_refuses_is_served() -> None:

@@ -4,12 +4,12 @@ import pytest
 
 from hyperspace_vllm.core.records.ids import PeerId
 from hyperspace_vllm.core.records.standing import Tier
-from hyperspace_vllm.daemon.libp2p.libp2p_room import Hold, Room
+from hyperspace_vllm.daemon.libp2p.libp2p_room import Hold, PeerRoom
 
 STRANGER, MEMBER, PROVEN = Tier
 
 
-def fill(room: Room, tier: Tier, peers: int, size: int) -> list[Hold]:
+def fill(room: PeerRoom, tier: Tier, peers: int, size: int) -> list[Hold]:
     """Those of the holds that got in and lost theirs later are in the list that they empty."""
     holds: list[Hold] = []
     for number in range(peers):
@@ -22,7 +22,7 @@ def fill(room: Room, tier: Tier, peers: int, size: int) -> list[Hold]:
 
 @pytest.mark.parametrize(("tier", "fits"), [(STRANGER, 4), (MEMBER, 8), (PROVEN, 8)])
 def test_strangers_together_have_a_part_only(tier: Tier, fits: int) -> None:
-    assert len(fill(Room(4, 8, 16), tier, 20, 2)) == fits
+    assert len(fill(PeerRoom(4, 8, 16), tier, 20, 2)) == fits
 
 
 @pytest.mark.parametrize(
@@ -38,14 +38,14 @@ def test_strangers_together_have_a_part_only(tier: Tier, fits: int) -> None:
     ],
 )
 def test_who_counts_less_or_holds_more_makes_room(holders: Tier, newcomer: Tier, size: int, gets_in: bool) -> None:
-    room = Room(4, 16, 16)
+    room = PeerRoom(4, 16, 16)
     holds = fill(room, holders, 8, 2)
     assert room.take(Hold(PeerId("newcomer"), newcomer, None), size) is gets_in
     assert len(holds) == 8 - (gets_in * (size + 1)) // 2
 
 
 def test_what_is_taken_up_already_makes_no_room() -> None:
-    room = Room(16, 16, 16)
+    room = PeerRoom(16, 16, 16)
     taken_up = Hold(PeerId("stranger"), STRANGER, None)
     assert room.take(taken_up, 16)
     assert not room.take(Hold(PeerId("proven"), PROVEN, None), 1)

@@ -59,7 +59,7 @@ NODE_MESSAGES: list[local.NodeMessage] = [
     local.Welcome(1, 5, "12D3KooW", KEY, "/dev/shm/x", 1 << 20),
     local.HeartbeatAck(5, 2),
     local.RequestClaimed(1, False),
-    local.RequestOver(1),
+    local.ClaimEnded(1),
     local.LeaseLost(),
     local.StagingGranted(4096, (SLAB,)),
     local.PrefixAnswer(1, 1, (local.LoadedRow(0, 0, 0, SLAB),), "network", "blake3", "hit"),

@@ -10,7 +10,7 @@ import pytest
 
 from hyperspace_vllm.api import checks, exchange, node_lookup
 from hyperspace_vllm.core.local.messages import StoreResponse
-from hyperspace_vllm.core.response.similar import match_error as wrongness
+from hyperspace_vllm.core.response.similar import match_error
 from hyperspace_vllm.core.response.similar.semantic import COSINE_MIN
 from tests.cached_server import CHAT_PATH, STREAM, USAGE, Bench, MakeBench, benches, text_of, until
 
@@ -30,7 +30,7 @@ async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
 @pytest.fixture(autouse=True)
 def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is computed as well by chance."""
-    monkeypatch.setattr(wrongness, "CHECK_EVERY", 1 << 40)
+    monkeypatch.setattr(match_error, "CHECK_EVERY", 1 << 40)
     monkeypatch.setattr(exchange, "CHECK_EVERY", 1 << 40)
 
 
@@ -180,7 +180,7 @@ async def checked(bench: Bench, count: int) -> dict[str, object]:
 async def test_a_match_is_now_and_then_computed_as_well_after_it_was_served(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wrongness, "CHECK_EVERY", 1)
+    monkeypatch.setattr(match_error, "CHECK_EVERY", 1)
     monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
     bench.upstream.says = [DAILY, CHORDS]
     first = await bench.ask(GUITAR)

@@ -11,12 +11,12 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from hyperspace_vllm.vllm_adapter.fingerprint import model_digest
-from hyperspace_vllm.vllm_adapter.loaded_files import Identity
+from hyperspace_vllm.vllm_adapter.loaded_files import LoadedIdentity
 from hyperspace_vllm.vllm_adapter.neutral import DEFAULTS
 from hyperspace_vllm.vllm_adapter.older_vllm import make_arg_parser
 
 TINY = Path(__file__).parents[1] / ".models" / "tiny"
-FILES = Identity(("model.safetensors 00",), (), ("tokenizer.json 00",), ())
+FILES = LoadedIdentity(("model.safetensors 00",), (), ("tokenizer.json 00",), ())
 
 
 @pytest.fixture(scope="module")

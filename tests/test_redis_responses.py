@@ -26,10 +26,10 @@ from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.core.response.sealed_hit import make_hit
 from hyperspace_vllm.daemon import join
 from hyperspace_vllm.daemon.identity import Identity
-from hyperspace_vllm.daemon.join import Network
+from hyperspace_vllm.daemon.join import NodeNetwork
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE, Asker
-from hyperspace_vllm.daemon.responses.audit_requests import Audits
+from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE, AskingPeer
+from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
 from hyperspace_vllm.daemon.responses.response_server import ResponseServer
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore, wall_clock_ms
@@ -68,7 +68,7 @@ class FleetNode:
         )
         self.identity = Identity.load(directory)
         self.metrics = Metrics()
-        self.network = Network(self.config, self.identity, self.metrics)
+        self.network = NodeNetwork(self.config, self.identity, self.metrics)
         self.path = database_path(directory)
         trust = self.network.trust
         self.server = ResponseServer(self.path, NETWORK, trust.vouch)
@@ -357,7 +357,7 @@ async def test_what_a_busy_disk_could_not_read_is_shared_later(node: MakeNode, m
     asked: list[bytes] = []
     answer = a.server.answer
 
-    async def counted(request_hash: bytes, popularity: int, asker: Asker) -> Hit | Miss:
+    async def counted(request_hash: bytes, popularity: int, asker: AskingPeer) -> Hit | Miss:
         asked.append(request_hash)
         return await answer(request_hash, popularity, asker)
 
@@ -517,7 +517,7 @@ async def test_whom_a_node_that_has_only_redis_convicts_is_believed_no_more(
     await a.share("y")
     found = await b.find("x")
     assert found is not None
-    audits = Audits(NETWORK, b.identity.public_key, b.store, b.network.audited, b.metrics)
+    audits = AuditRequests(NETWORK, b.identity.public_key, b.store, b.network.audited, b.metrics)
     now_ms = wall_clock_ms()
     for number in range(FINDINGS_MIN):
         ago_ms = (FINDINGS_MIN - 1 - number) * FINDING_EVERY_MS

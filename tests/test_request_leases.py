@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperspace_vllm.core.local.messages import ClaimRequest, NodeMessage, RequestClaimed, RequestOver
+from hyperspace_vllm.core.local.messages import ClaimRequest, NodeMessage, RequestClaimed, ClaimEnded
 from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, REQUEST_LEASES_MAX
 from hyperspace_vllm.daemon.local.request_leases import RequestLeases
 from tests.cached_server import CHAT, STREAM, Bench, MakeBench, benches, text_of, until
@@ -46,7 +46,7 @@ def test_the_first_computes_and_the_others_hear_when_it_has_ended() -> None:
     table.leases.over(b"b", KEY)  # which it doesn't hold
     assert table.news() == []
     table.leases.over(b"a", KEY)
-    assert table.news() == [(b"b", RequestOver(5)), (b"a", RequestOver(2))]
+    assert table.news() == [(b"b", ClaimEnded(5)), (b"a", ClaimEnded(2))]
     table.claim(b"b", 7)
     assert table.news() == [(b"b", RequestClaimed(7, True))]
 
@@ -58,7 +58,7 @@ def test_who_streams_holds_the_lease_and_is_told_nothing() -> None:
     table.claim(b"c", 3)
     assert table.news() == [(b"c", RequestClaimed(3, False))]
     table.leases.over(b"a", KEY)
-    assert table.news() == [(b"c", RequestOver(3))]
+    assert table.news() == [(b"c", ClaimEnded(3))]
 
 
 def test_a_client_that_dies_ends_what_it_held_and_waits_no_more() -> None:
@@ -69,7 +69,7 @@ def test_a_client_that_dies_ends_what_it_held_and_waits_no_more() -> None:
     table.leases.end(b"c")
     table.news()
     table.leases.end(b"a")
-    assert table.news() == [(b"b", RequestOver(2))]
+    assert table.news() == [(b"b", ClaimEnded(2))]
     assert len(table.leases) == 0
 
 

@@ -22,7 +22,7 @@ from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_BYTES_MAX, RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof, make_proof, request_hash
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
-from hyperspace_vllm.daemon.responses.store_changes import Listener, Told
+from hyperspace_vllm.daemon.responses.store_changes import Listener, ServableEntry
 from hyperspace_vllm.response_db import ResponseReader, Shareable, StoredResponse, packed, unpacked
 
 NETWORK = network_id("test")
@@ -100,10 +100,10 @@ class Heard:
     """A listener that remembers: what can be served, and everything told in order."""
 
     def __init__(self) -> None:
-        self.servable: dict[bytes, Told] = {}
-        self.calls: list[tuple[tuple[Told, ...], tuple[bytes, ...]]] = []
+        self.servable: dict[bytes, ServableEntry] = {}
+        self.calls: list[tuple[tuple[ServableEntry, ...], tuple[bytes, ...]]] = []
 
-    def __call__(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+    def __call__(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
         self.calls.append((stored, gone))
         self.servable.update((entry.request_hash, entry) for entry in stored)
         for name in gone:
@@ -530,7 +530,7 @@ def test_private_entries_are_neither_told_of_nor_found(open_store: Open, path: P
 def test_what_can_be_served_is_told_after_it_can_be_read(open_store: Open, path: Path, clock: Clock) -> None:
     reader, missing = ResponseReader(path), []
 
-    def listener(stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+    def listener(stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
         missing.extend(entry for entry in stored if not reader.find_by_hash(entry.request_hash, clock()))
 
     store = open_store(listener=listener)
@@ -549,13 +549,13 @@ def test_computed_and_fetched_are_told_apart_and_replacing_is_no_loss(
     store.store_fetched(**fetched(2, b"{}", clock() - 1000))
     assert store.flush(60)
     assert heard.servable == {
-        (name := request_hash(NETWORK, key(1))): Told(name, clock() + RESPONSE_TTL_MS, True),
-        (name := request_hash(NETWORK, key(2))): Told(name, clock() - 1000 + RESPONSE_TTL_MS, False),
+        (name := request_hash(NETWORK, key(1))): ServableEntry(name, clock() + RESPONSE_TTL_MS, True),
+        (name := request_hash(NETWORK, key(2))): ServableEntry(name, clock() - 1000 + RESPONSE_TTL_MS, False),
     }
     clock.now_ms += 1
     store.store(response(2))
     assert store.flush(60)
-    assert heard.servable[name] == Told(name, clock() + RESPONSE_TTL_MS, True)
+    assert heard.servable[name] == ServableEntry(name, clock() + RESPONSE_TTL_MS, True)
     assert not any(gone for _, gone in heard.calls)
 
 

@@ -26,7 +26,7 @@ from hyperspace_vllm.core.response.lookup import (
     HEDGE_MS_MIN,
     IN_FLIGHT_MAX,
     RACE_MS,
-    Candidate,
+    ProviderCandidate,
     ResponseLookup,
     hedge_delay_ms,
 )
@@ -35,10 +35,10 @@ WANTED = b"r" * 32
 DEADLINE_MS = 300
 
 
-def candidates(names: list[str]) -> list[Candidate]:
+def candidates(names: list[str]) -> list[ProviderCandidate]:
     """A name with a plus is of a peer that a connection is open to, one with a question mark of a stranger."""
     return [
-        Candidate(PeerId(name[0]), f"10.0.0.1:{ord(name[0])}", 10.0, name.endswith("+"), not name.endswith("?"))
+        ProviderCandidate(PeerId(name[0]), f"10.0.0.1:{ord(name[0])}", 10.0, name.endswith("+"), not name.endswith("?"))
         for name in names
     ]
 

@@ -19,7 +19,7 @@ from hyperspace_vllm.core.records.signing import member_tag
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.core.response.sealed_hit import Opened, open_hit
 from hyperspace_vllm.daemon.responses import response_server
-from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE, Asker
+from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE, AskingPeer
 from hyperspace_vllm.daemon.responses.response_server import ANSWER_S, ResponseServer
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore, wall_clock_ms
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.io
 NETWORK = network_id("test")
 MODEL = bytes([8]) * 32
 SECRET = bytes([3]) * 32
-STRANGER = Asker("stranger", False, False)
+STRANGER = AskingPeer("stranger", False, False)
 OWN, PEER = SigningKey(bytes([1]) * 32), SigningKey(bytes([2]) * 32)
 
 
@@ -234,7 +234,7 @@ async def test_what_may_not_go_to_a_stranger_costs_hardly_anything(
     put(store, 1, os.urandom(RESPONSE_BYTES_MAX))
     await server.answer(name(1), 0, OWN_NODE)
 
-    async def cost_s(asker: Asker, times: int) -> float:
+    async def cost_s(asker: AskingPeer, times: int) -> float:
         began_s = time.process_time()
         for _ in range(times):
             await server.answer(name(1), 0, asker)
@@ -248,10 +248,10 @@ async def test_whatever_strangers_ask_for_a_member_is_answered_soon(
 ) -> None:
     put(store, 1, os.urandom(RESPONSE_BYTES_MAX), scope="public")
     put(store, 2)
-    strangers = [Asker(f"stranger {number}", False, False) for number in range(8)]
+    strangers = [AskingPeer(f"stranger {number}", False, False) for number in range(8)]
     asked = [asyncio.create_task(server.answer(name(1), 0, each)) for each in strangers for _ in range(8)]
     await asyncio.sleep(0)
-    answer = await server.answer(name(2), 0, Asker("member", True, True))
+    answer = await server.answer(name(2), 0, AskingPeer("member", True, True))
     assert sum(task.done() for task in asked) < len(asked) // 2
     assert opened(answer, 2).body == b"{}"
     assert all(isinstance(each, Hit) for each in await asyncio.gather(*asked))

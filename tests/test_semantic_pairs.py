@@ -11,7 +11,7 @@ import pytest
 from hyperspace_vllm.core.records.ids import RequestKey
 from hyperspace_vllm.core.response.similar.canonical import canonical_question, compared_question
 from hyperspace_vllm.core.response.similar.guards import Mode, eligible
-from hyperspace_vllm.core.response.similar.semantic import Candidate, Match, best_match, similarity
+from hyperspace_vllm.core.response.similar.semantic import SimilarCandidate, Match, best_match, similarity
 from hyperspace_vllm.daemon.responses.embedding import DEFAULT_DIMENSIONS, Embedder, load_embedder
 
 pytestmark = pytest.mark.io
@@ -36,7 +36,7 @@ def is_served(stored: str, asked: str, mode: Mode) -> bool:
         return False
     vectors = embedder().embed([asked, compared_question(asked), stored, compared_question(stored)])
     score = similarity(*vectors)
-    return isinstance(best_match(asked, [Candidate(stored, score, RequestKey(b""))], mode), Match)
+    return isinstance(best_match(asked, [SimilarCandidate(stored, score, RequestKey(b""))], mode), Match)
 
 
 def test_the_set_is_as_large_as_it_says() -> None:

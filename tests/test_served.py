@@ -6,7 +6,7 @@ import pytest
 
 from hyperspace_vllm.core.node.network_effects import Send
 from hyperspace_vllm.core.node.network_events import ServedChanged
-from hyperspace_vllm.core.peers.delivered import LOAD_STEP_PERMILLE, worth_telling
+from hyperspace_vllm.core.peers.delivered import LOAD_STEP_PERMILLE, should_renew_record
 from hyperspace_vllm.core.peers.membership import RENEW_MS
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import PEER_RECORD_AGAIN_MS, PEER_RECORD_BYTES_MAX, VRAM_SEGMENTS_MAX
@@ -51,7 +51,7 @@ def record_of(served: ServedChanged) -> PeerRecord:
     ],
 )
 def test_only_what_matters_is_told_before_its_time(change: dict[str, object], tells: bool) -> None:
-    assert worth_telling(record_of(BEFORE), replace(BEFORE, **change)) == tells  # type: ignore[arg-type]
+    assert should_renew_record(record_of(BEFORE), replace(BEFORE, **change)) == tells  # type: ignore[arg-type]
 
 
 def known_of(world: World, number: int, other: int) -> PeerRecord:

@@ -33,7 +33,7 @@ from hyperspace_vllm.sim.fleet import Fleet
 from hyperspace_vllm.sim.run import Result, run
 from hyperspace_vllm.sim.scenarios import RUN_MS, SCENARIOS, build
 from hyperspace_vllm.sim.signatures import remembered_verdicts
-from hyperspace_vllm.sim.sim_network import BREAK_MS, Network
+from hyperspace_vllm.sim.sim_network import BREAK_MS, SimNetwork
 from hyperspace_vllm.sim.sim_responses import Response, Shelf
 
 NODES = 20
@@ -269,9 +269,9 @@ class Heard:
         return [what for what, _ in self.events]
 
 
-def two_connected(loss: float = 0.0) -> tuple[Agenda, Network, Heard, Heard]:
+def two_connected(loss: float = 0.0) -> tuple[Agenda, SimNetwork, Heard, Heard]:
     agenda = Agenda()
-    network = Network(agenda, random.Random(1), 2, loss)
+    network = SimNetwork(agenda, random.Random(1), 2, loss)
     hosts = Heard(agenda), Heard(agenda)
     for number, host in enumerate(hosts):
         network.add(host)

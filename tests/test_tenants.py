@@ -21,7 +21,7 @@ from hyperspace_vllm.api import exchange, node_lookup, request_body
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, SALTED, Endpoint
 from hyperspace_vllm.core.response.request_key import request_key
 from hyperspace_vllm.core.response.scope import engine_salt, tenant_of
-from hyperspace_vllm.core.response.similar import match_error as wrongness
+from hyperspace_vllm.core.response.similar import match_error
 from hyperspace_vllm.core.response.similar.canonical import ACRONYMS
 from hyperspace_vllm.core.response.similar.semantic_key import question_of
 from tests.cached_server import Bench, MakeBench, benches
@@ -94,7 +94,7 @@ def chat(question: str) -> dict[str, Any]:
 async def test_what_a_tenant_stored_answers_that_tenant_alone(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for sampling in (exchange, wrongness):  # a match that is computed as well has an answer of its own from then on
+    for sampling in (exchange, match_error):  # a match that is computed as well has an answer of its own from then on
         monkeypatch.setattr(sampling, "CHECK_EVERY", 1 << 40)
     bench = await make_bench(semantic="balanced", api_keys=KEYS)
     rng = random.Random(2)

@@ -1,4 +1,4 @@
-"""Measured wrongness: its interval, the bound that is kept, and what becomes of entries that erred."""
+"""Measured match_error: its interval, the bound that is kept, and what becomes of entries that erred."""
 
 import random
 
@@ -10,7 +10,7 @@ from hyperspace_vllm.core.response.similar.match_error import (
     NEVER,
     UNCHECKED_MAX,
     WINDOW,
-    Wrongness,
+    MatchErrors,
     floor_after,
     tells,
     wilson,
@@ -43,16 +43,16 @@ def test_of_nothing_checked_nothing_is_known() -> None:
 def served_wrongly(max_error: float, error: float, matches: int, seed: int) -> tuple[float, float]:
     """The share of matches that was served, and that of them which was wrong, with matches that err by chance."""
     rng = random.Random(seed)
-    wrongness = Wrongness(random.Random(seed + 1))
+    match_error = MatchErrors(random.Random(seed + 1))
     served = wrong = 0
     for number in range(matches):
         is_wrong = rng.random() < error
-        verdict = wrongness.judge(KIND, max_error)
+        verdict = match_error.judge(KIND, max_error)
         if verdict != "compute":
             served += 1
             wrong += is_wrong
         if verdict != "serve":
-            wrongness.add(KIND, b"%d" % number, is_wrong)
+            match_error.add(KIND, b"%d" % number, is_wrong)
     return served / matches, wrong / max(served, 1)
 
 
@@ -67,41 +67,41 @@ def test_whatever_matches_are_worth_no_larger_share_of_the_served_is_wrong(max_e
 
 
 def test_without_a_bound_all_is_served_and_a_small_share_checked() -> None:
-    wrongness = Wrongness(random.Random(1))
-    verdicts = [wrongness.judge(KIND, 1.0) for _ in range(4_000)]
+    match_error = MatchErrors(random.Random(1))
+    verdicts = [match_error.judge(KIND, 1.0) for _ in range(4_000)]
     assert "compute" not in verdicts
     assert verdicts.count("check") == pytest.approx(4_000 / CHECK_EVERY, rel=0.3)
 
 
 def test_with_a_bound_of_zero_nothing_is_served() -> None:
-    wrongness = Wrongness(random.Random(1), known(False))
-    assert {wrongness.judge(KIND, 0.0) for _ in range(1_000)} == {"compute"}
+    match_error = MatchErrors(random.Random(1), known(False))
+    assert {match_error.judge(KIND, 0.0) for _ in range(1_000)} == {"compute"}
 
 
 def test_what_is_known_of_one_kind_says_nothing_about_another() -> None:
-    wrongness = Wrongness(random.Random(1), known(False))
-    assert wrongness.judge(KIND, 0.02) != "compute"
-    assert wrongness.judge(b"another", 0.02) == "compute"
+    match_error = MatchErrors(random.Random(1), known(False))
+    assert match_error.judge(KIND, 0.02) != "compute"
+    assert match_error.judge(b"another", 0.02) == "compute"
     for number in range(KINDS_MAX):
-        wrongness.judge(b"%d" % number, 0.02)
-    assert wrongness.judge(KIND, 0.02) == "compute", "so many kinds are kept, and no more"
+        match_error.judge(b"%d" % number, 0.02)
+    assert match_error.judge(KIND, 0.02) == "compute", "so many kinds are kept, and no more"
 
 
 def test_while_no_check_comes_through_nothing_is_served_for_long() -> None:
-    wrongness = Wrongness(random.Random(1), known(False))
-    verdicts = [wrongness.judge(KIND, 0.02) for _ in range(UNCHECKED_MAX + 10)]
+    match_error = MatchErrors(random.Random(1), known(False))
+    verdicts = [match_error.judge(KIND, 0.02) for _ in range(UNCHECKED_MAX + 10)]
     assert verdicts[UNCHECKED_MAX:] == ["compute"] * 10
     assert "compute" not in verdicts[:UNCHECKED_MAX]
-    wrongness.add(KIND, b"asked", False)
-    assert wrongness.judge(KIND, 0.02) != "compute"
+    match_error.add(KIND, b"asked", False)
+    assert match_error.judge(KIND, 0.02) != "compute"
 
 
 def test_what_was_long_ago_is_forgotten() -> None:
-    wrongness = Wrongness(random.Random(1), known(True))
-    assert wrongness.ratio.estimate == 1
+    match_error = MatchErrors(random.Random(1), known(True))
+    assert match_error.ratio.estimate == 1
     for number in range(WINDOW):
-        wrongness.add(KIND, b"new %d" % number, False)
-    assert (wrongness.ratio.estimate, wrongness.checked) == (0, WINDOW)
+        match_error.add(KIND, b"new %d" % number, False)
+    assert (match_error.ratio.estimate, match_error.checked) == (0, WINDOW)
 
 
 @pytest.mark.parametrize(
@@ -115,20 +115,20 @@ def test_an_error_raises_the_entrys_floor_and_the_second_is_its_last(
 
 
 def test_a_question_that_is_compared_again_counts_once_by_its_last_comparison() -> None:
-    wrongness = Wrongness(random.Random(1))
+    match_error = MatchErrors(random.Random(1))
     for _ in range(WINDOW):
-        wrongness.add(KIND, b"asked", False)
-    assert wrongness.checked == 1
-    assert wrongness.judge(KIND, 0.02) == "compute"
-    wrongness.add(KIND, b"asked", True)
-    assert (wrongness.checked, wrongness.ratio.estimate) == (1, 1)
+        match_error.add(KIND, b"asked", False)
+    assert match_error.checked == 1
+    assert match_error.judge(KIND, 0.02) == "compute"
+    match_error.add(KIND, b"asked", True)
+    assert (match_error.checked, match_error.ratio.estimate) == (1, 1)
 
 
 def test_the_kind_that_was_asked_for_longest_ago_makes_room() -> None:
-    wrongness = Wrongness(random.Random(1), known(False))
+    match_error = MatchErrors(random.Random(1), known(False))
     for number in range(KINDS_MAX * 2):
-        assert wrongness.judge(b"%d" % number, 0.02) == "compute"
-        assert wrongness.judge(KIND, 0.02) != "compute" or number >= UNCHECKED_MAX
+        assert match_error.judge(b"%d" % number, 0.02) == "compute"
+        assert match_error.judge(KIND, 0.02) != "compute" or number >= UNCHECKED_MAX
 
 
 def test_answers_of_a_word_or_two_tell_nothing() -> None:

@@ -29,7 +29,7 @@ _QUICK_S = 0.02
 _TRUSTED_S = 1.0
 
 
-class Lookup:
+class DatabaseLookup:
     """A reader of the database, with a thread, a bounded line before that, and a deadline; any trouble is a miss."""
 
     def __init__(self, path: Path, ttl_ms: int, deadline_s: float) -> None:

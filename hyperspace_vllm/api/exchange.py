@@ -348,7 +348,7 @@ class Exchange:
 
     def _judged(self, found: ResponseFound, now_ms: int) -> StoredResponse | None:
         entry = entry_of(found, self.endpoint, self.body, now_ms, self.options.ttl_ms)
-        return None if entry is None or self._is_nobodys(entry) else entry
+        return None if entry is None or self._cannot_be_audited(entry) else entry
 
     @contained()
     def _try(self, key: RequestKey, message: ResponseToTry) -> None:
@@ -360,7 +360,7 @@ class Exchange:
         if self.options.audits and not self.wishes.only_if_cached and audits.draw(surely):
             audits.start(audits.audit(self, key, body, proof))
 
-    def _is_nobodys(self, entry: StoredResponse) -> bool:
+    def _cannot_be_audited(self, entry: StoredResponse) -> bool:
         """Whether this server's model would never answer so: then it can't be audited, and need not be."""
         if not self.options.audits or prompt_of(self.endpoint, self.body) is None:
             return False

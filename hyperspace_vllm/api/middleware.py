@@ -26,7 +26,7 @@ from ..core.response.scope import api_key_of, engine_salt
 from .audits import Audits
 from .checks import OneAtATime
 from .coalesce import App, FlightTable, Message, Receive, Scope, Send
-from .database_lookup import Lookup, Recent, Touches
+from .database_lookup import DatabaseLookup, Recent, Touches
 from .exchange import Exchange
 from .http_headers import Directives, first_header, forward_status, header, parse_cache_control
 from .l1_metrics import l1_metrics
@@ -46,7 +46,7 @@ class ResponseCacheMiddleware:
         self.app = app
         self.options = options
         ttl_ms, deadline_s = options.ttl_ms, options.read_deadline_s
-        self.lookup = Lookup(options.db_path, ttl_ms, deadline_s) if options.db_path else None
+        self.lookup = DatabaseLookup(options.db_path, ttl_ms, deadline_s) if options.db_path else None
         self.bodies = LargeBodies(options.body_deadline_s)
         self.flights = FlightTable(self.bodies)
         self.recent = Recent()

@@ -22,7 +22,7 @@ from ..core.local.messages import (
     ReleaseResponse,
     RequestClaimed,
     RequestDone,
-    RequestOver,
+    ClaimEnded,
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
@@ -268,7 +268,7 @@ class NodeLookup:
                 case RequestClaimed(number, granted):
                     if (claim := self._claims.get(number)) is not None and not claim.granted.done():
                         claim.granted.set_result(granted)
-                case RequestOver(number):
+                case ClaimEnded(number):
                     if (claim := self._claims.get(number)) is not None and not claim.over.done():
                         claim.over.set_result(None)
                 case Rejected():

@@ -37,7 +37,7 @@ from .metrics import Metrics
 from .network_driver import Clients, NetworkDriver
 from .responses.fetched_response import Stored
 from .responses.response_server import ResponseServer
-from .responses.store_changes import Told
+from .responses.store_changes import ServableEntry
 from .start_error import StartError, needed
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def make_trust(config: Config, identity: Identity, network_key: bytes | None) ->
     return Trust(config.trust, identity.public_key, listed, allowed, network_key, is_public)
 
 
-class Network:
+class NodeNetwork:
     """The network as the rest of the node sees it, joined or not yet: what happens before is kept or answered so."""
 
     def __init__(self, config: Config, identity: Identity, metrics: Metrics) -> None:
@@ -98,7 +98,7 @@ class Network:
         self._loop = asyncio.get_running_loop()
         self._driver: NetworkDriver | None = None
         self._clients: Clients | None = None
-        self._stored_before: dict[bytes, Told] = {}
+        self._stored_before: dict[bytes, ServableEntry] = {}
         self._rows_before: list[RowsStored] = []
         self._served_before: ServedChanged | None = None
         self._failure = ""
@@ -174,7 +174,7 @@ class Network:
             self.trust.audited(evidence.signer, evidence.tokens, found, event.source, _now_ms())
         return self.trust.is_convicted(evidence.signer, _now_ms())
 
-    def heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+    def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
         """What the response store can serve now, and what no more (response_news.Listener); from any thread."""
         self._loop.call_soon_threadsafe(self._heard, stored, gone)
 
@@ -198,7 +198,7 @@ class Network:
         """Who says that it serves a KV row."""
         return self._driver.row_hints(row_id) if self._driver else ()
 
-    def _heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+    def _heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
         if self._config.share == "private":
             return
         if self._driver is not None:

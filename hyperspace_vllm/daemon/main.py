@@ -22,13 +22,13 @@ from ..response_db import database_path
 from .directory import claim_directory, lock_directory
 from .embedded import say_all_is_well, until_unwanted, wait_in_line
 from .identity import Identity
-from .join import Network
+from .join import NodeNetwork
 from .kv.arena import Arena
 from .kv.row_cache import RowCache
 from .local.local_server import LocalServer
 from .logs import log_to_file, log_to_stderr
 from .metrics import Metrics
-from .responses.audit_requests import Audits
+from .responses.audit_requests import AuditRequests
 from .responses.store_changes import Listener
 from .served import Served
 from .start_error import StartError, needed
@@ -131,7 +131,7 @@ class _Node:
             arena = Arena.create(config.data_dir, size)
         parts.callback(arena.close)
         self._cache = RowCache(arena)
-        self._joined = Network(config, self._identity, self._metrics)
+        self._joined = NodeNetwork(config, self._identity, self._metrics)
         self._shared = self._open_shared(parts) if config.response_cache else None
         finder = self._shared or self._joined  # Redis asks the network about what it doesn't have
         self._responses = self._open_responses(parts, finder.heard) if config.response_cache else None
@@ -140,7 +140,7 @@ class _Node:
         submit: Callable[[Event], None] = driver.submit if driver else lambda event: None
         served = Served(self._network, self._joined.served)
         parts.callback(served.close)
-        audits = Audits(self._network, self._identity.public_key, self._responses, self._joined.audited, self._metrics)
+        audits = AuditRequests(self._network, self._identity.public_key, self._responses, self._joined.audited, self._metrics)
         self._server = LocalServer(
             config,
             self._identity,

@@ -81,11 +81,11 @@ from ..core.response.cache_proof import request_hash
 from ..core.response.sealed_hit import LIES, Opened
 from .metrics import Metrics
 from .peer_failed import PeerFailed
-from .responses.answer_places import Asker
+from .responses.answer_places import AskingPeer
 from .responses.fetched_response import Stored, found_response, keep, open_fetched
 from .responses.response_lookups import FoundResponse
 from .responses.response_server import ResponseServer
-from .responses.store_changes import Told
+from .responses.store_changes import ServableEntry
 
 if TYPE_CHECKING:  # optional, or slow to import: join.py builds them
     from .libp2p.libp2p_host import Libp2pHost
@@ -112,7 +112,7 @@ class Clients(Protocol):
 
 
 @dataclass(slots=True)
-class _Lookup:
+class _NetworkLookup:
     key: RequestKey
     model_digest: bytes
     began_s: float
@@ -156,7 +156,7 @@ class NetworkDriver:
         self._tokens = 0
         self._replies: dict[int, asyncio.Future[PeerAnswer]] = {}
         self._askers: dict[int, PeerId] = {}
-        self._lookups: dict[int, _Lookup] = {}
+        self._lookups: dict[int, _NetworkLookup] = {}
         self._opened: dict[tuple[int, PeerId], Opened] = {}
         self._tasks: dict[int, set[asyncio.Task[None]]] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -208,7 +208,7 @@ class NetworkDriver:
 
     def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
         """Look for a response at other nodes (local_server.ResponseFinder)."""
-        self._lookups[lookup] = _Lookup(request_key, model_digest, self._loop.time())
+        self._lookups[lookup] = _NetworkLookup(request_key, model_digest, self._loop.time())
         name = request_hash(self._network, request_key)
         if self._redis is None:
             self.submit(ResponseWanted(lookup, name, deadline_ms))
@@ -228,7 +228,7 @@ class NetworkDriver:
             del self._lookups[number]  # the core ends its own by the deadline
             self.clients.answer_response(number, None, "not_found")
 
-    def heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+    def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
         """What the store can serve now, and what no more."""
         if self._redis is not None:
             self._redis.note_gone(gone)
@@ -383,7 +383,7 @@ class NetworkDriver:
         answer: Hit | Miss = Miss("unknown")
         peer = self._askers.get(effect.token)
         if self._responses is not None and peer is not None:
-            asker = Asker(peer, self._trust.is_chosen(public_key_of(peer)), self._trust.has_standing(peer))
+            asker = AskingPeer(peer, self._trust.is_chosen(public_key_of(peer)), self._trust.has_standing(peer))
             answer = await self._responses.answer(effect.request_hash, effect.popularity, asker)
         if isinstance(answer, Hit):
             self._metrics.bytes_total.labels("served").inc(len(answer.sealed))
@@ -421,7 +421,7 @@ class NetworkDriver:
             size, expires_at_ms = len(opened.body), opened.expires_at_ms
             self.submit(ResponseFetched(effect.lookup, effect.peer, size, expires_at_ms, answer.popularity))
 
-    async def _open(self, number: int, lookup: _Lookup, hit: Hit) -> Opened:
+    async def _open(self, number: int, lookup: _NetworkLookup, hit: Hit) -> Opened:
         """What a hit holds. Of a signer that isn't trusted it goes to be audited, now and then."""
         asked_for = hit, lookup.key, self._network, lookup.model_digest, self._trust, self._now_ms()
         try:
@@ -463,7 +463,7 @@ class NetworkDriver:
         answer = found_response(opened, effect.source, self._trust, self._now_ms()) if opened is not None else None
         self.clients.answer_response(effect.lookup, answer, effect.reason)
 
-    def _note(self, lookup: _Lookup, effect: AnswerResponse) -> None:
+    def _note(self, lookup: _NetworkLookup, effect: AnswerResponse) -> None:
         took_s = self._loop.time() - lookup.began_s
         result = "hit" if effect.peer else "miss"
         self._metrics.lookups_total.labels("l1", result, effect.reason).inc()

@@ -18,7 +18,7 @@ from .host import CLOCK_SKEW_MS, DEADLINE_MS, Request, SimHost
 from .liars import Kind, Liar
 from .sim_dht import Dht
 from .sim_gossip import Gossip
-from .sim_network import HANDSHAKE_CPU_MS, HANDSHAKE_TRIPS, Network
+from .sim_network import HANDSHAKE_CPU_MS, HANDSHAKE_TRIPS, SimNetwork
 from .sim_responses import request_key
 from .trace import Trace
 
@@ -46,7 +46,7 @@ class Fleet:
         self.network_id = NETWORK
         self.agenda = Agenda()
         self.trace = Trace()
-        self.network = Network(self.agenda, random.Random(f"{seed}/network"), size + holders, LOSS)
+        self.network = SimNetwork(self.agenda, random.Random(f"{seed}/network"), size + holders, LOSS)
         self.gossip = Gossip(self.network, random.Random(f"{seed}/gossip"), self._passes_on, self._gossip_arrives)
         self.dht = Dht(self.network, random.Random(f"{seed}/dht"), self._now_ms, size)
         self.checker = Checker(self)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from hashlib import sha256
 
-from .sim_network import Network
+from .sim_network import SimNetwork
 
 RECORD_TTL_MS = 15 * 60 * 1000
 REPLICAS = 8
@@ -22,7 +22,7 @@ PROVIDERS_FOUND_MAX = 20
 class Dht:
     """One for the whole simulation; `found` callbacks run at the host that searches."""
 
-    def __init__(self, network: Network, rng: random.Random, now_ms: Callable[[], int], hosts: int) -> None:
+    def __init__(self, network: SimNetwork, rng: random.Random, now_ms: Callable[[], int], hosts: int) -> None:
         self._network = network
         self._rng = rng
         self._now_ms = now_ms

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from .sim_network import Network
+from .sim_network import SimNetwork
 
 HOP_MS = 2.0  # of py-libp2p's own work
 LOST_IN = 200
@@ -24,7 +24,7 @@ PassesOn = Callable[[int, int, str, int, bytes], bool]  # (host, relay, topic, a
 class Gossip:
     """`receive` is called at each receiver, of those that `passes_on` says yes for."""
 
-    def __init__(self, network: Network, rng: random.Random, passes_on: PassesOn, receive: Receive) -> None:
+    def __init__(self, network: SimNetwork, rng: random.Random, passes_on: PassesOn, receive: Receive) -> None:
         self._network = network
         self._rng = rng
         self._passes_on = passes_on

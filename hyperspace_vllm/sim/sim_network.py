@@ -36,7 +36,7 @@ HANDSHAKE_TRIPS = 4  # TCP, Noise (1.5), Yamux and identify
 HANDSHAKE_CPU_MS = 40  # of py-libp2p, both sides together
 
 
-class Host(Protocol):
+class NetworkHost(Protocol):
     """What the network tells a host; hosts are numbered from 0."""
 
     def opened(self, peer: int) -> None:
@@ -47,7 +47,7 @@ class Host(Protocol):
 
 
 @dataclass(slots=True)
-class _Link:
+class _SimConnection:
     """A connection between the incarnations of two hosts; per direction (by sender) what holds it up."""
 
     dialler: int
@@ -67,17 +67,17 @@ class _State:
     uplink_free_ms: float = 0.0
 
 
-class Network:
+class SimNetwork:
     """`loss` is the probability that a segment is lost once."""
 
     def __init__(self, agenda: Agenda, rng: random.Random, hosts: int, loss: float) -> None:
         self._agenda = agenda
         self._rng = rng
         self._loss = loss
-        self._hosts: list[Host] = []
+        self._hosts: list[NetworkHost] = []
         self._states = [_State() for _ in range(hosts)]
         self._side = [0] * hosts
-        self._links: dict[tuple[int, int], _Link] = {}
+        self._links: dict[tuple[int, int], _SimConnection] = {}
         self.split_changed_ms = 0
         self.topology = 0  # changes whenever gossip may take other ways
         self.disturbed_ms: dict[tuple[int, int], float] = {}  # pair -> until when a lost segment held it up
@@ -89,7 +89,7 @@ class Network:
     def __len__(self) -> int:
         return len(self._states)
 
-    def add(self, host: Host) -> None:
+    def add(self, host: NetworkHost) -> None:
         """The next host, by number."""
         self._hosts.append(host)
 
@@ -248,7 +248,7 @@ class Network:
             return
         if link is not None:
             self._drop(pair, ends=())
-        self._links[pair] = _Link(host, lives, {host: 0.0, target: 0.0})
+        self._links[pair] = _SimConnection(host, lives, {host: 0.0, target: 0.0})
         self.topology += 1
         self._hosts[host].opened(target)
         self.on(target, 0, partial(self._opened_there, target, host))
@@ -289,7 +289,7 @@ class Network:
         self._send(link, host, peer, size, act, 0.0)
         return True
 
-    def _send(self, link: _Link, host: int, peer: int, size: int, act: Callable[[], None], extra_ms: float) -> None:
+    def _send(self, link: _SimConnection, host: int, peer: int, size: int, act: Callable[[], None], extra_ms: float) -> None:
         if not self.reaches(host, peer) or not self.up(peer):
             self._stick(link, host, peer, size, act)
             return
@@ -309,7 +309,7 @@ class Network:
             arrives_ms = max(arrives_ms, link.clear_at_ms[host])
         self._agenda.after(arrives_ms - now_ms, partial(self._arrive, link, host, peer, size, act))
 
-    def _arrive(self, link: _Link, host: int, peer: int, size: int, act: Callable[[], None]) -> None:
+    def _arrive(self, link: _SimConnection, host: int, peer: int, size: int, act: Callable[[], None]) -> None:
         if self._links.get(self._pair(host, peer)) is not link:
             return
         if not self.reaches(host, peer) or not self.up(peer):
@@ -317,17 +317,17 @@ class Network:
             return
         self._on(peer, link.lives[peer], act)
 
-    def _stick(self, link: _Link, host: int, peer: int, size: int, act: Callable[[], None]) -> None:
+    def _stick(self, link: _SimConnection, host: int, peer: int, size: int, act: Callable[[], None]) -> None:
         link.stuck.append((host, size, act))
         if host not in link.stuck_since_ms:
             since_ms = link.stuck_since_ms[host] = self._agenda.now_ms
             self._agenda.after(BREAK_MS, partial(self._break_if_stuck, link, host, peer, since_ms))
 
-    def _break_if_stuck(self, link: _Link, host: int, peer: int, since_ms: int) -> None:
+    def _break_if_stuck(self, link: _SimConnection, host: int, peer: int, since_ms: int) -> None:
         if link.stuck_since_ms.get(host) == since_ms:
             self._break(link, host, peer)
 
-    def _break(self, link: _Link, host: int, peer: int) -> None:
+    def _break(self, link: _SimConnection, host: int, peer: int) -> None:
         pair = self._pair(host, peer)
         if self._links.get(pair) is link:
             self._drop(pair, ends=(host, peer))

@@ -68,7 +68,7 @@ class StoredObject:
 
 
 @dataclass(slots=True)
-class Answer:
+class TimedAnswer:
     """One AnswerPrefix and when it was given."""
 
     at_ms: int
@@ -97,7 +97,7 @@ class Host:
     served: dict[RowId, tuple[ManifestDigest, int]] = field(default_factory=dict)
     columns: dict[RowId, int] = field(default_factory=dict)  # of rows that were fetched; of own ones all
     staged: dict[int, int] = field(default_factory=dict)  # slab -> how often it was disposed of
-    answers: dict[int, list[Answer]] = field(default_factory=dict)
+    answers: dict[int, list[TimedAnswer]] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
     charged: list[tuple[PeerId, str]] = field(default_factory=list)
     arrived: dict[tuple[int, RowKey, ManifestDigest], int] = field(default_factory=dict)
@@ -206,7 +206,7 @@ class World:
             case FetchRow():
                 self._fetch_row(host, self.hosts[effect.peer], effect)
             case AnswerPrefix():
-                host.answers[effect.lookup].append(Answer(self.now_ms, effect))
+                host.answers[effect.lookup].append(TimedAnswer(self.now_ms, effect))
                 for _, _, _, key in effect.rows:
                     assert (effect.lookup, key) in host.ready, "answered a row that isn't ready"
             case EndLookup():

@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from ..core.prefix.segment import fingerprint_digest
 from ..regular_files import open_regular
 from .kv_layout import KVPlan, describe_group
-from .loaded_files import Identity
+from .loaded_files import LoadedIdentity
 from .neutral import DEFAULTS, NEUTRAL_OPTIONS, NEUTRAL_VARIABLES
 from .older_vllm import make_arg_parser
 
@@ -43,7 +43,7 @@ _PATHS = frozenset(
 )
 
 
-def kv_fingerprint(config: VllmConfig, kv_cache: KVCacheConfig, plan: KVPlan, files: Identity) -> bytes:
+def kv_fingerprint(config: VllmConfig, kv_cache: KVCacheConfig, plan: KVPlan, files: LoadedIdentity) -> bytes:
     """Digest (32 bytes) of everything that KV bytes depend on."""
     cache, attention = config.cache_config, config.attention_config
     fields = {
@@ -67,7 +67,7 @@ def kv_fingerprint(config: VllmConfig, kv_cache: KVCacheConfig, plan: KVPlan, fi
     return fingerprint_digest(fields)
 
 
-def model_digest(config: VllmConfig, args: Namespace, files: Identity) -> bytes:
+def model_digest(config: VllmConfig, args: Namespace, files: LoadedIdentity) -> bytes:
     """Digest (32 bytes) of everything that a response depends on besides the request; the same in all releases."""
     model = config.model_config
     fields = {

@@ -23,7 +23,7 @@ from vllm.config import LoadConfig, ModelConfig, VllmConfig
 
 from ..core.records.errors import Refused
 from ..file_digests import FileDigests, FileState, in_progress
-from .model_files import Source, model_source, source_of, states_of
+from .model_files import FileSource, model_source, source_of, states_of
 
 logger = logging.getLogger("vllm.hyperspace")
 
@@ -34,7 +34,7 @@ _PROGRESS_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class LoadedIdentity:
     """The files of one engine, each as `<name> <SHA-256>`; names don't depend on where the model lies."""
 
     weights: tuple[str, ...]
@@ -48,7 +48,7 @@ class _Files:
     """One role's files and where they lie."""
 
     role: str
-    source: Source
+    source: FileSource
     paths: tuple[str, ...]
 
 
@@ -65,7 +65,7 @@ def before_load(config: VllmConfig) -> None:
 class LoadedFiles:
     """Makes a digest from the identity of what was loaded. `what` names in the log what waits for it."""
 
-    def __init__(self, config: VllmConfig, data_dir: Path, what: str, derive: Callable[[Identity], bytes]) -> None:
+    def __init__(self, config: VllmConfig, data_dir: Path, what: str, derive: Callable[[LoadedIdentity], bytes]) -> None:
         self._config, self._digests, self._data_dir = config, FileDigests(data_dir), data_dir
         self._what, self._derive = what, derive
         self._states: tuple[FileState, ...] | None = None
@@ -115,7 +115,7 @@ class LoadedFiles:
         if self._digest is not None:
             logger.info("hyperspace: %s is on, after %.0f s", self._what, time.monotonic() - began_s)
 
-    def _identify(self) -> Identity:
+    def _identify(self) -> LoadedIdentity:
         files = [role() for role in _roles(self._config)]
         self._states = _states(files)
         noted = _notes().get(_note_name(self._config))
@@ -127,7 +127,7 @@ class LoadedFiles:
         digests = self._digests.digest(title, self._states)
         lines = {one.role: tuple(f"{one.source.name(p)} {digests[p]}" for p in one.paths) for one in files}
         weights = lines.get("weights", ("dummy", str(self._config.model_config.seed)))
-        return Identity(weights, lines.get("draft", ()), lines.get("texts", ()), lines.get("code", ()))
+        return LoadedIdentity(weights, lines.get("draft", ()), lines.get("texts", ()), lines.get("code", ()))
 
 
 def _notes() -> dict[str, str]:
@@ -148,7 +148,7 @@ def _roles(config: VllmConfig) -> Iterator[Callable[[], _Files]]:
         yield lambda: _texts(source_of(str(model.tokenizer), model.tokenizer_revision))
 
 
-def _weights(role: str, source: Source, load_format: str) -> _Files:
+def _weights(role: str, source: FileSource, load_format: str) -> _Files:
     return _Files(role, source, source.weights(load_format))
 
 
@@ -159,7 +159,7 @@ def _code(model: ModelConfig, load: LoadConfig) -> _Files:
     return _Files("code", source, tuple(path for path in source.texts() if path.endswith(".py")))
 
 
-def _texts(source: Source) -> _Files:
+def _texts(source: FileSource) -> _Files:
     return _Files("texts", source, source.texts())
 
 

@@ -50,7 +50,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class FileSource:
     """One directory (or GGUF file) that a model, a tokenizer or an adapter is loaded from.
 
     `fixed`: it is the hub's cache, where files are added and never changed; its files may come while vLLM loads.
@@ -105,7 +105,7 @@ class Source:
                 yield folder
 
 
-def model_source(model: ModelConfig, load: LoadConfig) -> Source:
+def model_source(model: ModelConfig, load: LoadConfig) -> FileSource:
     """Where a model's weights lie; `Refused` says why that can't be known, or that they aren't there (yet)."""
     load_format = str(load.load_format)
     if load_format not in _LOAD_FORMATS:
@@ -115,17 +115,17 @@ def model_source(model: ModelConfig, load: LoadConfig) -> Source:
     return source_of(str(model.model), model.revision, load.download_dir)
 
 
-def source_of(name: str, revision: str | None, cache: str | None = None) -> Source:
+def source_of(name: str, revision: str | None, cache: str | None = None) -> FileSource:
     """What `name` stands for: a local path, or a snapshot in the hub's cache; `Refused` if it is neither."""
     path = Path(name).expanduser()
     if path.exists():
-        return Source(path, _is_snapshot(path))
+        return FileSource(path, _is_snapshot(path))
     if envs.VLLM_USE_MODELSCOPE:
         raise Refused("weights", f"{name} comes from ModelScope: name the directory that it was downloaded to instead")
     snapshot = _snapshot(name, revision, Path(cache or constants.HF_HUB_CACHE))
     if snapshot is None:
         raise Refused("weights", f"{name} is neither a local path nor in the hub's cache")
-    return Source(snapshot, fixed=True)
+    return FileSource(snapshot, fixed=True)
 
 
 def _snapshot(repo: str, revision: str | None, cache: Path) -> Path | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ..api.options import ResponseCacheOptions
     from ..config import Config
-    from .loaded_files import Identity
+    from .loaded_files import LoadedIdentity
     from .weights_epoch import WeightsWatch
 
 logger = logging.getLogger("vllm.hyperspace")
@@ -165,7 +165,7 @@ class _Server:
 
         args: Namespace = app.state.args
 
-        def digest_of(files: "Identity") -> bytes:
+        def digest_of(files: "LoadedIdentity") -> bytes:
             return model_digest(engine, args, files)
 
         formats = printed_dates(engine.model_config, args)

@@ -59,7 +59,7 @@ _HIT_SOURCES = {"memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "net
 
 
 @dataclass(slots=True)
-class _Lookup:
+class _PrefixLookup:
     number: int
     epoch: int
     start_token: int
@@ -79,7 +79,7 @@ class _Tracked:
     keys: list[SegmentKey] = field(default_factory=list)
     waiting_since_s: float | None = None
     promised_from: int = 0  # token from which the last promise counts
-    lookup: _Lookup | None = None
+    lookup: _PrefixLookup | None = None
     loading: bool = False
     settled: bool = False
     load_failed: bool = False
@@ -249,13 +249,13 @@ class SchedulerSide:
             self._settle(tracked, "node_busy")
             return 0
         deadline_s = now_s + (deadline_ms + ANSWER_GRACE_MS) / 1000
-        tracked.lookup = _Lookup(number, self._epoch, start_token, now_s, deadline_s)
+        tracked.lookup = _PrefixLookup(number, self._epoch, start_token, now_s, deadline_s)
         tracked.node_knows = True
         self._lookups[number] = tracked
         self.stats.count("hyperspace_l2_tokens_total", "asked", by=count * segment - start_token)
         return None
 
-    def _lost(self, lookup: _Lookup) -> str | None:
+    def _lost(self, lookup: _PrefixLookup) -> str | None:
         """Why this lookup's answer can't be used or waited for any longer."""
         if not self._client.connected or self._client.epoch != lookup.epoch:
             return "node_gone"

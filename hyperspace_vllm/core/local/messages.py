@@ -235,7 +235,7 @@ class ClaimRequest(_Message, tag="claim_request", frozen=True):
     """An API server is about to compute a request: unless another is at it already, the lease is its own.
 
     `waits`: it would rather wait for that other one's answer. Then RequestClaimed answers at once; if it isn't granted,
-    RequestOver follows. `claim` is unique among the session's unfinished ones and its lookups.
+    ClaimEnded follows. `claim` is unique among the session's unfinished ones and its lookups.
     """
 
     claim: U32
@@ -398,7 +398,7 @@ class RequestClaimed(_Message, tag="request_claimed", frozen=True):
     granted: bool
 
 
-class RequestOver(_Message, tag="request_over", frozen=True):
+class ClaimEnded(_Message, tag="request_over", frozen=True):
     """The holder has ended: its answer is in the database in a moment, or never."""
 
     claim: U32
@@ -486,7 +486,7 @@ NodeMessage = (
     | StagingGranted
     | PrefixAnswer
     | RequestClaimed
-    | RequestOver
+    | ClaimEnded
     | SimilarFound
     | SimilarNotFound
     | ResponseHint

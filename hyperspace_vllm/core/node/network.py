@@ -12,7 +12,7 @@ from typing import assert_never
 from nacl.signing import SigningKey
 
 from ..peers.avoidance import Avoidance
-from ..peers.delivered import worth_telling
+from ..peers.delivered import should_renew_record
 from ..peers.dials import Dials
 from ..peers.membership import GREET_MS, Membership
 from ..peers.trust import Trust
@@ -41,7 +41,7 @@ from ..response.announcer import Inbox, Outbox
 from ..response.dht_use import ProvideQueue, SearchBudget
 from ..response.evidence import check_evidence, verdict
 from ..response.hints import Hints
-from ..response.lookup import Candidate, ResponseLookup
+from ..response.lookup import ProviderCandidate, ResponseLookup
 from ..response.popularity import Popularity, replicas_wanted
 from .network_effects import (
     AnswerResponse,
@@ -249,7 +249,7 @@ class NetworkNode:
                 return self._rows_stored(event)
             case ServedChanged():
                 self._served = event
-                if worth_telling(self.members.own, event):
+                if should_renew_record(self.members.own, event):
                     self.members.renew_soon()
                 return []
             case OwnDeltaWritten():
@@ -489,7 +489,7 @@ class NetworkNode:
             since_ms = max(since_ms, known.connected_at_ms)
         return now_ms - since_ms >= FAIR_MS
 
-    def _candidates(self, told: tuple[PeerId, ...], now_ms: int) -> list[Candidate]:
+    def _candidates(self, told: tuple[PeerId, ...], now_ms: int) -> list[ProviderCandidate]:
         """Providers that can be asked now, the best first: worth waiting for, good, connected, lately heard of, near.
 
         The second is whoever said so first: those who claim what others have are heard after them, and with a fifth of
@@ -509,7 +509,7 @@ class NetworkNode:
             quiet = min((now_ms - known.alive_at_ms) // QUIET_MS, QUIET_MAX)
             waited_for = self._trust.may_be_waited_for(peer, now_ms)
             standing = not waited_for, known.silent, -score, not known.connected, quiet
-            candidate = Candidate(known.peer, known.address, known.rtt_ms, known.connected, waited_for)
+            candidate = ProviderCandidate(known.peer, known.address, known.rtt_ms, known.connected, waited_for)
             found.append(((*standing, known.rtt_ms, self._rng.random()), candidate))
         best = [candidate for _, candidate in sorted(found, key=lambda each: each[0])]
         spoken = [candidate for (_, silent, *_), candidate in found if not silent]

@@ -8,7 +8,7 @@ LOAD_STEP_PERMILLE = 100
 DIGEST_STEP = 0.1  # share of the bits
 
 
-def worth_telling(told: PeerRecord, served: ServedChanged) -> bool:
+def should_renew_record(told: PeerRecord, served: ServedChanged) -> bool:
     """Whether others should hear of it before the record is renewed anyway, within a minute.
 
     A record of up to 8 KiB goes to every neighbour, and through them to everybody: a few more segments, or another

@@ -37,7 +37,7 @@ from .cost_model import (
     worth_fetching,
 )
 from .plan import PrefixRows, Row
-from .room import AGAIN_MS, Room
+from .room import AGAIN_MS, ArenaRoom
 from .transfers import Transfers
 
 FetchMode = Literal["auto", "always", "never"]
@@ -80,7 +80,7 @@ class PrefixLookup:
         self._mode = mode
         self._peers = peers if wanted.may_ask_peers and mode != "never" else ()
         self._rows = PrefixRows(network, wanted.layout, wanted.segment_keys, wanted.start_token)
-        self._room = Room()
+        self._room = ArenaRoom()
         self._phase: Literal["local", "searching", "getting", "waiting"] = "local"
         self._started_ms = now_ms
         margin_ms = min(ANSWER_MARGIN_MS, wanted.deadline_ms // 10)

@@ -26,7 +26,7 @@ class OfferedManifest:
 
 
 @dataclass(slots=True)
-class Source:
+class RowSource:
     """Row number `row` of a manifest. `wanted` once it was chosen; `dead` when its manifest contradicts it."""
 
     manifest: ManifestDigest
@@ -58,7 +58,7 @@ class Offers:
     def __init__(self) -> None:
         self.manifests: dict[ManifestDigest, OfferedManifest] = {}
         self.banned: set[PeerId] = set()
-        self._sources: dict[RowId, list[Source]] = {}
+        self._sources: dict[RowId, list[RowSource]] = {}
 
     def add(self, event: ProviderAnswered, rows: dict[RowId, Row]) -> None:
         """Note what a peer offers of `rows`, one offer a row; offers of anything else are ignored."""
@@ -72,7 +72,7 @@ class Offers:
             same = (s for s in sources if (s.manifest, s.row) == (offer.manifest, offer.row))
             source = next(same, None)
             if source is None:
-                source = Source(offer.manifest, offer.row)
+                source = RowSource(offer.manifest, offer.row)
                 sources.append(source)
             source.holders[event.peer] = offer.columns
 
@@ -81,23 +81,23 @@ class Offers:
         self.manifests.clear()
         self._sources.clear()
 
-    def of(self, row: Row) -> list[Source]:
+    def of(self, row: Row) -> list[RowSource]:
         """The sources of a row."""
         return self._sources.get(row.id, [])
 
-    def wanted(self, row: Row) -> list[Source]:
+    def wanted(self, row: Row) -> list[RowSource]:
         """The sources of a row that were chosen."""
         return [source for source in self.of(row) if source.wanted]
 
-    def by_peer(self, row: Row, peer: PeerId) -> Source | None:
+    def by_peer(self, row: Row, peer: PeerId) -> RowSource | None:
         """The source that a peer offers of a row."""
         return next((source for source in self.of(row) if peer in source.holders), None)
 
-    def holders(self, source: Source) -> list[tuple[PeerId, int]]:
+    def holders(self, source: RowSource) -> list[tuple[PeerId, int]]:
         """Who may be asked for which columns."""
         return [(peer, held) for peer, held in source.holders.items() if held and peer not in self.banned]
 
-    def alive(self, source: Source) -> bool:
+    def alive(self, source: RowSource) -> bool:
         """Whether 32 columns are here, under way or to be asked for."""
         if source.dead or self.manifests[source.manifest].dead:
             return False

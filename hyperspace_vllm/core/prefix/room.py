@@ -16,7 +16,7 @@ AGAIN_MS = 20  # between two looks for room: a lease on an answer lasts about as
 WAIT_MS = FETCH_STALL_MS  # as long as for a peer that delivers nothing
 
 
-class Room:
+class ArenaRoom:
     """The room of one lookup, as the node last counted it."""
 
     def __init__(self) -> None:

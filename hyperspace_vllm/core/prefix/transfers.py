@@ -21,7 +21,7 @@ from .cost_model import (
     hedge_delay_ms,
     transfer_ms,
 )
-from .offers import OfferedManifest, Offers, Source
+from .offers import OfferedManifest, Offers, RowSource
 from .plan import Row, assign_columns
 
 GUILTY_REASONS = frozenset({"protocol", "bad_digest", "malformed", "forged", "bad_signature", "bad_proof"})
@@ -290,7 +290,7 @@ class Transfers:
         if not any(self._offers.alive(source) for source in self._offers.wanted(row)):
             self._want_best(row, room, now_ms)  # ends: every turn has used up a source
 
-    def _move(self, source: Source, row: Row, now_ms: int) -> None:
+    def _move(self, source: RowSource, row: Row, now_ms: int) -> None:
         """The row starts under this source; others that were wanted only because it was late are not any more."""
         if not self._moving:
             self.progress_ms = now_ms
@@ -298,7 +298,7 @@ class Transfers:
         for other in self._offers.wanted(row):
             other.wanted = other is source
 
-    def _top_up(self, source: Source, row: Row, now_ms: int) -> None:
+    def _top_up(self, source: RowSource, row: Row, now_ms: int) -> None:
         """Have 32 columns verified or under way."""
         exclude = source.under_way()
         count = DATA_CHUNKS - exclude.bit_count()
@@ -307,7 +307,7 @@ class Transfers:
         for peer, columns in assign_columns(count, exclude, self._holders(source, row, now_ms)).items():
             self._fetch(source, row, peer, columns, now_ms)
 
-    def _fetch(self, source: Source, row: Row, peer: PeerId, columns: int, now_ms: int) -> None:
+    def _fetch(self, source: RowSource, row: Row, peer: PeerId, columns: int, now_ms: int) -> None:
         source.asked[peer] = source.asked.get(peer, 0) | columns
         self._asked_at_ms.setdefault(peer, now_ms)
         delivery = self._deliveries.setdefault(peer, _Delivery(first_ms=now_ms, last_ms=now_ms))
@@ -356,7 +356,7 @@ class Transfers:
 
     def _ask_missing(
         self,
-        source: Source,
+        source: RowSource,
         row: Row,
         holders: list[tuple[PeerId, int]],
         now_ms: int,
@@ -401,7 +401,7 @@ class Transfers:
         timeout_ms = min(max(self.timeout_at_ms - now_ms, 1), FETCH_STALL_MS)
         self.emit(FetchManifest(self.lookup, peer, digest, timeout_ms))
 
-    def _matches(self, source: Source, row: Row, contents: ManifestVerified) -> bool:
+    def _matches(self, source: RowSource, row: Row, contents: ManifestVerified) -> bool:
         """Whether the manifest has this very row where the offers said; if not, they lied."""
         if source.verified or source.asked:
             return True
@@ -441,10 +441,10 @@ class Transfers:
             for transfer in list(self._moving.values()):
                 self._want_best(transfer.row, True, now_ms)
 
-    def _best_source(self, row: Row, now_ms: int) -> Source | None:
+    def _best_source(self, row: Row, now_ms: int) -> RowSource | None:
         """The source not yet wanted that would complete the row first; with all data columns if possible."""
 
-        def cost(source: Source) -> tuple[bool, int]:
+        def cost(source: RowSource) -> tuple[bool, int]:
             holders = self._holders(source, row, now_ms)
             columns = 0
             for _, held in holders:
@@ -458,7 +458,7 @@ class Transfers:
         idle = [s for s in self._offers.of(row) if not s.wanted and self._offers.alive(s)]
         return min(idle, key=cost, default=None)
 
-    def _holders(self, source: Source, row: Row, now_ms: int) -> list[tuple[PeerId, int]]:
+    def _holders(self, source: RowSource, row: Row, now_ms: int) -> list[tuple[PeerId, int]]:
         """Who may be asked under the source, soonest first."""
 
         def cost(holder: tuple[PeerId, int]) -> int:

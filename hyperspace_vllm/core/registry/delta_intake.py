@@ -24,7 +24,7 @@ _HASHED_BYTES = 32 * KiB  # take as long as a signature
 
 
 @dataclass(slots=True)
-class Answer:
+class DeltaAnswer:
     """What is left of a neighbour's answer; `asks_again` if it has more and this was of use."""
 
     peer: PeerId
@@ -42,7 +42,7 @@ class DeltaIntake:
     """One node's, of all neighbours; `finished` are those whose answer was used up and has more."""
 
     def __init__(self) -> None:
-        self._answers: OrderedDict[str, Answer] = OrderedDict()  # by host
+        self._answers: OrderedDict[str, DeltaAnswer] = OrderedDict()  # by host
         self._checks = Allowance(REGISTRY_DELTAS_PER_S, REGISTRY_DELTAS_AT_ONCE, 0)
         self._turn_at_ms = 0
         self.finished: list[PeerId] = []
@@ -56,9 +56,9 @@ class DeltaIntake:
                 break
             raws.append(raw)
         if raws and host not in self._answers and len(self._answers) < PEER_CONNECTIONS_MAX:
-            self._answers[host] = Answer(peer, raws, deltas.more)
+            self._answers[host] = DeltaAnswer(peer, raws, deltas.more)
 
-    def turn(self, now_ms: int) -> Iterator[tuple[Answer, bytes]]:
+    def turn(self, now_ms: int) -> Iterator[tuple[DeltaAnswer, bytes]]:
         """The deltas that may be checked now."""
         while self._answers and self._checks.left(now_ms) >= 1:
             host, answer = self._answers.popitem(last=False)

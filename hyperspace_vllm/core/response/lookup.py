@@ -39,7 +39,7 @@ def hedge_delay_ms(rtt_ms: float) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class ProviderCandidate:
     """A provider that may be asked; `address` '' if it can't be dialled."""
 
     peer: PeerId
@@ -56,7 +56,7 @@ class ResponseLookup:
     """
 
     def __init__(
-        self, wanted: ResponseWanted, providers: list[Candidate], may_search: Callable[[int], bool], now_ms: int
+        self, wanted: ResponseWanted, providers: list[ProviderCandidate], may_search: Callable[[int], bool], now_ms: int
     ) -> None:
         self.number = wanted.lookup
         self.request_hash = wanted.request_hash
@@ -71,7 +71,7 @@ class ResponseLookup:
         self._waited_ms: dict[PeerId, int] = {}  # for those that refused, while the lookup was hinted
         self._in_flight: dict[PeerId, int] = {}  # since when
         self._asked: set[PeerId] = set()
-        self._connected: dict[PeerId, Candidate] = {}  # those asked over a connection that was there, once each
+        self._connected: dict[PeerId, ProviderCandidate] = {}  # those asked over a connection that was there, once each
         self._attempts = 0
         self._may_search = may_search
         self._searching = False
@@ -118,7 +118,7 @@ class ResponseLookup:
             self._waiting.append(replace(broken, connected=False))
         return self._go_on(now_ms)
 
-    def on_providers(self, event: ProvidersFound, candidates: list[Candidate], now_ms: int) -> list[NetworkEffect]:
+    def on_providers(self, event: ProvidersFound, candidates: list[ProviderCandidate], now_ms: int) -> list[NetworkEffect]:
         """What the DHT knows, as far as it can be asked."""
         if not self._searching:
             return []
@@ -171,7 +171,7 @@ class ResponseLookup:
         left_ms = self._deadline_ms - now_ms
         return [FetchResponse(self.number, candidate.peer, candidate.address, self.request_hash, left_ms)]
 
-    def _hedge_after(self, candidate: Candidate, now_ms: int) -> int:
+    def _hedge_after(self, candidate: ProviderCandidate, now_ms: int) -> int:
         if len(self._in_flight) == 1:
             return now_ms + hedge_delay_ms(candidate.rtt_ms)
         return max(now_ms + HEDGE_MS_MIN, self._half_time_ms)

@@ -31,7 +31,7 @@ from multiaddr import Multiaddr
 from ...core.records.ids import PeerId
 from ...core.records.limits import KiB
 from ...core.records.standing import Tier
-from .libp2p_room import Hold, Room
+from .libp2p_room import Hold, PeerRoom
 from .libp2p_swarm import ADDRESSES_PER_PEER_MAX, PEER_ENVELOPE_BYTES_MAX, PEER_ID_BYTES_MAX
 
 QUERY_S = 1.5  # a frozen peer costs a lookup this much, once
@@ -318,7 +318,7 @@ class NodeDht(KadDHT):
         self._provider_rate_max = PROVIDER_MESSAGES_PER_10_S
         self._inbound_limiter = trio.CapacityLimiter(math.inf)  # one that lost its place is in it for a moment more
         self._tier = tier
-        self._places = Room(DHT_STREAMS_PER_PEER_MAX, DHT_STREAMS_OF_STRANGERS_MAX, DHT_STREAMS_MAX)
+        self._places = PeerRoom(DHT_STREAMS_PER_PEER_MAX, DHT_STREAMS_OF_STRANGERS_MAX, DHT_STREAMS_MAX)
 
     async def handle_stream(self, stream: INetStream) -> None:
         """Answer one peer's stream, for a bounded time."""

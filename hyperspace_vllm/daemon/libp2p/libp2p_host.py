@@ -104,7 +104,7 @@ class Libp2pHost:
         self._publishing = 0
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._link: _Link | None = None
+        self._link: _ThreadRun | None = None
 
     async def start(self) -> None:
         """Listen; OSError when that is impossible, TimeoutError."""
@@ -267,7 +267,7 @@ class Libp2pHost:
     async def _main(self, started: "asyncio.Future[None]") -> None:
         node = Libp2pNode(self._settings, _Events(self, self._inbox))
         async with node.running() as address, trio.open_nursery() as nursery:
-            link = _Link(node, trio.lowlevel.current_trio_token(), nursery)
+            link = _ThreadRun(node, trio.lowlevel.current_trio_token(), nursery)
             self._settings = replace(self._settings, listen=address)  # the same port after a restart
 
             def ready() -> None:
@@ -316,7 +316,7 @@ def _fail(started: "asyncio.Future[None]", error: BaseException | None) -> None:
         started.set_exception(error if isinstance(error, OSError) else OSError(f"libp2p: {error!r}"))
 
 
-class _Link:
+class _ThreadRun:
     """A way into one run of the thread."""
 
     def __init__(self, node: Libp2pNode, token: trio.lowlevel.TrioToken, nursery: trio.Nursery) -> None:

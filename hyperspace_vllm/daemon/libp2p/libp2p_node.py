@@ -41,7 +41,7 @@ from . import libp2p_swarm as swarm
 from .libp2p_dht import NodeDht
 from .libp2p_gossip import NodeGossip, NodePubsub
 from .libp2p_overrides import patch_library, running
-from .libp2p_streams import Answerer, Asker
+from .libp2p_streams import Answerer, StreamClient
 from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeTransport, NodeUpgrader, address_of, multiaddr_of
 from .libp2p_time import REQUEST_S, PeerTime
 from .libp2p_yamux import PROTOCOL as YAMUX
@@ -164,7 +164,7 @@ class Libp2pNode:
         self._pubsub = NodePubsub(self._host, self._gossip, topics, self._judge, self._on_message)
         self._topics = settings.topics
         self._listen = settings.listen
-        self._asker = Asker(self._host, lambda peer_id: bool(self._swarm.live(peer_id)))
+        self._asker = StreamClient(self._host, lambda peer_id: bool(self._swarm.live(peer_id)))
         self._answerer = Answerer(self._on_request, self._on_violation, self._wait_for_time, self._tier)
         self._dialling: dict[ID, trio.Lock] = {}
         for protocol in settings.protocols:

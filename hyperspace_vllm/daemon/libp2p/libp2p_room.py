@@ -22,7 +22,7 @@ class Hold:
     size: int = 0
 
 
-class Room:
+class PeerRoom:
     """A bound in all, one for each peer, and one for all strangers together."""
 
     def __init__(self, peer_max: int, strangers_max: int, all_max: int) -> None:

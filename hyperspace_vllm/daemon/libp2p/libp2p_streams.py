@@ -22,7 +22,7 @@ from ...core.records.ids import PeerId
 from ...core.records.limits import STREAM_FRAME_BYTES_MAX, KiB, MiB
 from ...core.records.standing import Tier
 from ..peer_failed import PeerFailed
-from .libp2p_room import Hold, Room
+from .libp2p_room import Hold, PeerRoom
 
 REQUESTS_PER_PEER_MAX = 64  # in flight, either way
 REQUESTS_MAX = 512
@@ -99,8 +99,8 @@ class Answerer:
         self._requests = 0
         self._requests_of: dict[ID, int] = {}
         self._tier = tier
-        self._incoming = Room(FRAME_BYTES_IN_PER_PEER_MAX, FRAME_BYTES_IN_OF_STRANGERS_MAX, FRAME_BYTES_IN_MAX)
-        self._outgoing = Room(ANSWER_BYTES_PER_PEER_MAX, ANSWER_BYTES_OF_STRANGERS_MAX, ANSWER_BYTES_MAX)
+        self._incoming = PeerRoom(FRAME_BYTES_IN_PER_PEER_MAX, FRAME_BYTES_IN_OF_STRANGERS_MAX, FRAME_BYTES_IN_MAX)
+        self._outgoing = PeerRoom(ANSWER_BYTES_PER_PEER_MAX, ANSWER_BYTES_OF_STRANGERS_MAX, ANSWER_BYTES_MAX)
 
     async def serve(self, stream: INetStream, protocol: str) -> None:
         """Serve one stream until it ends, breaks a rule or is idle for too long."""
@@ -160,7 +160,7 @@ class Answerer:
 class _Request:
     """A request as far as it has come; until all of it has, and it is taken up, it makes room for others'."""
 
-    def __init__(self, room: Room, peer: PeerId, tier: Tier) -> None:
+    def __init__(self, room: PeerRoom, peer: PeerId, tier: Tier) -> None:
         self._room = room
         self._hold = Hold(peer, tier, self._lose)
         self._payload: bytearray | None = bytearray()
@@ -194,7 +194,7 @@ class _Network(Protocol):
     async def new_stream(self, peer_id: ID, protocol_ids: list[TProtocol]) -> INetStream: ...
 
 
-class Asker:
+class StreamClient:
     """Sends requests on streams that it keeps open for the next one. Deadlines are the caller's (trio.fail_after)."""
 
     def __init__(self, host: _Network, is_connected: Callable[[ID], bool]) -> None:

@@ -7,7 +7,7 @@ its holder, with the storing of its answer or with its session; who waits has a 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...core.local.messages import ClaimRequest, NodeMessage, RequestClaimed, RequestOver
+from ...core.local.messages import ClaimRequest, NodeMessage, RequestClaimed, ClaimEnded
 from ...core.records.limits import LOOKUPS_PER_CLIENT_MAX, REQUEST_LEASES_MAX
 
 
@@ -47,7 +47,7 @@ class RequestLeases:
             del self._leases[request_key]
             for waiter, claim in lease.waiting:
                 self._forget(waiter)
-                self._send(waiter, RequestOver(claim))
+                self._send(waiter, ClaimEnded(claim))
 
     def end(self, route: bytes) -> None:
         """The client has gone, with what it held and waited for."""

@@ -3,7 +3,7 @@
     hyperspace:<network, 16 hex digits>:response:<request hash, 64 hex digits>   a Hit (peer_wire.py), until it expires
 
     find ──▶ Redis has it, and it holds ──▶ the answer, stored here too
-      └────▶ a miss, or Redis is away ────▶ Network.find, with the time that is left
+      └────▶ a miss, or Redis is away ────▶ NodeNetwork.find, with the time that is left
 
 What this node's engines computed and may leave it is written once it is committed, sealed and with its CacheProof, as
 it would be served to a member. Redis is believed no more than a peer: what it brings is judged by the same function.
@@ -23,7 +23,7 @@ from ...core.records.limits import STREAM_FRAME_BYTES_MAX
 from ...core.records.peer_wire import Hit, Miss, decode_answer, encode
 from ...core.response.cache_proof import request_hash
 from ...core.response.sealed_hit import Opened
-from ..join import Network
+from ..join import NodeNetwork
 from ..metrics import Metrics
 from ..network_driver import Clients
 from ..responses.answer_places import OWN_NODE
@@ -31,7 +31,7 @@ from ..responses.fetched_response import Stored, found_response, keep, open_fetc
 from ..responses.response_lookups import FoundResponse
 from ..responses.response_server import ResponseServer
 from ..responses.response_store import wall_clock_ms
-from ..responses.store_changes import Told
+from ..responses.store_changes import ServableEntry
 from .redis_link import AWAY, READ_S, WRITE_S, RedisLink
 
 READS_MAX = 8  # at once, of at most 8 MiB each; further lookups pass Redis by
@@ -54,7 +54,7 @@ class RedisResponses:
         responses: ResponseServer,
         trust: Trust,
         metrics: Metrics,
-        network: Network,
+        network: NodeNetwork,
     ) -> None:
         self._link = RedisLink(url)
         self._id = network_id
@@ -161,7 +161,7 @@ class RedisResponses:
 
     # --- writing --------------------------------------------------------------------------------
 
-    def heard(self, stored: tuple[Told, ...], gone: tuple[bytes, ...]) -> None:
+    def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
         """What this node can serve now, and what no more (response_news.Listener); from any thread.
 
         What was evicted here stays in Redis.

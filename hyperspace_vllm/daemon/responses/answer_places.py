@@ -13,7 +13,7 @@ STRANGERS_ANSWERS_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
+class AskingPeer:
     """Who asks: a peer, or '' for this node itself, which has as many places as there are."""
 
     peer: str
@@ -21,7 +21,7 @@ class Asker:
     has_standing: bool
 
 
-OWN_NODE = Asker("", True, True)
+OWN_NODE = AskingPeer("", True, True)
 
 
 class AnswerPlaces:
@@ -30,9 +30,9 @@ class AnswerPlaces:
     def __init__(self) -> None:
         self._taken: Counter[str] = Counter()
         self._strangers = 0
-        self._waiting: list[tuple[Asker, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[AskingPeer, asyncio.Future[None]]] = []
 
-    async def take(self, asker: Asker) -> None:
+    async def take(self, asker: AskingPeer) -> None:
         """Return when the asker has a place, which `free` gives back."""
         if self._has_room(asker):
             self._count(asker, 1)
@@ -48,7 +48,7 @@ class AnswerPlaces:
         finally:
             self._waiting = [each for each in self._waiting if each[1] is not turn]
 
-    def free(self, asker: Asker) -> None:
+    def free(self, asker: AskingPeer) -> None:
         """Give a place back, to the next peer that waits."""
         self._count(asker, -1)
         for waiting, turn in sorted(self._waiting, key=lambda each: not each[0].has_standing):
@@ -56,14 +56,14 @@ class AnswerPlaces:
                 self._count(waiting, 1)
                 turn.set_result(None)
 
-    def _has_room(self, asker: Asker) -> bool:
+    def _has_room(self, asker: AskingPeer) -> bool:
         if self._taken.total() >= ANSWERS_MAX:
             return False
         if not asker.has_standing and self._strangers >= STRANGERS_ANSWERS_MAX:
             return False
         return not asker.peer or self._taken[asker.peer] < PEER_ANSWERS_MAX
 
-    def _count(self, asker: Asker, change: int) -> None:
+    def _count(self, asker: AskingPeer, change: int) -> None:
         self._taken[asker.peer] += change
         if not self._taken[asker.peer]:
             del self._taken[asker.peer]

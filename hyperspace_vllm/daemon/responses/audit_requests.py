@@ -19,7 +19,7 @@ class Droppable(Protocol):
         """Delete what holds this very proof, or everything of its signer; never blocks."""
 
 
-class Audits:
+class AuditRequests:
     """`audited` hears of other signers, and says whether one is convicted."""
 
     def __init__(

@@ -14,7 +14,7 @@ import numkong
 import numpy as np
 
 from ...core.records.ids import RequestKey
-from ...core.response.similar.semantic import CANDIDATES_MAX, COSINE_MIN, Candidate
+from ...core.response.similar.semantic import CANDIDATES_MAX, COSINE_MIN, SimilarCandidate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,7 +74,7 @@ class QuestionIndex:
         if not where.keys:
             del self._partitions[where.name]
 
-    def nearest(self, partition: bytes, vectors: Codes) -> list[Candidate]:
+    def nearest(self, partition: bytes, vectors: Codes) -> list[SimilarCandidate]:
         """Up to CANDIDATES_MAX questions of the partition with a cosine of COSINE_MIN or more, the nearest first."""
         where = self._partitions.get(partition)
         return [] if where is None else where.nearest(vectors)
@@ -110,12 +110,12 @@ class _Partition:
             self._codes = self._codes[:, : 2 * last + 1].copy()
         return chars
 
-    def nearest(self, vectors: Codes) -> list[Candidate]:
+    def nearest(self, vectors: Codes) -> list[SimilarCandidate]:
         count = len(self.keys)
         cosines = np.maximum(*(_cosines(vectors[each], self._codes[each, :count]) for each in range(2)))
         near = np.flatnonzero(cosines >= COSINE_MIN)
         best = near[np.argsort(-cosines[near], kind="stable")[:CANDIDATES_MAX]]
-        return [Candidate(self._texts[row], float(cosines[row]), self.keys[row]) for row in best.tolist()]
+        return [SimilarCandidate(self._texts[row], float(cosines[row]), self.keys[row]) for row in best.tolist()]
 
 
 def _cosines(vector: Codes, matrix: Codes) -> Floats:

@@ -24,7 +24,7 @@ from ...core.records.signing import NO_MEMBER_TAG
 from ...core.response.cache_proof import check_statement, decode_proof, request_hash
 from ...core.response.sealed_hit import make_hit
 from ...response_db import ResponseReader, Shareable
-from .answer_places import AnswerPlaces, Asker
+from .answer_places import AnswerPlaces, AskingPeer
 from .response_store import wall_clock_ms
 
 ANSWER_S = 0.25
@@ -51,7 +51,7 @@ class ResponseServer:
         self._strangers_threads = ThreadPoolExecutor(_STRANGERS_THREADS, "hyperspace-response-server")
         self._closed = False
 
-    async def answer(self, request_hash: bytes, popularity: int, asker: Asker) -> Hit | Miss:
+    async def answer(self, request_hash: bytes, popularity: int, asker: AskingPeer) -> Hit | Miss:
         """The response with this request hash, if it is here and may go to whoever asks. Raises nothing, takes 250 ms.
 
         Only members get what is shared with the network; the rest get what is public.
@@ -76,7 +76,7 @@ class ResponseServer:
         self._strangers_threads.shutdown(wait=False)
         self._readers.close()
 
-    async def _made(self, wanted: bytes, popularity: int, asker: Asker) -> tuple[Hit, bytes] | None:
+    async def _made(self, wanted: bytes, popularity: int, asker: AskingPeer) -> tuple[Hit, bytes] | None:
         """Made in a thread; the asker's place is free again when that is done, waited for or not."""
         loop = asyncio.get_running_loop()
         threads = self._threads if asker.has_standing else self._strangers_threads

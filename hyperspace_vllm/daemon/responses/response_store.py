@@ -33,7 +33,7 @@ from ...core.response.cache_proof import make_proof, request_hash
 from ...core.response.similar.match_error import KINDS_MAX, WINDOW
 from ...response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, file_at, packed
 from ..disk_complaint import DiskComplaint
-from .store_changes import PROOF_SIGNER, Listener, News, Retelling, Told
+from .store_changes import PROOF_SIGNER, Listener, StoreChanges, StartupScan, ServableEntry
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class ResponseStore:
         self._listener = listener
         self._file: tuple[int, int] | None = None  # that the connection has open, and those beside it
         self._beside: dict[Path, tuple[int, int] | None] = {}
-        self._retelling = self._untold()
+        self._retelling = self._startup_scan()
         self._next_retelling_s = 0.0
         self._changed = threading.Condition()
         self._queue: deque[_Task] = deque()
@@ -302,7 +302,7 @@ class ResponseStore:
         self, database: sqlite3.Connection | None, batch: list[_Task], touched: Counter[bytes]
     ) -> sqlite3.Connection | None:
         """One transaction; what could not be written is counted and forgotten."""
-        news = News()
+        changes = StoreChanges()
         try:
             if database is not None and file_at(self._path) != self._file:
                 self._let_go(database)
@@ -311,7 +311,7 @@ class ResponseStore:
             self._retell(database)
             with database:
                 database.execute("BEGIN IMMEDIATE")
-                counts = self._write(database, batch, touched, news)
+                counts = self._write(database, batch, touched, changes)
                 totals = _totals(database)
             if file_at(self._path) != self._file:
                 raise FileNotFoundError(errno.ENOENT, "deleted or replaced while it was written")
@@ -330,7 +330,7 @@ class ResponseStore:
             self._totals = totals
         self._count(hits=touched.total(), **counts)
         if self._listener is not None:
-            news.tell(self._listener)
+            changes.tell(self._listener)
         return database
 
     def _let_go(self, database: sqlite3.Connection) -> None:
@@ -340,13 +340,13 @@ class ResponseStore:
         for path, mine in self._beside.items():
             if file_at(path) == mine:
                 path.unlink(missing_ok=True)
-        self._retelling, self._swept_ms = self._untold(), 1 << 62
+        self._retelling, self._swept_ms = self._startup_scan(), 1 << 62
         with self._changed:
             self._totals = {"entries": 0, "bytes": 0}
         logger.warning("%s was deleted or replaced: what is there now is used, a fresh one if nothing is", self._path)
 
-    def _untold(self) -> Retelling:
-        return Retelling(self._network, self._identity.signing_key.verify_key.encode())
+    def _startup_scan(self) -> StartupScan:
+        return StartupScan(self._network, self._identity.signing_key.verify_key.encode())
 
     def _retell(self, database: sqlite3.Connection) -> None:
         if self._listener is None or self._retelling.done or time.monotonic() < self._next_retelling_s:
@@ -413,41 +413,41 @@ class ResponseStore:
         database: sqlite3.Connection,
         batch: list[_Task],
         touched: Counter[bytes],
-        news: News,
+        changes: StoreChanges,
     ) -> dict[str, int]:
         now_ms = self._clock()
         fetched = purged = 0
         for message in batch:
             if isinstance(message, _Fetched):
-                fetched += self._insert_fetched(database, message, now_ms, news)
+                fetched += self._insert_fetched(database, message, now_ms, changes)
             elif isinstance(message, _Purge):
-                purged += sum(_delete(database, "request_key = ?", key, news) for key in message.request_keys)
+                purged += sum(_delete(database, "request_key = ?", key, changes) for key in message.request_keys)
             elif isinstance(message, _Asked):
                 _attach(database, message)
             elif isinstance(message, _Checked):
                 _note_check(database, message)
             elif isinstance(message, _Drop):
-                purged += _delete(database, message.where, message.value, news)
+                purged += _delete(database, message.where, message.value, changes)
             else:
-                self._insert_computed(database, message, now_ms, news)
+                self._insert_computed(database, message, now_ms, changes)
         database.executemany(_TOUCH, [(hits, now_ms, key) for key, hits in touched.items()])
-        expired = self._expire(database, now_ms, news)
+        expired = self._expire(database, now_ms, changes)
         stored = sum(isinstance(message, _Computed) for message in batch)
-        evicted = self._evict(database, news)
+        evicted = self._evict(database, changes)
         return {"stored": stored, "fetched": fetched, "expired": expired, "evicted": evicted, "purged": purged}
 
-    def _expire(self, database: sqlite3.Connection, now_ms: int, news: News) -> int:
+    def _expire(self, database: sqlite3.Connection, now_ms: int, changes: StoreChanges) -> int:
         """Once a minute: delete what has expired, and what was computed while the clock was ahead of now."""
         since_ms = now_ms - self._swept_ms
         if 0 <= since_ms < _EXPIRE_EVERY_MS:
             return 0
         self._swept_ms = now_ms
-        expired = _delete(database, "expires_at_ms <= ?", now_ms, news)
+        expired = _delete(database, "expires_at_ms <= ?", now_ms, changes)
         if since_ms < 0:
-            expired += _delete(database, "computed_at_ms > ?", now_ms + CLOCK_SKEW_MS, news)
+            expired += _delete(database, "computed_at_ms > ?", now_ms + CLOCK_SKEW_MS, changes)
         return expired
 
-    def _insert_computed(self, database: sqlite3.Connection, task: _Computed, now_ms: int, news: News) -> None:
+    def _insert_computed(self, database: sqlite3.Connection, task: _Computed, now_ms: int, changes: StoreChanges) -> None:
         message = task.message
         key = RequestKey(message.request_key)
         proof = make_proof(
@@ -460,7 +460,7 @@ class ResponseStore:
             now_ms,
         )
         expires_at_ms = now_ms + min(self._ttl_ms, message.ttl_ms)
-        _delete(database, "request_key = ?", key, news)
+        _delete(database, "request_key = ?", key, changes)
         body = packed(message.body)
         size = _size(task) - len(message.body) + len(body)
         number = _insert(
@@ -469,16 +469,16 @@ class ResponseStore:
         if message.question is not None:
             _insert_question(database, number, message.question, task.embedded)
         if message.scope != "private" and expires_at_ms > now_ms:
-            news.stored(Told(proof.request_hash, expires_at_ms, True))
+            changes.stored(ServableEntry(proof.request_hash, expires_at_ms, True))
 
-    def _insert_fetched(self, database: sqlite3.Connection, message: _Fetched, now_ms: int, news: News) -> bool:
+    def _insert_fetched(self, database: sqlite3.Connection, message: _Fetched, now_ms: int, changes: StoreChanges) -> bool:
         """Whether it was stored: not if it has expired, or what is here is no older."""
         query = "SELECT 1 FROM entries WHERE request_key = ? AND computed_at_ms BETWEEN ? AND ? AND expires_at_ms > ?"
         when = (message.computed_at_ms, now_ms + CLOCK_SKEW_MS, now_ms)
         newer_here = database.execute(query, (message.request_key, *when)).fetchone()
         if newer_here or message.expires_at_ms <= now_ms:
             return False
-        _delete(database, "request_key = ?", message.request_key, news)
+        _delete(database, "request_key = ?", message.request_key, changes)
         body = packed(message.body)
         values = (
             message.request_key,
@@ -492,10 +492,10 @@ class ResponseStore:
         )
         _insert(database, values, body)
         if message.scope != "private":
-            news.stored(Told(message.proof[:32], message.expires_at_ms, False))
+            changes.stored(ServableEntry(message.proof[:32], message.expires_at_ms, False))
         return True
 
-    def _evict(self, database: sqlite3.Connection, news: News) -> int:
+    def _evict(self, database: sqlite3.Connection, changes: StoreChanges) -> int:
         """Delete the entries of the least worth until the rest fit the quota."""
         excess = _totals(database)["bytes"] - self._quota_bytes
         doomed: list[int] = []
@@ -504,7 +504,7 @@ class ResponseStore:
                 break
             doomed.append(entry)
             excess -= size
-        return sum(_delete(database, "id = ?", entry, news) for entry in doomed)
+        return sum(_delete(database, "id = ?", entry, changes) for entry in doomed)
 
     def _count(self, **increments: int) -> None:
         with self._changed:
@@ -544,11 +544,11 @@ def _insert(database: sqlite3.Connection, values: tuple[object, ...], body: byte
     return cursor.lastrowid
 
 
-def _delete(database: sqlite3.Connection, where: str, value: int | bytes, news: News) -> int:
+def _delete(database: sqlite3.Connection, where: str, value: int | bytes, changes: StoreChanges) -> int:
     """Delete the entries that `where`, a condition of this module, selects; how many."""
     shareable = "SELECT CAST(request_hash AS BLOB) FROM entries WHERE scope <> 'private' AND"
     for (hash_,) in database.execute(f"{shareable} {where}", (value,)):
-        news.gone(hash_)
+        changes.gone(hash_)
     return database.execute(f"DELETE FROM entries WHERE {where}", (value,)).rowcount
 
 

@@ -30,7 +30,7 @@ from ...core.records.ids import RequestKey, sha256
 from ...core.records.limits import SIMILAR_LOOKUPS_MAX, STORE_QUEUE_BYTES_MAX
 from ...core.response.similar.canonical import CANONICAL_VERSION, compared_question
 from ...core.response.similar.guards import eligible
-from ...core.response.similar.match_error import NEVER, Wrongness, floor_after, tells
+from ...core.response.similar.match_error import NEVER, MatchErrors, floor_after, tells
 from ...core.response.similar.same_answer import say_the_same
 from ...core.response.similar.semantic import Match, best_match
 from ...response_db import Embedded, ResponseReader
@@ -74,7 +74,7 @@ class SimilarQuestions:
     ) -> None:
         """`store` writes the database at `db_path`."""
         self._reader = ResponseReader(db_path)
-        self._wrongness = Wrongness(random.Random())
+        self._errors = MatchErrors(random.Random())
         self._floors: dict[RequestKey, float] = {}  # of entries that erred
         self._load = load
         self._acronyms = acronyms
@@ -124,17 +124,17 @@ class SimilarQuestions:
     def wrong_ratio(self, end: str) -> float:
         """Of the matches that were checked: the "estimate", or the "low" or "high" end of its interval."""
         with self._changed:
-            return float(getattr(self._wrongness.ratio, end))
+            return float(getattr(self._errors.ratio, end))
 
     def stats(self) -> dict[str, object]:
         """For `hyperspace status`."""
         with self._changed:
-            ratio = self._wrongness.ratio
+            ratio = self._errors.ratio
             return {
                 "state": self._state,
                 "questions": len(self._index or ()),
                 "waiting": len(self._asked),
-                "checked": self._wrongness.checked,
+                "checked": self._errors.checked,
                 "wrong_ratio": round(ratio.estimate, 4),
                 "wrong_ratio_low": round(ratio.low, 4),
                 "wrong_ratio_high": round(ratio.high, 4),
@@ -182,7 +182,7 @@ class SimilarQuestions:
         with self._changed:
             self._embedder, self._index, self._state = embedder, index, "on"
             checks = ((name[:_ID], name[_ID:], wrong) for name, wrong in self._reader.checks())
-            self._wrongness = Wrongness(random.Random(), checks)
+            self._errors = MatchErrors(random.Random(), checks)
         logger.info("semantic hits: %s, %d questions", embedder.name, len(index))
 
     def _end(self) -> None:
@@ -240,7 +240,7 @@ class SimilarQuestions:
             key = match.candidate.key
             if self._is_stored(key):
                 with self._changed:
-                    verdict = self._wrongness.judge(self._kind(mode, question), job.want.max_error)
+                    verdict = self._errors.judge(self._kind(mode, question), job.want.max_error)
                 return SimilarFound(lookup, key, match.candidate.similarity, verdict)
             self._index.remove(key)
             self._floors.pop(key, None)
@@ -309,7 +309,7 @@ class SimilarQuestions:
             asked = sha256(compared_question(question.text, self._acronyms).encode())
             name = kind + asked
             with self._changed:
-                self._wrongness.add(kind, asked, wrong)
+                self._errors.add(kind, asked, wrong)
         floor = floor_after(check.similarity, self._floors.get(key, 0.0)) if wrong else None
         self._store.note_check(key, name, floor)
         if floor is not None:

@@ -13,7 +13,7 @@ from ...core.records.limits import CLOCK_SKEW_MS
 from ...core.response.cache_proof import request_hash
 
 
-class Told(NamedTuple):
+class ServableEntry(NamedTuple):
     """An entry that may leave the node until it expires; `computed` by this node, not fetched."""
 
     request_hash: bytes
@@ -23,7 +23,7 @@ class Told(NamedTuple):
 
 # What can be served now, and the request hashes of what no longer can. Called from the writer's thread, so it hands
 # over, e.g. by loop.call_soon_threadsafe.
-Listener = Callable[[tuple[Told, ...], tuple[bytes, ...]], None]
+Listener = Callable[[tuple[ServableEntry, ...], tuple[bytes, ...]], None]
 
 _TOLD_MAX = 256  # in one call: 5 ms of the event loop's time
 PROOF_SIGNER = slice(104, 136)  # in an encoded CacheProof
@@ -36,14 +36,14 @@ ORDER BY id DESC LIMIT ?3
 """
 
 
-class News:
+class StoreChanges:
     """What one transaction changes; the last word on a request hash counts."""
 
     def __init__(self) -> None:
-        self._stored: dict[bytes, Told] = {}
+        self._stored: dict[bytes, ServableEntry] = {}
         self._gone: dict[bytes, None] = {}
 
-    def stored(self, entry: Told) -> None:
+    def stored(self, entry: ServableEntry) -> None:
         """This entry has come."""
         self._gone.pop(entry.request_hash, None)
         self._stored[entry.request_hash] = entry
@@ -61,7 +61,7 @@ class News:
                 listener(stored[at : at + _TOLD_MAX], gone[at : at + _TOLD_MAX])
 
 
-class Retelling:
+class StartupScan:
     """Walks once through what a database held when its node started, youngest first."""
 
     def __init__(self, network: NetworkId, own_key: bytes) -> None:
@@ -70,14 +70,14 @@ class Retelling:
         self._below = (1 << 63) - 1  # entries of lower ids are still to be told; new ones are above
         self.done = False
 
-    def next(self, database: sqlite3.Connection, count: int, now_ms: int) -> News:
+    def next(self, database: sqlite3.Connection, count: int, now_ms: int) -> StoreChanges:
         """The next entries, out of `count`, that may leave this node."""
         rows = database.execute(_LIVE, (self._below, now_ms, count)).fetchall()
-        news = News()
+        changes = StoreChanges()
         for number, key, proof, expires_at_ms in rows:
             self._below = number
             # An entry of the time before the network's name changed has a proof that is good for nobody there.
             if len(key) == 32 and request_hash(self._network, RequestKey(key)) == proof[:32]:
-                news.stored(Told(proof[:32], expires_at_ms, proof[PROOF_SIGNER] == self._own_key))
+                changes.stored(ServableEntry(proof[:32], expires_at_ms, proof[PROOF_SIGNER] == self._own_key))
         self.done = len(rows) < count
-        return news
+        return changes

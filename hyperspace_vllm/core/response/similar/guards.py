@@ -34,7 +34,7 @@ from .guard_words import (
 )
 from .opposites import have_antonyms, have_other_affixes
 from .persons import are_exchanged
-from .question import Question, Word, are_derived, read_question
+from .question import ParsedQuestion, Word, are_derived, read_question
 from .signs import signs
 from .wording import articles, wording
 
@@ -99,80 +99,80 @@ def refusal(a: str, b: str, mode: Mode) -> str | None:
     return refusal_between(read_question(a), read_question(b), mode)
 
 
-def refusal_between(one: Question, other: Question, mode: Mode) -> str | None:
+def refusal_between(one: ParsedQuestion, other: ParsedQuestion, mode: Mode) -> str | None:
     """As `refusal`, of questions that have been read and whose canonical forms differ."""
     guards = GUARDS + STRICT_GUARDS if mode == "strict" else GUARDS
     return next((name for name, differ in guards if differ(one, other)), None)
 
 
-def _differ_in_numbers(one: Question, other: Question) -> bool:
+def _differ_in_numbers(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     return one.numbers != other.numbers
 
 
-def _differ_in_units(one: Question, other: Question) -> bool:
+def _differ_in_units(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """A currency may be left out, but not exchanged."""
     ours, theirs = one.units - other.units, other.units - one.units
     return bool(ours and theirs) or not (ours | theirs) <= CURRENCIES
 
 
-def _differ_in_signs(one: Question, other: Question) -> bool:
+def _differ_in_signs(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """What "+x" does, and "-x"."""
     return signs(one.plain) != signs(other.plain)
 
 
-def _differ_in_negation(one: Question, other: Question) -> bool:
+def _differ_in_negation(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     return one.is_negated != other.is_negated or have_other_affixes(*_differing_words(one, other))
 
 
-def _differ_by_antonym(one: Question, other: Question) -> bool:
+def _differ_by_antonym(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     return have_antonyms(*_differing_words(one, other))
 
 
-def _differ_in_kind(one: Question, other: Question) -> bool:
+def _differ_in_kind(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """A word exchanged for another of its kind: a month for a month, "daily" for "weekly", "all" for "some"."""
     ours, theirs = ({KINDS[word] for word in words & KINDS.keys()} for words in _differing_words(one, other))
     return any(kind == other_kind and x != y for kind, x in ours for other_kind, y in theirs)
 
 
-def _differ_in_noun(one: Question, other: Question) -> bool:
+def _differ_in_noun(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """What glass is, and what a glass is; what Windows is, and what windows are."""
     return None not in (one.noun, other.noun) and one.noun != other.noun and "mass" in (one.noun, other.noun)
 
 
-def _differ_in_comparison(one: Question, other: Question) -> bool:
+def _differ_in_comparison(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """What is faster is not what is as fast, nor what is fastest."""
     return None not in (one.compares, other.compares) and one.compares != other.compares
 
 
-def _differ_in_qualifier(one: Question, other: Question) -> bool:
+def _differ_in_qualifier(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """A word that only one has makes another thing of a thing: "attempted murder", "only vegetables"."""
     return ("only" in one.keys) != ("only" in other.keys) or _adds_qualifier(one, other) or _adds_qualifier(other, one)
 
 
-def _differ_in_persons(one: Question, other: Question) -> bool:
+def _differ_in_persons(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """What my name is, and what yours is."""
     return are_exchanged(one.plain, other.plain)
 
 
-def _differ_in_language(one: Question, other: Question) -> bool:
+def _differ_in_language(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     return (one.keys & LANGUAGES) != (other.keys & LANGUAGES)
 
 
-def _differ_in_names(one: Question, other: Question) -> bool:
+def _differ_in_names(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """Names must be the same on both sides."""
     return not (all(_is_named(name, other) for name in one.names) and all(_is_named(name, one) for name in other.names))
 
 
-def _differ_in_time(one: Question, other: Question) -> bool:
+def _differ_in_time(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """Who, what and where is another than who, what and where was; how and why mostly remain."""
     return {one.asks, other.asks} <= _OF_THEIR_TIME and _differ_in_tense(one, other)
 
 
-def _differ_in_tense(one: Question, other: Question) -> bool:
+def _differ_in_tense(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     return one.tense is not None and other.tense is not None and one.tense != other.tense
 
 
-def _differ_in_modality(one: Question, other: Question) -> bool:
+def _differ_in_modality(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """What can be done is not what may or must be; how something is done mostly remains."""
     if one.asks == "how" or one.modal is None or other.modal is None:
         return False
@@ -181,13 +181,13 @@ def _differ_in_modality(one: Question, other: Question) -> bool:
     return one.modal != other.modal
 
 
-def _differ_in_type(one: Question, other: Question) -> bool:
+def _differ_in_type(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """How an equation is determined is what the equation is; how cats learn isn't what cats learn."""
     asked = {one.asks, other.asks}
     return len(asked) > 1 and asked not in _ALIKE and not (asked == {"how", "what"} and one.says != other.says)
 
 
-def _differ_in_roles(one: Question, other: Question) -> bool:
+def _differ_in_roles(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """Who does what to whom, and what is turned into what.
 
     Two words that both questions have may not change places, unless what joins them treats them alike ("between A and
@@ -210,28 +210,28 @@ def _differ_in_roles(one: Question, other: Question) -> bool:
     return second - first > 1 or (links == other_links and not (is_amount and not links))
 
 
-def _differ_in_spelling(one: Question, other: Question) -> bool:
+def _differ_in_spelling(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """Embedders take accents off, so words with any must be the same."""
     return one.accented != other.accented
 
 
-def _differ_in_manner(one: Question, other: Question) -> bool:
+def _differ_in_manner(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """An adverb that only one has may turn the answer: "falsely"."""
     return _adds_manner(one, other) or _adds_manner(other, one)
 
 
-def _differ_in_clauses(one: Question, other: Question) -> bool:
+def _differ_in_clauses(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """A part between commas, or a sentence, of which the other question has no word."""
     return _adds_clause(one, other) or _adds_clause(other, one)
 
 
-def _differ_in_prepositions(one: Question, other: Question) -> bool:
+def _differ_in_prepositions(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """Those before a word that both have: "into a server", "out of a server"; only one may have some."""
     mine, yours = _prepositions(one), _prepositions(other)
     return any(mine[concept] != yours[concept] for concept in mine.keys() & yours.keys())
 
 
-def _differ_in_a_word(one: Question, other: Question) -> bool:
+def _differ_in_a_word(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """Questions that are the same but for a word or two ask for two things, unless those are other forms of them."""
     mine, yours = _phrase(one), _phrase(other)
     if len(mine) != len(yours):
@@ -243,20 +243,20 @@ def _differ_in_a_word(one: Question, other: Question) -> bool:
     return any(_are_two(x, y) for x, y in exchanged)
 
 
-def _differ_in_articles(one: Question, other: Question) -> bool:
+def _differ_in_articles(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """One may be missing, but not exchanged."""
     mine, yours = articles(one.plain), articles(other.plain)
     return any(mine[word] != yours[word] for word in mine.keys() & yours.keys())
 
 
-def _differ_in_wording(one: Question, other: Question) -> bool:
+def _differ_in_wording(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     """Any word that only one has, or that stands elsewhere, but for two that change places (see roles)."""
     mine, yours = wording(one.plain), wording(other.plain)
     return sorted(mine) != sorted(yours) or sum(map(ne, mine, yours)) > 2
 
 
 # The first that refuses is named.
-GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
+GUARDS: tuple[tuple[str, Callable[[ParsedQuestion, ParsedQuestion], bool]], ...] = (
     ("numbers", _differ_in_numbers),
     ("units", _differ_in_units),
     ("signs", _differ_in_signs),
@@ -279,7 +279,7 @@ GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
     ("prepositions", _differ_in_prepositions),
     ("word", _differ_in_a_word),
 )
-STRICT_GUARDS: tuple[tuple[str, Callable[[Question, Question], bool]], ...] = (
+STRICT_GUARDS: tuple[tuple[str, Callable[[ParsedQuestion, ParsedQuestion], bool]], ...] = (
     ("time", _differ_in_tense),
     ("articles", _differ_in_articles),
     ("wording", _differ_in_wording),
@@ -299,14 +299,14 @@ def _points_outside(text: str, words: list[str]) -> bool:
     return False
 
 
-def _adds_qualifier(one: Question, other: Question) -> bool:
+def _adds_qualifier(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     kinds = {KINDS[word][1] for word in other.keys if word in KINDS}
     concepts = kinds | {word.concept for word in other.content}
     added = (word for word in one.content if word.key in QUALIFIERS and word.concept not in concepts)
     return any(KINDS.get(word.key, (0, ""))[1] not in kinds for word in added)
 
 
-def _adds_manner(one: Question, other: Question) -> bool:
+def _adds_manner(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     concepts = {word.concept for word in other.content}
     return any(
         word.key.endswith("ly") and word.concept not in concepts and word.key not in NOT_OF_MANNER
@@ -314,21 +314,21 @@ def _adds_manner(one: Question, other: Question) -> bool:
     )
 
 
-def _adds_clause(one: Question, other: Question) -> bool:
+def _adds_clause(one: ParsedQuestion, other: ParsedQuestion) -> bool:
     theirs = other.keys | {word.concept for word in other.content}
     return len(one.clauses) > 1 and any(clause.isdisjoint(theirs) for clause in one.clauses)
 
 
-def _differing_words(one: Question, other: Question) -> tuple[frozenset[str], frozenset[str]]:
+def _differing_words(one: ParsedQuestion, other: ParsedQuestion) -> tuple[frozenset[str], frozenset[str]]:
     return one.keys - other.keys, other.keys - one.keys
 
 
-def _is_named(name: str, question: Question) -> bool:
+def _is_named(name: str, question: ParsedQuestion) -> bool:
     """Whether a name is among a question's words, as a name or not, in its singular or plural."""
     return name in question.keys or name.removesuffix("s") in question.keys or f"{name}s" in question.keys
 
 
-def _shared(one: Question, other: Question) -> list[Word]:
+def _shared(one: ParsedQuestion, other: ParsedQuestion) -> list[Word]:
     """The words of `one`, in its order, that both questions have exactly once."""
     ours, theirs = Counter(word.concept for word in one.content), Counter(word.concept for word in other.content)
     return [word for word in one.content if ours[word.concept] == theirs[word.concept] == 1]
@@ -344,7 +344,7 @@ def _directions_differ(mine: list[Word], yours: list[Word]) -> bool:
     )
 
 
-def _phrase(question: Question) -> list[Word]:
+def _phrase(question: ParsedQuestion) -> list[Word]:
     """The words of a question that say something, and the prepositions between them."""
     return [
         each
@@ -362,7 +362,7 @@ def _are_two(x: Word, y: Word) -> bool:
     return {x.key, y.key} <= PREPOSITIONS or not (are_derived(x.key, y.key) or are_derived(x.concept, y.concept))
 
 
-def _prepositions(question: Question) -> dict[str, set[str]]:
+def _prepositions(question: ParsedQuestion) -> dict[str, set[str]]:
     """Those before each concept that has any, but for what joins it to another of its kind."""
     found, before = defaultdict[str, set[str]](set), set[str]()
     for word in question.content:

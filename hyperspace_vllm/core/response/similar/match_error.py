@@ -71,7 +71,7 @@ class _Kind:
     unchecked: int = 0  # matches served since the last comparison
 
 
-class Wrongness:
+class MatchErrors:
     """The comparisons of one node. `checks`: those of earlier, as of `add`, the oldest first."""
 
     def __init__(self, rng: random.Random, checks: Iterable[tuple[bytes, bytes, bool]] = ()) -> None:

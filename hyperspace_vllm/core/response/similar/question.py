@@ -100,7 +100,7 @@ class Word:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ParsedQuestion:
     """What two questions are compared by. All words are lower case.
 
     `numbers` are sorted, operators between them included; `content` are the words that say something, in order;
@@ -150,7 +150,7 @@ class Token:
         return key.replace(".", "") if self.kind == "word" else key
 
 
-def read_question(text: str) -> Question:
+def read_question(text: str) -> ParsedQuestion:
     """The features of a question, in time linear in its length."""
     plain = plain_question(text)
     tokens = tokens_of(plain)
@@ -161,7 +161,7 @@ def read_question(text: str) -> Question:
     )
     if is_said:
         del content[:1]  # "explain" says no more than "what is", nor "tall" than that it asks how tall
-    return Question(
+    return ParsedQuestion(
         keys=frozenset(token.key for token in tokens if token.kind == "word"),
         numbers=tuple(sorted(number for token in tokens if (number := number_of(token)) is not None)),
         units=frozenset(_units(tokens)),

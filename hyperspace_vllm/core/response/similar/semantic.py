@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ...records.ids import RequestKey
 from .canonical import canonical_question
 from .guards import Mode, refusal_between
-from .question import Question, read_question
+from .question import ParsedQuestion, read_question
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ CANDIDATES_MAX = 8  # of the nearest, looked at by the guards: x 0.5 ms = 4 ms
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class SimilarCandidate:
     """A stored question of the same partition, its similarity to the one asked (-1 to 1), and the key of its answer."""
 
     question: str
@@ -40,7 +40,7 @@ class Candidate:
 class Match:
     """The answer of `candidate` may be served."""
 
-    candidate: Candidate
+    candidate: SimilarCandidate
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,13 @@ def similarity(
     return max(float(raw_a @ raw_b), float(canonical_a @ canonical_b))
 
 
-def similarity_needed(one: Question, other: Question, cosine_min: float = COSINE_MIN) -> float:
+def similarity_needed(one: ParsedQuestion, other: ParsedQuestion, cosine_min: float = COSINE_MIN) -> float:
     """The similarity from which one answer serves both questions, if no guard refuses."""
     return cosine_min + _MORE_IF_ADDED * (one.says < other.says or other.says < one.says)
 
 
 def best_match(
-    question: str, candidates: Iterable[Candidate], mode: Mode, cosine_min: float = COSINE_MIN
+    question: str, candidates: Iterable[SimilarCandidate], mode: Mode, cosine_min: float = COSINE_MIN
 ) -> Match | NoMatch:
     """The nearest candidate that is near enough and that no guard refuses. Both questions must be `eligible`."""
     near = [candidate for candidate in candidates if candidate.similarity >= cosine_min]
