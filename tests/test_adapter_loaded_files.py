@@ -20,7 +20,7 @@ from hyperspace_vllm.core.records.errors import Refused
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.file_digests import FileDigests, FileState
 from hyperspace_vllm.vllm_adapter import loaded_files
-from hyperspace_vllm.vllm_adapter.loaded_files import LoadedIdentity, LoadedFiles, before_load
+from hyperspace_vllm.vllm_adapter.loaded_files import LoadedFiles, LoadedIdentity, before_load
 from hyperspace_vllm.vllm_adapter.model_files import FileSource, model_source, source_of
 from tests.hub import COMMIT, hub
 

@@ -13,7 +13,7 @@ from hyperspace_vllm.core.response.similar.canonical import canonical_question, 
 from hyperspace_vllm.core.response.similar.guard_words import FILLER, FUNCTION, NEGATIONS
 from hyperspace_vllm.core.response.similar.guards import Mode, eligible, refusal, refusal_between
 from hyperspace_vllm.core.response.similar.question import read_question
-from hyperspace_vllm.core.response.similar.semantic import SimilarCandidate, Match, NoMatch, best_match
+from hyperspace_vllm.core.response.similar.semantic import Match, NoMatch, SimilarCandidate, best_match
 from hyperspace_vllm.core.response.similar.semantic_key import question_of
 from hyperspace_vllm.core.response.similar.word_forms import LOOSE_SYNONYMS, SYNONYMS
 from tests.test_canonical import SAME

@@ -11,7 +11,7 @@ import pytest
 from hyperspace_vllm.core.records.ids import RequestKey
 from hyperspace_vllm.core.response.similar.canonical import canonical_question, compared_question
 from hyperspace_vllm.core.response.similar.guards import Mode, eligible
-from hyperspace_vllm.core.response.similar.semantic import SimilarCandidate, Match, best_match, similarity
+from hyperspace_vllm.core.response.similar.semantic import Match, SimilarCandidate, best_match, similarity
 from hyperspace_vllm.daemon.responses.embedding import DEFAULT_DIMENSIONS, Embedder, load_embedder
 
 pytestmark = pytest.mark.io

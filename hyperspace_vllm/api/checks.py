@@ -1,4 +1,4 @@
-"""Semantic matches that are computed as well, so that their answers can be compared (core/response/similar/match_error.py)."""
+"""Semantic matches that are computed as well, to compare the answers (core/response/similar/match_error.py)."""
 
 import asyncio
 import json

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from itertools import count
 
 from ..core.local.messages import (
+    ClaimEnded,
     ClaimRequest,
     FindResponse,
     FindSimilar,
@@ -22,7 +23,6 @@ from ..core.local.messages import (
     ReleaseResponse,
     RequestClaimed,
     RequestDone,
-    ClaimEnded,
     ResponseFound,
     ResponseHint,
     ResponseNotFound,

@@ -140,7 +140,9 @@ class _Node:
         submit: Callable[[Event], None] = driver.submit if driver else lambda event: None
         served = Served(self._network, self._joined.served)
         parts.callback(served.close)
-        audits = AuditRequests(self._network, self._identity.public_key, self._responses, self._joined.audited, self._metrics)
+        audits = AuditRequests(
+            self._network, self._identity.public_key, self._responses, self._joined.audited, self._metrics
+        )
         self._server = LocalServer(
             config,
             self._identity,

@@ -289,7 +289,9 @@ class SimNetwork:
         self._send(link, host, peer, size, act, 0.0)
         return True
 
-    def _send(self, link: _SimConnection, host: int, peer: int, size: int, act: Callable[[], None], extra_ms: float) -> None:
+    def _send(
+        self, link: _SimConnection, host: int, peer: int, size: int, act: Callable[[], None], extra_ms: float
+    ) -> None:
         if not self.reaches(host, peer) or not self.up(peer):
             self._stick(link, host, peer, size, act)
             return

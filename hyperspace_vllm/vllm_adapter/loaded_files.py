@@ -65,7 +65,9 @@ def before_load(config: VllmConfig) -> None:
 class LoadedFiles:
     """Makes a digest from the identity of what was loaded. `what` names in the log what waits for it."""
 
-    def __init__(self, config: VllmConfig, data_dir: Path, what: str, derive: Callable[[LoadedIdentity], bytes]) -> None:
+    def __init__(
+        self, config: VllmConfig, data_dir: Path, what: str, derive: Callable[[LoadedIdentity], bytes]
+    ) -> None:
         self._config, self._digests, self._data_dir = config, FileDigests(data_dir), data_dir
         self._what, self._derive = what, derive
         self._states: tuple[FileState, ...] | None = None

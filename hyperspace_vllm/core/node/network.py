@@ -12,9 +12,9 @@ from typing import assert_never
 from nacl.signing import SigningKey
 
 from ..peers.avoidance import Avoidance
-from ..peers.delivered import should_renew_record
 from ..peers.dials import Dials
 from ..peers.membership import GREET_MS, Membership
+from ..peers.record_renewal import should_renew_record
 from ..peers.trust import Trust
 from ..records.announcement import EvidenceEntry, PrefixEntry, ResponseEntry
 from ..records.errors import Refused

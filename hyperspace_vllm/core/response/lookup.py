@@ -118,7 +118,9 @@ class ResponseLookup:
             self._waiting.append(replace(broken, connected=False))
         return self._go_on(now_ms)
 
-    def on_providers(self, event: ProvidersFound, candidates: list[ProviderCandidate], now_ms: int) -> list[NetworkEffect]:
+    def on_providers(
+        self, event: ProvidersFound, candidates: list[ProviderCandidate], now_ms: int
+    ) -> list[NetworkEffect]:
         """What the DHT knows, as far as it can be asked."""
         if not self._searching:
             return []

@@ -142,7 +142,8 @@ _CHAT = _SAMPLING | {
     "return_assistant_tokens_mask": False,
 }
 
-# https://platform.openai.com/docs/api-reference/responses; the answer repeats metadata and user (api/streams/stored_answer.py).
+# https://platform.openai.com/docs/api-reference/responses
+# The answer repeats metadata and user (api/streams/stored_answer.py).
 _RESPONSES: dict[str, object] = {
     "include": None,
     "input": None,

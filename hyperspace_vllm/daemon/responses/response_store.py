@@ -33,7 +33,7 @@ from ...core.response.cache_proof import make_proof, request_hash
 from ...core.response.similar.match_error import KINDS_MAX, WINDOW
 from ...response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, file_at, packed
 from ..disk_complaint import DiskComplaint
-from .store_changes import PROOF_SIGNER, Listener, StoreChanges, StartupScan, ServableEntry
+from .store_changes import PROOF_SIGNER, Listener, ServableEntry, StartupScan, StoreChanges
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ _TOUCHES_MAX = 65_536
 _HALF_LIFE_MS = 3_600_000  # of popularity, where entries are weighed against each other
 _EXPIRE_EVERY_MS = 60_000
 # What lies there at the start is told at 1,000 entries a second: a registry's 20,000 in 20 s, at some 2 % of the loop.
-_RETELL_ENTRIES = 250
-_RETELL_EVERY_S = 0.25
+_SCAN_ENTRIES = 250
+_SCAN_EVERY_S = 0.25
 
 _SIGNED_BY = f"substr(proof, {PROOF_SIGNER.start + 1}, 32) = ?"
 
@@ -165,8 +165,8 @@ class ResponseStore:
         self._listener = listener
         self._file: tuple[int, int] | None = None  # that the connection has open, and those beside it
         self._beside: dict[Path, tuple[int, int] | None] = {}
-        self._retelling = self._startup_scan()
-        self._next_retelling_s = 0.0
+        self._scan = self._new_scan()
+        self._next_scan_s = 0.0
         self._changed = threading.Condition()
         self._queue: deque[_Task] = deque()
         self._queue_bytes = 0
@@ -296,7 +296,7 @@ class ResponseStore:
                 database.close()
 
     def _pause_s(self) -> float:
-        return _EXPIRE_EVERY_MS / 1000 if self._listener is None or self._retelling.done else _RETELL_EVERY_S
+        return _EXPIRE_EVERY_MS / 1000 if self._listener is None or self._scan.done else _SCAN_EVERY_S
 
     def _commit(
         self, database: sqlite3.Connection | None, batch: list[_Task], touched: Counter[bytes]
@@ -308,7 +308,7 @@ class ResponseStore:
                 self._let_go(database)
                 database = None
             database = database or self._open()
-            self._retell(database)
+            self._scan_on(database)
             with database:
                 database.execute("BEGIN IMMEDIATE")
                 counts = self._write(database, batch, touched, changes)
@@ -340,19 +340,19 @@ class ResponseStore:
         for path, mine in self._beside.items():
             if file_at(path) == mine:
                 path.unlink(missing_ok=True)
-        self._retelling, self._swept_ms = self._startup_scan(), 1 << 62
+        self._scan, self._swept_ms = self._new_scan(), 1 << 62
         with self._changed:
             self._totals = {"entries": 0, "bytes": 0}
         logger.warning("%s was deleted or replaced: what is there now is used, a fresh one if nothing is", self._path)
 
-    def _startup_scan(self) -> StartupScan:
+    def _new_scan(self) -> StartupScan:
         return StartupScan(self._network, self._identity.signing_key.verify_key.encode())
 
-    def _retell(self, database: sqlite3.Connection) -> None:
-        if self._listener is None or self._retelling.done or time.monotonic() < self._next_retelling_s:
+    def _scan_on(self, database: sqlite3.Connection) -> None:
+        if self._listener is None or self._scan.done or time.monotonic() < self._next_scan_s:
             return
-        self._next_retelling_s = time.monotonic() + _RETELL_EVERY_S
-        self._retelling.next(database, _RETELL_ENTRIES, self._clock()).tell(self._listener)
+        self._next_scan_s = time.monotonic() + _SCAN_EVERY_S
+        self._scan.next(database, _SCAN_ENTRIES, self._clock()).tell(self._listener)
 
     def _open(self) -> sqlite3.Connection:
         try:
@@ -447,7 +447,9 @@ class ResponseStore:
             expired += _delete(database, "computed_at_ms > ?", now_ms + CLOCK_SKEW_MS, changes)
         return expired
 
-    def _insert_computed(self, database: sqlite3.Connection, task: _Computed, now_ms: int, changes: StoreChanges) -> None:
+    def _insert_computed(
+        self, database: sqlite3.Connection, task: _Computed, now_ms: int, changes: StoreChanges
+    ) -> None:
         message = task.message
         key = RequestKey(message.request_key)
         proof = make_proof(
@@ -471,7 +473,9 @@ class ResponseStore:
         if message.scope != "private" and expires_at_ms > now_ms:
             changes.stored(ServableEntry(proof.request_hash, expires_at_ms, True))
 
-    def _insert_fetched(self, database: sqlite3.Connection, message: _Fetched, now_ms: int, changes: StoreChanges) -> bool:
+    def _insert_fetched(
+        self, database: sqlite3.Connection, message: _Fetched, now_ms: int, changes: StoreChanges
+    ) -> bool:
         """Whether it was stored: not if it has expired, or what is here is no older."""
         query = "SELECT 1 FROM entries WHERE request_key = ? AND computed_at_ms BETWEEN ? AND ? AND expires_at_ms > ?"
         when = (message.computed_at_ms, now_ms + CLOCK_SKEW_MS, now_ms)
