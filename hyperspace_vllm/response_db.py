@@ -1,6 +1,6 @@
 """The response database: its schema, and the read path that API servers use in place.
 
-One process writes (daemon/responses/response_store.py); any number of others read the same file under SQLite's WAL, so a
+One process writes (daemon/responses/response_store.py); any number of others read the same file under SQLite's WAL: a
 hit needs no message to the node. A reader never reports an error: a missing, locked, damaged or replaced database is a
 miss. Every body is checked against the digest in its CacheProof, for SQLite itself has no checksums.
 

@@ -69,7 +69,8 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `partition` names everything else about the request, its tenant included: only questions of one partition are
     compared. `canonical_key` is that of its normalised form (core/response/similar/semantic_key.py). `source` names
-    the tenant and the weights, for which wrong matches are counted; `is_greedy`: the engine would give the same answer again.
+    the tenant and the weights, for which wrong matches are counted; `is_greedy`: the engine would answer
+    the same again.
     """
 
     partition: Bytes32
