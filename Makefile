@@ -36,7 +36,7 @@ demo: setup ## Two vLLM servers share a prefix: who served what, and how fast (M
 test: SETUP_ARGS = --tests --releases $(OLDEST)
 test: setup ## Run all tests but the slow and the soaking ones (TESTS="not soak and not vllm": no real servers)
 	@$(BIN)/python -m pytest -m "$(TESTS)" $(ARGS)
-	@$(BIN)/python -m tests.releases $(OLDEST) -m "feature and not topology and not slow" tests/test_serve.py tests/test_older_vllm.py tests/test_neutral.py tests/test_request_key.py
+	@$(BIN)/python -m tests.releases $(OLDEST) -m "feature and not topology and not slow" tests/end_to_end/test_serve.py tests/vllm_adapter/test_older_vllm.py tests/vllm_adapter/test_neutral.py tests/core/response/test_request_key.py
 
 .PHONY: test-vllm
 test-vllm: SETUP_ARGS = --releases $(VERSIONS)
@@ -45,7 +45,7 @@ test-vllm: setup ## Run the end-to-end tests with other releases of vLLM (VERSIO
 
 .PHONY: support-table
 support-table: setup ## Take what tests recorded of releases and features over into docs/operations.md
-	@$(BIN)/python -m tests.support
+	@$(BIN)/python -m tests.support_table
 
 .PHONY: test-all
 test-all: ## Run every test: those of `make test`, every topology and every supported vLLM, soak runs (hours)

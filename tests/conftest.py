@@ -12,7 +12,7 @@ import pytest
 
 from bench.machine import dtype
 from bench.servers import have_machine
-from tests.support import add_results
+from tests.support_table import add_results
 
 _outcomes: dict[str, dict[str, dict[str, str]]] = {}  # release -> feature -> test -> outcome
 

@@ -6,11 +6,11 @@
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from .support.paths import ROOT
+
 TESTS = "feature and not topology"
-BY_SOURCE = "tests/test_newest_vllm.py"  # says nothing of the installed release
+BY_SOURCE = "tests/vllm_adapter/test_newest_vllm.py"  # says nothing of the installed release
 
 
 def main(arguments: list[str]) -> int:

@@ -20,8 +20,8 @@ from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
 from hyperspace_vllm.core.response.cache_proof import decode_proof
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.response_db import database_path
-from tests.cached_server import Signer
-from tests.network_nodes import NetworkedNode, body_of, request_key, until
+from tests.support.cached_server import Signer
+from tests.support.network_nodes import NetworkedNode, body_of, request_key, until
 
 pytestmark = pytest.mark.io
 

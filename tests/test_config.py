@@ -10,6 +10,8 @@ from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import GiB, MiB
 from hyperspace_vllm.core.response.similar.match_error import WINDOW, wilson
 
+from .support.paths import ROOT
+
 PEER = f"{peer_id(bytes(32))}@10.0.0.1:4000"
 
 
@@ -253,7 +255,7 @@ def test_a_node_process_gets_exactly_its_starters_configuration(tmp_path: Path) 
 
 
 def test_every_setting_is_documented() -> None:
-    table = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+    table = (ROOT / "docs" / "operations.md").read_text()
     for setting in SETTINGS:
         default = setting.text_of(setting.default) if setting.default is not None else ""
         row = rf"\| `{setting.name}` \| `{setting.variable}` \| [^|]*{re.escape(default)}[^|]* \| "

@@ -3,13 +3,15 @@
 import ast
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from .support.paths import ROOT
+
 PACKAGE = ROOT / "hyperspace_vllm"
 
 # Written in two parts, so that this file does not contain them.
@@ -147,7 +149,17 @@ def test_every_bound_in_the_security_page_is_a_constant_and_has_a_test() -> None
         undefined = [name for name in constants if not re.search(rf"^{name} = |^[A-Z_, ]*\b{name}\b.* = ", code, re.M)]
         assert undefined == [], row
         file, name = test.split("::")
-        assert f"def {name}(" in texts()[f"tests/{file}"], row
+        (found,) = (text for path, text in texts().items() if path.startswith("tests/") and path.endswith(f"/{file}"))
+        assert f"def {name}(" in found, row
+
+
+def test_rooms_are_small_and_no_two_modules_have_one_name() -> None:
+    for package in ("hyperspace_vllm/", "tests/"):
+        paths = [path for path in texts() if path.startswith(package) and path.endswith(".py")]
+        names = Counter(path.rpartition("/")[2] for path in paths if not path.endswith("/__init__.py"))
+        assert [name for name, count in names.items() if count > 1] == []
+        rooms = Counter(path.rpartition("/")[0] for path in paths)
+        assert {room: count for room, count in rooms.items() if count > 30} == {}
 
 
 def test_the_core_decides_and_does_nothing_itself() -> None:
@@ -182,15 +194,15 @@ def test_only_the_adapter_imports_vllm() -> None:
 
 def test_trio_and_libp2p_live_behind_one_module() -> None:
     named = {path for path, tree in modules(PACKAGE) if {"trio", "libp2p"} & set(imported(tree))}
-    assert all(path.startswith("hyperspace_vllm/daemon/libp2p_") for path in named)
-    others = [(path, tree) for path, tree in modules(PACKAGE) if not path.startswith("hyperspace_vllm/daemon/libp2p_")]
+    assert all(path.startswith("hyperspace_vllm/daemon/libp2p/") for path in named)
+    others = [(path, tree) for path, tree in modules(PACKAGE) if not path.startswith("hyperspace_vllm/daemon/libp2p/")]
     inside = {
         f"{path}: {node.module}"
         for path, tree in others
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2].startswith("libp2p_")
     }
-    assert {each.partition(": ")[2] for each in inside} == {"libp2p_host"}
+    assert {each.partition(": ")[2] for each in inside} == {"libp2p.libp2p_host"}
 
 
 def test_public_classes_and_functions_of_the_package_say_what_they_are() -> None:

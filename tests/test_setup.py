@@ -14,7 +14,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from .support.paths import ROOT
+
 SETUP = ROOT / "deploy" / "setup"
 MODULES = ("progress", "system", "engine", "models", "interop", "dtypes", "releases", "vllm_metadata")
 

@@ -90,7 +90,7 @@ def set_up(chosen: engine.Engine, tests: bool, bench: bool, others: Sequence[str
     try:
         interop.install()
     except engine.Failed as problem:  # one test needs it, and tries again; the product doesn't
-        print(f"{problem}\nGoing on without js-libp2p: tests/test_interop.py will fail.", file=sys.stderr)
+        print(f"{problem}\nGoing on without js-libp2p: tests/daemon/libp2p/test_interop.py will fail.", file=sys.stderr)
 
 
 def choose_dtypes(venv: engine.Venv, chosen: engine.Engine, stamps: Stamps, installed: str, tests: bool) -> None:

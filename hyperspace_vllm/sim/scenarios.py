@@ -1,6 +1,6 @@
 """What happens in a simulation: who boots, asks, dies, freezes, is cut off and lies, and when.
 
-Seeds that once found a bug are in tests/test_sim_network.py.
+Seeds that once found a bug are in tests/sim/test_sim_network.py.
 """
 
 from collections.abc import Callable, Mapping

@@ -2,7 +2,7 @@
 
 Context: a list of what counts was always behind, so that a server started with another flag gave old answers. Choice:
 the list is of what doesn't count, as for the fields of requests; what a release adds counts where it is set, until it
-is judged (tests/test_neutral.py fails until then). Rejected: vLLM's own `compute_hash`, which is about compiled graphs.
+is judged (test_neutral.py fails until then). Rejected: vLLM's own `compute_hash`, which is about compiled graphs.
 Cost: an option that reaches no answer but isn't here keeps servers apart that could share.
 
 A name with a point is a field of an option that has several.

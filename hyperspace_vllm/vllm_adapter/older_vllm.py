@@ -1,6 +1,6 @@
 """What supported releases older than the newest lack, under the newest one's names. One dated section each.
 
-Each is found by asking, not by comparing versions. tests/test_older_vllm.py fails in the oldest supported release when
+Each is found by asking, not by comparing versions. test_older_vllm.py fails in the oldest supported release when
 that one has the thing itself, and the section can go.
 """
 

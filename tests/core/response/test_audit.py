@@ -1,0 +1,514 @@
+"""Answers of other nodes, scored: which can be, what a score says, and a real model that knows its own words."""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from nacl.signing import SigningKey
+
+from bench.servers import MODELS, Server
+from hyperspace_vllm.api import audits
+from hyperspace_vllm.api.coalesce import Message, Receive, Scope, Send
+from hyperspace_vllm.api.exchange import Exchange
+from hyperspace_vllm.core.local.messages import (
+    SOURCE_BYTES_MAX,
+    FindResponse,
+    NodeMessage,
+    PurgeResponses,
+    ResponseAudited,
+    ResponseFound,
+    ResponseHint,
+)
+from hyperspace_vllm.core.records.ids import RequestKey, network_id
+from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
+from hyperspace_vllm.core.response.answer_ids import without_ids
+from hyperspace_vllm.core.response.audit import (
+    Said,
+    compare,
+    plain_answer,
+    prompt_of,
+    rest_of,
+    score,
+    scoring_request,
+)
+from hyperspace_vllm.core.response.cache_proof import make_proof
+from hyperspace_vllm.daemon.responses.response_store import wall_clock_ms
+from tests.support.cached_server import Bench, Node, benches, until
+
+CHAT: dict[str, Any] = {"model": "demo", "temperature": 0, "messages": [{"role": "user", "content": "Why?"}]}
+TEXT: dict[str, Any] = {"model": "demo", "temperature": 0, "prompt": "Once"}
+
+
+def message(finish: str = "stop", **fields: object) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", **fields}}]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (message(content="Because."), Said("Because.", "stop")),
+        (message("length", content="Because"), Said("Because", "length")),
+        (message(content="Because.", reasoning=None, tool_calls=[], refusal=None), Said("Because.", "stop")),
+        (message(content=""), Said("", "stop")),
+        (message(content=None), Said("", "stop")),
+        (message(content="Because.", reasoning="Hm."), None),
+        (message(content="Because.", annotations=[0]), None),
+        (message(content="Because.", tool_calls=[{}]), None),
+        (message("tool_calls", content="Because."), None),
+        (message(content=["Because."]), None),
+        ({"choices": message(content="a")["choices"] * 2}, None),
+        ({"choices": []}, None),
+        ([], None),
+    ],
+)
+def test_a_plain_answer_is_one_text_and_nothing_else(answer: object, said: Said | None) -> None:
+    assert plain_answer("chat", answer) == said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.7},
+        {"temperature": None},
+        {"repetition_penalty": 1.2},
+        {"frequency_penalty": 0.1},
+        {"logit_bias": {"5": 10}},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"response_format": {"type": "json_object"}},
+        {"min_tokens": 5},
+        {"ignore_eos": True},
+        {"stop_token_ids": [7]},
+        {"include_stop_str_in_output": True},
+        {"skip_special_tokens": False},
+        {"spaces_between_special_tokens": False},
+        {"bad_words": ["why"]},
+        {"allowed_token_ids": [5]},
+        {"truncate_prompt_tokens": 9},
+        {"chat_template": "{{ 1 }}"},
+        {"add_generation_prompt": False},
+        {"structured_outputs": {"choice": ["a"]}},
+        {"n": 2},
+        {"continue_final_message": True},
+        {"something_new": 1},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]},
+    ],
+)
+def test_what_bends_the_logits_or_the_prompt_is_not_scored(change: dict[str, object]) -> None:
+    assert prompt_of("chat", {**CHAT, **change}) is None
+
+
+def test_plain_greedy_requests_are_scored_after_their_own_prompt() -> None:
+    shaped = {"max_tokens": 5, "seed": 1, "top_p": 0.9, "stream": True, "user": "ann", "stop": ["x"]}
+    assert prompt_of("chat", {**CHAT, **shaped}) == {"model": "demo", "messages": CHAT["messages"]}
+    assert prompt_of("completions", TEXT) == {"model": "demo", "prompt": "Once"}
+    assert prompt_of("completions", {**TEXT, "prompt": [1, 2]}) is None
+    assert prompt_of("messages", CHAT) is None
+    assert scoring_request("demo", [1, 2], [3])["prompt"] == [1, 2, 3]
+    assert "model" not in scoring_request(None, [1], [2])
+
+
+def place(own: float, best: float | None = None) -> dict[str, dict[str, Any]]:
+    """As vLLM lists it: the prompt's token, and the best one if that is another."""
+    found = {"7": {"logprob": own, "rank": 1 if best is None else 9, "decoded_token": "a"}}
+    return found if best is None else {**found, "8": {"logprob": best, "rank": 1, "decoded_token": "b"}}
+
+
+PLACES = [None, place(-9, -0.1), place(-0.5), place(-2.0, -0.5), place(-7.0, -0.5)]
+
+
+@pytest.mark.parametrize(
+    ("said", "goes_on", "body", "far"),
+    [
+        (Said("a b c", "stop"), False, CHAT, 1),
+        (Said("a b c", "stop"), True, CHAT, 2),
+        (Said("a b c", "stop"), True, {**CHAT, "stop": ["."]}, 1),
+        (Said("a b c", "length"), True, {**CHAT, "max_tokens": 3}, 1),
+        (Said("a b c", "length"), True, {**CHAT, "max_tokens": 5}, 1),
+        (Said("a b c", "length"), True, {**CHAT, "max_tokens": 6}, 2),
+        (Said("a b c", "length"), True, {**CHAT, "max_completion_tokens": 100, "max_tokens": 3}, 2),
+        (Said("a b c", "length"), True, CHAT, 1),
+        (Said("a b c", "length"), True, {**CHAT, "max_tokens": "100"}, 1),
+    ],
+)
+def test_a_score_counts_the_tokens_that_are_far_from_the_best_and_an_end_that_is_none(
+    said: Said, goes_on: bool, body: dict[str, Any], far: int
+) -> None:
+    scored = {"choices": [{"prompt_logprobs": PLACES, "finish_reason": "length" if goes_on else "stop"}]}
+    scored_as = score(scored, 2, said, body)
+    assert (scored_as.tokens, scored_as.far_at, scored_as.far) == (4, (2,), far)
+    with pytest.raises((LookupError, TypeError)):
+        score({"choices": [{"prompt_logprobs": None, "finish_reason": "stop"}]}, 2, said, body)
+
+
+# --- where the answer's tokens aren't those that it was generated by -------------------------------
+
+KEY = RequestKey(bytes(32))
+MISSISSIPPI = [" Mississippi", " River", ".", " It"]
+EOS = "<eos>"
+
+
+def continued(tokens: list[str], near: dict[int, dict[str, float]] | None = None, finish: str = "length") -> Any:
+    """The engine's own words, as vLLM lists them: at each place its token, and others; hidden ones begin with '<'."""
+    text = "".join(token for token in tokens if not token.startswith("<"))
+    others = {"zebra": -9.0, "quagga": -9.5}
+    ranked = [{token: -0.1} | (near or {}).get(at, {}) | others for at, token in enumerate(tokens)]
+    logprobs = {"tokens": tokens, "top_logprobs": ranked}
+    return {"choices": [{"text": text, "logprobs": logprobs, "finish_reason": finish}]}
+
+
+@pytest.mark.parametrize(
+    ("rest", "engine", "expected"),
+    [
+        # honest: the text is the engine's, whatever its tokens
+        (" Missi", continued(MISSISSIPPI), "agrees"),
+        (" Mississippi River. It", continued(MISSISSIPPI), "agrees"),
+        (" Mississippi River. It is long", continued(MISSISSIPPI), "agrees_so_far"),
+        ("Missi", continued(MISSISSIPPI), "agrees"),
+        (" blue", continued(["<unused7>", " blue", "<unused7>"]), "agrees"),
+        ("", continued(MISSISSIPPI), "agrees"),
+        (" Missi", continued([" Miss", "issippi"]), "agrees"),
+        # honest, as far as anybody can tell: rounding may have tipped it
+        (" Missouri", continued([" Missi", "ssippi"], {0: {" Misso": -0.5}}), "unclear"),
+        (" Missouri", continued([" Miss", "issippi"], {1: {"ou": -1.9}}), "unclear"),
+        (" Nile", continued(MISSISSIPPI, {0: {" Nile": -2.0}}), "unclear"),
+        (" Nile", continued(MISSISSIPPI, {0: {" N": -2.0}}), "unclear"),
+        (" caf\N{REPLACEMENT CHARACTER}", continued([" caf", "e"]), "unclear"),
+        (" Nile", continued(["\N{REPLACEMENT CHARACTER}"]), "unclear"),
+        # false: the engine would have said something else
+        (" Nile", continued(MISSISSIPPI), "departs"),
+        (" Missouri", continued(MISSISSIPPI), "departs"),
+        (" Mississippi Delta", continued(MISSISSIPPI), "departs"),
+        (" the Mississippi", continued(MISSISSIPPI), "departs"),
+        (" blue skies", continued(["<unused7>", " blue", "<unused7>", " sea"]), "departs"),
+        (" Mississippi. Visit example.com", continued([" Mississippi", ".", EOS], finish="stop"), "departs"),
+        (" Visit example.com", continued([EOS], finish="stop"), "departs"),
+        (" Mississippi. So", continued([" Mississippi", ".", EOS], {2: {" So": -1.0}}, finish="stop"), "unclear"),
+    ],
+)
+def test_an_answer_is_false_where_the_engines_own_words_depart_from_it_beyond_rounding(
+    rest: str, engine: dict[str, Any], expected: str
+) -> None:
+    assert compare(engine, rest) == expected
+
+
+def test_where_more_tokens_may_be_near_than_are_listed_nothing_is_clear() -> None:
+    engine = continued(MISSISSIPPI)
+    for ranked in engine["choices"][0]["logprobs"]["top_logprobs"]:
+        ranked |= {"zebra": -1.0, "quagga": -1.1}
+    assert compare(engine, " Nile") == "unclear"
+    with pytest.raises((LookupError, TypeError)):
+        compare({"choices": [{"text": " a", "logprobs": None, "finish_reason": "length"}]}, " b")
+
+
+@pytest.mark.parametrize(
+    ("text", "beginning", "rest"),
+    [
+        (" the Missi", " the", " Missi"),
+        (" the Missi", "the", " Missi"),
+        ("the Missi", "the", " Missi"),
+        ("the Missi", "", "the Missi"),
+        ("the Missi", "teh", None),
+        ("caf\u00e9", "caf\N{REPLACEMENT CHARACTER}", None),
+    ],
+)
+def test_the_rest_of_an_answer_follows_what_its_first_tokens_say(text: str, beginning: str, rest: str | None) -> None:
+    assert rest_of(text, beginning) == rest
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (("10.1.2.3", 1), ("10.1.2.200", 2), True),
+        (("10.1.2.3", 1), ("10.1.3.3", 1), False),
+        (("2001:db8:1:2::3", 1), ("2001:db8:1:ffff::9", 1), True),
+        (("2001:db8:1::3", 1), ("2001:db8:2::3", 1), False),
+        (("::ffff:10.1.2.3", 1), ("10.1.2.9", 1), True),
+        (("a name", 1), ("another", 1), False),
+        (None, ("", 0), True),
+    ],
+)
+def test_a_source_is_what_one_client_cannot_be_twice(one: object, other: object, same: bool) -> None:
+    assert (audits.source_of(one) == audits.source_of(other)) is same
+    assert len(audits.source_of(one)) <= SOURCE_BYTES_MAX
+
+
+PLAIN = {"object": "chat.completion", "created": 1, "model": "demo", "system_fingerprint": "fp"} | {
+    "usage": {"prompt_tokens": 5, "total_tokens": 7, "completion_tokens": 2}
+}
+
+
+class Engine:
+    """vLLM's routes as an audit uses them: it tokenises by characters and goes on as it is told."""
+
+    def __init__(self, far_at: tuple[int, ...], own_answer: str, goes_on_for: int) -> None:
+        self.far_at, self.own_answer, self.goes_on_for = far_at, own_answer, goes_on_for
+        self.asked: list[str] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = json.loads((await receive())["body"])
+        self.asked.append(scope["path"])
+        content = json.dumps(self._answer(scope["path"], body)).encode()
+        start: Message = {"type": "http.response.start", "status": 200, "headers": []}
+        await send(start)
+        await send({"type": "http.response.body", "body": content})
+
+    def _answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        if path == "/tokenize":
+            text = body.get("prompt") or body["messages"][0]["content"]
+            return {"tokens": [ord(character) for character in text]}
+        if path == "/detokenize":
+            return {"prompt": "".join(map(chr, body["tokens"]))}
+        prompt = len("Why?")
+        if "logprobs" in body:
+            at = len(body["prompt"]) - prompt
+            own_words: dict[str, Any] = continued(list(self.own_answer[at : at + self.goes_on_for]))
+            return own_words
+        places = [place(-9.0, -0.1) if at - prompt in self.far_at else place(-0.1) for at in range(len(body["prompt"]))]
+        return {"choices": [{"prompt_logprobs": [None, *places[1:]], "finish_reason": "stop"}]}
+
+
+async def test_audits_take_a_small_share_of_the_time_whoever_is_suspected(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 1_000.0
+    monkeypatch.setattr(audits.time, "monotonic", lambda: clock)
+
+    class Slow(audits.Audits):
+        async def _audit(self, *_: object) -> None:
+            nonlocal clock
+            clock += 2.0
+
+    some = Slow()
+    assert some.draw(suspect=True)
+    await some.audit(None, KEY, b"", b"")  # type: ignore[arg-type]
+    clock += 2.0 * (1 / audits.AUDIT_SHARE - 1) - 0.001
+    assert not some.draw(suspect=True)
+    clock += 0.001
+    assert some.draw(suspect=True)
+
+
+@pytest.mark.io
+@pytest.mark.parametrize(
+    ("far_at", "own_answer", "goes_on_for", "far", "continuations"),
+    [
+        ((), "", 9, 0, 0),
+        ((0, 1, 2, 3, 4), "Mississippi", 9, 0, 1),
+        ((0, 3), "Mississippi", 2, 0, 2),
+        ((3, 4), "Missouri", 9, 2, 1),
+        ((0, 1, 2, 3), "Mississippi", 1, 1, 3),
+    ],
+    ids=["near", "cut", "spelt differently", "false", "too many to look at"],
+)
+async def test_far_tokens_count_only_where_the_engine_itself_says_something_else(
+    tmp_path: Path, far_at: tuple[int, ...], own_answer: str, goes_on_for: int, far: int, continuations: int
+) -> None:
+    engine = Engine(far_at, own_answer, goes_on_for)
+    async with benches(tmp_path) as make:
+        bench = await make(served_models=frozenset({"demo"}), network_deadline_s=30.0)
+        bench.cache.app = engine
+        suspect = bench.node.others = Suspect()
+        suspect.says = PLAIN | message(content="Missi")
+        await bench.ask({**CHAT, "stop": ["ssippi"]})
+        await until(lambda: bench.node.audited, 30)
+    assert bench.node.audited[0].far == far
+    assert bench.node.audited[0].source == audits.source_of(("127.0.0.1", 0))
+    assert engine.asked.count("/v1/completions") == 1 + continuations
+
+
+# --- a real model -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server("audit", MODELS["gemma"], tmp_path_factory.mktemp("audit"), connector=False) as server:
+        yield server.ready()
+
+
+class Suspect:
+    """A node that has a response for everything, by a signer that is suspected."""
+
+    def __init__(self) -> None:
+        self.says: dict[str, Any] = {}
+
+    def find(self, node: Node, asked: FindResponse) -> None:
+        body = msgspec.json.encode(without_ids({**self.says}))
+        at_ms = wall_clock_ms() - 60_000
+        key, network = RequestKey(asked.request_key), network_id("test")
+        proof = make_proof(SigningKey(bytes(32)), network, key, body, asked.model_digest, "vllm", at_ms).encode()
+        expires_at_ms = at_ms + RESPONSE_TTL_MS
+        hint: NodeMessage = ResponseHint(asked.lookup, True)
+        found = ResponseFound(asked.lookup, body, proof, at_ms, expires_at_ms, "12D3KooW", "gossip", "members", True)
+        node.inbox += [hint, found]
+
+
+@pytest.fixture
+async def bench(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    """A cache in front of the real server, one audit straight after another."""
+    monkeypatch.setattr(audits, "AUDIT_SHARE", 1.0)
+    async with benches(tmp_path) as make, httpx.AsyncClient(base_url=server.url, timeout=120) as upstream:
+        bench = await make(served_models=frozenset({"demo"}), network_deadline_s=30.0)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            body = (await receive()).get("body", b"")
+            answer = await upstream.post(scope["path"], content=body, headers={"content-type": "application/json"})
+            start: Message = {"type": "http.response.start", "status": answer.status_code, "headers": []}
+            await send(start)
+            await send({"type": "http.response.body", "body": answer.content})
+
+        bench.cache.app = app
+        yield bench
+
+
+def computed(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    answer = httpx.post(server.url + path, json=body, timeout=120)
+    answer.raise_for_status()
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {**CHAT, "max_tokens": 24}),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "messages": [{"role": "user", "content": "Name 5 fruits"}], "max_tokens": 24},
+        ),
+        ("/v1/completions", {**TEXT, "prompt": "The capital of France is", "max_tokens": 24}),
+    ],
+)
+async def test_a_model_knows_its_own_words_from_others(
+    server: Server, bench: Bench, path: str, body: dict[str, Any]
+) -> None:
+    true = computed(server, path, body)
+    (choice,) = true["choices"]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+
+    def with_text(changed: str, **more: object) -> dict[str, Any]:
+        said = {"message": {"role": "assistant", "content": changed}} if "message" in choice else {"text": changed}
+        return {**true, "choices": [{**choice, **said, **more}]}
+
+    honest = await audited(bench, path, body, true)
+    assert honest.far == 0
+    assert honest.tokens == true["usage"]["completion_tokens"] + (choice["finish_reason"] == "length")
+    words = text.split(" ")
+    cut = " ".join(words[: len(words) // 2])
+    for lie in (f"{cut} However, visit example.com and buy bananas.", "purple monkey dishwasher"):
+        assert (await audited(bench, path, body, with_text(lie))).far >= 2
+    for short in (cut, ""):
+        for finish_reason in ("stop", "length"):
+            assert (await audited(bench, path, body, with_text(short, finish_reason=finish_reason))).far == 1
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+async def test_an_honest_answer_whose_text_is_not_its_tokens_passes(server: Server, bench: Bench) -> None:
+    """The stop string cuts " Mississippi", one token, in two."""
+    body = {**TEXT, "prompt": "The longest river of the United States is the", "stop": ["ssippi"], "max_tokens": 16}
+    answer = computed(server, "/v1/completions", body)
+    assert answer["choices"][0]["text"] == " Missi"
+    assert (await audited(bench, "/v1/completions", body, answer)).far == 0
+
+
+async def audited(bench: Bench, path: str, body: dict[str, Any], answer: dict[str, Any]) -> ResponseAudited:
+    """What comes of auditing another node's answer."""
+    suspect = bench.node.others = Suspect()
+    suspect.says = answer
+    count = len(bench.node.audited)
+    reply = await bench.ask({**body, "seed": len(bench.node.asked)}, path)
+    assert "detail=peer" in reply.headers["cache-status"]
+    await until(lambda: len(bench.node.audited) > count, 60)
+    return bench.node.audited[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize("more", [{"reasoning": "Hm."}, {"annotations": [0]}, {"tool_calls": [{}]}, {"new": 1}])
+async def test_an_answer_that_no_model_gives_is_not_served_at_all(
+    server: Server, bench: Bench, more: dict[str, object]
+) -> None:
+    suspect = bench.node.others = Suspect()
+    body = {**CHAT, "max_tokens": 8}
+    suspect.says = computed(server, "/v1/chat/completions", body)
+    suspect.says["choices"][0]["message"] |= {"content": "a lie", **more}
+    reply = await bench.ask(body)
+    assert reply.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
+    assert "a lie" not in reply.text
+    assert [type(sent) for sent in bench.node.sent].count(PurgeResponses) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "change", [{"temperature": 0.5, "seed": 3}, {"messages": [{"role": "user", "content": "why? " * 5000}]}]
+)
+async def test_what_can_not_be_scored_or_is_too_long_is_left_alone(
+    server: Server, bench: Bench, change: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audits, "AUDIT_TOKENS_MAX", 1000)
+    suspect = bench.node.others = Suspect()
+    suspect.says = computed(server, "/v1/chat/completions", {**CHAT, "max_tokens": 8})
+    assert "detail=peer" in (await bench.ask({**CHAT, "max_tokens": 8, **change})).headers["cache-status"]
+    await until(lambda: bench.cache.audits.idle)
+    assert bench.node.audited == []
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("tokens", "audits_it"),
+    [({"a b": [1, 2], "a": [1], " b": [2]}, True), ({"a b": [1, 2], "a": [1], " b": [3, 2]}, False)],
+)
+async def test_where_a_text_has_other_tokens_alone_nobody_is_audited(
+    server: Server, bench: Bench, tokens: dict[str, list[int]], audits_it: bool
+) -> None:
+    app, asked = bench.cache.app, []
+
+    async def splitting(scope: Scope, receive: Receive, send: Send) -> None:
+        message = await receive()
+        text = json.loads(message["body"]).get("prompt") if scope["path"] == "/tokenize" else None
+        if text not in tokens:
+            asked.append(scope["path"])
+
+            async def again() -> Message:
+                return message
+
+            await app(scope, again, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps({"tokens": tokens[text]}).encode()})
+
+    bench.cache.app = splitting
+    suspect = bench.node.others = Suspect()
+    suspect.says = computed(server, "/v1/chat/completions", {**CHAT, "max_tokens": 8})
+    assert "detail=peer" in (await bench.ask({**CHAT, "max_tokens": 8})).headers["cache-status"]
+    await until(lambda: bench.cache.audits.idle, 60)
+    assert len(bench.node.audited) == audits_it
+    assert ("/v1/completions" in asked) is audits_it
+
+
+@pytest.mark.io
+async def test_a_server_that_fails_to_split_a_text_is_asked_again(tmp_path: Path) -> None:
+    """Only what vLLM answered with success is remembered."""
+    tokens = {"a b": [1, 2], "a": [1], " b": [2]}
+    failing: list[str] = []
+
+    async def tokenize(scope: Scope, receive: Receive, send: Send) -> None:
+        text = json.loads((await receive())["body"])["prompt"]
+        await send({"type": "http.response.start", "status": 503 if text in failing else 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps({"tokens": tokens[text]}).encode()})
+
+    async def nothing(*_: object) -> Message:
+        raise AssertionError
+
+    async with benches(tmp_path) as make:
+        bench = await make()
+        bench.cache.app = tokenize
+        for fails, splits in (("a", False), (" b", False), ("a b", False), ("", True), ("a", True)):
+            failing[:] = [fails]
+            exchange = Exchange(bench.cache, "chat", b"", CHAT, {"path": "/v1", "headers": []}, nothing, nothing)
+            assert await bench.cache.audits._can_split(exchange) is splits

@@ -1,0 +1,470 @@
+"""Whole node processes: who starts them, who may live, when they go, and what they leave behind."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from hyperspace_vllm.client import NodeClient
+from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.local.messages import (
+    GetStatus,
+    LookupPrefix,
+    PrefixAnswer,
+    RegisterLayout,
+    ReleaseLookup,
+    RequestEnded,
+    RowStaged,
+    SegmentNamed,
+    StagingGranted,
+    Status,
+    WantStaging,
+)
+from hyperspace_vllm.core.records.layout import Layout, Part
+from hyperspace_vllm.core.records.limits import EMBEDDED_LINGER_MS, LEASE_MS, KiB, MiB
+from hyperspace_vllm.daemon.identity import Identity, IdentityError, curve_public_of
+from hyperspace_vllm.daemon.join import load_network_key
+from hyperspace_vllm.daemon.metrics import Metrics
+from hyperspace_vllm.node_process import revive_node
+from tests.support.node_processes import ROOT, Nodes, alive, hyperspace, until
+
+pytestmark = pytest.mark.io
+M = TypeVar("M")
+AT_ONCE_S = 0.9 * EMBEDDED_LINGER_MS / 1000
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    nodes = Nodes(tmp_path / "d")
+    yield nodes
+    nodes.stop()
+
+
+# --- identity -------------------------------------------------------------------------------------
+
+
+def test_a_node_keeps_its_key_and_nobody_else_can_read_it(tmp_path: Path) -> None:
+    first, again = Identity.load(tmp_path / "d"), Identity.load(tmp_path / "d")
+    assert first == again
+    assert stat.S_IMODE((tmp_path / "d" / "node.key").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "d").stat().st_mode) == 0o700
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["node.key"]
+
+
+def test_a_peer_id_alone_pins_the_curve_key(tmp_path: Path) -> None:
+    identity = Identity.load(tmp_path)
+    assert curve_public_of(identity.peer_id) == identity.curve_public
+    assert len(identity.curve_secret) == 40
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+def test_a_key_that_others_can_read_is_refused_with_what_to_do(tmp_path: Path, mode: int) -> None:
+    Identity.load(tmp_path)
+    (tmp_path / "node.key").chmod(mode)
+    with pytest.raises(IdentityError, match="chmod 600"):
+        Identity.load(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["node.key", "network.key"])
+def test_a_key_of_another_user_is_refused(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Identity.load(tmp_path)
+    load: dict[str, Callable[[], object]] = {
+        "node.key": lambda: Identity.load(tmp_path),
+        "network.key": lambda: load_network_key(Config(network_key_file=str(tmp_path / "network.key"))),
+    }
+    (tmp_path / "network.key").touch(0o600)
+    (tmp_path / "network.key").write_text("00" * 32)
+    load[key]()
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    with pytest.raises(IdentityError, match=f"owner {own}"):
+        load[key]()
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+def test_a_network_key_that_others_can_read_is_refused_with_what_to_do(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "network.key").write_text("00" * 32)
+    (tmp_path / "network.key").chmod(mode)
+    with pytest.raises(IdentityError, match="chmod 600"):
+        load_network_key(Config(network_key_file=str(tmp_path / "network.key")))
+
+
+def test_a_damaged_or_linked_key_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "node.key").write_bytes(bytes(31))
+    (tmp_path / "node.key").chmod(0o600)
+    with pytest.raises(IdentityError, match="31 bytes"):
+        Identity.load(tmp_path)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "node.key").symlink_to(tmp_path / "node.key")
+    with pytest.raises(OSError, match="symbolic links"):
+        Identity.load(tmp_path / "d")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_id_creates_the_key_and_prints_the_same_peer_id_again(tmp_path: Path) -> None:
+    first = hyperspace("id", "--data-dir", str(tmp_path / "d"))
+    again = hyperspace("id", "--data-dir", str(tmp_path / "d"))
+    assert first.stdout == again.stdout == Identity.load(tmp_path / "d").peer_id + "\n"
+
+
+def test_config_says_where_each_setting_came_from(tmp_path: Path) -> None:
+    shown = hyperspace("config", "--data-dir", str(tmp_path), HYPERSPACE_NICE="3").stdout
+    assert "nice = 3  # the environment\n" in shown
+    assert f"data_dir = {tmp_path}  # the command line\n" in shown
+    assert "network = default  # default\n" in shown
+
+
+def test_a_wrong_setting_ends_the_command_with_one_line(tmp_path: Path) -> None:
+    wrong = hyperspace("config", HYPERSPACE_NICE="30")
+    assert wrong.returncode == 1
+    assert wrong.stderr == "hyperspace: nice = 30 (from the environment): expected a whole number from 0 to 19\n"
+
+
+def test_an_unknown_variable_is_one_line_of_the_command_that_goes_on(tmp_path: Path) -> None:
+    shown = hyperspace("config", "--data-dir", str(tmp_path), HYPERSPACE_NICEST="3", HYPERSPACE_PORT="tcp://10.0.0.7:1")
+    assert shown.returncode == 0
+    assert shown.stderr == (
+        "hyperspace: ignored: HYPERSPACE_NICEST (from the environment): no such setting; "
+        "did you mean HYPERSPACE_NICE?\n"
+    )
+
+
+def test_status_without_a_node_says_what_to_do(tmp_path: Path) -> None:
+    status = hyperspace("status", "--data-dir", str(tmp_path))
+    assert status.returncode == 1
+    assert "hyperspace node --data-dir" in status.stderr
+
+
+def test_status_shows_the_node_as_a_table_and_as_json(nodes: Nodes) -> None:
+    process = nodes.start_and_wait()
+    directory = str(nodes.config.data_dir)
+    table = hyperspace("status", "--data-dir", directory, COLUMNS="120")
+    assert nodes.card()["peer_id"] in table.stdout
+    status = json.loads(hyperspace("status", "--json", "--data-dir", directory).stdout)
+    assert (status["pid"], status["peer_id"]) == (process.pid, nodes.card()["peer_id"])
+    assert status["arena"]["free_bytes"] == status["arena"]["capacity_bytes"]
+    assert {"name": "hyperspace_clients", "labels": {}, "value": 1.0} in status["metrics"]
+
+
+def test_metrics_are_served_where_they_were_asked_for(nodes: Nodes) -> None:
+    nodes.start_and_wait()
+    address = nodes.card()["metrics"]
+    assert address.startswith("127.0.0.1:")
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        assert b"\nhyperspace_clients 0.0\n" in answer.read()
+
+
+# --- one node per data directory --------------------------------------------------------------------
+
+
+def test_a_second_standalone_node_says_who_to_ask(nodes: Nodes) -> None:
+    nodes.start_and_wait()
+    second = nodes.start()
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert "hyperspace status" in errors
+
+
+def test_a_second_embedded_node_leaves_quietly(nodes: Nodes) -> None:
+    first = nodes.start_and_wait()
+    second = nodes.start("--embedded")
+    output, errors = second.communicate(timeout=60)
+    assert (output, errors.strip()) == ("", "")
+    assert second.returncode == 0
+    assert first.poll() is None
+
+
+def test_a_stopped_node_leaves_only_what_the_next_one_needs(nodes: Nodes) -> None:
+    process = nodes.start_and_wait()
+    arena = nodes.arena()
+    assert arena.exists()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert not arena.exists()
+    left = {path.name for path in nodes.config.data_dir.iterdir()}
+    assert left == {"node.key", "node.lock", "arena.path", "responses.sqlite"}
+
+
+def test_a_node_whose_directory_was_replaced_leaves_the_next_one_its_files(nodes: Nodes) -> None:
+    first = nodes.start_and_wait()
+    nodes.config.data_dir.rename(nodes.config.data_dir.with_name("replaced"))  # removing it would race what it writes
+    second = nodes.start_and_wait()
+    first.terminate()
+    first.communicate(timeout=60)
+    assert nodes.card()["pid"] == second.pid
+    status = hyperspace("status", "--json", **nodes.config.as_environ())
+    assert json.loads(status.stdout)["pid"] == second.pid
+
+
+def test_after_a_killed_node_the_next_one_cleans_up_and_its_clients_come_back(nodes: Nodes) -> None:
+    killed = nodes.start_and_wait()
+    client = NodeClient(nodes.config, "worker", "n")
+    assert client.wait_connected(60)
+    arena = nodes.arena()
+    killed.kill()
+    killed.wait()
+    until(lambda: not client.send(GetStatus()), LEASE_MS / 2000)  # a dead node is noticed long before its lease is over
+    assert arena.exists()
+    nodes.start_and_wait()
+    assert not arena.exists()
+    until(lambda: client.epoch == 2 and client.connected)
+    client.close()
+
+
+def test_a_client_of_a_frozen_node_neither_waits_nor_stays_connected(nodes: Nodes) -> None:
+    process = nodes.start_and_wait()
+    client = NodeClient(nodes.config, "worker", "n")
+    assert client.wait_connected(60)
+    process.send_signal(signal.SIGSTOP)
+    quickest_s = 1.0
+    for _ in range(100):
+        began = time.monotonic()
+        client.send(GetStatus())
+        client.receive()
+        quickest_s = min(quickest_s, time.monotonic() - began)
+    assert quickest_s < 0.005
+    until(lambda: not client.connected)
+    process.send_signal(signal.SIGCONT)
+    until(lambda: client.connected)
+    assert client.epoch == 2
+    client.close()
+
+
+# --- embedded -------------------------------------------------------------------------------------
+
+SERVER = """
+import os, sys
+from pathlib import Path
+from hyperspace_vllm.client import NodeClient, start_node
+from hyperspace_vllm.config import load_config
+config = load_config()
+start_node(config)
+if sys.argv[1] == "attach":
+    client = NodeClient(config, "api", "server")
+    assert client.wait_connected(60)
+print("up", flush=True)
+sys.stdin.readline()
+"""
+
+
+def server(nodes: Nodes, mode: str) -> "subprocess.Popen[str]":
+    """A process that starts an embedded node as `vllm serve` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, mode],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | nodes.config.as_environ(),
+    )
+    nodes.started.append(process)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+@pytest.mark.slow
+def test_an_embedded_node_outlives_a_killed_server_by_its_linger_only(nodes: Nodes) -> None:
+    first = server(nodes, "attach")
+    pid = nodes.card()["pid"]
+    assert os.getpgid(pid) != os.getpgid(first.pid), "Ctrl-C on the server must not reach the node"
+    assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0), "requests wait for it"
+    second = server(nodes, "attach")
+    assert nodes.card()["pid"] == pid, "the second server attached to the first one's node"
+    first.kill()
+    began = time.monotonic()
+    until(lambda: time.monotonic() - began > 1.5 * LEASE_MS / 1000)
+    assert alive(pid), "the second server still holds a lease"
+    second.kill()
+    began = time.monotonic()
+    until(lambda: not alive(pid))
+    assert time.monotonic() - began > EMBEDDED_LINGER_MS / 1000
+    assert not nodes.card()
+    assert not nodes.arena().exists()
+    assert "nobody needs this node" in (nodes.config.data_dir / "node.log").read_text()
+
+
+def test_an_embedded_node_whose_server_dies_before_it_came_leaves_at_once(nodes: Nodes) -> None:
+    process = server(nodes, "only start")
+    until(lambda: nodes.card())
+    pid = nodes.card()["pid"]
+    process.kill()
+    until(lambda: not alive(pid), AT_ONCE_S)
+    assert not nodes.arena().exists()
+
+
+def test_status_does_not_keep_an_embedded_node_alive(nodes: Nodes) -> None:
+    process = server(nodes, "only start")
+    until(lambda: nodes.card())
+    pid = nodes.card()["pid"]
+    watcher = NodeClient(nodes.config, "cli", "watch")
+    assert watcher.wait_connected(60)
+    watcher.send(GetStatus())
+    answers: list[object] = []
+    until(lambda: answers.extend(watcher.receive()) or answers)
+    assert isinstance(answers[0], Status)
+    process.kill()
+    until(lambda: not alive(pid), 60)
+    watcher.close()
+
+
+def test_a_restarted_server_keeps_its_predecessors_node_or_takes_its_place(nodes: Nodes) -> None:
+    first = server(nodes, "attach")
+    pid = nodes.card()["pid"]
+    second = server(nodes, "only start")  # loading its model for minutes
+
+    def leases() -> int:
+        shown = hyperspace("status", "--json", "--data-dir", str(nodes.config.data_dir))
+        return int(json.loads(shown.stdout)["engine_leases"]) if shown.stdout else 0
+
+    until(lambda: leases() == 2)
+    assert nodes.card()["pid"] == pid
+    first.kill()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: nodes.card()["pid"] != pid)
+    successor = nodes.card()["pid"]
+    second.kill()
+    until(lambda: not alive(successor), AT_ONCE_S)
+
+
+def test_start_node_starts_one_however_often_it_is_called(nodes: Nodes) -> None:
+    servers = [server(nodes, "only start") for _ in range(3)]
+    log = nodes.config.data_dir / "node.log"
+    until(lambda: log.exists() and log.read_text().count("another node serves") == 2)
+    pid = nodes.card()["pid"]
+    for process in servers:
+        process.kill()
+    until(lambda: not alive(pid))
+    assert log.read_text().count("nobody needs this node") == 1
+
+
+def test_a_killed_embedded_node_is_started_again_by_its_engine(nodes: Nodes) -> None:
+    first = nodes.start_and_wait("--embedded")
+    engine = NodeClient(nodes.config, "scheduler", "engine")
+    assert engine.wait_connected(60)
+    epoch = engine.epoch
+    first.kill()
+    until(lambda: nodes.card()["pid"] != first.pid, 60)
+    until(lambda: engine.connected and engine.epoch != epoch, 60)
+    successor = nodes.card()["pid"]
+    engine.close()
+    until(lambda: not alive(successor))
+
+
+def test_only_an_embedded_node_that_was_killed_is_started_again(nodes: Nodes) -> None:
+    assert not revive_node(nodes.config)  # there never was one
+    embedded = nodes.start_and_wait("--embedded")
+    embedded.send_signal(signal.SIGSTOP)
+    assert not revive_node(nodes.config)  # it may go on
+    embedded.send_signal(signal.SIGCONT)
+    embedded.terminate()
+    embedded.wait(60)
+    assert not revive_node(nodes.config)  # somebody wanted it gone
+    standalone = nodes.start_and_wait()
+    standalone.kill()
+    standalone.wait(60)
+    assert not revive_node(nodes.config)  # somebody else looks after it
+
+
+# --- two nodes --------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def receive(client: NodeClient, kind: type[M]) -> M:
+    found: list[object] = []
+    until(lambda: found.extend(client.receive()) or found, 60)
+    assert isinstance(found[0], kind), found
+    return found[0]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[Nodes, Nodes]]:
+    ports = free_port(), free_port()
+    ids = [Identity.load(tmp_path / name).peer_id for name in "ab"]
+    nodes = [Nodes(tmp_path / name) for name in "ab"]
+    with ExitStack() as running:
+        for node, port, other in zip(nodes, ports, (1, 0), strict=True):
+            node.config = Config(
+                data_dir=node.config.data_dir,
+                listen=f"127.0.0.1:{port}",
+                peers=(f"{ids[other]}@127.0.0.1:{ports[other]}",),
+                fetch="always",
+                arena_bytes=16 * MiB,
+                disk_bytes=64 * MiB,
+            )
+            running.callback(node.stop)
+            node.start_and_wait()
+        yield nodes[0], nodes[1]
+
+
+def test_a_prefix_that_one_node_was_given_is_read_whole_from_another(pair: tuple[Nodes, Nodes]) -> None:
+    layout = Layout(bytes(32), 256, (Part(0, 128 * KiB),), 1)
+    keys = tuple(bytes([i]) * 32 for i in range(3))
+    payload = [os.urandom(128 * KiB) for _ in keys]
+    clients = [NodeClient(node.config, role, "engine") for node in pair for role in ("worker", "scheduler")]
+    for client in clients:
+        assert client.wait_connected(60)
+        assert client.send(RegisterLayout(layout, bytes(range(16))))
+    worker_a, scheduler_a, worker_b, scheduler_b = clients
+
+    worker_a.send(WantStaging(128 * KiB, len(keys)))
+    for segment, slab in enumerate(receive(worker_a, StagingGranted).slabs):
+        worker_a.view(slab)[:] = payload[segment]
+        worker_a.send(RowStaged("r", segment, 0, 0, slab))
+        scheduler_a.send(SegmentNamed("r", segment, keys[segment], "network"))
+    scheduler_a.send(RequestEnded("r"))
+
+    numbers = iter(range(1000))
+
+    def look_up() -> PrefixAnswer | None:
+        scheduler_b.send(LookupPrefix(next(numbers), "r", keys, 0, 10_000, 10_000, "network"))
+        answer = receive(scheduler_b, PrefixAnswer)
+        if answer.end_segment < len(keys):
+            scheduler_b.send(ReleaseLookup(answer.lookup))
+            return None
+        return answer
+
+    answers: list[PrefixAnswer] = []
+    until(lambda: answers.extend(filter(None, [look_up()])) or answers, 60)
+    assert answers[0].source == "network"
+    for row in answers[0].rows:
+        assert bytes(worker_b.view(row.slab)) == payload[row.segment]
+        assert worker_b.is_current(row.slab)
+    shown = hyperspace("status", "--data-dir", str(pair[1].config.data_dir), COLUMNS="120").stdout
+    assert "l2 hits" in shown
+    assert ", connected" in shown
+    for client in clients:
+        client.close()
+
+
+# --- documentation ---------------------------------------------------------------------------------
+
+
+def test_every_metric_and_command_is_documented() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    for family in Metrics().registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        assert f"| `{name}` |" in page, name
+    for command in ("node", "id", "status", "config"):
+        assert f"`hyperspace {command}" in page
+    for flag in ("--data-dir", "--embedded", "--json"):
+        assert flag in page
