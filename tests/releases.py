@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from .support.paths import ROOT
+from tests.support.paths import ROOT
 
 TESTS = "feature and not topology"
 BY_SOURCE = "tests/vllm_adapter/test_newest_vllm.py"  # says nothing of the installed release

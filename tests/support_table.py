@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 
-from .support.paths import ROOT
+from tests.support.paths import ROOT
 
 RESULTS = ROOT / "build" / "results"
 RECORD = ROOT / "docs" / "support.json"

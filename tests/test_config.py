@@ -9,8 +9,7 @@ from hyperspace_vllm.config import SETTINGS, Config, ConfigError, load_config, l
 from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import GiB, MiB
 from hyperspace_vllm.core.response.similar.match_error import WINDOW, wilson
-
-from .support.paths import ROOT
+from tests.support.paths import ROOT
 
 PEER = f"{peer_id(bytes(32))}@10.0.0.1:4000"
 

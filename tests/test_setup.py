@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from .support.paths import ROOT
+from tests.support.paths import ROOT
 
 SETUP = ROOT / "deploy" / "setup"
 MODULES = ("progress", "system", "engine", "models", "interop", "dtypes", "releases", "vllm_metadata")

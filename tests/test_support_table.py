@@ -4,8 +4,7 @@ import ast
 import json
 
 from tests import support_table as support
-
-from .support.paths import ROOT
+from tests.support.paths import ROOT
 
 TESTS = ROOT / "tests"
 

@@ -17,7 +17,7 @@ from .coalesce import ABANDONED_GRACE_S
 from .embeddings import Embedding, decode, inputs_of, is_finite, merged, request_of
 from .http_headers import forward_status, hit_headers
 from .request_body import rewritten
-from .streams.stored_answer import json_headers
+from .stored_answer import json_headers
 from .subrequest import ask
 
 if TYPE_CHECKING:

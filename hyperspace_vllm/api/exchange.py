@@ -39,8 +39,8 @@ from .node_lookup import Pending
 from .own_ids import OwnIds
 from .relay import Relay, leaving_on_disconnect
 from .request_body import changes_of, replayed, with_changes, with_content_length
+from .stored_answer import StoredAnswer, Wanted, entry_of, json_headers, origin_header, render
 from .streams.frames import collector
-from .streams.stored_answer import StoredAnswer, Wanted, entry_of, json_headers, origin_header, render
 
 if TYPE_CHECKING:
     from .middleware import ResponseCacheMiddleware

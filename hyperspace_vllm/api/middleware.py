@@ -34,7 +34,7 @@ from .large_bodies import Busy, LargeBodies
 from .node_lookup import NodeLookup
 from .options import ResponseCacheOptions
 from .request_body import read_body, read_rest, replayed, rewritten, with_content_length
-from .streams.stored_answer import Sending
+from .stored_answer import Sending
 
 Answer = Callable[[], Awaitable[None]]
 

@@ -18,7 +18,7 @@ from ..contained import report_error
 from ..core.local.messages import ResponseFound
 from .coalesce import ABANDONED_GRACE_S, App, Message, Receive, Scope, Send, drops_silently
 from .node_lookup import Pending
-from .streams.stored_answer import Sending, StoredAnswer
+from .stored_answer import Sending, StoredAnswer
 
 Outcome = Literal[
     "waited_hit",  # hinted (or only-if-cached), and worth the wait

@@ -11,8 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from typing import assert_never
 
-from ..core.local.messages import LoadedRow, Slab
-from ..core.node.effects import (
+from ..core.events.kv_effects import (
     AnswerPrefix,
     ChargePeer,
     DropStaged,
@@ -28,7 +27,7 @@ from ..core.node.effects import (
     ReleaseRows,
     UnpinRows,
 )
-from ..core.node.events import (
+from ..core.events.kv_events import (
     Event,
     HolderStalled,
     ManifestRefused,
@@ -45,8 +44,9 @@ from ..core.node.events import (
     RowsFound,
     Tick,
 )
-from ..core.node.network_effects import KvEndpoint
-from ..core.node.network_events import RowsStored
+from ..core.events.network_effects import KvEndpoint
+from ..core.events.network_events import RowsStored
+from ..core.local.messages import LoadedRow, Slab
 from ..core.node.node import Node
 from ..core.peers.trust import Trust
 from ..core.records.errors import Refused

@@ -17,10 +17,10 @@ from importlib import import_module
 from pathlib import Path
 
 from ..config import Config
+from ..core.events.network_effects import KvEndpoint
+from ..core.events.network_events import AnswerAudited, RowsStored, ServedChanged
 from ..core.local.messages import Scope
-from ..core.node.network import NetworkNode, NetworkOptions
-from ..core.node.network_effects import KvEndpoint
-from ..core.node.network_events import AnswerAudited, RowsStored, ServedChanged
+from ..core.node.network_node import NetworkNode, NetworkOptions
 from ..core.peers.dials import Dials
 from ..core.peers.gossip_gate import GossipGate
 from ..core.peers.trust import Trust

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .. import arena_size
 from ..config import Config
-from ..core.node.events import Event
+from ..core.events.kv_events import Event
 from ..core.records.ids import PeerId, network_id
 from ..file_digests import in_progress
 from ..response_db import database_path

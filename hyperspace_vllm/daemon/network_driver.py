@@ -11,9 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, assert_never
 
-from ..core.local.messages import Scope
-from ..core.node.network import NetworkNode
-from ..core.node.network_effects import (
+from ..core.events.network_effects import (
     AnswerResponse,
     AuthorsChanged,
     ChargePeer,
@@ -34,7 +32,7 @@ from ..core.node.network_effects import (
     ServeResponse,
     WriteRegistry,
 )
-from ..core.node.network_events import (
+from ..core.events.network_events import (
     Answered,
     ConnectFailed,
     DeltasRefused,
@@ -57,6 +55,8 @@ from ..core.node.network_events import (
     ResponsesUsed,
     ResponseWanted,
 )
+from ..core.local.messages import Scope
+from ..core.node.network_node import NetworkNode
 from ..core.peers.gossip_gate import GossipGate
 from ..core.peers.trust import Trust
 from ..core.records.errors import ProtocolViolation, Refused
@@ -76,7 +76,7 @@ from ..core.records.peer_wire import (
     protocol_of,
 )
 from ..core.records.standing import Tier
-from ..core.registry.vram_digest import approximate_count
+from ..core.records.vram_digest import approximate_count
 from ..core.response.cache_proof import request_hash
 from ..core.response.sealed_hit import LIES, Opened
 from .metrics import Metrics

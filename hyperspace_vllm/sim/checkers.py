@@ -11,8 +11,8 @@ SILENT_MAX that were asked and could not help (fleet.py): they cost half of the 
 from collections.abc import Iterator, Mapping, Sized
 from typing import TYPE_CHECKING
 
-from ..core.node.network_effects import AnswerResponse, FetchResponse, NetworkEffect
-from ..core.node.network_events import NetworkEvent
+from ..core.events.network_effects import AnswerResponse, FetchResponse, NetworkEffect
+from ..core.events.network_events import NetworkEvent
 from ..core.records.ids import RequestKey
 from ..core.records.peer_wire import PeerRequest
 from ..core.response.lookup import ATTEMPTS_MAX, IN_FLIGHT_MAX, RACE_MS

@@ -7,8 +7,8 @@ nothing to merge and the last word counts.
 import msgspec
 from nacl.signing import SigningKey
 
-from ..core.node.network_effects import ImportDeltas, WriteRegistry
-from ..core.node.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from ..core.events.network_effects import ImportDeltas, WriteRegistry
+from ..core.events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
 from ..core.records.ids import NetworkId
 from ..core.records.limits import REGISTRY_TTL_MS
 from ..core.records.registry_delta import RegistryDelta, encode_delta

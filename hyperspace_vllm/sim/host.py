@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, assert_never
 
 from nacl.signing import SigningKey
 
-from ..core.node.network import NetworkNode, NetworkOptions
-from ..core.node.network_effects import (
+from ..core.events.network_effects import (
     AnswerResponse,
     AuthorsChanged,
     ChargePeer,
@@ -33,7 +32,7 @@ from ..core.node.network_effects import (
     ServeResponse,
     WriteRegistry,
 )
-from ..core.node.network_events import (
+from ..core.events.network_events import (
     AnswerAudited,
     Answered,
     ConnectFailed,
@@ -55,6 +54,7 @@ from ..core.node.network_events import (
     ResponsesUsed,
     ResponseWanted,
 )
+from ..core.node.network_node import NetworkNode, NetworkOptions
 from ..core.peers.dials import Dials
 from ..core.peers.gossip_gate import GossipGate, Verdict
 from ..core.peers.trust import Trust, TrustMode

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from nacl.signing import SigningKey
 
-from ..core.node.network_events import ResponseStored
+from ..core.events.network_events import ResponseStored
 from ..core.records.announcement import (
     RESPONSE_TOPIC,
     Announcement,

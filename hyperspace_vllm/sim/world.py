@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import assert_never
 
-from ..core.node.effects import (
+from ..core.events.kv_effects import (
     AnswerPrefix,
     ChargePeer,
     DropStaged,
@@ -27,7 +27,7 @@ from ..core.node.effects import (
     ReleaseRows,
     UnpinRows,
 )
-from ..core.node.events import (
+from ..core.events.kv_events import (
     ChunksVerified,
     Event,
     HolderStalled,

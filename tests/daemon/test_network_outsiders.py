@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.node.network import NetworkNode, NetworkOptions
+from hyperspace_vllm.core.node.network_node import NetworkNode, NetworkOptions
 from hyperspace_vllm.core.peers import dials
 from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate

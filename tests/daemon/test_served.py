@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from hyperspace_vllm.core.node.network_effects import Send
-from hyperspace_vllm.core.node.network_events import ServedChanged
+from hyperspace_vllm.core.events.network_effects import Send
+from hyperspace_vllm.core.events.network_events import ServedChanged
 from hyperspace_vllm.core.peers.membership import RENEW_MS
 from hyperspace_vllm.core.peers.record_renewal import LOAD_STEP_PERMILLE, should_renew_record
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import PEER_RECORD_AGAIN_MS, PEER_RECORD_BYTES_MAX, VRAM_SEGMENTS_MAX
 from hyperspace_vllm.core.records.peer_record import DIGESTS_MAX, PeerRecord, decode_peer_record
 from hyperspace_vllm.core.records.peer_wire import Greet
-from hyperspace_vllm.core.registry.vram_digest import make_digest, overlap
+from hyperspace_vllm.core.records.vram_digest import make_digest, overlap
 from tests.support.network_world import NOW_MS, SECOND_MS, Identity, World
 
 

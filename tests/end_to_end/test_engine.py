@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.engines.step_probe import SteppedEngine
-
-from ..support.paths import MODELS
+from tests.support.paths import MODELS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

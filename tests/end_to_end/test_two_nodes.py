@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.node.network_effects import KvEndpoint
+from hyperspace_vllm.core.events.network_effects import KvEndpoint
 from hyperspace_vllm.core.prefix import fetch, transfers
 from hyperspace_vllm.core.records.ids import ManifestDigest, row_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
@@ -26,9 +26,8 @@ from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv.chunk_store import ChunkStore
 from hyperspace_vllm.daemon.kv.object_codec import ObjectRecord, chunk_digest, sign_record
 from tests.support.nodes import NETWORK, Answer, SharedPool, TestNode, keys, peer_of, until
+from tests.support.paths import ROOT
 from tests.support.peer_process import layout_of
-
-from ..support.paths import ROOT
 
 pytestmark = [pytest.mark.io, pytest.mark.asyncio(loop_scope="module")]
 

@@ -19,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperspace_vllm import native
-
-from ..support.paths import VECTORS
+from tests.support.paths import VECTORS
 
 POLYNOMIAL = 0x11D
 BASIS = (0x01, 0xD6, 0x98, 0x92, 0x56, 0xC8, 0x58, 0xE6)

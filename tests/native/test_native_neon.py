@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ..support.paths import ROOT
+from tests.support.paths import ROOT
 
 TOOLS = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 

@@ -14,9 +14,9 @@ from functools import partial
 import pytest
 
 from hyperspace_vllm.cli import main
-from hyperspace_vllm.core.node.network import NetworkNode
-from hyperspace_vllm.core.node.network_effects import AnswerResponse, ChargePeer, NetworkEffect, PeersChanged, Reply
-from hyperspace_vllm.core.node.network_events import NetworkEvent
+from hyperspace_vllm.core.events.network_effects import AnswerResponse, ChargePeer, NetworkEffect, PeersChanged, Reply
+from hyperspace_vllm.core.events.network_events import NetworkEvent
+from hyperspace_vllm.core.node.network_node import NetworkNode
 from hyperspace_vllm.core.peers.findings import Findings
 from hyperspace_vllm.core.peers.gossip_gate import BURST_S, message_cost
 from hyperspace_vllm.core.peers.reputation import THRESHOLD

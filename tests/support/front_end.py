@@ -48,8 +48,7 @@ from hyperspace_vllm.vllm_adapter.loaded_files import before_load
 from hyperspace_vllm.vllm_adapter.plugin import _Server
 from hyperspace_vllm.vllm_adapter.weights_epoch import shared_epoch
 from tests.support.cached_server import Node, Signer, served
-
-from .paths import TINY
+from tests.support.paths import TINY
 
 FLAGS = ("--served-model-name", "demo", "--max-model-len", "4096", "--enforce-eager", "--disable-log-stats")
 VECTOR_NUMBERS = 64

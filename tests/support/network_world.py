@@ -11,8 +11,7 @@ from functools import partial
 
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.node.network import NetworkNode, NetworkOptions
-from hyperspace_vllm.core.node.network_effects import (
+from hyperspace_vllm.core.events.network_effects import (
     AnswerResponse,
     Connect,
     Disconnect,
@@ -25,7 +24,7 @@ from hyperspace_vllm.core.node.network_effects import (
     Send,
     ServeResponse,
 )
-from hyperspace_vllm.core.node.network_events import (
+from hyperspace_vllm.core.events.network_events import (
     Answered,
     ConnectFailed,
     GossipReceived,
@@ -41,6 +40,7 @@ from hyperspace_vllm.core.node.network_events import (
     ResponseStored,
     ResponseWanted,
 )
+from hyperspace_vllm.core.node.network_node import NetworkNode, NetworkOptions
 from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate, Verdict
 from hyperspace_vllm.core.peers.trust import Trust

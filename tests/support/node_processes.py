@@ -12,8 +12,7 @@ from typing import Any
 
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.limits import MiB
-
-from .paths import ROOT
+from tests.support.paths import ROOT
 
 
 def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:

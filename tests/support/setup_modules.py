@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-from .paths import ROOT
+from tests.support.paths import ROOT
 
 SETUP = ROOT / "deploy" / "setup"
 

@@ -17,10 +17,9 @@ from hyperspace_vllm.vllm_adapter.fingerprint import kv_fingerprint, model_diges
 from hyperspace_vllm.vllm_adapter.inherited import Inherited
 from hyperspace_vllm.vllm_adapter.kv_layout import plan_kv
 from hyperspace_vllm.vllm_adapter.loaded_files import LoadedIdentity
+from tests.support.paths import TINY
 from tests.vllm_adapter.test_kv_layout import hybrid_cache
 from tests.vllm_adapter.test_scheduler import request
-
-from ..support.paths import TINY
 
 FILES = LoadedIdentity(("model.safetensors 00",), (), ("tokenizer.json 00",), ())
 

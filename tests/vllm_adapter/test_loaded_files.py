@@ -23,8 +23,7 @@ from hyperspace_vllm.vllm_adapter import loaded_files
 from hyperspace_vllm.vllm_adapter.loaded_files import LoadedFiles, LoadedIdentity, before_load
 from hyperspace_vllm.vllm_adapter.model_files import FileSource, model_source, source_of
 from tests.support.hub import COMMIT, hub
-
-from ..support.paths import ROOT
+from tests.support.paths import ROOT
 
 TINY = ROOT / ".models" / "tiny"
 

@@ -14,8 +14,7 @@ from hyperspace_vllm.vllm_adapter.fingerprint import model_digest
 from hyperspace_vllm.vllm_adapter.loaded_files import LoadedIdentity
 from hyperspace_vllm.vllm_adapter.neutral import DEFAULTS
 from hyperspace_vllm.vllm_adapter.older_vllm import make_arg_parser
-
-from ..support.paths import ROOT, TINY
+from tests.support.paths import ROOT, TINY
 
 FILES = LoadedIdentity(("model.safetensors 00",), (), ("tokenizer.json 00",), ())
 

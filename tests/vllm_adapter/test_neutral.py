@@ -15,8 +15,7 @@ from vllm.envs import environment_variables
 from hyperspace_vllm.vllm_adapter.fingerprint import _counted
 from hyperspace_vllm.vllm_adapter.neutral import DEFAULTS, NEUTRAL_OPTIONS, NEUTRAL_VARIABLES
 from hyperspace_vllm.vllm_adapter.older_vllm import make_arg_parser
-
-from ..support.paths import VECTORS
+from tests.support.paths import VECTORS
 
 pytestmark = pytest.mark.feature("every option of the server is judged")
 

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, Endpoint
+from tests.support.paths import ROOT, VECTORS
 from tests.support.setup_modules import setup_modules
 from tests.support.vllm_source import NO_DEFAULT, REQUEST_MODELS, VllmSource, interface
 from tests.vllm_adapter.test_neutral import COUNTED, NEUTRAL_OPTIONS, NEUTRAL_VARIABLES, PARTLY
-
-from ..support.paths import ROOT, VECTORS
 
 ADAPTER = ROOT / "hyperspace_vllm" / "vllm_adapter"
 SNAPSHOT = VECTORS / "kv_connector_interface.txt"

@@ -29,8 +29,7 @@ from hyperspace_vllm.core.records.limits import MiB
 from hyperspace_vllm.vllm_adapter import entry, inherited, plugin
 from hyperspace_vllm.vllm_adapter.connector import HyperspaceConnector
 from tests.support.engines import spawned
-
-from ..support.paths import TINY
+from tests.support.paths import TINY
 
 
 def parse(*arguments: str) -> Namespace:

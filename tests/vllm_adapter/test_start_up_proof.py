@@ -14,8 +14,7 @@ from hyperspace_vllm.vllm_adapter.copy_proof import prove_copies
 from hyperspace_vllm.vllm_adapter.entry import difference, idle_connector
 from hyperspace_vllm.vllm_adapter.kv_copy import BlockIds, HostCopier
 from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, LayerSlot, PartPlan
-
-from ..support.paths import ROOT
+from tests.support.paths import ROOT
 
 BLOCKS, PAGE = 6, 64
 PART = PartPlan(0, 16, (LayerSlot("a", 0, PAGE, 0), LayerSlot("b", 1, PAGE, PAGE)), 2 * PAGE)

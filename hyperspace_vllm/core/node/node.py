@@ -5,14 +5,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import assert_never
 
-from ..prefix.cost_model import RateEstimator
-from ..prefix.fetch import FetchMode, LookupEvent, PrefixLookup
-from ..prefix.plan import leading_rows
-from ..prefix.publish import Publisher
-from ..records.ids import NetworkId, PeerId, RowId
-from ..records.limits import CLIENTS_MAX, LOOKUPS_PER_CLIENT_MAX
-from .effects import AnswerPrefix, ChargePeer, Effect, EndLookup
-from .events import (
+from ..events.kv_effects import AnswerPrefix, ChargePeer, Effect, EndLookup
+from ..events.kv_events import (
     ChunksVerified,
     ClientGone,
     Event,
@@ -33,6 +27,12 @@ from .events import (
     SegmentKeyKnown,
     Tick,
 )
+from ..prefix.cost_model import RateEstimator
+from ..prefix.fetch import FetchMode, LookupEvent, PrefixLookup
+from ..prefix.plan import leading_rows
+from ..prefix.publish import Publisher
+from ..records.ids import NetworkId, PeerId, RowId
+from ..records.limits import CLIENTS_MAX, LOOKUPS_PER_CLIENT_MAX
 
 LOOKUPS_MAX = 1024  # undecided at once, of all clients; more are answered `busy`
 ANSWERED_MAX = CLIENTS_MAX * LOOKUPS_PER_CLIENT_MAX

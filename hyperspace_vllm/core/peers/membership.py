@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-from ..node.network_effects import ChargePeer, Connect, Disconnect, KvEndpoint, NetworkEffect, Send
+from ..events.network_effects import ChargePeer, Connect, Disconnect, KvEndpoint, NetworkEffect, Send
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId, PeerId, peer_id, public_key_of
 from ..records.limits import (

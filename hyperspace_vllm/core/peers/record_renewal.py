@@ -1,8 +1,8 @@
 """What a node serves, and when a change of it is worth a new PeerRecord."""
 
-from ..node.network_events import ServedChanged
+from ..events.network_events import ServedChanged
 from ..records.peer_record import PeerRecord
-from ..registry.vram_digest import difference
+from ..records.vram_digest import difference
 
 LOAD_STEP_PERMILLE = 100
 DIGEST_STEP = 0.1  # share of the bits

@@ -12,8 +12,8 @@ from collections import deque
 from itertools import islice
 from typing import Literal
 
-from ..node.effects import AnswerPrefix, ChargePeer, Effect, FindProviders, FindRows, LoadRow, ReleaseRows
-from ..node.events import (
+from ..events.kv_effects import AnswerPrefix, ChargePeer, Effect, FindProviders, FindRows, LoadRow, ReleaseRows
+from ..events.kv_events import (
     ChunksVerified,
     HolderStalled,
     ManifestRefused,

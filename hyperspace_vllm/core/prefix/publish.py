@@ -11,16 +11,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ..node.effects import DropStaged, Effect, EncodeObject, KeepRow, UnpinRows
-from ..node.events import (
-    ClientGone,
-    ObjectEncoded,
-    ObjectFailed,
-    RequestOver,
-    RowArrived,
-    SegmentKeyKnown,
-    Tick,
-)
+from ..events.kv_effects import DropStaged, Effect, EncodeObject, KeepRow, UnpinRows
+from ..events.kv_events import ClientGone, ObjectEncoded, ObjectFailed, RequestOver, RowArrived, SegmentKeyKnown, Tick
 from ..records.ids import RowKey, SegmentKey, row_key
 from ..records.layout import Layout
 from ..records.limits import LOOKUP_ROWS_MAX, OBJECT_ROWS_MAX

@@ -6,8 +6,8 @@ several at once share it; what it can't use it lets go of, and one that got noth
 
 from collections.abc import Iterable
 
+from ..events.kv_events import RowsFound
 from ..local.messages import pages_bytes
-from ..node.events import RowsFound
 from ..records.ids import RowKey
 from ..records.limits import FETCH_STALL_MS
 from .plan import Row

@@ -8,8 +8,8 @@ once.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ..node.effects import ChargePeer, Effect, FetchManifest, FetchRow
-from ..node.events import ChunksVerified, HolderStalled, ManifestRefused, ManifestVerified, ProviderAnswered
+from ..events.kv_effects import ChargePeer, Effect, FetchManifest, FetchRow
+from ..events.kv_events import ChunksVerified, HolderStalled, ManifestRefused, ManifestVerified, ProviderAnswered
 from ..records.ids import ManifestDigest, PeerId, RowId
 from ..records.layout import Layout
 from ..records.limits import DATA_CHUNKS, FETCH_STALL_MS

@@ -4,7 +4,7 @@
     body      = network id 32 | public key 32 | sequence u64 | expires at u64 ms | member tag 32
                 | capacity u64 bytes | load u16 per mille | address | endpoint
                 | count u8, model digests 32 each | count u8, KV fingerprints 32 each
-                | length u16, digest of the prefixes in VRAM (core/registry/vram_digest.py; may be empty)
+                | length u16, digest of the prefixes in VRAM (core/records/vram_digest.py; may be empty)
     address   = length u8 | host:port of the libp2p listener (TCP)
     endpoint  = length u8 | host:port of the bulk transport (ZeroMQ), or nothing
 

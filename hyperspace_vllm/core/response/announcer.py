@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nacl.signing import SigningKey
 
-from ..node.network_effects import NetworkEffect, Publish
+from ..events.network_effects import NetworkEffect, Publish
 from ..peers.allowance import Allowance
 from ..records.announcement import (
     Announcement,

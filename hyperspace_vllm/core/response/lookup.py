@@ -14,14 +14,8 @@ after the engine has won is stored for the next request.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..node.network_effects import (
-    AnswerResponse,
-    FetchResponse,
-    FindProviders,
-    HintResponse,
-    NetworkEffect,
-)
-from ..node.network_events import ProvidersFound, ResponseFetched, ResponseRefused, ResponseWanted
+from ..events.network_effects import AnswerResponse, FetchResponse, FindProviders, HintResponse, NetworkEffect
+from ..events.network_events import ProvidersFound, ResponseFetched, ResponseRefused, ResponseWanted
 from ..records.ids import PeerId
 from ..records.limits import PROVIDERS_MAX
 

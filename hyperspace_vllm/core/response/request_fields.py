@@ -143,7 +143,7 @@ _CHAT = _SAMPLING | {
 }
 
 # https://platform.openai.com/docs/api-reference/responses
-# The answer repeats metadata and user (api/streams/stored_answer.py).
+# The answer repeats metadata and user (api/stored_answer.py).
 _RESPONSES: dict[str, object] = {
     "include": None,
     "input": None,

@@ -16,7 +16,7 @@ import zmq
 from zmq.utils import z85
 
 from ...config import Config
-from ...core.node.network_effects import KvEndpoint
+from ...core.events.network_effects import KvEndpoint
 from ...core.peers.dials import Dials
 from ...core.peers.trust import Trust
 from ...core.records import wire

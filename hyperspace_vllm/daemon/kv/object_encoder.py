@@ -7,9 +7,9 @@ import asyncio
 import time
 from contextlib import ExitStack
 
+from ...core.events.kv_effects import EncodeObject
+from ...core.events.kv_events import Event, ObjectEncoded, ObjectFailed
 from ...core.local.messages import Slab
-from ...core.node.effects import EncodeObject
-from ...core.node.events import Event, ObjectEncoded, ObjectFailed
 from ...core.records.errors import Refused
 from ...core.records.ids import NetworkId, RowKey, row_id
 from ...core.records.limits import CLOCK_SKEW_MS

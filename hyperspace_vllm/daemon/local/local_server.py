@@ -19,6 +19,15 @@ import zmq
 
 from ... import session_lock
 from ...config import Config
+from ...core.events.kv_events import (
+    ClientGone,
+    Event,
+    PrefixReleased,
+    PrefixWanted,
+    RequestOver,
+    RowArrived,
+    SegmentKeyKnown,
+)
 from ...core.local.messages import (
     LOCAL_PROTOCOL,
     NO_ENGINE,
@@ -61,15 +70,6 @@ from ...core.local.messages import (
     Welcome,
     decode_client_message,
     encode,
-)
-from ...core.node.events import (
-    ClientGone,
-    Event,
-    PrefixReleased,
-    PrefixWanted,
-    RequestOver,
-    RowArrived,
-    SegmentKeyKnown,
 )
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import SegmentKey, network_id

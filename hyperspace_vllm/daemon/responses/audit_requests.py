@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from ...core.events.network_events import AnswerAudited
 from ...core.local.messages import ResponseAudited
-from ...core.node.network_events import AnswerAudited
 from ...core.records.errors import ProtocolViolation, Refused
 from ...core.records.ids import NetworkId, RequestKey
 from ...core.response.cache_proof import CacheProof, check_signature, decode_proof, request_hash

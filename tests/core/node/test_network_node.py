@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperspace_vllm.core.node.network import LOOKUPS_MAX, REQUESTS_MAX, NetworkNode
-from hyperspace_vllm.core.node.network_effects import (
+from hyperspace_vllm.core.events.network_effects import (
     AnswerResponse,
     AuthorsChanged,
     ChargePeer,
@@ -29,7 +28,7 @@ from hyperspace_vllm.core.node.network_effects import (
     Send,
     ServeResponse,
 )
-from hyperspace_vllm.core.node.network_events import (
+from hyperspace_vllm.core.events.network_events import (
     AnswerAudited,
     Answered,
     ConnectFailed,
@@ -54,6 +53,7 @@ from hyperspace_vllm.core.node.network_events import (
     ResponseWanted,
     RowsStored,
 )
+from hyperspace_vllm.core.node.network_node import LOOKUPS_MAX, REQUESTS_MAX, NetworkNode
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
 from hyperspace_vllm.core.peers.membership import DIALS_MAX
 from hyperspace_vllm.core.peers.patience import LENT_MAX_MS, LENT_SHARE

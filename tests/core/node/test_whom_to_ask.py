@@ -2,8 +2,8 @@
 
 import random
 
-from hyperspace_vllm.core.node.effects import FindProviders
-from hyperspace_vllm.core.node.events import PrefixWanted, RowsFound
+from hyperspace_vllm.core.events.kv_effects import FindProviders
+from hyperspace_vllm.core.events.kv_events import PrefixWanted, RowsFound
 from hyperspace_vllm.core.node.node import ASKED_MAX, Node
 from hyperspace_vllm.core.records.ids import PeerId, RowId, SegmentKey, network_id, row_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part

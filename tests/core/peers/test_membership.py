@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hyperspace_vllm.core.node.network_effects import ChargePeer, Connect, Disconnect, NetworkEffect, Send
+from hyperspace_vllm.core.events.network_effects import ChargePeer, Connect, Disconnect, NetworkEffect, Send
 from hyperspace_vllm.core.peers.address import may_dial
 from hyperspace_vllm.core.peers.avoidance import (
     AVOID_MS_MAX,

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from hyperspace_vllm.core.node.effects import (
+from hyperspace_vllm.core.events.kv_effects import (
     AnswerPrefix,
     ChargePeer,
     Effect,
@@ -20,7 +20,7 @@ from hyperspace_vllm.core.node.effects import (
     LoadRow,
     ReleaseRows,
 )
-from hyperspace_vllm.core.node.events import (
+from hyperspace_vllm.core.events.kv_events import (
     ChunksVerified,
     HolderStalled,
     ManifestRefused,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hyperspace_vllm.core.node.effects import DropStaged, Effect, EncodeObject, KeepRow, UnpinRows
-from hyperspace_vllm.core.node.events import (
+from hyperspace_vllm.core.events.kv_effects import DropStaged, Effect, EncodeObject, KeepRow, UnpinRows
+from hyperspace_vllm.core.events.kv_events import (
     ClientGone,
     ObjectEncoded,
     ObjectFailed,

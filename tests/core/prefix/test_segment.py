@@ -17,8 +17,7 @@ from hyperspace_vllm.core.prefix.segment import (
 )
 from hyperspace_vllm.core.records.errors import Refused
 from hyperspace_vllm.core.records.ids import network_id, row_id, row_key
-
-from ...support.paths import VECTORS
+from tests.support.paths import VECTORS
 
 CASES = json.loads((VECTORS / "segment_keys.json").read_text())
 FINGERPRINT = bytes(range(32))

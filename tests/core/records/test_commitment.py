@@ -30,8 +30,7 @@ from hyperspace_vllm.core.records.manifest import (
 from hyperspace_vllm.core.records.sealing import seal_key, xor_stream
 from hyperspace_vllm.daemon.kv.object_codec import encode_row, good_chunks, open_row, read_record
 from hyperspace_vllm.daemon.workers.kzg_worker import TRUSTED_SETUP_SHA256
-
-from ...support.paths import VECTORS
+from tests.support.paths import VECTORS
 
 NETWORK = network_id("vectors")
 KEY = SigningKey(bytes(range(32)))

@@ -34,8 +34,7 @@ from hyperspace_vllm.core.records.limits import (
 from hyperspace_vllm.core.records.peer_record import PeerRecord, check_peer_record, decode_peer_record
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, check_delta, decode_delta, encode_delta
 from hyperspace_vllm.core.records.signing import member_tag
-
-from ...support.paths import VECTORS
+from tests.support.paths import VECTORS
 
 NETWORK, OTHER = network_id("test"), network_id("other")
 KEY, STRANGER = SigningKey(bytes([9]) * 32), SigningKey(bytes([1]) * 32)

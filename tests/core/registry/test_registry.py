@@ -10,14 +10,14 @@ import msgspec
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.node.network_effects import (
+from hyperspace_vllm.core.events.network_effects import (
     ChargePeer,
     ForgetOwner,
     ImportDeltas,
     NetworkEffect,
     WriteRegistry,
 )
-from hyperspace_vllm.core.node.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from hyperspace_vllm.core.events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
 from hyperspace_vllm.core.records.ids import NetworkId, PeerId, network_id, peer_id, sha256
 from hyperspace_vllm.core.records.limits import (
     REGISTRY_COMPACT_MS,

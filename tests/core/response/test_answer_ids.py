@@ -16,10 +16,10 @@ import vllm
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from hyperspace_vllm.api import stored_answer
 from hyperspace_vllm.api.own_ids import OwnIds
-from hyperspace_vllm.api.streams import stored_answer
+from hyperspace_vllm.api.stored_answer import Sending, StoredAnswer
 from hyperspace_vllm.api.streams.frames import frames
-from hyperspace_vllm.api.streams.stored_answer import Sending, StoredAnswer
 from hyperspace_vllm.core.response.admission import Admitted, admit
 from hyperspace_vllm.core.response.answer_ids import ID_CHARS_MAX, answer_id, named_by, without_ids
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, POOLING, Endpoint

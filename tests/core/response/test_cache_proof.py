@@ -19,8 +19,7 @@ from hyperspace_vllm.core.response.cache_proof import (
     make_proof,
     request_hash,
 )
-
-from ...support.paths import VECTORS
+from tests.support.paths import VECTORS
 
 VECTOR = json.loads((VECTORS / "cache_proof.json").read_text())
 NETWORK = network_id("test")

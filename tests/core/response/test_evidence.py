@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from hyperspace_vllm.core.node.network import NetworkNode
-from hyperspace_vllm.core.node.network_effects import ChargePeer, NetworkEffect, Publish
-from hyperspace_vllm.core.node.network_events import AnswerAudited, GossipReceived, NetworkTick
+from hyperspace_vllm.core.events.network_effects import ChargePeer, NetworkEffect, Publish
+from hyperspace_vllm.core.events.network_events import AnswerAudited, GossipReceived, NetworkTick
+from hyperspace_vllm.core.node.network_node import NetworkNode
 from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.core.peers.reputation import score_of
 from hyperspace_vllm.core.peers.suspicion import ACCUSED_MAX, ACCUSERS_MAX, CONVICTED_MS, SUSPECTED_MS, Suspicion

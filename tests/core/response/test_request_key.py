@@ -9,8 +9,7 @@ import pytest
 from hyperspace_vllm.core.response import scope as scopes
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, Endpoint
 from hyperspace_vllm.core.response.request_key import Uncacheable, choice_count, is_sampled, parse_request, request_key
-
-from ...support.paths import VECTORS
+from tests.support.paths import VECTORS
 
 CASES = json.loads((VECTORS / "request_keys.json").read_text())
 MODEL = bytes(range(32))

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperspace_vllm.core.node.network_effects import (
+from hyperspace_vllm.core.events.network_effects import (
     AnswerResponse,
     FetchResponse,
     FindProviders,
     HintResponse,
     NetworkEffect,
 )
-from hyperspace_vllm.core.node.network_events import ProvidersFound, ResponseFetched, ResponseRefused, ResponseWanted
+from hyperspace_vllm.core.events.network_events import ProvidersFound, ResponseFetched, ResponseRefused, ResponseWanted
 from hyperspace_vllm.core.records.ids import PeerId
 from hyperspace_vllm.core.response.lookup import (
     ATTEMPTS_MAX,

@@ -20,8 +20,7 @@ from hyperspace_vllm.core.records.sealing import open_response, seal_key, seal_r
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG, member_tag
 from hyperspace_vllm.core.response.cache_proof import make_proof
 from hyperspace_vllm.core.response.sealed_hit import LIES, Opened, make_hit, open_hit
-
-from ...support.paths import VECTORS
+from tests.support.paths import VECTORS
 
 NETWORK = network_id("test")
 KEY, OTHER_KEY = RequestKey(bytes([7]) * 32), RequestKey(bytes([6]) * 32)

@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from hyperspace_vllm.core.local.messages import PAGE_BYTES, Slab, pages_bytes
-from hyperspace_vllm.core.node.effects import (
+from hyperspace_vllm.core.events.kv_effects import (
     AnswerPrefix,
     Effect,
     FetchManifest,
@@ -20,7 +19,7 @@ from hyperspace_vllm.core.node.effects import (
     LoadRow,
     ReleaseRows,
 )
-from hyperspace_vllm.core.node.events import (
+from hyperspace_vllm.core.events.kv_events import (
     ManifestVerified,
     PrefixWanted,
     ProviderAnswered,
@@ -30,6 +29,7 @@ from hyperspace_vllm.core.node.events import (
     RowsFound,
     Tick,
 )
+from hyperspace_vllm.core.local.messages import PAGE_BYTES, Slab, pages_bytes
 from hyperspace_vllm.core.prefix.cost_model import RateEstimator
 from hyperspace_vllm.core.prefix.fetch import LookupEvent, PrefixLookup
 from hyperspace_vllm.core.prefix.plan import needed, rows_of

@@ -14,7 +14,7 @@ import zmq.asyncio
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.node.network_effects import KvEndpoint
+from hyperspace_vllm.core.events.network_effects import KvEndpoint
 from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.records import wire
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RowId, network_id, peer_id, sha256

@@ -16,8 +16,7 @@ from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.ids import peer_id, public_key_of, sha256
 from hyperspace_vllm.core.records.limits import MiB
 from tests.support.network_nodes import MODEL, NetworkedNode, body_of, request_key, until
-
-from ...support.paths import ROOT
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.io
 PROGRAM = ROOT / "tests" / "interop"

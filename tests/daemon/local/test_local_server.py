@@ -22,6 +22,16 @@ import zmq.asyncio
 from hyperspace_vllm.api.node_lookup import HINT_S, NodeLookup
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.events.kv_events import (
+    ClientGone,
+    Event,
+    PrefixReleased,
+    PrefixWanted,
+    RequestOver,
+    RowArrived,
+    SegmentKeyKnown,
+)
+from hyperspace_vllm.core.events.network_events import ServedChanged
 from hyperspace_vllm.core.local.messages import (
     LOCAL_PROTOCOL,
     NO_ENGINE,
@@ -57,20 +67,10 @@ from hyperspace_vllm.core.local.messages import (
     decode_node_message,
     encode,
 )
-from hyperspace_vllm.core.node.events import (
-    ClientGone,
-    Event,
-    PrefixReleased,
-    PrefixWanted,
-    RequestOver,
-    RowArrived,
-    SegmentKeyKnown,
-)
-from hyperspace_vllm.core.node.network_events import ServedChanged
 from hyperspace_vllm.core.records.ids import RequestKey, RowKey, SegmentKey, network_id, row_key, sha256, wire_id
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, RESPONSE_BYTES_MAX, MiB
-from hyperspace_vllm.core.registry.vram_digest import approximate_count, overlap
+from hyperspace_vllm.core.records.vram_digest import approximate_count, overlap
 from hyperspace_vllm.daemon import served
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES, Arena

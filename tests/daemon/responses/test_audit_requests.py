@@ -7,6 +7,8 @@ import pytest
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.events.network_effects import Publish
+from hyperspace_vllm.core.events.network_events import AnswerAudited
 from hyperspace_vllm.core.local.messages import (
     ResponseAudited,
     ResponseFound,
@@ -14,9 +16,7 @@ from hyperspace_vllm.core.local.messages import (
     ResponseToTry,
     StoreResponse,
 )
-from hyperspace_vllm.core.node.network import NetworkNode
-from hyperspace_vllm.core.node.network_effects import Publish
-from hyperspace_vllm.core.node.network_events import AnswerAudited
+from hyperspace_vllm.core.node.network_node import NetworkNode
 from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.core.peers.reputation import score_of
 from hyperspace_vllm.core.records.errors import ProtocolViolation

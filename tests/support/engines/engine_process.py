@@ -12,8 +12,7 @@ from typing import Any
 
 from bench.machine import dtype
 from bench.servers import have_machine
-
-from ..paths import ROOT
+from tests.support.paths import ROOT
 
 
 class Engine:

@@ -13,8 +13,7 @@ from typing import Any
 
 from bench.machine import dtype
 from bench.servers import have_machine
-
-from ..paths import ROOT
+from tests.support.paths import ROOT
 
 START_S = 240.0
 ANSWER_S = 120.0

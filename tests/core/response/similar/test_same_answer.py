@@ -6,8 +6,7 @@ import pytest
 
 from hyperspace_vllm.core.response.similar.same_answer import say_the_same
 from hyperspace_vllm.daemon.responses.embedding import Embedder, load_embedder
-
-from ....support.paths import DATA
+from tests.support.paths import DATA
 
 PAIRS = [json.loads(line) for line in (DATA / "answer_pairs.jsonl").read_text().splitlines()]
 

@@ -12,8 +12,7 @@ from hyperspace_vllm.core.response.similar.canonical import canonical_question, 
 from hyperspace_vllm.core.response.similar.guards import Mode, eligible
 from hyperspace_vllm.core.response.similar.semantic import Match, SimilarCandidate, best_match, similarity
 from hyperspace_vllm.daemon.responses.embedding import DEFAULT_DIMENSIONS, Embedder, load_embedder
-
-from ....support.paths import DATA
+from tests.support.paths import DATA
 
 pytestmark = pytest.mark.io
 

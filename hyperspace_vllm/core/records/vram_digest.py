@@ -12,8 +12,8 @@ that routes by it loses a prefill at worst. An id is a hash already, so no other
 import math
 from collections.abc import Collection, Iterable
 
-from ..records.limits import VRAM_SEGMENTS_MAX
-from ..records.peer_record import VRAM_DIGEST_BYTES_MAX
+from .limits import VRAM_SEGMENTS_MAX
+from .peer_record import VRAM_DIGEST_BYTES_MAX
 
 _FORMAT = 1
 _HEADER_BYTES = 2

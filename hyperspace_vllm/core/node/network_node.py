@@ -11,6 +11,48 @@ from typing import assert_never
 
 from nacl.signing import SigningKey
 
+from ..events.network_effects import (
+    AnswerResponse,
+    AuthorsChanged,
+    ChargePeer,
+    Disconnect,
+    FetchResponse,
+    HintResponse,
+    NetworkEffect,
+    PeersChanged,
+    Provide,
+    Reply,
+    Send,
+    ServeResponse,
+)
+from ..events.network_events import (
+    AnswerAudited,
+    Answered,
+    ConnectFailed,
+    DeltasImported,
+    DeltasRefused,
+    GossipReceived,
+    GossipSpoiled,
+    NetworkEvent,
+    NetworkTick,
+    OwnDeltaWritten,
+    PeerConnected,
+    PeerDisconnected,
+    PeerDiscovered,
+    PeerMisbehaved,
+    ProvidersFound,
+    RequestFailed,
+    RequestReceived,
+    ResponseFetched,
+    ResponseRefused,
+    ResponseReleased,
+    ResponsesGone,
+    ResponseStored,
+    ResponsesUsed,
+    ResponseWanted,
+    RowsStored,
+    ServedChanged,
+)
 from ..peers.avoidance import Avoidance
 from ..peers.dials import Dials
 from ..peers.membership import GREET_MS, Membership
@@ -43,48 +85,6 @@ from ..response.evidence import check_evidence, verdict
 from ..response.hints import Hints
 from ..response.lookup import ProviderCandidate, ResponseLookup
 from ..response.popularity import Popularity, replicas_wanted
-from .network_effects import (
-    AnswerResponse,
-    AuthorsChanged,
-    ChargePeer,
-    Disconnect,
-    FetchResponse,
-    HintResponse,
-    NetworkEffect,
-    PeersChanged,
-    Provide,
-    Reply,
-    Send,
-    ServeResponse,
-)
-from .network_events import (
-    AnswerAudited,
-    Answered,
-    ConnectFailed,
-    DeltasImported,
-    DeltasRefused,
-    GossipReceived,
-    GossipSpoiled,
-    NetworkEvent,
-    NetworkTick,
-    OwnDeltaWritten,
-    PeerConnected,
-    PeerDisconnected,
-    PeerDiscovered,
-    PeerMisbehaved,
-    ProvidersFound,
-    RequestFailed,
-    RequestReceived,
-    ResponseFetched,
-    ResponseRefused,
-    ResponseReleased,
-    ResponsesGone,
-    ResponseStored,
-    ResponsesUsed,
-    ResponseWanted,
-    RowsStored,
-    ServedChanged,
-)
 
 LOOKUPS_MAX = 1_024
 REQUESTS_MAX = 4_096  # of ours, unanswered

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from ...core.local.messages import ResponseFound
-from ...core.records.errors import ProtocolViolation
-from ...core.records.ids import sha256
-from ...core.records.limits import REPLAY_BYTES_MAX, SENDING_BYTES_MAX
-from ...core.response.admission import Admitted, admit
-from ...core.response.cache_proof import decode_proof
-from ...core.response.request_fields import Endpoint
-from ...response_db import StoredResponse
-from ..coalesce import Message
-from ..http_headers import RawHeaders, hit_headers, quoted
-from ..own_ids import OwnIds
-from .frames import frames
+from ..core.local.messages import ResponseFound
+from ..core.records.errors import ProtocolViolation
+from ..core.records.ids import sha256
+from ..core.records.limits import REPLAY_BYTES_MAX, SENDING_BYTES_MAX
+from ..core.response.admission import Admitted, admit
+from ..core.response.cache_proof import decode_proof
+from ..core.response.request_fields import Endpoint
+from ..response_db import StoredResponse
+from .coalesce import Message
+from .http_headers import RawHeaders, hit_headers, quoted
+from .own_ids import OwnIds
+from .streams.frames import frames
 
 _MESSAGE_BYTES = 65_536
 _REQUEST_COPIES = 3

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hyperspace_vllm.core.records.ids import network_id, sha256, wire_id
 from hyperspace_vllm.core.records.limits import VRAM_SEGMENTS_MAX
 from hyperspace_vllm.core.records.peer_record import VRAM_DIGEST_BYTES_MAX
-from hyperspace_vllm.core.registry.vram_digest import (
+from hyperspace_vllm.core.records.vram_digest import (
     approximate_count,
     difference,
     digest_bytes,
@@ -18,8 +18,7 @@ from hyperspace_vllm.core.registry.vram_digest import (
     overlap,
     positions_each,
 )
-
-from ...support.paths import VECTORS
+from tests.support.paths import VECTORS
 
 CASES = json.loads((VECTORS / "vram_digest.json").read_text())
 
