@@ -222,6 +222,12 @@ def test_every_module_says_what_it_is_for() -> None:
     assert silent == []
 
 
+def test_every_package_says_what_lives_there_in_at_most_20_lines() -> None:
+    for path, tree in modules(PACKAGE):
+        if path.endswith("/__init__.py"):
+            assert 1 <= len((ast.get_docstring(tree) or "").splitlines()) <= 20, path
+
+
 def test_no_handler_swallows_every_exception_in_silence() -> None:
     """`except Exception` must do more than pass: our own bugs crash the test, peers' become values."""
     silent = [

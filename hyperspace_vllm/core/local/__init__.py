@@ -1,0 +1,1 @@
+"""Messages of the local socket, between engine processes and the node of their host."""

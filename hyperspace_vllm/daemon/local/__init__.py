@@ -1,0 +1,1 @@
+"""The node's end of the local socket: sessions of engine processes, their leases and their staging slabs."""

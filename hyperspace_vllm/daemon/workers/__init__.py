@@ -1,0 +1,1 @@
+"""Slow and dangerous work in other processes and threads: KZG, loro, hashing and coding."""
