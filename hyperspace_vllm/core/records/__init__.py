@@ -1,5 +1,5 @@
 """Formats between nodes: ids, signed records, manifests, messages, and the bounds on all of them.
 
-In come bytes, out come values that are checked in form, size, signature and time, or the documented error. Each
-format has vectors in tests/vectors. The room may import nothing else of the core.
+Input: bytes. Output: values that are checked in form, size, signature and time, or the documented error. Each format
+has vectors in tests/vectors. The room may import nothing else of the core.
 """
