@@ -153,6 +153,21 @@ def test_every_bound_in_the_security_page_is_a_constant_and_has_a_test() -> None
         assert f"def {name}(" in found, row
 
 
+def test_the_map_lists_every_room_and_nothing_else() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    assert len(page.splitlines()) < 250
+    tree = page.partition("```\nhyperspace_vllm/\n")[2].partition("```")[0]
+    listed = dict(re.findall(r"^  ([a-z0-9_/]+)/ +(.*)$", tree, re.MULTILINE))
+    planned = {room for room, says in listed.items() if says.startswith("planned: ")}
+    rooms = {
+        path.partition("/")[2].rpartition("/")[0] for path in texts() if re.match(r"hyperspace_vllm/.*\.py$", path)
+    }
+    assert listed.keys() - planned == rooms - {"", "core"}
+    named = re.findall(r"`((?:[a-z0-9_]+/)+[a-z0-9_]+\.py)`", page)
+    assert [path for path in named if not (PACKAGE / path).exists()] == []
+    assert [room for room in planned if (PACKAGE / room).exists()] == []
+
+
 def test_rooms_are_small_and_no_two_modules_have_one_name() -> None:
     for package in ("hyperspace_vllm/", "tests/"):
         paths = [path for path in texts() if path.startswith(package) and path.endswith(".py")]

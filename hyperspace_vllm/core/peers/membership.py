@@ -2,8 +2,8 @@
 
 Choice: a node keeps TARGET_NEIGHBOURS connections and knows many more peers by their records, which neighbours
 exchange (PEX); others are dialled when they are needed. Rejected: a connection to everybody, whose heartbeats alone
-would cost a core at 100 nodes; py-libp2p's own peer exchange, which does nothing (DESIGN §9). Cost: fetching from a
-stranger pays for a handshake.
+would cost a core at 100 nodes; py-libp2p's own peer exchange, which does nothing (docs/notes/py-libp2p.md).
+Cost: fetching from a stranger pays for a handshake.
 
 A neighbour that has been silent for HEARTBEAT_MS is pinged. One ping without answer and it is not used (and not
 recommended) any more, until it is heard again; a peer that freezes is noticed within HEARTBEAT_MS + a tick + PING_MS.

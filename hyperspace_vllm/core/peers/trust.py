@@ -1,4 +1,4 @@
-"""Whose proofs and manifests count (DESIGN §5). A signature only proves who said it; this says who is believed.
+"""Whose proofs and manifests count (docs/design.md). A signature only proves who said it; this says who is believed.
 
     members     those in this node's own lists, and everybody who was shown to hold the network key
     reputation  these too, and for responses whoever has earned it

@@ -9,7 +9,7 @@
 
 Integers are big-endian, the signature is Ed25519 over the tag and the body, and the sender's sequence only grows: what
 comes twice, or again later, is dropped. Batches rather than single announcements, because py-libp2p's GossipSub passes
-ten messages a second and peer at most (DESIGN §9).
+ten messages a second and peer at most (docs/notes/py-libp2p.md).
 
 Evidence holds just as much of the accused's CacheProof as its signature covers, in a fixed size: proof hash stands for
 the fields left out. So nobody is accused of an answer that it never signed.

@@ -1,6 +1,6 @@
 """Keys that stay home, the ids that travel for them, and libp2p peer ids.
 
-Whoever knows a key may read what it names, so only `wire_id(network, key)` ever leaves the node (DESIGN §5).
+Whoever knows a key may read what it names, so only `wire_id(network, key)` ever leaves the node (docs/design.md).
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """What the KV of one segment looks like: the plan that scheduler, worker, node and peers share.
 
 A *part* is the set of layers with one attention reach. Two nodes share rows only when the whole layout (through
-the KV fingerprint) agrees; see DESIGN §4 and §5.
+the KV fingerprint) agrees; see docs/design.md.
 """
 
 from typing import Annotated

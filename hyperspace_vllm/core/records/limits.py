@@ -4,7 +4,7 @@ KiB = 1024
 MiB = 1024 * KiB
 GiB = 1024 * MiB
 
-# --- erasure code (DESIGN §5) -------------------------------------------------------------------
+# --- erasure code (docs/notes/kv-coding.md) -------------------------------------------------------------------
 DATA_CHUNKS = 32
 TOTAL_CHUNKS = 64
 CHUNK_ALIGN_BYTES = 256  # chunk sizes are odd multiples: power-of-two strides halve the coding speed

@@ -1,7 +1,7 @@
 """Sealing: what leaves the node is encrypted under a key that only someone with the prompt can derive.
 
 Rows use plain ChaCha20 (RFC 8439; seekable, so a single chunk opens by itself; the signed digests authenticate),
-responses ChaCha20-Poly1305. DESIGN §5 says why keys never travel.
+responses ChaCha20-Poly1305. docs/design.md says why keys never travel.
 
 Both derive their key by the same HKDF. No row and no response share one for all that: row keys and request keys are
 SHA-256 outputs under different tags ('hyperspace/row/1', 'hyperspace/request/3'), so an equal pair is a collision, and

@@ -1,4 +1,4 @@
-"""Ed25519 over `domain tag || canonical bytes`: the one way in which anything in the network is signed (DESIGN §5)."""
+"""Ed25519 over `domain tag || canonical bytes`: the one way in which anything in the network is signed."""
 
 import hmac
 from hashlib import sha256

@@ -1,7 +1,7 @@
 """How much this node uses the DHT: searches within a CPU budget, providing at a fixed rate, the popular first.
 
-A search costs tens to hundreds of CPU-ms (DESIGN §9), and so does providing: without bounds a busy node would spend its
-cores on looking for what nobody has.
+A search costs tens to hundreds of CPU-ms (docs/notes/py-libp2p.md), and so does providing: without bounds a busy node
+would spend its cores on searches that find nothing.
 """
 
 from collections import OrderedDict

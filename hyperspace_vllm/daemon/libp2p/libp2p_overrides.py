@@ -1,4 +1,4 @@
-"""What of py-libp2p 0.8.1 can only be changed for the whole process, and how its services are run (DESIGN §9).
+"""What of py-libp2p 0.8.1 can only be changed for the whole process, and how its services are run.
 
 The library loses a host to a single malformed message. `test_libp2p_host.py` fails when its side of an override
 changes; the parts with a side of their own are libp2p_swarm, libp2p_dht, libp2p_gossip and libp2p_yamux.

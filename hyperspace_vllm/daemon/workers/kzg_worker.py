@@ -1,4 +1,4 @@
-"""The process that runs ckzg, which holds the GIL for up to a quarter of a second (DESIGN §5).
+"""The process that runs ckzg, which holds the GIL for up to a quarter of a second (docs/notes/kv-coding.md).
 
 Not multiprocessing: its spawn re-imports the node's main module, and a fixed-size protocol on two pipes is shorter than
 its restart handling. The worker says READY once its setup is loaded, then answers each request with one reply, and
