@@ -3,8 +3,9 @@ then departs from it in one way; all of them announce the responses that they he
 
 They know every prompt (the worst case), so what they send is sealed as it should be. What a member that signs a wrong
 answer of its own does can't be told from an honest one's mistake (docs/design.md: a signature only proves who
-said it), so the forgers' proofs are signed by keys of no member. Strangers don't hold the network key; their proofs are their own.
-In an open network anybody gets in, and belief can be earned there: its attackers are OPEN_KINDS.
+said it), so the forgers' proofs are signed by keys of no member. Strangers don't hold the
+network key; their proofs are their own. An open network admits every node, and belief can be earned there: its
+attackers are OPEN_KINDS.
 """
 
 import random

@@ -1,7 +1,7 @@
 """Is a fetch worth it, how long may looking take, when to ask somebody else: formulas only, no state but rates.
 
 The rule behind all of them: looking up never costs more than it can save (docs/design.md). A prefill estimate of 0
-means unknown: then only the stall limit and the lookup's deadline bound a fetch, until the engine has measured a prefill.
+means unknown: then only the stall limit and the lookup's deadline bound a fetch, until the engine has measured one.
 """
 
 import math
