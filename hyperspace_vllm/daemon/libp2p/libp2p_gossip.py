@@ -6,6 +6,7 @@ every message and an entry for every topic that anybody names, and connects to w
 
 import logging
 import random
+import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -44,6 +45,7 @@ CONTROL_ENTRIES_MAX = 64
 CONTROL_IDS_MAX = 1_000
 HEARTBEAT_S = 1
 CANDIDATES_MAX = 1_000  # for a place in a mesh: all who are connected
+BACK_OFF_MAX_S = 600  # that a PRUNE may ask for; ten times what GossipSub's own asks
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,27 @@ class NodeGossip(GossipSub):
         )
         self._topics = topics
         self._standing = standing
+        self._caught_up: set[tuple[ID, str]] = set()
+
+    async def send_recent_messages(self, peer_id: ID, topic: str) -> None:
+        """Queue a new neighbour the messages of the last seconds, once a connection.
+
+        The library writes them past the queue, and again after each unsubscribing.
+        """
+        if (peer_id, topic) not in self._caught_up:
+            self._caught_up.add((peer_id, topic))
+            for message_id in self.mcache.window(topic):
+                if (message := self.mcache.get(message_id)) is not None:
+                    self.send_rpc(peer_id, rpc_pb2.RPC(publish=[message]))
+
+    async def flush_pending_messages(self, peer_id: ID) -> None:
+        """Drop what was published before the neighbour's stream was open: send_recent_messages sends it."""
+        self._pending_messages.pop(peer_id, None)
+
+    def remove_peer(self, peer_id: ID) -> None:
+        """The neighbour is gone."""
+        super().remove_peer(peer_id)
+        self._caught_up = {each for each in self._caught_up if each[0] != peer_id}
 
     def _select_peers_for_pruning(self, topic: str, num_to_prune: int) -> list[ID]:
         return self._least(self.mesh[topic], len(self.mesh[topic]) - num_to_prune)
@@ -107,7 +130,13 @@ class NodeGossip(GossipSub):
         return [peer_id for peer_id in pool if peer_id not in left_out]
 
     def gossip_heartbeat(self) -> defaultdict[ID, dict[str, list[bytes]]]:
-        """Which peers to tell of which messages by IHAVE; the library leaves out those pruned a minute ago or less."""
+        """Which peers to tell of which messages by IHAVE; the library leaves out those pruned a minute ago or less.
+
+        Once a second it forgets the back-offs that have ended: the library keeps those of peers that left.
+        """
+        now_s = time.time()
+        for topic, ends in self.back_off.items():
+            self.back_off[topic] = {peer_id: end_s for peer_id, end_s in ends.items() if end_s > now_s}
         told: defaultdict[ID, dict[str, list[bytes]]] = defaultdict(dict)
         subscribed = self.pubsub.peer_topics if self.pubsub else {}
         for topic in self.mesh.keys() & subscribed.keys():
@@ -132,6 +161,8 @@ class NodeGossip(GossipSub):
                 ours = list(kept.values())
                 del field[:]
                 field.extend(ours)
+        for entry in control.prune:
+            entry.backoff = min(entry.backoff, BACK_OFF_MAX_S)
         for field in (control.ihave, control.iwant, control.idontwant):
             del field[CONTROL_ENTRIES_MAX:]
             for entry in field:

@@ -26,6 +26,7 @@ from typing import Protocol
 
 from nacl.signing import SigningKey
 
+from ...contained import report_error
 from ...core.local.messages import Question, Scope, StoreResponse
 from ...core.records.ids import NetworkId, RequestKey
 from ...core.records.limits import CLOCK_SKEW_MS, RESPONSE_TTL_MS, STORE_QUEUE_BYTES_MAX, MiB
@@ -324,6 +325,10 @@ class ResponseStore:
             if database is None:  # e.g. a read-only or full disk: wait before the next attempt
                 with self._changed:
                     self._changed.wait_for(lambda: self._closing, 1.0)
+            return database
+        except Exception:  # a bug of ours: it costs this batch, not the writer
+            self._count(failed=len(batch) or 1)
+            report_error("the response database's writer")
             return database
         self._complaint.works()
         with self._changed:

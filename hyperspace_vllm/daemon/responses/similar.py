@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...contained import report_error
 from ...core.local.messages import (
     FindSimilar,
     Question,
@@ -153,21 +154,38 @@ class SimilarQuestions:
         try:
             self._start()
             while (job := self._next()) is not None:
-                match job:
-                    case _Asked():
-                        job.answer(self._found(job))
-                    case StoreResponse():
-                        self._store_embedded(job)
-                    case RememberQuestion():
-                        self._store_question(job)
-                    case SimilarChecked():
-                        self._compare(job)
+                try:
+                    self._do(job)
+                except Exception:  # a bug of ours, or of an embedder: what is asked next may be free of it
+                    report_error("semantic hits")
+                    self._leave(job)
         except EmbedderMissing as error:
             logger.error("semantic hits are off: %s", error)
         except Exception:  # of an embedder: whatever it is, exact hits go on
             logger.exception("semantic hits are off from here on: please report it")
         finally:
             self._end()
+
+    def _do(self, job: _Asked | _Later) -> None:
+        match job:
+            case _Asked():
+                job.answer(self._found(job))
+            case StoreResponse():
+                self._store_embedded(job)
+            case RememberQuestion():
+                self._store_question(job)
+            case SimilarChecked():
+                self._compare(job)
+
+    def _leave(self, job: _Asked | _Later) -> None:
+        """Of a job that failed: a miss, or what is to be stored, without vectors."""
+        match job:
+            case _Asked():
+                job.answer(SimilarNotFound(job.want.lookup, "failed"))
+            case StoreResponse():
+                self._store.store(job)
+            case RememberQuestion():
+                self._store.store_question(RequestKey(job.request_key), job.question, None)
 
     def _start(self) -> None:
         embedder = self._load()

@@ -584,6 +584,35 @@ async def test_a_neighbour_that_lost_its_place_in_a_mesh_is_told_of_messages(mem
     assert not gossip.mesh[TOPIC]
 
 
+async def test_a_neighbour_that_subscribes_again_and_again_is_sent_recent_messages_once(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, sent = libp2p_gossip.NodePubsub.write_msg, 0
+
+    async def counted(pubsub: libp2p_gossip.NodePubsub, stream: INetStream, rpc: rpc_pb2.RPC) -> bool:
+        nonlocal sent
+        sent += len(rpc.publish)
+        return await write(pubsub, stream, rpc)
+
+    async def subscribe(node: Libp2pNode, victim: ID) -> None:
+        stream = await open_stream(node, victim, "/meshsub/1.1.0")
+        for number in range(300):
+            options = rpc_pb2.RPC.SubOpts(subscribe=bool(number % 2), topicid=TOPIC)
+            await stream.write(encode_varint_prefixed(rpc_pb2.RPC(subscriptions=[options]).SerializeToString()))
+        await stream.write(encode_varint_prefixed(rpc_pb2.RPC(publish=[gossip_message(b"last")]).SerializeToString()))
+        while not a.gossip:  # noqa: ASYNC110 (it comes in another thread)
+            await trio.sleep(0.02)
+
+    monkeypatch.setattr(libp2p_gossip.NodePubsub, "write_msg", counted)
+    (a,) = await members(1)
+    attacking, published = asyncio.create_task(attack(a, subscribe)), 0
+    while not attacking.done():
+        published += a.host.publish(TOPIC, secrets.token_bytes(8))
+        await asyncio.wait([attacking], timeout=0.1)
+    await attacking
+    assert 0 < sent <= 2 * published
+
+
 async def test_a_message_that_cannot_be_sent_is_told_with_its_traceback_and_takes_no_place(
     members: Members, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1207,6 +1236,22 @@ def test_of_a_neighbours_control_messages_one_of_each_topic_is_kept_and_each_id_
     assert node.keep_ours(control) == 4
     assert [entry.topicID for entry in (*control.graft, *control.prune, *control.ihave)] == [TOPIC] * 3
     assert list(control.iwant[0].messageIDs) == [b"a", b"b"]
+
+
+async def test_a_back_off_ends_in_time_and_is_forgotten_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    gossip = libp2p_gossip.NodeGossip(frozenset({TOPIC}), lambda _: Standing(Rank.TOLD, ""))
+    peer = ID.from_base58(peer_id(SigningKey.generate().verify_key.encode()))
+    control = rpc_pb2.ControlMessage(prune=[rpc_pb2.ControlPrune(topicID=TOPIC, backoff=1 << 62)])
+    gossip.keep_ours(control)
+    gossip.add_peer(peer, TProtocol("/meshsub/1.1.0"))
+    await gossip.handle_prune(control.prune[0], peer)
+    gossip.remove_peer(peer)
+    gossip.gossip_heartbeat()
+    assert gossip._check_back_off(peer, TOPIC)
+    later_s = time.time() + libp2p_gossip.BACK_OFF_MAX_S + 1
+    monkeypatch.setattr(libp2p_gossip.time, "time", lambda: later_s)
+    gossip.gossip_heartbeat()
+    assert gossip.back_off == {TOPIC: {}}
 
 
 async def test_pings_are_in_the_time_of_who_sends_them(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -466,6 +466,20 @@ def test_a_directory_that_cannot_be_written_costs_entries_and_nothing_else(tmp_p
     store.close()
 
 
+def test_an_error_of_the_writer_costs_its_batch_alone(
+    open_store: Open, path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(body: bytes) -> bytes:
+        return packed(body) if body != b"odd" else b"%d" % (1 // 0)
+
+    monkeypatch.setattr("hyperspace_vllm.daemon.responses.response_store.packed", broken)
+    store = open_store()
+    for number, body in enumerate((b"odd", b"{}")):
+        assert store.store(response(number, body))
+        assert store.flush(60)
+    assert store.stats() | {"failed": 1, "stored": 1, "entries": 1} == store.stats()
+
+
 def test_what_a_peer_computed_is_served_on_with_its_own_proof_and_time(
     open_store: Open, path: Path, clock: Clock
 ) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -416,3 +417,22 @@ def test_without_its_packages_responses_are_stored_all_the_same(tmp_path: Path) 
     assert answers == [SimilarNotFound(1, "off")]
     similar.close()
     store.close()
+
+
+@pytest.mark.io
+def test_a_question_that_fails_is_a_miss_and_those_after_it_are_compared(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(text: str) -> None:
+        if "ZERO" in text:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr("hyperspace_vllm.contained._reported", set())
+    monkeypatch.setattr("hyperspace_vllm.daemon.responses.similar.eligible", broken)
+    place.remember("What is the capital of ZERO?", 1)
+    place.remember("How do I learn to play the guitar?", 2)
+    place.similar.remember_question(RememberQuestion(key(1), asked("What is a ZERO?")))
+    for _ in range(2):
+        assert place.find("What is the capital of ZERO?") == SimilarNotFound(7, "failed")
+    assert place.find("How can I learn to play the guitar?") == SimilarFound(7, key(2), ANY, "serve")
+    assert caplog.text.count("Traceback") == 1

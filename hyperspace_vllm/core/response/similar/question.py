@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .canonical import names_property, plain_question
 from .guard_words import FILLER, FUNCTION, IMPERATIVES, NEGATIONS, NUMBERS, UNITS, word_set
@@ -156,7 +157,7 @@ def read_question(text: str) -> ParsedQuestion:
     tokens = tokens_of(plain)
     words = [token.text.lower() for token in tokens if token.kind == "word"]
     asks, content = _asks(words), _content(tokens)
-    is_said = (asks in _ABOUT_A_THING and words[0] in _DEFINE) or (
+    is_said = (asks in _ABOUT_A_THING and not _DEFINE.isdisjoint(words[:1])) or (
         asks.startswith("how_") and content and content[0].key in _MEASURED | _MEASURES.keys() | {"time"}
     )
     if is_said:
@@ -285,7 +286,7 @@ def _units(tokens: list[Token]) -> Iterator[str]:
 
 
 def _modal(words: list[str]) -> str | None:
-    for word, following in zip(words, (*words[1:], ""), strict=True):
+    for word, following in pairwise((*words, "")):
         if word in _MODALS:
             return _MODALS[word]
         if following == "to" and word in ("have", "has", "had", "need", "needs"):

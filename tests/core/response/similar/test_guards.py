@@ -1,9 +1,11 @@
 """Which near questions the guards keep apart, by guard, and which they let pass."""
 
+import random
 import time
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -13,6 +15,7 @@ from hyperspace_vllm.core.response.similar.canonical import canonical_question, 
 from hyperspace_vllm.core.response.similar.guard_words import FILLER, FUNCTION, NEGATIONS
 from hyperspace_vllm.core.response.similar.guards import Mode, eligible, refusal, refusal_between
 from hyperspace_vllm.core.response.similar.question import read_question
+from hyperspace_vllm.core.response.similar.same_answer import say_the_same
 from hyperspace_vllm.core.response.similar.semantic import Match, NoMatch, SimilarCandidate, best_match
 from hyperspace_vllm.core.response.similar.semantic_key import question_of
 from hyperspace_vllm.core.response.similar.word_forms import LOOSE_SYNONYMS, SYNONYMS
@@ -342,6 +345,23 @@ def test_a_question_reads_as_its_parts() -> None:
 )
 def test_a_question_that_depends_on_the_moment_takes_no_part(reason: str | None, text: str) -> None:
     assert eligible(text) == reason
+
+
+ODD = (
+    "thank you", "many thanks", "tell me", "please", "thanks", "explain", "what", "how", "is", "the", "to", "can't", "é",
+    "AI", "II", "km", ",", "(", "'", '"', "-", "...", "?", "!", "5", "5!", "3.5", ".5", "1,000", "$5", "5%", "x^2", "+x",
+)  # fmt: skip
+
+
+def test_no_text_is_too_odd_to_be_compared() -> None:
+    rng = random.Random(1)
+    texts = ["", "5! thank you", *(" ".join(rng.choices(ODD, k=rng.randint(1, 6))) for _ in range(3_000))]
+    for one, other in pairwise(texts):
+        eligible(one)
+        compared_question(one)
+        for mode in MODES:
+            assert refusal(one, other, mode) != ""
+        say_the_same(one, other, lambda *_: 0.9)
 
 
 def candidate(question: str, similarity: float) -> SimilarCandidate:
