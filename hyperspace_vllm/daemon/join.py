@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack, suppress
-from importlib import import_module
 from pathlib import Path
 
 from ..config import Config
@@ -229,7 +228,7 @@ class NodeNetwork:
         on_peers: Callable[[tuple[PeerRecord, ...], tuple[KvEndpoint, ...]], None],
     ) -> NetworkDriver:
         """A driver whose node has begun to join; everything it needs is closed with `parts`."""
-        await _imported(".libp2p_host")  # seconds, in which engines are served
+        await _libp2p_imported()  # seconds, in which engines are served
         from .libp2p.libp2p_host import Libp2pHost
         from .workers.registry_documents import RegistryDocuments
 
@@ -290,8 +289,8 @@ class NodeNetwork:
         return driver
 
 
-async def _imported(module: str) -> None:
-    """Import a module of this package in a thread that a node which stops doesn't wait for."""
+async def _libp2p_imported() -> None:
+    """Import libp2p in a thread that a node which stops doesn't wait for."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
 
@@ -302,7 +301,7 @@ async def _imported(module: str) -> None:
     def run() -> None:
         error: BaseException | None = None
         try:
-            import_module(module, __package__)
+            from .libp2p import libp2p_host  # noqa: F401
         except Exception as failure:
             error = failure
         with suppress(RuntimeError):  # the loop is closed
