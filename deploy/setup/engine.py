@@ -17,7 +17,7 @@ from progress import Step, step
 
 HERE = Path(__file__).resolve().parent
 
-# The supported release; the README names the range, and tests/test_setup.py compares the two.
+# The supported release; the README names the range, and tests/deploy/test_setup_engine.py compares the two.
 VLLM_VERSION = "0.32.0"
 EXTRAS = ("node", "dev")
 # What the Makefile calls that no Python code imports. clang-format: another release formats differently.

@@ -4,12 +4,10 @@ import json
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -33,141 +31,17 @@ from hyperspace_vllm.core.local.messages import (
 )
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import EMBEDDED_LINGER_MS, LEASE_MS, KiB, MiB
-from hyperspace_vllm.daemon.identity import Identity, IdentityError, curve_public_of
-from hyperspace_vllm.daemon.join import load_network_key
-from hyperspace_vllm.daemon.metrics import Metrics
+from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.node_process import revive_node
 from tests.support.node_processes import ROOT, Nodes, alive, hyperspace, until
 
 pytestmark = pytest.mark.io
+
+
 M = TypeVar("M")
+
+
 AT_ONCE_S = 0.9 * EMBEDDED_LINGER_MS / 1000
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Nodes]:
-    nodes = Nodes(tmp_path / "d")
-    yield nodes
-    nodes.stop()
-
-
-# --- identity -------------------------------------------------------------------------------------
-
-
-def test_a_node_keeps_its_key_and_nobody_else_can_read_it(tmp_path: Path) -> None:
-    first, again = Identity.load(tmp_path / "d"), Identity.load(tmp_path / "d")
-    assert first == again
-    assert stat.S_IMODE((tmp_path / "d" / "node.key").stat().st_mode) == 0o600
-    assert stat.S_IMODE((tmp_path / "d").stat().st_mode) == 0o700
-    assert [path.name for path in (tmp_path / "d").iterdir()] == ["node.key"]
-
-
-def test_a_peer_id_alone_pins_the_curve_key(tmp_path: Path) -> None:
-    identity = Identity.load(tmp_path)
-    assert curve_public_of(identity.peer_id) == identity.curve_public
-    assert len(identity.curve_secret) == 40
-
-
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
-def test_a_key_that_others_can_read_is_refused_with_what_to_do(tmp_path: Path, mode: int) -> None:
-    Identity.load(tmp_path)
-    (tmp_path / "node.key").chmod(mode)
-    with pytest.raises(IdentityError, match="chmod 600"):
-        Identity.load(tmp_path)
-
-
-@pytest.mark.parametrize("key", ["node.key", "network.key"])
-def test_a_key_of_another_user_is_refused(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    Identity.load(tmp_path)
-    load: dict[str, Callable[[], object]] = {
-        "node.key": lambda: Identity.load(tmp_path),
-        "network.key": lambda: load_network_key(Config(network_key_file=str(tmp_path / "network.key"))),
-    }
-    (tmp_path / "network.key").touch(0o600)
-    (tmp_path / "network.key").write_text("00" * 32)
-    load[key]()
-    own = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
-    with pytest.raises(IdentityError, match=f"owner {own}"):
-        load[key]()
-
-
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
-def test_a_network_key_that_others_can_read_is_refused_with_what_to_do(tmp_path: Path, mode: int) -> None:
-    (tmp_path / "network.key").write_text("00" * 32)
-    (tmp_path / "network.key").chmod(mode)
-    with pytest.raises(IdentityError, match="chmod 600"):
-        load_network_key(Config(network_key_file=str(tmp_path / "network.key")))
-
-
-def test_a_damaged_or_linked_key_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "node.key").write_bytes(bytes(31))
-    (tmp_path / "node.key").chmod(0o600)
-    with pytest.raises(IdentityError, match="31 bytes"):
-        Identity.load(tmp_path)
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "node.key").symlink_to(tmp_path / "node.key")
-    with pytest.raises(OSError, match="symbolic links"):
-        Identity.load(tmp_path / "d")
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-def test_id_creates_the_key_and_prints_the_same_peer_id_again(tmp_path: Path) -> None:
-    first = hyperspace("id", "--data-dir", str(tmp_path / "d"))
-    again = hyperspace("id", "--data-dir", str(tmp_path / "d"))
-    assert first.stdout == again.stdout == Identity.load(tmp_path / "d").peer_id + "\n"
-
-
-def test_config_says_where_each_setting_came_from(tmp_path: Path) -> None:
-    shown = hyperspace("config", "--data-dir", str(tmp_path), HYPERSPACE_NICE="3").stdout
-    assert "nice = 3  # the environment\n" in shown
-    assert f"data_dir = {tmp_path}  # the command line\n" in shown
-    assert "network = default  # default\n" in shown
-
-
-def test_a_wrong_setting_ends_the_command_with_one_line(tmp_path: Path) -> None:
-    wrong = hyperspace("config", HYPERSPACE_NICE="30")
-    assert wrong.returncode == 1
-    assert wrong.stderr == "hyperspace: nice = 30 (from the environment): expected a whole number from 0 to 19\n"
-
-
-def test_an_unknown_variable_is_one_line_of_the_command_that_goes_on(tmp_path: Path) -> None:
-    shown = hyperspace("config", "--data-dir", str(tmp_path), HYPERSPACE_NICEST="3", HYPERSPACE_PORT="tcp://10.0.0.7:1")
-    assert shown.returncode == 0
-    assert shown.stderr == (
-        "hyperspace: ignored: HYPERSPACE_NICEST (from the environment): no such setting; "
-        "did you mean HYPERSPACE_NICE?\n"
-    )
-
-
-def test_status_without_a_node_says_what_to_do(tmp_path: Path) -> None:
-    status = hyperspace("status", "--data-dir", str(tmp_path))
-    assert status.returncode == 1
-    assert "hyperspace node --data-dir" in status.stderr
-
-
-def test_status_shows_the_node_as_a_table_and_as_json(nodes: Nodes) -> None:
-    process = nodes.start_and_wait()
-    directory = str(nodes.config.data_dir)
-    table = hyperspace("status", "--data-dir", directory, COLUMNS="120")
-    assert nodes.card()["peer_id"] in table.stdout
-    status = json.loads(hyperspace("status", "--json", "--data-dir", directory).stdout)
-    assert (status["pid"], status["peer_id"]) == (process.pid, nodes.card()["peer_id"])
-    assert status["arena"]["free_bytes"] == status["arena"]["capacity_bytes"]
-    assert {"name": "hyperspace_clients", "labels": {}, "value": 1.0} in status["metrics"]
-
-
-def test_metrics_are_served_where_they_were_asked_for(nodes: Nodes) -> None:
-    nodes.start_and_wait()
-    address = nodes.card()["metrics"]
-    assert address.startswith("127.0.0.1:")
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
-        assert b"\nhyperspace_clients 0.0\n" in answer.read()
-
-
-# --- one node per data directory --------------------------------------------------------------------
 
 
 def test_a_second_standalone_node_says_who_to_ask(nodes: Nodes) -> None:
@@ -242,8 +116,6 @@ def test_a_client_of_a_frozen_node_neither_waits_nor_stays_connected(nodes: Node
     assert client.epoch == 2
     client.close()
 
-
-# --- embedded -------------------------------------------------------------------------------------
 
 SERVER = """
 import os, sys
@@ -379,9 +251,6 @@ def test_only_an_embedded_node_that_was_killed_is_started_again(nodes: Nodes) ->
     assert not revive_node(nodes.config)  # somebody else looks after it
 
 
-# --- two nodes --------------------------------------------------------------------------------------
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -454,17 +323,3 @@ def test_a_prefix_that_one_node_was_given_is_read_whole_from_another(pair: tuple
     assert ", connected" in shown
     for client in clients:
         client.close()
-
-
-# --- documentation ---------------------------------------------------------------------------------
-
-
-def test_every_metric_and_command_is_documented() -> None:
-    page = (ROOT / "docs" / "operations.md").read_text()
-    for family in Metrics().registry.collect():
-        name = family.name + ("_total" if family.type == "counter" else "")
-        assert f"| `{name}` |" in page, name
-    for command in ("node", "id", "status", "config"):
-        assert f"`hyperspace {command}" in page
-    for flag in ("--data-dir", "--embedded", "--json"):
-        assert flag in page

@@ -1,11 +1,7 @@
 """A worker's half with real tensors and a node that answers, refuses, dies or takes its memory back."""
 
-import contextlib
-import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,111 +9,18 @@ import torch
 
 from hyperspace_vllm.core.local.messages import (
     NO_ENGINE,
-    ClientMessage,
     LoadedRow,
-    NodeMessage,
     RegisterLayout,
     RowStaged,
     Slab,
-    StagingGranted,
     WantStaging,
 )
 from hyperspace_vllm.session_lock import SessionLock, look
-from hyperspace_vllm.vllm_adapter.kv_copy import DeviceCopier, TorchPages
-from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, block_views, plan_kv
+from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, plan_kv
 from hyperspace_vllm.vllm_adapter.metadata import IDLE, PrefixLoad, SegmentSave, StepMetadata
 from hyperspace_vllm.vllm_adapter.worker_side import SEGMENTS_STAGED_MAX, WorkerSide
-from tests.vllm_adapter.test_kv_layout import BLOCKS, caches, engine, hybrid_cache
-
-FINGERPRINT, ENGINE = b"\x01" * 32, b"\x02" * 16
-
-
-@dataclass
-class NodePeer:
-    """A node with one MiB of arena; `generations` moves when it takes a slab back."""
-
-    connected: bool = True
-    epoch: int = 1
-    sent: list[ClientMessage] = field(default_factory=list)
-    inbox: list[NodeMessage] = field(default_factory=list)
-    arena: bytearray = field(default_factory=lambda: bytearray(1 << 20))
-    generations: dict[int, int] = field(default_factory=dict)
-    grants: bool = True
-    earlier_locks: list[SessionLock] = field(default_factory=list)
-
-    def take_earlier_locks(self) -> list[SessionLock]:
-        taken, self.earlier_locks = self.earlier_locks, []
-        return taken
-
-    def send(self, message: ClientMessage) -> bool:
-        if not self.connected:
-            return False
-        self.sent.append(message)
-        if isinstance(message, WantStaging) and self.grants:
-            self.inbox.append(StagingGranted(message.row_bytes, tuple(self.slab(message.row_bytes) for _ in range(2))))
-        return True
-
-    def receive(self) -> list[NodeMessage]:
-        messages, self.inbox = self.inbox, []
-        return messages
-
-    def slab(self, length: int) -> Slab:
-        slot = len(self.generations)
-        self.generations[slot] = 7
-        return Slab(slot, slot << 16, length, 7)
-
-    def view(self, slab: Slab) -> memoryview:
-        if not self.connected:
-            raise LookupError("no arena")
-        return memoryview(self.arena)[slab.offset : slab.offset + slab.length]
-
-    def is_current(self, slab: Slab) -> bool:
-        return self.generations.get(slab.slot) == slab.generation
-
-    def wait_connected(self, timeout_s: float) -> bool:
-        return self.connected
-
-    def of(self, kind: type) -> list:
-        return [message for message in self.sent if isinstance(message, kind)]
-
-
-@pytest.fixture
-def plan() -> KVPlan:
-    return plan_kv(engine(), hybrid_cache())
-
-
-class Bench:
-    def __init__(self, plan: KVPlan, node: NodePeer | None = None) -> None:
-        self.node, self.plan, self.tensors = node or NodePeer(), plan, caches(hybrid_cache())
-        self.side = WorkerSide(self.node, plan, 0, 8, "auto")  # type: ignore[arg-type]
-        self.side.register(self.tensors, BLOCKS)
-
-    def bytes_of(self, name: str, block: int) -> bytes:
-        return self.tensors[name][block].contiguous().view(torch.uint8).numpy().tobytes()
-
-    def rows(self, segments: int) -> tuple[LoadedRow, ...]:
-        """Rows of the first segments, each filled with a byte of its own."""
-        rows = []
-        for segment in range(segments):
-            for part in range(len(self.plan.parts)):
-                slab = self.node.slab(self.plan.row_bytes(part))
-                self.node.view(slab)[:] = bytes([16 * segment + part + 1]) * slab.length
-                rows.append(LoadedRow(segment, part, 0, slab))
-        return tuple(rows)
-
-    def work(self, *, loads: tuple[PrefixLoad, ...] = (), saves: tuple[SegmentSave, ...] = ()) -> StepMetadata:
-        metadata = StepMetadata(RegisterLayout(self.plan.layout(FINGERPRINT), ENGINE), loads, saves)
-        self.side.load(metadata)
-        self.side.save(metadata)
-        return metadata
-
-    def results(self) -> tuple[set[str], set[str]]:
-        results = self.side.transfer_results()
-        assert not results.finished_sending
-        return results.finished_recving, results.failed_recving
-
-
-TABLES = ((1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 3))
+from tests.support.worker_bench import ENGINE, FINGERPRINT, TABLES, Bench, NodePeer
+from tests.vllm_adapter.test_kv_layout import BLOCKS, engine, hybrid_cache
 
 
 def test_a_loaded_prefix_is_in_its_blocks_and_reported_once(plan: KVPlan) -> None:
@@ -300,179 +203,3 @@ def test_a_step_without_work_costs_less_than_50_microseconds(plan: KVPlan) -> No
         return (time.perf_counter() - start) / 200
 
     assert min(steps() for _ in range(20)) < 50e-6  # the least disturbed of them: the machine has other work too
-
-
-# ---- On a device: copies that end later, on a thread, or never.
-
-
-class SlowLane:
-    """A device's stream whose copies end when `open` is set, or fail."""
-
-    def __init__(self) -> None:
-        self.open, self.broken, self.marks = threading.Event(), False, 0
-        self.open.set()
-        self.record_fails = False
-
-    def enter(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def record(self) -> Callable[[], None]:
-        if self.record_fails:
-            raise RuntimeError("CUDA error: device-side assert triggered")
-        self.marks += 1
-        return self._wait
-
-    def _wait(self) -> None:
-        assert self.open.wait(10)
-        if self.broken:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-
-class DeviceBench(Bench):
-    """A worker whose KV is copied as a device's is; `settled` waits for the copy thread."""
-
-    def __init__(self, plan: KVPlan) -> None:
-        super().__init__(plan)
-        self.lane = SlowLane()
-        views = block_views(plan, self.tensors, BLOCKS)
-        self.copier = DeviceCopier(TorchPages(views, pin=False), self.lane, torch.device("cpu"), pin=False)
-        self.side._copier = self.copier
-
-    def settled(self) -> tuple[set[str], set[str]]:
-        ended = threading.Event()
-        self.copier.after_copies(lambda _: ended.set())
-        assert ended.wait(10)
-        return self.results()
-
-
-@pytest.fixture
-def device(plan: KVPlan) -> Iterator[DeviceBench]:
-    bench = DeviceBench(plan)
-    yield bench
-    bench.lane.open.set()
-    bench.copier.close()
-    assert not bench.copier._thread.is_alive()
-
-
-def load_of(bench: Bench, request_id: str) -> PrefixLoad:
-    return PrefixLoad(request_id, 0, 512, TABLES, bench.rows(2))
-
-
-SAVE = SegmentSave("s", 0, (0, 1), ((1, 2), (3, 4), (5, 6)))
-
-
-def test_a_load_is_reported_when_its_copies_have_ended_and_not_before(device: DeviceBench) -> None:
-    device.lane.open.clear()
-    device.work(loads=(load_of(device, "r"),))
-    assert device.results() == (set(), set())
-    device.lane.open.set()
-    assert device.settled() == ({"r"}, set())
-    assert device.bytes_of("f.0", 9) == bytes([1]) * 8192
-    assert device.settled() == (set(), set())
-
-
-def test_copies_that_the_device_fails_are_reported_once_each_and_as_failed(device: DeviceBench) -> None:
-    device.lane.open.clear()
-    device.lane.broken = True
-    device.work(loads=(load_of(device, "a"), load_of(device, "b")))
-    assert device.results() == (set(), set())
-    device.lane.open.set()
-    assert device.settled() == ({"a", "b"}, {"a", "b"})
-    assert device.settled() == (set(), set())
-    assert device.side.stats.data["hyperspace_l2_loads_total"] == {"copy_failed": 2}
-
-
-def test_after_the_device_has_failed_once_nothing_of_it_is_believed(device: DeviceBench) -> None:
-    device.lane.broken = True
-    device.work(loads=(load_of(device, "a"),))
-    assert device.settled() == ({"a"}, {"a"})
-    device.lane.broken = False
-    device.work(loads=(load_of(device, "b"),), saves=(SAVE,))
-    assert device.settled() == ({"b"}, {"b"})
-    assert not device.node.of(RowStaged)
-
-
-def test_a_row_that_the_device_fails_to_hand_over_is_not_staged_and_costs_no_slab(device: DeviceBench) -> None:
-    device.lane.broken = True
-    device.work(saves=(SAVE,))
-    device.settled()
-    slabs = {size: len(slabs) for size, slabs in device.side._slabs.items()}
-    for _ in range(20):
-        device.work(saves=(SAVE,))
-        device.settled()
-    assert not device.node.of(RowStaged)
-    assert all(len(device.side._slabs[size]) >= count for size, count in slabs.items())
-
-
-def test_a_device_that_cant_even_mark_its_stream_fails_the_load_after_the_copies_before_it(device: DeviceBench) -> None:
-    device.lane.open.clear()
-    device.work(loads=(load_of(device, "a"),))
-    device.lane.record_fails = True
-    device.work(loads=(load_of(device, "b"),))
-    assert device.results() == (set(), set())
-    device.lane.open.set()
-    device.lane.record_fails = False
-    assert device.settled() == ({"a", "b"}, {"b"})
-
-
-def test_a_load_that_fails_half_way_is_reported_when_its_first_copies_have_ended(device: DeviceBench) -> None:
-    """vLLM gives the blocks of a failed load to others at once."""
-    load = load_of(device, "r")
-    device.lane.open.clear()
-    device.work(loads=(PrefixLoad("r", 0, 512, TABLES, load.rows[:-1]),))
-    assert device.lane.marks > 1  # copies, and the mark after them
-    assert device.results() == (set(), set())
-    device.lane.open.set()
-    assert device.settled() == ({"r"}, {"r"})
-    assert device.side.stats.data["hyperspace_l2_loads_total"] == {"row_missing": 1}
-
-
-def test_a_copy_that_the_device_refuses_at_once_is_a_failed_load_and_a_skipped_save(
-    device: DeviceBench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError("CUDA error: invalid configuration argument")
-
-    monkeypatch.setattr(TorchPages, "scatter", refuse)
-    monkeypatch.setattr(TorchPages, "gather", refuse)
-    device.work(loads=(load_of(device, "r"),), saves=(SAVE,))
-    assert device.settled() == ({"r"}, {"r"})
-    assert device.side.stats.data["hyperspace_l2_saves_total"] == {"skipped|copy_failed": 2}
-    assert not device.node.of(RowStaged)
-
-
-def test_a_report_that_fails_leaves_the_copy_thread_alive(device: DeviceBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    device.side._take_grants()
-
-    def explode(slab: Slab) -> bool:
-        raise OSError("no such slab")
-
-    monkeypatch.setattr(device.node, "is_current", explode)
-    device.side._stage(SAVE, 0)
-    monkeypatch.undo()
-    device.work(loads=(load_of(device, "r"),))
-    assert device.settled() == ({"r"}, set())
-
-
-def test_a_loads_memory_is_kept_while_the_device_reads_it_and_let_go_when_idle(
-    device: DeviceBench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    staged: list[weakref.ref[torch.Tensor]] = []
-    original = device.copier._staging
-
-    def staging(row: memoryview) -> torch.Tensor:
-        tensor = original(row)
-        staged.append(weakref.ref(tensor))
-        return tensor
-
-    monkeypatch.setattr(device.copier, "_staging", staging)
-    device.lane.open.clear()
-    device.work(loads=(load_of(device, "r"),))
-    assert staged
-    assert all(reference() is not None for reference in staged)
-    device.lane.open.set()
-    device.settled()
-    deadline = time.monotonic() + 5
-    while any(reference() is not None for reference in staged) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert all(reference() is None for reference in staged)
