@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.deploy.conftest import SETUP
 from tests.support.paths import ROOT
-from tests.support.setup_environment import SETUP
 
 DEATHS = {
     "an illegal instruction": "import os, signal; os.kill(os.getpid(), signal.SIGILL)",

@@ -18,7 +18,7 @@ from hyperspace_vllm.vllm_adapter import cached_segments
 from hyperspace_vllm.vllm_adapter.cached_segments import CachedSegments
 from hyperspace_vllm.vllm_adapter.engine_report import EngineReport
 from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, LayerSlot, PartPlan
-from tests.vllm_adapter.test_scheduler import FINGERPRINT, PLAN, Bench, NodePeer, S
+from tests.support.scheduler_bench import FINGERPRINT, PLAN, Bench, NodePeer, S
 
 BLOCK = 128
 HASH = 16  # vLLM hashes in smaller runs than the blocks of this plan

@@ -29,9 +29,9 @@ from hyperspace_vllm.vllm_adapter import engine_report, plugin, worker_side
 from hyperspace_vllm.vllm_adapter.connector import HyperspaceConnector
 from hyperspace_vllm.vllm_adapter.metadata import IDLE, PrefixLoad, SegmentSave, StepMetadata, WorkerOff
 from tests.support.paths import TINY
+from tests.support.scheduler_bench import request
 from tests.vllm_adapter.test_kv_layout import caches, hybrid_cache
 from tests.vllm_adapter.test_plugin import HANDED_DOWN
-from tests.vllm_adapter.test_scheduler import request
 
 ROLES = (KVConnectorRole.SCHEDULER, KVConnectorRole.WORKER)
 ENTRIES = [name for name, m in vars(HyperspaceConnector).items() if inspect.isfunction(m) and not name.startswith("_")]

@@ -18,8 +18,8 @@ from hyperspace_vllm.vllm_adapter.inherited import Inherited
 from hyperspace_vllm.vllm_adapter.kv_layout import plan_kv
 from hyperspace_vllm.vllm_adapter.loaded_files import LoadedIdentity
 from tests.support.paths import TINY
+from tests.support.scheduler_bench import request
 from tests.vllm_adapter.test_kv_layout import hybrid_cache
-from tests.vllm_adapter.test_scheduler import request
 
 FILES = LoadedIdentity(("model.safetensors 00",), (), ("tokenizer.json 00",), ())
 
