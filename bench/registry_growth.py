@@ -1,5 +1,4 @@
-"""Size of a registry document over a million updates: the download of a new node from an owner that never stops
-writing.
+"""Size of a registry document over a million updates: what a new node downloads from an owner that keeps writing.
 
 The real machine decides when to write and when to compact, real loro makes the payloads, real keys sign them; only the
 clock is simulated: 250 ms between two writes. Half of the entries are withdrawn, half are left to expire. The bytes are

@@ -1,8 +1,8 @@
 """Tells, across processes and containers, whether a worker that lost its lease may still write into its slabs.
 
-A worker holds `<data_dir>/sessions/<session key in hex>` locked (`flock`) from before its Hello until it writes nothing
-of that session any more. The kernel drops the lock of a process that dies, so one check is right for live, frozen and
-dead workers; process ids would not do (containers have their own).
+A worker holds `<data_dir>/sessions/<session key in hex>` locked (`flock`) from before its Hello until it is certain to
+write nothing of that session any more. The kernel drops the lock of a process that dies, so one check is right for
+live, frozen and dead workers; process ids would not do (containers have their own).
 """
 
 import contextlib

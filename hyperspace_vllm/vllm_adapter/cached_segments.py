@@ -153,8 +153,7 @@ class CachedSegments:
     def _blocks(
         self, number: int, block_hashes: Sequence["BlockHash"], windows: bool
     ) -> tuple[tuple[int, "BlockHash"], ...] | None:
-        """Group and hash of a segment's blocks in full attention, or of the blocks in its last windows; None if
-        unknown."""
+        """Group and hash of a segment's blocks in full attention, or of those in its last windows; None if unknown."""
         start, end = number * self._tokens, (number + 1) * self._tokens
         size = self._pool.hash_block_size  # a block's hash is that of the last of these runs in it
         if end // size > len(block_hashes):

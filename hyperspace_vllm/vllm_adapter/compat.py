@@ -152,8 +152,7 @@ def event_number(block_hash: bytes) -> int:
 
 
 def innermost_middleware(add: Callable[[Any], None]) -> bool:
-    """Call `add(app)` after vLLM has added its own middleware; `add` appends to `app.user_middleware` (last =
-    innermost).
+    """Call `add(app)` after vLLM has added its own middleware, to append to `app.user_middleware` (last = innermost).
 
     False, with nothing done, in a process that doesn't serve HTTP: an API server has loaded its application's module
     before it configures an engine, and no other process needs it.
@@ -184,7 +183,7 @@ def innermost_middleware(add: Callable[[Any], None]) -> bool:
 def watch_engine(watch: "WeightsWatch", load_adapter: Callable[[int, str], None]) -> None:
     """Tell `watch` of every call that may change an engine's weights, and `load_adapter(id, path)` of LoRA adapters.
 
-    vLLM 0.29 to 0.33 (2026-11): connectors are told of none of these calls, nor of a reset unless it asks for it. Can
+    vLLM 0.29 to 0.33 (2026-11): connectors are told of none of these calls, nor of a reset unless they ask for it. Can
     go when there is such an event. Applies to every engine of this process, for as long as the caller keeps both.
     """
     from vllm.v1.engine.core import EngineCore

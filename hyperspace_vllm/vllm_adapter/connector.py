@@ -316,8 +316,7 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         self._switch_off()
 
     def _switch_off(self) -> None:
-        """Answer "nothing" from now on. A worker's copies end first: vLLM gives a failed load's blocks to other
-        requests."""
+        """Answer "nothing" from now on. A worker's copies end first: failed loads' blocks go to other requests."""
         parts = (self._worker, self._report, self._client)
         self._scheduler = self._worker = self._report = self._cached = self._client = None
         for part in parts:

@@ -5,7 +5,7 @@ everything that can change KV bytes or their meaning, vLLM's version included, b
 backend and block layout "auto" means. Rejected: asking workers for the chosen backend, which the scheduler can't do
 before the first step. Cost: during an upgrade of vLLM, a fleet shares KV only among equal versions.
 
-A response is text: the version stands in its CacheProof, not in the model digest, so that releases share answers. Every
+A response is text: the version is in its CacheProof, not in the model digest, so that releases share answers. Every
 option counts there unless neutral.py lists it or it has the release's own default.
 """
 
@@ -100,8 +100,7 @@ def _options(args: Namespace) -> dict[str, Any]:
 
 
 def _counted(name: str, value: Any) -> Any:
-    """The part of an option's value that counts, in JSON types; `name` includes the names of the options it belongs
-    to."""
+    """The part of an option's value that counts, in JSON types; `name` includes the names of its parent options."""
     if _is_config(value):
         value = _without_defaults(value)
     if isinstance(value, dict):

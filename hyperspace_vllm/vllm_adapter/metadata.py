@@ -39,8 +39,7 @@ class SegmentSave:
 
 @dataclass(frozen=True, slots=True)
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped for us
-    """The work of one step. `engine` is set whenever there is any: the layout that the scheduler and workers tell the
-    node.
+    """The work of one step. `engine`, set whenever there is any, is the layout that both halves tell the node.
 
     Workers check their tensors against its layout.
     """

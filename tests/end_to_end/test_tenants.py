@@ -132,7 +132,8 @@ async def test_its_time_does_not_tell_whether_another_tenant_asked(make_bench: M
         answer = await bench.ask(ask(number), authorization=f"Bearer {KEYS[1]}")
         times[number] = time.perf_counter() - began
         assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
-    # How often one of the other tenant's took longer than a new one: 0.5, give or take 0.03; 0 or 1 if timing told.
+    # How often a question of the other tenant took longer than a new one: 0.5, give or take 0.03; 0 or 1 would be a
+    # leak.
     longer = sum(times[a] > times[b] for a in numbers if a in theirs for b in numbers if b not in theirs)
     assert 0.3 < longer / (len(theirs) * (len(numbers) - len(theirs))) < 0.7
 

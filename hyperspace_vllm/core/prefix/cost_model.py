@@ -1,5 +1,7 @@
-"""% of the prefill. Where that is less than a round trip takes, asking could only delay the request, so it isn't raised
-to a floor: a prefill below 100 ms is computed at once.
+"""Whether a fetch pays, how long a search may take, and when to ask another peer: formulas only, no state but rates.
+
+They share one rule: looking up never costs more than it can save (docs/design.md). A prefill estimate of 0 means
+unknown: then only the stall limit and the lookup's deadline bound a fetch, until the engine has measured one.
 """
 
 import math
@@ -46,7 +48,10 @@ def worth_fetching(estimate_ms: int, saves_ms: int) -> bool:
 
 
 def search_budget_ms(prefill_ms: int) -> int:
-    """How long to look for unannounced providers; 0: don't."""
+    """How long to look for unannounced providers; 0: don't.
+
+    5 % of the prefill. Where that is less than a round trip takes, asking could only delay the request, so it isn't
+    raised to a floor: a prefill below 100 ms is computed at once."""
     if prefill_ms == 0:
         return FETCH_STALL_MS
     budget = int(UNHINTED_PREFILL_SHARE * prefill_ms)

@@ -141,7 +141,7 @@ class Transfers:
             source.verified = 0
 
     def stop(self, now_ms: int) -> list[PeerId]:
-        """End all fetching and update the rates; returns the peers that have owed an answer for FETCH_STALL_MS."""
+        """End all fetching, update the rates; returns peers first asked FETCH_STALL_MS ago or more that still owe."""
         late = {peer for t in self._moving.values() for s in self._offers.of(t.row) for peer in s.asked}
         late |= {peer for manifest in self._asking.values() for peer in manifest.asking}
         for peer, delivery in self._deliveries.items():

@@ -1,4 +1,4 @@
-"""Signed batches on the two GossipSub topics: which responses or KV rows a node can serve, and who signed a false one.
+"""Signed batches on the two GossipSub topics: responses or KV rows that a node can serve, evidence of false answers.
 
     batch    = body || signature
     body     = network id 32 | sender 32 | sequence u64 | sent at u64 ms | kind u8 | count u16 | entries

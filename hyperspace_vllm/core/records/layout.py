@@ -30,8 +30,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def first_segment(self, part: int, start_token: int, end_segment: int) -> int:
         """First segment whose row of `part` is needed to continue at `end_segment * segment_tokens`.
 
-        Tokens before `start_token` are in the engine already. A sliding-window layer reads only the last `window_tokens
-        - 1` tokens before the next one, so earlier rows are not fetched.
+        Tokens before `start_token` are in the engine already. A sliding-window layer reads only the `window_tokens - 1`
+        tokens before the next one, so earlier rows are not fetched.
         """
         first = start_token // self.segment_tokens
         window = self.parts[part].window_tokens

@@ -93,7 +93,8 @@ class Pong(_Message, tag="pong", frozen=True):
 class WantPeers(_Message, tag="peers?", frozen=True):
     """Peer exchange: asks for records that the sender doesn't have.
 
-    `known` is 16 bytes a record: first 8 of its author's public key, sequence u64 big-endian."""
+    `known` is 16 bytes a record: first 8 of its author's public key, sequence u64 big-endian.
+    """
 
     known: Annotated[bytes, Meta(max_length=KNOWN_BYTES * 1024)]
 

@@ -43,7 +43,7 @@ class _Peer:
     in_flight_bytes: int = 0
 
     def bytes_in_flight(self) -> int:
-        """Bytes of large chunks; those of an older connection may end later, and then delay those of newer ones."""
+        """Bytes of large chunks; those of an older connection may finish later, and until then newer ones count too."""
         while self.in_flight and self.in_flight[0][0].done:
             self.in_flight_bytes -= self.in_flight.popleft()[1]
         return self.in_flight_bytes

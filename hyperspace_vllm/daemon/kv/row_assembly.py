@@ -24,7 +24,7 @@ from .object_codec import ObjectRecord, good_chunks, open_row
 from .peer_link import Chunks
 from .row_cache import RowCache
 
-FETCHING_BYTES_MAX = 256 * MiB  # chunks asked for and not yet opened, of all lookups: 16 of them at full speed
+FETCHING_BYTES_MAX = 256 * MiB  # chunks asked for and not yet opened, of all lookups: 16 at full speed
 PROGRESS_S = FETCH_STALL_MS / 1000 / 4
 
 Keep = Callable[[ObjectRecord, int, dict[int, memoryview]], None]

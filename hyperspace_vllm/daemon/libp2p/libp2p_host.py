@@ -49,7 +49,7 @@ class HostHandler(Protocol):
         """The answer to a peer's request; None resets the stream."""
 
     def on_gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
-        """A message that the gate accepted arrived on a topic through a neighbour, who need not be its author."""
+        """A message that the gate accepted arrived on a topic through a neighbour, which need not be its author."""
 
     def on_gossip_spoiled(self, relay: PeerId) -> None:
         """A neighbour passed on more invalid messages than an honest one does."""

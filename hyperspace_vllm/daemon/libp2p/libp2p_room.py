@@ -61,8 +61,8 @@ class PeerRoom:
         return fits and (tier > Tier.STRANGER or self._strangers + size <= self._strangers_max)
 
     def _loser(self, newcomer: Hold, size: int) -> Hold | None:
-        # Among peers of equal tier, only one that would still hold more than the newcomer then does: otherwise they
-        # would take room from each other in turns.
+        # Among peers of equal tier, only one that now holds more than the newcomer then does: otherwise they would take
+        # room from each other in turns.
         def weight(hold: Hold) -> tuple[int, int]:
             return -hold.tier, self._of_peer[hold.peer]
 

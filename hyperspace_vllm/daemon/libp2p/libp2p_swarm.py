@@ -156,7 +156,7 @@ class NodeUpgrader(TransportUpgrader):
 
 
 class _NoAutoConnector(AutoConnector):
-    """Connects to no peer: the core decides whom to dial; the library's own dials every peer it has learnt of."""
+    """Connects to no peer: the core decides which to dial; the library's own dials every peer it has learnt of."""
 
     async def run_background_task(self, nursery: trio.Nursery) -> None:
         """Do nothing."""
@@ -236,7 +236,7 @@ class NodeSwarm(Swarm):
         return await super().add_conn(muxed_conn, direction)
 
     def _has_room(self) -> bool:
-        """Whether there is an inbound place, or one can be taken from a peer that has several."""
+        """Whether there is an inbound place; if not, it takes one from a peer that has several."""
         inbound = [conn for conn in self._inbound if not conn.is_closed]
         if len(inbound) < PEER_CONNECTIONS_INBOUND_MAX:
             return True

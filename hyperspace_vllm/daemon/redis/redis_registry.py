@@ -5,8 +5,8 @@
 
 Losing Redis is a miss, never an outage: a read that takes longer than READ_S, or comes while Redis is away, finds no
 peers; writes wait in a bounded queue. A Redis that came back without its data has no marker: then a node publishes
-everything again. An entry in Redis is a hint, like every registry entry: only well-formed peer ids with a possible
-expiry count.
+everything again. An entry in Redis is a hint, like every registry entry: only well-formed peer ids with a plausible
+expiry are used.
 """
 
 import asyncio
