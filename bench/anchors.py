@@ -1,7 +1,7 @@
-"""What the erasure code is measured beside: memcpy, XOR, ISA-L, zfec, PyECLib and galois, each doing the same work.
+"""Baselines for the erasure code: memcpy, XOR, ISA-L, zfec, PyECLib and galois, each doing the same work.
 
-A `Work` is one operation on one size's buffers. Each library gives a function that does it, having prepared outside of
-the measurement what it can (tables, inverted matrices, fragments), or None where it has no such operation.
+A `Work` is one operation on one size's buffers. Each library provides a function that does it, with everything possible
+(tables, inverted matrices, fragments) prepared outside the measurement, or None where it has no such operation.
 
     python -m bench.anchors        # installs the Python ones (the extra `bench`), names what the system lacks
 """
@@ -29,7 +29,8 @@ K, TOTAL = native.DATA_CHUNKS, native.TOTAL_CHUNKS
 OPERATIONS = ("encode", "decode_16", "decode_32", "decode_0", "encode_one")
 ONE_ROW = 7
 ISAL_COLUMN = 2048
-# galois makes a product a row in NumPy, 1,000 times as slowly as the others: so many bytes of each chunk will do.
+# galois computes a product per row in NumPy, 1,000 times as slowly as the others, so it codes only this many bytes of
+# each chunk.
 GALOIS_COLUMNS = 4096
 
 Run = Callable[[], object]
@@ -45,7 +46,7 @@ def lost_chunks(operation: str) -> set[int]:
 
 
 class Buffers:
-    """Data, parity and output of one chunk size, page-aligned; rows lie an odd multiple of 256 bytes apart.
+    """Data, parity and output of one chunk size, page-aligned; rows are an odd multiple of 256 bytes apart.
 
     Our own codec codes those 256 bytes too; the others, and all GB/s, count the nominal size.
     """
@@ -60,7 +61,7 @@ class Buffers:
 
     def _allocate(self) -> np.ndarray:
         memory = np.frombuffer(mmap.mmap(-1, K * self.stride), np.uint8).reshape(K, self.stride)
-        memory[:] = 1  # every page is there before anything is measured
+        memory[:] = 1  # every page is there before the measurement
         return memory
 
     @property
@@ -76,7 +77,7 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Work:
-    """An operation on buffers, in one library's code word or another's: each makes its own parity."""
+    """An operation on buffers, in any library's code word: each makes its own parity."""
 
     operation: str
     buffers: Buffers
@@ -92,7 +93,7 @@ class Work:
 
 
 def hyperspace(work: Work, threads: int = 1) -> Run:
-    """Our codec. Chunks that decode_16 has lie in their place: as with the others, only the lost ones are written."""
+    """Our codec. The chunks present in decode_16 are in place: as with the others, only the lost ones are written."""
     b, isa = work.buffers, work.isa
     if work.operation == "encode":
         return lambda: native.encode(b.data, b.parity, b.stride, threads=threads, isa=isa)
@@ -111,7 +112,7 @@ def hyperspace(work: Work, threads: int = 1) -> Run:
 
 
 def memcpy(work: Work) -> Run | None:
-    """The C library's, of as many bytes as there are data, into another buffer."""
+    """The C library's memcpy, of as many bytes as there are data, into another buffer."""
     if work.operation not in ("encode", "decode_0"):
         return None
     b = work.buffers
@@ -120,7 +121,7 @@ def memcpy(work: Work) -> Run | None:
 
 
 class Isal:
-    """ISA-L's erasure code and its XOR, through a shim that the C compiler makes at first use."""
+    """ISA-L's erasure code and its XOR, through a shim that is compiled on first use."""
 
     def __init__(self) -> None:
         source = Path(__file__).with_name("anchors.c")
@@ -134,7 +135,7 @@ class Isal:
         self._library = ctypes.CDLL(str(shim))
 
     def code(self, work: Work, column: int | None) -> Run | None:
-        """Called plainly (None), or column by column, so that its inputs stay in the cache between outputs."""
+        """Called directly (None), or column by column, so that its inputs stay in the cache between outputs."""
         b = work.buffers
         if work.operation == "decode_0":
             return None
@@ -170,7 +171,7 @@ class Isal:
         return [i for i in range(TOTAL) if i not in work.lost], work.lost_data, work.buffers.out
 
     def xor(self, work: Work) -> Run | None:
-        """All 32 chunks to one: what RAID-5 would have for parity."""
+        """All 32 chunks to one, as RAID-5 computes its parity."""
         if work.operation != "encode_one":
             return None
         b = work.buffers
@@ -183,7 +184,7 @@ def _pointers(rows: Sequence[np.ndarray]) -> Any:
 
 
 def zfec(work: Work) -> Run | None:
-    """zfec: a product table a constant, a new `bytes` an output."""
+    """zfec: a product table per constant, a new `bytes` per output."""
     from zfec import Decoder, Encoder
 
     encoder = Encoder(K, TOTAL)
@@ -196,7 +197,7 @@ def zfec(work: Work) -> Run | None:
         return lambda: encoder.encode(data, [K + ONE_ROW])
     everything = [*data, *encoder.encode(data, list(range(K, TOTAL)))]
     have = [i for i in range(TOTAL) if i not in work.lost]
-    # It wants a data chunk that is there in its own place.
+    # It expects a present data chunk in that chunk's own place.
     slots = {i: i for i in have if i < K}
     spare = iter(i for i in have if i >= K)
     numbers = [slots.get(i) if i in slots else next(spare) for i in range(K)]
@@ -206,7 +207,7 @@ def zfec(work: Work) -> Run | None:
 
 
 def pyeclib(work: Work) -> Run | None:
-    """PyECLib over liberasurecode, with ISA-L under it where that is found. It cuts, copies and frames by itself."""
+    """PyECLib over liberasurecode, with ISA-L under it if found. It cuts, copies and frames by itself."""
     from pyeclib.ec_iface import VALID_EC_TYPES, ECDriver
 
     if work.operation in ("encode_one", "decode_0"):
@@ -222,7 +223,7 @@ def pyeclib(work: Work) -> Run | None:
 
 
 class Galois:
-    """A matrix product over GF(2^8) with our own code's matrix: the slow twin, plainly written."""
+    """A matrix product over GF(2^8) with our own code's matrix: the slow twin."""
 
     def __init__(self) -> None:
         import galois
@@ -251,7 +252,7 @@ class Galois:
 
 
 def missing_modules() -> list[str]:
-    """Of the Python libraries to compare with and to plot with, those that are not here."""
+    """The Python libraries to compare and to plot with that are not installed."""
     return [name for name in ("zfec", "pyeclib", "galois", "matplotlib") if importlib.util.find_spec(name) is None]
 
 

@@ -1,8 +1,8 @@
-"""What an audit of a peer's answer finds: honest greedy answers and altered ones, scored as an API server scores them.
+"""Measures audits of a peer's answers: honest greedy answers and altered ones, scored as an API server scores them.
 
 The answers are computed in float32 and scored in bfloat16, as by a peer with other hardware: the distances of honest
-tokens are what rounding makes of them. For each alteration: how many answers lose their entry (a token or more far from
-the best), and how many may be a finding (two or more, if the engine's own words depart there, which isn't computed).
+tokens come from rounding alone. For each alteration: how many answers lose their entry (a token or more far from the
+best), and how many may be a finding (two or more, if the engine's own answer differs there, which isn't computed).
 
     python -m bench.audit [--model gemma] [--count 100] [--json]
 
@@ -82,7 +82,7 @@ def _ends(model: Any) -> set[int]:
 
 
 def scored(tokenizer: Any, model: Any, prompt: str, said: Said) -> tuple[Score, float]:
-    """What an audit says of an answer, and how far its farthest token is from the best, in nats."""
+    """An audit's score of an answer, and how far its farthest token is from the best, in nats."""
     before = tokenizer(prompt, add_special_tokens=False).input_ids
     after = tokenizer(said.text, add_special_tokens=False).input_ids
     logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 :].float()

@@ -1,4 +1,4 @@
-"""What it costs to make an object checkable: BLAKE3 digests of its chunks, and KZG over the digests.
+"""Measures the cost of making an object verifiable: BLAKE3 digests of its chunks, and KZG over the digests.
 
 One object has the given number of rows of 64 chunks. Medians of interleaved rounds; GB are 10^9 bytes of source data,
 half of what is hashed. KZG runs on the digest blob, 128 KiB whatever the object's size.
@@ -10,8 +10,8 @@ half of what is hashed. KZG runs on the digest blob, 128 KiB whatever the object
     commit          the digest blob's commitment
     blob proof      the proof that travels with the manifest
     cell proofs     all 64 data cells' and their extension's, made lazily
-    verify blob     what a fetcher checks once
-    verify cell     what somebody checks who holds one column
+    verify blob     checked once by a fetcher
+    verify cell     checked by a holder of one column
 
     python -m bench.commitment [--json] [--rows 8] [--chunk-kib 256] [--rounds 5]
 """
@@ -116,7 +116,7 @@ def prepare(rows: int, chunk_bytes: int) -> dict[str, Callable[[], object]]:
 
 
 def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after one that isn't counted."""
+    """Seconds of each step in each round, after an uncounted one."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():

@@ -1,14 +1,14 @@
-"""What the CUDA kernels cost, read from their machine code: no GPU is needed, and none is asked.
+"""The cost of the CUDA kernels, read from their machine code: no GPU is needed or used.
 
     python -m bench.cuda_static [--json]
 
-Registers, spills and stack are ptxas's own report on the kernels as they are shipped. Instructions are counted in a
-build of the same bodies with one kernel for each phase and warp, all loops unrolled and only the usual path left
-(csrc/tests/instruction_counts.cu), so that each stands in the listing as often as it runs; the byte counts follow from
-the same listing's loads and stores.
+Registers, spills and stack are ptxas's own report on the shipped kernels. Instructions are counted in a build of the
+same bodies with one kernel for each phase and warp, all loops unrolled and only the usual path left
+(csrc/tests/instruction_counts.cu), so that each is in the listing as often as it runs; the byte counts follow from the
+same listing's loads and stores.
 
 The ceilings are *computed*, not measured: source bytes a second if nothing but one resource mattered, at the boost
-clock. What a kernel reaches lies below the lowest of them; `make bench-gpu` measures that. Ends with 1 if a kernel
+clock. A kernel's actual rate is below the lowest of them; `make bench-gpu` measures that. Ends with 1 if a kernel
 spills or has a stack frame.
 """
 
@@ -34,7 +34,7 @@ WARP = 32
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Peak figures from the maker's data sheets; `alu` is 32-bit integer or logic results per clock and processor."""
+    """Peak figures from the vendor's data sheets; `alu` is 32-bit integer or logic results per clock and processor."""
 
     name: str
     arch: str
@@ -55,7 +55,7 @@ GPUS = [
 
 # Source bytes that one block of the kernel handles: 128 threads x 4 pieces x 16 bytes, and 32 rows x 1,024 columns.
 TILE_BYTES = {"kv_gather": 8192, "kv_scatter": 8192, "rs_encode": 32768, "rs_decode": 32768}
-# A copy's four warps do the same: one was compiled.
+# A copy's four warps do the same work: one was compiled.
 WARPS_PER_LISTING = {"kv_gather": 4, "kv_scatter": 4, "rs_encode": 1, "rs_decode": 1}
 # Bytes to and from device memory for each source byte: encoding writes 32 data and 32 parity chunks.
 MEMORY_BYTES = {"kv_gather": 2, "kv_scatter": 2, "rs_encode": 3, "rs_decode": 2}
@@ -68,7 +68,7 @@ OTHER_PIPES = ("IMAD", "LD", "ST", "BAR", "BRA", "EXIT", "BSSY", "BSYNC", "S2", 
 
 @dataclass(frozen=True, slots=True)
 class Ptxas:
-    """Of one kernel on one architecture."""
+    """ptxas's report on one kernel for one architecture."""
 
     kernel: str
     arch: str
@@ -79,7 +79,7 @@ class Ptxas:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Per source byte, of one kernel on one architecture."""
+    """Cost per source byte of one kernel on one architecture."""
 
     kernel: str
     arch: str
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compile_with(source: Path, cubin: Path, arch: str, *flags: str) -> str:
-    """Compile for one architecture; what ptxas said."""
+    """Compile for one architecture; returns ptxas's output."""
     done = subprocess.run(
         [*NVCC, f"-arch={arch}", *flags, "-o", str(cubin), str(source)], capture_output=True, text=True
     )
@@ -124,7 +124,7 @@ def compile_with(source: Path, cubin: Path, arch: str, *flags: str) -> str:
 
 
 def ptxas_report(arch: str, directory: Path) -> list[Ptxas]:
-    """What ptxas says of the kernels as they are shipped."""
+    """ptxas's report on the shipped kernels."""
     said = compile_with(CSRC / "cuda" / "launch.cu", directory / f"launch_{arch}.cubin", arch, "-Xptxas", "-v")
     found = re.findall(
         r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -185,7 +185,7 @@ def listings(cubin: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 
 def disassembler() -> str:
-    """CUDA's own cuobjdump, or the one that Triton brings."""
+    """CUDA's own cuobjdump, or the one that Triton installs."""
     found = shutil.which("cuobjdump")
     if found is None:
         brought = list(Path(sys.prefix).glob("lib/python*/site-packages/triton/backends/nvidia/bin/cuobjdump"))
@@ -196,14 +196,14 @@ def disassembler() -> str:
 
 
 def classify(function: str, lines: list[tuple[str, str]]) -> Counter[str]:
-    """Of one warp: instructions by pipe, and bytes moved by its 32 lanes, per lane."""
+    """Instructions by pipe of one warp, and bytes moved by its 32 lanes, per lane."""
     counts: Counter[str] = Counter()
     for address, text in lines:
         words = text.split()
         opcode = words[1] if words[0].startswith("@") else words[0]
         if opcode.startswith("BRA"):
             target = int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)
-            if target == int(address, 16):  # what fills the space after the end
+            if target == int(address, 16):  # padding after the end
                 break
             if target < int(address, 16):
                 sys.exit(f"{function} has a loop at {address}: its instructions can't be counted")
@@ -221,7 +221,7 @@ def classify(function: str, lines: list[tuple[str, str]]) -> Counter[str]:
 
 
 def ceilings(gpu: Gpu, cost: Cost) -> dict[str, float]:
-    """Source GB/s if only this mattered."""
+    """Source GB/s if only this resource mattered."""
     clocks = gpu.processors * gpu.ghz
     found = {
         "instructions": clocks * gpu.issue / cost.instructions,
@@ -235,7 +235,7 @@ def ceilings(gpu: Gpu, cost: Cost) -> dict[str, float]:
 
 
 def print_tables(reports: list[Ptxas], costs: list[Cost]) -> None:
-    """Markdown, as docs/benchmarks.md has it."""
+    """Print the tables of docs/benchmarks.md in Markdown."""
     print("| kernel | " + " | ".join(f"{gpu.arch} registers" for gpu in GPUS) + " | stack | spilled |")
     print("|---|" + "---:|" * (len(GPUS) + 2))
     for kernel in sorted({report.kernel for report in reports}):

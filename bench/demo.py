@@ -1,6 +1,6 @@
 """`make demo`: two real vLLM servers, each with its own node, answer questions about long documents.
 
-Every request says who served it. Exits 1 when a layer that should have served did not, or a text differs.
+Every request shows which server and layer served it. Exits 1 when the expected layer did not serve, or a text differs.
 """
 
 import argparse
@@ -45,7 +45,7 @@ ANSWER_TOKENS = 24
 
 @dataclass
 class Row:
-    """One line of the table and of build/demo.json; `layer` is what was seen, `expected` what should have been."""
+    """One line of the table and of build/demo.json; `layer` is the observed one, `expected` the one it should be."""
 
     name: str
     server: str
@@ -60,7 +60,7 @@ class Row:
 
 
 class Demo:
-    """Runs the requests in order and keeps what was seen."""
+    """Runs the requests in order and records the results."""
 
     def __init__(self, console: Console, a: Server, b: Server, chat: bool, words: int) -> None:
         self.console, self.a, self.b, self.chat, self.words = console, a, b, chat, words
@@ -107,7 +107,7 @@ class Demo:
         self.problems.append("A's node was still coding the prefix after 60 s")
 
     def _compare(self, name: str, text: str, warm: Completion) -> None:
-        # A salt no one else uses makes every cache miss: B computes the whole prompt by itself.
+        # A unique salt makes every cache miss: B computes the whole prompt itself.
         cold = self.b.complete(
             text, max_tokens=ANSWER_TOKENS, logprobs=2, cache_salt=f"reference {time.time_ns()}",
             headers={"Cache-Control": "no-store"},
@@ -160,7 +160,7 @@ def served_by(server: Server, answer: Completion, loaded_before: float, servers:
 
 
 def check_response(server: Server, answer: Completion, servers: tuple[Server, ...]) -> str:
-    """Check the CacheProof that came with a hit, as a stranger would: by the stored answer and its signer."""
+    """Check a hit's CacheProof as a third party would: by the stored answer and its signer."""
     encoded = answer.headers.get("x-hyperspace-proof")
     if encoded is None:
         return "not signed yet"
@@ -175,7 +175,7 @@ def check_response(server: Server, answer: Completion, servers: tuple[Server, ..
 
 
 def stored_under(server: Server, proof: bytes, timeout_s: float = 10) -> tuple[bytes, bytes]:
-    """(request key, body) of the entry with this proof; what was fetched is stored a moment after it was served."""
+    """(request key, body) of the entry with this proof; a fetched entry is stored a moment after it was served."""
     deadline = time.monotonic() + timeout_s
     with closing(sqlite3.connect(f"file:{database_path(server.data_dir)}?mode=ro", uri=True)) as database:
         query = "SELECT request_key, body FROM entries JOIN bodies USING (id) WHERE proof = ?"
@@ -189,7 +189,7 @@ def stored_under(server: Server, proof: bytes, timeout_s: float = 10) -> tuple[b
 
 
 def wait_discovered(console: Console, servers: list[Server], others: int, timeout_s: float = 60) -> None:
-    """Until the node of each has found that many; every node knows the first one's address at most."""
+    """Wait until each server's node has found that many; every node knows the first one's address at most."""
     with console.status("the nodes find each other"):
         deadline = time.monotonic() + timeout_s
         while any(len(server.node_status()["peers"]) < others for server in servers):  # type: ignore[arg-type]
@@ -217,7 +217,7 @@ def start(console: Console, servers: list[Server]) -> None:
 
 
 def warm_up(console: Console, servers: list[Server], text: str) -> None:
-    """An engine's first long prompt pays for lazy initialisation, whoever serves it; keep that out of the figures."""
+    """Keep the lazy initialisation of an engine's first long prompt, by any server, out of the figures."""
 
     def one(server: Server) -> None:
         server.complete(f"Warm up {server.name}. {text}", max_tokens=2, logprobs=2)
@@ -269,14 +269,14 @@ def main() -> int:
     settings = {"HYPERSPACE_ARENA_BYTES": str(512 << 20), "HYPERSPACE_DISK_BYTES": str(2 << 30)}
     if options.model == "tiny":  # it prefills so fast that on a busy machine not fetching would be right
         settings["HYPERSPACE_FETCH"] = "always"
-    if (os.cpu_count() or 1) < 4:  # left to itself, vLLM puts both servers on the first core
+    if (os.cpu_count() or 1) < 4:  # by default vLLM puts both servers on the first core
         environments = [{**e, "VLLM_CPU_OMP_THREADS_BIND": str(core)} for core, e in enumerate(environments)]
     console.print(f"{model.name} in {dtype('generate')}, which the set-up saw work on this machine")
     servers = [
         Server(name, model, directory, environment={**settings, **extra})
         for name, directory, extra in zip("AB", directories, environments, strict=True)
     ]
-    # The tiny model's tokens are bytes, so fewer words make as long a prompt.
+    # The tiny model's tokens are bytes, so fewer words make an equally long prompt.
     words = 1250 if options.model == "gemma" else 400
     try:
         start(console, servers)
@@ -293,7 +293,7 @@ def main() -> int:
         "problems": demo.problems,
     }
     (build / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
-    console.line()  # rich ends a live table without one when nobody watches
+    console.line()  # without a terminal, rich ends a live table without a newline
     summary(console, demo.rows)
     for problem in demo.problems:
         console.print(f"[red]{problem}[/]")

@@ -16,7 +16,7 @@ def document(name: str, words: int) -> str:
 
 
 def prompt(text: str, question: str, *, chat: bool) -> str:
-    """A document and a question about it; the shared prefix is everything up to the question.
+    """A document and a question about it; the shared prefix is everything before the question.
 
     `chat` is the turn format of the gemma checkpoint's chat template (it is a base model). The tokenizer adds <bos>.
     """

@@ -1,13 +1,13 @@
-"""The erasure code's speed beside memcpy, XOR, ISA-L, zfec, PyECLib and galois, in one process.
+"""The erasure code's speed compared with memcpy, XOR, ISA-L, zfec, PyECLib and galois, in one process.
 
-Medians of interleaved rounds: each round runs every contender once, so that whatever else the machine does falls on all
-of them. GB/s are of source data: 32 chunks of the nominal size, whatever an operation writes.
+Medians of interleaved rounds: each round runs every contender once, so that other load on the machine affects all of
+them. GB/s are of source data: 32 chunks of the nominal size, whatever an operation writes.
 
     encode      32 parity chunks from 32 data chunks
     encode_one  one of them
     decode_16   16 data chunks from 16 others and 16 parity chunks
     decode_32   all data chunks from parity alone
-    decode_0    32 data chunks that are there, into another buffer
+    decode_0    32 present data chunks, into another buffer
 
     python -m bench.erasure [--json] [--check] [--isa avx2] [--sizes 64,1024] [--rounds 7]
 """
@@ -30,12 +30,12 @@ from hyperspace_vllm import native
 
 SIZES_KIB = (64, 256, 1024, 4096)
 ROUNDS = 7
-SAMPLE_S = 0.01  # a sample repeats its operation for so long
+SAMPLE_S = 0.01  # a sample repeats its operation for this long
 SLOW_S = 0.2  # an operation that takes longer is run in 3 rounds only: its ratio is far from any limit
 THREADS = (1, 2)
 SMALL = 64 * 1024
-# A row this small is in the caches again at the next call, as far as its pages' places in them allow: by those alone
-# two threads are 1.5 or 1.9 times as fast as one. So it is measured in several places.
+# A row this small is in the caches again at the next call, as far as its pages' addresses allow: depending on those
+# alone, two threads are 1.5 or 1.9 times as fast as one. So it is measured at several addresses.
 PLACES_OF_SMALL = 5
 
 Key = tuple[str, int, str]  # operation, threads, implementation
@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Limit:
-    """`op` on `threads` must be `least` times as fast as `base_impl` on one thread, at the sizes that `at` admits."""
+    """`op` on `threads` must be `least` times as fast as `base_impl` on one thread, at the sizes that `at` accepts."""
 
     op: str
     threads: int
@@ -114,7 +114,7 @@ def measure_size(chunk_bytes: int, isa: str | None, rounds: int) -> list[Row]:
         for operation in OPERATIONS:
             for key, seconds in interleaved(contenders(Work(operation, buffers, isa)), rounds).items():
                 samples[key] += seconds
-            # ISA-L's code word took the place of ours.
+            # ISA-L's code word has replaced ours.
             native.encode(buffers.data, buffers.parity, buffers.stride)
     rows = []
     for (op, threads, impl), seconds in samples.items():
@@ -125,7 +125,7 @@ def measure_size(chunk_bytes: int, isa: str | None, rounds: int) -> list[Row]:
 
 
 def contenders(work: Work) -> dict[Key, Run]:
-    """What can do this work here. Ours first: what ISA-L prepares overwrites the parity that ours is prepared from."""
+    """The contenders available here. Ours first: ISA-L's preparation overwrites the parity that ours needs."""
     runs: dict[Key, Run | None] = {
         (work.operation, threads, "hyperspace"): anchors.hyperspace(work, threads) for threads in THREADS
     }
@@ -152,7 +152,7 @@ _reported: set[str] = set()
 
 
 def interleaved(runs: dict[Key, Run], rounds: int) -> dict[Key, list[float]]:
-    """Seconds of one call of each, in every of the rounds that run all of them in turn."""
+    """Seconds of one call of each contender in every round; each round runs all of them in turn."""
     repeats: dict[Key, int] = {}
     samples: dict[Key, list[float]] = defaultdict(list)
     for key, run in runs.items():
@@ -181,7 +181,7 @@ def by_key(rows: list[Row]) -> dict[tuple[str, int, int, str], float]:
 
 
 def verdicts(rows: list[Row]) -> list[tuple[bool, str]]:
-    """Each limit at each size that was measured; a ratio that can't be had is a missed one."""
+    """Each limit at each measured size; an unavailable ratio counts as missed."""
     speeds, found = by_key(rows), []
     for limit in LIMITS:
         for size in sorted({row.chunk_bytes for row in rows}):
@@ -215,7 +215,7 @@ def print_table(rows: list[Row], isa: str | None) -> None:
 
 
 def plot(rows: list[Row], path: Path) -> str:
-    """Bars of every library by size, one panel an operation; in the terminal where matplotlib is missing."""
+    """Bars of every library by size, one panel per operation; in the terminal where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:

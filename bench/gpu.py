@@ -1,11 +1,11 @@
-"""The CUDA kernels on this machine's GPU: their bytes checked, their speed, and what they cost a model that decodes.
+"""The CUDA kernels on this machine's GPU: their output checked, their speed, and their cost to a model that decodes.
 
     python -m bench.gpu [--model gemma|tiny|none] [--json]
 
-In turn: every kernel against the CPU's codec; gather, scatter, encode and decode beside a plain copy in device memory
-(medians of interleaved rounds, rows taken from more memory than the L2 cache holds); encoding and the copy to the host
-one after the other and overlapped; and the time of a decoding step of vLLM's engine, in this process so that both share
-one CUDA context, with and without rows being coded on a stream of their own.
+In turn: every kernel against the CPU's codec; gather, scatter, encode and decode compared with a plain copy in device
+memory (medians of interleaved rounds, rows taken from more memory than the L2 cache holds); encoding and the copy to
+the host one after the other and overlapped; and the time of a decoding step of vLLM's engine, in this process so that
+both share one CUDA context, with and without rows being coded on a separate stream.
 
 Ends with 0, 1 (a kernel gave wrong bytes), or 2 where there is no GPU to measure.
 """
@@ -51,7 +51,7 @@ class Report:
     row_bytes: int
     copy_gbps: float = 0  # device memory to device memory: half the bandwidth that a copy reaches
     kernels_gbps: dict[str, float] = field(default_factory=dict)
-    kernels_of_copy_bandwidth: dict[str, float] = field(default_factory=dict)  # memory traffic beside a plain copy's
+    kernels_of_copy_bandwidth: dict[str, float] = field(default_factory=dict)  # memory traffic relative to a plain copy
     coding: dict[str, float] = field(default_factory=dict)
     decode_step_ms: dict[str, float] = field(default_factory=dict)
 
@@ -102,7 +102,7 @@ class Cache:
         import torch
 
         self.num_blocks = segments * BLOCKS + 1
-        # Physically [blocks, tokens, heads, bytes], logically heads before tokens, as attention backends have it.
+        # Physically [blocks, tokens, heads, bytes], logically heads before tokens, as in attention backends.
         shape = (self.num_blocks, BLOCK_TOKENS, HEADS, HEAD_BYTES)
         make = torch.Generator(device="cuda").manual_seed(1)
         self.views = [
@@ -135,7 +135,7 @@ class Cache:
 
 
 def layer_of(view: Any) -> LayerPages:
-    """How the kernels are told of one layer's byte view, blocks first."""
+    """The kernels' description of one layer's byte view, blocks first."""
     return LayerPages(view.data_ptr(), 0, view.stride(0), tuple(view.shape[1:]), tuple(view.stride()[1:]))
 
 
@@ -143,7 +143,7 @@ def layer_of(view: Any) -> LayerPages:
 
 
 def wrong_bytes(cache: Cache) -> str | None:
-    """What the GPU got wrong, against torch's indexing and the node's own code; None when nothing."""
+    """The first wrong bytes from the GPU, against torch's indexing and the node's own code; None when all are right."""
     import torch
 
     stream = torch.cuda.current_stream().cuda_stream
@@ -173,7 +173,7 @@ def wrong_bytes(cache: Cache) -> str | None:
 
 
 def measure_kernels(cache: Cache, report: Report) -> None:
-    """GB/s of each kernel, rounds interleaved, beside a plain copy of as many bytes in device memory."""
+    """GB/s of each kernel, rounds interleaved, next to a plain copy of as many bytes in device memory."""
     import torch
 
     stream = torch.cuda.current_stream().cuda_stream
@@ -196,18 +196,18 @@ def measure_kernels(cache: Cache, report: Report) -> None:
     gbps = {name: cache.row_bytes / statistics.median(times) / 1e9 for name, times in seconds.items()}
     report.copy_gbps = gbps.pop("copy")
     report.kernels_gbps = gbps
-    # A copy moves two bytes for each of the source's; encoding three, all others two.
+    # A copy moves two bytes per source byte; encoding three, all others two.
     report.kernels_of_copy_bandwidth = {
         name: each * (1.5 if name == "encode" else 1) / report.copy_gbps for name, each in gbps.items()
     }
 
 
 def device_seconds(run: Callable[[], Any]) -> float:
-    """The GPU's time for what `run` enqueues on the current stream."""
+    """The GPU's time for the work that `run` enqueues on the current stream."""
     import torch
 
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(HEAD_START_CYCLES)  # or the GPU waits between the events for the host's calls: 50 of 70 us
+    torch.cuda._sleep(HEAD_START_CYCLES)  # otherwise the GPU waits between the events for the host's calls: 50 of 70 us
     begin.record()
     run()
     end.record()
@@ -249,7 +249,7 @@ class Coder:
 
 
 def measure_overlap(cache: Cache, report: Report) -> None:
-    """Encoding alone, the copy of 64 chunks to pinned memory alone, and both, two rows under way at a time."""
+    """Encoding alone, the copy of 64 chunks to pinned memory alone, and both, two rows in flight at a time."""
     coder = Coder(cache)
     rows = ROUNDS
 
@@ -284,7 +284,7 @@ def measure_decoding(model: str, cache: Cache, report: Report) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: one CUDA context
     from vllm import LLM, SamplingParams
 
-    # What it caches of a prompt would make the next one's first steps shorter.
+    # Cached parts of a prompt would make the next one's first steps shorter.
     llm = LLM(
         model, dtype=dtype("generate"), gpu_memory_utilization=0.5, max_model_len=1024, enable_prefix_caching=False
     )
@@ -316,7 +316,7 @@ def step_seconds(engine: Any, request: str, sampling: Any) -> list[float]:
 
 
 def coding_in_the_background(coder: Coder) -> Callable[[], None]:
-    """Code a row every 20 ms on a thread of its own; what is returned ends it."""
+    """Code a row every 20 ms on its own thread; the returned function ends it."""
     import torch
 
     over = threading.Event()
@@ -343,7 +343,7 @@ def coding_in_the_background(coder: Coder) -> Callable[[], None]:
 
 
 def commit() -> str:
-    """What is checked out, with a mark if it was changed."""
+    """The checked-out commit, marked if the tree was changed."""
     said = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return said.stdout.strip() or "unknown"
 

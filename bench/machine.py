@@ -1,4 +1,4 @@
-"""What a figure was measured on: printed beside every one."""
+"""Describes the machine that a figure was measured on: printed beside every one."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
-# What the native code, or what it is compared with, has kernels for.
+# Flags that the native code, or a library it is compared with, has kernels for.
 FLAGS = ("avx2", "avx512f", "avx512bw", "gfni", "asimd")
 
 

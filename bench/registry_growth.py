@@ -1,9 +1,9 @@
-"""Size of a registry document over a million updates: what a newcomer downloads from an owner who never stops writing.
+"""Size of a registry document over a million updates: what a new node downloads from an owner that keeps writing.
 
 The real machine decides when to write and when to compact, real loro makes the payloads, real keys sign them; only the
-clock is simulated: 250 ms between two writes. Half of the entries are taken back, half are left to expire. The bytes
-are those of the signed snapshot and the signed updates since; `written` is what they would be without compaction. At
-the end the log is imported as another node would, and must hold exactly what the owner holds.
+clock is simulated: 250 ms between two writes. Half of the entries are withdrawn, half are left to expire. The bytes are
+those of the signed snapshot and the signed updates since; `written` is what they would be without compaction. At the
+end the log is imported as another node would import it, and must hold exactly the owner's entries.
 
     python -m bench.registry_growth [--updates 1000000] [--live 5000] [--json]
 """
@@ -88,7 +88,7 @@ def measure(updates: int, live: int) -> Growth:
     started = time.monotonic()
     lifetime_ms = live * 2 * REGISTRY_WRITE_MS // CHANGES_PER_WRITE
     now_ms, done, largest = START_MS, 0, 0
-    held: deque[tuple[bytes, int, bool]] = deque()  # id, end, whether it is taken back rather than left to expire
+    held: deque[tuple[bytes, int, bool]] = deque()  # id, end, whether it is withdrawn rather than left to expire
     curve: list[tuple[int, int, int]] = []
     while done < updates:
         for _ in range(CHANGES_PER_WRITE // 2):
@@ -127,7 +127,7 @@ def _check(shell: _Shell, held: set[bytes], now_ms: int) -> None:
 
 
 def sparkline(values: list[int]) -> str:
-    """One character a value, from nothing to the largest."""
+    """One character per value, from zero to the largest."""
     top = max(values) or 1
     return "".join("▁▂▃▄▅▆▇█"[value * 7 // top] for value in values)
 

@@ -1,10 +1,10 @@
-"""The response cache in figures: hits end to end and inside, hits a second, what a miss costs, and growth with entries.
+"""The response cache in figures: hits end to end and inside, hits a second, the cost of a miss, growth with entries.
 
     python -m bench.response_cache [--json] [--peers]
 
 A real vLLM with the connector and one without, on loopback, with a small random model: the cache is what is measured.
-`--peers` puts LiteLLM's proxy (local and Redis cache) and GPTCache beside it, each in an environment of its own under
-build/, before the same server. All ratios are of one run.
+`--peers` also measures LiteLLM's proxy (local and Redis cache) and GPTCache, each in its own environment under build/,
+in front of the same server. All ratios are of one run.
 """
 
 import argparse
@@ -50,7 +50,7 @@ Figures = dict[str, float]
 
 
 def chat(number: int, **fields: object) -> dict[str, Any]:
-    """A request of about 50 tokens, greedy: what proxies cache by default too."""
+    """A request of about 50 tokens, greedy: proxies cache these by default too."""
     text = f"Question {number}: why is the sky blue, and why is it red when the sun goes down over the sea?"
     return {
         "model": "demo",
@@ -62,7 +62,7 @@ def chat(number: int, **fields: object) -> dict[str, Any]:
 
 
 class Client:
-    """HTTP/1.1 over one connection, nothing parsed but what is needed: the client must not be what is measured."""
+    """HTTP/1.1 over one connection, with minimal parsing: the client must not dominate the measurement."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -75,7 +75,7 @@ class Client:
         self._writer.close()
 
     async def post(self, body: dict[str, Any]) -> tuple[dict[str, str], float, float]:
-        """(headers, ms to the first byte of the body, ms to its end) of one answer; RuntimeError if it is no 200."""
+        """(headers, ms to the first byte of the body, ms to its end) of one answer; RuntimeError unless it is a 200."""
         raw = json.dumps(body).encode()
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         head += f"Authorization: Bearer sk-bench\r\nContent-Length: {len(raw)}\r\n\r\n"
@@ -107,7 +107,7 @@ async def measure_hits(port: int, is_hit: Callable[[dict[str, str]], bool]) -> t
     async with Client(port) as client:
         for number in range(PROMPTS):
             await client.post(chat(number))
-        await asyncio.sleep(1)  # proxies and nodes store behind the answer
+        await asyncio.sleep(1)  # proxies and nodes store after they answer
         times, headers = [], []
         for at in range(HITS):
             found, _, total_ms = await client.post(chat(at % PROMPTS))
@@ -127,7 +127,7 @@ async def measure_hits(port: int, is_hit: Callable[[dict[str, str]], bool]) -> t
 
 
 async def measure_misses(cached: int, plain: int) -> Figures:
-    """Milliseconds that a miss takes longer to its first frame and to its end, in turn with the plain server."""
+    """Extra milliseconds of a miss to its first frame and to its end, in turn with the plain server."""
     first, total = [], []
     async with Client(cached) as with_cache, Client(plain) as without:
         for number in range(-20, MISSES):
@@ -151,7 +151,7 @@ async def measure_misses(cached: int, plain: int) -> Figures:
 
 
 def measure_entries(count: int) -> Figures:
-    """A database with `count` entries: how large, how long a lookup takes, and the memory of a process that reads."""
+    """A database with `count` entries: its size, the time of a lookup, and the memory of a process that reads."""
     from hyperspace_vllm.core.records.ids import RequestKey, sha256
     from hyperspace_vllm.core.response.cache_proof import CacheProof
     from hyperspace_vllm.response_db import SCHEMA, ResponseReader, packed
@@ -234,7 +234,7 @@ def environment(name: str, *packages: str) -> Path:
 
 @contextmanager
 def redis() -> Iterator[int]:
-    """The port of a Redis of our own."""
+    """The port of a private Redis."""
     executable = shutil.which("redis-server")
     command = [executable] if executable else ["redis-server"]
     port = free_port()
@@ -252,7 +252,7 @@ def redis() -> Iterator[int]:
 
 @contextmanager
 def litellm(plain: Server, cache: dict[str, object]) -> Iterator[int]:
-    """The port of LiteLLM's proxy before a server, with its response cache on."""
+    """The port of LiteLLM's proxy in front of a server, with its response cache on."""
     port = free_port()
     model = {"model": "openai/demo", "api_base": f"{plain.url}/v1", "api_key": "sk-bench"}
     settings = {
@@ -305,7 +305,7 @@ print(json.dumps({"inside_ms_p50": round(cuts[49], 3), "inside_ms_p99": round(cu
 
 
 def measure_peers(plain: Server) -> dict[str, Figures]:
-    """The same requests through LiteLLM; GPTCache is a library, so its own time alone."""
+    """The same requests through LiteLLM; GPTCache is a library, so only its own time."""
 
     def hit(headers: dict[str, str]) -> bool:
         return "x-litellm-cache-key" in headers
@@ -327,7 +327,7 @@ def measure_peers(plain: Server) -> dict[str, Figures]:
 
 
 def measure(with_peers: bool, console: Console) -> dict[str, Figures]:
-    """Figures by who was measured."""
+    """Figures by measured system."""
     data = BUILD / "servers"
     shutil.rmtree(data, ignore_errors=True)
     flags = ("--disable-uvicorn-access-log",)

@@ -1,15 +1,15 @@
-"""How often a semantic hit is right: pairs of questions that people labelled, by mode and threshold.
+"""How often a semantic hit is right: human-labelled pairs of questions, by mode and threshold.
 
     raw        the cosine of the questions as asked
     canonical  the larger one of that and the cosine of the compared forms (equal canonical ones count as 1)
     balanced   canonical, then eligibility and the guards of `balanced`
     strict     the same with the guards of `strict`
 
-A pair is served when its similarity reaches the threshold and nothing refuses; with guards, the threshold is higher
-where only one question has words more (similarity_needed). `precision` and `recall` are of the pairs labelled same;
-`false_per_1000` are the pairs served though labelled different, of a thousand pairs; `ms_p50` is the median time to
-embed one question, compare it with one other and ask the guards, on one thread. The guards were tuned on the first half
-of the pairs: the figures of the second half stand beside.
+A pair is served when its similarity reaches the threshold and no guard refuses; with guards, the threshold is higher
+where only one question has extra words (similarity_needed). `precision` and `recall` are of the pairs labelled same;
+`false_per_1000` are the pairs served although labelled different, per thousand pairs; `ms_p50` is the median time to
+embed one question, compare it with one other and run the guards, on one thread. The guards were tuned on the first half
+of the pairs: the figures of the second half are shown separately.
 
     python -m bench.semantic --pairs FILE [--json] [--check] [--limit N]
 
@@ -64,7 +64,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Scored:
-    """A pair's similarity in one mode, less what it needs beyond the threshold; 0 where a guard refuses it."""
+    """A pair's similarity in one mode, minus what it needs beyond the threshold; 0 where a guard refuses it."""
 
     score: float
     same: bool
@@ -125,7 +125,7 @@ def file_digest(path: Path, model: str) -> str:
 
 
 def embedded(pairs: Sequence[Pair], embedder: Embedder, cache: Path, progress: Progress) -> Vectors:
-    """Vectors of all questions and their compared forms, from the cache where they are in it."""
+    """Vectors of all questions and their compared forms, from the cache where it has them."""
     asked = {text for pair in pairs for text in (pair.a, pair.b)}
     texts = {hashlib.sha256(text.encode()).hexdigest(): text for text in asked | set(map(compared_question, asked))}
     known: Vectors = {}
@@ -147,7 +147,7 @@ def scored(pair: Pair, mode: str, vectors: Vectors) -> Scored:
     if canonical_question(pair.a) == canonical_question(pair.b):
         return Scored(1.0, pair.same)
     score = similarity(*(vectors[text] for asked in (pair.a, pair.b) for text in (asked, compared_question(asked))))
-    # Below every threshold the guards needn't be asked.
+    # Below every threshold the guards needn't run.
     if mode not in GUARDED or score < CURVE[0]:
         return Scored(score, pair.same)
     if is_refused(pair, GUARDED[mode]):
@@ -161,7 +161,7 @@ def is_refused(pair: Pair, mode: Mode) -> bool:
 
 
 def median_ms(pairs: Sequence[Pair], mode: str, embedder: Embedder, vectors: Vectors, progress: Progress) -> float:
-    """Milliseconds for one question against one stored one, all guards asked."""
+    """Milliseconds for one question against one stored one, with all guards."""
     samples = []
     for pair in progress.track(pairs[:TIMED], description=f"timing {mode}"):
         start = time.perf_counter()
@@ -218,7 +218,7 @@ def print_tables(pairs: list[Pair], rows: list[Row], second_half: list[Row], arg
 
 
 def plot(scores: dict[str, list[Scored]], path: Path) -> None:
-    """Precision over recall by mode, the thresholds from 0.80 to 0.99 along each line; those of the rows are marked."""
+    """Precision over recall by mode, along thresholds from 0.80 to 0.99; those of the rows are marked."""
     try:
         import matplotlib
     except ImportError as error:

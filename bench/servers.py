@@ -1,6 +1,6 @@
 """Real `vllm serve` processes on loopback for the demo, the benches and the end-to-end tests.
 
-Each server is a process group of its own with its own data directory, so its node, keys and stores are its own too.
+Each server is a separate process group with its own data directory, so it has its own node, keys and stores.
 """
 
 import fcntl
@@ -35,7 +35,7 @@ _machine: IO[str] | None = None
 
 
 def have_machine(timeout_s: float = 3600) -> None:
-    """Wait until no other run has servers up, then keep others waiting until this process ends.
+    """Wait until no other run has servers up, then make others wait until this process ends.
 
     Two runs at once would measure each other, and need more memory than a small machine has.
     """
@@ -235,7 +235,7 @@ class Server:
             path.unlink(missing_ok=True)
 
     def stop(self, timeout_s: float = 30) -> None:
-        """End the server: politely, then not."""
+        """End the server: first with a signal to exit, then by force."""
         left = ring_buffers(self.process.pid)  # vLLM kills its own processes that don't end in time
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
@@ -248,7 +248,7 @@ class Server:
 
 
 def ring_buffers(group: int) -> set[Path]:
-    """Shared memory of Python's that processes of the group have mapped: of killed ones it would stay for good."""
+    """Python's shared memory that processes of the group have mapped: killed processes would leave it behind."""
     found: set[Path] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # another user's, or gone
@@ -274,7 +274,7 @@ def introduce(directories: Sequence[Path], ports: Sequence[int]) -> list[dict[st
 
 
 def found_network(directories: Sequence[Path], port: int) -> list[dict[str, str]]:
-    """Environments of a private network: every node holds its key, and knows of the first one's address only."""
+    """Environments of a private network: every node has its key, and only the first one's address."""
     key_file = directories[0].parent / "network.key"
     key_file.touch(0o600)
     key_file.write_text(secrets.token_hex(32))

@@ -1,4 +1,4 @@
-"""Time to first token: cold, from the network, from the response cache; and what a miss costs.
+"""Time to first token: cold, from the network, from the response cache; and the cost of a miss.
 
 Servers on loopback: A with the connector and P without, asked in turn; then B, which fetches from A. Engines compute on
 core 0, the nodes at nice 10 on core 1. A's node is drained between requests.
@@ -59,7 +59,7 @@ def drain(server: Server, timeout_s: float = 60) -> None:
 
 
 def give_core(data_dir: Path, core: int) -> None:
-    """Pin a node and its workers to one core, where there is more than one, all of them at nice 10."""
+    """Pin a node and its workers to one core, where there is more than one, all at nice 10."""
     if (os.cpu_count() or 1) > core:
         pid = json.loads((data_dir / "node.json").read_text())["pid"]
         children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
@@ -82,7 +82,7 @@ def start_node(data_dir: Path, environment: dict[str, str]) -> subprocess.Popen[
 
 
 def ready(servers: list[Server], warm_text: str, console: Console) -> None:
-    """Wait for the servers and warm them up, with one prompt of the size measured: the connector learns its rate."""
+    """Wait for the servers; warm them up with one prompt of the measured size, so the connector learns its rate."""
     start(console, servers)
     warm_up(console, servers, warm_text)
 
@@ -113,7 +113,7 @@ def measure_misses(a: Server, plain: Server, questions: list[str], console: Cons
 
 
 def search_cost(server: Server) -> dict[str, object]:
-    """How many misses made the server's node search the DHT, and the CPU time of libp2p's thread in one search."""
+    """How many misses made the server's node search the DHT, and the CPU time of libp2p's thread per search."""
     status = server.node_status()["metrics"]
     assert isinstance(status, list)
     values = {m["name"]: m["value"] for m in status if m["name"].startswith("hyperspace_search_cpu_seconds_")}
@@ -123,7 +123,7 @@ def search_cost(server: Server) -> dict[str, object]:
 
 
 def measure_hits(a: Server, b: Server, others: list[str], questions: list[str], console: Console) -> dict[str, object]:
-    """B asks other questions about what A has computed, then A's own; then A is asked the same again and again."""
+    """B asks other questions about A's documents, then A's own questions; then A is asked the same repeatedly."""
     network: list[float] = []
     with Progress(console=console, transient=True) as progress:
         for other in progress.track(others, description="from the network"):
@@ -199,7 +199,7 @@ def main() -> int:
 
 
 def misses(report: dict[str, Any]) -> list[str]:
-    """Which of the project's bounds the figures miss."""
+    """The project's bounds that the figures miss."""
     network = report["l2_network_ttft_ms"] or float("inf")
     bounds = {
         "L2-network TTFT is at most a quarter of cold": network <= 0.25 * report["cold_ttft_ms"],

@@ -27,7 +27,7 @@ constexpr int kThreadsMax = 64;
 
 enum class Access { kRead, kWrite };
 
-// A view of any contiguous object with the buffer protocol, held (and so unresizable) until it goes.
+// A view of any contiguous object with the buffer protocol; holds the object, so that it can't be resized.
 class Buffer {
   public:
     Buffer() = default;
@@ -42,7 +42,7 @@ class Buffer {
         const int flags = access == Access::kWrite ? PyBUF_WRITABLE : PyBUF_SIMPLE;
         if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) {
             PyErr_Clear();
-            // Asked in any shape it must be read-only or full of holes; say which.
+            // It was refused: request any shape, to report whether it is read-only or not contiguous.
             Py_buffer any;
             if (PyObject_GetBuffer(object.ptr(), &any, PyBUF_FULL_RO) != 0) throw nb::python_error();
             const bool read_only = any.readonly && access == Access::kWrite;
@@ -217,7 +217,7 @@ std::vector<int> decode_and_check(nb::sequence chunks, Py_ssize_t chunk, nb::han
     return numbers;
 }
 
-// Of those compiled in, the ones that this CPU runs and that pass, fastest first.
+// The compiled-in instruction sets that this CPU runs and that pass, fastest first.
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const char* const* name = rs::kernel_names(); *name; ++name) {
@@ -227,7 +227,7 @@ std::vector<std::string> isas() {
     return names;
 }
 
-// A paged cache of bytes `[blocks, ...]`, strided as it likes, held until it goes.
+// A paged cache of bytes `[blocks, ...]` with any strides; holds the object.
 class PagedView {
   public:
     PagedView(nb::handle object, const std::string& name, Access access) {
@@ -325,7 +325,7 @@ void scatter_blocks(nb::sequence views, const BlockIds& ids, nb::handle row) {
 }  // namespace
 
 NB_MODULE(_native, module) {
-    rs::best_kernels();  // tests the kernels now, not inside the first request
+    rs::best_kernels();  // test the kernels now, not inside the first request
     using namespace nb::literals;
     module.def("encode", encode, "data"_a.none(), "parity"_a.none(), "chunk_bytes"_a, "data_chunks"_a,
                "parity_chunks"_a, "threads"_a, "isa"_a.none());

@@ -1,6 +1,6 @@
 // The GPU's Python module; with HYPERSPACE_ON_HOST the same over the host build of the kernels, for tests.
 //
-// Pointers come as integers. What can be seen of them is checked: their alignment, and that their first and
+// Pointers come as integers. They are checked as far as possible: their alignment, and that their first and
 // last byte are the device's memory.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
@@ -126,7 +126,7 @@ void encode(const KVPages& pages, const cuda::BlockTables& ids, const nb::bytes&
     params.chunks = checked_area(chunks, chunks_bytes, pages.device(), "chunks");
     nb::gil_scoped_release release;
     if (!pages.aligned()) {
-        // Written in whole pieces of 16 bytes by the encoder, which reads its own pieces before: in place.
+        // The encoder writes whole 16-byte pieces, each after reading it: it can work in place.
         params.row = params.chunks;
         check(cuda::launch_gather({params.paged, params.chunks}, false, pages.device(), as_stream(stream)));
     }

@@ -1,7 +1,7 @@
-"""`hyperspace cache`: look into the response database, and have the node forget entries.
+"""`hyperspace cache`: inspect the response database, and have the node delete entries.
 
-Reading is done in place, beside the node and with it gone. Deleting is left to the one writer, the node, for its peers
-must hear that it serves an entry no more. What peers fetched before stays theirs until it expires.
+Reading happens in place, whether or not the node runs. Deleting is left to the single writer, the node, because its
+peers must learn that it no longer serves an entry. Copies that peers fetched before stay there until they expire.
 """
 
 import argparse
@@ -69,12 +69,12 @@ class Entry:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The actions of `hyperspace cache` and what they take."""
+    """Add the actions of `hyperspace cache` and their arguments."""
     actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
 
     def action(name: str, text: str) -> argparse.ArgumentParser:
         added = actions.add_parser(name, help=text, description=text)
-        # Here too, and without a default that would take the place of one given before the action.
+        # Here too, and without a default that would override one given before the action.
         added.add_argument("--data-dir", type=Path, metavar="D", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         return added
 
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cache(config: Config, options: argparse.Namespace) -> int:
-    """Do one action; 1, and a line on stderr that says what to do, when it can't be done."""
+    """Run one action; returns 1, with a line on stderr that says what to do, when it fails."""
     path = database_path(config.data_dir)
     try:
         with _database(path) as database:
@@ -216,7 +216,7 @@ def _told(config: Config, keys: list[bytes]) -> bool:
 
 
 def _named(database: sqlite3.Connection, prefix: str) -> Entry | str:
-    """The only entry whose key begins so, or what is wrong."""
+    """The only entry whose key starts with `prefix`, or an error message."""
     if not prefix or len(prefix) > 64 or set(prefix.lower()) - set("0123456789abcdef"):
         return f"{prefix!r}: expected a RequestKey, up to 64 hex digits; `hyperspace cache list` shows them"
     found = _entries(database, prefix, limit=2)
@@ -226,7 +226,7 @@ def _named(database: sqlite3.Connection, prefix: str) -> Entry | str:
 
 
 def _whole(database: sqlite3.Connection, entry: Entry) -> dict[str, Any]:
-    """`intact` says whether the body is the one that its proof speaks of."""
+    """The whole entry for a JSON object; `intact` says whether its body matches its proof."""
     row = database.execute(_BODY, (entry.request_key,)).fetchone()
     body = (unpacked(row[0]) if row else None) or b""
     intact = decode_proof(entry.proof).response_hash == sha256(body)

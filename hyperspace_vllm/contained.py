@@ -1,8 +1,8 @@
-"""What stands between vLLM and an error of ours.
+"""Keeps our errors out of vLLM.
 
-Context: vLLM calls connectors, plugins, middleware and statistics without a net: what they raise ends the engine, or
-the request. Choice: every entry from vLLM is contained: what it raises is logged with its traceback, once an entry, and
-vLLM gets an answer that costs a miss. Cost: an error of ours is a line in the log, not a crash.
+Context: vLLM calls connectors, plugins, middleware and statistics without catching errors: an exception ends the
+engine, or the request. Choice: every entry from vLLM is contained: its exception is logged with a traceback, once per
+entry, and vLLM gets an answer that costs a miss. Cost: an error of ours is a line in the log, not a crash.
 """
 
 import functools
@@ -14,11 +14,11 @@ logger = logging.getLogger("vllm.hyperspace")
 
 Entry = TypeVar("Entry", bound=Callable[..., Any])
 
-_reported: set[str] = set()  # one name an entry, so it is bounded
+_reported: set[str] = set()  # one name per entry, so it is bounded
 
 
 def report_error(where: str) -> None:
-    """Log the exception that is being handled, with its traceback, if it is the first one there."""
+    """Log the exception being handled, with its traceback, if it is the first one there."""
     if where not in _reported:
         _reported.add(where)
         logger.exception("hyperspace: an error in %s, please report it (further ones there are not logged)", where)
@@ -29,7 +29,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def contained(answer: Callable[..., Any] = _nothing) -> Callable[[Entry], Entry]:
-    """Decorates an entry, not a coroutine: where it raises, `answer` is called with the same arguments instead."""
+    """Decorate an entry, not a coroutine: where it raises, `answer` is called with the same arguments instead."""
 
     def decorate(entry: Entry) -> Entry:
         @functools.wraps(entry)

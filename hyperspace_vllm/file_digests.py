@@ -1,8 +1,8 @@
-"""SHA-256 of a model's files, read once a machine: the bytes of a file are its identity, never a sample of them.
+"""SHA-256 of a model's files, read once per machine: every byte of a file is its identity, never a sample.
 
-A digest is kept in `<data_dir>/digests` beside the state (size, times, inode) that the file had when it was read, and
-counts for as long as the file is in that state. Processes that want the same files at the same time wait for the one
-that reads them. Reading takes about a minute per 100 GB, at low priority.
+A digest is kept in `<data_dir>/digests` with the state (size, times, inode) that the file had when it was read, and
+counts while the file is in that state. Processes that need the same files at the same time wait for the one that reads
+them. Reading takes about a minute per 100 GB, at low priority.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ _NICE = 10  # where engines spin on every core it still gets a tenth of one
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """A file as `stat` shows it: one whose bytes change has another state (ctime advances with every write)."""
+    """A file as `stat` shows it: changed bytes mean another state (ctime advances with every write)."""
 
     path: str
     size: int
@@ -40,7 +40,7 @@ class FileState:
 
     @classmethod
     def of(cls, path: str) -> "FileState":
-        """The file's state now; `OSError` if it can't be had."""
+        """The file's state now; `OSError` if it is unavailable."""
         return cls._from(path, os.stat(path))
 
     @classmethod
@@ -69,7 +69,7 @@ class FileDigests:
     def digest(self, title: str, states: Iterable[FileState]) -> dict[str, str]:
         """SHA-256 (hex) by path; blocks while files are read. `title` names the set in progress reports.
 
-        `Refused` when a file isn't in its state any more, or can't be read.
+        `Refused` when a file is no longer in its state, or can't be read.
         """
         wanted = tuple(sorted(states, key=lambda state: state.path))
         name = hashlib.sha256("\0".join(state.path for state in wanted).encode("utf-8", "surrogateescape")).hexdigest()
@@ -78,9 +78,9 @@ class FileDigests:
             known = _read(record)
             if any(state not in known for state in wanted):
                 with self._reading(record, title, sum(state.size for state in wanted)) as advance:
-                    known = _read(record)  # another process may have read them meanwhile
+                    known = _read(record)  # another process may have read them in the meantime
                     known = {s: known[s] if s in known else s.hash(advance) for s in wanted}
-                    with suppress(OSError):  # a disk that can't be written costs the next process the reading
+                    with suppress(OSError):  # a read-only disk costs the next process another read
                         self._write(record, known)
         except OSError as error:
             raise Refused("unreadable", f"{error.filename or title}: {error.strerror}") from error
@@ -88,12 +88,12 @@ class FileDigests:
 
     @contextmanager
     def _reading(self, record: Path, title: str, size: int) -> Iterator[Callable[[int], None]]:
-        """Holds the set's lock; what is advanced is seen by `in_progress`."""
+        """Hold the set's lock; `in_progress` shows what is passed to the yielded function."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         done, told_at = 0, float("-inf")
-        if threading.current_thread() is not threading.main_thread():  # which keeps it, and hands it to its children
+        if threading.current_thread() is not threading.main_thread():  # the main thread keeps it, for children too
             with suppress(OSError):
-                nice = max(_NICE, os.getpriority(os.PRIO_PROCESS, 0))  # root could raise it
+                nice = max(_NICE, os.getpriority(os.PRIO_PROCESS, 0))  # root could raise the priority
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)  # of this thread alone
         with record.with_suffix(".part").open("w") as part:
             fcntl.flock(part, fcntl.LOCK_EX)
@@ -123,7 +123,7 @@ class FileDigests:
 
 
 def in_progress(data_dir: Path) -> list[dict[str, object]]:
-    """What is being read now: `title`, `done_bytes` and `total_bytes` of each set of files."""
+    """The sets of files being read now: `title`, `done_bytes` and `total_bytes` of each."""
     found: list[dict[str, object]] = []
     for part in (data_dir / "digests").glob("*.part"):
         with suppress(OSError, ValueError), open_regular(part) as file:
@@ -139,7 +139,7 @@ def _fields(state: FileState) -> tuple[str | int, ...]:
 
 
 def _read(record: Path) -> dict[FileState, str]:
-    """What was kept; nothing where that is damaged."""
+    """The stored digests; none if the record is damaged."""
     try:
         return {FileState(*state): str(digest) for *state, digest in json.loads(read_regular(record, RECORD_BYTES_MAX))}
     except (OSError, ValueError, TypeError):

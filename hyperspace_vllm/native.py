@@ -1,10 +1,10 @@
 """Native code: the erasure code (any 32 of 64 chunks rebuild a row), and copies between paged KV and rows.
 
-Systematic Reed–Solomon over GF(2⁸), pinned in ``docs/protocol.md``. Every buffer is any contiguous object
-with the buffer protocol (bytes, bytearray, memoryview, mmap, NumPy array); outputs must be writable. Calls
-release the GIL; ``threads`` is how many may work on one, the caller's among them. ``isa`` forces an instruction
-set by name, for tests; ``None`` takes the fastest that works. ``data_chunks`` and ``parity_chunks`` other than 32
-and 32 (up to 256 in all) are right, not fast: the network's code has kernels of its own.
+Systematic Reed–Solomon over GF(2⁸), pinned in ``docs/protocol.md``. Every buffer is any contiguous object with the
+buffer protocol (bytes, bytearray, memoryview, mmap, NumPy array); outputs must be writable. Calls release the GIL;
+``threads`` is how many may work on one call, the caller's included. ``isa`` forces an instruction set by name, for
+tests; ``None`` selects the fastest that works. ``data_chunks`` and ``parity_chunks`` other than 32 and 32 (up to 256 in
+all) are correct, not fast: the network's code has its own kernels.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def encode(
 ) -> None:
     """Fill ``parity`` with the parity chunks of ``data``; each holds its chunks one after the other.
 
-    Raises ValueError for a size, overlap or read-only buffer, TypeError for what is no buffer.
+    Raises ValueError for a wrong size, an overlap or a read-only buffer, TypeError for an argument that is no buffer.
     """
     _encode(data, parity, chunk_bytes, data_chunks, parity_chunks, threads, isa)
 
@@ -88,8 +88,8 @@ def decode(
 ) -> None:
     """Fill ``out`` with the data chunks, from any ``data_chunks`` of all ``chunks``; ``None`` is a lost one.
 
-    Data chunk j may already lie at its place in ``out``: it isn't copied then. Raises ValueError when too few
-    are present and what ``encode`` raises.
+    Data chunk j may already be at its place in ``out``: then it isn't copied. Raises ValueError when too few are
+    present, and what ``encode`` raises.
     """
     _decode(chunks, chunk_bytes, out, data_chunks, parity_chunks, threads, isa)
 
@@ -99,8 +99,8 @@ def decode_and_check(
 ) -> list[int]:
     """Decode from the first 32 of 64 chunks present, encode again, and name the others that contradict them.
 
-    An empty list: all that are present belong to one codeword. Otherwise at least one of those present is wrong,
-    not necessarily a named one. Costs less than both steps one after the other: the data stays in the cache.
+    An empty list: all that are present belong to one codeword. Otherwise at least one of those present is wrong, not
+    necessarily a named one. Costs less than the two steps in sequence: the data stays in the cache.
     """
     return _decode_and_check(chunks, chunk_bytes, out, threads, isa)
 
@@ -111,7 +111,7 @@ def isa() -> str:
 
 
 def isas() -> list[str]:
-    """Name those that this machine has and that pass the known-answer test, fastest first.
+    """Name the sets that this machine has and that pass the known-answer test, fastest first.
 
     Of ``"avx512"`` (with GFNI), ``"avx2"``, ``"neon"`` and ``"portable"``, which every machine has.
     """
@@ -122,7 +122,8 @@ def gather_blocks(views: Sequence[Buffer], ids: Sequence[Sequence[int]], row: Bu
     """Fill ``row``, block by block and layer by layer (``vllm_adapter/kv_layout.py``), from paged KV.
 
     ``views`` are the layers' caches, bytes ``[blocks, ...]`` with any strides; ``ids[i]`` the blocks of ``views[i]``,
-    as many for each. Block 0, vLLM's null block, stands as zeros. Raises ValueError for a size, id or overlap.
+    equally many for each. Block 0, vLLM's null block, is copied as zeros. Raises ValueError for a wrong size or id, or
+    an overlap.
     """
     _gather_blocks(views, ids, row)
 

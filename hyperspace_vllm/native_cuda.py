@@ -1,10 +1,10 @@
 """KV rows on an NVIDIA GPU: gather, scatter, seal + erasure-code, decode + open, in native code.
 
-Only what was built with nvcc has it, and only a machine with a GPU can run it: ask `why_unavailable()` first. Nothing
-else in this module may be called when it answers; importing the module is always safe.
+Only a build with nvcc contains it, and only a machine with a GPU can run it: call `why_unavailable()` first. Nothing
+else in this module may be called unless that returns None; importing the module is always safe.
 
 How to use it (device pointers are `tensor.data_ptr()`, a stream is `torch.cuda.Stream.cuda_stream`, all plain ints, so
-that nothing here knows torch):
+that this module doesn't depend on torch):
 
     pages = KVPages([LayerPages(view.data_ptr(), table, view.stride(0), tuple(view.shape[1:]), tuple(view.stride()[1:]))
                      for each layer of the part, in the row's order], num_blocks, device_index)   # once per part
@@ -13,16 +13,18 @@ that nothing here knows torch):
     encode(pages, block_ids, key, nonce, chunk_bytes, chunks.data_ptr(), 64 * chunk_bytes, stream)
     decode(chunk_pointers, chunk_bytes, key, nonce, row.data_ptr(), row_bytes, device_index, stream)
 
-* A `view` is the layer's cache as bytes (`torch.uint8`), blocks first, any strides: what `kv_layout.block_views` gives.
-  `table` says which of `block_ids` lists that layer's blocks: one list per KV cache group of the part, one id per block
-  of the run, all lists equally long. Id 0 is the null block: gathered and coded as zeros, skipped by a scatter.
+* A `view` is the layer's cache as bytes (`torch.uint8`), blocks first, any strides: a result of
+  `kv_layout.block_views`. `table` says which of `block_ids` lists that layer's blocks: one list per KV cache group of
+  the part, one id per block of the run, all lists equally long. Id 0 is the null block: gathered and coded as zeros,
+  skipped by a scatter.
 * Every call only enqueues on `stream`; block ids, key and nonce are taken by value. Nothing waits, allocates or copies:
-  what the pointers name must live until the stream has come that far. The kernels read the cache in stream order, so
-  the stream must come after the forward that wrote the blocks (wait for its event), and whatever overwrites them after
-  the kernel (the engine's stream waits for an event, on the device; the host waits for nothing).
-* Up to `BLOCK_IDS_MAX` ids a call, all lists together (they travel as kernel arguments). ValueError for what can be
-  seen to be wrong: sizes, alignment (16 bytes for rows and chunks), ids, pointers that aren't this device's memory;
-  RuntimeError for what CUDA reports when a kernel is launched.
+  the memory behind the pointers must stay valid until the stream has passed the call. The kernels read the cache in
+  stream order, so the stream must run after the forward pass that wrote the blocks (wait for its event), and anything
+  that overwrites them must run after the kernel (the engine's stream waits for an event, on the device; the host waits
+  for nothing).
+* Up to `BLOCK_IDS_MAX` ids per call, all lists together (they are passed as kernel arguments). ValueError for
+  detectable errors: sizes, alignment (16 bytes for rows and chunks), ids, pointers that aren't this device's memory;
+  RuntimeError for errors that CUDA reports when a kernel is launched.
 * Row, chunks, key, nonce and padding are exactly object_codec's: `encode` leaves 32 sealed data chunks and 32 parity
   chunks at `chunks + column * chunk_bytes`, for one copy to the host.
 """
@@ -83,7 +85,7 @@ def gather(pages: KVPages, block_ids: BlockIds, row: int, row_bytes: int, stream
 
 
 def scatter(pages: KVPages, block_ids: BlockIds, row: int, row_bytes: int, stream: int) -> None:
-    """Write `row` into the blocks: the reverse of `gather`. No id but 0 may stand twice in a list."""
+    """Write `row` into the blocks: the reverse of `gather`. No id except 0 may occur twice in a list."""
     _module().scatter(pages._native, block_ids, row, row_bytes, stream)
 
 

@@ -1,8 +1,8 @@
-"""Starts the process of an embedded node, and passes on to this process's log what the node has to say.
+"""Starts the process of an embedded node, and copies the node's errors to this process's log.
 
-The node is no descendant of the process that starts it: vLLM kills engines and servers that don't end in time with all
-their descendants, and the node may serve others. Its standard error is a pipe to whoever started it. Each line there is
-an error of the node; an empty line says that all is well.
+The node is not a descendant of the process that starts it: vLLM kills engines and servers that don't end in time with
+all their descendants, and the node may serve others. Its standard error is a pipe to the process that started it. Each
+line there is an error of the node; an empty line means that all is well.
 """
 
 import fcntl
@@ -32,22 +32,22 @@ _AS_ORPHAN = "import os, sys; os.fork() or os.execv(sys.argv[1], sys.argv[1:])"
 def start_node(config: Config) -> None:
     """Start an embedded node for the data directory; returns at once and never raises.
 
-    If another one holds the directory's lock, the process only keeps that one alive until this process's engine has
-    attached (and takes over should it leave). It exits when its last client has been gone for EMBEDDED_LINGER_MS, and
-    when everybody who inherited this process's end of its pipe dies before any client came.
+    If another node holds the directory's lock, the new process only keeps that one alive until this process's engine
+    has attached, and takes over if it leaves. It exits when its last client has been gone for EMBEDDED_LINGER_MS, and
+    when every process that inherited this process's end of its pipe dies before any client came.
     """
     try:
         _spawn(config, subprocess.PIPE)
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no thread to be had
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no thread available
         logger.error("hyperspace: no node could be started for %s: %s", config.data_dir, error)
 
 
 def revive_node(config: Config) -> bool:
-    """Start an embedded node again that was killed; whether it was. Never raises.
+    """Start an embedded node again that was killed; returns whether it did. Never raises.
 
-    Killed means: its card is still there, and nobody holds the directory's lock. One that was stopped took its card
-    with it, one that is frozen holds its lock, and one that systemd or an operator started is theirs. If several
-    processes try, all but one of the nodes exit at once.
+    A killed node's card is still there, and its directory's lock is free. A node that was stopped has removed its card,
+    a frozen one holds its lock, and one that systemd or an operator started is left to them. If several processes try,
+    all but one of the new nodes exit at once.
     """
     try:
         card = json.loads(read_regular(config.data_dir / "node.json", _CARD_BYTES_MAX))
@@ -56,7 +56,7 @@ def revive_node(config: Config) -> bool:
         with open_regular(config.data_dir / "node.lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         _spawn(config, subprocess.DEVNULL)
-    except (OSError, RuntimeError, ValueError) as error:  # BlockingIOError: somebody is there
+    except (OSError, RuntimeError, ValueError) as error:  # BlockingIOError: a node is there
         logger.debug("hyperspace node not started again: %s", error)
         return False
     logger.warning("hyperspace node of %s was killed: started it again", config.data_dir)
@@ -64,7 +64,7 @@ def revive_node(config: Config) -> bool:
 
 
 def _spawn(config: Config, stdin: int) -> None:
-    # Neither settings of ours that `config` overrode, nor what the server hands down to its own processes.
+    # Neither our settings that `config` overrode, nor what the server passes on to its own processes.
     others = {k: v for k, v in os.environ.items() if not k.startswith(("HYPERSPACE_", "_HYPERSPACE_"))}
     command = [sys.executable, "-m", "hyperspace_vllm.cli", "node", "--embedded"]
     launcher = subprocess.Popen(
@@ -73,8 +73,8 @@ def _spawn(config: Config, stdin: int) -> None:
         stdin=stdin,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        # Ctrl-C on the server must not take the node of other servers with it. Not a session of its own: the kernel
-        # would schedule it as a group (sched(7), autogroup), where nice means nothing, and spinning ranks starve it.
+        # Ctrl-C on the server must not end the node of other servers. Not a separate session: the kernel would schedule
+        # it as a group (sched(7), autogroup), where nice has no effect, and spinning ranks would starve it.
         process_group=0,
         env=others | config.as_environ(),
     )
@@ -82,7 +82,7 @@ def _spawn(config: Config, stdin: int) -> None:
 
 
 def _relay(launcher: "subprocess.Popen[bytes]", data_dir: Path) -> None:
-    """Pass on what the node says until it ends; `launcher` is its process group's first process."""
+    """Log the node's errors until it ends; `launcher` is its process group's first process."""
     assert launcher.stderr is not None
     launcher.wait()
     heard = select.poll()

@@ -2,11 +2,11 @@
 
 One process writes (daemon/responses/response_store.py); any number of others read the same file under SQLite's WAL: a
 hit needs no message to the node. A reader never reports an error: a missing, locked, damaged or replaced database is a
-miss. Every body is checked against the digest in its CacheProof, for SQLite itself has no checksums.
+miss. Every body is checked against the digest in its CacheProof, because SQLite itself has no checksums.
 
-Bodies have a table of their own, so that touching an entry does not rewrite its body, and are compressed where that
-makes them shorter. An entry's request hash, by which peers ask for it, is the one that its CacheProof begins with: a
-column that SQLite derives can't disagree with it.
+Bodies have a separate table, so that touching an entry does not rewrite its body, and are compressed where that makes
+them shorter. An entry's request hash, by which peers ask for it, is the one that its CacheProof begins with: SQLite
+derives the column, so the two can't disagree.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ from .core.response.cache_proof import decode_proof
 SCHEMA_VERSION = 4
 
 _ZSTD_LEVEL = 3
-_PACKED_BYTES_MIN = 256  # what is shorter hardly shrinks
+_PACKED_BYTES_MIN = 256  # shorter bodies hardly shrink
 
 _REQUEST_HASH = "request_hash BLOB AS (substr(proof, 1, 32)) VIRTUAL"
 _REQUEST_HASH_INDEX = "CREATE INDEX entries_by_request_hash ON entries (request_hash);"
 
 Row = tuple[Any, ...]
 
-_WORTH = "worth_ms INTEGER"  # which entry goes first: see response_store
+_WORTH = "worth_ms INTEGER"  # which entry is evicted first: see response_store
 _WORTH_INDEX = "CREATE INDEX entries_by_worth ON entries (worth_ms);"
 
-# Vectors as in `Embedded`; both NULL where there are none. `floor`: the similarity that other questions must have to be
-# answered so, once the answer was wrong for one (core/response/similar/match_error.py).
+# Vectors as in `Embedded`; both NULL where there are none. `floor`: the similarity that another question needs to get
+# this answer, set once the answer was wrong for one (core/response/similar/match_error.py).
 _QUESTIONS = """
 CREATE TABLE questions (
     id INTEGER PRIMARY KEY,
@@ -58,7 +58,7 @@ BEGIN
 END;
 """
 
-# Answers of semantic matches that were compared with the engine's, the last ones.
+# The last answers of semantic matches that were compared with the engine's.
 _CHECKS = "CREATE TABLE checks (id INTEGER PRIMARY KEY, kind BLOB NOT NULL, wrong INTEGER NOT NULL);"
 
 SCHEMA = f"""
@@ -105,7 +105,7 @@ MIGRATIONS = {
     3: f"ALTER TABLE questions ADD COLUMN floor REAL NOT NULL DEFAULT 0; {_CHECKS} PRAGMA user_version = 4;",
 }
 
-# ?1 says which entry, ?2 is the time, ?3 the longest life. What was computed while the clock was ahead is not served:
+# ?1 selects the entry, ?2 is the time, ?3 the longest life. An entry computed while the clock was ahead is not served:
 # it would look fresh until that time comes.
 _EXPIRES = "min(expires_at_ms, computed_at_ms + ?3)"
 _ALIVE = f"{_EXPIRES} > ?2 AND computed_at_ms <= ?2 + {CLOCK_SKEW_MS}"
@@ -121,7 +121,7 @@ WHERE canonical_key = ?1 AND floor <= 1 AND {_ALIVE} ORDER BY computed_at_ms DES
 
 _SELECT_ALIVE = f"SELECT 1 FROM entries WHERE request_key = ?1 AND {_ALIVE}"
 
-# Newest first: an index with too little room leaves out the oldest.
+# Newest first: an index with too little room omits the oldest.
 _SELECT_QUESTIONS = f"""
 SELECT CAST(request_key AS BLOB), partition, question, vectors, floor FROM questions JOIN entries USING (id)
 WHERE embedder = ?1 AND {_ALIVE} ORDER BY id DESC LIMIT ?4
@@ -136,12 +136,12 @@ _SELECT_PUBLIC = f"{_SHAREABLE} ('public')"
 
 
 def database_path(data_dir: Path) -> Path:
-    """Where the node of a data directory keeps its responses."""
+    """The path of a data directory's response database."""
     return data_dir / "responses.sqlite"
 
 
 def file_at(path: Path) -> tuple[int, int] | None:
-    """Which file lies there: another one once it was replaced, None if there is none."""
+    """Identifies the file at a path: it differs once the file was replaced, None if there is none."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -150,8 +150,8 @@ def file_at(path: Path) -> tuple[int, int] | None:
 
 
 def packed(body: bytes) -> bytes:
-    """A body as it lies in the database: compressed by zstd, if that makes it shorter."""
-    is_alike = body.startswith(zstandard.FRAME_HEADER)  # and would be taken for compressed
+    """A body in its stored form: compressed by zstd, if that makes it shorter."""
+    is_alike = body.startswith(zstandard.FRAME_HEADER)  # it would be taken for compressed
     if len(body) < _PACKED_BYTES_MIN and not is_alike:
         return body
     compressed = zstandard.compress(body, _ZSTD_LEVEL)
@@ -159,7 +159,7 @@ def packed(body: bytes) -> bytes:
 
 
 def unpacked(stored: bytes) -> bytes | None:
-    """The body again; None for what `packed` can't have made."""
+    """The body again; None for bytes that `packed` can't have made."""
     if not stored.startswith(zstandard.FRAME_HEADER):
         return stored
     try:
@@ -182,8 +182,8 @@ class StoredResponse:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Vectors of a question and of its canonical form by the embedder of that name: int8 [2, dimensions], each times a
-    scale of its own.
+    """Vectors of a question and of its canonical form by the embedder of that name: int8 [2, dimensions], each times
+    its own scale.
     """
 
     embedder: str
@@ -211,9 +211,9 @@ class Shareable:
 
 
 class ResponseReader:
-    """Reads the database in place. Belongs to one thread at a time; opens, and opens again, by itself.
+    """Reads the database in place. Belongs to one thread at a time; opens and reopens the file itself.
 
-    What was computed `ttl_ms` ago, or before, has expired for it.
+    An entry computed `ttl_ms` ago or earlier has expired for it.
     """
 
     def __init__(self, path: Path, ttl_ms: int = RESPONSE_TTL_MS) -> None:
@@ -227,7 +227,7 @@ class ResponseReader:
         return intact(row) if row else None
 
     def row(self, key: RequestKey, now_ms: int) -> Row | None:
-        """The same as it lies in the database, for `intact`."""
+        """The same entry in its stored form, for `intact`."""
         return self._row(_SELECT, key, now_ms)
 
     def find_canonical(self, canonical_key: bytes, now_ms: int) -> RequestKey | None:
@@ -251,7 +251,7 @@ class ResponseReader:
         return [StoredQuestion(RequestKey(row[0]), *row[1:]) for row in reversed(rows)]
 
     def checks(self) -> list[tuple[bytes, bool]]:
-        """The last matches that were checked, the oldest first: of which kind, and whether they were wrong."""
+        """The last checked matches, oldest first: their kind, and whether they were wrong."""
         try:
             connection = self._current()
             rows = connection.execute("SELECT kind, wrong FROM checks ORDER BY id").fetchall() if connection else []
@@ -261,16 +261,16 @@ class ResponseReader:
         return [(kind, bool(wrong)) for kind, wrong in rows]
 
     def find_by_hash(self, request_hash: bytes, now_ms: int, to_member: bool = True) -> Shareable | None:
-        """The entry that peers know by `request_hash`, unless it has expired or may not go to who asks, member or not.
+        """The entry that peers know by `request_hash`, unless it has expired or its scope excludes the peer.
 
-        Of what may not go the body is not read: asked for again and again, it would keep the disk busy.
+        The body of an excluded entry is not read: repeated requests for it would keep the disk busy.
         """
         row = self._row(_SELECT_SHAREABLE if to_member else _SELECT_PUBLIC, request_hash, now_ms)
         response = intact(row[2:]) if row else None
         return Shareable(RequestKey(row[0]), row[1], response) if row and response and len(row[0]) == 32 else None
 
     def close(self) -> None:
-        """Let go of the file; `get` opens it again."""
+        """Close the file; `get` opens it again."""
         if self._connection is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.close()
@@ -290,7 +290,7 @@ class ResponseReader:
         if file != self._file:
             self.close()
         if file is not None and self._connection is None:
-            # Locks are not waited for: readers meet one only while the writer recovers or replaces the file.
+            # It doesn't wait for locks: readers meet one only while the writer recovers or replaces the file.
             self._connection = sqlite3.connect(
                 f"{self._path.absolute().as_uri()}?mode=ro",
                 uri=True,
@@ -303,7 +303,7 @@ class ResponseReader:
 
 
 def unpacked_size(row: Row) -> int:
-    """Bytes of the body that `intact` makes of a row; 0 of a damaged one."""
+    """Bytes of the body that `intact` makes of a row; 0 for a damaged one."""
     stored = row[0]
     try:
         return zstandard.frame_content_size(stored) if stored.startswith(zstandard.FRAME_HEADER) else len(stored)
@@ -312,7 +312,7 @@ def unpacked_size(row: Row) -> int:
 
 
 def intact(row: Row) -> StoredResponse | None:
-    """The entry in a row, None for a damaged one; takes time by the size of its body."""
+    """The entry in a row, None for a damaged one; takes time in proportion to the size of its body."""
     stored, *rest = row
     try:
         body = unpacked(stored)

@@ -1,12 +1,12 @@
 # Sets HYPERSPACE_CUDA_WORKS and CMAKE_CUDA_ARCHITECTURES. AUTO must never fail a `pip install .`, and
-# enable_language(CUDA) ends the configuration when nvcc is broken or doesn't know an architecture: so nvcc
-# compiles a probe first, beside it.
+# enable_language(CUDA) ends the configuration when nvcc is broken or doesn't know an architecture, so nvcc compiles a
+# separate probe first.
 set(HYPERSPACE_CUDA_WORKS OFF)
 if(HYPERSPACE_CUDA STREQUAL "OFF")
     return()
 endif()
 
-# A100, H100, B200, and PTX of the last for what comes after. nvcc before 12.8 doesn't know the B200.
+# A100, H100, B200, and PTX of the last for later ones. nvcc before 12.8 doesn't know the B200.
 function(find_architectures)
     set(reason "found no CUDA compiler")
     foreach(architectures IN ITEMS "80;90;100" "80;90")

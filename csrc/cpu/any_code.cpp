@@ -1,4 +1,4 @@
-// Any k + m <= 256: a row of Lagrange coefficients for each chunk that is wanted, no transforms.
+// Any k + m <= 256: a row of Lagrange coefficients for each wanted chunk, no transforms.
 #include <cstring>
 
 #include "columns.h"
@@ -16,10 +16,10 @@ bool is_specialised(int data_chunks, int parity_chunks) {
     return data_chunks == kDataChunks && parity_chunks == kTotalChunks - kDataChunks;
 }
 
-// As many coefficient rows as fit the stack are made at a time: 16 x 255.
+// As many coefficient rows as fit the stack are computed at a time: 16 x 255.
 constexpr int kRowsAtOnce = 16;
 
-// Writes out[j], which is point targets[j], from in[i], which is point known[i].
+// Writes out[j], the value at point targets[j], from in[i], the value at point known[i].
 void combine_points(const Kernels& kernels, const uint8_t* known, const Some& in, int inputs,
                     const uint8_t* targets, const SomeOut& out, int outputs, size_t bytes) {
     const Lagrange lagrange(known, inputs);

@@ -1,4 +1,4 @@
-// Runs kernels, which take whole blocks only, on columns that end anywhere.
+// Runs kernels, which process whole blocks only, on columns of any length.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace hyperspace::reed_solomon {
 
-// Null rows are absent or not wanted, and stay so.
+// Null rows are absent or not wanted, and stay null.
 template <int N, class Byte>
 struct Rows {
     Byte* row[N] = {};
@@ -25,7 +25,7 @@ using Inputs = Rows<N, const uint8_t>;
 template <int N>
 using Outputs = Rows<N, uint8_t>;
 
-// Calls kernel(in, out, bytes) for the whole blocks where they lie and for the tail through padded copies.
+// Calls kernel(in, out, bytes) for the whole blocks in place and for the tail through padded copies.
 template <int In, int Out, class Kernel>
 void in_blocks(const Inputs<In>& in, const Outputs<Out>& out, size_t bytes, Kernel kernel) {
     const size_t tail = bytes % kAlignBytes, whole = bytes - tail;

@@ -1,5 +1,5 @@
 // What one instruction set implements. `bytes` is always a multiple of kAlignBytes; alignment is free.
-// `stream`: the output is too large to be of use in the caches; write around them where its alignment allows.
+// `stream`: the output is too large to be useful in the caches; bypass them where its alignment allows.
 #pragma once
 
 #include "hyperspace/reed_solomon.h"
@@ -25,7 +25,7 @@ struct Kernels {
     void (*recover)(const uint8_t* const in[64], const uint8_t locator[64], uint8_t* const out[32],
                     size_t bytes, bool stream);
 
-    // Makes what was streamed visible to other threads: after the last kernel, before the call returns.
+    // Makes streamed output visible to other threads: after the last kernel, before the call returns.
     void (*fence)();
 };
 

@@ -1,9 +1,9 @@
 // The kernels, written once over a vector type V and compiled once for each instruction set.
 //
-// Beside what butterflies.h asks of it, V gives: kBytes, load, store, stream (a store that bypasses the
+// Besides what butterflies.h requires, V provides: kBytes, load, store, stream (a store that bypasses the
 // caches, to an aligned address), fence, prefetch, kSums (how many sums of products fit the registers), and a
-// run-time constant: Factor, factor(c), multiply(Register, Factor). V lives in an anonymous namespace, and so
-// then does all that is made from it: the linker can't hand one instruction set's code to another.
+// run-time constant: Factor, factor(c), multiply(Register, Factor). V is in an anonymous namespace, and so is
+// everything made from it: the linker can't hand one instruction set's code to another.
 #pragma once
 
 #include <cstring>
@@ -103,7 +103,7 @@ struct Body {
 
     // ---- A few rows: plain sums of products.
 
-    // Count sums of the products of all inputs; factors are by input, then by sum.
+    // Count sums of the products of all inputs; factors are ordered by input, then by sum.
     template <int Count>
     __attribute__((flatten)) static void combine_rows(const uint8_t* const* in, int inputs,
                                                       const typename V::Factor* factors, uint8_t* const* out,
@@ -120,7 +120,7 @@ struct Body {
         }
     }
 
-    // Count sums at a time while there are so many, then fewer.
+    // Count sums at a time while enough are left, then fewer.
     template <int Count>
     static void combine_most(const uint8_t* const* in, int inputs, const uint8_t* coefficients,
                              uint8_t* const* out, int outputs, size_t from, size_t to) {
@@ -138,7 +138,7 @@ struct Body {
         }
     }
 
-    // In strips, so that the inputs of the first sums are in the L2 cache for the next.
+    // In strips, so that the inputs of the first sums are still in the L2 cache for the next.
     static void combine(const uint8_t* const* in, int inputs, const uint8_t* coefficients,
                         uint8_t* const* out, int outputs, size_t bytes) {
         for (size_t from = 0; from < bytes; from += kCombineStrip) {
@@ -147,8 +147,8 @@ struct Body {
         }
     }
 
-    // ---- Any 32 of 64 (Lin, Chung, Han 2014, section V). With f the data's polynomial and Λ the one that
-    // vanishes at the erased points, fΛ is known at all 64 points (0 where erased), has degree < 64, and its
+    // ---- Any 32 of 64 (Lin, Chung, Han 2014, section V). Let f be the data's polynomial and Λ the one that
+    // vanishes at the erased points: fΛ is known at all 64 points (0 where erased), has degree < 64, and its
     // derivative at an erased point e is f(e)Λ'(e).
 
     template <int Coset, int RowInHalf>

@@ -1,5 +1,5 @@
-// The kernels for a vector type V of which the CPU has 32 registers and whose products need no table: a
-// column of all 32 rows is loaded once, coded in registers and stored once.
+// The kernels for a vector type V with 32 registers on the CPU and products without tables: a column of all
+// 32 rows is loaded once, coded in registers and stored once.
 #pragma once
 
 #include "kernels_body.h"

@@ -1,6 +1,6 @@
 // NEON, which every 64-bit ARM has: a product is two 16-entry table look-ups, as with AVX2.
 //
-// Compiled for aarch64 and tested under qemu-user only (`make test-neon`): not yet run on such hardware.
+// Compiled for aarch64 and tested only under qemu-user (`make test-neon`): not yet run on hardware.
 #include <arm_neon.h>
 
 #include "kernels_body.h"

@@ -1,4 +1,4 @@
-// For any CPU that GCC or Clang compiles for: 16 bytes at a time, eight masks a product.
+// For any CPU that GCC or Clang compiles for: 16 bytes at a time, eight masks per product.
 #include <cstring>
 
 #include "kernels_body.h"

@@ -1,7 +1,7 @@
 // Context: rows are larger than the caches, and stores that bypass them are the usual advice. Choice: memcpy,
 // on the caller's thread. Rejected: SSE2 streaming stores took 1.0 times memcpy's CPU time in runs of 64 KiB
 // and more, 1.1 in runs of 16 KiB and 2 in runs of 2 KiB or less (Zen 5, whose memcpy needs no reads for
-// ownership); two threads gained nothing beside an engine that keeps its cores busy.
+// ownership); two threads gained nothing next to an engine that keeps its cores busy.
 #include "hyperspace/kv_copy.h"
 
 #include <cstring>

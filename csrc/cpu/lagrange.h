@@ -1,4 +1,4 @@
-// What the data's polynomial is at one point, as a sum over the points where it is known.
+// The value of the data's polynomial at one point, as a sum over the points where it is known.
 #pragma once
 
 #include "hyperspace/gf256.h"
@@ -18,7 +18,7 @@ inline constexpr Points kPoints = make_points();
 
 inline int log_difference(int i, int j) { return gf256::kLogarithms.log[kPoints.of[i] ^ kPoints.of[j]]; }
 
-// Lagrange's formula, in logarithms: what depends on the known points alone is summed once.
+// Lagrange's formula, in logarithms: the part that depends on the known points alone is computed once.
 class Lagrange {
   public:
     Lagrange(const uint8_t* known, int count) : known_(known), count_(count) {
@@ -31,8 +31,8 @@ class Lagrange {
         }
     }
 
-    // Fills coefficients[i] such that f(ω_target) = sum of coefficients[i] * f(ω_known[i]); target isn't
-    // known.
+    // Fills coefficients[i] such that f(ω_target) = sum of coefficients[i] * f(ω_known[i]); target must not
+    // be a known point.
     void row(int target, uint8_t* coefficients) const {
         int all = 0;
         for (int i = 0; i < count_; ++i) all += log_difference(target, known_[i]);

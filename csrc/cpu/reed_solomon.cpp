@@ -16,13 +16,13 @@ using Data = Inputs<kDataChunks>;
 using DataOut = Outputs<kDataChunks>;
 using All = Inputs<kTotalChunks>;
 
-// Output larger than this would only push other data out of the caches, and reading its lines before
+// Output larger than this would only evict other data from the caches, and reading its lines before
 // overwriting them costs a third of the memory traffic. Smaller output is still there when it is hashed: with
 // 64 KiB chunks, encoding and BLAKE3 together take 600 us instead of 655 (bench/commitment.py).
 constexpr size_t kStreamFromBytes = size_t{4} << 20;
 
-// Decoding copies, rebuilds and checks this many columns before it goes on: 32 rows in and 32 out stay in the
-// L2 cache, as do a check's 32 rows more.
+// Decoding copies, rebuilds and checks this many columns at a time: 32 rows in and 32 out stay in the L2
+// cache, as do the 32 rows of a check.
 constexpr size_t kStripBytes = 4096, kCheckedStripBytes = 2048;
 
 int count_wanted(const DataOut& out) {
@@ -35,7 +35,7 @@ bool should_stream(const DataOut& out, size_t chunk_bytes) {
     return static_cast<size_t>(count_wanted(out)) * chunk_bytes >= kStreamFromBytes;
 }
 
-// One way to make rows from 32 others, chosen once a call and run on any range of columns.
+// One way to make rows from 32 others, chosen once per call and run on any range of columns.
 class Rebuild {
   public:
     // Parity from data.
@@ -52,8 +52,8 @@ class Rebuild {
         return made;
     }
 
-    // Lost data from the first 32 chunks present, data before parity, or, unless those are insisted on, from
-    // all the parity.
+    // Lost data from the first 32 chunks present, data before parity, or, unless the caller requires those,
+    // from all the parity.
     static Rebuild data(const Kernels& kernels, const All& chunks, const DataOut& lost, bool stream,
                         bool first_32) {
         Rebuild made(kernels, lost, stream);
@@ -142,10 +142,10 @@ class Rebuild {
     DataOut out_;
     int wanted_;
     bool stream_;
-    uint8_t constants_[kDataChunks * kDataChunks];  // a row of coefficients a wanted row, or 64 locators
+    uint8_t constants_[kDataChunks * kDataChunks];  // a row of coefficients per wanted row, or 64 locators
 };
 
-// Copies the data chunks that are there and rebuilds the others, without re-encoding.
+// Copies the data chunks that are present and rebuilds the others, without re-encoding.
 class Decode {
   public:
     Decode(const Kernels& kernels, const All& chunks, const DataOut& out, bool stream, bool first_32)
@@ -153,7 +153,7 @@ class Decode {
           target_(out),
           rebuild_(Rebuild::data(kernels, chunks, lost(chunks, out), stream, first_32)) {}
 
-    // Nothing is read twice: there is no point in going strip by strip.
+    // Nothing is read twice, so strips would gain nothing.
     bool is_one_step() const { return !rebuild_.has_work() || copies_nothing(); }
 
     void run(size_t from, size_t to) const {
@@ -202,7 +202,7 @@ class Check {
         : surplus_(surplus), encode_(Rebuild::parity(kernels, data, again(), false)) {}
     Check(const Check&) = delete;  // encode_ points into this
 
-    // Bit j: parity chunk j is there and differs in columns from..to, at most kCheckedStripBytes.
+    // Bit j: parity chunk j is present and differs in columns from..to, at most kCheckedStripBytes.
     uint32_t differing(size_t from, size_t to) {
         if (!encode_.has_work()) return 0;
         encode_.run(from, 0, to - from);
@@ -255,7 +255,7 @@ void decode(const Kernels& kernels, const uint8_t* const chunks[kTotalChunks],
 uint32_t decode_and_check(const Kernels& kernels, const uint8_t* const chunks[kTotalChunks],
                           uint8_t* const out[kDataChunks], size_t chunk_bytes, int threads) {
     const DataOut target = rows_at<kDataChunks>(out);
-    // Not streamed: what is written is read again at once.
+    // Not streamed: the output is read again at once.
     const Decode decode(kernels, rows_at<kTotalChunks>(chunks), target, false, true);
     Data data, surplus;
     for (int j = 0; j < kDataChunks; ++j) data.row[j] = out[j];

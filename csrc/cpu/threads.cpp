@@ -1,8 +1,8 @@
-// A pool that starts a thread when one is first asked for, and keeps it.
+// A pool that starts a thread when one is first needed, and keeps it.
 //
 // Context: a 64 KiB chunk's row is coded in 70 us; starting and joining a thread takes 50. Choice: helpers
-// stay, look for the next call for 50 us and then sleep. Rejected: OpenMP (its run time beside Torch's own;
-// breaks after fork). Cost: 50 us of a core after each threaded call.
+// stay, look for the next call for 50 us and then sleep. Rejected: OpenMP (its runtime would run beside
+// Torch's; breaks after fork). Cost: 50 us of a core after each threaded call.
 #include "threads.h"
 
 #include <pthread.h>
@@ -30,7 +30,7 @@ void relax() {
 #endif
 }
 
-// Whether `happened` did within kLookFor.
+// Whether `happened` became true within kLookFor.
 template <class Condition>
 bool look_for(Condition happened) {
     for (const auto until = Clock::now() + kLookFor; Clock::now() < until;) {
@@ -42,9 +42,9 @@ bool look_for(Condition happened) {
     return happened();
 }
 
-// Each thread has a range of pieces, and takes from the others' when that is done: what was in its core's
-// cache from the last call on the same memory still is. (First come, first served, two threads were no faster
-// than one.)
+// Each thread has a range of pieces, and takes from the others' when its own is done: the data of the last
+// call on the same memory is still in its core's cache. (With pieces taken first come, first served, two
+// threads were no faster than one.)
 struct Job {
     void (*work)(void*, size_t);
     void* context;
@@ -67,8 +67,8 @@ struct Job {
     }
 };
 
-// Helpers that are awake join and leave without a lock: two that end at once would sleep for it, and that
-// takes as long as a tenth of the work.
+// Awake helpers join and leave without a lock: two that end at once would sleep for it, which takes a tenth
+// as long as the work.
 class Pool {
   public:
     void share(Job& job) {
@@ -82,11 +82,11 @@ class Pool {
         job_.store(&job);
         posted_.fetch_add(1);
         if (sleeping_.load() != 0) {
-            std::lock_guard<std::mutex>{mutex_};  // whoever saw nothing posted is in wait() by now
+            std::lock_guard<std::mutex>{mutex_};  // a thread that saw no job posted is in wait() by now
             wake_.notify_all();
         }
         job.run(0);
-        job_.store(nullptr);  // whoever joins from now on finds nothing
+        job_.store(nullptr);  // a helper that joins from now on finds nothing
         const auto all_left = [this] { return working_.load() == 0; };
         while (!look_for(all_left)) std::this_thread::sleep_for(kLookFor);  // one was interrupted
     }
@@ -97,7 +97,7 @@ class Pool {
             try {
                 std::thread([this, thread = helpers_ + 1] { help(thread); }).detach();
             } catch (const std::system_error&) {
-                return;  // the caller and those that there are do the work
+                return;  // the caller and the existing helpers do the work
             }
         }
     }
@@ -128,7 +128,7 @@ class Pool {
 };
 
 // Never destroyed: helpers may outlive main(). A forked child has none of its parent's threads and can't
-// trust its locks, so it gets a pool of its own.
+// trust its locks, so it gets a new pool.
 std::atomic<Pool*> the_pool{nullptr};
 
 Pool& pool() {

@@ -1,4 +1,4 @@
-// Helpers that share one call's columns with the thread that makes it.
+// Helpers that share one call's columns with the calling thread.
 #pragma once
 
 #include <cstddef>
@@ -6,15 +6,16 @@
 namespace hyperspace {
 
 // Calls work(context, 0) .. work(context, pieces - 1), each once, on up to `threads` threads, and returns
-// when all are done. The caller works too and never waits for a helper to come: with none (another call has
-// them, this is a forked child's first call, the system is out of threads) it does everything itself.
+// when all are done. The caller works too and never waits for a helper to start: without helpers (another
+// call uses them, this is a forked child's first call, the system is out of threads) it does everything
+// itself.
 void share_pieces(int threads, size_t pieces, void (*work)(void* context, size_t piece), void* context);
 
 // Calls work(from, to) for column ranges that together are 0 .. bytes; all but the last end at a multiple of
-// `align`, and they are equal but for one `align`. One thread gets them all in one call.
+// `align`, and their sizes differ by one `align` at most. One thread gets them all in one call.
 template <class Work>
 void share_columns(int threads, size_t bytes, size_t align, Work work) {
-    // Four pieces a thread: whoever was late or interrupted delays the others by a fraction.
+    // Four pieces per thread: a late or interrupted thread delays the others by a fraction only.
     constexpr size_t kPiecesPerThread = 4, kPieceMin = 2048;
     const size_t most = bytes / kPieceMin, wanted = static_cast<size_t>(threads) * kPiecesPerThread;
     const size_t pieces = most < wanted ? most : wanted;

@@ -1,7 +1,8 @@
-// 32 bytes as eight words, word i holding bit i of every byte: a product with a constant is then XORs alone.
+// 32 bytes as eight words, word i holding bit i of every byte: a product with a constant then needs only
+// XORs.
 //
 // A butterfly costs 20 three-input XORs for 32 bytes, not 8 shifts, masks and multiplications for every 4,
-// and turning a row into planes and back 48 operations each way.
+// and converting a row to planes and back costs 48 operations each way.
 #pragma once
 
 #include "device.h"
@@ -48,7 +49,7 @@ HYPERSPACE_INLINE void from_planes(Planes planes, Piece& first, Piece& second) {
                                                   second.word[i] = planes.bit[i + 4];
 }
 
-// Bit 8j + i: whether bit i of c * x takes in bit j of x.
+// Bit 8j + i: whether bit i of c * x depends on bit j of x.
 constexpr uint64_t matrix_of(uint8_t c) {
     uint64_t matrix = 0;
     for (int j = 0; j < 8; ++j) {
@@ -57,7 +58,7 @@ constexpr uint64_t matrix_of(uint8_t c) {
     return matrix;
 }
 
-// The vector type that butterflies.h asks for.
+// The vector type that butterflies.h requires.
 struct BitPlanes {
     using Register = Planes;
 
@@ -75,8 +76,7 @@ struct BitPlanes {
         return product;
     }
 
-    // The same for a factor known at run time, by its bits: x, 2x, 4x ... are a renaming and three XORs
-    // apart.
+    // The same for a factor known at run time, by its bits: 2x, 4x ... each take a renaming and three XORs.
     HYPERSPACE_INLINE static Register multiply(Register x, uint8_t c) {
         Register product = {};
         HYPERSPACE_UNROLL for (int j = 0; j < 8; ++j) {

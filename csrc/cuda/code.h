@@ -1,7 +1,7 @@
 // Encoding and decoding of a row, a tile of 1,024 columns at a time, 32 rows of it in shared memory.
 //
-// A lane holds 32 bytes of a row as bit planes: 16 at its number and 16 half a tile on, so that each load and
-// store of a warp is 512 contiguous bytes. Four warps share the butterflies as the CPU's passes do
+// A lane holds 32 bytes of a row as bit planes: 16 at its number and 16 half a tile further, so that each
+// load and store of a warp is 512 contiguous bytes. Four warps share the butterflies as the CPU's passes do
 // (cpu/kernels_body.h): layers 0-1 in groups of 4 neighbouring rows, layers 2-4 in groups of 8 rows 4 apart.
 #pragma once
 
@@ -19,11 +19,11 @@ inline constexpr int kLanes = 32, kWarps = 4;
 inline constexpr int kTileBytes = 1024;  // of each row
 inline constexpr int kTilePieces = kTileBytes / 16;
 
-// One row's tile. A lane's two pieces are its own from phase to phase, key stream or planes.
+// One row's tile. A lane's two pieces stay its own from phase to phase, as key stream or planes.
 struct Tile {
     Piece piece[32][kTilePieces];
 
-    // Key stream is written 64 bytes a lane and read 16: exchanging pieces spreads both over all banks.
+    // A lane writes 64 bytes of key stream and reads 16: exchanging pieces spreads both over all banks.
     HYPERSPACE_INLINE static uint32_t slot(uint32_t piece) { return piece ^ (piece >> 3 & 3); }
 
     HYPERSPACE_INLINE Planes planes(uint32_t row, uint32_t lane) const {
@@ -44,7 +44,7 @@ struct Tile {
     }
 };
 
-// The key stream under the tile's data that is sealed: a warp's own 8 rows, two of them at a time.
+// The key stream for the tile's sealed data: a warp's own 8 rows, two of them at a time.
 HYPERSPACE_INLINE void fill_key_stream(const SealKey& seal, uint32_t chunk_bytes, uint32_t row_bytes,
                                        Tile& tile, uint32_t at, uint32_t warp, uint32_t lane) {
     HYPERSPACE_ROLL for (uint32_t pair = 0; pair < 4; ++pair) {
@@ -120,7 +120,7 @@ HYPERSPACE_INLINE void evaluate_group(uint32_t group, Planes (&r)[4]) {
 // ---- Gather, seal and encode: the cache is read once, 64 chunks are written.
 
 struct EncodeParams {
-    PagedRow paged;      // aligned; only its row_bytes count where there is a
+    PagedRow paged;      // aligned; only its row_bytes count if `row` is set
     const uint8_t* row;  // contiguous row, 16-byte aligned; perhaps where the data chunks go
     SealKey seal;
     uint32_t chunk_bytes;  // a multiple of 256
@@ -170,7 +170,7 @@ struct Encode {
         HYPERSPACE_UNROLL for (int i = 0; i < 4; ++i) tile.put(4 * group + i, lane, r[i]);
     }
 
-    // A lane's two pieces of a row's tile. Mostly the tile lies in one run, and is located once.
+    // A lane's two pieces of a row's tile. Usually the tile is in one run, and is located once.
     HYPERSPACE_INLINE static void load_row(const Params& p, uint32_t at, uint32_t row, uint32_t lane,
                                            Piece (&piece)[2]) {
         const uint32_t start = row * p.chunk_bytes + at;

@@ -1,9 +1,9 @@
-// What the kernel bodies need of CUDA, for nvcc and for g++ alike.
+// What the kernel bodies need of CUDA, for both nvcc and g++.
 //
 // A kernel is a struct: kThreads, Shared, Params, kPhases and a static run<phase>(params, shared, block,
-// thread). Between two phases stands a barrier, and nothing outlives a phase but `shared` and what params
-// point to: so launch.cu runs it with __syncthreads() between the phases and launch_host.h runs one phase of
-// all threads after the other, the same source.
+// thread). A barrier separates two phases, and only `shared` and the memory behind params outlive a phase. So
+// launch.cu runs the same source with __syncthreads() between the phases, and launch_host.h runs one phase of
+// all threads after the other.
 #pragma once
 
 #include <cstddef>

@@ -14,7 +14,7 @@ __device__ __forceinline__ void run_from(const typename Kernel::Params& params,
     if constexpr (Phase + 1 < Kernel::kPhases) run_from<Kernel, Phase + 1>(params, shared);
 }
 
-// __grid_constant__: arguments that are indexed at run time stay where they are, not in each thread's stack.
+// __grid_constant__: arguments indexed at run time stay in place, instead of in each thread's stack.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
     run_kernel(const __grid_constant__ typename Kernel::Params params) {
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
     run_from<Kernel, 0>(params, *reinterpret_cast<typename Kernel::Shared*>(shared));
 }
 
-// The calling thread's device, for as long as this lives.
+// Selects the calling thread's device for its own lifetime.
 class OnDevice {
   public:
     explicit OnDevice(int device) {
@@ -68,7 +68,7 @@ const char* why_unavailable() {
 bool is_device_memory(const void* pointer, int device) {
     cudaPointerAttributes attributes;
     if (cudaPointerGetAttributes(&attributes, pointer) != cudaSuccess) {
-        cudaGetLastError();  // or the next launch would report it
+        cudaGetLastError();  // otherwise the next launch would report it
         return false;
     }
     return (attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged) &&

@@ -1,7 +1,7 @@
 // The kernels behind plain functions, twice: launch.cu runs them on a GPU, launch_host.cpp on the CPU for
 // tests.
 //
-// Each enqueues on `stream` of `device` and returns nullptr, or what went wrong. Callers have checked all
+// Each enqueues on `stream` of `device` and returns nullptr, or an error text. Callers have checked all
 // sizes.
 #pragma once
 
@@ -12,11 +12,11 @@ namespace hyperspace::cuda {
 
 using Stream = void*;  // cudaStream_t
 
-// Why there is no device to run on; nullptr when there is one.
+// Why there is no usable device; nullptr when there is one.
 const char* why_unavailable();
 bool is_device_memory(const void* pointer, int device);
 
-// Blocks the host; for tables made once.
+// Blocks the host; for tables that are created once.
 const char* copy_to_device(const void* from, size_t bytes, int device, void** to);
 void free_on_device(void* pointer, int device);
 

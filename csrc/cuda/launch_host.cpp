@@ -1,7 +1,9 @@
-// Runs the kernel bodies on the CPU: block after block, in it phase after phase, in it thread after thread.
+// Runs the kernel bodies on the CPU: blocks in sequence, their phases in sequence, and a phase's threads in
+// sequence.
 //
-// Shows that indices, bounds, arithmetic and the phases' hand-over are right, under ASan and UBSan too. Can't
-// show what the hardware adds: its memory model, divergence in a warp, timing, occupancy, alignment faults.
+// Shows that indices, bounds, arithmetic and the data passed between phases are right, under ASan and UBSan
+// too. Can't show what the hardware adds: its memory model, divergence in a warp, timing, occupancy,
+// alignment faults.
 #include "launch_host.h"
 
 #include <cstdlib>
@@ -27,7 +29,7 @@ const char* launch(const typename Kernel::Params& params) {
     using Shared = typename Kernel::Shared;
     const auto shared = std::make_unique<Shared>();
     in_order(Kernel::blocks(params), [&](uint32_t block) {
-        std::memset(static_cast<void*>(shared.get()), 0xA5, sizeof(Shared));  // a new block finds anything
+        std::memset(static_cast<void*>(shared.get()), 0xA5, sizeof(Shared));  // a block starts with garbage
         unroll<Kernel::kPhases>([&](auto phase) {
             in_order(Kernel::kThreads,
                      [&](uint32_t thread) { Kernel::template run<phase>(params, *shared, block, thread); });

@@ -1,10 +1,10 @@
-// The host build of the device code: what only tests ask of it.
+// The host build of the device code: the part that only tests use.
 #pragma once
 
 namespace hyperspace::cuda {
 
-// In which order the threads of a block run a phase, and the blocks of a grid. A kernel that lacks a barrier,
-// or whose blocks write the same bytes, gives different results.
+// The order in which a block's threads run a phase, and the blocks of a grid run. A kernel that lacks a
+// barrier, or whose blocks write the same bytes, gives different results.
 enum class Order { kForward, kBackward };
 extern thread_local Order thread_order;
 

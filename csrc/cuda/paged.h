@@ -1,4 +1,4 @@
-// Where a byte of a row lies in the paged cache.
+// Where a byte of a row is in the paged cache.
 //
 // A row is (block, layer): for each block of the run, each layer's whole block, in its view's logical order
 // whatever its strides are (vllm_adapter/kv_layout.py). Offsets in a row stay below 2^31.
@@ -9,12 +9,12 @@
 namespace hyperspace::cuda {
 
 inline constexpr int kDimensionsMax =
-    4;  // of a block, beside the contiguous bytes: kernel block, K/V, head, token
+    4;  // of a block, besides the contiguous bytes: kernel block, K/V, head, token
 inline constexpr int kGeometriesMax = 4;  // layers that differ in shape or strides, in one part
 inline constexpr int kBlockIdsMax =
     768;  // in one call, all tables together: they fill the 4 KiB of arguments
 
-// How one layer's blocks lie in memory: runs of contiguous bytes, numbered row-major over `size`.
+// How one layer's blocks are laid out: runs of contiguous bytes, numbered row-major over `size`.
 struct Geometry {
     uint64_t block_stride;
     uint64_t stride[kDimensionsMax];  // innermost first
@@ -81,7 +81,7 @@ HYPERSPACE_INLINE Place locate(const PagedRow& row, uint32_t offset) {
     return {bytes + in_run, geometry.run.value - in_run};
 }
 
-// An address that came out of a table could be of any memory: say that it is the device's.
+// An address from a table could be in any memory: tell the compiler that it is the device's.
 template <class Byte>
 HYPERSPACE_INLINE Byte* on_device(Byte* address) {
 #ifdef __CUDA_ARCH__
@@ -107,7 +107,7 @@ HYPERSPACE_INLINE void store_first(uint8_t* to, const Piece& piece, uint32_t byt
 }
 
 // ---- Gather and scatter: a thread moves four pieces, 128 threads apart, all loads before the stores. Where
-// a run, a stride or an address is no multiple of 16, it moves single bytes.
+// a run, a stride or an address is not a multiple of 16, it moves single bytes.
 
 inline constexpr uint32_t kCopyThreads = 128;
 inline constexpr uint32_t kCopyPieces = 4;

@@ -15,7 +15,7 @@ constexpr uint64_t kRowBytesMax = uint64_t{1} << 31;  // exclusive: Divisor's bo
 
 bool in_pieces(uint64_t bytes) { return bytes % sizeof(Piece) == 0; }
 
-// Neighbouring dimensions that are as if they were one become one; contiguous ones become the run.
+// Merges neighbouring dimensions that together are equivalent to one; contiguous ones become the run.
 Geometry plan_geometry(const LayerSpec& layer, const std::string& name) {
     if (layer.shape.size() != layer.strides.size() || layer.shape.empty()) {
         refuse(name + " has " + std::to_string(layer.shape.size()) + " dimensions and " +

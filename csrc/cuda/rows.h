@@ -1,6 +1,7 @@
-// From what a caller says about its cache, blocks and chunks to what the kernels take; CPU code, no CUDA.
+// Turns a caller's description of its cache, blocks and chunks into the kernels' parameters; CPU code, no
+// CUDA.
 //
-// Everything here throws std::invalid_argument, in words for whoever called the Python function.
+// Everything here throws std::invalid_argument, with a text for the caller of the Python function.
 #pragma once
 
 #include <array>
@@ -31,21 +32,22 @@ struct Part {
     uint32_t num_blocks = 0;
     uint32_t block_row_bytes = 0;
     uint32_t page_bytes = 0;  // 0: the layers' differ
-    bool aligned = true;      // pieces of 16 bytes never straddle, and lie at addresses that they may
+    bool aligned = true;      // pieces of 16 bytes never straddle, and are at suitable addresses
 };
 
 Part plan_part(const std::vector<LayerSpec>& layers, uint64_t num_blocks);
 
 using BlockTables = std::vector<std::vector<int64_t>>;
 
-// `layers` is where the part's table lies in device memory.
+// `layers` is the address of the part's table in device memory.
 PagedRow plan_row(const Part& part, const Layer* layers, const BlockTables& tables, uint64_t row_bytes);
 
 SealKey plan_seal(const std::string& key, const std::string& nonce);
 
 uint32_t checked_chunk_bytes(int64_t chunk_bytes, uint64_t row_bytes);
 
-// Fills what the loss pattern decides: of more than 32 chunks the first 32 are used, data before parity.
+// Fills the parameters that depend on the loss pattern: of more than 32 chunks the first 32 are used, data
+// before parity.
 void plan_losses(const std::array<const uint8_t*, kTotalChunks>& chunks, DecodeParams& params);
 
 }  // namespace hyperspace::cuda

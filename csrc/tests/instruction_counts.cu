@@ -1,4 +1,4 @@
-// One kernel for each phase and warp, without loops, for bench/cuda_static.py to count: nothing runs them.
+// One kernel for each phase and warp, without loops, for bench/cuda_static.py to count: they are never run.
 #define HYPERSPACE_STRAIGHT_LINE
 #include "../cuda/code.h"
 #include "../cuda/paged.h"

@@ -1,4 +1,4 @@
-// Runs every kernel against the slow twin. Each buffer is exactly as long as it may be, so that
+// Runs every kernel against the slow twin. Each buffer has exactly its permitted length, so that
 // AddressSanitizer sees one byte too many (cmake -DHYPERSPACE_SANITIZE=ON).
 #include <algorithm>
 #include <cstdio>

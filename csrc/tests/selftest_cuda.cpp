@@ -1,5 +1,5 @@
 // Runs the GPU's kernels, built for the CPU, against slow twins: bytes copied one by one, ChaCha20 as the RFC
-// writes it, and the CPU's codec. Every buffer is exactly as long as it may be, for AddressSanitizer.
+// defines it, and the CPU's codec. Every buffer has exactly its permitted length, for AddressSanitizer.
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -92,7 +92,7 @@ void walk(const Cache& cache, const cuda::BlockTables& ids, Body body) {
 
 uint32_t rotate(uint32_t x, int by) { return x << by | x >> (32 - by); }
 
-// RFC 8439, section 2.4, as it stands there.
+// RFC 8439, section 2.4, literally.
 void seal(const cuda::SealKey& key, uint8_t* bytes, size_t length) {
     for (size_t at = 0; at < length; at += 64) {
         uint32_t start[16] = {0x61707865, 0x3320646e, 0x79622d32, 0x6b206574};
@@ -198,7 +198,7 @@ int main() {
         {{2, 16, 64}, {0, 1, 2}, 3, 0, 5},   // contiguous blocks
         {{4, 16, 64}, {1, 0, 2}, 2, 16, 4},  // tokens before heads in memory
         {{2, 3, 16, 32}, {2, 0, 1, 3}, 2, 0, 3},
-        {{2, 5, 3, 2, 32}, {3, 1, 2, 0, 4}, 1, 0, 2},  // as many strided dimensions as there may be
+        {{2, 5, 3, 2, 32}, {3, 1, 2, 0, 4}, 1, 0, 2},  // the maximum number of strided dimensions
         {{64, 1024}, {0, 1}, 2, 0, 1},                 // runs longer than a tile
         {{3, 700}, {0, 1}, 2, 0, 3},                   // pieces straddle layers and blocks
         {{16, 64}, {0, 1}, 2, 3, 4},                   // unaligned caches

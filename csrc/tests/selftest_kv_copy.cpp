@@ -24,7 +24,7 @@ struct Cache {
             strides[dim] = size;
             size *= shape[dim];
         }
-        bytes.reset(new uint8_t[size]);  // exactly: AddressSanitizer sees one byte too many
+        bytes.reset(new uint8_t[size]);  // exact size: AddressSanitizer sees one byte too many
         for (ptrdiff_t i = 0; i < size; ++i) bytes[i] = static_cast<uint8_t>(rng());
     }
 

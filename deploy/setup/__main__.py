@@ -1,16 +1,16 @@
 """`make setup`: makes `.venv`, chooses and installs vLLM, builds the project into it, prepares the models.
 
-For the tests it also gets what only they need: a Redis server, and js-libp2p with its Node.js.
+It also installs what only the tests need: a Redis server, and js-libp2p with its Node.js.
 
-Each step leaves a stamp in `.venv/setup.json`: a hash of all that the step depends on. A step whose stamp agrees is
-skipped, so running it again costs under a second.
+Each step leaves a stamp in `.venv/setup.json`: a hash of everything that the step depends on. A step whose stamp
+matches is skipped, so running it again takes under a second.
 """
 
 from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036  (this is the message for whoever has an older one)
+if sys.version_info < (3, 11):  # noqa: UP036  (the message for users of an older one)
     sys.exit(
         f"Hyperspace needs Python 3.11 or newer; this is {sys.version.split()[0]}. "
         "Name another: make setup PYTHON=/path/to/python3.11"
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run whatever has not been done yet; 0, or 1 with the reason on stderr."""
+    """Run the steps that are not done yet; 0, or 1 with the reason on stderr."""
     parser = argparse.ArgumentParser(prog="make setup", description=__doc__)
     parser.add_argument("--engine", choices=("auto", "cpu", "gpu"), default="auto", help="which build of vLLM")
     parser.add_argument("--tests", action="store_true", help="get what only the tests need as well")
@@ -94,7 +94,7 @@ def set_up(chosen: engine.Engine, tests: bool, bench: bool, others: Sequence[str
 
 
 def choose_dtypes(venv: engine.Venv, chosen: engine.Engine, stamps: Stamps, installed: str, tests: bool) -> None:
-    """Anew for another CPU, which a copied environment may come to. Only the tests pool."""
+    """Choose again on another CPU, where a copied environment may be used. Only the tests pool."""
     machine = digest(installed, *sorted(dtypes.cpu_flags()))
     for kind in ("generate", "pool") if tests else ("generate",):
         if stamps.of(f"dtype to {kind}, tried on") != machine:
@@ -103,7 +103,7 @@ def choose_dtypes(venv: engine.Venv, chosen: engine.Engine, stamps: Stamps, inst
 
 
 class Stamps:
-    """What has been done to this virtual environment: step -> hash of what the step depended on."""
+    """The steps done in this virtual environment: step -> hash of what the step depended on."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -124,7 +124,7 @@ class Stamps:
 
 
 def digest(*texts: str) -> str:
-    """One hash over texts, in order; where one ends and the next begins counts."""
+    """One hash over texts, in order; the boundaries between them count."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
@@ -138,7 +138,7 @@ def contents(directory: Path) -> Iterator[str]:
 
 @contextmanager
 def only_one_at_a_time(lock: Path) -> Iterator[None]:
-    """Two `make` in one checkout must not install over each other."""
+    """Take a lock: two `make` in one checkout must not install over each other."""
     lock.parent.mkdir(exist_ok=True)
     with lock.open("w") as handle:
         try:

@@ -2,8 +2,8 @@
 
 Context: on some CPUs vLLM dies of an illegal instruction in bfloat16, on some with AMX in pooling alone; without
 bfloat16 instructions it works, emulated, at a tenth of the speed.
-Choice: real vLLM answers with the tiny model, in a process of its own, in the faster format first; the first that
-ends well is what the demo, the tests and the benches use. On a GPU vLLM chooses by the model.
+Choice: real vLLM answers with the tiny model, in a separate process, in the faster format first; the first format that
+succeeds is used by the demo, the tests and the benches. On a GPU vLLM chooses by the model.
 Rejected: trying single operations (which ones die depends on what the process ran before); reading the CPU's flags
 alone (a virtual machine may refuse what they promise).
 Cost: one start of vLLM, once for each kind of work, CPU and release of vLLM.
@@ -40,18 +40,18 @@ def choose(venv: engine.Venv, chosen: engine.Engine, kind: str) -> str:
 
 
 def cpu_flags() -> frozenset[str]:
-    """What the first CPU says it can do."""
+    """The flags of the first CPU."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return frozenset(found[1].split() if found else ())
 
 
 def preferred(flags: Iterable[str]) -> tuple[str, ...]:
-    """The formats, the one that such a CPU is faster in first."""
+    """The formats, fastest first for a CPU with these flags."""
     return ("bfloat16", "float32") if NATIVE_BFLOAT16 & set(flags) else ("float32", "bfloat16")
 
 
 def first_that_works(dtypes: Iterable[str], command: Callable[[str], list[str]], limit_s: float = LIMIT_S) -> str:
-    """The first format whose command ends well within the limit; `Failed` with what became of each."""
+    """The first format whose command succeeds within the limit; `Failed` with the outcome of each."""
     refusals = []
     for dtype in dtypes:
         try:
@@ -64,13 +64,13 @@ def first_that_works(dtypes: Iterable[str], command: Callable[[str], list[str]],
 
 
 def answer(kind: str, dtype: str) -> None:
-    """A short and a long text: vLLM chooses kernels by size."""
+    """Answer a short and a long text: vLLM chooses kernels by size."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_PLUGINS": "",  # vLLM alone
+        "VLLM_PLUGINS": "",  # no plugins: vLLM alone
     }
     from vllm import LLM, SamplingParams
 
@@ -85,4 +85,4 @@ def answer(kind: str, dtype: str) -> None:
 
 if __name__ == "__main__":
     answer(*sys.argv[1:])
-    os._exit(0)  # how the libraries end says nothing about the format
+    os._exit(0)  # an error while the libraries shut down says nothing about the format

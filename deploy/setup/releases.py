@@ -1,8 +1,8 @@
 """Other releases of vLLM than `.venv`'s: a small environment for each, and the source of the one without a CPU build.
 
 Context: the CPU builds of all supported releases require the same torch, which is most of an environment.
-Choice: `.venvs/vllm-X` holds that vLLM and what it requires in another version than `.venv` has; all else is found in
-`.venv`, which comes behind it on the path. pip sees both, and installs what is missing.
+Choice: `.venvs/vllm-X` holds that vLLM and those of its requirements that `.venv` has in another version; everything
+else is found in `.venv`, which comes after it on the path. pip sees both, and installs what is missing.
 Rejected: whole environments, of 3 GB and minutes each.
 Cost: an environment is made again whenever `.venv`'s packages change.
 """
@@ -36,7 +36,7 @@ def check(releases: Sequence[str]) -> None:
 
 
 def install(root: Path, base: engine.Venv, base_stamp: str, release: str) -> None:
-    """Make `.venvs/vllm-<release>`, unless it is there and `.venv` hasn't changed since."""
+    """Make `.venvs/vllm-<release>`, unless it exists and `.venv` hasn't changed since."""
     place = root / ".venvs" / f"vllm-{release}"
     stamp = place / "setup.json"
     wanted = json.dumps([release, base_stamp])
@@ -56,14 +56,14 @@ def install(root: Path, base: engine.Venv, base_stamp: str, release: str) -> Non
 
 
 def put_before(venv: engine.Venv, base: engine.Venv) -> None:
-    """Have `venv` find in `base` what it lacks itself."""
+    """Let `venv` find in `base` what it lacks itself."""
     own, behind = (engine.run([str(each.python), "-c", SITE_PACKAGES]).strip() for each in (venv, base))
-    # addsitedir, not the bare path: that would leave out what .pth files there add, our editable install among it.
+    # addsitedir, not the bare path: that would omit what .pth files there add, our editable install included.
     (Path(own) / "behind.pth").write_text(f"import site; site.addsitedir({behind!r})\n")
 
 
 def fetch_source(root: Path, base: engine.Venv, release: str) -> Path:
-    """The directory with the Python files of a release's GPU build, out of its wheel if they aren't there yet."""
+    """The directory with the Python files of a release's GPU build; takes them out of its wheel at first."""
     place = root / "build" / f"vllm-{release}"
     if place.is_dir():
         return place

@@ -1,4 +1,4 @@
-"""What must come from the operating system: found by looking for the thing itself, not for a package's name."""
+"""Requirements from the operating system: found by looking for the thing itself, not for a package's name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from progress import step
 
 
 class Missing(Exception):
-    """Something must be installed that we may not install; the text says how."""
+    """Something must be installed that the set-up may not install; the text says how."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that the build or vLLM looks for, and the Debian package that has it."""
+    """One thing that the build or vLLM needs, and the Debian package that contains it."""
 
     package: str
     why: str
@@ -50,7 +50,7 @@ def needed(engine_name: str, pyproject_text: str, tests: bool, bench: bool = Fal
 
 
 def ensure(needs: Iterable[Need]) -> None:
-    """Install what is missing where we are root on a Debian; else raise `Missing` with one line to copy."""
+    """Install what is missing if this is root on a Debian; otherwise raise `Missing` with one line to copy."""
     missing = [need for need in needs if not need.present()]
     if not missing:
         return
@@ -79,13 +79,13 @@ def apt_install(packages: list[str]) -> None:
         ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages],
     ):
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        # A stale index may still have the packages: only the installation's failure counts.
+        # A stale index may still have the packages: only a failed installation counts.
         if done.returncode != 0 and "install" in command:
             raise Missing(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}".rstrip())
 
 
 def own_version() -> str:
-    """`3.11`, as Debian's package names have it."""
+    """`3.11`, as in Debian's package names."""
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 

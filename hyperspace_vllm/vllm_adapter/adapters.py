@@ -1,8 +1,8 @@
-"""LoRA adapters by the bytes of their files, as the engine holds them.
+"""LoRA adapters, identified by the bytes of their files as the engine holds them.
 
-vLLM may read an adapter's files again at any time, when it was pushed out of memory and is wanted once more. So an
-adapter counts as long as its files are what they were when it was loaded; one whose files were replaced is not
-cached until it is loaded anew.
+vLLM may read an adapter's files again at any time: when the adapter was evicted from memory and is needed again. So an
+adapter counts as long as its files are what they were when it was loaded; an adapter whose files were replaced is not
+cached until it is loaded again.
 """
 
 import logging
@@ -22,28 +22,28 @@ from .model_files import source_of, states_of
 logger = logging.getLogger("vllm.hyperspace")
 
 ADAPTERS_MAX = 4096
-LOOK_S = 0.25  # for a look at the files, usually 0.1 ms; a file system that hangs costs this once
+LOOK_S = 0.25  # for one check of the files, usually 0.1 ms; a file system that hangs costs this once
 
 
 @dataclass(slots=True)
 class _Adapter:
     path: str
     states: tuple[FileState, ...]
-    digest: bytes | None = None  # None: being read, or not to be had
+    digest: bytes | None = None  # None: being read, or unavailable
 
 
 class Adapters:
-    """One process's adapters by what it knows them by: vLLM's id, or a name."""
+    """The adapters of one process, keyed by vLLM's id or by name."""
 
     def __init__(self, data_dir: Path) -> None:
         self._digests = FileDigests(data_dir)
         self._known: OrderedDict[Hashable, _Adapter] = OrderedDict()
-        self._missing: set[str] = set()  # paths that were not there when they were first looked for
+        self._missing: set[str] = set()  # paths that did not exist when they were first checked
         self._looks = ThreadPoolExecutor(1, "hyperspace-adapters")
         self._look: Future[tuple[FileState, ...]] | None = None
 
     def load(self, key: Hashable, path: str) -> None:
-        """vLLM is about to load these files, or has: they are read in the background."""
+        """Read the files, which vLLM is about to load or has loaded, in the background."""
         try:
             adapter = self._known[key] = _Adapter(path, _states(path))
         except (Refused, OSError) as error:
@@ -57,7 +57,7 @@ class Adapters:
         threading.Thread(target=self._identify, args=(adapter,), name="hyperspace-identify", daemon=True).start()
 
     def digest(self, key: Hashable, path: str) -> bytes | None:
-        """32 bytes of the files that were loaded; None while they are read, or once they were replaced."""
+        """The digest (32 bytes) of the files that were loaded; None while they are read, or once they were replaced."""
         adapter = self._known.get(key)
         if adapter is None or adapter.path != path:
             self.load(key, path)
@@ -66,7 +66,7 @@ class Adapters:
 
     def _states_now(self, path: str) -> tuple[FileState, ...] | None:
         if self._look is not None and not self._look.done():
-            return None  # the last look still hangs
+            return None  # the last check still hangs
         self._look = self._looks.submit(_states, path)
         try:
             return self._look.result(LOOK_S)
@@ -84,7 +84,7 @@ class Adapters:
 
 
 class NamedAdapters(Mapping[str, bytes]):
-    """A server's own adapters (`--lora-modules`), by name; only those that have a digest now are in it."""
+    """A server's own adapters (`--lora-modules`) by name; it contains only those that have a digest now."""
 
     def __init__(self, adapters: Adapters, paths: Mapping[str, str]) -> None:
         self._adapters, self._paths = adapters, dict(paths)

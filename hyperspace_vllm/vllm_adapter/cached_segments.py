@@ -1,12 +1,12 @@
-"""Which segments lie whole in vLLM's own KV cache now: those that are computed, less what vLLM's KV events take away.
+"""Which segments vLLM's own KV cache holds in full: those that were computed, minus those that vLLM's KV events remove.
 
 Context: vLLM's events name blocks by hashes of its own, and lack what a SegmentKey is made of (files of the adapter,
 hashes of media, the tenant). Choice: the scheduler's side, which knows the keys of its requests, notes a segment once
-the pool has all its blocks; BlockRemoved and AllBlocksCleared take it out again. BlockStored says nothing new then.
-Rejected: a publisher of our own, which would encode every token once more and could lose events. Cost: of two copies
-of a block vLLM may drop one, and its segment counts as gone until the next request that has it.
+the pool has all its blocks; BlockRemoved and AllBlocksCleared remove it. BlockStored then adds nothing. Rejected: a
+publisher of our own, which would encode every token once more and could lose events. Cost: vLLM may drop one of two
+copies of a block, and its segment then counts as gone until the next request that has it.
 
-The events are read where they wait for vLLM to take them, once a step, without taking them: a publisher that a user
+The events are read once a step, in the queue where they wait for vLLM, and stay there: a publisher that the operator
 has configured gets them all.
 """
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 class _Segment:
     key: SegmentKey
     parent: SegmentKey | None
-    blocks: tuple[tuple[int, bytes | int], ...]  # group, vLLM's hash as its events have it
-    ends_here: bool  # the windows before its end are there: a request could go on from there
+    blocks: tuple[tuple[int, bytes | int], ...]  # group, vLLM's hash in the form its events use
+    ends_here: bool  # the windows before its end are there: a request could continue from there
 
 
 class CachedSegments:
-    """Those of one engine's KV cache. Its methods may be called by two threads; `note` by the scheduler's only."""
+    """The segments of one engine's KV cache. Two threads may call its methods; only the scheduler's calls `note`."""
 
     def __init__(self, plan: KVPlan, pool: "BlockPool") -> None:
         self._pool = pool
@@ -48,17 +48,17 @@ class CachedSegments:
         self._segments: OrderedDict[SegmentKey, _Segment] = OrderedDict()
         self._holding: dict[tuple[int, bytes | int], _Segment] = {}  # block -> the segment that it is part of
         self._lock = threading.Lock()
-        self._queue: list[KVCacheEvent] = []  # vLLM's, as of the last look
+        self._queue: list[KVCacheEvent] = []  # vLLM's, as of the last read
         self._seen = 0
         self._changed = False
 
     def note(self, keys: Sequence[SegmentKey], first: int, block_hashes: Sequence["BlockHash"]) -> int:
         """Take in the segments from number `first` of a prompt with these keys, until one isn't in the pool.
 
-        Returns the number of that one, or of the first that has no key yet.
+        Returns the number of that segment, or of the first that has no key yet.
         """
         with self._lock:
-            self._read_queue()  # a block that left may have come back meanwhile
+            self._read_queue()  # a block that was removed may have come back meanwhile
             for number in range(first, len(keys)):
                 segment = self._segments.get(keys[number])
                 if segment is None:
@@ -77,15 +77,15 @@ class CachedSegments:
             self._read_queue()
 
     def clear(self) -> None:
-        """Nothing that is in the cache has to do with what comes."""
+        """Forget every segment: nothing in the cache is valid for later requests."""
         with self._lock:
             self._clear()
 
     def present(self) -> frozenset[SegmentKey] | None:
-        """The segments that a request could find, if they changed since the last call.
+        """The segments that a request could find, if they changed since the last call; None if not.
 
         With sliding windows vLLM keeps the end of what it computed, and soon drops the windows in between: a segment
-        counts when it, or one that follows it, is an end from which a request could go on.
+        counts when a request could continue from its end, or from the end of a segment that follows it.
         """
         with self._lock:
             if not self._changed:
@@ -104,7 +104,7 @@ class CachedSegments:
     def _read_queue(self) -> None:
         queue = compat.kv_event_queue(self._pool)
         if queue is not self._queue:
-            self._read(self._queue[self._seen :])  # what had come when vLLM took the list
+            self._read(self._queue[self._seen :])  # what had arrived when vLLM took the list
             self._queue, self._seen = queue, 0
         if len(queue) > self._seen:
             new = queue[self._seen :]
@@ -131,14 +131,14 @@ class CachedSegments:
     # --- the pool -------------------------------------------------------------------------------
 
     def _look(self, keys: Sequence[SegmentKey], number: int, block_hashes: Sequence["BlockHash"]) -> _Segment | None:
-        """The segment, if the pool has what every request needs of it."""
+        """The segment, if the pool has what every request needs of it; None otherwise."""
         blocks = self._blocks(number, block_hashes, windows=False)
         if blocks is None or not all(self._has(group, each) for group, each in blocks):
             return None
         windows = self._blocks(number, block_hashes, windows=True) or ()
         ends_here = all(self._has(group, each) for group, each in windows)
         if not blocks and not ends_here:
-            return None  # nothing but windows: there is no other way to see it
+            return None  # only windows: nothing else shows that it is there
         named: tuple[tuple[int, bytes | int], ...] = (*blocks, *windows)
         if self._as_numbers:
             named = tuple((group, compat.event_number(each)) for group, each in (*blocks, *windows))

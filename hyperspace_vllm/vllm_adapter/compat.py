@@ -1,4 +1,4 @@
-"""The places where we change vLLM instead of using an interface of it. One dated function each."""
+"""The places where we change vLLM instead of using one of its interfaces. One dated function each."""
 
 import functools
 import inspect
@@ -27,9 +27,9 @@ _WATCHES, _LOADERS = "_hyperspace_watches", "_hyperspace_loaders"
 
 
 def register_connector() -> None:
-    """Name our connector to vLLM, by the name of its class too, which MultiConnector looks for with its statistics.
+    """Register our connector with vLLM, also under its class name, by which MultiConnector finds its statistics.
 
-    vLLM 0.9 to 0.32 (2026-09). A public interface but for `_registry`: `register_connector` raises for a known name,
+    vLLM 0.9 to 0.32 (2026-09). A public interface except for `_registry`: `register_connector` raises for a known name,
     and plugins may load twice. Can go when registering twice is allowed.
     """
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -40,7 +40,7 @@ def register_connector() -> None:
 
 
 def add_connector_flag(engine_args: "type[EngineArgs]", on_args: Callable[[Namespace], None]) -> None:
-    """`--kv-connector NAME` for vLLM's own CLI, short for --kv-transfer-config; `on_args` hears of parsed arguments.
+    """Add `--kv-connector NAME` to vLLM's own CLI, short for --kv-transfer-config; `on_args` gets the parsed arguments.
 
     vLLM 0.32 (2026-09): its plugins load before the parser is built, but have no hook into it. Can go when vLLM has
     such a flag or hook. `engine_args` is the class EngineArgs.
@@ -90,10 +90,10 @@ def _transfer_config(name: str, given: Any) -> Any:
 
 
 def after_engine_config(engine_args: "type[EngineArgs]", on_config: Callable[[Any], None]) -> None:
-    """`on_config(vllm_config)` in every process that makes a configuration, before it starts others.
+    """Call `on_config(vllm_config)` in every process that makes a configuration, before it starts others.
 
     vLLM 0.32 (2026-09): there is no hook between the configuration and the engine's processes, and the node and the
-    process secret have to be there first. `engine_args` is the class EngineArgs.
+    process secret must exist first. `engine_args` is the class EngineArgs.
     """
     create = engine_args.create_engine_config
     if _marked(create):
@@ -109,10 +109,10 @@ def after_engine_config(engine_args: "type[EngineArgs]", on_config: Callable[[An
 
 
 def switch_kv_events_on(config: "VllmConfig") -> None:
-    """Let vLLM note which blocks leave its prefix cache, where nobody has configured its KV events.
+    """Let vLLM record which blocks leave its prefix cache, unless its KV events are configured.
 
-    vLLM 0.32 (2026-09): `kv_events_config`, published to nobody. `config` is a VllmConfig. What a user has configured,
-    off included, stays.
+    vLLM 0.32 (2026-09): `kv_events_config`, with no publisher. `config` is a VllmConfig. What the operator has
+    configured stays, off included.
     """
     from vllm.config import KVEventsConfig
 
@@ -121,25 +121,25 @@ def switch_kv_events_on(config: "VllmConfig") -> None:
 
 
 def kv_event_queue(pool: "BlockPool") -> list[Any]:
-    """The KV events that vLLM hasn't taken to publish yet: it takes them once a step by replacing the list.
+    """The KV events that vLLM hasn't taken for publishing yet: it takes them once a step by replacing the list.
 
-    vLLM 0.32 (2026-09): connectors are shown the pool, but not its events. Can go when they are handed them.
+    vLLM 0.32 (2026-09): connectors are given the pool, but not its events. Can go when they are given the events.
     """
     queue: list[Any] = pool.kv_event_queue
     return queue
 
 
 def has_kv_events(pool: Any) -> bool:
-    """Whether a pool notes events, and where `kv_event_queue` looks for them."""
+    """Whether a pool records events, and keeps them where `kv_event_queue` looks."""
     return bool(getattr(pool, "enable_kv_cache_events", False)) and isinstance(
         getattr(pool, "kv_event_queue", None), list
     )
 
 
 def events_spell_hashes_as_numbers() -> bool:
-    """Whether KV events name a block by `event_number` of its hash, and not by the hash itself.
+    """Whether KV events name a block by the `event_number` of its hash, and not by the hash itself.
 
-    vLLM 0.32 (2026-09): the variable is read for every hash there, which takes longer than all that we do with it.
+    vLLM 0.32 (2026-09): there, the variable is read for every hash, which takes longer than all that we do with it.
     """
     from vllm import envs
 
@@ -152,13 +152,13 @@ def event_number(block_hash: bytes) -> int:
 
 
 def innermost_middleware(add: Callable[[Any], None]) -> bool:
-    """`add(app)` after vLLM has added its own middleware; append to `app.user_middleware` there (last = innermost).
+    """Call `add(app)` after vLLM has added its own middleware, to append to `app.user_middleware` (last = innermost).
 
     False, with nothing done, in a process that doesn't serve HTTP: an API server has loaded its application's module
-    before it configures an engine, and nothing else needs it.
+    before it configures an engine, and no other process needs it.
 
     vLLM 0.32 (2026-09): its --middleware list is outermost, outside authentication. `build_app` calls the function by
-    the name it imported, so that is what we replace. Can go when vLLM lets plugins add middleware inside its own.
+    the name it imported, so that name is what we replace. Can go when vLLM lets plugins add middleware inside its own.
     """
     if "vllm.entrypoints.launchers.app" not in sys.modules:
         return False
@@ -183,8 +183,8 @@ def innermost_middleware(add: Callable[[Any], None]) -> bool:
 def watch_engine(watch: "WeightsWatch", load_adapter: Callable[[int, str], None]) -> None:
     """Tell `watch` of every call that may change an engine's weights, and `load_adapter(id, path)` of LoRA adapters.
 
-    vLLM 0.29 to 0.33 (2026-11): connectors hear of none of it, nor of a reset unless it is asked to tell them. Can go
-    when there is such an event. In every engine of this process; for as long as the caller keeps both.
+    vLLM 0.29 to 0.33 (2026-11): connectors are told of none of these calls, nor of a reset unless they ask for it. Can
+    go when there is such an event. Applies to every engine of this process, for as long as the caller keeps both.
     """
     from vllm.v1.engine.core import EngineCore
 
@@ -205,7 +205,7 @@ def watch_engine(watch: "WeightsWatch", load_adapter: Callable[[int, str], None]
 
 
 def watch_client(watch: "WeightsWatch") -> None:
-    """The same calls in an API server, where they are made: `watch` hears of them before the engine does.
+    """Report the same calls in an API server, where they are made: `watch` is told before the engine is.
 
     vLLM 0.29 to 0.33 (2026-11).
     """
@@ -247,12 +247,12 @@ def _watch_weights(engine: Any, watch: "WeightsWatch") -> None:
 
 
 def _arguments(timeout: Any = None, args: Any = (), kwargs: Any = None) -> tuple[Any, ...]:
-    """What `collective_rpc` hands to the workers' method."""
+    """The arguments that `collective_rpc` passes to the workers' method."""
     return args, kwargs
 
 
 def notice_aborts(note: Callable[[], None]) -> bool:
-    """`note()` in the task that makes a Response, when the engine has given up on it; False if that can't be had.
+    """Call `note()` in the task that makes a Response when the engine has aborted it; False if that is impossible.
 
     vLLM 0.32 (2026-09): such a Response is "completed" (`SimpleContext`). Can go when its status says so.
     """
@@ -260,7 +260,7 @@ def notice_aborts(note: Callable[[], None]) -> bool:
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
     raise_if_error = getattr(OpenAIServingResponses, "_raise_if_error", None)
-    if raise_if_error is None or envs.VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT:  # its context doesn't ask
+    if raise_if_error is None or envs.VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT:  # its context doesn't call this
         return False
     if not _marked(raise_if_error):
         note_safely = contained()(note)

@@ -1,10 +1,10 @@
-"""The KV connector that vLLM builds, twice: in the scheduler and in every worker. It only delegates.
+"""The KV connector, which vLLM builds in the scheduler and in every worker. It only delegates.
 
-Context: vLLM builds the connector with a config and hopes for the best; whatever raises here stops the engine. Choice:
-anything that L2 can't do (a layout it can't carry, weights it can't identify, settings that are wrong) turns it off
-with one line, and both halves answer "nothing" from then on; so does any error of ours. What a half that is off still
-owes is kept here, outside of the halves: vLLM waits for every promised load until every rank has reported it, once.
-Cost: a misconfigured server serves, uncached.
+Context: whatever raises while vLLM builds or calls a connector stops the engine. Choice: anything that L2 can't do (a
+layout it can't carry, weights it can't identify, wrong settings) turns it off with one line, and both halves answer
+"nothing" from then on; so does any error of ours. What a half that is off still owes is kept here, outside the halves:
+vLLM waits for every promised load until every rank has reported it, once. Cost: a misconfigured server serves,
+uncached.
 """
 
 import inspect
@@ -69,7 +69,7 @@ _NO_PLUGIN = (
 
 
 def _all_contained(connector: type) -> type:
-    """Decorates the connector: where a method raises, the half switches off, and answers as one that is off."""
+    """Decorate the connector: where a method raises, the half switches off, and answers as a half that is off."""
 
     def answer_off(entry: Callable[..., Any]) -> Callable[..., Any]:
         def answer(self: "HyperspaceConnector", *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +99,8 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         self._owed: dict[str, PrefixLoad] = {}  # promised in this step, without the rows
         self._unreported: set[str] = set()  # loads that this worker has been told of
         if role == KVConnectorRole.SCHEDULER:
-            # vLLM's default fails the request; the scheduler reads this after building us, whoever set it.
+            # vLLM's default fails the request; the scheduler reads this setting after it has built us, so it overrides
+            # the operator's.
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
         self._build(vllm_config, role)
 
@@ -155,13 +156,13 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """False: a dropped save is a future miss, no reason to recompute anything."""
+        """False: a dropped save is a future miss, and no reason to recompute anything."""
         return False
 
     # --- scheduler -------------------------------------------------------------------------------
 
     def bind_gpu_block_pool(self, gpu_block_pool: "BlockPool") -> None:
-        """Once, before the first request: now the node can be told what is in vLLM's own cache."""
+        """Called once, before the first request: from now on the node can be told what is in vLLM's own cache."""
         if self._scheduler is None or self._client is None:
             return
         if compat.has_kv_events(gpu_block_pool):
@@ -173,7 +174,7 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         self._report.start()
 
     def on_new_request(self, request: Request) -> None:
-        """Counts as load."""
+        """Count the request as load."""
         if self._report is not None:
             self._report.added(request)
 
@@ -196,7 +197,7 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         return self._scheduler.hit_sources(request, num_external_tokens) if self._scheduler is not None else {}
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """This step's loads and saves; a load that was promised and got lost fails."""
+        """This step's loads and saves; a promised load that was lost fails."""
         metadata = self._scheduler.step(scheduler_output) if self._scheduler is not None else IDLE
         owed, self._owed = self._owed, {}
         if lost := owed.keys() - metadata.promised:
@@ -204,7 +205,7 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         return metadata
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Loads that all ranks have reported."""
+        """Take the loads that all ranks have reported."""
         if self._scheduler is None:
             return
         self._scheduler.received(connector_output)
@@ -215,7 +216,7 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Never delays the blocks: what was saved was copied in the step that filled it."""
+        """Never delays freeing the blocks: what was saved was copied in the step that filled it."""
         if self._scheduler is not None:
             self._scheduler.finished(request)
         if self._report is not None:
@@ -223,11 +224,11 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         return False, None
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """The same, for the one-group form."""
+        """The same, for a model with one KV cache group."""
         return self.request_finished_all_groups(request, (block_ids,))
 
     def reset_cache(self) -> bool | None:
-        """What is under way ends as a miss. Changed weights are noticed by themselves (weights_epoch.py)."""
+        """End everything in progress as a miss. Changed weights are noticed separately (weights_epoch.py)."""
         self._forget()
         return True
 
@@ -239,12 +240,12 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
     # --- worker ----------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """The tensors to copy from and to."""
+        """Take the tensors to copy from and to."""
         if self._worker is not None:
             self._worker.register(kv_caches, self._kv_cache_config.num_blocks)
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
-        """Runs after the forward of the step: our loads are for requests that aren't in it."""
+        """Runs after the step's forward pass: our loads are for requests that aren't in this step."""
         metadata = self._connector_metadata
         if isinstance(metadata, StepMetadata):
             self._unreported |= metadata.promised
@@ -252,7 +253,7 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
                 self._worker.load(metadata)
 
     def wait_for_save(self) -> None:
-        """The only thing a step waits for: gathering the segments that it filled."""
+        """Gather the segments that the step filled: the only thing a step waits for."""
         if self._worker is not None and isinstance(self._connector_metadata, StepMetadata):
             self._worker.save(self._connector_metadata)
 
@@ -266,7 +267,7 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         return results
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        """Whether this worker is off, for the scheduler's half to make no more promises."""
+        """Whether this worker is off, so that the scheduler's half makes no more promises."""
         return WorkerOff() if self._worker is None or self._worker.is_off else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -275,10 +276,10 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: "AttentionMetadata", **kwargs: Any
     ) -> None:
-        """Nothing by layer: whole segments are gathered after the forward."""
+        """Nothing per layer: whole segments are gathered after the forward pass."""
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """Nothing to hurry: a save has left its blocks when the step returns."""
+        """Nothing to do: a save has copied its blocks when the step returns."""
 
     # --- both ------------------------------------------------------------------------------------
 
@@ -294,7 +295,7 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
     @classmethod
     @contained()
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
-        """What arrived from another process."""
+        """The counts that arrived from another process."""
         return HyperspaceStats(data=data or {})
 
     @classmethod
@@ -311,11 +312,11 @@ class HyperspaceConnector(ConnectorBase, SupportsHMA):  # type: ignore[misc]  # 
         return HyperspacePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
-        """Goodbye to the node: it frees what this process leased."""
+        """Say goodbye to the node, which frees what this process leased."""
         self._switch_off()
 
     def _switch_off(self) -> None:
-        """Answer "nothing" from now on. A worker's copies end first: what fails is given to other requests."""
+        """Answer "nothing" from now on. A worker's copies end first: failed loads' blocks go to other requests."""
         parts = (self._worker, self._report, self._client)
         self._scheduler = self._worker = self._report = self._cached = self._client = None
         for part in parts:
@@ -343,7 +344,7 @@ def _check_supported(config: VllmConfig) -> None:
 
 
 def _client_name(config: VllmConfig) -> str:
-    """One name for the scheduler and the workers of one engine: vLLM's id of it, made anew at every start."""
+    """One name for the scheduler and the workers of one engine: vLLM's engine id, which is new at every start."""
     rank = config.parallel_config.data_parallel_index
     return f"{socket.gethostname()}-{config.kv_transfer_config.engine_id}-{rank}"
 
@@ -363,7 +364,8 @@ def _scope_reader(inherited: Inherited) -> Callable[[Request], RequestScope]:
 
 
 def _unverified(signed: object) -> RequestScope:
-    """Of a scope that another process tree has signed (an API server on another host), or a client made up: whose it is
-    keeps it apart from the other tenants', and from what is verified.
+    """The scope of a request whose signed scope doesn't verify: another process tree signed it (an API server on
+    another host), or a client made it up. Its tenant keeps it apart from other tenants, and "unverified" from
+    everything that is verified.
     """
     return RequestScope("private", f"unverified {signed.get('tenant') if isinstance(signed, dict) else ''}")

@@ -1,6 +1,6 @@
-"""Before a worker shares its KV: known bytes go through the copier into vLLM's KV cache, and come back.
+"""Checks the copier before a worker shares its KV: known bytes go into vLLM's KV cache and must come back.
 
-When vLLM registers its KV caches every block is free, so the last ones may be written; what was there is put back.
+When vLLM registers its KV caches every block is free, so the last ones may be written; their old content is put back.
 """
 
 import threading
@@ -19,7 +19,7 @@ COPY_S = 30.0  # a copy of one block takes milliseconds
 def prove_copies(copier: Copier, plan: KVPlan, views: Mapping[str, torch.Tensor], num_blocks: int) -> None:
     """`Refused` where a row that was copied into the KV cache isn't in its layers' blocks, or doesn't come back."""
     for part in plan.parts:
-        # Groups may share memory, under the same block id: each writes a block of its own. 0 is the null block.
+        # Groups may share memory under the same block id, so each writes a block of its own. 0 is the null block.
         ids = {group: (num_blocks - 1 - place,) for place, group in enumerate(part.groups)}
         if num_blocks <= len(ids):
             raise Refused("layout", f"vLLM has {num_blocks} blocks of KV")
@@ -54,7 +54,7 @@ def _scatter(copier: Copier, part: PartPlan, ids: BlockIds, row: bytes) -> None:
 
 
 class _Copied:
-    """The end of one copy."""
+    """Receives the end of one copy."""
 
     def __init__(self) -> None:
         self._over, self._landed = threading.Event(), False

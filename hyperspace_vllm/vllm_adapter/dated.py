@@ -1,9 +1,9 @@
-"""What prompts tell of the date, which an answer must not outlive.
+"""Which dates prompts contain: an answer must not outlive them.
 
-Context: many chat templates print the day, so that the answer to the same request is another one tomorrow. Choice: what
-they print counts in the key of the answer, as text; it is looked at before the prompt is rendered and again when the
-answer is there, and an answer in between which it changed is not stored. Rejected: a shorter TTL, which is still wrong
-at midnight. Cost: what prints a time of day, or a date in a way that can't be told, is not cached at all.
+Context: many chat templates print the day, so the answer to the same request differs tomorrow. Choice: the printed
+dates count in the key of the answer, as text; they are computed before the prompt is rendered and again when the answer
+is there, and an answer is not stored if they changed in between. Rejected: a shorter TTL, which is still wrong at
+midnight. Cost: if a template prints the time of day, or a date in an unknown way, nothing is cached.
 """
 
 import os
@@ -18,7 +18,7 @@ from ..core.records.errors import Refused
 from ..regular_files import read_regular
 from .model_files import source_of
 
-# Beside *.jinja; not all JSON: the vocabulary of a tokenizer may well have the word.
+# Besides *.jinja; not every JSON file: a tokenizer's vocabulary may well contain the word.
 _TEMPLATES = ("tokenizer_config.json", "chat_template.json", "processor_config.json")
 _HEAD_BYTES = 64 << 20
 _CLOCK = re.compile(r"strftime|\bdatetime\b|date\.today")  # in code that came with the model
@@ -29,13 +29,13 @@ _MORNING, _NIGHT = datetime(2001, 1, 1), datetime(2001, 1, 1, 23, 59, 59, 999_99
 
 
 def printed_dates(model: ModelConfig, args: Namespace) -> tuple[str, ...] | None:
-    """The formats (of strftime) in which prompts tell the date; None: they tell more than the day, or it is unknown."""
+    """The strftime formats of the dates in prompts; None: prompts tell more than the day, or it is unknown."""
     files = _files(model)
     if any(_CLOCK.search(_text(path)) for path in files if path.suffix == ".py" and model.trust_remote_code):
         return None
     texts = [_text(path) for path in files if path.suffix in (".jinja", ".gguf") or path.name in _TEMPLATES]
     if given := str(args.chat_template or ""):
-        texts = [_text(Path(given)) if os.path.isfile(given) else given]  # then vLLM takes no other
+        texts = [_text(Path(given)) if os.path.isfile(given) else given]  # then vLLM uses no other template
     formats = {_HARMONY} if model.hf_config.model_type == "gpt_oss" else set()
     for text in texts:
         plain = _ASKED_FOR.sub("", text.replace('\\"', '"'))
@@ -48,7 +48,7 @@ def printed_dates(model: ModelConfig, args: Namespace) -> tuple[str, ...] | None
 
 
 def dates(formats: tuple[str, ...] | None) -> str | None:
-    """What prompts of this moment tell of it: '' if nothing, None if that can't be said."""
+    """The dates that prompts contain now: '' if none, None if unknown."""
     if formats is None:
         return None
     now = datetime.now()  # as `strftime_now` has it: the server's local time
@@ -63,5 +63,5 @@ def _files(model: ModelConfig) -> list[Path]:
 
 
 def _text(path: Path) -> str:
-    """A file that is text, or the head of a GGUF, where its template is."""
+    """The text of a file, or the head of a GGUF file, which contains its template."""
     return read_regular(path, _HEAD_BYTES).decode(errors="replace")

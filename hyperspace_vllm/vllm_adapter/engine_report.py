@@ -1,8 +1,9 @@
-"""Tells the node once a second how loaded the engine is, and which segments came into its KV cache and left it.
+"""Reports the engine's load to the node once a second, with the segments that entered and left its KV cache.
 
-And says so, once a session, when the node's arena is too small for one of the engine's longest prompts.
+It also warns, once a session, when the node's arena is too small for one of the engine's longest prompts.
 
-A thread of its own, because an engine without requests takes no steps: what changed in its last one must go out too.
+It has its own thread, because an engine without requests takes no steps: what changed in its last step must be sent
+too.
 """
 
 import logging
@@ -27,7 +28,7 @@ LOAD_PERMILLE_MAX = (1 << 16) - 1
 
 
 class EngineReport:
-    """One engine's. `cached` is None where vLLM doesn't say what leaves its cache."""
+    """The report of one engine. `cached` is None where vLLM doesn't say what leaves its cache."""
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class EngineReport:
     ) -> None:
         self._prompt_tokens_max = prompt_tokens_max
         self._client, self._engine, self._requests_at_once, self._cached = client, engine, requests_at_once, cached
-        self._requests: set[str] = set()  # that run or wait
+        self._requests: set[str] = set()  # running or waiting
         self._told: frozenset[SegmentKey] = frozenset()
         self._present: frozenset[SegmentKey] = frozenset()
         self._told_load = -1
@@ -51,15 +52,15 @@ class EngineReport:
         threading.Thread(target=self._run, name="hyperspace-report", daemon=True).start()
 
     def added(self, request: Request) -> None:
-        """A request has come."""
+        """Count a new request."""
         self._requests.add(request.request_id)
 
     def finished(self, request: Request) -> None:
-        """A request is over."""
+        """A request has ended."""
         self._requests.discard(request.request_id)
 
     def report(self) -> None:
-        """Tell the node what is new to it, if anything is."""
+        """Tell the node what has changed since the last report, if anything has."""
         if self._cached is not None:
             self._cached.look()
             present = self._cached.present()
@@ -79,7 +80,7 @@ class EngineReport:
         self._over.set()
 
     def _in_session(self) -> bool:
-        """A new session knows nothing; an engine is known by its layout before its first request."""
+        """Whether the node is there. A new session is given the engine's layout first."""
         epoch = self._client.epoch
         if epoch != self._epoch:
             engine = self._engine()

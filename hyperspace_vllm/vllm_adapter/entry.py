@@ -1,7 +1,7 @@
-"""The class that vLLM builds: our connector, or where this vLLM isn't as expected, one that does nothing.
+"""The class that vLLM builds: our connector, or one that does nothing where this vLLM isn't as expected.
 
-vLLM builds what it was asked for by name or doesn't start: so there is always something to build, and a line that says
-what it is.
+vLLM builds the connector it was asked for by name or doesn't start: so there is always something to build, and a log
+line that says what it is.
 """
 
 import inspect
@@ -14,7 +14,7 @@ logger = logging.getLogger("vllm.hyperspace")
 
 
 def difference(connector: type) -> str | None:
-    """What vLLM asks of connectors otherwise than `connector` answers; None: nothing."""
+    """How vLLM's interface for connectors differs from what `connector` answers; None: it doesn't."""
     unanswered: frozenset[str] = getattr(connector, "__abstractmethods__", frozenset())
     if unanswered:
         return f"it asks for {', '.join(sorted(unanswered))}"
@@ -29,7 +29,7 @@ def difference(connector: type) -> str | None:
 
 
 def idle_connector() -> type:
-    """A connector that answers every question of this vLLM's, whatever comes with it, with nothing."""
+    """A connector that answers every call of this vLLM's interface, whatever its arguments, with nothing."""
     answers: dict[str, Any] = {
         "get_num_new_matched_tokens": (0, False),
         "build_connector_meta": KVConnectorMetadata(),
@@ -50,7 +50,7 @@ def _connector() -> type:
         from .connector import HyperspaceConnector as ours
 
         unlike = difference(ours)
-    except (ImportError, AttributeError, TypeError) as error:  # what the module needs of vLLM as it is loaded
+    except (ImportError, AttributeError, TypeError) as error:  # what the module needs of vLLM when it is imported
         unlike = str(error)
     if unlike is None:
         return ours

@@ -1,12 +1,12 @@
-"""What must agree before two nodes share KV (the KV fingerprint) or responses (the model digest).
+"""What must be equal before two nodes share KV (the KV fingerprint) or responses (the model digest).
 
-Context: other systems' silent corruptions were mostly a layout or a weight file that was not in the key. Choice: put
-everything in that can change KV bytes or their meaning, vLLM's version included, because it decides which attention
+Context: most silent corruption in other systems was a layout or a weight file that was not in the key. Choice: include
+everything that can change KV bytes or their meaning, vLLM's version included, because it decides which attention
 backend and block layout "auto" means. Rejected: asking workers for the chosen backend, which the scheduler can't do
-before the first step. Cost: a fleet in the middle of a vLLM upgrade shares KV only among equal versions.
+before the first step. Cost: during an upgrade of vLLM, a fleet shares KV only among equal versions.
 
-A response is text: the version stands in its CacheProof, not in the model digest, so that releases share answers. All
-options count there but those that neutral.py lists, where they aren't the release's own defaults.
+A response is text: the version is in its CacheProof, not in the model digest, so that releases share answers. Every
+option counts there unless neutral.py lists it or it has the release's own default.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ FORMAT_VERSION = 1  # of the row payload that kv_layout.py describes
 _VOLATILE = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "name_or_path"})
 # vLLM's "auto" takes the best backend that is installed, and backends lay their blocks out differently.
 _ATTENTION_PACKAGES = ("flashinfer-python", "flash-attn", "triton", "aiter")
-# Options whose value is the path of a file or directory (or the text that it would hold): what lies there counts.
+# Options whose value is the path of a file or directory (or the text itself): the content counts.
 _PATHS = frozenset(
     ["chat_template", "default_mm_loras", "mm_encoder_fp8_scale_path", "reasoning_parser_plugin", "tool_parser_plugin"]
 )
@@ -72,11 +72,11 @@ def model_digest(config: VllmConfig, args: Namespace, files: LoadedIdentity) -> 
     model = config.model_config
     fields = {
         "model": _model_identity(model),
-        "name": model.served_model_name,  # that answers bear, whichever of its names the request says
+        "name": model.served_model_name,  # answers carry it, whichever of the server's names the request uses
         "task": [str(model.runner_type), str(model.convert_type), _counted("pooler_config", model.pooler_config)],
         "files": [files.weights, files.code, files.texts],
         "generation_config": [
-            model.generation_config == "vllm",  # the model's own is used in part then
+            model.generation_config == "vllm",  # then part of the model's own config still applies
             _jsonable(_lasting(model.try_get_generation_config())),
         ],
         "default_sampling": _jsonable(model.get_diff_sampling_param()),
@@ -90,7 +90,7 @@ def model_digest(config: VllmConfig, args: Namespace, files: LoadedIdentity) -> 
 
 
 def _options(args: Namespace) -> dict[str, Any]:
-    """The server's options that may reach an answer, where they aren't the release's defaults."""
+    """The server's options that may affect an answer and don't have the release's defaults."""
     found = {}
     for name, default in vars(make_arg_parser().parse_args([])).items():
         value = _counted(name, getattr(args, name, default))
@@ -100,7 +100,7 @@ def _options(args: Namespace) -> dict[str, Any]:
 
 
 def _counted(name: str, value: Any) -> Any:
-    """What counts of an option, in JSON's types; `name` has the names of the options that it is part of before it."""
+    """The part of an option's value that counts, in JSON types; `name` includes the names of its parent options."""
     if _is_config(value):
         value = _without_defaults(value)
     if isinstance(value, dict):
@@ -112,7 +112,7 @@ def _counted(name: str, value: Any) -> Any:
 
 
 def _content(path: str) -> Any:
-    """The SHA-256 of a file, or of those in a directory; what is neither stands for itself."""
+    """The SHA-256 of a file, or of the files in a directory; any other value stands for itself."""
     if os.path.isdir(path):
         return {entry.name: _content(entry.path) for entry in os.scandir(path) if entry.is_file()}
     if not os.path.isfile(path):
@@ -126,7 +126,7 @@ def _model_identity(model: ModelConfig) -> dict[str, Any]:
     return {
         "config": _jsonable(config),
         "dtype": str(model.dtype),
-        # The length of the whole context chooses between LongRoPE's factors, for every position.
+        # The maximum context length chooses between LongRoPE's factors, for every position.
         "long_rope": model.max_model_len if "longrope" in repr(config) else None,
         "quantization": [str(model.quantization), _jsonable(model.quantization_config)],
         "disable_sliding_window": model.disable_sliding_window,
@@ -149,7 +149,7 @@ def _draft_identity(config: VllmConfig) -> Any:
 
 
 def _installed(package: str) -> str:
-    """Its version, '' if it isn't there."""
+    """The version of a package, '' if it isn't installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -157,7 +157,7 @@ def _installed(package: str) -> str:
 
 
 def _device() -> list[str]:
-    """What decides kernels and block layout: on a CPU its instruction set, on a GPU its compute capability."""
+    """What decides kernels and block layout: the instruction set of a CPU, the compute capability of a GPU."""
     if current_platform.is_cpu():
         amx = torch.cpu._is_amx_tile_supported()
         return ["cpu", str(current_platform.get_cpu_architecture()), torch.backends.cpu.get_cpu_capability(), str(amx)]
@@ -169,10 +169,10 @@ def _is_config(value: Any) -> bool:
 
 
 def _without_defaults(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass that aren't what they are if nothing is given: a release's new ones change nothing."""
+    """The fields of a dataclass that differ from their defaults: a field that a release adds changes nothing."""
     try:
         plain = type(value)()
-    except Exception:  # it needs something to be given
+    except Exception:  # it has required arguments
         plain = None
     names = (field.name for field in dataclasses.fields(value) if not field.name.startswith("_"))
     given = {name: getattr(value, name) for name in names}
@@ -180,7 +180,7 @@ def _without_defaults(value: Any) -> dict[str, Any]:
 
 
 def _jsonable(value: Any) -> Any:
-    """`value` in JSON's own types, deterministically; what has none is named by its repr."""
+    """`value` in JSON's own types, deterministically; a value without one becomes its repr."""
     if _is_config(value):
         value = _without_defaults(value)
     if isinstance(value, Enum):

@@ -1,7 +1,6 @@
-"""What the process that configures an engine hands down to the processes of it: the one channel that reaches all of
-them is environ.
+"""What the process that configures an engine passes on to the engine's processes: environ alone reaches all of them.
 
-The names start with an underscore, because HYPERSPACE_* are settings, and unknown ones are warned of.
+The names start with an underscore, because HYPERSPACE_* are settings, and unknown ones cause a warning.
 """
 
 import logging
@@ -21,14 +20,14 @@ _SECRET = "_HYPERSPACE_PROCESS_SECRET"
 _MANY_TENANTS = "_HYPERSPACE_MANY_TENANTS"
 _NODE = "_HYPERSPACE_NODE_STARTED"
 _EPOCH = "_HYPERSPACE_EPOCH_FILE"
-_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"  # names what vLLM gives to the workers that Ray starts
+_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"  # names the variables that vLLM copies to the workers that Ray starts
 
 
 @dataclass(frozen=True, slots=True)
 class Inherited:
     """`secret` signs scopes within one process tree; `many_tenants`: an unsigned request is private.
 
-    Where nothing was handed down (an engine that Ray started elsewhere), there might be several tenants.
+    Where nothing was passed on (an engine that Ray started elsewhere), there might be several tenants.
     """
 
     secret: bytes
@@ -42,15 +41,15 @@ class Inherited:
 
 
 def handed_down() -> bool:
-    """Whether this process, or one above it, has handed down."""
+    """Whether this process, or one above it, has called `hand_down`."""
     return _MANY_TENANTS in os.environ
 
 
 def hand_down(config: Config, many_tenants: bool) -> None:
-    """Before the engine's processes start: the secret, and a node (a second one finds the lock taken)."""
+    """Before the engine's processes start, create the secret and a node (a second node finds the lock taken)."""
     os.environ[_MANY_TENANTS] = "1" if many_tenants else "0"
     Inherited.read()
-    # Neither the secret nor URLs, which may hold passwords: workers need none of them.
+    # Neither the secret nor URLs, which may contain passwords: workers need none of them.
     ours = {name for name, value in os.environ.items() if name.startswith(ENVIRONMENT_PREFIX) and "://" not in value}
     os.environ[_RAY_COPIES] = ",".join(sorted({*filter(None, os.environ.get(_RAY_COPIES, "").split(",")), *ours}))
     os.environ[_NODE] = str(config.data_dir)
@@ -63,7 +62,7 @@ def hand_down(config: Config, many_tenants: bool) -> None:
 
 
 def server_epoch() -> WeightsEpoch:
-    """What all API servers of this server know of the weights; `Refused` where nothing was handed down."""
+    """The weights epoch that all API servers of this server share; `Refused` where nothing was passed on."""
     path = os.environ.get(_EPOCH)
     try:
         if path is None:
@@ -74,6 +73,6 @@ def server_epoch() -> WeightsEpoch:
 
 
 def ensure_node(config: Config) -> None:
-    """Start the data directory's node, unless a process above this one did."""
+    """Start the data directory's node, unless a process above this one has started it."""
     if os.environ.get(_NODE) != str(config.data_dir):
         start_node(config)

@@ -1,12 +1,12 @@
-"""Copies whole blocks between vLLM's paged KV and rows (the payload order is kv_layout.py's).
+"""Copies whole blocks between vLLM's paged KV and rows (kv_layout.py defines the payload order).
 
 Both copiers move a run of a segment's blocks for all layers of one part. `ids` are block ids by KV cache group, one per
-block of the run; `row` is the run's bytes. A gather zeroes what stands for the null block (id 0), a scatter skips it.
+block of the run; `row` is the run's bytes. A gather writes zeros for the null block (id 0), a scatter skips it.
 
-On a GPU our own kernels gather and scatter where they were built (native_cuda), torch's operations elsewhere. Rows are
-sealed and coded by the node, on the CPU, although the kernels could: a row's key comes from tokens that the worker
-hasn't seen when it gathers, the nonce from the object that the node makes of the row later, and the arena serves rows
-in the clear, so that both the row and its 64 chunks would have to cross the bus: three bytes where it is one now.
+On a GPU our own kernels gather and scatter where they were built (native_cuda), torch's operations elsewhere. The node
+seals and codes rows on the CPU, although the kernels could: a row's key comes from tokens that the worker hasn't seen
+when it gathers, the nonce comes from the object that the node later makes of the row, and the arena serves rows
+unsealed, so both the row and its 64 chunks would have to cross the bus: three bytes where it is one now.
 """
 
 import logging
@@ -27,12 +27,12 @@ from .kv_layout import KVPlan, LayerSlot, PartPlan
 logger = logging.getLogger("vllm.hyperspace")
 
 BlockIds = Mapping[int, Sequence[int]]
-Done = Callable[[bool], None]  # whether the copies landed
+Done = Callable[[bool], None]  # whether the copies completed
 EncodeDevice = Literal["auto", "cuda", "cpu"]  # the setting `encode_device`
 
 
 class Copier(Protocol):
-    """Where the KV lives decides how it is copied."""
+    """Copies KV; the implementation depends on where the KV is."""
 
     def gather(self, part: PartPlan, ids: BlockIds, row: memoryview, done: Done) -> None:
         """Fill `row`, then call `done`, perhaps later and on another thread; the next step may change the KV."""
@@ -41,14 +41,14 @@ class Copier(Protocol):
         """Start writing `row` into the blocks; `row` has been read when this returns."""
 
     def after_copies(self, done: Done) -> None:
-        """Call `done`, once and whatever happens, when no copy so far is under way; perhaps on another thread."""
+        """Call `done` exactly once, whatever happens, when all copies so far have ended; perhaps on another thread."""
 
     def close(self) -> None:
         """Finish what was started."""
 
 
 class HostCopier:
-    """KV in host memory: copied by one native call, nothing in flight when a call returns."""
+    """KV in host memory: one native call copies it, and no copy is in flight when a call returns."""
 
     def __init__(self, views: Mapping[str, torch.Tensor]) -> None:
         self._views = {name: view.numpy() for name, view in views.items()}
@@ -67,7 +67,7 @@ class HostCopier:
         done(True)
 
     def close(self) -> None:
-        """Nothing is ever in flight."""
+        """Do nothing: no copy is ever in flight."""
 
 
 def _by_layer(part: PartPlan, ids: BlockIds) -> list[Sequence[int]]:
@@ -75,7 +75,7 @@ def _by_layer(part: PartPlan, ids: BlockIds) -> list[Sequence[int]]:
 
 
 class Pages(Protocol):
-    """The paged KV on a device. Calls enqueue on the current stream; `row` is bytes there."""
+    """The paged KV on a device. Calls enqueue on the current stream; `row` is device memory, as bytes."""
 
     def gather(self, part: PartPlan, ids: BlockIds, row: torch.Tensor) -> None:
         """Fill `row`."""
@@ -88,7 +88,7 @@ class Lane(Protocol):
     """A stream of our own beside the model's."""
 
     def enter(self) -> AbstractContextManager[object]:
-        """What is enqueued inside comes after all that the current stream was given so far."""
+        """Work enqueued inside runs after everything that the current stream was given so far."""
 
     def record(self) -> Callable[[], None]:
         """Mark what the lane was given so far; the result waits for it."""
@@ -96,7 +96,7 @@ class Lane(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Copies:
-    """Work of the copy thread: wait, finish, tell. `keep` is what the device still reads or writes until then."""
+    """Work for the copy thread: wait, finish, report. `keep` is what the device still reads or writes until then."""
 
     wait: Callable[[], None]
     finish: Callable[[], None]
@@ -105,12 +105,12 @@ class _Copies:
 
 
 class DeviceCopier:
-    """KV on an accelerator: a row is put together there and crosses the bus in one copy, through pinned memory.
+    """KV on an accelerator: a row is assembled there and crosses the bus in one copy, through pinned memory.
 
-    A gather is enqueued on the model's own stream: it reads what this step's forward wrote, and the next step may write
-    the same blocks. Everything else is enqueued on a lane beside it, so that no step waits for the bus; the blocks of a
-    load are nobody else's until `after_copies` has reported them. One thread waits for the lane, so that rows are
-    staged while the engine runs on or goes idle.
+    A gather is enqueued on the model's own stream: it reads what this step's forward pass wrote, and the next step may
+    write the same blocks. Everything else is enqueued on a lane beside it, so that no step waits for the bus; the
+    blocks of a load belong to that load alone until `after_copies` has reported it. One thread waits for the lane, so
+    that rows are staged while the engine continues or goes idle.
     """
 
     def __init__(self, pages: Pages, lane: Lane, device: torch.device, pin: bool) -> None:
@@ -121,7 +121,7 @@ class DeviceCopier:
         self._thread.start()
 
     def gather(self, part: PartPlan, ids: BlockIds, row: memoryview, done: Done) -> None:
-        """Enqueue the gather; `row` is filled and `done` called on the copy thread."""
+        """Enqueue the gather; the copy thread fills `row` and calls `done`."""
         device_row = torch.empty(len(row), dtype=torch.uint8, device=self._device)
         self._pages.gather(part, ids, device_row)
         staged = self._staging(row)
@@ -134,7 +134,7 @@ class DeviceCopier:
         self._work.put(_Copies(self._lane.record(), finish, done, (device_row,)))
 
     def scatter(self, part: PartPlan, ids: BlockIds, row: memoryview) -> None:
-        """Copy `row` to pinned memory, then enqueue its way into the blocks."""
+        """Copy `row` to pinned memory, then enqueue the copy into the blocks."""
         staged = self._staging(row)
         np.copyto(staged.numpy(), np.frombuffer(row, np.uint8))
         with self._lane.enter():
@@ -143,10 +143,10 @@ class DeviceCopier:
         self._work.put(_Copies(self._lane.record(), _nothing, _ignored, (staged, device_row)))
 
     def after_copies(self, done: Done) -> None:
-        """Call `done` on the copy thread once the lane has come this far."""
+        """Call `done` on the copy thread once the lane has reached this point."""
         try:
             wait = self._lane.record()
-        except RuntimeError as error:  # CUDA's errors stay: the thread will find so, after the copies before this
+        except RuntimeError as error:  # CUDA's errors persist: the thread will meet it, after the copies before this
             wait = _raising(error)
         self._work.put(_Copies(wait, _nothing, done))
 
@@ -163,13 +163,13 @@ class DeviceCopier:
             landed = self._has_landed(copies)
             try:
                 copies.done(landed)
-            except Exception:  # whose it is, the others still want to hear of theirs
+            except Exception:  # any caller's error: the other callers still need their reports
                 logger.exception("hyperspace: a finished KV copy couldn't be reported")
-            del copies  # idle, the thread would keep a row of device memory
+            del copies  # while idle, the thread would keep a row of device memory
 
     def _has_landed(self, copies: _Copies) -> bool:
-        # Whatever happened: a load that is never reported hangs its request for ever, and a thread that has died
-        # reports none. Once the device has failed us, nothing that went through it is believed any more.
+        # Never raises: a load that is never reported hangs its request for ever, and a dead thread reports none. After
+        # one device failure, no copy that went through the device counts as completed.
         try:
             copies.wait()
             if not self._failed:
@@ -197,10 +197,10 @@ def _raising(error: Exception) -> Callable[[], None]:
 
 
 class TorchPages:
-    """Torch's operations on any accelerator: one kernel per layer to or from the row."""
+    """Copies with torch's operations on any accelerator: one kernel per layer to or from the row."""
 
     def __init__(self, views: Mapping[str, torch.Tensor], pin: bool) -> None:
-        # Eight bytes at a time where every dimension allows: moving single bytes wastes most of each access.
+        # Eight bytes at a time where every dimension allows it: moving single bytes wastes most of each access.
         wide = all(_in_eights(view) for view in views.values())
         self._unit = torch.int64 if wide else torch.uint8
         self._views = {name: view.view(self._unit) for name, view in views.items()}
@@ -252,7 +252,7 @@ def _in_eights(view: torch.Tensor) -> bool:
 
 
 class KernelPages:
-    """Our CUDA kernels: one launch for all layers. `ValueError` for a plan that they can't carry."""
+    """Copies with our CUDA kernels: one launch for all layers. `ValueError` for a plan that they can't carry."""
 
     def __init__(self, plan: KVPlan, views: Mapping[str, torch.Tensor], stream: Callable[[], int]) -> None:
         self._stream = stream
@@ -299,7 +299,7 @@ class _DeviceLane:
 
 
 def copier_for(plan: KVPlan, views: Mapping[str, torch.Tensor], encode_device: EncodeDevice) -> Copier:
-    """The copier for the device that the KV is on; `Refused` if `encode_device` is "cuda" and that can't be."""
+    """The copier for the device that holds the KV; `Refused` if `encode_device` is "cuda" and that is impossible."""
     device = next(iter(views.values())).device
     if device.type == "cpu":
         if encode_device == "cuda":

@@ -1,13 +1,13 @@
-"""How vLLM's paged KV becomes rows: which layers form a part, in which order their blocks stand in a row.
+"""How vLLM's paged KV becomes rows: which layers form a part, and in which order a row holds their blocks.
 
 A row is one segment of one part on one rank. With `blocks` = segment_tokens / block_tokens and the part's layers in
 order (group by group, names sorted within a group):
 
     row = for block 0 .. blocks-1 of the segment:  for each layer of the part:  the layer's whole block
 
-so that a load can start at any block inside a segment. A layer's block is the bytes of its view `[blocks, ...]` at
-one block id, in the view's logical order whatever its strides are: groups alias one allocation, so a group is only
-ever copied through its own layers. All groups of a part have one block size, otherwise L2 is off.
+so that a load can start at any block inside a segment. A layer's block is the bytes of its view `[blocks, ...]` at one
+block id, in the view's logical order whatever its strides are: groups alias one allocation, so a group is only ever
+copied through its own layers. All groups of a part have one block size, otherwise L2 is off.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ from .older_vllm import FAILED_LOADS_HAVE_NAMES, lies_in_host_memory, replayed_t
 
 @dataclass(frozen=True, slots=True)
 class LayerSlot:
-    """Where one layer's block stands among the bytes of a row's block: `page_bytes` at `offset`."""
+    """The place of one layer's block within a block of the row: `page_bytes` at `offset`."""
 
     name: str
     group: int  # KV cache group, index into the block tables
@@ -49,7 +49,7 @@ class LayerSlot:
 
 @dataclass(frozen=True, slots=True)
 class PartPlan:
-    """One part: `block_row_bytes` is all its layers' bytes of one block of `block_tokens` tokens."""
+    """One part: `block_row_bytes` is the bytes of one block of `block_tokens` tokens, for all its layers."""
 
     window_tokens: int  # 0: full attention
     block_tokens: int
@@ -58,11 +58,11 @@ class PartPlan:
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """The KV cache groups that its layers are in, each once."""
+        """The KV cache groups of its layers, each once."""
         return tuple(sorted({layer.group for layer in self.layers}))
 
     def first_needed_block(self, end_token: int) -> int:
-        """Blocks before this one are outside the window of the token at `end_token`: vLLM frees them."""
+        """The first block inside the window of the token at `end_token`: vLLM frees the blocks before it."""
         if not self.window_tokens:
             return 0
         return max(end_token - (self.window_tokens - 1), 0) // self.block_tokens
@@ -70,7 +70,7 @@ class PartPlan:
 
 @dataclass(frozen=True, slots=True)
 class KVPlan:
-    """The whole model's KV in rows, the same on scheduler and workers; `ranks` is the tensor-parallel size."""
+    """The whole model's KV as rows, the same on scheduler and workers; `ranks` is the tensor-parallel size."""
 
     segment_tokens: int
     scheduler_block_tokens: int
@@ -83,13 +83,13 @@ class KVPlan:
         return plan.block_row_bytes * (self.segment_tokens // plan.block_tokens)
 
     def layout(self, fingerprint: bytes) -> Layout:
-        """What the node is told about it."""
+        """The layout as the node is told it."""
         parts = tuple(Part(plan.window_tokens, self.row_bytes(i)) for i, plan in enumerate(self.parts))
         return Layout(fingerprint, self.segment_tokens, parts, self.ranks)
 
 
 def plan_kv(config: VllmConfig, kv_cache: KVCacheConfig) -> KVPlan:
-    """The plan for this engine; `Refused` names what L2 can't carry (the caller turns L2 off and says so)."""
+    """The plan for this engine; `Refused` names what L2 can't carry (the caller turns L2 off and logs it)."""
     scheduler_block_tokens, _ = resolve_kv_cache_block_sizes(kv_cache, config)
     ranks = config.parallel_config.tensor_parallel_size
     if len(kv_cache.kv_cache_groups) > 1 and not FAILED_LOADS_HAVE_NAMES:
@@ -111,7 +111,7 @@ def plan_kv(config: VllmConfig, kv_cache: KVCacheConfig) -> KVPlan:
 
 
 def estimate_prompt_bytes(config: VllmConfig) -> int:
-    """KV of a prompt of max_model_len on all ranks, as if all layers kept all of it: an estimate before vLLM plans."""
+    """Estimate the KV bytes of a max_model_len prompt on all ranks before vLLM plans; every layer counts all of it."""
     model, parallel = config.model_config, config.parallel_config
     value = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model).itemsize
     heads = model.get_num_kv_heads(parallel) * parallel.tensor_parallel_size
@@ -120,7 +120,7 @@ def estimate_prompt_bytes(config: VllmConfig) -> int:
 
 
 def window_of(spec: KVCacheSpec) -> int:
-    """Attention reach in tokens, 0 for full attention; `Refused` for state that isn't one entry a token."""
+    """Attention reach in tokens, 0 for full attention; `Refused` for state that isn't one entry per token."""
     specs = list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
     windows = set()
     for one in specs:
@@ -183,7 +183,7 @@ def page_bytes(spec: KVCacheSpec, layer: str) -> int:
     if isinstance(spec, UniformTypeKVCacheSpecs):
         # The scheduler's copy keeps one representative spec; a worker whose layers differ refuses the plan.
         spec = spec.kv_cache_specs.get(layer, spec.first_spec)
-    assert isinstance(spec, AttentionSpec)  # `window_of` took no other
+    assert isinstance(spec, AttentionSpec)  # `window_of` accepted no other
     return int(spec.unpadded_page_size_bytes)
 
 

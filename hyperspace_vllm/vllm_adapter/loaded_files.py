@@ -1,11 +1,11 @@
-"""What an engine loaded, by the bytes of its files: known some time after it serves, and true to what it holds.
+"""What an engine loaded, identified by the bytes of its files; known some time after it starts serving.
 
-    before_load    in the process that configures the engine: notes in which state the files are
+    before_load    in the process that configures the engine: notes the state of the files
     LoadedFiles    in the engine and in API servers, once the model is loaded: the files must still be in that state,
                    and are read in the background; `digest` is None until then, and L1 and L2 are off
 
-A file that is replaced later changes nothing, because the engine goes on with what it has. Files in the hub's cache may
-come while vLLM loads: their state counts from then on.
+A file that is replaced later changes nothing, because the engine continues with what it has. Files in the hub's cache
+may arrive while vLLM loads: their state counts from then on.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from .model_files import FileSource, model_source, source_of, states_of
 logger = logging.getLogger("vllm.hyperspace")
 
 _NOTE = "_HYPERSPACE_LOADED_FILES"  # in the environment: {model: digest of its files' states}
-_START_S = 1.0  # a server's start waits for so long, its requests don't
-_QUIET_S = 2.0  # nothing is said of a small model
+_START_S = 1.0  # a server's start waits this long at most, its requests don't
+_QUIET_S = 2.0  # for a small model nothing is logged
 _PROGRESS_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedIdentity:
-    """The files of one engine, each as `<name> <SHA-256>`; names don't depend on where the model lies."""
+    """The files of one engine, each as `<name> <SHA-256>`; names don't depend on where the model is stored."""
 
     weights: tuple[str, ...]
     draft: tuple[str, ...]  # a speculator's
@@ -45,7 +45,7 @@ class LoadedIdentity:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """One role's files and where they lie."""
+    """One role's files and where they are."""
 
     role: str
     source: FileSource
@@ -56,14 +56,14 @@ def before_load(config: VllmConfig) -> None:
     """Note the states of the local files in the environment, for this process and those that it starts."""
     files = []
     for role in _roles(config):
-        with suppress(Refused, OSError):  # not downloaded yet; or what LoadedFiles finds as well, and says
+        with suppress(Refused, OSError):  # not downloaded yet, or an error that LoadedFiles will find and log
             files.append(role())
     with suppress(Refused):
         os.environ[_NOTE] = json.dumps({**_notes(), _note_name(config): _note(files)})
 
 
 class LoadedFiles:
-    """Makes a digest from the identity of what was loaded. `what` names in the log what waits for it."""
+    """Makes a digest from the identity of what was loaded. `what` names, in the log, the cache that waits for it."""
 
     def __init__(
         self, config: VllmConfig, data_dir: Path, what: str, derive: Callable[[LoadedIdentity], bytes]
@@ -75,17 +75,17 @@ class LoadedFiles:
         self._over = threading.Event()
 
     def start(self) -> None:
-        """Identify the files in the background; what is known from an earlier start is there at once."""
+        """Identify the files in the background; a result of an earlier start is there at once."""
         for run in (self._run, self._report):
             threading.Thread(target=run, name="hyperspace-identify", daemon=True).start()
         self._over.wait(_START_S)
 
     def digest(self) -> bytes | None:
-        """32 bytes; None while the files are being read, and for good where they can't be identified."""
+        """The digest (32 bytes); None while the files are being read, and for good where they can't be identified."""
         return self._digest
 
     def unchanged(self) -> bool:
-        """Whether what vLLM would load now is what it loaded then, and all that it holds."""
+        """Whether vLLM would load now exactly what it loaded then, and holds nothing else."""
         if self._config.lora_config is not None or self._config.speculative_config is not None:
             return False  # adapters and speculators are not loaded again with the model
         try:
@@ -170,12 +170,12 @@ def _states(files: Iterable[_Files]) -> tuple[FileState, ...]:
 
 
 def _note(files: Iterable[_Files]) -> str:
-    """Of the files that could be replaced; those of the hub's cache may still be on their way there."""
+    """The states of the files that could be replaced; those of the hub's cache may still be arriving."""
     return _hex(repr(_states(one for one in files if not one.source.fixed)))
 
 
 def _note_name(config: VllmConfig) -> str:
-    """Which model a note is of: a process may start several engines."""
+    """The name of a model's note: a process may start several engines."""
     model = config.model_config
     return _hex(repr((model.model, model.tokenizer, str(config.load_config.load_format))))
 

@@ -28,7 +28,7 @@ class PrefixLoad:
 class SegmentSave:
     """Stage these `parts` of one segment; `blocks` are the segment's own, by group, valid in this step only.
 
-    `name` is what the scheduler calls the request to the node.
+    `name` is the request's name between the scheduler and the node.
     """
 
     name: str
@@ -39,7 +39,7 @@ class SegmentSave:
 
 @dataclass(frozen=True, slots=True)
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped for us
-    """One step's work. `engine` is there whenever there is any: what the scheduler told the node, and workers tell it.
+    """The work of one step. `engine`, set whenever there is any, is the layout that both halves tell the node.
 
     Workers check their tensors against its layout.
     """
@@ -59,7 +59,7 @@ IDLE = StepMetadata()  # one object for all steps without work
 
 @dataclass(frozen=True, slots=True)
 class WorkerOff(KVConnectorWorkerMetadata):  # type: ignore[misc]  # vLLM is untyped for us
-    """At least one rank neither loads nor saves any more, so every promise of a load would fail."""
+    """At least one rank no longer loads or saves, so every promise of a load would fail."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """One is enough."""

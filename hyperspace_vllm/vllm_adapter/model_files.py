@@ -1,6 +1,6 @@
-"""Which files stand for what vLLM loads, however a model is named: a hub id, a directory, a path into the hub's cache.
+"""Which files vLLM loads for a model, however it is named: a hub id, a directory, a path into the hub's cache.
 
-The files are chosen as vLLM's default loader chooses them, or more of them: a file too many costs sharing between
+The files are chosen as vLLM's default loader chooses them, or more of them: a file too many prevents sharing between
 two copies of a model, a file too few would let two models share one key.
 """
 
@@ -20,7 +20,7 @@ from ..core.records.errors import Refused
 from ..file_digests import FileState
 from ..regular_files import read_regular
 
-# What `--load-format` may be: these load the files that lie in the model's directory.
+# The values of `--load-format` that load the files in the model's directory.
 _LOAD_FORMATS = frozenset(
     [
         "auto",
@@ -38,7 +38,7 @@ _LOAD_FORMATS = frozenset(
         "runai_streamer_sharded",
     ]
 )
-# The default loader takes the first kind that is there; some formats name theirs.
+# The default loader takes the first kind that exists; some formats name theirs.
 _KINDS = ((".safetensors",), (".bin",), (".pt", ".pth"), (".gguf",))
 _KINDS_OF_FORMAT = {"pt": ((".pt",),), "npcache": ((".bin",),), "gguf": ((".gguf",),)}
 _SUFFIXES = tuple(suffix for kind in _KINDS for suffix in kind)
@@ -53,7 +53,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 class FileSource:
     """One directory (or GGUF file) that a model, a tokenizer or an adapter is loaded from.
 
-    `fixed`: it is the hub's cache, where files are added and never changed; its files may come while vLLM loads.
+    `fixed`: it is the hub's cache, where files are added and never changed; its files may arrive while vLLM loads.
     """
 
     path: Path
@@ -81,11 +81,11 @@ class FileSource:
     def texts(self) -> tuple[str, ...]:
         """Paths of tokenizer, chat template, configuration and code."""
         if self.path.is_file():
-            return (str(self.path),)  # a GGUF file has it all
+            return (str(self.path),)  # a GGUF file contains everything
         suffixes = (*_TEXT_SUFFIXES, ".py")
         found = (p for p in self.path.iterdir() if p.suffix in suffixes and p.is_file() and not _NOT_READ.match(p.name))
         templates = self.path.glob("additional_chat_templates/*.jinja")
-        named = (path for path in templates if path.is_file())  # which a request may choose, or its tools
+        named = (path for path in templates if path.is_file())  # a request, or its tools, may choose one of these
         return tuple(sorted(map(str, (*found, *named))))
 
     def all_files(self) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ class FileSource:
         return files
 
     def name(self, path: str) -> str:
-        """What a file is called inside the source: the same wherever that lies."""
+        """A file's name inside the source, which doesn't depend on where the source is."""
         return os.path.relpath(path, self.path) if self.path.is_dir() else "model.gguf"
 
     def _folders(self) -> Iterator[Path]:
@@ -106,7 +106,7 @@ class FileSource:
 
 
 def model_source(model: ModelConfig, load: LoadConfig) -> FileSource:
-    """Where a model's weights lie; `Refused` says why that can't be known, or that they aren't there (yet)."""
+    """Where a model's weights are; `Refused` says why that is unknown, or that they aren't there (yet)."""
     load_format = str(load.load_format)
     if load_format not in _LOAD_FORMATS:
         raise Refused("weights", f"weights that --load-format {load_format} loads can't be identified")
@@ -116,7 +116,7 @@ def model_source(model: ModelConfig, load: LoadConfig) -> FileSource:
 
 
 def source_of(name: str, revision: str | None, cache: str | None = None) -> FileSource:
-    """What `name` stands for: a local path, or a snapshot in the hub's cache; `Refused` if it is neither."""
+    """What `name` refers to: a local path, or a snapshot in the hub's cache; `Refused` if it is neither."""
     path = Path(name).expanduser()
     if path.exists():
         return FileSource(path, _is_snapshot(path))
@@ -133,8 +133,8 @@ def _snapshot(repo: str, revision: str | None, cache: Path) -> Path | None:
     try:
         root = cache / repo_folder_name(repo_id=repo, repo_type="model")
     except HFValidationError:
-        return None  # the path of something that isn't there
-    # vLLM 0.32's revision reads as it was asked for, and carries the commit that it stood for at start.
+        return None  # the path of something that doesn't exist
+    # vLLM 0.32's revision is the string that was asked for, and carries the commit it resolved to at start.
     commit = getattr(revision, "resolved", None) or str(revision or "main")
     if not _COMMIT.fullmatch(commit):
         try:
@@ -146,12 +146,12 @@ def _snapshot(repo: str, revision: str | None, cache: Path) -> Path | None:
 
 
 def _is_snapshot(path: Path) -> bool:
-    """Whether a path given by hand leads into the hub's cache: .../snapshots/<commit>."""
+    """Whether a path given by the operator leads into the hub's cache: .../snapshots/<commit>."""
     return path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name) is not None
 
 
 def states_of(paths: tuple[str, ...]) -> tuple[FileState, ...]:
-    """The files' states now; `Refused` if one can't be had."""
+    """The files' states now; `Refused` if one is unavailable."""
     try:
         return tuple(map(FileState.of, paths))
     except OSError as error:

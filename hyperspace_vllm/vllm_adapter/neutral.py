@@ -1,9 +1,9 @@
-"""Options and variables of vLLM that reach no answer, with why: every other one counts in the model digest.
+"""vLLM's options and variables that affect no answer, with the reason; every other one counts in the model digest.
 
-Context: a list of what counts was always behind, so that a server started with another flag gave old answers. Choice:
+Context: a list of what counts was always out of date, so a server started with another flag gave old answers. Choice:
 the list is of what doesn't count, as for the fields of requests; what a release adds counts where it is set, until it
-is judged (test_neutral.py fails until then). Rejected: vLLM's own `compute_hash`, which is about compiled graphs.
-Cost: an option that reaches no answer but isn't here keeps servers apart that could share.
+is judged (test_neutral.py fails until then). Rejected: vLLM's own `compute_hash`, which is about compiled graphs. Cost:
+an option that affects no answer but isn't here keeps servers apart that could share.
 
 A name with a point is a field of an option that has several.
 """
@@ -112,7 +112,7 @@ _OPTIONS = {
     """,
 }
 
-# Of those that vLLM knows (vllm.envs). A precision below that of the weights counts, as kv_cache_dtype does.
+# Variables of vllm.envs. A precision below that of the weights counts, as kv_cache_dtype does.
 _VARIABLES = {
     "how vLLM was built": """
         CMAKE_BUILD_TYPE MAX_JOBS NVCC_THREADS VERBOSE VLLM_BUILD_COMMIT VLLM_BUILD_PIPELINE VLLM_BUILD_URL
@@ -220,5 +220,5 @@ _VARIABLES = {
 
 NEUTRAL_OPTIONS = frozenset(" ".join(_OPTIONS.values()).split())
 NEUTRAL_VARIABLES = frozenset(" ".join(_VARIABLES.values()).split())
-# What counts as not set, in all releases, of options whose default means something else in some of them.
+# The value that counts as not set, in all releases, for options whose default differs in meaning between them.
 DEFAULTS: dict[str, object] = {}

@@ -1,7 +1,7 @@
 """What supported releases older than the newest lack, under the newest one's names. One dated section each.
 
-Each is found by asking, not by comparing versions. test_older_vllm.py fails in the oldest supported release when
-that one has the thing itself, and the section can go.
+Each is found by asking, not by comparing versions. test_older_vllm.py fails when the oldest supported release has the
+thing itself, and the section can go.
 """
 
 from collections.abc import Mapping
@@ -29,13 +29,13 @@ __all__ = [
     "replayed_tokens",
 ]
 
-# vLLM 0.32 (2026-10) asks connectors which tier the tokens of a hit came from. Before it nothing does.
+# vLLM 0.32 (2026-10) asks connectors which tier the tokens of a hit came from. Earlier releases don't.
 try:
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 except ImportError:
 
     class CacheHitSource(StrEnum):  # type: ignore[no-redef]
-        """The tiers that we name."""
+        """The tiers that we report."""
 
         HOST = "host"
         DISK = "disk"
@@ -44,7 +44,7 @@ except ImportError:
 
 
 def make_arg_parser() -> Any:
-    """The parser of `vllm serve`. vLLM 0.33 (2026-11) has moved it. Imported when it is asked for: engines needn't."""
+    """The parser of `vllm serve`. vLLM 0.33 (2026-11) has moved it. Imported on use: engines don't need it."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     try:
@@ -54,8 +54,8 @@ def make_arg_parser() -> Any:
     return cli_args.make_arg_parser(FlexibleArgumentParser())
 
 
-# vLLM 0.30 (2026-09) takes what was sent, received and failed in one answer, and a failed load by its request.
-# vLLM 0.29 takes a failed load by its blocks, of models with one KV cache group only: with several, it stops.
+# vLLM 0.30 (2026-09) takes what was sent, received and failed in one answer, and a failed load by its request. vLLM
+# 0.29 takes a failed load by its blocks, only for models with one KV cache group: with several, it stops.
 try:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
@@ -79,11 +79,11 @@ except ImportError:
 
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            self._loading: dict[str, PrefixLoad] = {}  # until their answer
+            self._loading: dict[str, PrefixLoad] = {}  # until they are reported
             self._failed_blocks: set[int] = set()
 
         def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-            """Remembers the blocks of this step's loads, whose answer may come in a later step."""
+            """Remember the blocks of this step's loads, which may be reported in a later step."""
             super().bind_connector_metadata(connector_metadata)
             if isinstance(connector_metadata, StepMetadata):
                 self._loading.update((load.request_id, load) for load in connector_metadata.loads)
@@ -100,7 +100,7 @@ except ImportError:
             return results.finished_sending or None, results.finished_recving or None
 
         def get_block_ids_with_load_errors(self) -> set[int]:
-            """The second: the blocks that a load should have filled."""
+            """The second: the blocks that a failed load should have filled."""
             failed, self._failed_blocks = self._failed_blocks, set()
             return failed
 
@@ -108,7 +108,7 @@ except ImportError:
 def has_failed(output: KVConnectorOutput, request: Request, end_token: int) -> bool:
     """Whether the load of `request` up to `end_token`, which `output` says is over, has failed.
 
-    vLLM 0.30 (2026-09) names it. By the time vLLM 0.29 says so, it counts the tokens as computed no longer.
+    vLLM 0.30 (2026-09) names it. When vLLM 0.29 reports it, the tokens no longer count as computed.
     """
     failed: set[str] | None = getattr(output, "failed_recving", None)
     return request.request_id in failed if failed is not None else bool(request.num_computed_tokens < end_token)
@@ -117,8 +117,8 @@ def has_failed(output: KVConnectorOutput, request: Request, end_token: int) -> b
 def block_tables(output: SchedulerOutput, request_id: str) -> tuple[list[int], ...] | None:
     """A scheduled request's block ids by group, or None where vLLM doesn't say.
 
-    vLLM 0.30 (2026-09) says it of all requests of the step; 0.29 of those that got new blocks in it, so that a segment
-    which a request fills by decoding is not saved there.
+    vLLM 0.30 (2026-09) gives them for all requests of the step; 0.29 only for those that got new blocks in it, so that
+    a segment which a request fills by decoding is not saved there.
     """
     state = output.kv_connector_block_state
     if state is None:
@@ -129,10 +129,10 @@ def block_tables(output: SchedulerOutput, request_id: str) -> tuple[list[int], .
 
 
 def lies_in_host_memory(group: KVCacheGroupSpec) -> bool:
-    """Whether the group's blocks aren't on the device. vLLM 0.30 (2026-09); before it none is elsewhere."""
+    """Whether the group's blocks aren't on the device. vLLM 0.30 (2026-09); in earlier releases all are."""
     return bool(getattr(group, "host_resident", False))
 
 
 def replayed_tokens(spec: KVCacheSpec) -> int:
-    """Tokens that are computed again instead of kept. vLLM 0.31 (2026-10); before it none are."""
+    """Tokens that are computed again instead of kept. vLLM 0.31 (2026-10); in earlier releases none are."""
     return int(getattr(spec, "prefix_replay_tokens", 0))

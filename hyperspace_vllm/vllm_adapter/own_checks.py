@@ -1,10 +1,10 @@
-"""What vLLM's own front end makes of a request, and of what its model says, where the cache would answer in its place.
+"""How vLLM's own front end judges a request, and parses its model's output, where the cache would answer instead.
 
-Context: an answer from the cache passes by vLLM's checks of the request, and a request that vLLM refuses may share its
-key with one that it takes. Choice: the type that vLLM's route declares for its body judges the body, as FastAPI asks
-it; whatever that raises is a refusal. Rejected: rules of ours, of which every release would need its own. Cost: a hit
-reads its request a second time, because vLLM's validators change what they are given; bytes that passed once are not
-read again.
+Context: an answer from the cache bypasses vLLM's checks of the request, and a request that vLLM refuses may share its
+key with one that it accepts. Choice: the type that vLLM's route declares for its body validates the body, as in
+FastAPI; whatever it raises is a refusal. Rejected: rules of our own, which each release would need separately. Cost: a
+hit parses its request a second time, because vLLM's validators change what they are given; bytes that passed once are
+not parsed again.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _PASSED_MAX = 8192  # bodies that passed: their digests take 1 MiB
 
 
 class OwnChecks:
-    """Says of a request whether vLLM takes it, by the routes of `app` (a FastAPI)."""
+    """Whether vLLM accepts a request, by the routes of `app` (a FastAPI)."""
 
     def __init__(self, app: Any, config: "VllmConfig") -> None:
         parallel = config.parallel_config
@@ -38,7 +38,7 @@ class OwnChecks:
         self._passed: set[tuple[Endpoint, bytes]] = set()
 
     def __call__(self, endpoint: Endpoint, body: bytes, headers: RawHeaders) -> bool:
-        """Whether vLLM's own checks pass a JSON body and the headers that it reads."""
+        """Whether a JSON body, and the headers that vLLM reads, pass vLLM's own checks."""
         if (rank := _number(headers, b"x-data-parallel-rank")) is not None and rank not in self._ranks:
             return False
         if (priority := _number(headers, b"x-vllm-priority")) is not None and priority not in _INT64:
@@ -48,7 +48,7 @@ class OwnChecks:
             return True
         try:
             self._model(endpoint).validate_python(json.loads(body))
-        except Exception:  # validators raise what they like, and vLLM answers each in its own way
+        except Exception:  # validators raise any exception, and vLLM handles each in its own way
             return False
         if len(self._passed) >= _PASSED_MAX:
             self._passed.clear()
@@ -56,7 +56,7 @@ class OwnChecks:
         return True
 
     def _find_model(self, endpoint: Endpoint) -> TypeAdapter[Any]:
-        """What the route of `endpoint` takes; LookupError where it has none."""
+        """The body type of the route of `endpoint`; LookupError where it has none."""
         for route in self._app.routes:
             if getattr(route, "path", None) == _PATHS[endpoint] and "POST" in (route.methods or ()):
                 return TypeAdapter(get_type_hints(route.endpoint, include_extras=True)["request"])
@@ -64,13 +64,13 @@ class OwnChecks:
 
 
 def parses_answers(config: "VllmConfig", args: Namespace) -> bool:
-    """Whether a parser reads tool calls or reasoning out of what the model says: one that is named, or harmony's."""
+    """Whether a parser reads tool calls or reasoning out of the model's output: a configured one, or harmony's."""
     named = args.tool_call_parser, args.reasoning_parser, config.structured_outputs_config.reasoning_parser
     return any(named) or config.model_config.hf_config.model_type == "gpt_oss"
 
 
 def _number(headers: RawHeaders, name: bytes) -> int | None:
-    """As vLLM reads it: what is no number counts as absent."""
+    """The number as vLLM reads it: what is not a number counts as absent."""
     try:
         return int(first_header(headers, name) or "")
     except ValueError:

@@ -1,6 +1,6 @@
 """The entry point `vllm.general_plugins`: vLLM calls `register` in each of its processes, perhaps more than once.
 
-Nothing here may stop vLLM: what we can't do is one line in its log, and it serves as if we weren't installed.
+Nothing here may stop vLLM: what we can't do is one line in its log, and vLLM serves as if we weren't installed.
 """
 
 import logging
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.hyperspace")
 
-# Sampling defaults of a server that bend the logits, of greedy answers too.
+# A server's sampling defaults that change the logits, for greedy answers too.
 _BENDING = frozenset(("repetition_penalty", "frequency_penalty", "presence_penalty"))
 
 
 class _IntoVLLMsLog(logging.Handler):
-    """Hands the records of the package's other loggers to vLLM's, whose format and level then count."""
+    """Passes the records of the package's other loggers to vLLM's logger, whose format and level then apply."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
@@ -41,12 +41,12 @@ class _IntoVLLMsLog(logging.Handler):
 
 
 def _log_where_vllm_logs() -> None:
-    """vLLM's application raises the root logger's level to ERROR, and with it that of loggers which have none."""
+    """vLLM's application raises the root logger's level to ERROR, and with it that of loggers without one."""
     package = logging.getLogger(__name__.partition(".")[0])
     if not any(isinstance(handler, _IntoVLLMsLog) for handler in package.handlers):
         package.addHandler(_IntoVLLMsLog())
         package.setLevel(logging.INFO)
-        package.propagate = False  # vLLM's logger may hand on to the root logger itself (VLLM_CONFIGURE_LOGGING=0)
+        package.propagate = False  # vLLM's logger may pass records to the root logger itself (VLLM_CONFIGURE_LOGGING=0)
 
 
 @contained()
@@ -55,7 +55,7 @@ def register() -> None:
     _log_where_vllm_logs()
     try:
         compat.register_connector()
-        # Engine and worker processes don't parse arguments, and needn't import what does.
+        # Engine and worker processes don't parse arguments, and don't need the module that does.
         if parent_process() is None or "vllm.engine.arg_utils" in sys.modules:
             from vllm.engine.arg_utils import EngineArgs
 
@@ -68,7 +68,7 @@ def register() -> None:
 
 @dataclass(slots=True)
 class _Server:
-    """What one process learns about the server that it is part of, from its arguments to its application.
+    """What one process learns about its server, from the arguments to the application.
 
     API servers that vLLM spawns have read their arguments before they load plugins: `args` is None there.
     """
@@ -80,12 +80,12 @@ class _Server:
 
     @contained()
     def on_args(self, args: Namespace) -> None:
-        """Arguments were parsed."""
+        """Take the parsed arguments."""
         self.args = args
 
     @contained()
     def on_config(self, engine: "VllmConfig") -> None:
-        """An engine was configured and will be started, or is the one that this API server talks to."""
+        """Prepare for an engine that was configured: it will be started, or this API server talks to it."""
         from vllm import envs
 
         from ..config import ConfigError, load_config
@@ -106,11 +106,11 @@ class _Server:
             logger.error("hyperspace: off, because of its settings: %s", error)
             return
         if self.config.kv_cache and self.config.p2p_listen and self.config.share != "private":
-            compat.switch_kv_events_on(engine)  # for the digest of prefixes in memory that others may see
+            compat.switch_kv_events_on(engine)  # for the digest of prefixes in VRAM, which others may see
         serves = self._expect_application()
         spawned_by_one = parent_process() is not None and handed_down()
         if spawned_by_one and serves:
-            return  # one of several API servers: it was handed down what they share, and the engine loads already
+            return  # one of several API servers: it has inherited what they share, and the engine loads already
         before_load(engine)
         if envs.VLLM_USE_RUST_FRONTEND and self.config.response_cache:
             logger.warning("hyperspace: the response cache (L1) is off: vLLM's Rust frontend runs no middleware")
@@ -130,14 +130,14 @@ class _Server:
 
     @contained()
     def add_middleware(self, app: Any) -> None:
-        """The response cache, inside everything that vLLM and the operator put around the application."""
+        """Add the response cache, inside everything that vLLM and the operator put around the application."""
         from starlette.middleware import Middleware
 
         from ..api.middleware import response_cache
         from ..core.records.errors import Refused
 
         if self.config is None or self.engine is None:
-            return  # not asked for, or its settings were wrong and said so
+            return  # not enabled, or its settings were wrong and were logged
         try:
             options = self._options(self.config, self.engine, app)
         except Refused as error:
@@ -178,7 +178,7 @@ class _Server:
         loaded.start()
         self.watch = WeightsWatch(epoch, loaded.unchanged, lambda: None)
         compat.watch_client(self.watch)
-        # Where adapters may be replaced at run time, a name says nothing about files: their answers are not cached.
+        # Where adapters may be replaced at run time, a name doesn't identify files: their answers are not cached.
         modules = () if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING else args.lora_modules or ()
         adapters = NamedAdapters(Adapters(config.data_dir), {module.name: module.path for module in modules})
         return ResponseCacheOptions(
@@ -204,7 +204,7 @@ class _Server:
                 _BENDING & engine.model_config.get_diff_sampling_param().keys()
                 or args.logits_processors
                 or entry_points(group="vllm.logits_processors")
-                or args.reasoning_parser  # takes tokens out of answers
+                or args.reasoning_parser  # removes tokens from answers
                 or formats != ()
             ),
             cache_sampled=config.sampled == "cache",
@@ -222,7 +222,7 @@ class _Server:
 
 
 def _sized(config: "Config", engine: "VllmConfig") -> "Config":
-    """The settings of the node that is to be started: its arena fits the model, unless a setting says its size."""
+    """The settings of the node to start: its arena fits the model, unless a setting gives its size."""
     from ..arena_size import arena_bytes, memory_bytes
     from .kv_layout import estimate_prompt_bytes
 
@@ -230,14 +230,14 @@ def _sized(config: "Config", engine: "VllmConfig") -> "Config":
         return config
     try:
         size = arena_bytes(estimate_prompt_bytes(engine), memory_bytes())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a cache dtype or an architecture of its own
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # an unknown cache dtype or architecture
         logger.debug("hyperspace: the arena isn't sized by the model: %s", error)
         return config
     return replace(config, arena_bytes=size)
 
 
 def _our_settings(transfer: Any) -> Mapping[str, Any] | None:
-    """Our connector's kv_connector_extra_config, where it is the only one or one of several; None elsewhere."""
+    """Our connector's kv_connector_extra_config, where it is the only connector or one of several; None elsewhere."""
     settings: Mapping[str, Any] = transfer.kv_connector_extra_config
     if transfer.kv_connector in compat.CONNECTOR_NAMES:
         return settings

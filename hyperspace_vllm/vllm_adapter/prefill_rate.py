@@ -20,7 +20,7 @@ class PrefillRate:
         self._steps.append((now_s, tokens))
 
     def ended(self, now_s: float) -> None:
-        """The oldest step's output came back. Steps overlap under async scheduling: count only the time of its own."""
+        """The oldest step's output came back. Steps overlap under async scheduling: only its own time counts."""
         if not self._steps:
             return
         start_s, tokens = self._steps.popleft()

@@ -1,8 +1,8 @@
-"""The scheduler's half: looks prefixes up, says what to load and what to save, names what was saved.
+"""The scheduler's half: looks up prefixes, decides what to load and to save, names what was saved.
 
-A request's life here: asked (None until the node's answer or a deadline) -> loading -> running, saving each segment in
-the step that fills it -> finished. It is `settled` once its question is answered for this admission: vLLM asks again
-every step while the request waits, and must not make us look again.
+A request's states: asked (None until the node's answer or a deadline) -> loading -> running, saving each segment in the
+step that fills it -> finished. It is `settled` once its question is answered for this admission: vLLM asks again every
+step while the request waits, and that must not repeat the lookup.
 """
 
 import itertools
@@ -51,9 +51,9 @@ logger = logging.getLogger("vllm.hyperspace")
 LOOKUPS_MAX = 64  # unfinished ones; each may pin a prefix in the arena
 KNOWN_KEYS_MAX = 65_536  # segments the node has from us or gave us: 64 Ki x 32 B = 2 MiB
 STEP_SAVES_MAX = 32  # segments gathered in one step: a step waits for 32 x 256 tokens' worth of copies at most
-DEADLINE_MS_MIN = 20  # the node answers a local lookup in about 1 ms; leaves it room when the host is busy
-PROBE_S = 0.1  # while something waits: sending to a dead node fails at once, its lease lapses only after 5 s
-ANSWER_GRACE_MS = 100  # the node keeps the deadline; we give up this much later if its answer doesn't come
+DEADLINE_MS_MIN = 20  # the node answers a local lookup in about 1 ms; this leaves room for a busy host
+PROBE_S = 0.1  # while something waits: sending to a dead node fails at once, its lease expires only after 5 s
+ANSWER_GRACE_MS = 100  # the node enforces the deadline; we give up this much later if its answer doesn't come
 
 _HIT_SOURCES = {"memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "network": CacheHitSource.P2P}
 
@@ -71,7 +71,7 @@ class _PrefixLookup:
 @dataclass(slots=True)
 class _Tracked:
     request: Request
-    name: str  # to the node: a client may give two requests one id, an earlier one's rows may still be on their way
+    name: str  # to the node: a client may reuse a request id while the earlier one's rows are still in flight
     seed: bytes
     scope: RequestScope
     multimodal: tuple[Multimodal, ...]
@@ -85,17 +85,17 @@ class _Tracked:
     load_failed: bool = False
     preemptions: int = 0
     done_segments: int = 0  # segments before this one were loaded, saved or skipped
-    filled_segments: int = 0  # segments before this one are whole in its blocks
+    filled_segments: int = 0  # segments before this one are complete in its blocks
     unnamed: list[int] = field(default_factory=list)  # saved, but their last token isn't known yet
     spoilt: set[int] = field(default_factory=set)  # saved with tokens that were dropped: never named
-    noted: int = 0  # segments before this one are in `CachedSegments`, or left it since
+    noted: int = 0  # segments before this one are in `CachedSegments`, or have left it since
     node_knows: bool = False  # the node keeps state for this request id
 
 
 class SchedulerSide:
     """One per engine. `scope_of` reads a request's scope; `now_s` is a monotonic clock in seconds.
 
-    `fingerprint` is None until the model's files are identified, and another one once its weights are changed.
+    `fingerprint` is None until the model's files are identified, and another value once its weights have changed.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class SchedulerSide:
         self._segments_max = min(PROMPT_SEGMENTS_MAX, LOOKUP_ROWS_MAX // (len(plan.parts) * plan.ranks))
         self._tracked: dict[str, _Tracked | None] = {}  # None: declined for good
         self._lookups: dict[int, _Tracked] = {}
-        self._unreleased: list[int] = []  # lookups whose release found the node's queue full
+        self._unreleased: list[int] = []  # lookups that could not be released because the node's queue was full
         self._numbers = itertools.count(1)
         self._loads: list[PrefixLoad] = []
         self._known: OrderedDict[SegmentKey, bool] = OrderedDict()  # key -> others may fetch it
@@ -131,13 +131,13 @@ class SchedulerSide:
         self.stats = HyperspaceStats()
 
     def watch(self, pool: "BlockPool") -> CachedSegments:
-        """Note from now on which segments that others may know of lie in vLLM's cache."""
+        """Note from now on which segments that others may know of are in vLLM's cache."""
         self._cached = CachedSegments(self._plan, pool)
         return self._cached
 
     @property
     def engine(self) -> RegisterLayout | None:
-        """What the node is told of this engine, from when its fingerprint is known."""
+        """How this engine is registered with the node; None until its fingerprint is known."""
         if self._engine is None and (fingerprint := self._fingerprint()) is not None:
             self._engine = RegisterLayout(self._plan.layout(fingerprint), self._token)
         return self._engine
@@ -154,7 +154,7 @@ class SchedulerSide:
         return tokens, bool(tokens)
 
     def allocated(self, request: Request, blocks: BlockTables, tokens: int) -> None:
-        """vLLM took (tokens > 0) or declined the promise. It comes again, with 0, when the load is over."""
+        """vLLM took (tokens > 0) or declined the promise. It calls again, with 0, when the load is over."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.loading:
             return
@@ -171,7 +171,7 @@ class SchedulerSide:
         self.stats.count("hyperspace_l2_tokens_total", "hit", by=tokens)
 
     def hit_sources(self, request: Request, tokens: int) -> dict[CacheHitSource, int]:
-        """Which tier the promised tokens came from."""
+        """The tier that the promised tokens came from."""
         tracked = self._tracked.get(request.request_id)
         if not tokens or tracked is None or tracked.lookup is None or tracked.lookup.answer is None:
             return {}
@@ -256,7 +256,7 @@ class SchedulerSide:
         return None
 
     def _lost(self, lookup: _PrefixLookup) -> str | None:
-        """Why this lookup's answer can't be used or waited for any longer."""
+        """Why this lookup's answer can't be used or waited for any longer; None if it can."""
         if not self._client.connected or self._client.epoch != lookup.epoch:
             return "node_gone"
         now_s = self._now_s()
@@ -273,7 +273,7 @@ class SchedulerSide:
             if isinstance(message, PrefixAnswer):
                 tracked = self._lookups.get(message.lookup)
                 if tracked is None or tracked.lookup is None:
-                    continue  # we gave up on it; its ReleaseLookup is under way
+                    continue  # we gave up on it; its ReleaseLookup is in flight
                 tracked.lookup.answer = message
                 self.stats.observe_lookup(self._now_s() - tracked.lookup.asked_s)
                 for key in tracked.keys[message.end_segment :]:
@@ -282,7 +282,7 @@ class SchedulerSide:
                 logger.error("hyperspace: the node rejected a message of the scheduler: %s", message.detail)
 
     def _settle(self, tracked: _Tracked, reason: str) -> None:
-        """This admission computes its prefill itself."""
+        """This admission computes its own prefill."""
         self.stats.count("hyperspace_l2_lookups_total", "miss", reason)
         tracked.settled = True
         self._release(tracked)
@@ -296,7 +296,7 @@ class SchedulerSide:
             self._unreleased.append(lookup.number)
 
     def _in_session(self) -> bool:
-        """Whether the node is there; a new session hears our layout first and knows none of our segments."""
+        """Whether the node is there; a new session gets our layout first and knows none of our segments."""
         engine = self.engine
         if not self._client.connected or engine is None:
             return False
@@ -314,7 +314,7 @@ class SchedulerSide:
     # --- writing ---------------------------------------------------------------------------------
 
     def step(self, output: SchedulerOutput) -> StepMetadata:
-        """What workers do in this step. Nothing in the idle case, in O(1)."""
+        """What workers do in this step. In the idle case: nothing, in O(1)."""
         prompt_tokens = output.total_num_scheduled_tokens - len(output.num_scheduled_tokens)
         self._rate.started(self._now_s(), prompt_tokens)
         loads, self._loads = tuple(self._loads), []
@@ -339,7 +339,8 @@ class SchedulerSide:
                 self._name_known(tracked)
             end_token = tracked.request.num_computed_tokens + scheduled
             if self._speculative:
-                # Drafts may be rejected, those of steps still in flight too: their KV is saved once they are tokens.
+                # Drafts may be rejected, also in steps still in flight: their KV is saved once they are accepted
+                # tokens.
                 drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
                 end_token = min(end_token - drafts, tracked.request.num_tokens)
             end_segment = end_token // self._plan.segment_tokens
@@ -351,7 +352,7 @@ class SchedulerSide:
             tables = block_tables(output, request_id)
             if tables is None:
                 continue
-            # What this step has no place for is saved by the request's next ones: its blocks are held until it ends.
+            # The request's next steps save what this step has no room for: its blocks are held until it ends.
             while tracked.done_segments < end_segment and planned < STEP_SAVES_MAX:
                 save = self._save(tracked, tracked.done_segments, tables)
                 tracked.done_segments += 1
@@ -360,7 +361,7 @@ class SchedulerSide:
                     yield save
 
     def _note_cached(self, cached: CachedSegments, tracked: _Tracked, end_segment: int) -> None:
-        """vLLM has put the blocks of this step into its cache already, as far as it knows their tokens."""
+        """Note the step's segments: vLLM has already put its blocks into its cache, as far as it knows their tokens."""
         if tracked.scope.scope == "private" or tracked.scope.tenant:
             tracked.noted = PROMPT_SEGMENTS_MAX
             return
@@ -395,8 +396,8 @@ class SchedulerSide:
         return SegmentSave(tracked.name, segment, tuple(parts), tuple(blocks))
 
     def _name_known(self, tracked: _Tracked) -> None:
-        """Name the saved segments whose last token has come (under async scheduling it lags a step)."""
-        # vLLM may have read an adapter's files anew since this request came.
+        """Name the saved segments whose last token is known (under async scheduling it lags a step)."""
+        # vLLM may have read an adapter's files again since this request arrived.
         if tracked.unnamed and tracked.lora and self._adapter(tracked.request) != tracked.lora:
             tracked.spoilt.update(tracked.unnamed)
             tracked.unnamed.clear()
@@ -417,7 +418,7 @@ class SchedulerSide:
     # --- requests --------------------------------------------------------------------------------
 
     def finished(self, request: Request) -> None:
-        """The request is over; it may never have run, and a load of it may still be under way."""
+        """The request is over; it may never have run, and its load may still be in progress."""
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return
@@ -429,7 +430,7 @@ class SchedulerSide:
             self._client.send(RequestEnded(tracked.name))
 
     def reset(self) -> None:
-        """Requests under way save and load nothing any more: vLLM drops its caches, or the weights change."""
+        """End saving and loading for current requests: vLLM drops its caches, or the weights change."""
         self._known.clear()
         if self._cached is not None:
             self._cached.clear()
@@ -443,7 +444,7 @@ class SchedulerSide:
             self._tracked[request.request_id] = self._admit(request)
         return self._tracked[request.request_id]
 
-    @contained()  # what a client or a file brings must not cost the others anything: that request is left to vLLM
+    @contained()  # a client's or a file's data must not affect other requests: this request is left to vLLM
     def _admit(self, request: Request) -> _Tracked | None:
         """None for requests whose KV isn't a function of their tokens (embeddings), or doesn't stay so (sessions)."""
         if request.prompt_embeds is not None or request.pooling_params is not None or request.resumable:
@@ -458,18 +459,19 @@ class SchedulerSide:
         seed = chain_seed(fingerprint, lora, request.cache_salt or "", scope.tenant)
         items = tuple((f.mm_hash or f.identifier, f.mm_position.offset) for f in request.mm_features)
         if items:
-            # A client may name its images itself, also by the hash of another: what it saves is not for everybody.
+            # A client may set the hash of its images itself, also to that of another image: others must not load what
+            # it saves.
             scope = RequestScope("private", scope.tenant)
         multimodal = tuple((name.encode(), offset) for name, offset in items)
         return _Tracked(request, str(next(self._numbers)), seed, scope, multimodal, lora)
 
     def _adapter(self, request: Request) -> bytes | None:
-        """The digest of its LoRA adapter, b"" without one; None: its files are not known, or were replaced."""
+        """The digest of the request's LoRA adapter, b"" without one; None: its files are unknown, or were replaced."""
         lora = request.lora_request
         return b"" if lora is None else self._adapters.digest(lora.lora_int_id, lora.lora_path)
 
     def _notice_preemption(self, tracked: _Tracked) -> None:
-        """A preempted request starts from token 0: it may ask again, and resamples what was in flight."""
+        """A preempted request starts from token 0: it may look up again, and resamples what was in flight."""
         if tracked.request.num_preemptions == tracked.preemptions:
             return
         tracked.preemptions = tracked.request.num_preemptions
@@ -480,7 +482,7 @@ class SchedulerSide:
         tracked.waiting_since_s = None
 
     def _extend_keys(self, tracked: _Tracked, count: int) -> bool:
-        """Compute keys up to `count` segments, as far as tokens are known; whether that far."""
+        """Compute keys up to `count` segments, as far as tokens are known; True if all were computed."""
         size, request = self._plan.segment_tokens, tracked.request
         while len(tracked.keys) < count and (len(tracked.keys) + 1) * size <= request.num_tokens:
             start = len(tracked.keys) * size

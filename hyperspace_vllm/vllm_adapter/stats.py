@@ -49,7 +49,7 @@ class HyperspaceStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untype
             samples.append(seconds)
 
     def take(self) -> Self | None:
-        """Everything so far as an object of its own, starting anew here; None when there is nothing."""
+        """Everything so far as a separate object, resetting this one; None when there is nothing."""
         if not self.data:
             return None
         taken = type(self)(data=self.data)
@@ -57,16 +57,16 @@ class HyperspaceStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untype
         return taken
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset all counts."""
         self.data = {}
 
     def is_empty(self) -> bool:
-        """Nothing was counted."""
+        """Whether nothing was counted."""
         return not self.data
 
     @contained(lambda self, other: self)
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        """This one with `other`'s counts added."""
+        """This object with `other`'s counts added."""
         for name, values in other.data.items():
             if name == LOOKUP_SECONDS:
                 for seconds in values:

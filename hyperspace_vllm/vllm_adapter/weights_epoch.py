@@ -1,9 +1,9 @@
 """Whether an engine still holds the weights that it loaded from its files.
 
-Whatever may change them begins another epoch *before* it does: a random one, folded into every key, so that nothing
-from before serves what comes after, on no node. Sleep and waking at level 1 keep the weights; so do resets of caches.
-Weights that were discarded (level 2) and are loaded anew from the same files end the epoch; not so once anything
-else was called, since that may have left the engine with another path to load from.
+A call that may change the weights starts another epoch *before* it runs: a random value, folded into every key, so that
+nothing from before it serves what comes after, on any node. Sleep and wake-up at level 1 keep the weights; so do cache
+resets. When weights that were discarded (level 2) are loaded again from the same files, the epoch ends; but not once
+any other call was made, since that may have given the engine another path to load from.
 """
 
 import fcntl
@@ -55,16 +55,16 @@ class WeightsEpoch:
 
     @property
     def count(self) -> int:
-        """Epochs begun so far: what was computed while it changed is of no one epoch."""
+        """Epochs begun so far: what was computed while it changed belongs to no single epoch."""
         return int.from_bytes(self._state[_EPOCH_BYTES:_STRAYED], "little")
 
     def key(self, digest: bytes | None) -> bytes | None:
-        """`digest` of what was loaded as it counts for the weights of now; None stays None."""
+        """`digest` of what was loaded, folded with the current epoch of the weights; None stays None."""
         epoch = self._state[:_EPOCH_BYTES]
         return digest if epoch == _AS_LOADED or digest is None else hashlib.sha256(digest + epoch).digest()
 
     def begin(self, strays: bool) -> None:
-        """The weights are about to change; `strays`: loading the files again need not bring them back."""
+        """The weights are about to change; `strays`: loading the files again need not restore them."""
         if strays:
             self._state[_STRAYED] = 1
         self._state[_EPOCH_BYTES:_STRAYED] = (self.count + 1).to_bytes(_COUNT_BYTES, "little")
@@ -77,14 +77,14 @@ class WeightsEpoch:
 
 
 class WeightsWatch:
-    """Advances an epoch for the calls that reach an engine. `unchanged` looks whether the files are as they were."""
+    """Starts an epoch for each call that may change an engine's weights. `unchanged` compares the files' states."""
 
     def __init__(self, epoch: WeightsEpoch, unchanged: Callable[[], bool], began: Callable[[], None]) -> None:
         self._epoch, self._unchanged, self._began = epoch, contained(lambda: False)(unchanged), contained()(began)
 
     @contextmanager
     def rpc(self, method: Any, arguments: tuple[Any, ...]) -> Iterator[None]:
-        """Around `collective_rpc(method, *arguments)` of the workers."""
+        """Wraps `collective_rpc(method, *arguments)` of the workers."""
         if isinstance(method, str) and method in _HARMLESS:
             yield
             return
@@ -96,7 +96,7 @@ class WeightsWatch:
             self._epoch.end()
 
     def sleeps(self, level: int) -> None:
-        """From level 2 on the weights are discarded; until they are loaded again they are any."""
+        """From level 2 on the weights are discarded, and unknown until they are loaded again."""
         if level >= 2:
             self._begin(strays=False)
 
@@ -106,15 +106,15 @@ class WeightsWatch:
 
 
 def shared_epoch(data_dir: Path) -> tuple[Path, int]:
-    """A new file for a server's API servers, and the descriptor that keeps it: the files of dead servers go."""
+    """A new file for a server's API servers, and the descriptor that keeps it; files of dead servers are removed."""
     directory = data_dir / "epochs"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     remove_drafts(directory, ".*")
     for path in directory.glob("[!.]*"):
-        with suppress(OSError), open_regular(path) as file:  # BlockingIOError: its server lives
+        with suppress(OSError), open_regular(path) as file:  # BlockingIOError: its server is alive
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-    descriptor, draft = tempfile.mkstemp(dir=directory, prefix=".")  # a server that starts now leaves it alone
+    descriptor, draft = tempfile.mkstemp(dir=directory, prefix=".")  # a server that starts now ignores it
     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     os.ftruncate(descriptor, _STATE_BYTES)
     path = directory / Path(draft).name[1:]

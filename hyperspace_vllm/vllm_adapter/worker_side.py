@@ -1,8 +1,8 @@
-"""A worker's half: copies rows out of the arena into its blocks, and its blocks into staging slabs.
+"""A worker's half: copies rows from the arena into its blocks, and its blocks into staging slabs.
 
-The ledger: every load in the metadata is a receive that the scheduler promised for this rank, and vLLM wants it back
-exactly once, whatever becomes of it. `load` settles it as received or failed, and not before its last copy has ended:
-vLLM gives the blocks of a failed load to others. `transfer_results` hands it over.
+The ledger: every load in the metadata is a receive that the scheduler promised for this rank, and vLLM expects it back
+exactly once, whatever happens to it. `load` settles it as received or failed, and not before its last copy has ended:
+vLLM gives the blocks of a failed load to other requests. `transfer_results` reports it.
 """
 
 import functools
@@ -34,7 +34,7 @@ from .stats import HyperspaceStats
 
 logger = logging.getLogger("vllm.hyperspace")
 
-STARTUP_WAIT_S = 2.0  # for the node, while the engine starts: the first prompt then finds its slabs granted
+STARTUP_WAIT_S = 2.0  # for the node, while the engine starts: its slabs are then granted before the first prompt
 SEGMENTS_STAGED_MAX = 32  # slabs held per part: as many as one step may save (scheduler_side.STEP_SAVES_MAX)
 
 
@@ -45,10 +45,10 @@ class WorkerSide:
         self, client: NodeClient, plan: KVPlan, rank: int, step_segments: int, encode_device: EncodeDevice
     ) -> None:
         self._client, self._plan, self._rank, self._encode_device = client, plan, rank, encode_device
-        # Twice a step's worth: the node frees and grants anew while the next step computes.
+        # Two steps' worth: the node frees and grants slabs while the next step computes.
         self._slabs_wanted = min(2 * step_segments, SEGMENTS_STAGED_MAX)
         self._copier: Copier | None = None  # None: L2 is off here
-        self._engine: RegisterLayout | None = None  # what the node was told in this session
+        self._engine: RegisterLayout | None = None  # the layout the node was given in this session
         self._epoch = 0
         self._slabs: dict[int, list[Slab]] = {plan.row_bytes(part): [] for part in range(len(plan.parts))}
         self._asked: dict[int, int] = dict.fromkeys(self._slabs, 0)
@@ -99,7 +99,7 @@ class WorkerSide:
         self._settled.put((request_id, reason or ("received" if landed else "copy_failed")))
 
     def _load(self, load: PrefixLoad) -> str | None:
-        """Start the copies of one load; why it failed, or None."""
+        """Start the copies of one load; returns why it failed, or None."""
         if self._copier is None:
             return "off"
         if not self._client.connected:
@@ -129,7 +129,7 @@ class WorkerSide:
         return self._moved(used)
 
     def _moved(self, rows: list[LoadedRow]) -> str | None:
-        # After the copies, not before: only then do we know that what was copied was still the row.
+        # After the copies, not before: only then is it certain that the row was current while it was copied.
         if not all(self._client.is_current(row.slab) for row in rows):
             return "lease_lost"
         self.stats.count("hyperspace_l2_bytes_total", "loaded", by=sum(row.slab.length for row in rows))
@@ -171,7 +171,7 @@ class WorkerSide:
         return None
 
     def _stage(self, save: SegmentSave, number: int) -> str | None:
-        """Gather one row; why not, or None."""
+        """Gather one row; returns why it was not, or None."""
         assert self._copier is not None
         slabs = self._slabs[self._plan.row_bytes(number)]
         if not slabs:
@@ -181,7 +181,7 @@ class WorkerSide:
             row = self._client.view(slab)
         except LookupError:
             return "lease_lost"
-        if self._client.epoch != epoch:  # asked after taking the view: the bytes are of the arena that granted them
+        if self._client.epoch != epoch:  # asked after taking the view: the bytes belong to the arena that granted them
             return "lease_lost"
         ids = {group: save.blocks[group] for group in part.groups}
 
@@ -189,7 +189,7 @@ class WorkerSide:
             if not landed:
                 slabs.append(slab)
                 return
-            # A slab of a lost lease is quarantined by the node, so what we wrote there harms nobody.
+            # The node quarantines a slab of a lost lease, so what we wrote there is harmless.
             if self._client.epoch != epoch or not self._client.is_current(slab):
                 return
             if not self._client.send(RowStaged(save.name, save.segment, number, self._rank, slab)):
@@ -206,7 +206,7 @@ class WorkerSide:
     # --- the session -----------------------------------------------------------------------------
 
     def _enter_session(self) -> None:
-        """A new session holds none of our slabs; it hears a layout before anything else."""
+        """Start a session, which holds none of our slabs; the layout is its first message."""
         epoch = self._client.epoch
         if epoch == self._epoch or not self._client.connected:
             return
@@ -237,7 +237,7 @@ class WorkerSide:
                 self._asked[size] += missing
 
     def close(self) -> None:
-        """Finish the copies under way; the client's goodbye ends the leases."""
+        """Finish the copies in flight; the client's goodbye ends the leases."""
         if self._copier is not None:
             self._copier.close()
 
@@ -250,4 +250,4 @@ def _why_no_copy(error: RuntimeError) -> str:
 
 
 def _release(lock: SessionLock, landed: bool) -> None:
-    lock.release()  # landed or not, nothing writes into that session's slabs any more
+    lock.release()  # completed or not, no copy writes into that session's slabs any more

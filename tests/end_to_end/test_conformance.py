@@ -1,7 +1,7 @@
-"""Every endpoint of a real server, by its official client: what is replayed is what was computed, streamed or not.
+"""Every endpoint of a real server, by its official client: replayed answers equal computed ones, streamed or not.
 
-Each request is computed once, as a stream or not, and asked for again in both ways. This server has parsers, which
-read a stream by other code than a whole answer: all but completions are computed once in each way.
+Each request is computed once, as a stream or not, and asked again in both ways. This server has parsers, which read a
+stream by other code than a whole answer, so all but completions are computed once in each way.
 """
 
 import base64
@@ -153,7 +153,7 @@ def response(server: Server, stream: bool, **fields: Any) -> dict[str, Any]:
 
 def message(server: Server, stream: bool, **fields: Any) -> dict[str, Any]:
     client = anthropic_client(server).messages
-    sampling = {"temperature": 0, **fields.get("extra_body", {})}  # the client has no parameter for it any more
+    sampling = {"temperature": 0, **fields.get("extra_body", {})}  # the client no longer has a parameter for it
     request = {"model": "demo", "max_tokens": 12, **fields, "extra_body": sampling}
     if not stream:
         answer = client.create(**request).to_dict()
@@ -164,7 +164,7 @@ def message(server: Server, stream: bool, **fields: Any) -> dict[str, Any]:
 
 
 def unstreamed(server: Server, _: bool, **fields: Any) -> dict[str, Any]:
-    """This model reasons on and on: without its reasoning a stream says nothing, and isn't stored."""
+    """This model reasons without end: without its reasoning a stream is empty, and isn't stored."""
     return chat(server, False, **fields)
 
 
@@ -285,7 +285,7 @@ def found_ids(answer: httpx.Response) -> list[str]:
 
 HIT = r"hyperspace; hit; ttl=86\d{3}; detail="
 COMPUTED = r"hyperspace; fwd=uri-miss; stored"
-# What is asked first (None: nothing), what then, under which headers; the status and the Cache-Status of its answer.
+# The first request (None: none), the second one and its headers; the status and the Cache-Status of its answer.
 HEADERS: list[tuple[str, str | None, str, dict[str, str], int, str]] = [
     ("a miss", None, "How do I cook {}?", {}, 200, COMPUTED),
     ("a hit", "How do I cook {}?", "How do I cook {}?", {}, 200, HIT + "exact"),
@@ -391,7 +391,7 @@ def test_equal_requests_at_one_time_are_computed_once(server: Server) -> None:
         first = stream()
         frames = first.iter_text()
         begun = next(frames)
-        with frozen_engine(server):  # no answer can end before the last request has come
+        with frozen_engine(server):  # no answer can end before the last request has arrived
             others = [stream() for _ in range(7)]
         answers = {begun + "".join(frames), *(other.read().decode() for other in others)}
     assert len(answers) == 8

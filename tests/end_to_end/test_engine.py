@@ -25,7 +25,7 @@ LOOKUPS = "hyperspace_l2_lookups_total"
 
 
 def prompt(tokens: int, seed: int = 0) -> list[int]:
-    """Ids of the byte tokenizer; a prompt with another seed shares no segment."""
+    """Ids of the byte tokenizer; prompts with different seeds share no segment."""
     return [(i * 7 + seed * 31 + i // 250) % 250 for i in range(tokens)]
 
 
@@ -47,7 +47,7 @@ class Node:
         until(lambda: bool(self.metrics()), "starting")
 
     def status(self) -> dict[str, Any]:
-        """What it says of itself; nothing while it isn't there."""
+        """The node's own status; empty while it isn't there."""
         command = [sys.executable, "-m", "hyperspace_vllm.cli", "status", "--json"]
         done = subprocess.run(command, env=self._env, capture_output=True, text=True, check=False, timeout=30)
         found: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
@@ -58,7 +58,7 @@ class Node:
         return metrics
 
     def in_memory(self) -> int:
-        """About how many segments its PeerRecord says are in its engine's memory."""
+        """About how many segments its PeerRecord counts in its engine's memory."""
         serves = self.status()["p2p"].get("serves", {})
         return int(serves.get("segments_in_memory", -1))  # it has yet to join
 
@@ -151,13 +151,13 @@ def test_a_frozen_node_costs_its_deadline_and_a_killed_one_does_not(engine: Step
     node.process.send_signal(signal.SIGSTOP)
     killer = threading.Timer(1.0, node.process.kill)
     killer.start()
-    engine.generate(prompt(600, seed=8))  # waits for the frozen node, which dies meanwhile
+    engine.generate(prompt(600, seed=8))  # waits for the frozen node, which dies in the meantime
     killer.join()
     reason, waited_s = engine.ask("state")["last_miss"]
     assert reason == "node_gone"
     assert waited_s < 3
     engine.generate(prompt(600, seed=9))
-    assert engine.ask("state")["last_miss"][1] < 3  # no node, or the one that the engine's process started meanwhile
+    assert engine.ask("state")["last_miss"][1] < 3  # no node, or the one that the engine's process has started since
 
 
 def _reconnected(engine: SteppedEngine, node: Node) -> bool:
@@ -202,7 +202,7 @@ def test_the_record_says_what_is_in_memory_and_no_more_what_was_evicted_or_reset
     cramped: tuple[Node, SteppedEngine],
 ) -> None:
     node, engine = cramped
-    first, second = prompt(600, seed=1), prompt(900, seed=2)  # the second pushes out the end of the first
+    first, second = prompt(600, seed=1), prompt(900, seed=2)  # the second evicts the end of the first
     engine.generate(first)
     until(lambda: engine.ask("in_memory", tokens=first)["of_prompt"] == [True] * 2, "the report")
     until(lambda: node.in_memory() == 2, "a record with two segments")
@@ -233,13 +233,13 @@ def preempt(engine: SteppedEngine) -> None:
     engine.ask("reset", connector=False)
     together = engine.generate(*prompts, max_tokens=250)["tokens"]
     assert [len(tokens) for tokens in together] == [250] * 3
-    assert [tokens[:8] for tokens in together] == alone  # later, other batch shapes may flip a random model
+    assert [tokens[:8] for tokens in together] == alone  # later, other batch shapes may change a random model's choice
     assert engine.ask("state")["preemptions"] > 0
 
 
 @pytest.mark.slow
 def test_an_engine_without_a_node_serves_as_if_we_were_not_there(tmp_path: Path) -> None:
-    # Somebody holds the directory's lock and answers nothing: the embedded node leaves, and nobody else is there.
+    # Another process holds the directory's lock and answers nothing: the embedded node exits, and there is no other.
     lock = os.open(tmp_path / "node.lock", os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)
     alone = SteppedEngine(MODELS / "tiny", {"data_dir": str(tmp_path)})

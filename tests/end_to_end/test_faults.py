@@ -1,11 +1,10 @@
-"""What a real `vllm serve` does when its node, its peer, the link between them, its disk or its memory fails.
+"""Faults of a real `vllm serve`'s node, its peer, the link between them, its disk or its memory.
 
 A computes prompts and publishes them; B gets them from A's node over a link that the test can slow, freeze and cut. C
-is cramped: 40 KV blocks, 16 rows of shared memory, 1 MiB of disk (a file system of that size where the tests may mount
-one, else a quota). A fault must end in the text that a plain computation
-gives, the prefill begun soon after it, nothing crashed, and a metric that names it. What peers can forge
-(every field of manifest, table, proof and signature, too few chunks, absurd lengths) is refused one by one between
-whole nodes in test_two_nodes.py and isn't repeated here.
+has little room: 40 KV blocks, 16 rows of shared memory, 1 MiB of disk (a file system of that size where the tests may
+mount one, else a quota). A fault must end in the text of a plain computation, a prefill that begins soon after it, no
+crash, and a metric that names it. What peers can forge (every field of manifest, table, proof and signature, too few
+chunks, absurd lengths) is refused one by one between whole nodes in test_two_nodes.py and isn't repeated here.
 """
 
 import itertools
@@ -34,22 +33,22 @@ from tests.support.slow_link import SlowLink
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-# The core's tests hold a stall to its 250 ms, by a clock of their own. Here the clock is that of a machine that may be
-# busy: a fault must cost next to nothing of the lookup's 20 s.
+# The core's tests check the stall limit of 250 ms on a simulated clock. Here the clock is that of a machine that may be
+# busy: a fault must cost only a small part of the lookup's 20 s.
 FAULT_S = 4.0
 BACK_S = 20.0
-AVOIDED_S = 90.0  # core/node/node.py: CHARGED_MS, and some
+AVOIDED_S = 90.0  # core/node/node.py: CHARGED_MS, and some more
 NUMBER_BYTES = 4 if dtype("generate") == "float32" else 2
 ROW_BYTES = NUMBER_BYTES * 256 * KiB  # the tiny model's: 256 tokens x 4 layers x 2 heads x 64 x K and V
 CHUNK_BYTES = chunk_bytes_for(ROW_BYTES)
 SLOW_BYTES_S = 4 * ROW_BYTES
 LONG, SHORT = 4000, 1100  # bytes, which are tokens of the tiny model: 15 and 4 segments
-# A model of random weights is often undecided, and a loaded prefix differs from a computed one in its last bits (the
-# matrices had other shapes), which moves logprobs by up to 0.03. So prompts are used on which the plain computation
-# decides clearly for each token: by ten times as much.
+# A model of random weights is often undecided, and a loaded prefix differs from a computed one in its last bits (its
+# matrices had other shapes), which moves logprobs by up to 0.03. So the prompts used are those for which the plain
+# computation decides clearly for each token: by ten times as much.
 GAP = 0.3
 TOKENS = 2
-ATTEMPTS = 3  # with other text each: on a machine with more to do than cores, a fetch may rightly end early
+ATTEMPTS = 3  # with different text each: on a machine with more work than cores, a fetch may rightly end early
 # By id: many of the byte tokenizer's tokens are printed alike.
 LOGPROBS: dict[str, Any] = {"max_tokens": TOKENS, "logprobs": 2, "return_tokens_as_token_ids": True}
 
@@ -105,7 +104,7 @@ def servers(directories: list[Path], environments: list[dict[str, str]]) -> Iter
 
 @pytest.fixture
 def pair(servers: Servers) -> Iterator[Servers]:
-    """The servers, connected; afterwards whole again, with nothing odd in their logs."""
+    """The servers, connected; afterwards restored, with no errors in their logs."""
     marks = {log: log.stat().st_size for server in (servers.a, servers.b) for log in logs(server)}
     wait_connected(servers.b)
     yield servers
@@ -136,7 +135,7 @@ def logs(server: Server) -> list[Path]:
 
 
 def status(server: Server) -> dict[str, Any]:
-    """What the node says of itself; {} while there is none."""
+    """The node's own status; {} while there is none."""
     with suppress(Exception):
         return cast(dict[str, Any], server.node_status())
     return {}
@@ -172,9 +171,10 @@ def wait_connected(server: Server) -> None:
 
 
 def wait_hit(pair: Servers, timeout_s: float = 60) -> None:
-    """Until B gets something from A again.
+    """Wait until B gets something from A again.
 
-    Not at once: a new node's KZG worker loads its setup for seconds; who stalled isn't asked for 5 s, a liar for 60 s.
+    Not at once: a new node's KZG worker loads its setup for seconds; a peer that stalled isn't asked for 5 s, one that
+    lied for 60 s.
     """
     hits = lookups(pair.b, "hit", "network")
 
@@ -188,12 +188,12 @@ def wait_hit(pair: Servers, timeout_s: float = 60) -> None:
 
 
 def wait_idle(server: Server) -> None:
-    """Until the node has coded and kept everything that it was given."""
+    """Wait until the node has coded and kept everything that it was given."""
     until(lambda: status(server).get("publish", {}).get("waiting_rows", 1) == 0, "the node's writing")
 
 
 def document(size: int) -> str:
-    """Text that no test has used, `size` tokens of the tiny model."""
+    """Text that no other test has used, `size` tokens of the tiny model."""
     words = random.Random(time.time_ns())
     text = f"{time.time_ns()} "
     while len(text) < size:
@@ -207,7 +207,7 @@ def publish(server: Server, text: str) -> None:
 
 
 def plain(server: Server, prompt: str) -> Completion:
-    """The answer without any cache: a salt that nobody else uses makes every one of them miss."""
+    """The answer without any cache: a unique salt makes every cache miss."""
     salt, headers = f"plain {time.time_ns()}", {"Cache-Control": "no-store"}
     return server.complete(prompt, **LOGPROBS, cache_salt=salt, headers=headers)
 
@@ -218,9 +218,9 @@ def is_clear(answer: Completion) -> bool:
 
 
 def clear_question(server: Server, text: str) -> tuple[str, Completion]:
-    """A prompt that begins with `text`, and the server's plain answer to it, of which the model is sure."""
+    """A prompt that begins with `text`, and the server's plain answer to it, with a clear choice of every token."""
     for number in range(20):
-        prompt = f"{text} {chr(ord('A') + number)}"  # a small model minds the last byte most
+        prompt = f"{text} {chr(ord('A') + number)}"  # the last byte affects a small model most
         answer = plain(server, prompt)
         if is_clear(answer):
             wait_idle(server)
@@ -229,7 +229,7 @@ def clear_question(server: Server, text: str) -> tuple[str, Completion]:
 
 
 def ask(server: Server, prompt: str) -> Answered:
-    """Ask once, alone."""
+    """Ask once, with no other request."""
     prefill, count = "vllm:request_prefill_time_seconds_sum", "vllm:request_prefill_time_seconds_count"
     before_s, before = server.metric(prefill), server.metric(count)
     sent_at_s = time.monotonic()
@@ -239,7 +239,7 @@ def ask(server: Server, prompt: str) -> Answered:
 
 
 def fetch_through(pair: Servers, fault: Callable[[], object]) -> float:
-    """B asks for what A has, over a slow link; `fault` comes in the middle. Seconds from it to B's prefill."""
+    """B asks for a prompt of A over a slow link; `fault` comes in the middle. Seconds from it to B's prefill."""
     for _ in range(ATTEMPTS):
         wait_hit(pair, AVOIDED_S)
         text = document(LONG)
@@ -256,7 +256,7 @@ def fetch_through(pair: Servers, fault: Callable[[], object]) -> float:
             fault()
             fault_at_s = time.monotonic()
             answered = asked.result(120)
-        # What had left A before the fault still arrives, and is used: to B the fault begins when it ends.
+        # Bytes that left A before the fault still arrive, and are used: for B the fault begins when they end.
         quiet_at_s = max(fault_at_s, min(pair.link.last_delivery_s, answered.prefill_at_s))
         after_s = answered.prefill_at_s - quiet_at_s
         print(
@@ -270,7 +270,7 @@ def fetch_through(pair: Servers, fault: Callable[[], object]) -> float:
 
 
 def corrupt(path: Path, columns: range) -> None:
-    """Change one byte of these chunks of every row of an object, in place."""
+    """Change one byte of these chunks in every row of an object, in place."""
     with path.open("r+b") as file:
         for row in range(path.stat().st_size // (TOTAL_CHUNKS * CHUNK_BYTES)):
             for column in columns:
@@ -336,16 +336,16 @@ def test_a_peer_that_dies_in_the_middle_costs_a_stall_and_comes_back(pair: Serve
 
 
 def leave_after(server: Server, prompt: str, wait_s: float) -> None:
-    """Send a request and disconnect so long afterwards."""
+    """Send a request and disconnect after `wait_s`."""
     body = json.dumps({"model": "demo", "prompt": prompt, "max_tokens": 6000, "stream": True, "ignore_eos": True})
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(f"{head}\r\n\r\n{body}".encode())
-        time.sleep(wait_s)  # what is tested, not a wait for something
+        time.sleep(wait_s)  # the subject of the test, not a wait for something
 
 
 def leased_bytes(server: Server) -> int:
-    """Arena bytes that hold no row of the cache: leased to somebody, or being written."""
+    """Arena bytes that hold no row of the cache: leased, or being written."""
     arena = status(server)["arena"]
     return int(arena["capacity_bytes"] - arena["free_bytes"] - arena["rows"] * ROW_BYTES)
 
@@ -374,7 +374,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(pair: Servers) ->
     assert ask(pair.b, prompt).answer.tokens == expected.tokens
 
 
-# --- a peer that lies, and the own node ---------------------------------------------------------------
+# --- a peer that lies, and this node ------------------------------------------------------------------
 
 
 def test_a_peer_whose_disk_lies_is_refused(pair: Servers) -> None:
@@ -405,7 +405,7 @@ def test_a_peer_whose_disk_lies_is_refused(pair: Servers) -> None:
 
 @pytest.mark.slow
 def test_a_node_that_dies_in_the_middle_costs_no_wait_and_comes_back(pair: Servers) -> None:
-    # A lied in the test before: B's next node hasn't heard of that.
+    # A lied in the test before: B's next node doesn't know that.
     killed = node_pid(pair.b)
     os.kill(killed, signal.SIGKILL)
     until(lambda: status(pair.b).get("pid") not in (None, killed), "B's node")
@@ -424,12 +424,12 @@ def test_a_node_that_dies_in_the_middle_costs_no_wait_and_comes_back(pair: Serve
     print(f"B hit again within {time.monotonic() - died_at_s:.1f} s of the answer")
 
 
-# --- cramped --------------------------------------------------------------------------------------
+# --- little room -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def cramped(servers: Servers, directories: list[Path], environments: list[dict[str, str]]) -> Iterator[Server]:
-    """C: KV blocks for three prompts, shared memory for 16 rows, disk for none."""
+    """C: KV blocks for three prompts, shared memory for 16 rows, no disk to spare."""
     little = {"HYPERSPACE_ARENA_BYTES": str(16 * ROW_BYTES)}
     flags = ("--num-gpu-blocks-override", "40", "--max-model-len", "4096")
     with ExitStack() as running:
@@ -449,7 +449,7 @@ def cramped(servers: Servers, directories: list[Path], environments: list[dict[s
 
 @contextmanager
 def small_disk(directory: Path) -> Iterator[bool]:
-    """1 MiB of disk at `directory`, if we may mount it: there writing fails with the kernel's own ENOSPC."""
+    """1 MiB of disk at `directory`, if the test may mount it: there writes fail with the kernel's own ENOSPC."""
     directory.mkdir(mode=0o700)
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "hyperspace-tests", str(directory)]
     mounted = subprocess.run(mount, capture_output=True).returncode == 0
@@ -460,7 +460,7 @@ def small_disk(directory: Path) -> Iterator[bool]:
 
 
 def reset(server: Server, reset_external: bool) -> None:
-    """vLLM's own prefix cache is emptied, and the connector's if asked for."""
+    """Empty vLLM's own prefix cache, and the connector's if asked for."""
 
     def done() -> bool:
         url = f"{server.url}/reset_prefix_cache?reset_external={str(reset_external).lower()}"
@@ -471,7 +471,7 @@ def reset(server: Server, reset_external: bool) -> None:
 
 
 def wait_granted(server: Server) -> None:
-    """Until the worker holds the 5 slabs that it may, three quarters of half the arena: writing left it fewer."""
+    """Wait until the worker holds its maximum of 5 slabs, three quarters of half the arena: writing left it fewer."""
     until(lambda: leased_bytes(server) == 5 * ROW_BYTES, "5 slabs for the worker")
 
 

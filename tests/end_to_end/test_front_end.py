@@ -1,4 +1,4 @@
-"""The response cache inside vLLM's real front end says what vLLM alone would have said, refusals included."""
+"""The response cache inside vLLM's real front end answers as vLLM alone would have, refusals included."""
 
 import json
 import random
@@ -101,7 +101,7 @@ def with_flags(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
 
 
 def post(front: FrontEnds, endpoint: Endpoint, body: Json | bytes, **headers: str) -> tuple[Any, Any, str]:
-    """What vLLM says, what it says with the cache inside, and the Cache-Status of that."""
+    """vLLM's answer, its answer with the cache inside, and the Cache-Status of the latter."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     named = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
     said: list[Any] = []
@@ -117,7 +117,7 @@ def post(front: FrontEnds, endpoint: Endpoint, body: Json | bytes, **headers: st
     return said[0], said[1], status
 
 
-# --- what vLLM refuses ----------------------------------------------------------------------------
+# --- vLLM's refusals --------------------------------------------------------------------------------
 
 REFUSED: list[tuple[str, Endpoint, Json, Json, dict[str, str]]] = [
     ("no parser", "chat", {}, {"stream_interval": 0}, {}),
@@ -223,7 +223,7 @@ def test_a_replayed_response_begins_without_what_is_known_at_its_end(with_flags:
     assert cached == plain
 
 
-# --- anything -------------------------------------------------------------------------------------
+# --- random requests --------------------------------------------------------------------------------
 
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 0.0, 1.0, 64.0, 0.5, 2, 2**63, 10**30, "", "x", "1", "auto", "\ud800", [], ["a"], [1],
@@ -240,13 +240,13 @@ HEADERS = [
     ("x-session-id", "s"),
     ("x-request-id", "r"),
 ]
-# What the scripted core can't answer, or answers for long.
+# Fields that the scripted core can't answer, or takes long to answer.
 UNSCRIPTED = frozenset({"prompt_logprobs", "logprob_token_ids", "use_beam_search", "n"})
 REQUESTS = [200, pytest.param(400, marks=pytest.mark.slow)]
 
 
 def changed(rng: random.Random, endpoint: Endpoint, body: Json) -> Json:
-    """The same request in other words, or another one."""
+    """The same request in another form, or another request."""
     fields = FIELDS[endpoint]
     neutral = sorted(fields.neutral)
     names = sorted({*fields.neutral, *fields.keyed, *fields.forbidden, *fields.verbatim} - UNSCRIPTED)

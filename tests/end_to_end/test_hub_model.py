@@ -1,4 +1,4 @@
-"""A model that is served by its hub's id, as most are: cached like any other, and one with its copy in a directory."""
+"""A model that is served by its hub id, as most are: cached like any other, and shared with its copy in a directory."""
 
 import time
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ PROMPT = "the quick brown fox jumps over the lazy dog " * 30
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
-    """`vllm serve acme/tiny --api-server-count 2`, and a node of its own that serves the same files by their path."""
+    """`vllm serve acme/tiny --api-server-count 2`, and a separate node that serves the same files by their path."""
     base = tmp_path_factory.mktemp("hub")
     directories = [base / "by_id", base / "by_path"]
     for directory in directories:

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 SEGMENT = 256
 WINDOW = 512  # tiny-gemma3's
-ATTEMPTS = 3  # with other tokens each: on a machine with more to do than cores, a fetch may rightly end as a miss
+ATTEMPTS = 3  # with other tokens each: on a machine with more work than cores, a fetch may rightly end as a miss
 PRODUCED_MAX = 6
 LENGTHS = (255, 256, 257, 511, 512, 513, 769, 1023, 1024, 1025, 1281)
 TWO_RANKS_OF = "tiny-gemma3" if FAILED_LOADS_HAVE_NAMES else "tiny"  # the oldest vLLM has the former declined
@@ -52,7 +52,7 @@ class Produced:
 
 @dataclass
 class Consumer:
-    """Engine B, and what A left in its node before it ended."""
+    """Engine B, and what A left in its node before A ended."""
 
     engine: Engine
     directory: Path
@@ -72,7 +72,7 @@ class Consumer:
     ],
 )
 def consumer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consumer]:
-    """A's engine ends before B's starts, so that B's has the machine."""
+    """A's engine ends before B's starts, so that B's has the machine to itself."""
     root = tmp_path_factory.mktemp("kv")
     directories = [root / "a", root / "b"]
     for directory in directories:
@@ -80,7 +80,7 @@ def consumer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     model, options, environment = CASES[request.param]
     if model == "tiny-gemma3" and not FAILED_LOADS_HAVE_NAMES:
         pytest.skip("declined by design: test_failed_load.py")
-    # Two ranks spin on both cores while they wait for each other: encoding at its usual nice 10 would hardly run.
+    # Two ranks spin on both cores while they wait for each other: at its usual nice 10, encoding would hardly run.
     settings = {"HYPERSPACE_FETCH": "always", "HYPERSPACE_ARENA_BYTES": str(512 << 20), "HYPERSPACE_NICE": "0"}
     environments = [
         {**settings, **environment, **extra, "HYPERSPACE_DATA_DIR": str(directory)}
@@ -104,7 +104,7 @@ def consumer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @contextmanager
 def node(directory: Path, environment: dict[str, str]) -> Iterator[None]:
-    """A node of its own, which outlives its engine."""
+    """A separate node, which outlives its engine."""
     with (directory / "node.log").open("w") as log:
         command = [sys.executable, "-m", "hyperspace_vllm.cli", "node"]
         process = subprocess.Popen(command, env={**os.environ, **environment}, stderr=log)
@@ -122,7 +122,7 @@ def node(directory: Path, environment: dict[str, str]) -> Iterator[None]:
 def produce(a: Engine, node_of_a: NodeClient, length: int) -> Produced:
     """A prompt of `length` tokens whose whole segments A's node has stored.
 
-    Where ranks spin on every core, a worker may rightly be left without a staging slab: then another prompt.
+    Where ranks spin on every core, a worker may rightly get no staging slab: then another prompt is used.
     """
     rng = random.Random(time.time_ns())
     for _ in range(PRODUCED_MAX):
@@ -136,7 +136,7 @@ def produce(a: Engine, node_of_a: NodeClient, length: int) -> Produced:
 
 
 def is_stored(node: NodeClient, before: int, timeout_s: float = 10) -> bool:
-    """Whether the node has coded all that it was given, and that was something."""
+    """Whether the node has coded everything that it was given, and was given something."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         rows, waiting = stored_rows(node)
@@ -163,7 +163,7 @@ def stored_rows(node: NodeClient, timeout_s: float = 30) -> tuple[int, int]:
 
 
 def status(directory: Path) -> Any:
-    """The node's own account."""
+    """The node's own status."""
     return json.loads(hyperspace("status", "--json", data_dir=directory))
 
 
@@ -171,7 +171,7 @@ def status(directory: Path) -> Any:
 def test_fetched_blocks_equal_the_producers_and_the_consumers_own(consumer: Consumer, length: int) -> None:
     b, expected = consumer.engine, (length - 1) // SEGMENT * SEGMENT
     for _ in range(ATTEMPTS):
-        # Each prompt is asked for once: what a late fetch left in B's node must not serve a rerun of this test.
+        # Each prompt is asked once: rows that a late fetch left in B's node must not serve a rerun of this test.
         produced = consumer.produced[length].pop()
         b.reset_local_cache()
         fetched_text, cached = b.generate(produced.tokens, max_tokens=4)

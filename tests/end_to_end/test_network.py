@@ -1,6 +1,6 @@
 """Ten node processes on loopback that know one address: they find each other, and answer for each other.
 
-The tests share the network and follow each other: discovery, 500 responses, faults, memory.
+The tests share the network and build on each other: discovery, 500 responses, faults, memory.
 """
 
 import random
@@ -28,12 +28,12 @@ pytestmark = [pytest.mark.io, pytest.mark.timeout(2_400)]
 
 NODES = 10
 RESPONSES = 500
-DEADLINE_MS = 5_000  # of a lookup; by default it is 300, which a busy machine may need for itself
-LATE_S = 5.0  # for the answer of a node whose time was up
+DEADLINE_MS = 5_000  # of a lookup; the default is 300, which a busy machine may need for itself
+LATE_S = 5.0  # for the answer of a node that ran out of time
 
 
 class Network:
-    """The nodes, who has which response, and who of them is gone."""
+    """The nodes, which of them have which response, and which are gone."""
 
     def __init__(self, nodes: list[NetworkedNode]) -> None:
         self.nodes = nodes
@@ -46,7 +46,7 @@ class Network:
         return [number for number in range(len(self.nodes)) if number not in self.gone]
 
     def fetch_everything(self, names: list[int]) -> tuple[list[float], list[int], float]:
-        """Ask a random live node without it for each; (seconds of the hits, names missed, the longest wait)."""
+        """Ask a random live node that lacks it for each; (seconds of the hits, names missed, the longest wait)."""
         took, missed, longest = [], [], 0.0
         for name in names:
             asker = self.rng.choice([number for number in self.live if number not in self.holders[name]])
@@ -186,7 +186,7 @@ def test_what_is_purged_while_a_peer_is_asked_for_it_is_not_stored_again(tmp_pat
         assert asker.client.send(PurgeResponses((request_key("x"),)))
         assert asker._await(lambda message: message == ResponseNotFound(1_000, "not_found"), 30)
         peer.process.send_signal(signal.SIGCONT)
-        peer.store("y")  # what is fetched after it comes after it
+        peer.store("y")  # what is fetched later is stored after this
         until(lambda: asker.find("y").body == body_of("y"), 600)
         until(lambda: asker.status()["responses"]["fetched"] >= 1, 600)
         assert asker.status()["responses"]["fetched"] == 1

@@ -1,4 +1,4 @@
-"""Ten minutes of a small network at work, outside CI (`pytest -m soak`): memory stays flat, and answers keep coming."""
+"""Ten minutes of a small network under load, outside CI (`pytest -m soak`): memory stays flat, and answers continue."""
 
 import random
 import time
@@ -33,7 +33,7 @@ def test_memory_is_flat_over_ten_minutes_of_answers(nodes: list[NetworkedNode]) 
         origins.append(rng.randrange(NODES))
         nodes[origins[-1]].store(stored)
         stored += 1
-        if stored > 20 * PER_S:  # two seconds at least since it was stored
+        if stored > 20 * PER_S:  # stored at least two seconds ago
             name = rng.randrange(max(0, stored - 2_000), stored - 10 * PER_S)
             asked += 1
             asker = rng.choice([number for number in range(NODES) if number != origins[name]])

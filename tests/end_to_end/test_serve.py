@@ -1,4 +1,4 @@
-"""`vllm serve MODEL --kv-connector hyperspace` as its users meet it: one flag, real HTTP, two servers on one node."""
+"""`vllm serve MODEL --kv-connector hyperspace` as users run it: one flag, real HTTP, two servers on one node."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def server(servers: tuple[Server, Server]) -> Server:
 
 @pytest.fixture
 def prompt(request: pytest.FixtureRequest) -> str:
-    """A prompt of this test's own."""
+    """A prompt of this test alone."""
     return f"{request.node.name} {time.time_ns()}: "
 
 
@@ -82,7 +82,7 @@ def hit(headers: dict[str, str]) -> bool:
 
 
 def said(body: bytes) -> dict[str, Any]:
-    """What a body says but for its id, of which every answer has its own."""
+    """The content of a body without its id, which differs in every answer."""
     answer: dict[str, Any] = json.loads(body)
     assert answer.pop("id")
     return answer
@@ -199,7 +199,7 @@ def test_servers_of_one_node_compute_a_request_once(servers: tuple[Server, Serve
         assert said(one[1]) == said(other[1])
         return True
 
-    # A server hears of the other by heartbeats, and waits 10 ms for a node: a busy one may be too late now and then.
+    # A server learns of the other by heartbeats, and waits 10 ms for a node, which may be late on a busy machine.
     until(collapsed, "a request that one server computed for both", timeout_s=120)
 
 
@@ -222,7 +222,7 @@ def test_another_wording_of_a_question_is_answered_by_every_server(servers: tupl
         return found["cache-status"], answer
 
     def cached(server: Server, question: str, wish: str = "balanced") -> tuple[str, bytes]:
-        """Nothing is computed for it, hence nothing stored."""
+        """The question is not computed, so nothing is stored."""
         return ask(server, question, cache_control="only-if-cached", x_hyperspace_semantic=wish)
 
     _, first = ask(servers[0], "What is a KVC?")

@@ -1,4 +1,4 @@
-"""One tenant never gets, nor learns of, what another has asked: by its keys, by its answers, by its time."""
+"""A tenant never gets, nor learns of, what another has asked: not by its keys, its answers or its timing."""
 
 import importlib
 import json
@@ -50,7 +50,7 @@ def body_of(endpoint: Endpoint, rng: random.Random) -> dict[str, Any]:
 
 
 def names_of(endpoint: Endpoint, body: dict[str, Any], tenant: str, salt: str | None) -> set[Names]:
-    """Everything by which an answer to a request may be found."""
+    """Every name by which an answer to a request may be found."""
     asked = body if salt is None else body | {"cache_salt": salt}
     key = request_key(endpoint, asked, bytes(32), None, tenant)
     assert isinstance(key, bytes)
@@ -82,7 +82,7 @@ async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An embedding may take as long as on a busy machine."""
+    """Allow an embedding the time that it may take on a busy machine."""
     monkeypatch.setattr(node_lookup, "SIMILAR_S", 30.0)
 
 
@@ -94,7 +94,7 @@ def chat(question: str) -> dict[str, Any]:
 async def test_what_a_tenant_stored_answers_that_tenant_alone(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for sampling in (exchange, match_error):  # a match that is computed as well has an answer of its own from then on
+    for sampling in (exchange, match_error):  # a match that is also computed has its own answer from then on
         monkeypatch.setattr(sampling, "CHECK_EVERY", 1 << 40)
     bench = await make_bench(semantic="balanced", api_keys=KEYS)
     rng = random.Random(2)
@@ -132,7 +132,8 @@ async def test_its_time_does_not_tell_whether_another_tenant_asked(make_bench: M
         answer = await bench.ask(ask(number), authorization=f"Bearer {KEYS[1]}")
         times[number] = time.perf_counter() - began
         assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
-    # How often one of theirs took longer than one that nobody had asked: 0.5, give or take 0.03; 0 or 1 if it told.
+    # How often a question of the other tenant took longer than a new one: 0.5, give or take 0.03; 0 or 1 would be a
+    # leak.
     longer = sum(times[a] > times[b] for a in numbers if a in theirs for b in numbers if b not in theirs)
     assert 0.3 < longer / (len(theirs) * (len(numbers) - len(theirs))) < 0.7
 
@@ -163,7 +164,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def vllms_routes() -> dict[str, list[Any]]:
-    """The models of vLLM by which the body of a POST to each of its paths is read."""
+    """vLLM's models for the body of a POST to each of its paths."""
     import vllm.entrypoints
 
     def models(annotation: Any) -> list[Any]:
@@ -195,7 +196,7 @@ def test_every_path_of_vllm_that_takes_a_salt_is_given_one() -> None:
 
 
 class Engine:
-    """What reaches vLLM's routes."""
+    """Records what reaches vLLM's routes."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []

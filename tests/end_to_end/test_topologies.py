@@ -1,4 +1,4 @@
-"""Every way to start vLLM: responses and another node's KV are hits, salts and tenants apart, metrics are there.
+"""Every way to start vLLM: responses and another node's KV are hits, salts and tenants are separate, metrics exist.
 
 CI has time for one, two API servers: tests/end_to_end/test_hub_model.py.
 """
@@ -73,7 +73,7 @@ def as_features(topologies: Sequence[Topology]) -> list[object]:
 
 @pytest.fixture(scope="module")
 def producer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, dict[str, str], Path]]:
-    """A plain server whose node another one knows: its environment and data directory."""
+    """A plain server that another node knows: its environment and data directory."""
     directories = [tmp_path_factory.mktemp(name) for name in ("producer", "consumer")]
     environments = introduce(directories, [free_port(), free_port()])
     with Server("producer", MODELS["tiny"], directories[0], environment=SMALL | environments[0]) as server:
@@ -86,7 +86,7 @@ def started(topology: Topology, environment: dict[str, str], directory: Path) ->
     program = None if topology.program is None else [sys.executable, *topology.program, "--model", str(MODELS["tiny"])]
     return Server(
         topology.name, MODELS["tiny"], directory, connector=topology.connector, program=program,
-        # Without vLLM's own prefix cache, what is cached came from us.
+        # Without vLLM's own prefix cache, cached tokens came from Hyperspace.
         arguments=["--no-enable-prefix-caching", *arguments], environment=SMALL | environment,
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def check(topology: Topology, producer: Server, environment: dict[str, str], dir
     with started(topology, environment, directory) as server:
         server.ready(900)
 
-        # L1: every API server answers from what one of them has stored.
+        # L1: every API server answers with what one of them has stored.
         stored_only = {"Cache-Control": "only-if-cached"}
         hits = 0
 
@@ -122,7 +122,7 @@ def check(topology: Topology, producer: Server, environment: dict[str, str], dir
             assert not hit(post(server, completion(topology.name, cache_salt="s"), key)[1])
         assert server.metric("hyperspace_l1_lookups_total", 'result="hit"', 'reason="local"') == hits
 
-        # L2: what the other node computed is loaded by each engine; a tenant's and a salted prompt's is not.
+        # L2: each engine loads the other node's KV; it loads none for a tenant's or a salted prompt.
         def cached(prompt: str, key: dict[str, str], **fields: object) -> int:
             headers = key | {"Cache-Control": "no-cache"}
             return server.complete(prompt, headers=headers, **fields).cached_tokens  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def check(topology: Topology, producer: Server, environment: dict[str, str], dir
             found = [cached(f"{shared}{rank}", {"X-data-parallel-rank": str(rank)}) for rank in engines]
             looked_up = {name: value for name, value in server.metrics().items() if "l2_lookups_total" in name}
             assert min(found) >= 1024, (found, looked_up)
-            if "ExampleConnector" not in topology.name:  # which keeps no salts apart
+            if "ExampleConnector" not in topology.name:  # it doesn't separate salts
                 assert cached(shared + "salted", {}, cache_salt="s") == 0
         counted = {
             name for name in server.metrics() if name.startswith("hyperspace_l2_lookups_total") and '"hit"' in name
@@ -154,7 +154,7 @@ def test_every_way_to_start_a_server_shares_what_others_computed(
 
 @pytest.mark.feature("started as: 2 engines, one of them --headless")
 def test_an_engine_on_another_host_keeps_tenants_apart_and_says_what_is_off(tmp_path: Path) -> None:
-    """Both on this host, but nothing is handed down from one to the other."""
+    """Both are on this host, but neither inherits from the other."""
     port = str(free_port())
     parallel = (
         "--data-parallel-size", "2", "--data-parallel-size-local", "1",
@@ -205,7 +205,7 @@ ENGINE = (
     "--model", str(MODELS["tiny"]), "--dtype", dtype("generate"),
     "--kv-connector", "hyperspace", "--enforce-eager", "--max-model-len", "2048",
 )  # fmt: skip
-GEMMA = ("--model", str(MODELS["gemma"]))  # whose vocabulary has the ids that are drawn
+GEMMA = ("--model", str(MODELS["gemma"]))  # its vocabulary has the ids that are drawn
 LENGTHS = ("--input-len", "600", "--output-len", "4")
 COMMANDS = {
     "LLM() in a child process": ("python", "offline.py"),
@@ -260,7 +260,7 @@ def test_without_the_plugin_a_server_serves_and_says_what_is_off(tmp_path: Path)
 
 
 def test_pipelined_engines_start_and_say_that_kv_sharing_is_off(tmp_path: Path) -> None:
-    """They are asked nothing: vLLM's CPU runner fails at their first request, without the plugin too."""
+    """No request is sent: vLLM's CPU runner fails at the first one, without the plugin too."""
     server = Server(
         "pipeline", MODELS["tiny"], tmp_path, environment=SMALL | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         arguments=("--pipeline-parallel-size", "2"),

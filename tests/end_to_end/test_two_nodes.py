@@ -1,4 +1,4 @@
-"""Two nodes over real sockets: what A computed, B gets byte for byte, and every fault ends in a prompt miss."""
+"""Two nodes over real sockets: B gets A's rows byte for byte, and every fault ends in a prompt miss."""
 
 import asyncio
 import dataclasses
@@ -35,7 +35,7 @@ KEYS = keys("document", 3)
 NETWORK_KEY = sha256(b"network key")
 ROWS_STORED = 3 * 2 * 2  # segments x parts x ranks
 ROWS_NEEDED = 3 * 2 + 2 * 2  # all of the full part, the last two segments of the window part
-# The core's tests hold a stall to its 250 ms, by a clock of their own. Here the clock is that of a machine that may be
+# The core's tests check the stall limit of 250 ms on a simulated clock. Here the clock is that of a machine that may be
 # busy, so peers have 2 s, and a fault must not cost the lookup's 20 s.
 STALL_MS, FAULT_S = 2_000, 8.0
 
@@ -53,7 +53,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Pair:
-    """Producer A and fetcher B, made when first wanted."""
+    """Producer A and fetcher B, created on first use."""
 
     def __init__(self, directory: Path, pool: SharedPool) -> None:
         self.directory = directory
@@ -103,7 +103,7 @@ async def pair(tmp_path: Path, pool: SharedPool) -> AsyncIterator[Pair]:
 
 
 class Tampered(ChunkStore):
-    """A store whose owner lies to peers: about chunks, about records, or consistently, under another digest."""
+    """A store that lies to peers: about chunks, about records, or consistently, under another digest."""
 
     def __init__(self, directory: Path, quota_bytes: int) -> None:
         super().__init__(directory, quota_bytes)
@@ -118,7 +118,7 @@ class Tampered(ChunkStore):
         self.go_on = threading.Event()
 
     def rewrite(self, change: Callable[[ObjectRecord], ObjectRecord]) -> None:
-        """Offer changed objects under digests that fit them."""
+        """Offer changed objects under digests that match them."""
         for digest in list(self._objects):
             record = super().record(digest)
             assert record is not None
@@ -197,7 +197,7 @@ async def test_after_a_restart_b_is_served_from_its_own_disk_and_serves_others(p
     answer = await b.look_up(KEYS)
     assert (answer.source, answer.verified_by) == ("disk", "blake3")
     assert is_whole(b, answer)
-    # C trusts A, who made the rows, and gets them from B: A's manifest vouches for them.
+    # C trusts A, which made the rows, and gets them from B: A's manifest vouches for them.
     c = pair.node("c", (b.address, peer_of(a.identity)))
     await until(lambda: c.transport.is_connected(b.identity.peer_id))
     assert is_whole(c, await c.look_up(KEYS))
@@ -207,7 +207,7 @@ async def test_after_a_restart_b_is_served_from_its_own_disk_and_serves_others(p
 
 
 def introduce(*nodes: TestNode) -> None:
-    """Everybody hears of everybody, as discovery would tell them."""
+    """Tell every node of every other, as discovery would."""
     for node in nodes:
         records = tuple(other.record for other in nodes if other is not node)
         node.driver.set_peers(records, tuple(KvEndpoint(each.peer, each.endpoint, own=True) for each in records))
@@ -226,7 +226,7 @@ async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair:
     assert is_whole(b, await b.look_up(KEYS))
     assert a.failures() == b.failures() == {}
     assert b.trust.service.score(a.identity.peer_id, time.time_ns() // 1_000_000) > 0.1
-    # Both can tell others what they have: A of its objects, B of those that it keeps.
+    # Both can announce what they have: A its objects, B those that it keeps.
     await until(lambda: len(rows_told(a)) == ROWS_STORED)
     await until(lambda: rows_told(b) <= rows_told(a) and len(b.stored) >= 4)
     assert {event.manifest for event in b.stored} <= {event.manifest for event in a.stored}
@@ -249,7 +249,7 @@ async def test_what_the_disk_kept_is_reported_again_and_private_rows_never_are(p
 
 
 def rows_told(node: TestNode) -> set[bytes]:
-    """What the node told its listener; an object is told of a moment after its rows are stored."""
+    """What the node told its listener; an object is reported a moment after its rows are stored."""
     return {row for event in node.stored for row in event.row_ids}
 
 
@@ -265,7 +265,7 @@ async def test_a_stranger_is_neither_served_nor_asked(pair: Pair) -> None:
         stranger = pair.node(name, (), network_key=key)
         introduce(a, stranger)
         assert a.node.peers == stranger.node.peers == ()
-        # It knows where A is, and would believe A's manifests.
+        # It knows where A is, and would trust A's manifests.
         believer = pair.node(f"{name}-b", (a.address,), network_key=key)
         introduce(a, believer)
         assert (await believer.look_up(KEYS)).end_segment == 0
@@ -287,12 +287,12 @@ async def test_a_manifest_outlives_its_producer_where_the_network_key_vouches_fo
     answer = await c.look_up(KEYS)
     assert is_whole(c, answer)
     assert answer.source == "network"
-    # After a restart, with nobody there to vouch for A, its rows still count: the tag is kept beside them.
+    # After a restart, with no peer to vouch for A, its rows still count: the tag is stored with them.
     await until(lambda: c.store.rows == ROWS_NEEDED)
     await pair.stop(c)
     c = pair.node("c", (), network_key=NETWORK_KEY)
     assert is_whole(c, await c.look_up(KEYS))
-    # Under another key it is worth nothing, on the wire or on the disk.
+    # Under another key the tag is worthless, on the wire and on the disk.
     d = pair.node("d", (b.address,), network_key=sha256(b"another network's key"))
     await until(lambda: d.transport.is_connected(b.identity.peer_id))
     await refused(b, d, "untrusted_producer")
@@ -321,7 +321,7 @@ async def test_a_peer_that_is_dropped_in_the_middle_costs_no_more_than_a_stall(p
     await until(lambda: len(b.cache) * 64 * KiB <= b.arena.capacity_bytes - b.arena.free_bytes)
 
 
-# --- what stays at home -------------------------------------------------------------------------
+# --- what stays on the node ----------------------------------------------------------------------
 
 
 async def test_private_rows_serve_their_own_node_only(pair: Pair) -> None:
@@ -351,7 +351,7 @@ async def test_64_mib_cost_the_core_at_most_200_events(pair: Pair) -> None:
     assert b.driver.events <= 200
 
 
-# --- what is lost -------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("admits", [True, False])
@@ -373,7 +373,7 @@ async def test_33_lost_chunks_are_a_prompt_miss(pair: Pair, admits: bool) -> Non
     assert answer.after_s < FAULT_S
 
 
-# --- what is forged -----------------------------------------------------------------------------
+# --- forgeries ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("position", [0, 100, -1])
@@ -500,7 +500,7 @@ async def test_a_producer_that_is_not_trusted_counts_for_nothing(pair: Pair) -> 
 async def test_chunks_that_are_no_codeword_condemn_their_object(pair: Pair) -> None:
     a, b = await pair.start(Tampered)
     assert isinstance(a.store, Tampered)
-    # A itself signs what is no codeword: every chunk checks out, what comes of them doesn't.
+    # A itself signs a non-codeword: every chunk verifies, but the row can't be rebuilt from them.
     layout, name = Layout(bytes(32), 256, (Part(0, 60_000),), 1), keys("bad", 1)
     chunk_bytes, row = 2304, row_key(name[0], 0, 0)
     chunks = [bytes([column]) * chunk_bytes for column in range(TOTAL_CHUNKS)]
@@ -527,7 +527,7 @@ async def test_chunks_that_are_no_codeword_condemn_their_object(pair: Pair) -> N
     assert (await b.look_up(name, layout)).end_segment == 0
 
 
-# --- who is gone or full ------------------------------------------------------------------------
+# --- peers that are gone or full ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunks_before", [0, 40, 200])
@@ -568,7 +568,7 @@ async def test_a_process_that_stops_in_the_middle_costs_a_stall(pair: Pair, sign
         assert 0 < answer.end_segment < len(wanted)  # what came before the fault is used
         assert b.rows_are_right(answer, wanted)
         b.release()
-        # The next lookup doesn't wait for it again.
+        # The next lookup doesn't wait for that peer again.
         asked = b.transport.charges.copy()
         assert (await b.look_up(keys("other", 3), layout)).end_segment == 0
         assert b.transport.charges == asked
@@ -653,7 +653,7 @@ def signed_by(manifest: Manifest, key: SigningKey, record: ObjectRecord) -> Obje
 
 
 async def refused(a: TestNode, b: TestNode, *reasons: str) -> None:
-    """B's lookup misses in time, for one of these reasons; guilty ones are charged."""
+    """B's lookup misses in time, for one of these reasons; guilty peers are charged."""
     answer = await b.look_up(KEYS)
     assert answer.end_segment == 0
     assert answer.after_s < FAULT_S

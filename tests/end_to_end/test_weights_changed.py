@@ -1,4 +1,4 @@
-"""What a real server holds is what its keys say: two checkpoints, adapters replaced on disk, weights loaded anew."""
+"""A real server's keys match what it holds: two checkpoints, adapters replaced on disk, weights loaded again."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ def is_hit(answer: Completion) -> bool:
 
 
 def published(server: Server, at_least: int) -> int:
-    """Rows in the node's memory, once there are more than before."""
+    """Rows in the node's memory, once there are `at_least`."""
     deadline = time.monotonic() + 60
     while (rows := rows_of(server)) < at_least:
         assert time.monotonic() < deadline, f"{rows} rows, of {at_least}"
@@ -130,7 +130,7 @@ def test_an_adapter_replaced_on_disk_is_not_cached_under_either_name(
     assert is_hit(ask(first, text, model="lora"))
     adapter(lora, seed=2)
     again = ask(first, text, model="lora")
-    assert again.text == held.text  # the engine goes on with what it has loaded
+    assert again.text == held.text  # the engine continues with what it has loaded
     assert (again.cached_tokens, is_hit(again)) == (0, False)
     rows = rows_of(first)
     ask(first, prompt("adapter, replaced"), model="lora")
@@ -144,7 +144,7 @@ def test_the_same_weights_loaded_anew_share_again_and_others_never(
     text, before = prompt("reload"), rows_of(server)
     as_loaded = ask(server, text)
     published(server, before + 1)
-    rpc(server, "reload_weights")  # what it was started with
+    rpc(server, "reload_weights")  # the weights it was started with
     assert is_hit(ask(server, text))
     again = ask(server, text, tokens=5)
     assert again.cached_tokens > 0

@@ -12,7 +12,7 @@ MARK = "alice's words"
 
 
 def ids_in(value: object, name: str = "") -> Iterator[str]:
-    """Every id in an answer or an event, but for what tools are given."""
+    """Every id in an answer or an event, except in tools' inputs."""
     if isinstance(value, dict):
         for key, each in value.items():
             yield from ids_in(each, key) if key not in ("input", "arguments") else ()

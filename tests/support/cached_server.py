@@ -57,9 +57,9 @@ def open_gate() -> asyncio.Event:
 
 @dataclass
 class Upstream:
-    """Stands where vLLM's routes stand, and answers each computation differently.
+    """Takes the place of vLLM's routes, and answers each computation differently.
 
-    A stream's start goes out at once; `first` is before its first frame, `gate` before the second and before JSON.
+    A stream's start is sent at once; `first` is before its first frame, `gate` before the second and before JSON.
     """
 
     bodies: list[bytes] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Upstream:
     frames_sent: int = 0
     failures: list[str] = field(default_factory=list)  # how the next computations fail
     words: int = 3
-    says: list[str] = field(default_factory=list)  # what the next computations answer
+    says: list[str] = field(default_factory=list)  # the text of the next computations
     filler: str = ""
 
     async def answer(self, request: Request) -> Response:
@@ -108,7 +108,7 @@ class Upstream:
         return [self.says.pop(0)] if self.says else [f"w{number}.{at}{self.filler} " for at in range(self.words)]
 
     def _id(self, request: Request, body: dict[str, Any], number: int) -> str:
-        """As vLLM makes it of what the client calls its request."""
+        """The id that vLLM makes of the client's request id."""
         named = request.headers.get("x-request-id", body.get("request_id"))
         return f"id-{number}" if named is None else f"{'chatcmpl' if _is_chat(request) else 'cmpl'}-{named}"
 
@@ -173,7 +173,7 @@ def _is_chat(request: Request) -> bool:
 
 
 class Others(Protocol):
-    """What a node says of other nodes' responses, by what it puts into its `inbox`."""
+    """A node's answers about other nodes' responses, which it puts into its `inbox`."""
 
     def find(self, node: "Node", asked: FindResponse) -> None:
         """A lookup begins."""
@@ -181,7 +181,7 @@ class Others(Protocol):
 
 @dataclass
 class Node:
-    """The real store, without the socket between; `others` None: it takes no lookups."""
+    """The real store, without the socket in between; `others` None: it takes no lookups."""
 
     store: ResponseStore
     connected: bool = True
@@ -319,7 +319,7 @@ async def benches(tmp_path: Path) -> AsyncIterator[MakeBench]:
                 "fleet_secret": b"fleet",
                 "process_secret": b"process",
                 "engine_version": "vllm 0.32.0",
-                "read_deadline_s": 5.0,  # not the subject here, and the machine may be busy
+                "read_deadline_s": 5.0,  # not under test, and the machine may be busy
                 "body_deadline_s": 60.0,
             }
             caches: list[ResponseCacheMiddleware] = []
@@ -358,7 +358,7 @@ def data_of(response: httpx.Response) -> list[Any]:
 
 
 def said(response: httpx.Response) -> dict[str, Any]:
-    """A JSON answer without its id, of which each client has its own."""
+    """A JSON answer without its id, which differs for each client."""
     return {name: value for name, value in response.json().items() if name != "id"}
 
 

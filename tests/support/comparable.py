@@ -1,4 +1,4 @@
-"""What an answer of vLLM's says, without what may differ between two: ids, times, and the cuts between the frames."""
+"""The content of vLLM's answer, without what may differ between two: ids, times, and where frames are cut."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import httpx
 
 Json = dict[str, Any]
 
-# The reports of load differ, but not that there is one.
+# The load reports differ, but not whether there is one.
 _HEADERS = ("content-type", "endpoint-load-metrics")
 _DRAWN = frozenset({"id", "call_id", "item_id", "signature"})
 _OF_ONE_RUN = frozenset({"created", "created_at", "completed_at", "sequence_number"})
@@ -48,7 +48,7 @@ def _cleaned(value: Any) -> Any:
 
 
 def _chunks(events: list[Json]) -> Json:
-    """A stream of completions or chats: what each choice came to, and what stands around the choices."""
+    """A stream of completions or chats: the complete choices, and what surrounds them."""
     choices: dict[int, Json] = {}
     around: Json = {"errors": [event for event in events if "choices" not in event]}
     for event in events:
@@ -66,7 +66,7 @@ def _chunks(events: list[Json]) -> Json:
 
 
 def _add(into: Json, piece: Json) -> None:
-    """Text and lists are continued, all else is what was said last."""
+    """Text and lists are continued; of all else the last value counts."""
     for name, value in piece.items():
         if value is None or (name == "arguments" and not value):
             continue
@@ -84,7 +84,7 @@ def _add_lists(into: Json, lists: Json) -> None:
 
 
 def _merged(events: list[Json]) -> list[Json]:
-    """A stream of named events with the deltas of one thing in one."""
+    """A stream of named events, with the deltas of one thing merged."""
     merged: list[Json] = []
     for event in events:
         piece, text = _piece(event)
@@ -94,12 +94,12 @@ def _merged(events: list[Json]) -> list[Json]:
             merged[-1]["text"] += text
         else:
             merged.append({"of": piece, "text": text})
-    # A tool that is given nothing is told so by an empty object or not at all.
+    # A tool without input gets an empty object or no event.
     return [event for event in map(_read, merged) if event.get("text") != {}]
 
 
 def _piece(event: Json) -> tuple[Json | None, str]:
-    """What a delta continues, and by what."""
+    """The thing that a delta continues, and the continuation."""
     delta = event.get("delta")
     if event.get("type") == "content_block_delta" and isinstance(delta, dict):
         (name,) = delta.keys() - {"type"}
@@ -110,7 +110,7 @@ def _piece(event: Json) -> tuple[Json | None, str]:
 
 
 def _read(event: Json) -> Json:
-    """The JSON of a tool's input, in which white space says nothing."""
+    """The JSON of a tool's input, in which white space has no meaning."""
     if event.get("of", {}).get("delta") != "input_json_delta":
         return event
     try:

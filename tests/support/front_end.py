@@ -1,8 +1,8 @@
 """vLLM's real front end (routes, validation, templates, parsers, detokenizer) over a scripted engine core.
 
 No model runs. It is served twice on loopback, alone and with the response cache inside, as the plugin puts it there. A
-prompt that holds SAY[[text]] is answered with that text, a token a step, and any other with its end alone. A pooling
-model's vector is drawn from its prompt, with a NaN in it where the prompt says NAN. vLLM 0.32.
+prompt that contains SAY[[text]] is answered with that text, a token per step, and any other with the end token alone. A
+pooling model's vector is drawn from its prompt, with a NaN in it where the prompt contains NAN. vLLM 0.32.
 """
 
 import asyncio
@@ -52,13 +52,13 @@ from tests.support.paths import TINY
 
 FLAGS = ("--served-model-name", "demo", "--max-model-len", "4096", "--enforce-eager", "--disable-log-stats")
 VECTOR_NUMBERS = 64
-_STEP = 3  # turns of the loop between two tokens, so that each comes to the parsers by itself
+_STEP = 3  # turns of the loop between two tokens, so that each reaches the parsers separately
 _HOOK = "init_entrypoints_middleware"
 _SAID = re.compile(r"SAY\[\[(.*)\]\]", re.DOTALL)
 
 
 class ScriptedCore:
-    """Stands where vLLM's EngineCoreClient stands; `requests` counts what was to be computed."""
+    """Takes the place of vLLM's EngineCoreClient; `requests` counts the requests to compute."""
 
     engine_ranks_managed = (0,)
     resources = SimpleNamespace(engine_dead=False)
@@ -87,7 +87,7 @@ class ScriptedCore:
         task.add_done_callback(self._saying.discard)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
-        """All has been said by then."""
+        """Do nothing: everything has been sent by then."""
 
     async def is_sleeping_async(self) -> bool:
         return False
@@ -102,7 +102,7 @@ class ScriptedCore:
         return True
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Nothing runs."""
+        """Do nothing: nothing runs."""
 
     async def _say(self, outputs: Iterator[EngineCoreOutput]) -> None:
         for output in outputs:
@@ -125,7 +125,7 @@ class ScriptedCore:
 
 
 def _logprobs(token: int, others: int) -> LogprobsLists:
-    """The token first, then the others, less and less likely."""
+    """The token first, then the others, decreasingly likely."""
     values = np.arange(others + 1) / -2 - 0.25
     return LogprobsLists(np.array([[token, *range(others)]]), values[np.newaxis], np.array([1]))
 
@@ -141,7 +141,7 @@ def _pooled(request: EngineCoreRequest, prompt: str) -> Iterator[EngineCoreOutpu
 
 @dataclass
 class FrontEnds:
-    """Clients of both servers, and what stands behind them."""
+    """Clients of both servers, and the core behind them."""
 
     plain: httpx.Client
     cached: httpx.Client
@@ -153,7 +153,7 @@ class FrontEnds:
 def front_ends(
     directory: Path, *flags: str, model: Path = TINY, tasks: tuple[str, ...] = ("generate",)
 ) -> Iterator[FrontEnds]:
-    """Both servers of a model with these flags of `vllm serve`, in a thread with a loop of its own."""
+    """Both servers of a model with these flags of `vllm serve`, in a thread with its own loop."""
     serving = _serve(directory, ("--model", str(model), *flags), tasks)
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(serving) as both:
         ports, core, node = both
@@ -181,7 +181,7 @@ async def _serve(
     async with AsyncExitStack() as stack:
         epoch, descriptor = shared_epoch(directory)
         stack.callback(os.close, descriptor)
-        # What the process that starts an engine hands down to its API servers.
+        # What the process that starts an engine passes on to its API servers.
         stack.enter_context(patch.dict(os.environ, {"_HYPERSPACE_EPOCH_FILE": str(epoch)}))
         args = make_arg_parser(FlexibleArgumentParser()).parse_args([*FLAGS, *flags])
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()

@@ -1,4 +1,4 @@
-"""A real server whose engine stands still for a while: its API server goes on."""
+"""A real server whose engine is frozen for a while; its API server continues."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from tests.support.network_nodes import workers_of
 
 @contextmanager
 def frozen_engine(server: Server) -> Iterator[None]:
-    """Meanwhile the server takes requests and answers none."""
+    """In the meantime the server accepts requests and answers none."""
     (engine,) = [
         pid for pid in workers_of(server.process.pid) if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]

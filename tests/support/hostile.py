@@ -1,4 +1,4 @@
-"""Peers that mean harm, on real sockets: each greets as an honest node would, and then does its worst."""
+"""Malicious peers, on real sockets: each greets as an honest node would, and then attacks."""
 
 import asyncio
 import secrets
@@ -132,7 +132,7 @@ class Flood(threading.Thread):
     def __init__(self, key: SigningKey, frame_bytes: int, server: NetworkedNode | None = None) -> None:
         super().__init__(daemon=True)
         self._context = zmq.Context()
-        self._frame = bytes(frame_bytes)  # one buffer, sent again and again
+        self._frame = bytes(frame_bytes)  # one buffer, sent repeatedly
         self._ended = threading.Event()
         made = self._socket = self._context.socket(zmq.DEALER)
         made.setsockopt(zmq.LINGER, 0)
@@ -148,7 +148,7 @@ class Flood(threading.Thread):
             made.connect(f"tcp://{server.card()['endpoint']}")
 
     def connected(self) -> bool:
-        """Whether the other side has let it in since the last call."""
+        """Whether the other side has accepted it since the last call."""
         if not self._monitor.poll(0):
             return False
         self._monitor.recv_multipart()
@@ -171,7 +171,7 @@ class Flood(threading.Thread):
 
 
 async def growth_bytes(node: NetworkedNode, for_s: float, enough: int) -> int:
-    """By how much a node's memory grows within so many seconds; no longer than until it is `enough`."""
+    """The growth of a node's memory within `for_s` seconds; returns early once it is `enough`."""
     before, most, until_s = memory_bytes(node.process.pid), 0, time.monotonic() + for_s
     while time.monotonic() < until_s and most < enough:
         most = max(most, memory_bytes(node.process.pid) - before)

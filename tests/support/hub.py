@@ -1,4 +1,4 @@
-"""A model hub on loopback with one repository, as huggingface_hub expects one: `main` stands at one commit."""
+"""A model hub on loopback with one repository, as huggingface_hub expects one: `main` is at one commit."""
 
 import hashlib
 import http.server

@@ -1,4 +1,4 @@
-"""Real `hyperspace node` processes that form one private network on loopback, and what an API server would ask them."""
+"""Real `hyperspace node` processes that form one private network on loopback, and an API server's requests to them."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def body_of(name: object) -> bytes:
 
 @dataclass(frozen=True)
 class Lookup:
-    """What came of one FindResponse."""
+    """The outcome of one FindResponse."""
 
     answer: ResponseFound | ResponseNotFound | None
     hinted: bool
@@ -102,7 +102,7 @@ class NetworkedNode:
         until(lambda: self.client.send(message), 60)
 
     def find(self, name: object, deadline_ms: int = 5_000) -> Lookup:
-        """As the middleware asks, with more time than its 300 ms: a busy machine needs those for itself."""
+        """Ask as the middleware does, with more time than its 300 ms, which a busy machine may need for itself."""
         assert self.client.wait_connected(60)
         number = next(self._numbers)
         began, hinted = time.monotonic(), False
@@ -146,7 +146,7 @@ def private_network(root: Path, size: int, **settings: Any) -> list[NetworkedNod
 
 
 def config_of(directory: Path, key: Path, others: Sequence[NetworkedNode], **settings: Any) -> Config:
-    """Of a node that joins through the first of `others`."""
+    """The configuration of a node that joins through the first of `others`."""
     bootstrap = tuple(f"{first['peer_id']}@{first['p2p']}" for first in [others[0].card()]) if others else ()
     return Config(
         data_dir=directory,
@@ -159,7 +159,7 @@ def config_of(directory: Path, key: Path, others: Sequence[NetworkedNode], **set
 
 
 def memory_bytes(pid: int) -> int:
-    """Resident, of one process."""
+    """Resident memory of one process."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
@@ -167,7 +167,7 @@ def memory_bytes(pid: int) -> int:
 
 
 def workers_of(pid: int) -> list[int]:
-    """Its child processes."""
+    """The child processes of a process."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 

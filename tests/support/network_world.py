@@ -1,6 +1,6 @@
 """Identities, records and a few NetworkNodes that hand each other their messages, for the tests of the network core.
 
-No time passes but what a test lets pass; messages arrive at once, in order, except to and from nodes that are cut off.
+Time passes only when a test advances it; messages arrive at once, in order, except to and from nodes that are cut off.
 """
 
 import random
@@ -58,7 +58,7 @@ SECOND_MS, HOUR_MS = 1_000, 3_600_000
 
 @dataclass(frozen=True)
 class Identity:
-    """A node's key and where it says that it is reached."""
+    """A node's key and its claimed addresses."""
 
     number: int
 
@@ -91,7 +91,7 @@ class Identity:
         network: NetworkId = NETWORK,
         endpoint: str = "",
     ) -> bytes:
-        """What this node says about itself."""
+        """A node's record of itself."""
         tag = member_tag(network_key, self.public_key) if network_key else NO_MEMBER_TAG
         at = self.address if address is None else address
         record = PeerRecord(network, self.public_key, sequence, expires_at_ms, at, endpoint, tag)
@@ -121,7 +121,7 @@ def only(effects: list[NetworkEffect], kind: type) -> list:  # type: ignore[type
 
 
 class OpenGate(GossipGate):
-    """Lets all gossip through, to test what is under it and beside it."""
+    """Accepts all gossip, to test what is below it and next to it."""
 
     def __init__(self) -> None:
         super().__init__(NETWORK, NOW_MS)
@@ -134,7 +134,7 @@ class OpenGate(GossipGate):
 
 @dataclass
 class World:
-    """Nodes by number; `cut` ones neither hear nor are heard, `has` says who serves which response."""
+    """Nodes by number; `cut` ones neither send nor receive, `has` lists which node serves which responses."""
 
     now_ms: int = NOW_MS
     nodes: dict[int, NetworkNode] = field(default_factory=dict)
@@ -167,7 +167,7 @@ class World:
         self._settle()
 
     def tell(self, number: int, event: NetworkEvent) -> None:
-        """Hand an event to a node, and let everything happen that follows at once."""
+        """Give an event to a node, and let everything happen that follows at once."""
         self._queue.append((number, event))
         self._settle()
 
@@ -177,7 +177,7 @@ class World:
         self.tell(number, ResponseStored(name, self.now_ms + RESPONSE_TTL_MS, True))
 
     def want(self, number: int, lookup: int, name: bytes, deadline_ms: int = 300) -> None:
-        """A node's client wants one."""
+        """A node's client wants a response."""
         self.tell(number, ResponseWanted(lookup, name, deadline_ms))
 
     def run(self, for_ms: int) -> None:
@@ -199,7 +199,7 @@ class World:
         self.now_ms = until_ms
 
     def linked(self, number: int) -> set[int]:
-        """Who is connected to a node."""
+        """The nodes connected to a node."""
         return {other for link in self.links if number in link for other in link - {number}}
 
     # --- effects --------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def hyperspace(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[
 
 
 def alive(pid: int) -> bool:
-    """Not a zombie either: whoever started it may be slow to reap it."""
+    """Whether a process runs and is no zombie: its parent may be slow to reap it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -43,7 +43,7 @@ def alive(pid: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """As psutil lists them, by whom vLLM ends what doesn't end by itself."""
+    """As psutil lists them, by which vLLM ends processes that don't end by themselves."""
     children = [
         int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
     ]

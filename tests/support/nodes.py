@@ -48,7 +48,7 @@ def keys(name: str, count: int) -> tuple[SegmentKey, ...]:
 
 
 def trust_of(identity: Identity, peers: tuple[str, ...], network_key: bytes | None = None) -> Trust:
-    """As a node with these settings has it."""
+    """The trust of a node with these settings."""
     listed = frozenset(public_key_of(peer.partition("@")[0]) for peer in peers)
     return Trust("members", identity.public_key, listed, frozenset(), network_key)
 
@@ -69,7 +69,7 @@ class Answer:
 
 @dataclass
 class Server:
-    """What the driver sees of the local server."""
+    """The part of the local server that the driver uses."""
 
     cache: RowCache
     staged: dict[int, Slab] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class SharedPool(ComputePool):
     """A pool that outlives its nodes: its workers take seconds to start."""
 
     async def close(self) -> None:
-        """Stays open."""
+        """Do nothing: the pool stays open."""
 
     async def end(self) -> None:
         await super().close()
@@ -107,7 +107,7 @@ class SharedPool(ComputePool):
     @classmethod
     @asynccontextmanager
     async def started(cls) -> "AsyncIterator[SharedPool]":
-        """One whose worker processes run, both of them: a node without a verifier fetches no KV."""
+        """A pool whose two worker processes run: a node without a verifier fetches no KV."""
         pool = cls()
         try:
             await pool.commit(digest_blob(bytes(TOTAL_CHUNKS * 32), 1))
@@ -118,7 +118,7 @@ class SharedPool(ComputePool):
 
 
 class TestNode:
-    """One node; `peers` as in the config. With a network key it believes whoever holds it too."""
+    """One node; `peers` as in the config. With a network key it also trusts other holders of that key."""
 
     __test__ = False
 
@@ -165,12 +165,12 @@ class TestNode:
 
     @property
     def address(self) -> str:
-        """As in another node's `peers`."""
+        """The node as an entry in another node's `peers`."""
         return f"{self.identity.peer_id}@{self.transport.endpoint}"
 
     @property
     def record(self) -> PeerRecord:
-        """As others hear of it."""
+        """The node's record as others receive it."""
         key = self.identity.public_key
         endpoint, tag = self.transport.endpoint, self.trust.vouch(key)
         return PeerRecord(NETWORK, key, 1, 1 << 62, "127.0.0.1:1", endpoint, tag).sign(self.identity.signing_key)
@@ -182,7 +182,7 @@ class TestNode:
         shareable: bool = True,
         fill: Callable[[RowKey, int], bytes] = content,
     ) -> None:
-        """As workers and scheduler of one engine would."""
+        """Stage rows as the workers and scheduler of one engine would."""
         request = f"r{next(self._numbers)}"
         for number, segment_key in enumerate(segment_keys):
             for part, described in enumerate(layout.parts):
@@ -217,7 +217,7 @@ class TestNode:
         return answer
 
     def release(self) -> None:
-        """The last lookup's rows."""
+        """Release the last lookup's rows."""
         self.driver.submit(PrefixReleased(self.last_lookup))
 
     def failures(self) -> dict[str, int]:
@@ -245,10 +245,10 @@ class TestNode:
 async def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
     """Poll until `condition()` holds; TimeoutError."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 (what is waited for happens in threads and other processes)
+        while not condition():  # noqa: ASYNC110 (the condition changes in threads and other processes)
             await asyncio.sleep(0.01)
 
 
 def peer_of(identity: Identity, address: str = "127.0.0.1:1") -> str:
-    """A `peers` entry for a node that needn't be reached (but may connect)."""
+    """A `peers` entry for a node that needn't be reachable (but may connect)."""
     return f"{PeerId(identity.peer_id)}@{address}"

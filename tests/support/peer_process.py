@@ -1,4 +1,4 @@
-"""A node in a process of its own, for tests that stop it.
+"""A node in a separate process, for tests that stop it.
 
 `python -m tests.support.peer_process DIRECTORY PEER SEGMENTS BYTES`
 

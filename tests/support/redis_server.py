@@ -1,4 +1,4 @@
-"""A redis-server of a test's own on loopback, to be killed, frozen and restarted."""
+"""A redis-server of one test on loopback, to be killed, frozen and restarted."""
 
 import shutil
 import socket
@@ -22,7 +22,7 @@ WAIT_S = 15.0
 
 @contextmanager
 def running(directory: Path) -> "Iterator[RedisServer]":
-    """Until the test is over."""
+    """Run a server until the test is over."""
     server = RedisServer(directory)
     server.start()
     try:
@@ -57,7 +57,7 @@ class RedisServer:
             time.sleep(0.02)
 
     def client(self) -> "Redis":
-        """Somebody with full access to it."""
+        """A client with full access to it."""
         from redis.asyncio import Redis
 
         return Redis.from_url(self.url)

@@ -13,7 +13,7 @@ SETUP = ROOT / "deploy" / "setup"
 
 @contextmanager
 def setup_modules(*names: str) -> Iterator[SimpleNamespace]:
-    """Those named, gone from `sys.modules` afterwards."""
+    """The named modules, removed from `sys.modules` afterwards."""
     before = set(sys.modules)
     sys.path.insert(0, str(SETUP))
     try:

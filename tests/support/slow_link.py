@@ -1,4 +1,4 @@
-"""A TCP link on loopback whose speed a test decides: throttled, frozen or cut while bytes are under way."""
+"""A TCP link on loopback whose speed a test controls: throttled, frozen or cut while bytes are in flight."""
 
 import asyncio
 import socket
@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 
 READ_BYTES = 16 * 1024  # at 1 MB/s a piece each 16 ms: the receiver sees a slow link, not one that stalls
-BUFFER_BYTES = 64 * 1024  # of the kernel's, towards the target: what is in there still arrives when the target has died
+BUFFER_BYTES = 64 * 1024  # the kernel's, towards the target: bytes in it still arrive after the target has died
 
 
 class SlowLink:
@@ -15,7 +15,7 @@ class SlowLink:
 
     def __init__(self, target_port: int) -> None:
         self.target_port = target_port
-        self.rate_bytes_s = 0  # from the target to whoever connected; 0: as fast as it goes
+        self.rate_bytes_s = 0  # from the target to the client; 0: unlimited
         self.delivered_bytes = 0
         self.last_delivery_s = 0.0  # monotonic
         self._loop = asyncio.new_event_loop()
@@ -43,7 +43,7 @@ class SlowLink:
         self._loop.call_soon_threadsafe(self._open.clear)
 
     def thaw(self) -> None:
-        """Forward again, first what was held back."""
+        """Forward again, first the held-back bytes."""
         self._loop.call_soon_threadsafe(self._open.set)
 
     def cut(self) -> None:
@@ -90,6 +90,6 @@ class SlowLink:
                 if inward:
                     self.delivered_bytes += len(data)
                     self.last_delivery_s = time.monotonic()
-        # As a real link would: what reached it before the end is delivered, then the connection ends.
+        # As on a real link: bytes that reached it before the end are delivered, then the connection ends.
         self._writers.discard(writer)
         writer.close()

@@ -1,4 +1,4 @@
-"""vLLM's source, read without importing it: the release that can't run here is checked by what it says."""
+"""vLLM's source, read without importing it: the release that can't run here is checked by its source."""
 
 import ast
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class VllmSource:
         return ast.parse((self.root / "vllm" / path).read_text())
 
     def classes(self, path: str, name: str) -> Iterator[ast.ClassDef]:
-        """The class that a module means by `name`, then its bases; of a union each of its classes."""
+        """The class that a module means by `name`, then its bases; for a union each of its classes."""
         for node in self.tree(path).body:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 yield node
@@ -43,7 +43,7 @@ class VllmSource:
                         yield from self.classes(path, part.id)
 
     def fields(self, path: str, name: str) -> dict[str, object]:
-        """The fields of a pydantic model and their defaults; a default that isn't plain is its source."""
+        """The fields of a pydantic model and their defaults; a default that isn't plain is given as its source."""
         found: dict[str, object] = {}
         for node in self.classes(path, name):
             for line in node.body:

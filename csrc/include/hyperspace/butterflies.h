@@ -4,7 +4,7 @@
 // Codes", FOCS 2014 (arXiv:1404.3458). In a Cantor basis the normalised subspace polynomial of layer i maps
 // V[j] to V[j-i], so a twiddle is itself a point and the derivative's constants are all 1.
 //
-// V gives: Register (with ^), and multiply<C>(Register), the product of every byte with the constant C.
+// V provides: Register (with ^), and multiply<C>(Register), the product of every byte with the constant C.
 #pragma once
 
 #include <utility>

@@ -8,7 +8,7 @@ namespace hyperspace::gf256 {
 // x^8 + x^4 + x^3 + x^2 + 1, the polynomial of ISA-L, Jerasure and RAID-6: 2 generates the field.
 inline constexpr unsigned kPolynomial = 0x11D;
 
-// Shift and add: slow and plainly right. Kernels only call it at compile time.
+// Shift and add: slow and simple. Kernels only call it at compile time.
 constexpr uint8_t multiply(uint8_t a, uint8_t b) {
     unsigned product = 0;
     for (unsigned shifted = a, bits = b; bits != 0; bits >>= 1) {

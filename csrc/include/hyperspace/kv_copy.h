@@ -1,4 +1,5 @@
-// Whole blocks between a paged KV cache and rows: row = for each block: each layer's block, in logical order.
+// Copies whole blocks between a paged KV cache and rows: row = for each block: each layer's block, in logical
+// order.
 //
 // vllm_adapter/kv_layout.py defines that order. Raw pointers only: callers have checked every size and
 // overlap.
@@ -26,8 +27,8 @@ struct Layer {
 Layer layer_of(uint8_t* base, ptrdiff_t block_stride, const ptrdiff_t* shape, const ptrdiff_t* strides,
                int dims);
 
-// ids[layer][i] is the block that stands at place i of the row. Block 0 is vLLM's null block: zeros are
-// gathered for it, and nothing is scattered to it.
+// ids[layer][i] is the block at place i of the row. Block 0 is vLLM's null block: zeros are gathered for it,
+// and nothing is scattered to it.
 void gather(const Layer* layers, const int64_t* const* ids, size_t layer_count, size_t blocks, uint8_t* row);
 void scatter(const Layer* layers, const int64_t* const* ids, size_t layer_count, size_t blocks,
              const uint8_t* row);

@@ -1,10 +1,10 @@
 // Systematic Reed-Solomon over GF(2^8): k data chunks, m parity chunks, any k rebuild the rest.
 //
 // Data chunk j holds, byte by byte, the values at point ω_j of the polynomial of degree < k through the data;
-// parity chunk j those at ω_{k+j}. 32 + 32 is the code of docs/protocol.md and has kernels of its own; every
+// parity chunk j those at ω_{k+j}. 32 + 32 is the code of docs/protocol.md and has its own kernels; every
 // other k + m <= 256 is plain sums of products. Raw pointers only: callers have checked every size and
-// overlap. No call allocates, but for the first threaded one, which starts helpers. `threads` is how many may
-// work on a call, the caller among them.
+// overlap. No call allocates, except for the first threaded one, which starts helpers. `threads` is how many
+// may work on a call, the caller included.
 #pragma once
 
 #include <cstddef>
@@ -19,9 +19,9 @@ inline constexpr size_t kAlignBytes = 256;  // chunks of a multiple of this need
 
 struct Kernels;  // one instruction set's implementation
 
-// The fastest that this CPU runs and that passed its known-answer test when first asked for.
+// The fastest set that this CPU runs and that passed its known-answer test at the first call.
 const Kernels& best_kernels();
-// Names, fastest first, of all that were compiled in; nullptr after the last.
+// Names, fastest first, of all compiled-in sets; nullptr after the last.
 const char* const* kernel_names();
 // nullptr when the name is unknown or this CPU doesn't run it. Not tested: best_kernels() is.
 const Kernels* find_kernels(const char* name);
@@ -43,7 +43,7 @@ void decode(const Kernels& kernels, const uint8_t* const chunks[kTotalChunks],
 uint32_t decode_and_check(const Kernels& kernels, const uint8_t* const chunks[kTotalChunks],
                           uint8_t* const out[kDataChunks], size_t chunk_bytes, int threads = 1);
 
-// The same for any k + m <= kPointsMax, of which 32 + 32 is one.
+// The same for any k + m <= kPointsMax, 32 + 32 included.
 void encode_any(const Kernels& kernels, int data_chunks, int parity_chunks, const uint8_t* const* data,
                 uint8_t* const* parity, size_t chunk_bytes, int threads = 1);
 void decode_any(const Kernels& kernels, int data_chunks, int parity_chunks, const uint8_t* const* chunks,

@@ -1,7 +1,7 @@
-"""Is a fetch worth it, how long may looking take, when to ask somebody else: formulas only, no state but rates.
+"""Whether a fetch pays, how long a search may take, and when to ask another peer: formulas only, no state but rates.
 
-The rule behind all of them: looking up never costs more than it can save (docs/design.md). A prefill estimate of 0
-means unknown: then only the stall limit and the lookup's deadline bound a fetch, until the engine has measured one.
+They share one rule: looking up never costs more than it can save (docs/design.md). A prefill estimate of 0 means
+unknown: then only the stall limit and the lookup's deadline bound a fetch, until the engine has measured one.
 """
 
 import math
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from ..records.ids import PeerId
 from ..records.limits import FETCH_PREFILL_SHARE, FETCH_STALL_MS, UNHINTED_PREFILL_SHARE
 
-# Assumed of a peer nobody measured: 1 Gbit/s less overhead. Too high costs half a prefill once; too low never measures.
+# Assumed of an unmeasured peer: 1 Gbit/s less overhead. Too high costs half a prefill once; too low never measures.
 RATE_BYTES_PER_MS_DEFAULT = 100_000
 RATE_PEERS_MAX = 1024
-RATE_FORGET_MS = 60_000  # then a peer once slow gets another chance
+RATE_FORGET_MS = 60_000  # after this, a peer that was slow gets another chance
 RATE_SAMPLE_BYTES_MIN = 256 * 1024  # smaller transfers measure latency, not rate
 RATE_WEIGHT = 0.5  # of the newest sample
 SEARCH_MS_MIN = 5  # a question and its answer through two busy nodes on a LAN
 SEARCH_MS_MAX = 1_000
 PROGRESS_MS = FETCH_STALL_MS // 4  # how often a driver reports a row that grows (events.ChunksVerified)
-HEDGE_MS_MIN = 90  # a report and a half: a row that grows must not be hedged for want of a report
+HEDGE_MS_MIN = 90  # a report and a half: a row that grows must not be hedged because a report is due
 HEDGE_MS_MAX = FETCH_STALL_MS // 2  # leaves a second holder as long as the first had
 MANIFEST_HEDGE_MS = 60  # a manifest is 70 KiB and has no progress to report
 
@@ -28,7 +28,7 @@ assert PROGRESS_MS < HEDGE_MS_MIN <= HEDGE_MS_MAX
 
 
 def transfer_ms(size: int, rate_bytes_per_ms: float, rtt_ms: int) -> int:
-    """Estimated time to get `size` bytes."""
+    """Estimated time to fetch `size` bytes."""
     return rtt_ms + math.ceil(size / rate_bytes_per_ms)
 
 
@@ -48,11 +48,10 @@ def worth_fetching(estimate_ms: int, saves_ms: int) -> bool:
 
 
 def search_budget_ms(prefill_ms: int) -> int:
-    """How long to look for providers that nobody announced; 0: don't.
+    """How long to look for unannounced providers; 0: don't.
 
     5 % of the prefill. Where that is less than a round trip takes, asking could only delay the request, so it isn't
-    raised to a floor: a prefill below 100 ms is computed at once.
-    """
+    raised to a floor: a prefill below 100 ms is computed at once."""
     if prefill_ms == 0:
         return FETCH_STALL_MS
     budget = int(UNHINTED_PREFILL_SHARE * prefill_ms)
@@ -71,7 +70,7 @@ class _Rate:
 
 
 class RateEstimator:
-    """What each peer delivered lately, in bytes per ms, fed by lookups that finished; remembers 1,024 peers."""
+    """What each peer delivered lately, in bytes per ms, measured by finished lookups; remembers 1,024 peers."""
 
     def __init__(self) -> None:
         self._rates: OrderedDict[PeerId, _Rate] = OrderedDict()
@@ -84,7 +83,7 @@ class RateEstimator:
         return known.bytes_per_ms
 
     def measured(self, peer: PeerId, asked: int, verified: int, elapsed_ms: int, now_ms: int) -> None:
-        """`verified` of `asked` bytes came within `elapsed_ms`."""
+        """Record that `verified` of `asked` bytes came within `elapsed_ms`."""
         if asked < RATE_SAMPLE_BYTES_MIN:
             return
         sample = max(verified / max(elapsed_ms, 1), 1.0)

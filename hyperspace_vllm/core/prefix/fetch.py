@@ -1,11 +1,11 @@
 """One prefix lookup, from PrefixWanted to its one AnswerPrefix and, once released, EndLookup.
 
     local ── RowsFound ──▶ searching ── enough offers, or the search budget is over ──▶ getting ──▶ answered
-      └────── everything is here, or nobody may be asked ────────────────────────────────▲
+      └────── everything is here, or no peer may be asked ───────────────────────────────▲
 
-*Getting* aims at an end segment and gets every row that it needs, from the arena, the disk and peers. Rows that turn
-out not to be had lower the aim, and so does an arena without room for more; a stall or a spent budget lower it to what
-needs no peer (*retreat*). Where nothing fits at all, the lookup lets go of everything and waits a moment for room.
+*Getting* aims at an end segment and gets every row that it needs, from the arena, the disk and peers. Unavailable rows
+lower the aim, and so does an arena without room for more; a stall or a spent budget lowers it to what needs no peer
+(*retreat*). Where nothing fits at all, the lookup releases everything and waits a moment for room.
 """
 
 from collections import deque
@@ -53,16 +53,16 @@ LookupEvent = (
     | RowFailed
 )
 
-# What may be under way at once: 16 MiB keep 1 Gbit/s busy over 100 ms, and two rows always overlap.
+# What may be in flight at once: 16 MiB keep 1 Gbit/s busy over 100 ms, and two rows always overlap.
 MOVING_BYTES_MAX = 16 * MiB
 MOVING_ROWS_MAX = 16
 MOVING_ROWS_MIN = 2
-LOAD_GRACE_MS = 50  # for rows of this node's own, when a fetch was given up and they would still be of use
+LOAD_GRACE_MS = 50  # for this node's own rows, when a fetch was abandoned and they would still be useful
 ANSWER_MARGIN_MS = 50  # answer before the client gives up: its clock runs too
 
 
 class PrefixLookup:
-    """The machine of one lookup. `start`, then `handle` until `answered`; it never touches the clock."""
+    """The machine of one lookup. `start`, then `handle` until `answered`; it never reads the clock."""
 
     def __init__(
         self,
@@ -93,9 +93,9 @@ class PrefixLookup:
         self._missing: set[Row] = set()
         self._queue: deque[Row] = deque()
         self._loading: set[Row] = set()
-        self._orphans: list[Row] = []  # that nobody we know of can complete, while some peers may still answer
+        self._orphans: list[Row] = []  # no known peer can complete them, but some peers may still answer
         self._cause = ""  # what went wrong
-        self._not_fetched = ""  # why no peer's rows were wanted; no fault of anybody's
+        self._not_fetched = ""  # why no peer's rows were wanted; not a failure
         self._fetching = False
         self._due_ms: int | None = None
         self._forgiven_ms = 0
@@ -112,7 +112,7 @@ class PrefixLookup:
         return self._take_effects()
 
     def handle(self, event: LookupEvent | Tick, now_ms: int) -> list[Effect]:
-        """What follows from `event`; nothing once answered."""
+        """The effects of `event`; none once answered."""
         if self.answered:
             return []
         self._forgive_own_delay(now_ms)
@@ -148,7 +148,7 @@ class PrefixLookup:
         """The rows that the lookup asked for and this node doesn't have."""
         return self._rows.by_key.keys() - event.in_memory - event.on_disk
 
-    # --- what happened --------------------------------------------------------------------------
+    # --- events ---------------------------------------------------------------------------------
 
     def _note(self, event: LookupEvent | Tick, now_ms: int) -> None:
         match event:
@@ -213,10 +213,10 @@ class PrefixLookup:
 
     def _row_ready(self, row: Row | None, now_ms: int) -> None:
         if row is not None and row.state == "idle":
-            self._release([row])  # it was under way when the aim was lowered
+            self._release([row])  # it was in flight when the aim was lowered
         if row is None or row.state in ("ready", "idle"):
             return
-        if row.state == "orphan":  # somebody delivered after all
+        if row.state == "orphan":  # a peer delivered after all
             self._orphans.remove(row)
         row.state = "ready"
         self._loading.discard(row)
@@ -239,7 +239,7 @@ class PrefixLookup:
     # --- searching ------------------------------------------------------------------------------
 
     def _search(self, now_ms: int) -> None:
-        """Ask all peers for the rows that aren't here, unless that can't pay."""
+        """Ask all peers for the missing rows, unless that can't pay."""
         if not self._peers:
             reason = "no_peers" if self._wanted.may_ask_peers and self._mode != "never" else "local_only"
             self._get_local(reason, now_ms)
@@ -256,7 +256,7 @@ class PrefixLookup:
         self._effects.append(FindProviders(self.lookup, wanted, self._peers, self._search_ends_ms - now_ms))
 
     def _absent(self) -> dict[RowId, Row]:
-        """The rows that this node lacks and some longer prefix than its own needs, by id."""
+        """The rows, by id, that this node lacks and that a longer prefix than its own needs."""
         start = self._wanted.start_token
         firsts = [self.layout.first_segment(part, start, self._local_end + 1) for part in range(len(self.layout.parts))]
         return {
@@ -295,7 +295,7 @@ class PrefixLookup:
     # --- getting --------------------------------------------------------------------------------
 
     def _get_local(self, not_fetched: str, now_ms: int) -> None:
-        """Settle for what is in this node."""
+        """Use what is in this node."""
         self._not_fetched = not_fetched
         self._phase = "getting"
         self._phase_ends_ms = None
@@ -308,14 +308,14 @@ class PrefixLookup:
         self._aim_again(now_ms)
 
     def _aim_again(self, now_ms: int) -> None:
-        """Aim at the longest prefix that is to be had and that there is room for."""
+        """Aim at the longest prefix that is available and that there is room for."""
         usable = self._rows.usable(_is_to_be_had)
         self._end = self._fitting()
         if self._end < usable:
             self._cause = "arena_full"
         rows = self._rows.needed(self._end)
         self._missing = {row for row in rows if row.state != "ready"}
-        # What is in memory is leased first: making room for the others must not take it.
+        # Rows in memory are leased first: making room for the others must not evict them.
         idle = sorted((row for row in rows if row.state == "idle"), key=lambda row: row.tier != "memory")
         self._queue = deque(idle)
         if self._end == 0:
@@ -329,7 +329,7 @@ class PrefixLookup:
             self._answer(0, self._cause or self._not_fetched or "miss", now_ms)
 
     def _make_do(self, row: Row, now_ms: int) -> None:
-        """There is no gap for the row: leases and fragments leave less room than was counted."""
+        """There is no gap for the row: leases and fragmentation leave less room than was counted."""
         self._drop(row)
         self._room.shrink(row for row in self._rows.needed(self._end) if row.state in ("moving", "ready"))
         self._aim_again(now_ms)
@@ -353,14 +353,14 @@ class PrefixLookup:
             self._effects.append(ReleaseRows(self.lookup, tuple(row.key for row in rows)))
 
     def _lose(self, rows: list[Row], cause: str, now_ms: int) -> None:
-        """Rows can't be had: aim at what can be reached without them."""
+        """Rows are unavailable: aim at what can be reached without them."""
         for row in rows:
             row.state = "lost"
         self._cause = cause
         self._aim_again(now_ms)
 
     def _retreat(self, cause: str, now_ms: int) -> None:
-        """Give up fetching; use what is ready and what this node can still load within a moment."""
+        """Abandon fetching; use what is ready and what this node can still load within a moment."""
         for peer in self._transfers.stop(now_ms):
             if cause == "stalled":
                 self._effects.append(ChargePeer(peer, cause))
@@ -371,7 +371,7 @@ class PrefixLookup:
         self._lose(remote, cause, now_ms)
 
     def _advance(self, now_ms: int) -> None:
-        """Let time and what is at hand decide what to do next."""
+        """Decide what to do next from the time and the state."""
         if self._phase == "searching":
             over = self._phase_ends_ms is not None and now_ms >= self._phase_ends_ms
             if over or not self._silent or self._found_everything():
@@ -384,9 +384,9 @@ class PrefixLookup:
             self._get_more(now_ms)
 
     def _forgive_own_delay(self, now_ms: int) -> None:
-        """A tick that comes late says that this node was starved; peers' answers may be waiting behind it.
+        """A late tick means that this node was starved; peers' answers may be waiting behind it.
 
-        At most FETCH_STALL_MS a lookup in all, so that even then a stall ends within twice that.
+        At most FETCH_STALL_MS per lookup in all, so that even then a stall ends within twice that.
         """
         if self._fetching and self._due_ms is not None and now_ms > self._due_ms:
             late_ms = min(now_ms - self._due_ms, FETCH_STALL_MS - self._forgiven_ms)
@@ -420,7 +420,7 @@ class PrefixLookup:
             self._answer(self._end, self._cause or "hit", now_ms)
 
     def _adopt_lost(self) -> None:
-        """Set rows aside that no known holder can complete: a peer that hasn't answered yet may have them."""
+        """Set aside rows that no known holder can complete: a peer that hasn't answered yet may have them."""
         if not self._transfers.lost:
             return
         for row in self._transfers.lost:
@@ -438,7 +438,7 @@ class PrefixLookup:
         self._queue.extendleft(reversed(back))
 
     def _fill_window(self, now_ms: int) -> None:
-        """Start the next rows; look a little further ahead, so that manifests come before their rows' turn."""
+        """Start the next rows; look a little further ahead, so that manifests arrive before their rows' turn."""
         ahead = max(MOVING_ROWS_MAX, 2 * len(self.layout.parts) * self.layout.ranks)
         for row in list(islice(self._queue, ahead)):
             room = self._has_room(row)

@@ -1,6 +1,6 @@
 """What peers offer to one lookup: manifests, and under each the columns of rows.
 
-Offers of one row under one manifest are a *source*: their columns add up. Different manifests seal differently, so that
+Offers of one row under one manifest are a *source*: their columns add up. Different manifests seal differently, so
 other sources are alternatives.
 """
 
@@ -14,14 +14,14 @@ from .plan import Row
 
 @dataclass(slots=True)
 class OfferedManifest:
-    """Who offers rows of a manifest, who is being asked for it, and what it says once it has verified."""
+    """Which peers offer rows of a manifest, which are being asked for it, and its contents once verified."""
 
     holders: dict[PeerId, None] = field(default_factory=dict)  # an ordered set
     asking: set[PeerId] = field(default_factory=set)
     tried: set[PeerId] = field(default_factory=set)
     asked_at_ms: int = 0
     contents: ManifestVerified | None = None
-    slow: bool = False  # asked of everybody who offers it, and late
+    slow: bool = False  # asked of every peer that offers it, and late
     dead: bool = False
 
 
@@ -32,7 +32,7 @@ class RowSource:
     manifest: ManifestDigest
     row: int
     holders: dict[PeerId, int] = field(default_factory=dict)  # columns that each may still be asked for
-    asked: dict[PeerId, int] = field(default_factory=dict)  # columns under way, never 0
+    asked: dict[PeerId, int] = field(default_factory=dict)  # columns in flight, never 0
     verified: int = 0
     wanted: bool = False
     dead: bool = False
@@ -45,7 +45,7 @@ class RowSource:
         return columns
 
     def verify(self, peer: PeerId, columns: int) -> None:
-        """These columns came from `peer`."""
+        """Record verified columns from `peer`."""
         self.verified |= columns
         left = self.asked.pop(peer, 0) & ~columns
         if left:
@@ -53,7 +53,7 @@ class RowSource:
 
 
 class Offers:
-    """Every source of a lookup. `banned` peers don't count, but for what they have delivered."""
+    """Every source of a lookup. `banned` peers don't count, except for what they have delivered."""
 
     def __init__(self) -> None:
         self.manifests: dict[ManifestDigest, OfferedManifest] = {}
@@ -61,7 +61,7 @@ class Offers:
         self._sources: dict[RowId, list[RowSource]] = {}
 
     def add(self, event: ProviderAnswered, rows: dict[RowId, Row]) -> None:
-        """Note what a peer offers of `rows`, one offer a row; offers of anything else are ignored."""
+        """Record what a peer offers of `rows`, one offer per row; offers of other rows are ignored."""
         offered: set[RowId] = set()
         for offer in event.offers:
             if offer.row_id not in rows or offer.row_id in offered or not offer.columns:
@@ -94,11 +94,11 @@ class Offers:
         return next((source for source in self.of(row) if peer in source.holders), None)
 
     def holders(self, source: RowSource) -> list[tuple[PeerId, int]]:
-        """Who may be asked for which columns."""
+        """The peers that may be asked, with their columns."""
         return [(peer, held) for peer, held in source.holders.items() if held and peer not in self.banned]
 
     def alive(self, source: RowSource) -> bool:
-        """Whether 32 columns are here, under way or to be asked for."""
+        """Whether 32 columns are here, in flight or available."""
         if source.dead or self.manifests[source.manifest].dead:
             return False
         columns = source.under_way()

@@ -1,4 +1,4 @@
-"""Which rows a prefix needs, how far the rows at hand reach, and which columns to ask of whom. No state."""
+"""Which rows a prefix needs, how far the available rows reach, and which columns to ask of which peers. No state."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,9 +52,9 @@ def segments_that_fit(layout: Layout, segments: int, room: int) -> tuple[int, in
 def leading_rows(
     network: NetworkId, layout: Layout, segment_keys: Sequence[SegmentKey], start_token: int
 ) -> Iterator[RowId]:
-    """One row of each segment, the last one first: who has it is likely to have what comes before it.
+    """One row of each segment, the last one first: a peer that has it probably has the rows before it.
 
-    Of a full-attention part, where there is one: fetchers keep only the tail of a window.
+    Rows of a full-attention part, where there is one: of a window, fetchers keep only the tail.
     """
     part = next((number for number, part in enumerate(layout.parts) if not part.window_tokens), 0)
     for segment in reversed(segment_keys[start_token // layout.segment_tokens :]):
@@ -72,8 +72,8 @@ def usable_end(
     """The most segments, up to `end_max`, after which the engine can continue; 0: none beyond `start_token`.
 
     `present(segment, part)` says whether all ranks' rows are there, `cost(segment, part)` what they take of `room`.
-    Full attention needs every segment from `start_token` on, a sliding window only its tail, so that a longer prefix
-    may be usable where a shorter isn't.
+    Full attention needs every segment from `start_token` on, a sliding window only its tail, so a longer prefix may be
+    usable where a shorter isn't.
     """
     first = start_token // layout.segment_tokens
     run_start = [first] * len(layout.parts)  # per part, where the run of present rows that ends at `end` starts
@@ -136,7 +136,7 @@ class PrefixRows:
 def assign_columns(count: int, exclude: int, holders: Sequence[tuple[PeerId, int]]) -> dict[PeerId, int]:
     """Masks of the `count` lowest columns outside `exclude` that `holders` have, each from the first that has it.
 
-    Low columns are data: with 0..31 there is nothing to decode. Fewer than `count` where there are no more.
+    Low columns are data: with 0..31 there is nothing to decode. Fewer than `count` if `holders` have no more.
     """
     assigned: dict[PeerId, int] = {}
     for column in range(TOTAL_CHUNKS):

@@ -1,10 +1,11 @@
-"""From rows staged by workers to objects on disk: name, keep, group, encode.
+"""Turns rows staged by workers into objects on disk: name, keep, group, encode.
 
 A row is staged before its segment has a name (the last token may lag a step) or after (workers and scheduler use
-different sockets), so either order joins. A named row is kept in the memory tier at once, until it is stored or given
-up: an arena smaller than a prompt would otherwise lose its beginning before it is encoded. A segment whose rows are all
-here joins the groups of its request, one a part and rank, and a group becomes an object when it is full, its request is
-over, or nothing came for a moment. Everything is bounded; whatever doesn't fit stays in memory only, and is counted.
+different sockets), so both orders work. A named row is kept in the memory tier at once, until it is stored or skipped:
+an arena smaller than a prompt would otherwise lose its beginning before it is encoded. A segment whose rows are all
+here joins the groups of its request, one per part and rank, and a group becomes an object when it is full, its request
+is over, or no row came for a moment. Everything is bounded; rows that exceed a bound stay in memory only, and are
+counted.
 """
 
 from collections import Counter, OrderedDict, deque
@@ -17,14 +18,14 @@ from ..records.ids import RowKey, SegmentKey, row_key
 from ..records.layout import Layout
 from ..records.limits import LOOKUP_ROWS_MAX, OBJECT_ROWS_MAX
 
-STAGED_ROWS_MAX = 1024  # staged and unnamed, a client: as many as one grant of staging slabs
-SEGMENTS_MAX = 8192  # unfinished, a client: two of the longest prompts
-UNNAMED_MS = 30_000  # a name, or another rank's row, lags a few steps; what waits longer waits in vain
-OVER_GRACE_MS = 1_000  # rows of a request that is over may still be on their way from its workers
+STAGED_ROWS_MAX = 1024  # staged and unnamed, per client: as many as one grant of staging slabs
+SEGMENTS_MAX = 8192  # unfinished, per client: two of the longest prompts
+UNNAMED_MS = 30_000  # a name, or another rank's row, lags a few steps; rows that wait longer wait in vain
+OVER_GRACE_MS = 1_000  # rows of an ended request may still be on their way from its workers
 IDLE_MS = 100
 ENCODES_MAX = 2  # outstanding: one in the compute pool, one to follow
 ENCODE_QUEUE_MAX = 64
-ENCODE_TIMEOUT_MS = 120_000  # 32 rows of 128 MiB at 40 MB/s; then its place is given to another
+ENCODE_TIMEOUT_MS = 120_000  # 32 rows of 128 MiB at 40 MB/s; then the next object takes its place
 KNOWN_ROWS_MAX = 8 * LOOKUP_ROWS_MAX
 
 PublishEvent = RowArrived | SegmentKeyKnown | RequestOver | ClientGone | ObjectEncoded | ObjectFailed | Tick
@@ -32,7 +33,7 @@ PublishEvent = RowArrived | SegmentKeyKnown | RequestOver | ClientGone | ObjectE
 
 @dataclass(slots=True)
 class _Segment:
-    """What is known of one segment of one request. `staged` rows wait for the name, `here` are kept or known."""
+    """One segment of one request. `staged` rows wait for the name, `here` are kept or known."""
 
     first_ms: int
     layout: Layout
@@ -77,7 +78,7 @@ class Publisher:
         self._effects: list[Effect] = []
 
     def handle(self, event: PublishEvent, now_ms: int) -> list[Effect]:
-        """What follows from `event`."""
+        """The effects of `event`."""
         match event:
             case RowArrived():
                 self._row_arrived(event, now_ms)
@@ -102,13 +103,13 @@ class Publisher:
         return effects
 
     def forget(self, rows: Iterable[RowKey]) -> None:
-        """These rows turned out not to be in this node: when they are staged again they are news."""
+        """Forget rows that turned out not to be in this node: they count as new when they are staged again."""
         for row in rows:
             self._known.pop(row, None)
 
     @property
     def waiting_rows(self) -> int:
-        """Rows that were staged and are not yet stored, given up or dropped."""
+        """Rows that were staged and are not yet stored, skipped or dropped."""
         coding = [*self._queue, *(encode for encode, _ in self._encoding.values())]
         grouped = (group.rows for request in self._requests.values() for group in request.groups.values())
         return sum(self._staged.values()) + sum(map(len, grouped)) + sum(len(encode.row_keys) for encode in coding)
@@ -117,7 +118,7 @@ class Publisher:
         """When to call with Tick, if nothing else happens before."""
         return self._sweep_at_ms
 
-    # --- what happened --------------------------------------------------------------------------
+    # --- events ---------------------------------------------------------------------------------
 
     def _row_arrived(self, event: RowArrived, now_ms: int) -> None:
         layout, place = event.layout, (event.part, event.rank)
@@ -176,7 +177,7 @@ class Publisher:
         assert segment.key is not None
         for place, staged in segment.staged.items():
             key = row_key(segment.key, *place)
-            # What was kept as private is news when it may be shared.
+            # A row that was kept as private counts as new when it may be shared.
             if key in self._known and self._known[key] >= segment.shareable:
                 self._drop(staged, "known")
             else:
@@ -207,7 +208,7 @@ class Publisher:
     # --- encoding -------------------------------------------------------------------------------
 
     def _flush(self, request: _Request, groups: list[tuple[int, int, bool, Layout]]) -> None:
-        """Turn groups into objects in the queue; a full queue loses its oldest."""
+        """Turn groups into queued objects; a full queue loses its oldest."""
         for at in groups:
             group = request.groups.pop(at)
             rows = tuple(group.rows[number] for number in sorted(group.rows))
@@ -230,7 +231,7 @@ class Publisher:
     # --- time -----------------------------------------------------------------------------------
 
     def _sweep(self, now_ms: int) -> None:
-        """Do all that has become due, and find out what is due next."""
+        """Do everything that is due, and compute what is due next."""
         self._sweep_at_ms = None
         for (client, request_id), request in list(self._requests.items()):
             if request.over_at_ms is not None and now_ms >= request.over_at_ms + OVER_GRACE_MS:
@@ -275,7 +276,7 @@ class Publisher:
         return segment
 
     def _drop_oldest(self, client: str, which: Callable[[_Segment], bool]) -> None:
-        """Drop the first segment of the client's first request that has one of the kind."""
+        """Drop the first segment that `which` accepts, of the client's earliest request that has one."""
         for (owner, _), request in self._requests.items():
             if owner == client:
                 oldest = next((n for n, segment in request.segments.items() if which(segment)), None)
@@ -284,7 +285,7 @@ class Publisher:
                     return
 
     def _remove_segment(self, client: str, request: _Request, number: int, reason: str) -> None:
-        """Forget an unfinished segment: staged rows go, kept ones stay in memory and are not encoded."""
+        """Forget an unfinished segment: staged rows are dropped, kept ones stay in memory and are not encoded."""
         segment = request.segments.pop(number)
         self._segments[client] -= 1
         self._staged[client] -= len(segment.staged)
@@ -294,7 +295,7 @@ class Publisher:
             self._skip(tuple(row_key(segment.key, *place) for place in sorted(segment.fresh)), "incomplete")
 
     def _skip(self, rows: tuple[RowKey, ...], reason: str) -> None:
-        """Kept rows won't be encoded."""
+        """Release kept rows that won't be encoded."""
         self.skipped[reason] += len(rows)
         self.forget(rows)
         self._effects.append(UnpinRows(rows))

@@ -1,7 +1,7 @@
-"""What of the arena one lookup may take: how much its rows cost, and how long it waits where none fits.
+"""How much of the arena one lookup may take: what its rows cost, and how long it waits when none fits.
 
-Room is free, or held by rows that no lookup, encoder or worker has a lease on. A lookup takes it row by row, so that
-several at once share it; what it can't use it lets go of, and one that got nothing holds nothing while it waits.
+Room is free, or held by rows that no lookup, encoder or worker has leased. A lookup takes it row by row, so that
+several lookups share it; it releases what it can't use, and one that got nothing holds nothing while it waits.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from ..records.ids import RowKey
 from ..records.limits import FETCH_STALL_MS
 from .plan import Row
 
-AGAIN_MS = 20  # between two looks for room: a lease on an answer lasts about as long as a copy
+AGAIN_MS = 20  # between two checks for room: a lease on an answer lasts about as long as a copy
 WAIT_MS = FETCH_STALL_MS  # as long as for a peer that delivers nothing
 
 
@@ -21,24 +21,24 @@ class ArenaRoom:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.look_at_ms: int | None = None  # when to look again; None: not waiting, or already looking
+        self.look_at_ms: int | None = None  # when to check again; None: not waiting, or already checking
         self._leased: frozenset[RowKey] = frozenset()
         self._until_ms: int | None = None
 
     def found(self, event: RowsFound) -> None:
-        """The node has counted, while the lookup held nothing."""
+        """Take the node's count, made while the lookup held nothing."""
         self.bytes, self._leased = event.room_bytes, event.leased
 
     def cost(self, row: Row) -> int:
-        """Bytes of the room that the row takes; none where others keep it in the arena anyway."""
+        """Bytes of the room that the row takes; 0 where another lease keeps it in the arena anyway."""
         return 0 if row.key in self._leased else pages_bytes(row.length)
 
     def shrink(self, held: Iterable[Row]) -> None:
-        """There is no gap for one more row: what the lookup holds is all that it gets."""
+        """There is no gap for one more row: reduce the room to what the lookup holds."""
         self.bytes = sum(map(self.cost, held))
 
     def wait(self, now_ms: int, until_ms: int) -> bool:
-        """Whether the lookup may look again in a moment: for WAIT_MS in all, and not beyond `until_ms`."""
+        """Whether the lookup may check again in a moment: for WAIT_MS in all, and not after `until_ms`."""
         if self._until_ms is None:
             self._until_ms = min(now_ms + WAIT_MS, until_ms)
         if now_ms >= self._until_ms:

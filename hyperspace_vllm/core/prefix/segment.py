@@ -20,7 +20,7 @@ _SEED_TAG = b"hyperspace/segment-seed/1"
 
 
 def segment_tokens(block_sizes: Sequence[int], scheduler_block_size: int) -> int:
-    """Tokens a segment: the least multiple >= 256 of the scheduler's and of every KV group's block size.
+    """Tokens per segment: the least multiple >= 256 of the scheduler's and of every KV group's block size.
 
     `Refused("segment_tokens")` when that exceeds SEGMENT_TOKENS_MAX: L2 then stays off.
     """
@@ -50,7 +50,7 @@ def chain_seed(fingerprint: bytes, lora_digest: bytes, cache_salt: str, tenant: 
 def next_key(previous: bytes, token_ids: Sequence[int], multimodal: Sequence[Multimodal] = ()) -> SegmentKey:
     """The key of the segment of `token_ids` that follows the one with key `previous` (or the chain's seed).
 
-    `multimodal` lists the items whose first token lies inside the segment, by position. The segment length is in the
+    `multimodal` lists the items whose first token is inside the segment, by position. The segment length is in the
     fingerprint, so that every key of a chain hashes equally many tokens and the pairs after them are unambiguous.
     """
     assert len(previous) == 32
@@ -65,7 +65,7 @@ def segment_keys(
     multimodal: Sequence[Multimodal] = (),
     count: int = PROMPT_SEGMENTS_MAX,
 ) -> Iterator[SegmentKey]:
-    """Keys of the first `count` segments of `tokens_each` tokens, at most as many as are whole."""
+    """Keys of the first `count` segments of `tokens_each` tokens, whole segments only."""
     key = seed
     items = sorted(multimodal, key=lambda item: item[1])
     for segment in range(min(count, len(token_ids) // tokens_each)):

@@ -1,8 +1,7 @@
-"""The rows of one lookup that come from peers: whom to ask for what, whom to ask next, whom never again.
+"""One lookup's rows from peers: which peers to ask for what, which next, and which never again.
 
-A row is asked of the source (offers.py) that should deliver it first: 32 columns, data columns preferred. What is late
-is asked of other holders, then under another manifest, then for further columns (hedging); what fails is replaced at
-once.
+A row is asked of the source (offers.py) that should deliver it first: 32 columns, data columns preferred. When it is
+late, other holders are asked, then another manifest, then further columns (hedging); what fails is replaced at once.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,15 +24,15 @@ from .offers import OfferedManifest, Offers, RowSource
 from .plan import Row, assign_columns
 
 GUILTY_REASONS = frozenset({"protocol", "bad_digest", "malformed", "forged", "bad_signature", "bad_proof"})
-GONE_REASONS = frozenset({"timeout", "unreachable"})  # no proof of bad faith, but not asked again by this lookup
-MANIFESTS_IN_FLIGHT_MAX = 4  # each costs 70 KiB and a KZG verification before anything is believed
+GONE_REASONS = frozenset({"timeout", "unreachable"})  # no proof of bad faith, but this lookup asks no more
+MANIFESTS_IN_FLIGHT_MAX = 4  # each costs 70 KiB and a KZG verification before it can be used
 
 _DATA = (1 << DATA_CHUNKS) - 1
 
 
 @dataclass(slots=True)
 class _Transfer:
-    """A row under way. `hedge_at_ms` None: everybody who may have it has been asked."""
+    """A row in flight. `hedge_at_ms` None: every peer that may have it has been asked."""
 
     row: Row
     hedge_at_ms: int | None
@@ -50,7 +49,7 @@ class _Delivery:
 
 
 class Transfers:
-    """All fetching of one lookup. Effects go to `emit`; rows that nobody can complete gather in `lost`."""
+    """All fetching of one lookup. Effects go to `emit`; rows that no peer can complete are added to `lost`."""
 
     def __init__(
         self,
@@ -70,26 +69,26 @@ class Transfers:
         self.timeout_at_ms = 0
         self._rtt_ms: dict[PeerId, int] = {}
         self._offers = Offers()
-        self._asking: dict[ManifestDigest, OfferedManifest] = {}  # those that somebody was asked for
+        self._asking: dict[ManifestDigest, OfferedManifest] = {}  # those that a peer was asked for
         self._moving: dict[RowId, _Transfer] = {}
         self._asked_at_ms: dict[PeerId, int] = {}
         self._deliveries: dict[PeerId, _Delivery] = {}
-        self._unsettled = False  # a source may have lost what it was waiting for
+        self._unsettled = False  # a source may have lost the columns it was waiting for
 
     # --- offers ---------------------------------------------------------------------------------
 
     def add_offers(self, event: ProviderAnswered, rows: dict[RowId, Row]) -> None:
-        """Note what a peer offers of `rows`, once a peer."""
+        """Record what a peer offers of `rows`, once per peer."""
         if event.peer in self.peers and event.peer not in self._rtt_ms:
             self._rtt_ms[event.peer] = event.rtt_ms
             self._offers.add(event, rows)
 
     def fetchable(self, row: Row) -> bool:
-        """Whether the holders known of some manifest have 32 columns of the row between them."""
+        """Whether the known holders of one manifest together have 32 columns of the row."""
         return any(map(self._offers.alive, self._offers.of(row)))
 
     def estimate_ms(self, rows: Iterable[Row], now_ms: int) -> int:
-        """Time until `rows` are here when each comes from whoever would deliver it first."""
+        """Time until `rows` are here when each comes from the peer that would deliver it first."""
         queued: dict[PeerId, int] = {}
         for row in rows:
             holders = [peer for source in self._offers.of(row) for peer in source.holders]
@@ -107,12 +106,12 @@ class Transfers:
 
     @property
     def moving_rows(self) -> int:
-        """Rows under way, to bound them."""
+        """Rows in flight, to bound them."""
         return len(self._moving)
 
     @property
     def moving_bytes(self) -> int:
-        """Bytes of the rows under way, to bound them."""
+        """Bytes of the rows in flight, to bound them."""
         return sum(transfer.row.length for transfer in self._moving.values())
 
     def begin(self, row: Row, room: bool, now_ms: int) -> bool:
@@ -122,27 +121,27 @@ class Transfers:
         return row.id in self._moving
 
     def finish(self, row: Row, now_ms: int) -> None:
-        """The row is ready: nobody needs to be asked any more."""
+        """The row is ready: no peer needs to be asked any more."""
         if self._moving.pop(row.id, None) is None:
             return
         self.progress_ms = now_ms
         for source in self._offers.of(row):
             missing = DATA_CHUNKS - source.verified.bit_count()
             for peer, columns in source.asked.items():
-                # The last columns come without an event of their own; who was asked for them delivered them.
+                # The last columns come without an event of their own: the peer that was asked for them delivered them.
                 if 0 < missing <= (columns & ~source.verified).bit_count():
                     self._delivered(peer, missing * row.length // DATA_CHUNKS, now_ms)
                     break
 
     def drop(self, row: Row) -> None:
-        """The row isn't wanted for now, and nothing of it was kept."""
+        """The row isn't wanted for now, and no columns of it were kept."""
         self._moving.pop(row.id, None)
         for source in self._offers.of(row):
             source.asked.clear()
             source.verified = 0
 
     def stop(self, now_ms: int) -> list[PeerId]:
-        """End all fetching and feed the rates; returns who was asked FETCH_STALL_MS ago or more and still owes."""
+        """End all fetching, update the rates; returns peers first asked FETCH_STALL_MS ago or more that still owe."""
         late = {peer for t in self._moving.values() for s in self._offers.of(t.row) for peer in s.asked}
         late |= {peer for manifest in self._asking.values() for peer in manifest.asking}
         for peer, delivery in self._deliveries.items():
@@ -155,10 +154,10 @@ class Transfers:
         self._deliveries.clear()
         return [p for p in self.peers if p in late and self._asked_at_ms[p] <= now_ms - FETCH_STALL_MS]
 
-    # --- what peers and the driver report -------------------------------------------------------
+    # --- reports of peers and of the driver -----------------------------------------------------
 
     def manifest_verified(self, event: ManifestVerified, now_ms: int) -> None:
-        """The manifest can be used for the rows that it has; who offered others under it is charged then."""
+        """Use the manifest for its rows; peers that offered other rows under it are charged when those are asked."""
         manifest = self._asking.pop(event.manifest, None)
         if manifest is None:
             return
@@ -183,7 +182,7 @@ class Transfers:
         self._settle(now_ms)
 
     def chunks_verified(self, event: ChunksVerified, row: Row, now_ms: int) -> None:
-        """Columns of a row came and verified."""
+        """Take verified columns of a row."""
         transfer = self._moving.get(row.id)
         source = self._offers.by_peer(row, event.peer)
         if transfer is None or source is None:
@@ -197,7 +196,7 @@ class Transfers:
         transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
 
     def holder_stalled(self, event: HolderStalled, row: Row, now_ms: int) -> None:
-        """A peer won't deliver what it was asked for: ask for other columns, others, or under another manifest."""
+        """A peer won't deliver what it was asked for: ask for other columns, other peers, or under another manifest."""
         source = self._offers.by_peer(row, event.peer)
         if source is None:
             return
@@ -209,13 +208,13 @@ class Transfers:
         self._settle(now_ms)
 
     def condemned(self, row: Row, now_ms: int) -> None:
-        """The row's chunks are no codeword: whatever its manifest covers is worthless."""
+        """The row's chunks are no codeword: everything its manifest covers is worthless."""
         sources = [source for source in self._offers.wanted(row) if self._offers.alive(source)]
         if row.id not in self._moving or not sources:
             return
         used = max(sources, key=lambda source: source.verified.bit_count())
         self._offers.manifests[used.manifest].dead = True
-        for source in sources:  # the driver has ended those that raced with it, and let their chunks go
+        for source in sources:  # the driver has ended those that raced with it, and dropped their chunks
             source.asked.clear()
             source.verified = 0
         self._unsettled = True
@@ -241,7 +240,7 @@ class Transfers:
         self._settle(now_ms)
 
     def forgive(self, late_ms: int) -> None:
-        """This node itself did not run for `late_ms`: that is no peer's fault, nor would hedging help."""
+        """This node itself did not run for `late_ms`: no peer is at fault, and hedging would not help."""
         self.progress_ms += late_ms
         for manifest in self._asking.values():
             manifest.asked_at_ms += late_ms
@@ -252,7 +251,7 @@ class Transfers:
     def next_deadline_ms(self) -> int | None:
         """When to call `hedge` if nothing happens before.
 
-        A row that is late while others come can wait for their events: no timer of its own.
+        A row that is late while others arrive can wait for their events: it has no timer of its own.
         """
         times = [m.asked_at_ms + MANIFEST_HEDGE_MS for m in self._asking.values() if not m.slow]
         rows = [t.hedge_at_ms for t in self._moving.values() if t.hedge_at_ms is not None]
@@ -263,7 +262,7 @@ class Transfers:
     # --- leaves ---------------------------------------------------------------------------------
 
     def _want_best(self, row: Row, room: bool, now_ms: int) -> None:
-        """Make sure that the row has a source which can complete it, and that it is asked; else it is lost."""
+        """Make sure that the row has a source which can complete it, and that it is asked; otherwise it is lost."""
         if not any(
             self._offers.alive(s) and not self._offers.manifests[s.manifest].slow for s in self._offers.wanted(row)
         ):
@@ -291,7 +290,7 @@ class Transfers:
             self._want_best(row, room, now_ms)  # ends: every turn has used up a source
 
     def _move(self, source: RowSource, row: Row, now_ms: int) -> None:
-        """The row starts under this source; others that were wanted only because it was late are not any more."""
+        """Start the row under this source; sources that were wanted only because it was late no longer are."""
         if not self._moving:
             self.progress_ms = now_ms
         self._moving[row.id] = _Transfer(row, now_ms + self._hedge_delay_ms(row, now_ms))
@@ -299,7 +298,7 @@ class Transfers:
             other.wanted = other is source
 
     def _top_up(self, source: RowSource, row: Row, now_ms: int) -> None:
-        """Have 32 columns verified or under way."""
+        """Ask until 32 columns are verified or in flight."""
         exclude = source.under_way()
         count = DATA_CHUNKS - exclude.bit_count()
         if count <= 0:
@@ -324,7 +323,7 @@ class Transfers:
         if self._ask_other_holder(row, now_ms) or self._ask_other_source(row, now_ms):
             transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
         elif not stuck:
-            # The only holder is busy with other rows of ours, or slow: more columns would only slow it down.
+            # The only holder is busy with this node's other rows, or slow: more columns would only slow it down.
             transfer.hedge_at_ms = self.progress_ms + HEDGE_MS_MAX
         elif self._ask_further_columns(row, now_ms):
             transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
@@ -332,7 +331,7 @@ class Transfers:
             transfer.hedge_at_ms = None
 
     def _ask_other_holder(self, row: Row, now_ms: int) -> bool:
-        """Ask who wasn't asked yet, also for columns that are under way: it may have no others."""
+        """Ask a peer that wasn't asked yet, also for columns in flight: it may have no others."""
         for source in self._offers.wanted(row):
             others = [h for h in self._holders(source, row, now_ms) if h[0] not in source.asked]
             if self._ask_missing(source, row, others, now_ms, again=True):
@@ -348,7 +347,7 @@ class Transfers:
         return True
 
     def _ask_further_columns(self, row: Row, now_ms: int) -> bool:
-        """Ask the same holders, for twice what is missing: they hold something back, perhaps half of this too."""
+        """Ask the same holders for twice what is missing: they withhold some columns, perhaps half of these too."""
         return any(
             self._ask_missing(source, row, self._holders(source, row, now_ms), now_ms, times=2)
             for source in self._offers.wanted(row)
@@ -363,7 +362,7 @@ class Transfers:
         times: int = 1,
         again: bool = False,
     ) -> bool:
-        """Ask `holders` for as many columns as the row lacks, as if what is under way never came."""
+        """Ask `holders` for as many columns as the row lacks, as if those in flight never arrived."""
         if self._offers.manifests[source.manifest].contents is None or not self._offers.alive(source):
             return False
         count = times * (DATA_CHUNKS - source.verified.bit_count())
@@ -384,7 +383,7 @@ class Transfers:
             self._ask_manifest(digest, now_ms)
 
     def _ask_manifest(self, digest: ManifestDigest, now_ms: int) -> None:
-        """Ask the next peer that offers it; when there is none, it is late, or dead."""
+        """Ask the next peer that offers the manifest; if there is none, it is late, or dead."""
         manifest = self._offers.manifests[digest]
         peer = next((p for p in manifest.holders if p not in manifest.tried and p not in self._offers.banned), None)
         if peer is None:
@@ -402,7 +401,7 @@ class Transfers:
         self.emit(FetchManifest(self.lookup, peer, digest, timeout_ms))
 
     def _matches(self, source: RowSource, row: Row, contents: ManifestVerified) -> bool:
-        """Whether the manifest has this very row where the offers said; if not, they lied."""
+        """Whether the manifest has this row where the offers said; if not, charge the offering peers."""
         if source.verified or source.asked:
             return True
         honest = (
@@ -423,7 +422,7 @@ class Transfers:
             self._ban(peer)
 
     def _ban(self, peer: PeerId) -> None:
-        """Use the peer no more in this lookup; what it still sends and verifies counts all the same."""
+        """Don't use the peer again in this lookup; columns of it that still verify count all the same."""
         self._offers.banned.add(peer)
         self._unsettled = True
         for digest, manifest in list(self._asking.items()):
@@ -435,7 +434,7 @@ class Transfers:
                 source.asked.pop(peer, None)
 
     def _settle(self, now_ms: int) -> None:
-        """After a gain or loss: every row under way has its columns asked of somebody, or is lost."""
+        """After a gain or loss: every row in flight has its columns asked of a peer, or is lost."""
         while self._unsettled:  # ends: each turn that unsettles again has banned a peer
             self._unsettled = False
             for transfer in list(self._moving.values()):
@@ -459,7 +458,7 @@ class Transfers:
         return min(idle, key=cost, default=None)
 
     def _holders(self, source: RowSource, row: Row, now_ms: int) -> list[tuple[PeerId, int]]:
-        """Who may be asked under the source, soonest first."""
+        """The peers that may be asked under the source, soonest first."""
 
         def cost(holder: tuple[PeerId, int]) -> int:
             return self._cost_ms(holder[0], self._queued_bytes(holder[0]) + row.length, now_ms)

@@ -1,4 +1,4 @@
-"""Signed batches on the two GossipSub topics: who can serve which responses or KV rows, and who signed a false answer.
+"""Signed batches on the two GossipSub topics: responses or KV rows that a node can serve, evidence of false answers.
 
     batch    = body || signature
     body     = network id 32 | sender 32 | sequence u64 | sent at u64 ms | kind u8 | count u16 | entries
@@ -7,12 +7,12 @@
     evidence = signer 32 | request hash 32 | response hash 32 | proof hash 32 | computed at u64 ms | signature 64
                | tokens u32 | far u32                                                       (kind 3)
 
-Integers are big-endian, the signature is Ed25519 over the tag and the body, and the sender's sequence only grows: what
-comes twice, or again later, is dropped. Batches rather than single announcements, because py-libp2p's GossipSub passes
-ten messages a second and peer at most (docs/notes/py-libp2p.md).
+Integers are big-endian, the signature is Ed25519 over the tag and the body, and the sender's sequence only grows:
+repeated or older batches are dropped. Batches rather than single announcements, because py-libp2p's GossipSub passes
+ten messages a second per peer at most (docs/notes/py-libp2p.md).
 
-Evidence holds just as much of the accused's CacheProof as its signature covers, in a fixed size: proof hash stands for
-the fields left out. So nobody is accused of an answer that it never signed.
+Evidence holds as much of the accused node's CacheProof as its signature covers, in a fixed size: the proof hash stands
+for the omitted fields. So no node is accused of an answer that it never signed.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class ResponseEntry:
 
 @dataclass(frozen=True, slots=True)
 class PrefixEntry:
-    """A KV row that the sender can serve, under which manifest and KZG commitment."""
+    """A KV row that the sender can serve, with its manifest and KZG commitment."""
 
     row_id: bytes
     manifest: bytes
@@ -62,9 +62,9 @@ class PrefixEntry:
 
 @dataclass(frozen=True, slots=True)
 class EvidenceEntry:
-    """`signer` signed the statement that the next five fields are of; of its `tokens` tokens `far` are not its model's.
+    """`signer` signed the statement in the next five fields; of its `tokens` tokens, `far` are not its model's.
 
-    Others can check the signature, but not the count: they don't know the prompt (core/peers/suspicion.py).
+    Other nodes can check the signature, but not the count: they don't know the prompt (core/peers/suspicion.py).
     """
 
     signer: bytes
@@ -92,7 +92,7 @@ class Announcement:
 
     @property
     def topic(self) -> str:
-        """Where it belongs."""
+        """The GossipSub topic of its kind."""
         return PREFIX_TOPIC if isinstance(self.entries[0], PrefixEntry) else RESPONSE_TOPIC
 
 
@@ -116,7 +116,7 @@ def encode_announcement(batch: Announcement, key: SigningKey) -> bytes:
 
 
 def decode_announcement(raw: bytes) -> Announcement:
-    """The batch in `raw`; `ProtocolViolation` names the field. Nothing is believed yet, `check_announcement` does."""
+    """The batch in `raw`; `ProtocolViolation` names the field. Unverified: `check_announcement` verifies it."""
     if not _HEAD_BYTES + SIGNATURE_BYTES < len(raw) <= ANNOUNCEMENT_BYTES_MAX:
         raise ProtocolViolation(f"announcement: {len(raw)} bytes, expected at most {ANNOUNCEMENT_BYTES_MAX}")
     kind = raw[80]
@@ -138,7 +138,7 @@ def decode_announcement(raw: bytes) -> Announcement:
 
 
 def is_of_later_version(raw: bytes, network: NetworkId, sender: bytes) -> bool:
-    """Whether it is, or says so, a batch of `sender`'s of a kind that this version can't read."""
+    """Whether `raw` claims to be a batch of `sender`'s of a kind that this version can't read."""
     return len(raw) > _HEAD_BYTES and raw[:64] == network + sender and raw[80] not in _ENTRY_BYTES
 
 

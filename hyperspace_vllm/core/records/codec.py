@@ -1,4 +1,4 @@
-"""Bytes from a socket into one of the messages that the socket allows."""
+"""Decodes bytes from a socket into one of the messages that the socket allows."""
 
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ _Message = TypeVar("_Message")
 def decode_frame(
     decoder: msgspec.msgpack.Decoder[_Message], frame: bytes | memoryview, bytes_max: int, what: str
 ) -> _Message:
-    """The message in `frame`; `ProtocolViolation` names the field that is wrong, after `what`."""
+    """The message in `frame`; `ProtocolViolation` names the wrong field, after `what`."""
     if len(frame) > bytes_max:
         raise ProtocolViolation(f"{what}: {len(frame)} bytes, at most {bytes_max}")
     try:

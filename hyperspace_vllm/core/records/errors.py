@@ -6,14 +6,14 @@ SHOWN_CHARS_MAX = 300
 
 
 def printable(foreign: str, chars_max: int = SHOWN_CHARS_MAX) -> str:
-    """`foreign` on one line without control characters, cut: safe in a log, a terminal and an answer."""
+    """`foreign` on one line without control characters, truncated: safe in a log, a terminal and an answer."""
     cut = foreign[:chars_max]
     shown = cut if cut.isprintable() else repr(cut)[1:-1]
     return shown + "…" * (len(foreign) > chars_max)
 
 
 def for_terminal(json_or_text: str) -> str:
-    """The same with every unprintable character escaped as JSON does, but for the ends of lines; JSON stays JSON."""
+    """The text with every unprintable character escaped as in JSON, except line ends; JSON stays JSON."""
     if json_or_text.isprintable():
         return json_or_text
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in json_or_text)
@@ -22,8 +22,8 @@ def for_terminal(json_or_text: str) -> str:
 class ProtocolViolation(ValueError):
     """A peer or client sent something that the protocol forbids.
 
-    Raised where bytes become values, caught once (in the shell that read the bytes) and charged to the
-    sender. The message names the field and what was expected; what it repeats of the input is made printable.
+    Raised where bytes become values, caught once (in the shell that read the bytes) and charged to the sender. The
+    message names the field and what was expected; what it quotes of the input is made printable.
     """
 
     def __init__(self, message: str) -> None:
@@ -31,7 +31,7 @@ class ProtocolViolation(ValueError):
 
 
 class Refused(Exception):
-    """A well-formed record that we don't believe: `reason` is one of a small set, used as a metric label."""
+    """A well-formed record that this node doesn't accept: `reason` is one of a small set, used as a metric label."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(printable(f"{reason}: {detail}" if detail else reason))

@@ -1,6 +1,6 @@
-"""Keys that stay home, the ids that travel for them, and libp2p peer ids.
+"""Keys that stay on the node, the ids that travel for them, and libp2p peer ids.
 
-Whoever knows a key may read what it names, so only `wire_id(network, key)` ever leaves the node (docs/design.md).
+A node that knows a key may read what it names, so only `wire_id(network, key)` ever leaves the node (docs/design.md).
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _ED25519_PEER_ID = bytes.fromhex("002408011220")
 
 
 def sha256(*parts: bytes) -> bytes:
-    """SHA-256 over the concatenation of `parts`; callers pass fixed-width fields or one last variable one."""
+    """SHA-256 over the concatenation of `parts`; callers pass fixed-width fields, or one variable one at the end."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -36,7 +36,7 @@ def network_id(name: str) -> NetworkId:
 
 
 def wire_id(network: NetworkId, key: bytes) -> bytes:
-    """SHA-256('id' || network || key): what stands on the wire for a 32-byte key."""
+    """SHA-256('id' || network id || key): what the wire carries for a 32-byte key."""
     assert len(network) == 32
     assert len(key) == 32
     return sha256(b"id", network, key)
@@ -48,11 +48,11 @@ def row_key(segment: SegmentKey, part: int, rank: int) -> RowKey:
 
 
 def row_id(network: NetworkId, key: RowKey) -> RowId:
-    """The id under which a row is looked for among peers."""
+    """The id under which a row is looked up among peers."""
     return RowId(wire_id(network, key))
 
 
-@lru_cache(4096)  # 20 us in Python, and asked for at every message
+@lru_cache(4096)  # 20 us in Python, and computed for every message
 def peer_id(public_key: bytes) -> PeerId:
     """libp2p's peer id ("12D3KooW…") of a 32-byte Ed25519 public key."""
     assert len(public_key) == 32
@@ -64,7 +64,7 @@ def peer_id(public_key: bytes) -> PeerId:
     return PeerId("1" + text)  # base58btc writes the leading zero byte as '1'
 
 
-@lru_cache(4096)  # 30 µs, and asked of every provider of a response
+@lru_cache(4096)  # 30 µs, and computed for every provider of a response
 def public_key_of(peer: str) -> bytes:
     """The 32-byte Ed25519 public key inside a libp2p peer id; `ProtocolViolation` if it holds none."""
     if len(peer) > 64 or not peer.startswith("1") or any(c not in _BASE58 for c in peer):

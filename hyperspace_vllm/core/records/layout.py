@@ -1,7 +1,7 @@
-"""What the KV of one segment looks like: the plan that scheduler, worker, node and peers share.
+"""The layout of one segment's KV: the plan that scheduler, worker, node and peers share.
 
-A *part* is the set of layers with one attention reach. Two nodes share rows only when the whole layout (through
-the KV fingerprint) agrees; see docs/design.md.
+A *part* is the set of layers with one attention reach. Two nodes share rows only when the whole layout (through the KV
+fingerprint) agrees; see docs/design.md.
 """
 
 from typing import Annotated
@@ -30,8 +30,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def first_segment(self, part: int, start_token: int, end_segment: int) -> int:
         """First segment whose row of `part` is needed to continue at `end_segment * segment_tokens`.
 
-        Tokens before `start_token` are in the engine already. A sliding-window layer only ever reads the last
-        `window_tokens - 1` tokens before the next one, so earlier rows are not fetched.
+        Tokens before `start_token` are in the engine already. A sliding-window layer reads only the `window_tokens - 1`
+        tokens before the next one, so earlier rows are not fetched.
         """
         first = start_token // self.segment_tokens
         window = self.parts[part].window_tokens

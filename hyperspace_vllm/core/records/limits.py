@@ -28,18 +28,18 @@ RESPONSE_BYTES_MAX = 8 * MiB
 CACHE_PROOF_BYTES_MAX = 512  # 202 B and an engine version of at most 256
 
 # --- the response cache -------------------------------------------------------------------------
-REQUEST_BYTES_MAX = 4 * MiB  # a longer request body passes by the response cache unread
+REQUEST_BYTES_MAX = 4 * MiB  # a longer request body bypasses the response cache unread
 INLINE_BODY_BYTES = 32 * KiB  # what is read on the event loop: 8 ms at worst (messages of one letter), usually 0.3 ms
-USUAL_BODY_BYTES = 512 * KiB  # a prompt of 128,000 tokens; larger ones have a line of their own
-LARGE_BODIES_BYTES_MAX = 8 * REQUEST_BYTES_MAX  # in the line of one thread, x 0.4 s: the last one's deadline is over
+USUAL_BODY_BYTES = 512 * KiB  # a prompt of 128,000 tokens; larger ones have a queue of their own
+LARGE_BODIES_BYTES_MAX = 8 * REQUEST_BYTES_MAX  # in the queue of one thread, x 0.4 s: the last one's deadline is over
 FLIGHTS_MAX = 1024  # computations that others may join; the next ones run alone
-FLIGHT_BYTES_MAX = 8 * MiB  # frames a computation keeps for those who join late or read slowly
+FLIGHT_BYTES_MAX = 8 * MiB  # frames a computation keeps for clients that join late or read slowly
 FLIGHTS_BYTES_MAX = 256 * MiB  # all of them together: 1024 answers of 256 KiB
 FLIGHT_WINDOW_BYTES = 64 * KiB  # how far a computation may run ahead of its fastest reader
 REQUEST_LEASES_MAX = 4096  # requests of a host being computed; FLIGHTS_MAX for each of four API servers
 REPLAY_BYTES_MAX = 32 * MiB  # frames of one hit: 4 x an answer, in which one-word choices grow the most; longer: a miss
 SENDING_BYTES_MAX = 256 * MiB  # of all hits while clients read them; hits over 64 KiB beyond that are misses
-RECENT_BYTES_MAX = 32 * MiB  # answers on their way to the database, kept by the API server that sent them
+RECENT_BYTES_MAX = 32 * MiB  # answers in transit to the database, kept by the API server that sent them
 RECENT_MS = 5_000
 AUDIT_TOKENS_MAX = 4096  # prompt and answer: their log-probabilities are 0.4 MiB of JSON, made on vLLM's event loop
 QUESTION_CHARS_MAX = 4 * KiB  # 256 words of at most 16 characters, nearly three times the usual
@@ -51,12 +51,12 @@ LOCAL_MESSAGE_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB  # a body, its proof and
 PEER_CONTROL_BYTES_MAX = 1 * MiB  # 8192 row ids x 32 B = 256 KiB, manifest + digests = 70 KiB
 PEER_MESSAGE_BYTES_MAX = CHUNK_BYTES_MAX + 4 * KiB
 PEER_REQUESTS_MAX = 64  # requests one peer may have open here; more are answered `busy`
-PEER_BYTES_IN_FLIGHT_MAX = 32 * MiB  # of chunks that one peer has asked for and not taken
+PEER_BYTES_IN_FLIGHT_MAX = 32 * MiB  # of chunks that one peer has requested and not received
 PEERS_BYTES_IN_FLIGHT_MAX = 256 * MiB  # of all peers; beyond it each has one chunk
-KV_REQUEST_BYTES_HELD_MAX = 2 * PEER_CONTROL_BYTES_MAX  # of unfinished requests, by connection
-KV_REPLY_BYTES_HELD_MAX = 2 * PEER_MESSAGE_BYTES_MAX  # of unfinished replies, by link: one comes, one is taken
+KV_REQUEST_BYTES_HELD_MAX = 2 * PEER_CONTROL_BYTES_MAX  # of unfinished requests, per connection
+KV_REPLY_BYTES_HELD_MAX = 2 * PEER_MESSAGE_BYTES_MAX  # of unfinished replies, per link: one arrives, one is read
 KV_CONNECTIONS_MAX = 48  # inbound; all together hold 48 x 2 MiB = 96 MiB of requests
-KV_HANDSHAKES_MAX = 16  # inbound, nobody has proved yet whose they are; 1 KiB each
+KV_HANDSHAKES_MAX = 16  # inbound, whose peer isn't proved yet; 1 KiB each
 KV_LINKS_MAX = 32  # outbound, to discovered peers; all together hold 32 x 8 MiB = 256 MiB of replies
 CLIENTS_MAX = 256
 LOOKUPS_PER_CLIENT_MAX = 1024
@@ -64,33 +64,33 @@ METRICS_CONNECTIONS_MAX, METRICS_DEADLINE_S = 8, 5.0  # of the node's own /metri
 RESPONSE_LOOKUPS_MAX = 256  # unfinished ones of one API server; the requests beyond compute at once
 
 REDIS_REPLY_BYTES_MAX = RESPONSE_BYTES_MAX + 128 * KiB  # of one command; a response as a peer would send it, and a bit
-REDIS_REPLY_ITEMS_MAX = 256  # 64 peers of one id are asked for
+REDIS_REPLY_ITEMS_MAX = 256  # a request is for 64 peers of one id
 
 # --- file descriptors, of the 1,024 that a process usually may have --------------------------------
 KV_CONNECTION_DESCRIPTORS = 4  # TCP, both ends of the Unix socket, ZeroMQ's mailbox
 PEER_CONNECTIONS_MAX = 64  # libp2p's
 PEER_CONNECTIONS_INBOUND_MAX = 48  # the rest is for peers that this node chose
-PEER_HANDSHAKES_MAX = 32  # inbound, nobody has proved yet whose they are
+PEER_HANDSHAKES_MAX = 32  # inbound, whose peer isn't proved yet
 GREETED_INBOUND_MAX = 38
-UNGREETED_INBOUND_MAX = 6  # of a peer that was let in and has not shown its record yet
+UNGREETED_INBOUND_MAX = 6  # of a peer that was admitted and has not sent its record yet
 OWN_DESCRIPTORS = 176  # databases, arena, chunk files being read, pipes of worker processes, DHT, logs
 
 # --- discovery, gossip and registry -------------------------------------------------------------
 PEER_RECORD_BYTES_MAX = 8 * KiB  # 2 x 16 digests of 32 B, a VRAM digest of 4 KiB and about 700 B of the rest
 PEERS_KNOWN_MAX = 1024  # 10 KiB each with its record: 10 MiB
-PEERS_OF_SOURCE_MAX = PEERS_KNOWN_MAX // 4  # that connected from one host, or that such peers told of
+PEERS_OF_SOURCE_MAX = PEERS_KNOWN_MAX // 4  # that connected from one host, or that such peers reported
 PEX_RECORDS_MAX = 64
-PEX_OF_SOURCE_MAX = 32  # peers met at one host that a node tells others of
+PEX_OF_SOURCE_MAX = 32  # peers met at one host that a node passes on
 ANNOUNCEMENT_ENTRIES_MAX = 256  # 120 B each: 30 KiB, half of a GossipSub message's usual bound
 EVIDENCE_ENTRIES_MAX = 8  # each has a signature to check, 0.1 ms
 GOSSIP_OF_AUTHOR_PER_S = 40  # messages; ten batches a second on two topics, of 4 KiB
 GOSSIP_OF_SOURCE_PER_S = 100  # of all authors of one host: 1.8 ms each, a fifth of a core
 GOSSIP_OF_ALL_PER_S = 300
 GOSSIP_KIB_A_MESSAGE = 4  # larger ones count as several
-GOSSIP_INVALID_BURST = 20  # invalid messages by one link, which is closed then: 4 ms of checking
+GOSSIP_INVALID_BURST = 20  # invalid messages on one link, which is then closed: 4 ms of checking
 GOSSIP_INVALID_PER_S = 0.1
-DIALS_BURST_S = 8  # every allowance of dials may be saved up for so long
-DIALS_OF_PEER_PER_S = 1.0  # in one peer's name, wherever to
+DIALS_BURST_S = 8  # every dial budget may be saved up for this long
+DIALS_OF_PEER_PER_S = 1.0  # in one peer's name, to any address
 DIALS_TO_HOST_PER_S = 1.0  # to one host, of peers that weren't met there
 DIALS_PER_S = 4.0  # to all such hosts
 DIALS_OWN_TO_HOST_PER_S = 8.0  # to peers at one host where they were met
@@ -103,19 +103,19 @@ REGISTRY_DELTA_BYTES_MAX = 1536 * KiB  # a snapshot of 20,000 entries of about 7
 REGISTRY_REPLY_BYTES_MAX = 2 * MiB  # deltas in one answer
 REGISTRY_CHANGES_MAX = 1024  # of one update: 75 B each, 75 KiB
 REGISTRY_LOG_DELTAS_MAX = 1024  # since a snapshot; an owner compacts at three quarters
-REGISTRY_LOG_BYTES_MAX = 3 * REGISTRY_DELTA_BYTES_MAX  # a snapshot, as much in updates, and what comes meanwhile
+REGISTRY_LOG_BYTES_MAX = 3 * REGISTRY_DELTA_BYTES_MAX  # a snapshot, as much in updates, and what arrives meanwhile
 REGISTRY_LOGS_BYTES_MAX = 64 * MiB  # of all owners
 REGISTRY_LOGS_BYTES_OF_SOURCE_MAX = REGISTRY_LOGS_BYTES_MAX // 4
 REGISTRY_INDEX_MAX = 200_000  # entries of all owners: 50 MiB in the node
 REGISTRY_INDEX_OF_SOURCE_MAX = REGISTRY_INDEX_MAX // 4
-REGISTRY_IMPORTS_MAX = 8  # under way
+REGISTRY_IMPORTS_MAX = 8  # in progress
 REGISTRY_DELTAS_AT_ONCE = 64  # checked in one turn: 5 ms of the node's loop
 REGISTRY_DELTAS_PER_S = 1_000  # of all neighbours: 7 % of the loop
 WORKER_MS_PER_S = 250  # of the registry worker's time, for the documents of one host
 WORKER_BURST_MS = 5_000  # saved up: 250 documents of 500 entries
-WORKER_LOST_MS = 2_000  # what a lost worker costs beside: until it is noticed, and everybody's documents again
+WORKER_LOST_MS = 2_000  # extra cost of a lost worker: until it is noticed, and all documents are imported again
 WORKER_LOST_TWICE_MS = (
-    20_000  # what a document costs its host that the worker doesn't survive: a minute without imports
+    20_000  # cost to its host of a document that the registry worker does not survive: a minute without imports
 )
 STREAM_FRAME_BYTES_MAX = RESPONSE_BYTES_MAX + 64 * KiB
 VRAM_SEGMENTS_MAX = 8192  # 2 Mi tokens in segments of 256; a digest of 4 KiB has 4 bits for each then
@@ -129,14 +129,14 @@ EMBEDDED_LINGER_MS = 10_000
 CLOCK_SKEW_MS = 60_000
 FETCH_STALL_MS = 250  # without a newly verified byte, hedging included
 FETCH_PREFILL_SHARE = 0.5  # a fetch never takes longer than this share of the prefill it saves
-UNHINTED_PREFILL_SHARE = 0.05  # looking for providers nobody announced
+UNHINTED_PREFILL_SHARE = 0.05  # looking for unannounced providers
 RESPONSE_TTL_MS = 24 * 3600 * 1000
 PEER_RECORD_TTL_MS = 300_000  # renewed every minute
 PEER_RECORD_AGAIN_MS = 5_000  # between two renewals, however much changes
 REGISTRY_TTL_MS = RESPONSE_TTL_MS
 REGISTRY_WRITE_MS = 250  # between two writes of a node's own document
 REGISTRY_COMPACT_MS = 5_000  # between two of its epochs; 20 updates of 75 KiB = 1.5 MiB
-REGISTRY_EPOCH_MS = 2_000  # between two epochs of an owner that others take
+REGISTRY_EPOCH_MS = 2_000  # between two epochs of an owner that other nodes accept
 
 assert CHUNK_BYTES_MAX < PEER_MESSAGE_BYTES_MAX
 assert (
@@ -159,7 +159,7 @@ assert FLIGHT_WINDOW_BYTES < FLIGHT_BYTES_MAX < FLIGHTS_BYTES_MAX
 assert REGISTRY_ENTRIES_MAX * 76 < REGISTRY_DELTA_BYTES_MAX  # measured: 75.2 B an entry
 assert REGISTRY_EPOCH_MS < REGISTRY_COMPACT_MS
 assert REGISTRY_DELTA_BYTES_MAX < REGISTRY_REPLY_BYTES_MAX < STREAM_FRAME_BYTES_MAX
-assert GOSSIP_OF_AUTHOR_PER_S < GOSSIP_OF_SOURCE_PER_S < GOSSIP_OF_ALL_PER_S / 2  # peers it only heard of get half
+assert GOSSIP_OF_AUTHOR_PER_S < GOSSIP_OF_SOURCE_PER_S < GOSSIP_OF_ALL_PER_S / 2  # peers known only by hearsay get half
 assert DIALS_COUNTED_MAX > 8 * (DIALS_PER_S + DIALS_OWN_PER_S)  # none is forgotten while it is spent
 assert REGISTRY_LOG_BYTES_MAX < REGISTRY_LOGS_BYTES_OF_SOURCE_MAX
 assert REGISTRY_ENTRIES_MAX < REGISTRY_INDEX_OF_SOURCE_MAX

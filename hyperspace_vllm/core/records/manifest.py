@@ -101,13 +101,13 @@ _BODY_FIELDS = tuple(n for n in Manifest.__dataclass_fields__ if n != "signature
 
 
 def chunk_bytes_for(row_bytes: int) -> int:
-    """Chunk size for a row: the smallest odd multiple of 256 bytes of which 32 hold it."""
+    """Chunk size for a row: the smallest odd multiple of 256 bytes such that 32 chunks hold it."""
     units = -(-row_bytes // (DATA_CHUNKS * CHUNK_ALIGN_BYTES))
     return (units | 1) * CHUNK_ALIGN_BYTES
 
 
 def decode_manifest(raw: bytes) -> Manifest:
-    """The manifest in `raw`; `ProtocolViolation` names the field that is out of bounds. Nothing is believed yet."""
+    """The manifest in `raw`; `ProtocolViolation` names the field that is out of bounds. Nothing is verified yet."""
     if not _HEAD_BYTES + _ROW_BYTES + _SIGNATURE_BYTES <= len(raw) <= MANIFEST_BYTES_MAX:
         raise ProtocolViolation(f"manifest: {len(raw)} bytes, expected at most {MANIFEST_BYTES_MAX}")
     at = 0
@@ -139,9 +139,9 @@ def decode_manifest(raw: bytes) -> Manifest:
 
 
 def check_manifest(manifest: Manifest, network: NetworkId, trusts: Callable[[bytes], bool], now_ms: int) -> None:
-    """Raise `Refused` unless a producer whom `trusts` names signed it, in this network and not in the future.
+    """Raise `Refused` unless a producer that `trusts` accepts signed it, in this network and not in the future.
 
-    Digests come later.
+    The digests are checked later.
     """
     if manifest.network != network:
         raise Refused("wrong_network")

@@ -1,4 +1,4 @@
-"""PeerRecord: what a node says about itself, signed, so that anybody may pass it on.
+"""PeerRecord: a node's signed statement about itself, which any peer may pass on.
 
     record    = body || signature
     body      = network id 32 | public key 32 | sequence u64 | expires at u64 ms | member tag 32
@@ -8,8 +8,8 @@
     address   = length u8 | host:port of the libp2p listener (TCP)
     endpoint  = length u8 | host:port of the bulk transport (ZeroMQ), or nothing
 
-All integers are big-endian; the signature is Ed25519 over the tag and the body. The CURVE key of the bulk transport is
-the public key's own (identity.curve_public_of), so it needs no field.
+All integers are big-endian; the signature is Ed25519 over the tag and the body. The CURVE key of the bulk transport
+follows from the public key (identity.curve_public_of), so it needs no field.
 """
 
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ VRAM_DIGEST_BYTES_MAX = 4096
 
 @dataclass(frozen=True, slots=True)
 class PeerRecord:
-    """Statement by the node with `public_key`: reach me here, this is what I serve. The highest sequence counts."""
+    """Statement by the node with `public_key`: its addresses and what it serves. The highest sequence counts."""
 
     network: NetworkId
     public_key: bytes
@@ -47,7 +47,7 @@ class PeerRecord:
 
     @property
     def peer(self) -> PeerId:
-        """The peer id of the node that speaks."""
+        """The peer id of the record's node."""
         return peer_id(self.public_key)
 
     def sign(self, key: SigningKey) -> "PeerRecord":
@@ -80,7 +80,7 @@ class PeerRecord:
 
 
 def decode_peer_record(raw: bytes) -> PeerRecord:
-    """The record in `raw`; `ProtocolViolation` names the field that is wrong. Nothing is believed yet."""
+    """The record in `raw`; `ProtocolViolation` names the wrong field. Nothing is verified yet."""
     if len(raw) > PEER_RECORD_BYTES_MAX:
         raise ProtocolViolation(f"peer record: {len(raw)} bytes, at most {PEER_RECORD_BYTES_MAX}")
     reader = _Reader(raw)
@@ -105,7 +105,7 @@ def decode_peer_record(raw: bytes) -> PeerRecord:
 
 
 def check_peer_record(record: PeerRecord, network: NetworkId, now_ms: int) -> None:
-    """Raise `Refused` unless it is of this network, of the present and signed by the node that it describes."""
+    """Raise `Refused` unless it is of this network, current, and signed by the node that it describes."""
     if record.network != network:
         raise Refused("other_network")
     if record.expires_at_ms <= now_ms:

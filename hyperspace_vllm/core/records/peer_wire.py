@@ -42,7 +42,7 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 
 class Query(_Message, tag="query", frozen=True):
-    """Have you the response with this request hash (the id that travels for the RequestKey)?"""
+    """Asks for the response with this request hash (the id that travels for the RequestKey)."""
 
     id: Bytes32
 
@@ -50,7 +50,7 @@ class Query(_Message, tag="query", frozen=True):
 class Hit(_Message, tag="hit", frozen=True):
     """The response: `sealed` opens with the key that only the RequestKey gives (sealing.py), `proof` is a CacheProof.
 
-    `member` vouches for the proof's signer (signing.member_tag; zeros: nobody does); `popularity` is a hint of how
+    `member` vouches for the proof's signer (signing.member_tag; zeros: no member does); `popularity` is a hint of how
     often it was asked for, in 1/16 requests, decayed.
     """
 
@@ -62,7 +62,7 @@ class Hit(_Message, tag="hit", frozen=True):
 
 
 class Miss(_Message, tag="miss", frozen=True):
-    """Not here, or not for you now."""
+    """The response is not here, or not available to this peer now."""
 
     reason: Literal["unknown", "busy"]
 
@@ -83,16 +83,18 @@ class Greeting(_Message, tag="greeting", frozen=True):
 
 
 class Ping(_Message, tag="ping", frozen=True):
-    """Are you there? Answered by Pong."""
+    """Asks whether the peer is there; answered by Pong."""
 
 
 class Pong(_Message, tag="pong", frozen=True):
-    """Yes."""
+    """The answer to Ping."""
 
 
 class WantPeers(_Message, tag="peers?", frozen=True):
-    """Peer exchange: send records that I don't have. `known` is 16 bytes a record: first 8 of its author's public key,
-    sequence u64 big-endian."""
+    """Peer exchange: asks for records that the sender doesn't have.
+
+    `known` is 16 bytes a record: first 8 of its author's public key, sequence u64 big-endian.
+    """
 
     known: Annotated[bytes, Meta(max_length=KNOWN_BYTES * 1024)]
 
@@ -104,7 +106,7 @@ class Peers(_Message, tag="peers", frozen=True):
 
 
 class RegistryHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How far the sender has an owner's document: up to `sequence` of `epoch`."""
+    """How much of an owner's document the sender has: up to `sequence` of `epoch`."""
 
     owner: Bytes32
     epoch: U63
@@ -112,7 +114,7 @@ class RegistryHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WantDeltas(_Message, tag="deltas?", frozen=True):
-    """This is what I have; send what I lack. Owners that aren't listed I don't know."""
+    """What the sender has of each owner's document; asks for the rest. Unlisted owners are unknown to it."""
 
     heads: Annotated[tuple[RegistryHead, ...], Meta(max_length=REGISTRY_OWNERS_MAX)]
 
@@ -142,7 +144,7 @@ assert REGISTRY_REPLY_BYTES_MAX < STREAM_FRAME_BYTES_MAX
 
 
 def protocol_of(request: PeerRequest) -> str:
-    """The libp2p protocol that carries it."""
+    """The libp2p protocol of a request."""
     return CACHE_PROTOCOL if isinstance(request, Query) else PEERS_PROTOCOL
 
 
@@ -152,10 +154,10 @@ def encode(message: PeerRequest | PeerAnswer) -> bytes:
 
 
 def decode_request(frame: bytes | memoryview) -> PeerRequest:
-    """What a peer asks; `ProtocolViolation` names the field that is wrong."""
+    """A peer's request; `ProtocolViolation` names the wrong field."""
     return decode_frame(_request_decoder, frame, STREAM_FRAME_BYTES_MAX, "stream request")
 
 
 def decode_answer(frame: bytes | memoryview) -> PeerAnswer:
-    """What a peer answers; `ProtocolViolation` names the field that is wrong."""
+    """A peer's answer; `ProtocolViolation` names the wrong field."""
     return decode_frame(_answer_decoder, frame, STREAM_FRAME_BYTES_MAX, "stream answer")

@@ -1,4 +1,4 @@
-"""Registry deltas: an owner's signed changes to its own loro document, which anybody may pass on.
+"""Registry deltas: an owner's signed changes to its own loro document, which any peer may pass on.
 
     delta   = head || payload || signature
     head    = network id 32 | owner 32 | epoch u64 | sequence u64 | kind u8 | expires at u64 ms | payload length u32
@@ -20,7 +20,7 @@ from .signing import SIGNATURE_BYTES, sign, verify
 
 _TAG = b"hyperspace/registry-delta/1"
 _HEAD_BYTES = 32 + 32 + 8 + 8 + 1 + 8 + 4
-DELTA_OVERHEAD_BYTES = _HEAD_BYTES + SIGNATURE_BYTES  # beside the payload
+DELTA_OVERHEAD_BYTES = _HEAD_BYTES + SIGNATURE_BYTES  # besides the payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def encode_delta(delta: RegistryDelta, key: SigningKey) -> bytes:
 
 
 def decode_delta(raw: bytes) -> RegistryDelta:
-    """The delta in `raw`; `ProtocolViolation` names the field. Nothing is believed yet."""
+    """The delta in `raw`; `ProtocolViolation` names the field. Nothing is verified yet."""
     if not _HEAD_BYTES + SIGNATURE_BYTES <= len(raw) <= REGISTRY_DELTA_BYTES_MAX:
         raise ProtocolViolation(f"registry delta: {len(raw)} bytes, expected at most {REGISTRY_DELTA_BYTES_MAX}")
     size = int.from_bytes(raw[_HEAD_BYTES - 4 : _HEAD_BYTES], "big")

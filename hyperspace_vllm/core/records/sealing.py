@@ -1,15 +1,15 @@
-"""Sealing: what leaves the node is encrypted under a key that only someone with the prompt can derive.
+"""Sealing: data that leaves the node is encrypted under a key that only a node with the prompt can derive.
 
 Rows use plain ChaCha20 (RFC 8439; seekable, so a single chunk opens by itself; the signed digests authenticate),
 responses ChaCha20-Poly1305. docs/design.md says why keys never travel.
 
-Both derive their key by the same HKDF. No row and no response share one for all that: row keys and request keys are
-SHA-256 outputs under different tags ('hyperspace/row/1', 'hyperspace/request/3'), so an equal pair is a collision, and
-neither can be told from a random key by those who don't know the prompt. Every node seals an answer to one request
-under one key; random nonces of 96 bits keep them apart (a repeat is expected after 2⁴⁸ answers to that request).
+Both derive their key by the same HKDF, but no row and response share a key: row keys and request keys are SHA-256
+outputs under different tags ('hyperspace/row/1', 'hyperspace/request/3'), so an equal pair is a collision, and without
+the prompt neither can be told from a random key. Every node seals its answer to one request under the same key; random
+nonces of 96 bits keep them apart (a repeat is expected after 2⁴⁸ answers to that request).
 
 Context: rows are 4 to 128 MiB. Choice: ChaCha20 is `cryptography`'s (OpenSSL's vector code): 6.0-6.6 GB/s of one core.
-Rejected, measured in the same run: C++ of our own, 1.0-1.1 times that with AVX-512 and 0.4 with AVX2; sealing in the
+Rejected, measured in the same run: our own C++, 1.0-1.1 times that with AVX-512 and 0.4 with AVX2; sealing in the
 erasure code's pass, 0.8-1.0 times sealing before it. Cost: `cryptography` before 50 holds the GIL while it seals.
 """
 
@@ -42,7 +42,7 @@ def seal_response(secret: RequestKey, network: NetworkId, nonce: bytes, body: by
 
 
 def open_response(secret: RequestKey, network: NetworkId, nonce: bytes, sealed: bytes, associated: bytes) -> bytes:
-    """The body in `sealed`; `Refused("bad_seal")` unless someone who knows `secret` sealed it with `associated`."""
+    """The body in `sealed`; `Refused("bad_seal")` unless it was sealed with `secret` and `associated`."""
     assert len(nonce) == NONCE_BYTES
     try:
         return ChaCha20Poly1305(seal_key(secret, network)).decrypt(nonce, sealed, associated)

@@ -5,8 +5,8 @@
     the filter has m = 8 x (length - 2) bits; an id sets bits (a + i x b) mod m for i = 0 .. k - 1;
     bit p is bit p mod 8 (the lowest is 0) of byte 2 + p // 8
 
-An empty digest, or one of another format, says nothing. It is a hint: what seems to be there may not be, and a node
-that routes by it loses a prefill at worst. An id is a hash already, so no other hash is needed.
+An empty digest, or one of another format, says nothing. A digest is a hint: ids may seem present that are not, and a
+node that routes by it loses a prefill at worst. An id is a hash already, so no other hash is needed.
 """
 
 import math
@@ -23,9 +23,9 @@ BITS_EACH = 10  # 0.8 % false positives, while there is room
 
 
 def digest_bytes(count: int) -> int:
-    """Length of the digest of `count` ids: 0 for none, else the power of two that leaves BITS_EACH bits an id.
+    """Length of the digest of `count` ids: 0 for none, else the power of two that leaves BITS_EACH bits per id.
 
-    In steps, for the same reason as `positions_each`.
+    It grows in steps, for the same reason as `positions_each`.
     """
     if not count:
         return 0
@@ -34,9 +34,9 @@ def digest_bytes(count: int) -> int:
 
 
 def positions_each(bits: int, count: int) -> int:
-    """The number of positions an id that makes false positives rarest once a filter is full: 7, fewer beyond that.
+    """The number of positions per id that makes false positives rarest once a filter is full: 7, fewer beyond that.
 
-    The same for all that fit, so that two digests of one length can be compared.
+    It is the same for all counts that fit, so that two digests of one length can be compared.
     """
     return max(round(bits / max(count, bits // BITS_EACH) * math.log(2)), 1)
 
@@ -47,7 +47,7 @@ def false_positives(bits: int, positions: int, count: int) -> float:
 
 
 def make_digest(ids: Collection[bytes]) -> bytes:
-    """The digest of segment ids; b"" of none. At most VRAM_SEGMENTS_MAX keep it of use."""
+    """The digest of segment ids; b"" of none. It is useful up to VRAM_SEGMENTS_MAX ids."""
     assert len(ids) <= VRAM_SEGMENTS_MAX
     if not ids:
         return b""
@@ -61,7 +61,7 @@ def make_digest(ids: Collection[bytes]) -> bytes:
 
 
 def overlap(digest: bytes, ids: Iterable[bytes]) -> int:
-    """How many leading ids of a prompt's segments, in order, are present as far as the digest can tell."""
+    """How many leading ids of a prompt's segments, in order, the digest contains, false positives included."""
     positions = _positions_of(digest)
     if not positions:
         return 0
@@ -74,7 +74,7 @@ def overlap(digest: bytes, ids: Iterable[bytes]) -> int:
 
 
 def approximate_count(digest: bytes) -> int:
-    """About how many ids a digest holds, by the share of bits that are set: -(m/k) ln(1 - X/m)."""
+    """About how many ids a digest holds, from the share of bits that are set: -(m/k) ln(1 - X/m)."""
     positions = _positions_of(digest)
     if not positions:
         return 0
@@ -84,18 +84,19 @@ def approximate_count(digest: bytes) -> int:
 
 
 def difference(one: bytes, other: bytes) -> float:
-    """How much two digests differ, from 0 (not at all) to 1 (in everything, or they can't be compared)."""
+    """How much two digests differ, from 0 (not at all) to 1 (entirely, or not comparable)."""
     if one == other:
         return 0.0
     if one[:_HEADER_BYTES] != other[:_HEADER_BYTES] or len(one) != len(other):
-        # Another k sets other bits. Beyond what the largest takes it changes with the count, every 15 % or so.
+        # Another k sets other bits. Beyond the ids that the largest filter holds, k changes with the count, every 15 %
+        # or so.
         return 1.0
     mine, theirs = int.from_bytes(one[_HEADER_BYTES:], "big"), int.from_bytes(other[_HEADER_BYTES:], "big")
     return (mine ^ theirs).bit_count() / max((mine | theirs).bit_count(), 1)
 
 
 def _positions_of(digest: bytes) -> int:
-    """k of a digest that can be read, else 0."""
+    """k of a readable digest, else 0."""
     if len(digest) <= _HEADER_BYTES or digest[0] != _FORMAT or not 1 <= digest[1] <= POSITIONS_MAX:
         return 0
     return digest[1]

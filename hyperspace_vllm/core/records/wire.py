@@ -34,21 +34,21 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 
 class Have(_Message, tag="have?", frozen=True):
-    """Which of these rows can you serve, under which manifest?"""
+    """Asks which of these rows the peer can serve, and under which manifests."""
 
     request: RequestId
     row_ids: Annotated[tuple[Bytes32, ...], Meta(min_length=1, max_length=LOOKUP_ROWS_MAX)]
 
 
 class GetManifest(_Message, tag="manifest?", frozen=True):
-    """Send the manifest with this digest, its digest table and KZG proof."""
+    """Asks for the manifest with this digest, its digest table and KZG proof."""
 
     request: RequestId
     manifest: Bytes32
 
 
 class GetChunks(_Message, tag="chunks?", frozen=True):
-    """Send these columns of one row of an object, each in its own reply, in the order asked."""
+    """Asks for these columns of one row of an object, each in its own reply, in the order asked."""
 
     request: RequestId
     manifest: Bytes32
@@ -57,7 +57,7 @@ class GetChunks(_Message, tag="chunks?", frozen=True):
 
 
 class Cancel(_Message, tag="cancel", frozen=True):
-    """Stop answering `request`; not answered."""
+    """Ends the reply to `request`; not answered."""
 
     request: RequestId
 
@@ -75,16 +75,16 @@ class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HaveReply(_Message, tag="have", frozen=True):
-    """Offers for the rows that this peer can serve (at most one a row)."""
+    """Offers for the rows that this peer can serve (at most one per row)."""
 
     request: RequestId
     offers: Annotated[tuple[Offer, ...], Meta(max_length=LOOKUP_ROWS_MAX)]
 
 
 class ManifestReply(_Message, tag="manifest", frozen=True):
-    """Everything that makes chunks checkable; nothing in it is believed before it is verified.
+    """Everything that makes chunks verifiable; unverified itself.
 
-    `member` vouches for the producer (signing.member_tag; zeros: nobody does), who may have left long ago.
+    `member` vouches for the producer (signing.member_tag; zeros: no member does), which may have left long ago.
     """
 
     request: RequestId
@@ -103,7 +103,7 @@ class Chunk(_Message, tag="chunk", frozen=True):
 
 
 class NotHere(_Message, tag="not_here", frozen=True):
-    """What was asked for (for chunks: these columns of it) can't be served, and why."""
+    """The requested data (for chunks: these columns of it) can't be served, and why."""
 
     request: RequestId
     reason: Literal["unknown", "busy", "io_error", "refused"]
@@ -123,10 +123,10 @@ def encode(message: PeerRequest | PeerReply) -> bytes:
 
 
 def decode_request(frame: bytes | memoryview) -> PeerRequest:
-    """What a peer asks; `ProtocolViolation` names the field that is wrong."""
+    """A peer's request; `ProtocolViolation` names the wrong field."""
     return decode_frame(_request_decoder, frame, PEER_CONTROL_BYTES_MAX, "peer message")
 
 
 def decode_reply(frame: bytes | memoryview) -> PeerReply:
-    """What a peer answers; `ProtocolViolation` names the field that is wrong."""
+    """A peer's reply; `ProtocolViolation` names the wrong field."""
     return decode_frame(_reply_decoder, frame, PEER_CONTROL_BYTES_MAX, "peer message")

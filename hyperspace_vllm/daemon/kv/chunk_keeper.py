@@ -1,4 +1,4 @@
-"""Writes the chunks of fetched rows to disk, behind the fetch's back: they are served on, and survive a restart."""
+"""Writes the chunks of fetched rows to disk in the background: they are served to peers, and survive a restart."""
 
 import asyncio
 from collections import Counter
@@ -16,7 +16,7 @@ WAITING_BYTES_MAX = 128 * MiB  # chunks waiting for the disk; more are used but 
 
 
 class ChunkKeeper:
-    """One thread of its own, so that no fetch ever waits for a write. `kept` hears of the rows that were written."""
+    """Writes on its own thread, so that no fetch waits for the disk. `kept` is called with the rows it wrote."""
 
     def __init__(
         self, store: ChunkStore, metrics: Metrics, kept: Callable[[ObjectRecord, tuple[int, ...]], None]
@@ -27,10 +27,10 @@ class ChunkKeeper:
         self._thread = ThreadPoolExecutor(1, "hyperspace-disk")
         self._waiting_bytes = 0
         self._waiting: Counter[ManifestDigest] = Counter()
-        self._written: dict[ManifestDigest, set[int]] = {}  # rows, since the object was last flushed
+        self._written: dict[ManifestDigest, set[int]] = {}  # rows written since the object was last flushed
 
     def keep(self, record: ObjectRecord, row: int, chunks: dict[int, memoryview]) -> Coroutine[None, None, None] | None:
-        """What to run in the background; None when too much waits already."""
+        """The write to run in the background; None when too many bytes wait already."""
         size = sum(len(chunk) for chunk in chunks.values())
         if self._waiting_bytes + size > WAITING_BYTES_MAX:
             self._metrics.failures_total.labels("l2", "disk_slow").inc()
@@ -40,7 +40,7 @@ class ChunkKeeper:
         return self._write(record, row, chunks, size)
 
     async def discard(self, digest: ManifestDigest) -> None:
-        """Remove an object that turned out to be worthless."""
+        """Remove a worthless object."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._store.discard, digest)
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class ChunkKeeper:
         finally:
             self._waiting_bytes -= size
             self._waiting[record.digest] -= 1
-        if not self._waiting[record.digest]:  # the sidecar once for many rows
+        if not self._waiting[record.digest]:  # one sidecar write for many rows
             del self._waiting[record.digest]
             await self._flush(record)
 

@@ -1,8 +1,8 @@
 """The serving half of the bulk transport: answers peers' requests from the chunk store, over CURVE.
 
-Who asks is what the CURVE handshake proved (ZAP's user id), never what a message claims. A peer may have
-PEER_REQUESTS_MAX requests open and PEER_BYTES_IN_FLIGHT_MAX chunk bytes queued here; beyond that it is answered `busy`
-or waits. The loop never does: disk reads happen in a thread, sends are tried until a deadline.
+The CURVE handshake proves the requesting peer's identity (ZAP's user id); what a message claims doesn't count. A peer
+may have PEER_REQUESTS_MAX requests open and PEER_BYTES_IN_FLIGHT_MAX chunk bytes queued here; beyond that it is
+answered `busy` or waits. The loop never blocks: disk reads happen in a thread, sends are tried until a deadline.
 """
 
 import asyncio
@@ -24,33 +24,33 @@ from ..zmq_pump import Socket
 from .chunk_store import ChunkStore
 from .kv_door import COPIED_BYTES_MAX, Connection, Door
 
-SEND_TRY_S = 0.002  # the sum of a peer's chunks in flight can't say when it has room again
-SEND_STALL_S = 5.0  # a connection that takes nothing for so long is closed
+SEND_TRY_S = 0.002  # polled: no event says that the sum of a peer's chunks in flight has room again
+SEND_STALL_S = 5.0  # a connection that accepts nothing for this long is closed
 READ_BATCH_BYTES = 1 * MiB
 
 T = TypeVar("T")
 
 
 class _PeerGone(Exception):
-    """The connection that a reply belongs to is closed, or takes nothing."""
+    """The connection that a reply belongs to is closed, or accepts nothing."""
 
 
 @dataclass(slots=True)
 class _Peer:
     requests: dict[tuple[Connection, int], asyncio.Task[None]] = field(default_factory=dict)
-    sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # at most one batch a peer in this process's memory
+    sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # at most one batch per peer in this process's memory
     in_flight: deque[tuple[zmq.MessageTracker, int]] = field(default_factory=deque)
     in_flight_bytes: int = 0
 
     def bytes_in_flight(self) -> int:
-        """Of large chunks; those of an older connection may finish later and hold the newer ones' place."""
+        """Bytes of large chunks; those of an older connection may finish later, and until then newer ones count too."""
         while self.in_flight and self.in_flight[0][0].done:
             self.in_flight_bytes -= self.in_flight.popleft()[1]
         return self.in_flight_bytes
 
 
 class ChunkServer:
-    """Serves at `listen` (host:port), nobody before `admit`. `vouch` gives producers' member tags."""
+    """Serves at `listen` (host:port), no peers before `admit`. `vouch` gives producers' member tags."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class ChunkServer:
         self.endpoint = self._door.endpoint
 
     def admit(self, peers: Mapping[bytes, PeerId]) -> None:
-        """Serve these, by CURVE key (32 raw bytes), and nobody else; what others have under way ends unanswered."""
+        """Serve only these peers, by CURVE key (32 raw bytes); open requests of all others end unanswered."""
         self._door.admit(peers)
         for peer_id in self._peers.keys() - set(peers.values()):
             for task in self._peers.pop(peer_id).requests.values():
@@ -103,7 +103,7 @@ class ChunkServer:
             if running is not None:
                 running.cancel()
         elif running is not None:
-            self._charge(connection.peer, "protocol")  # the number is taken
+            self._charge(connection.peer, "protocol")  # the request number is in use
         elif len(peer.requests) >= PEER_REQUESTS_MAX:
             self._metrics.failures_total.labels("l2", "peer_busy").inc()
             connection.send([wire.encode(wire.NotHere(request.request, "busy"))])
@@ -156,7 +156,7 @@ class ChunkServer:
     async def _send_batch(
         self, peer: _Peer, connection: Connection, asked: wire.GetChunks, columns: list[int]
     ) -> Literal["unknown", "io_error"] | None:
-        """Send these chunks, and word of those that aren't held; a reason when the disk gave none."""
+        """Send these chunks, and report those that aren't held; returns a reason when the disk gave none."""
         digest = ManifestDigest(asked.manifest)
         try:
             chunks = await self._read(lambda: self._store.read_chunks(digest, asked.row, columns))

@@ -3,12 +3,12 @@
     <directory>/<hex manifest digest>.obj     row r, chunk c at (r * 64 + c) * chunk_bytes; columns not held are holes
     <directory>/<hex manifest digest>.meta    msgpack of `_Sidecar` | its BLAKE3
 
-Chunks are sealed and looked for by row id: no key is ever on disk, and a stolen disk shows nothing. A sidecar is
+Chunks are sealed and looked up by row id: no key is ever on disk, and a stolen disk reveals nothing. A sidecar is
 written after its chunks (temporary file, fsync, rename). The chunks themselves are not fsynced: every load checks their
-digests, and a cache isn't worth a disk flush for each prefix. Whatever doesn't check out at start is deleted.
+digests, and a cache isn't worth a disk flush for each prefix. Files that fail their checks at start are deleted.
 
-Methods block on the disk and may be called from any thread; `holds`, `record` and the other look-ups only take a lock.
-Whatever the disk does ends in `Refused` with a metric label: disk_full | io_error | evicted.
+Methods block on the disk and may be called from any thread; `holds`, `record` and the other lookups only take a lock.
+Disk errors become `Refused` with a metric label: disk_full | io_error | evicted.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ class _Entry:
 
 
 class ChunkStore:
-    """Objects on disk by manifest digest and by row id; the least recently used go when the quota is reached."""
+    """Objects on disk by manifest digest and by row id; the least recently used are evicted at the quota."""
 
     def __init__(self, directory: Path, quota_bytes: int) -> None:
         self._directory = directory
@@ -87,7 +87,7 @@ class ChunkStore:
         self._places: dict[RowId, dict[ManifestDigest, int]] = {}
         self._reserved_bytes = 0
         self._used_bytes = 0
-        self._latest_ms = 0  # no manifest here is of a later date
+        self._latest_ms = 0  # no manifest here has a later date
         self._complaint = DiskComplaint(directory)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._read_index()
@@ -99,7 +99,7 @@ class ChunkStore:
         return self.find(row_id) is not None
 
     def find(self, row_id: RowId) -> tuple[ObjectRecord, int] | None:
-        """An object, and the row's number in it, of which 32 or more chunks are here."""
+        """An object that has 32 or more chunks of the row here, and the row's number in it."""
         with self._lock:
             for digest, row in self._places.get(row_id, {}).items():
                 entry = self._objects[digest]
@@ -114,13 +114,13 @@ class ChunkStore:
             return entry.columns[row] if entry and row < len(entry.columns) else 0
 
     def record(self, digest: ManifestDigest, for_peer: bool = False) -> ObjectRecord | None:
-        """The verified record of an object held here; `for_peer`: only of one that may leave this node."""
+        """The verified record of an object held here; with `for_peer`, only if it may leave this node."""
         with self._lock:
             entry = self._objects.get(digest)
             return entry.record if entry and (entry.shareable or not for_peer) else None
 
     def offers(self, row_ids: Sequence[bytes]) -> tuple[Offer, ...]:
-        """What a peer may have of these rows: for each, the shareable object with most of its chunks."""
+        """What a peer may fetch of these rows: for each, the shareable object with the most chunks of it."""
         offers = []
         with self._lock:
             for index, row_id in enumerate(row_ids):
@@ -145,7 +145,7 @@ class ChunkStore:
         return [(record, rows) for record, rows in held if rows]
 
     def dated_after(self, at_ms: int) -> list[ObjectRecord]:
-        """Objects whose manifests were signed after `at_ms`; cheap where there are none, as usual."""
+        """Objects whose manifests were signed after `at_ms`; cheap in the usual case, where there are none."""
         if self._latest_ms <= at_ms:
             return []
         with self._lock:
@@ -160,13 +160,13 @@ class ChunkStore:
 
     @property
     def rows(self) -> int:
-        """How many different rows have chunks here."""
+        """The number of different rows with chunks here."""
         return len(self._places)
 
     # --- reading --------------------------------------------------------------------------------
 
     def read_chunks(self, digest: ManifestDigest, row: int, columns: Sequence[int]) -> list[tuple[int, memoryview]]:
-        """(column, bytes) of those of `columns` that are held, unchecked. An eviction meanwhile does no harm."""
+        """(column, bytes) of those of `columns` that are held, unchecked. A concurrent eviction is harmless."""
         with self._lock:
             entry = self._objects.get(digest)
             if entry is None or row >= len(entry.columns):
@@ -194,7 +194,7 @@ class ChunkStore:
 
     @contextlib.contextmanager
     def new_object(self, rows: int, chunk_bytes: int) -> Iterator[ObjectWriter]:
-        """A file to encode into; gone again unless `publish` was called for it."""
+        """A file to encode into; it is removed unless `publish` was called for it."""
         with self._writing:
             self._make_room(rows * TOTAL_CHUNKS * chunk_bytes + SIDECAR_BYTES_MAX)
             writer = self._create(rows, chunk_bytes)
@@ -224,7 +224,7 @@ class ChunkStore:
             self._index(entry)
 
     def replace(self, digest: ManifestDigest, record: ObjectRecord) -> bool:
-        """Keep an object's chunks under another manifest of the same content; False if it has gone."""
+        """Keep an object's chunks under another manifest of the same content; False if the object is gone."""
         with self._writing:
             entry = self._objects.get(digest)
             if entry is None:
@@ -243,7 +243,7 @@ class ChunkStore:
             return True
 
     def put_columns(self, record: ObjectRecord, row: int, chunks: Mapping[int, memoryview]) -> None:
-        """Keep verified chunks of a fetched row under its producer's manifest; a restart keeps what was flushed."""
+        """Keep verified chunks of a fetched row under its producer's manifest; only flushed ones survive a restart."""
         chunk_bytes = record.manifest.chunk_bytes
         with self._writing:
             held = self.columns(record.digest, row)
@@ -276,7 +276,7 @@ class ChunkStore:
                 entry.dirty = False
 
     def discard(self, digest: ManifestDigest) -> None:
-        """Forget an object: evicted, condemned or damaged."""
+        """Remove an object: evicted, condemned or damaged."""
         with self._writing:
             self._unindex(digest)
             for path in (self._sidecar_path(digest), self._object_path(digest)):  # without a sidecar it is garbage
@@ -284,7 +284,7 @@ class ChunkStore:
                     path.unlink()
 
     def forget_others(self, counts: Callable[[ObjectRecord], bool]) -> None:
-        """Keep only objects that still count: a peer that was taken off the list since counts no more."""
+        """Keep only objects that still count: those of a peer removed from the list no longer do."""
         with self._lock:
             others = [d for d, entry in self._objects.items() if not counts(entry.record)]
         for digest in others:
@@ -308,7 +308,7 @@ class ChunkStore:
                     raise _refusal(error) from error
                 self._evict(
                     rows * TOTAL_CHUNKS * chunk_bytes
-                )  # the disk is smaller than our quota: make do with what we have
+                )  # the disk is smaller than the quota: use the space there is
         raise AssertionError("unreachable")
 
     def _make_room(self, size: int, keep: ManifestDigest | None = None) -> None:
@@ -323,7 +323,7 @@ class ChunkStore:
             digest = next((digest for digest in self._objects if digest != keep), None)
             if digest is None:
                 return
-            with self._disk_writes():  # where nothing can be deleted, nothing is forgotten to make room
+            with self._disk_writes():  # where nothing can be deleted, no entry is dropped to make room
                 self._sidecar_path(digest).unlink(missing_ok=True)
             size -= self._objects[digest].bytes_held
             self.discard(digest)

@@ -1,9 +1,9 @@
 """The bulk transport between nodes: ZeroMQ with CURVE both ways, peers pinned by their identity.
 
-A socket for each connection serves (chunk_server.py), one for each peer asks (peer_link.py). The configured peers have
-their link for ever; discovered ones come and go, and of their links KV_LINKS_MAX are open, those that were useful last.
-Nothing waits without a deadline: what didn't come is `PeerFailed` with a reason. Frames of chunks are handed on as
-they were received, uncopied.
+Each connection has a socket that serves (chunk_server.py), each peer a socket that asks (peer_link.py). Configured
+peers always have a link; the links of discovered peers come and go, and the KV_LINKS_MAX most recently useful ones are
+open. Every wait has a deadline: a missing answer is `PeerFailed` with a reason. Chunk frames are passed on as received,
+uncopied.
 """
 
 import logging
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 class ChunkTransport:
     """Serves this node's chunks and asks peers for theirs. Lives on one event loop.
 
-    OSError when it can't listen; StartError when a configured peer is none.
+    OSError when it can't listen; StartError when a configured peer is invalid.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ChunkTransport:
         dials: Dials,
         on_violation: Callable[[PeerId], None] = lambda peer: None,
     ) -> None:
-        """`on_violation` hears of peers that break the protocol."""
+        """`on_violation` is called with peers that break the protocol."""
         self._on_violation = on_violation
         self._identity = identity
         self._metrics = metrics
@@ -59,7 +59,7 @@ class ChunkTransport:
         self._dials = dials
         self._configured = dict(_split_peer(peer) for peer in config.peers)
         self._discovered: dict[PeerId, KvEndpoint] = {}
-        self._answered: dict[PeerId, str] = {}  # discovered peers that were reached, and where
+        self._answered: dict[PeerId, str] = {}  # discovered peers that answered, and where
         self.charges: Counter[tuple[PeerId, str]] = Counter()
         self._context: zmq.Context[Socket] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 4096)
@@ -79,24 +79,25 @@ class ChunkTransport:
 
     @property
     def endpoint(self) -> str:
-        """host:port that peers reach this node at."""
+        """host:port at which peers reach this node."""
         return self._server.endpoint
 
     @property
     def peers(self) -> tuple[PeerId, ...]:
-        """Who may be asked: the configured peers, then the discovered ones."""
+        """The peers that may be asked: the configured ones, then the discovered ones."""
         return (*self._configured, *self._discovered)
 
     def endpoint_of(self, peer: PeerId) -> str:
-        """host:port that the peer is reached at; '' when nobody knows."""
+        """host:port at which the peer is reached; '' if unknown."""
         discovered = self._discovered.get(peer)
         return self._configured.get(peer) or (discovered.address if discovered else "")
 
     def set_peers(self, endpoints: Iterable[KvEndpoint]) -> None:
-        """The discovered peers that may be asked from now on, and where; requests to others fail as `unreachable`.
+        """Set the discovered peers that may be asked from now on, and where; requests to others fail as `unreachable`.
 
-        Configured peers stay as they are. Who is at its own address, or has answered there, is dialled at once, others
-        when they are asked for the first time: what they say of a third party must not make this node call there.
+        Configured peers stay as they are. A peer that was met at its own address, or has answered there, is dialled at
+        once, others at the first request to them: a peer's claims about a third party must not make this node call
+        there.
         """
         self._discovered = {
             endpoint.peer: endpoint
@@ -114,18 +115,18 @@ class ChunkTransport:
         self._metrics.peers.set(len(self.peers))
 
     def admit(self, peers: Iterable[PeerId]) -> None:
-        """Serve these and the configured peers from now on, and nobody else."""
+        """Serve only these and the configured peers from now on."""
         admitted = {*self._configured, *peers}
         self._curve_keys = {peer: self._curve_keys.get(peer) or _curve_key(peer) for peer in admitted}
         self._server.admit({key: peer for peer, key in self._curve_keys.items() if key})
 
     def is_connected(self, peer: PeerId) -> bool:
-        """Whether a request would leave at once."""
+        """Whether a request would be sent at once."""
         link = self._links.get(peer)
         return link is not None and link.connected
 
     def charge(self, peer: PeerId, reason: str) -> None:
-        """Hold something against a peer."""
+        """Charge a peer with a failure."""
         self.charges[peer, reason] += 1
         self._metrics.failures_total.labels("l2", f"peer_{reason}").inc()
         self._trust.failed(peer, reason, _now_ms())
@@ -133,11 +134,11 @@ class ChunkTransport:
             self._on_violation(peer)
 
     def credit(self, peer: PeerId) -> None:
-        """The peer served a part of a row that turned out right."""
+        """Credit a peer that served a part of a row that verified."""
         self._trust.delivered(peer, _now_ms())
 
     async def find(self, peer: PeerId, row_ids: tuple[RowId, ...], timeout_s: float) -> wire.HaveReply:
-        """Which of the rows the peer serves; offers' indexes are within `row_ids`."""
+        """Ask which of the rows the peer serves; the offers' indexes are within `row_ids`."""
         link = self._link(peer)
         reply = await link.ask(lambda n: wire.Have(n, row_ids), wire.HaveReply, timeout_s)
         assert isinstance(reply, wire.HaveReply)
@@ -147,7 +148,7 @@ class ChunkTransport:
         return reply
 
     async def manifest(self, peer: PeerId, digest: ManifestDigest, timeout_s: float) -> wire.ManifestReply:
-        """An object's manifest, digest table and proof, none of it checked."""
+        """An object's manifest, digest table and proof, all unchecked."""
         reply = await self._link(peer).ask(lambda n: wire.GetManifest(n, digest), wire.ManifestReply, timeout_s)
         assert isinstance(reply, wire.ManifestReply)
         return reply
@@ -163,7 +164,7 @@ class ChunkTransport:
     ) -> AsyncGenerator[Chunks, None]:
         """Unchecked (column, bytes), as many at a time as have arrived, each column once.
 
-        `PeerFailed` at once if the peer can't be asked, and at the end if some never came. `timeout_s` is for all of
+        `PeerFailed` at once if the peer can't be asked, and at the end if some never arrived. `timeout_s` is for all of
         them. Close the iterator to cancel.
         """
         return self._link(peer).chunks(digest, row, columns, chunk_bytes, timeout_s)
@@ -179,7 +180,7 @@ class ChunkTransport:
         self._context.destroy(linger=0)
 
     def _link(self, peer: PeerId) -> PeerLink:
-        """The peer's link, opened in place of one that nobody waits for if need be."""
+        """The peer's link, opened if need be in place of one without requests."""
         if peer in self._links and self._links[peer].over:
             self._close_link(peer)
         if peer in self._discovered and peer not in self._links:
@@ -205,7 +206,7 @@ class ChunkTransport:
         link.close()
 
     def _open(self, peer: PeerId) -> None:
-        """Connect to a discovered peer; one whose record can't be used has no link."""
+        """Connect to a discovered peer; a peer whose record is unusable gets no link."""
         try:
             self._links[peer] = self._connect(peer, self._discovered[peer].address)
         except ValueError as error:
@@ -221,7 +222,7 @@ class ChunkTransport:
         return self._dials.take(peer, self.endpoint_of(peer), self._is_proved(peer), _now_ms())
 
     def _is_proved(self, peer: PeerId) -> bool:
-        """Whether a discovered peer's endpoint is the peer's: it was met at that host, or has answered there."""
+        """Whether a discovered peer's endpoint is its own: it was met at that host, or has answered there."""
         endpoint, link = self._discovered.get(peer), self._links.get(peer)
         if endpoint is None:
             return False
@@ -235,7 +236,7 @@ def _split_peer(peer: str) -> tuple[PeerId, str]:
 
 
 def _curve_key(peer: PeerId) -> bytes:
-    """The peer's CURVE key; none if its id names no key that anybody could hold."""
+    """The peer's CURVE key; empty if its id names no usable key."""
     try:
         return z85.decode(curve_public_of(peer))
     except ProtocolViolation:

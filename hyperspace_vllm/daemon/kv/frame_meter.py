@@ -1,14 +1,15 @@
-"""How much of what a peer sent its ZeroMQ socket holds: counted where the bytes go in and where messages come out.
+"""Counts how much a ZeroMQ socket holds of what its peer sent: where bytes go in and where messages come out.
 
 ZeroMQ bounds a frame (MAXMSGSIZE) and the number of whole messages (RCVHWM), but a message may have any number of
-frames, and all of them are held until the last has come. Under CURVE nobody outside can see which frame is the last.
-So what counts is every frame that went in and has not come out: an honest peer's come out as soon as they are whole.
+frames, and all of them are held until the last has arrived. Under CURVE only the socket can see which frame is the
+last. So every frame counts that went in and has not come out: those of an honest peer come out as soon as their message
+is whole.
 
     greeting 64 bytes, then frames: flags u8, length u8 (or u64 where flags has bit 1), body
-    the body of a message's frame under CURVE: "\\x07MESSAGE", nonce 8, MAC 16, flags 1, the frame itself
+    body of a message's frame under CURVE: "\\x07MESSAGE", nonce 8, MAC 16, flags 1, the frame itself
 
-Heartbeats are frames that never come out. They are told by their size, and so many may come between two messages that
-a connection that only stays in touch lasts for eight minutes.
+Heartbeats are frames that never come out. They are recognised by their size, and limited between two messages so that a
+connection with heartbeats alone lasts for eight minutes.
 """
 
 from collections.abc import Iterable
@@ -31,9 +32,9 @@ class FrameMeter:
     def __init__(self, frame_bytes_max: int, held_bytes_max: int) -> None:
         self._frame_bytes_max = frame_bytes_max + CURVE_BYTES
         self._held_bytes_max = held_bytes_max
-        self._head = bytearray()  # the greeting or a frame's header, as far as it has come
+        self._head = bytearray()  # the greeting or a frame's header, as far as received
         self._greeted = False
-        self._left = 0  # of the frame that is coming
+        self._left = 0  # bytes left of the current frame
         self._is_small = False
         self._frames = 0
         self._small = 0
@@ -46,7 +47,7 @@ class FrameMeter:
         return self.held_frames > FRAMES_HELD_MAX or self.held_bytes > self._held_bytes_max
 
     def put_in(self, data: memoryview) -> None:
-        """The peer sent these bytes; `ProtocolViolation` if they aren't for the socket."""
+        """Count bytes that the peer sent; `ProtocolViolation` if they aren't valid for the socket."""
         while data:
             if self._left:
                 size = min(self._left, len(data))
@@ -60,7 +61,7 @@ class FrameMeter:
             data = data[size:]
 
     def came_out(self, frames: Iterable[int]) -> None:
-        """The socket gave a message with frames of these sizes."""
+        """Count a message that the socket gave out, with frames of these sizes."""
         self._small = 0
         for size in frames:
             if size + CURVE_BYTES > SMALL_BYTES_MAX:

@@ -1,7 +1,7 @@
-"""The listening side of the bulk transport: who may connect, in how many places, and for how long without a proof.
+"""The listening side of the bulk transport: which peers may connect, how many times, and for how long without a proof.
 
-A connection has one descriptor until its peer has said something, and a ZeroMQ socket of its own from then on (four
-descriptors). CURVE and ZAP say whose it is within HANDSHAKE_S; when all places are taken, the least useful connection
+A connection has one descriptor until its peer has sent something, and from then on a ZeroMQ socket of its own (four
+descriptors). CURVE and ZAP identify its peer within HANDSHAKE_S; when all places are taken, the least useful connection
 makes room (core/peers/slots.py).
 """
 
@@ -34,7 +34,7 @@ from .kv_passage import Passage, hang_up
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # RFC 27: per context
 HANDSHAKE_S = 2.0
 BACKLOG = 128
-ACCEPT_AGAIN_S = 0.1  # after an error, as when this process may open no more files
+ACCEPT_AGAIN_S = 0.1  # after an error, for example when this process may open no more files
 CONNECTIONS_PER_PEER_MAX = 2  # one may be dead without having been noticed
 # pyzmq copies frames below this and ZeroMQ's queue bounds them by number; larger ones are counted in bytes.
 COPIED_BYTES_MAX = 64 * KiB
@@ -44,7 +44,7 @@ Receive = Callable[["Connection", list[zmq.Frame]], None]
 
 
 class Connection:
-    """One peer's connection, whose peer is '' until ZAP knows it. Closed by `hang_up`, a moment later."""
+    """One peer's connection; `peer` is '' until ZAP knows it. `hang_up` closes it, a moment later."""
 
     def __init__(
         self, tcp: socket.socket, zmq_socket: Socket, place: Place, receive: Receive, on_proof: Callable[[], None]
@@ -73,9 +73,9 @@ class Connection:
 
 
 class Door:
-    """Listens at `listen` (host:port), OSError when it can't. Nobody gets in before `admit`.
+    """Listens at `listen` (host:port); OSError when it can't. No peer is accepted before `admit`.
 
-    `receive` is called with what admitted peers send, `charge` with those that break the protocol.
+    `receive` is called with what admitted peers send, `charge` with peers that break the protocol.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Door:
         self._domains = count()
         self._handshakes = Handshakes(KV_HANDSHAKES_MAX)
         self._proving: dict[bytes, Connection] = {}  # by ZAP domain, which tells connections apart
-        self._connections: dict[bytes, Connection] = {}  # whose peer is proven
+        self._connections: dict[bytes, Connection] = {}  # those whose peer is proven
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener, self.endpoint = _listen(listen)
         zap = context.socket(zmq.ROUTER)
@@ -108,7 +108,7 @@ class Door:
         self._spawn(self._accept())
 
     def admit(self, peers: Mapping[bytes, PeerId]) -> None:
-        """Let these in, by CURVE key (32 raw bytes). What others send is dropped, and they make room first."""
+        """Admit these peers, by CURVE key (32 raw bytes). Messages of others are dropped, and they make room first."""
         self._by_curve_key, self._admitted = peers, frozenset(peers.values())
         for connection in self._connections.values():
             connection.place.worth = int(connection.peer in self._admitted)
@@ -140,7 +140,7 @@ class Door:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, tcp: socket.socket, place: Place, handshake: int) -> None:
-        """One connection, from its first byte to its last."""
+        """Serve one connection, from its first byte to its last."""
         connection = None
         domain = b"%d" % next(self._domains)
         deadline = self._loop.call_later(HANDSHAKE_S, hang_up, tcp)
@@ -158,7 +158,7 @@ class Door:
                 self._proving[domain] = connection
                 await connection.run(first)
         except OSError:
-            pass  # it has gone
+            pass  # the peer has disconnected
         except ProtocolViolation:
             if connection is not None and connection.peer:
                 self._charge(connection.peer, "protocol")
@@ -173,13 +173,13 @@ class Door:
         made.setsockopt(zmq.CURVE_SERVER, 1)
         made.setsockopt(zmq.CURVE_SECRETKEY, self._identity.curve_secret)
         made.setsockopt(zmq.ZAP_DOMAIN, domain)
-        made.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without an answer from ZAP nobody gets in
+        made.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without an answer from ZAP no peer is accepted
         made.setsockopt(zmq.MAXMSGSIZE, PEER_CONTROL_BYTES_MAX)
         made.setsockopt(zmq.SNDHWM, QUEUED_MESSAGES_MAX)
         made.setsockopt(zmq.RCVHWM, PEER_REQUESTS_MAX)
         return made
 
-    # --- who it is ------------------------------------------------------------------------------
+    # --- authentication -------------------------------------------------------------------------
 
     def _authenticate(self, frames: list[zmq.Frame]) -> None:
         # ROUTER instead of REP: [route, empty] version, request id, domain, address, identity, mechanism, key
@@ -188,8 +188,8 @@ class Door:
         connection = self._proving.pop(domain, None)
         if peer is None or connection is None:
             self._metrics.failures_total.labels("l2", "unknown_peer").inc()
-            # 300: it tries again after HANDSHAKE_MS. After a 400, ZeroMQ 4.3 never does, and peers often dial before
-            # they are known here.
+            # 300: the peer tries again after HANDSHAKE_MS. After a 400, ZeroMQ 4.3 never does, and peers often dial
+            # before they are known here.
             answer = [b"300", b"not a member", b"", b""]
         else:
             self._give_place(domain, connection, peer)
@@ -212,13 +212,13 @@ class Door:
     def _received(self, connection: Connection, frames: list[zmq.Frame]) -> None:
         if connection.peer not in self._admitted:
             self._metrics.failures_total.labels("l2", "unknown_peer").inc()
-            return  # its connection is older than the decision not to serve it any more
+            return  # connected before it was removed from the served peers
         connection.place.used_at = self._loop.time()
         self._receive(connection, frames)
 
 
 def _listen(address: str) -> tuple[socket.socket, str]:
-    """A listener at host:port, and the host:port that it has."""
+    """A listener at host:port, and the host:port that it is bound to."""
     host, _, port = address.rpartition(":")
     host = {"*": "0.0.0.0"}.get(host, host.removeprefix("[").removesuffix("]"))
     family, kind, protocol, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]

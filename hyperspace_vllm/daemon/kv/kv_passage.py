@@ -1,12 +1,12 @@
-"""Passes bytes between a TCP connection and a ZeroMQ socket of ours, and bounds what the peer makes the socket hold.
+"""Passes bytes between a TCP connection and a ZeroMQ socket of ours, and bounds what the socket holds for the peer.
 
     peer ── TCP ── Passage ── Unix socket ── ZeroMQ (CURVE, messages)
 
-Context: ZeroMQ accepts any number of connections before anybody has proved who he is, and holds a message's frames
-without a bound (frame_meter.py). Choice: this module owns the TCP side; bytes stay encrypted. Rejected: a process of
-its own with a memory limit, which one peer could end for all others; a look now and then at how much has come, which is
-too late on a busy machine. Cost: one more copy, a third of the CPU time that CURVE takes. The Unix socket is an
-abstract one with a random name, which exists until it is connected.
+Context: ZeroMQ accepts any number of connections before their peers have proved their identity, and holds a message's
+frames without a bound (frame_meter.py). Choice: this module owns the TCP side; bytes stay encrypted. Rejected: a
+separate process with a memory limit, which one peer could end for all others; a periodic check of how much has arrived,
+which is too late on a busy machine. Cost: one more copy, a third of the CPU time that CURVE takes. The Unix socket is
+abstract, with a random name that exists until it is connected.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ ATTACH_S = 5.0  # for ZeroMQ to connect within this process
 
 
 class Passage:
-    """One connection's way. `zmq_socket` connects for the first time, and must not connect again by itself."""
+    """One connection's passage. `zmq_socket` must not be connected yet, and must not reconnect by itself."""
 
     def __init__(self, tcp: socket.socket, zmq_socket: Socket, meter: FrameMeter) -> None:
         self._loop = asyncio.get_running_loop()
@@ -40,12 +40,12 @@ class Passage:
         self._came_out = asyncio.Event()
 
     def came_out(self, frames: Iterable[zmq.Frame]) -> None:
-        """The socket gave a message."""
+        """Count a message that the socket gave out."""
         self._meter.came_out(len(frame) for frame in frames)
         self._came_out.set()
 
     async def run(self, first: bytes = b"") -> None:
-        """Until either end closes; `first` is what was read of TCP already. `ProtocolViolation`: the peer's fault."""
+        """Run until either end closes; `first` was read from TCP already. `ProtocolViolation`: the peer's fault."""
         with self._tcp:
             self._tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -99,20 +99,20 @@ async def attach(zmq_socket: Socket) -> socket.socket:
         async with asyncio.timeout(ATTACH_S):  # TimeoutError is an OSError
             local, _ = await loop.sock_accept(listener)
     credentials = local.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    if struct.unpack("3i", credentials)[0] != os.getpid():  # another process of this host was quicker
+    if struct.unpack("3i", credentials)[0] != os.getpid():  # another process of this host was faster
         local.close()
         raise OSError("the connection is another process's")
     return local
 
 
 def detach(zmq_socket: Socket) -> None:
-    """Forget the connection that `attach` made, if ZeroMQ hasn't yet."""
+    """Remove the connection that `attach` made, if ZeroMQ hasn't yet."""
     if not zmq_socket.closed:
         with suppress(zmq.ZMQError):
             zmq_socket.disconnect(zmq_socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
 
 def hang_up(tcp: socket.socket) -> None:
-    """End a connection that another task reads: it sees the end of what the peer sent."""
+    """End a connection that another task reads: that task sees end of stream."""
     with suppress(OSError):
         tcp.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""Manifests that this node believes: fetched from peers and verified, once each, or its own store's."""
+"""Manifests that this node trusts: fetched from peers and verified once each, or from its own store."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ CONDEMNED_MAX = 4096
 
 
 class Manifests:
-    """Verified records by digest; `trust` says whose count."""
+    """Verified records by digest; `trust` decides which producers count."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Manifests:
         self._condemned: OrderedDict[ManifestDigest, None] = OrderedDict()
 
     def known(self, digest: ManifestDigest) -> ObjectRecord | None:
-        """A record that was verified before; `Refused("condemned")`."""
+        """A record that was verified before, or None; `Refused("condemned")`."""
         if digest in self._condemned:
             raise Refused("condemned")
         record = self._records.get(digest)
@@ -47,9 +47,9 @@ class Manifests:
         return record or self._store.record(digest)
 
     async def fetch(self, peer: PeerId, digest: ManifestDigest, timeout_s: float) -> ObjectRecord:
-        """The verified record, asked of `peer`. `Refused` (malformed, forged, bad_proof, …) or `PeerFailed`."""
+        """The verified record, fetched from `peer`. `Refused` (malformed, forged, bad_proof, …) or `PeerFailed`."""
         if not self._compute.can_verify:
-            raise Refused("kzg_worker", "starting")  # a miss at once, not a wait that looks like the peer's stall
+            raise Refused("kzg_worker", "starting")  # a miss at once, not a wait that would count as the peer's stall
         deadline = asyncio.get_running_loop().time() + timeout_s
         reply = await self._transport.manifest(peer, digest, timeout_s)
         try:
@@ -73,7 +73,7 @@ class Manifests:
         return record
 
     def condemn(self, digest: ManifestDigest) -> None:
-        """Its producer committed to chunks that are no codeword: never believe it again."""
+        """Never trust the manifest again: its producer committed to chunks that are no codeword."""
         self._records.pop(digest, None)
         self._condemned[digest] = None
         if len(self._condemned) > CONDEMNED_MAX:

@@ -1,4 +1,4 @@
-"""Rows to sealed, coded, digested chunks and back: the slow, pure work on an object's bytes.
+"""Turns rows into sealed, coded, digested chunks and back: the slow, pure work on an object's bytes.
 
 Runs in threads: ChaCha20 (`cryptography` from 50 on), the erasure code and BLAKE3 all release the GIL. An object is
 stored row-major: chunk c of row r at (r * 64 + c) * chunk_bytes. A row's last data chunks are zero beyond its sealed
@@ -25,7 +25,7 @@ ROW_DIGESTS_BYTES = TOTAL_CHUNKS * DIGEST_BYTES
 
 @dataclass(frozen=True, slots=True)
 class ObjectRecord:
-    """What makes an object's chunks checkable: its manifest (decoded and as signed), digest table and KZG proof.
+    """What makes an object's chunks verifiable: its manifest (decoded and as signed), digest table and KZG proof.
 
     `member` vouches for the producer (signing.member_tag): it may count by that alone, also after a restart.
     """
@@ -48,7 +48,7 @@ class ObjectRecord:
 
 
 def read_record(raw: bytes, digests: bytes, proof: bytes, member: bytes = NO_MEMBER_TAG) -> ObjectRecord:
-    """A record as received or stored; `ProtocolViolation` if its parts don't fit together. Nothing is believed yet."""
+    """A record as received or stored; `ProtocolViolation` if its parts don't fit together. Nothing is verified yet."""
     manifest = decode_manifest(raw)
     if len(digests) != len(manifest.rows) * ROW_DIGESTS_BYTES or len(proof) != 48:
         raise ProtocolViolation(f"digest table: {len(digests)} bytes for {len(manifest.rows)} rows of 64 digests")
@@ -75,13 +75,13 @@ def sign_record(
 
 
 def sign_anew(record: ObjectRecord, key: SigningKey, now_ms: int) -> ObjectRecord:
-    """The same object under a manifest of another date, and so of another digest; `key` is its producer's."""
+    """The same object under a manifest of another date, and so with another digest; `key` is its producer's."""
     manifest = replace(record.manifest, created_at_ms=now_ms).sign(key)
     return replace(record, digest=manifest.digest, raw=manifest.encode(), manifest=manifest)
 
 
 def new_nonce() -> bytes:
-    """A random ChaCha20 nonce, one per object: rows differ in their keys."""
+    """A random ChaCha20 nonce, one per object: rows have different keys."""
     return secrets.token_bytes(NONCE_BYTES)
 
 
@@ -91,7 +91,7 @@ def chunk_digest(chunk: bytes | memoryview) -> bytes:
 
 
 def encode_row(row: memoryview, key: bytes, nonce: bytes, chunk_bytes: int, out: memoryview) -> bytes:
-    """Seal and code `row` into `out` (64 * chunk_bytes *zero* bytes); the BLAKE3 digests of its 64 chunks."""
+    """Seal and code `row` into `out` (64 * chunk_bytes *zero* bytes); returns the BLAKE3 digests of its 64 chunks."""
     data, parity = out[: DATA_CHUNKS * chunk_bytes], out[DATA_CHUNKS * chunk_bytes :]
     xor_stream(key, nonce, row, data[: len(row)])
     native.encode(data, parity, chunk_bytes)
@@ -100,7 +100,7 @@ def encode_row(row: memoryview, key: bytes, nonce: bytes, chunk_bytes: int, out:
 
 
 def good_chunks(chunks: Sequence[tuple[int, memoryview]], digests: bytes) -> dict[int, memoryview]:
-    """Those of the (column, bytes) whose BLAKE3 stands in `digests`, the row's 64 digests."""
+    """Those of the (column, bytes) whose BLAKE3 is in `digests`, the row's 64 digests."""
     return {column: chunk for column, chunk in chunks if chunk_digest(chunk) == _digest(digests, column)}
 
 
@@ -114,7 +114,7 @@ def open_row(
 ) -> None:
     """Decrypt a row into `target` (its true length) from 32 or more *verified* chunks, by column.
 
-    Nothing is copied on the way when the data chunks are all there. `Refused("condemned")`: the chunks are what the
+    Nothing is copied in between when all data chunks are there. `Refused("condemned")`: the chunks are what the
     producer committed to, but they are no codeword.
     """
     wanted = range(-(-len(target) // chunk_bytes))

@@ -1,6 +1,6 @@
-"""Rows in the arena to a signed, committed, stored object; one object at a time, one row a job.
+"""Turns rows in the arena into a signed, committed, stored object; one object at a time, one row per job.
 
-A row is a job of its own so that a fetch's checks, in the same two threads, wait for one row at most.
+A row is a separate job so that a fetch's checks, in the same two threads, wait for one row at most.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ class ObjectEncoder:
         return ObjectEncoded(effect.object_id, record.digest)
 
     async def sign_anew(self) -> list[ObjectRecord]:
-        """Date objects of this node anew that were signed while its clock was ahead: nobody else would believe them."""
+        """Sign objects of this node again that were signed while its clock was ahead: peers would refuse them."""
         now_ms = time.time_ns() // 1_000_000
         signed = []
         for record in self._store.dated_after(now_ms + CLOCK_SKEW_MS):

@@ -9,7 +9,7 @@ from ...core.records.limits import TOTAL_CHUNKS
 
 
 class ObjectWriter:
-    """A new object's file, mapped: zero to begin with, its space reserved."""
+    """A new object's file, mapped: initially zero, its space reserved."""
 
     def __init__(self, path: Path, rows: int, chunk_bytes: int) -> None:
         self.path = path

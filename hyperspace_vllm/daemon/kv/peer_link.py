@@ -1,4 +1,4 @@
-"""One node's link to one peer on the bulk transport: requests out, replies matched, checked and handed on uncopied."""
+"""One node's link to one peer on the bulk transport: sends requests; matches, checks and passes on replies uncopied."""
 
 import asyncio
 import logging
@@ -21,22 +21,22 @@ from .frame_meter import FrameMeter
 from .kv_passage import Passage, detach
 
 DIAL_S = 3.0
-DIAL_AGAIN_S = 0.1  # doubled each time in a row
+DIAL_AGAIN_S = 0.1  # doubled each time, until a connection lasts LASTED_S
 DIAL_AGAIN_S_MAX = 5.0
-LASTED_S = 5.0  # a connection that lasted so long was a good one
-CONNECT_S = 1.0  # not connected for longer: requests fail at once until ZeroMQ has reconnected
+LASTED_S = 5.0  # a connection that lasted this long was a good one
+CONNECT_S = 1.0  # after this long without a connection requests fail at once until ZeroMQ has reconnected
 REQUESTS_QUEUED_MAX = 256  # small messages
-REPLIES_QUEUED_MAX = 32  # 32 chunks of 4 MiB = 128 MiB a peer at the very most
+REPLIES_QUEUED_MAX = 32  # 32 chunks of 4 MiB = 128 MiB a peer at most
 
 Chunks = list[tuple[int, memoryview]]
 Request = Callable[[int], wire.PeerRequest]
-_FINAL = ("protocol", "unreachable")  # no chunk comes any more, whichever was asked for
+_FINAL = ("protocol", "unreachable")  # after these no chunk will come, whichever was asked for
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Open:
-    """A request under way: what may answer it, and what has."""
+    """An open request: what may answer it, and what has."""
 
     answered_by: type[wire.PeerReply]
     lacking: set[int]  # columns still to come
@@ -58,7 +58,8 @@ class _Open:
 class PeerLink:
     """The DEALER to one peer, connected from the start: the first lookup shouldn't pay for the handshake.
 
-    `may_dial` is asked before each dial; once it says no the link is `over`. ValueError when `address` is no host:port.
+    `may_dial` is called before each dial; once it returns False the link is `over`. ValueError unless `address` is
+    host:port.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class PeerLink:
         self._numbers = count()
         self._loop = asyncio.get_running_loop()
         self._silent_since: float | None = self._loop.time()
-        self.useful_at = self._loop.time()  # when it was made or last answered
+        self.useful_at = self._loop.time()  # when it was created or last answered
         self._socket = made = context.socket(zmq.DEALER)
         set_link_options(made)
         made.setsockopt(zmq.CURVE_SERVERKEY, curve_public_of(peer))
@@ -96,16 +97,16 @@ class PeerLink:
 
     @property
     def connected(self) -> bool:
-        """Whether a request would leave at once."""
+        """Whether a request would be sent at once."""
         return self._pump.writable
 
     @property
     def busy(self) -> bool:
-        """Whether something waits for it."""
+        """Whether it has open requests."""
         return bool(self._open)
 
     async def ask(self, request: Request, answered_by: type[wire.PeerReply], timeout_s: float) -> wire.PeerReply:
-        """The answer to `request`, which is made with its number; `PeerFailed`."""
+        """The answer to `request`, which is called with the request's number; `PeerFailed`."""
         opened = _Open(answered_by, set(), 0)
         number = self._begin(opened)
         deadline = self._loop.time() + timeout_s
@@ -141,13 +142,13 @@ class PeerLink:
             raise PeerFailed(opened.failure)
 
     def violated(self, detail: str) -> PeerFailed:
-        """Charge the peer for breaking the protocol; what its request then fails with."""
+        """Charge the peer for breaking the protocol; returns the error for its request."""
         log.info("peer %s broke the protocol: %s", self._peer, detail, extra={"peer": self._peer})
         self._charge(self._peer, "protocol")
         return PeerFailed("protocol")
 
     def close(self) -> None:
-        """Disconnect; what is under way fails as `unreachable`."""
+        """Disconnect; open requests fail as `unreachable`."""
         self._connecting.cancel()
         self._pump.close()
         for opened in self._open.values():
@@ -207,7 +208,7 @@ class PeerLink:
         self._silent_since = None
 
     async def _wait(self, opened: _Open, deadline: float) -> None:
-        """Until there is something to look at."""
+        """Wait until there is something to read."""
         try:
             async with asyncio.timeout_at(deadline):
                 while not opened.over and not opened.arrived:
@@ -217,7 +218,7 @@ class PeerLink:
             raise PeerFailed("timeout") from None
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
-        self.has_answered = True  # whatever it says: CURVE has shown whose words these are
+        self.has_answered = True  # whatever it says: CURVE has authenticated it
         if self._passage is not None:
             self._passage.came_out(frames)
         try:
@@ -243,7 +244,7 @@ def _split(address: str) -> tuple[str, int]:
 
 
 def _accept(opened: _Open, reply: wire.PeerReply, payload: list[zmq.Frame]) -> bool:
-    """Take a reply into its request; False if it is none that the request allows."""
+    """Take a reply into its request; False if the request doesn't allow it."""
     match reply:
         case wire.Chunk(_, column, size):
             if column not in opened.lacking or len(payload) != 1:

@@ -1,4 +1,4 @@
-"""Rows on their way from peers into the arena: chunks are collected, checked, and opened when any 32 are good.
+"""Fetches rows from peers into the arena: chunks are collected, checked, and opened when any 32 are good.
 
 All FetchRows of one row of one lookup meet here. Those under one manifest share its chunks; under different manifests
 they race. A thread may be writing to a row's slab, so a slab is freed only when the row's last task has ended.
@@ -24,7 +24,7 @@ from .object_codec import ObjectRecord, good_chunks, open_row
 from .peer_link import Chunks
 from .row_cache import RowCache
 
-FETCHING_BYTES_MAX = 256 * MiB  # chunks asked for and not yet opened, of all lookups: 16 of them at full speed
+FETCHING_BYTES_MAX = 256 * MiB  # chunks asked for and not yet opened, of all lookups: 16 at full speed
 PROGRESS_S = FETCH_STALL_MS / 1000 / 4
 
 Keep = Callable[[ObjectRecord, int, dict[int, memoryview]], None]
@@ -40,8 +40,8 @@ class _Row:
     columns: dict[PeerId, int] = field(default_factory=dict)  # verified, as bit masks
     unreported: set[PeerId] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    over: bool = False  # being opened, ready, failed or cancelled: nothing more is wanted
-    kept: bool = False  # the slab is the cache's now
+    over: bool = False  # being opened, ready, failed or cancelled: no more chunks are needed
+    kept: bool = False  # the slab now belongs to the cache
 
     def gain(self, peer: PeerId, columns: Iterable[int]) -> None:
         gained = sum(1 << column for column in columns)
@@ -51,7 +51,7 @@ class _Row:
 
 
 class RowAssembly:
-    """Performs FetchRow effects. `keep` takes the chunks of a finished row for the disk, `condemn` a lying manifest."""
+    """Performs FetchRow effects. `keep` takes a finished row's chunks for the disk, `condemn` a manifest that lies."""
 
     def __init__(
         self,
@@ -102,12 +102,12 @@ class RowAssembly:
         task.add_done_callback(lambda _: self._task_ended(row, task, asked_bytes))
 
     def end(self, lookup: int) -> None:
-        """Cancel whatever runs for the lookup. Rows that are ready are the cache's."""
+        """Cancel everything that runs for the lookup. Rows that are ready belong to the cache."""
         self.end_some(lookup, list(self._rows.get(lookup, ())))
         self._rows.pop(lookup, None)
 
     def end_some(self, lookup: int, row_keys: Iterable[RowKey]) -> None:
-        """Cancel whatever runs for these rows of the lookup; each may be fetched again, from its beginning."""
+        """Cancel everything that runs for these rows of the lookup; each may be fetched again, from its beginning."""
         rows = self._rows.get(lookup, {})
         for row in [rows.pop(row_key) for row_key in row_keys if row_key in rows]:
             self._end_row(row, None)
@@ -133,7 +133,7 @@ class RowAssembly:
                 task.cancel()
 
     async def _collect(self, effect: FetchRow, record: ObjectRecord, row: _Row) -> None:
-        """Gather one peer's chunks until the row has 32; then open it."""
+        """Collect one peer's chunks until the row has 32; then open it."""
         good = row.chunks.setdefault(record.digest, {})
         reason = ""
         try:
@@ -172,7 +172,7 @@ class RowAssembly:
         )
 
     def _report(self, effect: FetchRow, row: _Row) -> None:
-        """Tell the core of columns that it doesn't know of."""
+        """Tell the core of columns that it doesn't know of yet."""
         if effect.peer in row.unreported:
             row.unreported.remove(effect.peer)
             row.reported_at = self._loop.time()
@@ -193,7 +193,7 @@ class RowAssembly:
                 self._cache.view(row.slab),
             )
         except Refused as refused:
-            del self._rows[effect.lookup][effect.row_key]  # another manifest may do: with a new slab
+            del self._rows[effect.lookup][effect.row_key]  # another manifest may work, with a new slab
             if refused.reason == "condemned":
                 self._condemn(record.digest)
             self._submit(RowFailed(effect.lookup, effect.row_key, refused.reason))

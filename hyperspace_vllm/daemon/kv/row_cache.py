@@ -1,4 +1,4 @@
-"""The memory tier: verified rows in the arena, the least recently used one leaves first.
+"""The memory tier: verified rows in the arena; the least recently used one is evicted first.
 
 A row with a lease stays. Holders are opaque (the driver uses lookup numbers); a holder's leases end together.
 """
@@ -36,7 +36,7 @@ class RowCache:
         return len(self._rows)
 
     def allocate(self, length: int) -> Slab | None:
-        """A slab of `length` bytes, evicting unleased rows if need be; None if leases and staging take all."""
+        """A slab of `length` bytes, evicting unleased rows if need be; None if leases and staging take everything."""
         if pages_bytes(length) > self.arena.capacity_bytes:
             return None  # evicting everything would not help
         slab = self.arena.allocate(length)
@@ -77,7 +77,7 @@ class RowCache:
         self.end_some(holder, self._leases.get(holder, set()) - keep)
 
     def end_some(self, holder: Hashable, row_keys: Iterable[RowKey]) -> None:
-        """End the holder's leases on these rows, as far as it has any."""
+        """End the holder's leases on these rows, if it has any."""
         leased = self._leases.get(holder, set())
         for row_key in leased.intersection(row_keys):
             leased.discard(row_key)
@@ -89,17 +89,17 @@ class RowCache:
             self._leases.pop(holder, None)
 
     def is_leased(self, row_key: RowKey) -> bool:
-        """Whether the row is here and stays."""
+        """Whether the row is here and leased."""
         row = self._rows.get(row_key)
         return row is not None and bool(row.holders)
 
     def leased_bytes(self, holder: Hashable) -> int:
-        """What the holder's leases take from the arena."""
+        """Bytes of the arena under the holder's leases."""
         return sum(pages_bytes(self._rows[row_key].slab.length) for row_key in self._leases.get(holder, ()))
 
     @property
     def room_bytes(self) -> int:
-        """What could be allocated if it were in one piece: what is free, and rows without a lease."""
+        """Bytes that could be allocated if they were contiguous: free bytes, and rows without a lease."""
         return self.arena.free_bytes + self._idle_bytes
 
     def view(self, slab: Slab) -> memoryview:

@@ -1,8 +1,8 @@
-"""The DHT for py-libp2p: provider records only, bounded, and found without asking the whole network first.
+"""The DHT for py-libp2p: provider records only, bounded, and found without a search of the whole network first.
 
-The library's asks the 20 closest peers for closer ones before it asks the first for providers, remembers what it found
-for two days, takes any number of keys and 50,000 values of a mebibyte each, and believes that peers exist because
-somebody says so.
+The library's own asks the 20 closest peers for closer ones before it asks the first for providers, remembers what it
+found for two days, accepts any number of keys and 50,000 values of a mebibyte each, and believes any peer's claim that
+another peer exists.
 """
 
 import logging
@@ -43,26 +43,26 @@ DHT_STREAMS_MAX = 256
 DHT_STREAMS_PER_PEER_MAX = 32
 DHT_STREAMS_OF_STRANGERS_MAX = 128
 DHT_STREAM_S = 10.0
-DHT_IDLE_S = 2.0  # from one message's end to the next one's
-PROVIDER_MESSAGES_PER_10_S = 2_000  # of one peer; what they may add is bounded below
+DHT_IDLE_S = 2.0  # from the end of one message to the end of the next
+PROVIDER_MESSAGES_PER_10_S = 2_000  # from one peer; what they may add is bounded below
 PROVIDERS_MAX = 50_000
 PROVIDERS_PER_PEER_MAX = 4_000
 PROVIDED_MAX = 1_000  # keys that this node renews: the newest
 REPLICAS = 8  # peers that hold a provider record
 DHT_ASKED_MAX = 16
-DHT_DIALS_MAX = 4  # of one lookup, to peers that others claim exist
+DHT_DIALS_MAX = 4  # per lookup, to peers that others claim exist
 DHT_PARALLEL = 4
 
 
-_Answer = tuple[list[Message.Peer], bool]  # closer peers, as told; whether that is enough
-# Connect to a peer at one of these addresses, which came from that IP address; whether that was done.
+_Answer = tuple[list[Message.Peer], bool]  # closer peers, as claimed; whether that is enough
+# Connect to a peer at one of these addresses, which came from that IP address; returns whether it did.
 Dial = Callable[[ID, list[Multiaddr], str], Awaitable[bool]]
 
 logger = logging.getLogger(__name__)
 
 
 class _ConnectedOnly(RoutingTable):
-    """Peers that are connected: whom others merely name isn't believed to exist."""
+    """Holds connected peers only: another peer's claim doesn't prove that a peer exists."""
 
     async def add_peer(self, peer_obj: PeerInfo | ID, *, skip_server_mode_check: bool = False) -> bool:
         """Add a connected peer."""
@@ -78,7 +78,7 @@ class _ConnectedOnly(RoutingTable):
 
 
 class _NoValues(ValueStore):
-    """Value records have no use here, and a peer could store 50,000 of a mebibyte each."""
+    """Stores no value records: they have no use here, and a peer could store 50,000 of a mebibyte each."""
 
     def put_record(self, key: bytes, record: Any) -> None:
         """Refuse."""
@@ -86,10 +86,10 @@ class _NoValues(ValueStore):
 
 
 class NodeProviders(ProviderStore):
-    """Provider records: bounded in all and by peer, found without a search of the whole network first.
+    """Provider records: bounded in all and per peer, found without a search of the whole network first.
 
-    The library's asks the 20 closest peers for closer ones before it asks the first for providers, remembers what it
-    found for two days, and keeps any number of keys.
+    The library's own asks the 20 closest peers for closer ones before it asks the first for providers, remembers what
+    it found for two days, and keeps any number of keys.
     """
 
     def __init__(self, host: IHost, routing: Any, table: RoutingTable, dial: Dial) -> None:
@@ -102,7 +102,7 @@ class NodeProviders(ProviderStore):
         self._provided: OrderedDict[bytes, float] = OrderedDict()
 
     def add_provider(self, key: bytes, provider: PeerInfo) -> None:
-        """Remember that a peer provides a key; its oldest records make room, or those of whoever has the most."""
+        """Remember that a peer provides a key; its own oldest record makes room, or one of the peer with the most."""
         peer_id = provider.peer_id
         keys = self._keys_of.setdefault(peer_id, OrderedDict())
         known = self.providers.get(key, {})
@@ -141,14 +141,14 @@ class NodeProviders(ProviderStore):
                 self._info_of.pop(peer_id, None)
 
     def get_providers(self, key: bytes) -> list[PeerInfo]:
-        """Who is known to provide a key, as far as not expired."""
+        """The peers known to provide a key whose records have not expired."""
         records = self.providers.get(key, {})
         for record in [record for record in records.values() if record.is_expired()]:
             self._forget(record.peer_id, key)
         return [PeerInfo(record.peer_id, record.addresses) for record in records.values()]
 
     def cleanup_expired(self) -> None:
-        """Forget what is older than PROVIDER_TTL_S."""
+        """Remove records older than PROVIDER_TTL_S."""
         for key, records in list(self.providers.items()):
             for record in [record for record in records.values() if record.is_expired()]:
                 self._forget(record.peer_id, key)
@@ -161,12 +161,12 @@ class NodeProviders(ProviderStore):
             self._provided.popitem(last=False)
         self.add_provider(key, PeerInfo(self.local_peer_id, self.host.get_addrs()))
         near = self._table.find_local_closest_peers(key, BUCKET_SIZE)
-        if self._table.size() > BUCKET_SIZE:  # else this node knows everybody whom it could find
+        if self._table.size() > BUCKET_SIZE:  # else this node knows every peer that it could find
             near = await self._walk(key, near, self._ask_closer(key))
         return await self._tell({peer_id: [key] for peer_id in near[:REPLICAS]}) > 0
 
     async def renew(self) -> None:
-        """Provide again what is due: one stream a peer, however many keys."""
+        """Provide again what is due: one stream per peer, however many keys."""
         now = time.monotonic()
         keys_for: dict[ID, list[bytes]] = {}
         for key in [key for key, at in self._provided.items() if now - at >= PROVIDER_RENEWAL_S]:
@@ -177,7 +177,7 @@ class NodeProviders(ProviderStore):
         await self._tell(keys_for)
 
     async def find_providers(self, key: bytes, count: int = 20) -> list[PeerInfo]:
-        """Who provides a key: known here first, then asked from the closest peers outwards until `count` are found."""
+        """The providers of a key: known ones first, then asks from the closest peers outwards until it has `count`."""
         found = {info.peer_id: info for info in self.get_providers(key) if info.peer_id != self.local_peer_id}
 
         async def ask(peer_id: ID) -> _Answer:
@@ -200,7 +200,7 @@ class NodeProviders(ProviderStore):
         return ask
 
     async def _query(self, peer_id: ID, question: Message) -> Message:
-        # Without the signed addresses that the library sends and checks with each message: identify has told them.
+        # Without the signed addresses that the library sends and checks with each message: identify has exchanged them.
         stream = await self.host.new_stream(peer_id, [PROTOCOL_ID])
         try:
             await stream.write(encode_varint_prefixed(question.SerializeToString()))
@@ -212,7 +212,7 @@ class NodeProviders(ProviderStore):
                 await stream.reset()
 
     async def _tell(self, keys_for: dict[ID, list[bytes]]) -> int:
-        # Nobody reads the echoes: they say no more than that the message came, even if it was dropped.
+        # The echoes are not read: they only confirm that the message arrived, even if it was dropped.
         provider = Message.Peer(
             id=self.local_peer_id.to_bytes(), addrs=[address.to_bytes() for address in self.host.get_addrs()]
         )
@@ -238,7 +238,8 @@ class NodeProviders(ProviderStore):
         return told
 
     async def _walk(self, key: bytes, near: list[ID], ask: Callable[[ID], Awaitable[_Answer]]) -> list[ID]:
-        # The closest peers found: from the closest outwards, DHT_PARALLEL at a time, and whom those asked know.
+        # Returns the closest peers found: asks from the closest outwards, DHT_PARALLEL at a time, and continues with
+        # the peers that the answers name.
         network: Any = self.host.get_network()
         asked: set[ID] = set()
         told: dict[ID, _Told] = {}
@@ -249,7 +250,7 @@ class NodeProviders(ProviderStore):
             closer, done = dict[ID, _Told](), False
             with suppress(Exception), trio.move_on_after(QUERY_S):
                 if network.live(peer_id) or await self._dial(peer_id, *told[peer_id]):
-                    told_from = network.host_of(peer_id)  # before it can hang up
+                    told_from = network.host_of(peer_id)  # before it can disconnect
                     said, done = await ask(peer_id)
                     closer = {ID(peer.id): _Told(_addresses(peer), told_from) for peer in said}
             answers_in.send_nowait((closer, done))
@@ -263,7 +264,7 @@ class NodeProviders(ProviderStore):
                     if peer_id in asked or peer_id == self.local_peer_id:
                         continue
                     if not network.live(peer_id):
-                        # Only where the peer itself says that it is, signed, and within the core's budget of dials.
+                        # Only at addresses that the peer itself has signed, and within the core's dial budget.
                         if dials >= DHT_DIALS_MAX or peer_id not in told or not told[peer_id].addresses:
                             continue
                         dials += 1
@@ -284,19 +285,19 @@ class NodeProviders(ProviderStore):
 
 
 class _Told(NamedTuple):
-    """Where a peer says that it is, and the IP address that the answer with it came from."""
+    """The addresses that a peer claims, and the IP address that sent the answer with them."""
 
     addresses: list[Multiaddr]
     told_from: str
 
 
 def _addresses(peer: Message.Peer) -> list[Multiaddr]:
-    """Where a peer itself says that it is, signed; none where only others say so."""
+    """The addresses that a peer has signed itself; none where only other peers claim them."""
     if not 0 < len(peer.signedRecord) <= PEER_ENVELOPE_BYTES_MAX:
         return []
     try:
         _, record = consume_envelope(peer.signedRecord, "libp2p-peer-record")
-    except Exception:  # the library raises whatever went wrong in it
+    except Exception:  # the library raises errors of any kind
         logger.debug("a signed record that isn't one")
         return []
     return list(record.addrs[:ADDRESSES_PER_PEER_MAX]) if record.peer_id.to_bytes() == peer.id else []
@@ -316,12 +317,12 @@ class NodeDht(KadDHT):
         self.value_store = _NoValues(host, host.get_id())
         self.provider_store: NodeProviders = NodeProviders(host, self.peer_routing, self.routing_table, dial)
         self._provider_rate_max = PROVIDER_MESSAGES_PER_10_S
-        self._inbound_limiter = trio.CapacityLimiter(math.inf)  # one that lost its place is in it for a moment more
+        self._inbound_limiter = trio.CapacityLimiter(math.inf)  # a stream that lost its place stays in it for a moment
         self._tier = tier
         self._places = PeerRoom(DHT_STREAMS_PER_PEER_MAX, DHT_STREAMS_OF_STRANGERS_MAX, DHT_STREAMS_MAX)
 
     async def handle_stream(self, stream: INetStream) -> None:
-        """Answer one peer's stream, for a bounded time."""
+        """Serve one peer's stream, for a bounded time."""
         peer, scope = PeerId(stream.muxed_conn.peer_id.to_base58()), trio.CancelScope()
         place = Hold(peer, self._tier(peer), scope.cancel)
         if not self._places.take(place, 1):
@@ -337,7 +338,7 @@ class NodeDht(KadDHT):
             self._places.give_back(place)
 
     async def _run_main_loop(self) -> None:
-        # Whom to know is the core's business (peer exchange), so nothing here searches for peers.
+        # The core decides which peers to know (peer exchange), so nothing here searches for peers.
         while True:
             await trio.sleep(MAINTENANCE_S)
             try:

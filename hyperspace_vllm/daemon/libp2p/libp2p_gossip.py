@@ -1,7 +1,7 @@
-"""GossipSub for py-libp2p: our topics only, and messages that the core's gate lets through, instead of all.
+"""GossipSub for py-libp2p: our topics only, and only messages that the core's gate accepts.
 
-The library passes ten messages a second and peer, loses bursts of more than 32 without a word, keeps a time stamp for
-every message and an entry for every topic that anybody names, and connects to whomever a PRUNE lists.
+The library passes ten messages a second per peer, loses bursts of more than 32 silently, keeps a time stamp for every
+message and an entry for every topic that any peer names, and connects to every peer that a PRUNE lists.
 """
 
 import logging
@@ -38,14 +38,14 @@ GOSSIP_BYTES_MAX = 64 * KiB
 GOSSIP_RPC_BYTES_MAX = 256 * KiB
 GOSSIP_QUEUE_MAX = 128
 GOSSIP_QUEUE_BYTES_MAX = 2 * MiB
-# A full RPC of an honest node has fewer: a message id is of 46 bytes, and a message's seven fields are of 300 and more.
+# A full RPC of an honest node has fewer: a message id takes 46 bytes, and a message's seven fields 300 or more.
 GOSSIP_FIELDS_MAX = GOSSIP_RPC_BYTES_MAX // 40
-FIELDS_AT_ONCE = 64  # before other tasks have their turn
+FIELDS_AT_ONCE = 64  # before other tasks get their turn
 CONTROL_ENTRIES_MAX = 64
 CONTROL_IDS_MAX = 1_000
 HEARTBEAT_S = 1
-CANDIDATES_MAX = 1_000  # for a place in a mesh: all who are connected
-BACK_OFF_MAX_S = 600  # that a PRUNE may ask for; ten times what GossipSub's own asks
+CANDIDATES_MAX = 1_000  # for a place in a mesh: all connected peers
+BACK_OFF_MAX_S = 600  # the longest that a PRUNE may ask for; ten times what GossipSub's own asks
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class GossipQueue(RpcQueue):
         self._bytes = 0
 
     def push(self, rpc: rpc_pb2.RPC, priority: bool = False) -> bool:
-        """Queue it, unless there is no room."""
+        """Queue the RPC, unless there is no room."""
         size = rpc.ByteSize()
         if self._bytes + size > GOSSIP_QUEUE_BYTES_MAX or not super().push(rpc, priority):
             return False
@@ -66,7 +66,7 @@ class GossipQueue(RpcQueue):
         return True
 
     async def pop(self) -> rpc_pb2.RPC | None:
-        """The next one."""
+        """The next RPC."""
         rpc = await super().pop()
         if rpc is not None:
             self._bytes -= rpc.ByteSize()
@@ -76,22 +76,22 @@ class GossipQueue(RpcQueue):
 class NodeGossip(GossipSub):
     """GossipSub 1.1 on our topics only; peer exchange and adaptive features off.
 
-    The library fills and thins a mesh by lot, so that eight strangers take most of its places: here those with a better
-    `standing` come and stay first, and of equals those of the host that has fewest.
+    The library fills and thins a mesh at random, so that eight strangers take most of its places. Here peers with a
+    better `standing` are added first and stay longest; among equals, those of the host with the fewest peers.
     """
 
     def __init__(self, topics: frozenset[str], standing: Callable[[ID], Standing]) -> None:
         super().__init__(
             protocols=[TProtocol("/meshsub/1.1.0")],
-            # Of 6, 4 and 12 as usual a network of ten sends every message eight times, at 0.4 ms a copy; what a sparse
-            # mesh loses to frozen neighbours, the heartbeat's IHAVEs and the registry make up for.
+            # With the usual 6, 4 and 12 a network of ten sends every message eight times, at 0.4 ms a copy; the
+            # heartbeat's IHAVEs and the registry make up for what a sparse mesh loses to frozen neighbours.
             degree=4,
             degree_low=3,
             degree_high=6,
             heartbeat_interval=HEARTBEAT_S,
             do_px=False,
             adaptive_gossip_enabled=False,
-            spam_protection_enabled=False,  # ten messages a second; GossipGate bounds authors instead
+            spam_protection_enabled=False,  # it allows ten messages a second; GossipGate bounds authors instead
             eclipse_protection_enabled=False,
             max_pending_messages_per_peer=8,
         )
@@ -100,7 +100,7 @@ class NodeGossip(GossipSub):
         self._caught_up: set[tuple[ID, str]] = set()
 
     async def send_recent_messages(self, peer_id: ID, topic: str) -> None:
-        """Queue a new neighbour the messages of the last seconds, once a connection.
+        """Queue the messages of the last seconds for a new neighbour, once per connection.
 
         The library writes them past the queue, and again after each unsubscribing.
         """
@@ -115,7 +115,7 @@ class NodeGossip(GossipSub):
         self._pending_messages.pop(peer_id, None)
 
     def remove_peer(self, peer_id: ID) -> None:
-        """The neighbour is gone."""
+        """Forget a neighbour that has disconnected."""
         super().remove_peer(peer_id)
         self._caught_up = {each for each in self._caught_up if each[0] != peer_id}
 
@@ -130,9 +130,10 @@ class NodeGossip(GossipSub):
         return [peer_id for peer_id in pool if peer_id not in left_out]
 
     def gossip_heartbeat(self) -> defaultdict[ID, dict[str, list[bytes]]]:
-        """Which peers to tell of which messages by IHAVE; the library leaves out those pruned a minute ago or less.
+        """Message ids to announce by IHAVE, by peer and topic.
 
-        Once a second it forgets the back-offs that have ended: the library keeps those of peers that left.
+        Unlike the library's, it includes peers pruned a minute ago or less. Once a second it removes the back-offs that
+        have ended: the library keeps those of peers that left.
         """
         now_s = time.time()
         for topic, ends in self.back_off.items():
@@ -148,13 +149,13 @@ class NodeGossip(GossipSub):
         return told
 
     def _least(self, peers: Iterable[ID], room: int) -> list[ID]:
-        """Those who have to go for `room` to stay."""
+        """The peers that must leave for `room` to stay."""
         held = [(peer_id, self._standing(peer_id), 1) for peer_id in peers]
         random.shuffle(held)
         return who_goes(held, max(room, 0), len(held))
 
     def keep_ours(self, control: Any) -> int:
-        """Drop of a neighbour's control messages what is not about our topics, or too many; how many are left."""
+        """Drop control messages that exceed the bounds or aren't about our topics; returns how many are left."""
         for field in (control.graft, control.prune, control.ihave):
             kept = {entry.topicID: entry for entry in field if entry.topicID in self._topics}
             if len(kept) != len(field):
@@ -166,7 +167,7 @@ class NodeGossip(GossipSub):
         for field in (control.ihave, control.iwant, control.idontwant):
             del field[CONTROL_ENTRIES_MAX:]
             for entry in field:
-                # Of an id that is wanted a thousand times the library would send a thousand copies.
+                # For an id that is wanted a thousand times the library would send a thousand copies.
                 entry.messageIDs[:] = list(dict.fromkeys(entry.messageIDs))[:CONTROL_IDS_MAX]
         kinds = control.graft, control.prune, control.ihave, control.iwant, control.idontwant
         return sum(len(entries) for entries in kinds)
@@ -209,9 +210,10 @@ class NodePubsub(Pubsub):
         self._on_message = on_message
 
     async def continuously_read_stream(self, stream: INetStream) -> None:
-        """Take a neighbour's RPCs, each and what is in it at its price, until the stream ends.
+        """Handle a neighbour's RPCs, charging each and its contents at their price, until the stream ends.
 
-        Raises ParseError for one that is too long; a malformed one, or one of too many fields, ends the connection.
+        Raises ParseError for an RPC that is too long; one that is malformed, or has too many fields, ends the
+        connection.
         """
         conn: Any = stream.muxed_conn
         try:
@@ -228,7 +230,7 @@ class NodePubsub(Pubsub):
             return
 
     async def _take(self, rpc: Any, conn: Any) -> None:
-        """Handle one RPC; what a neighbour's messages take before they are ignored is in its time too."""
+        """Handle one RPC; a neighbour's time also pays for messages that are then ignored."""
         peer_id = conn.peer_id
         if not check_record.knows(rpc, peer_id):
             await conn.spend(libp2p_time.GOSSIP_RECORD_S)
@@ -249,23 +251,23 @@ class NodePubsub(Pubsub):
             await self._router.handle_rpc(rpc, peer_id)
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
-        """Take a message from a neighbour (or ourselves), deliver it and pass it on, if it is accepted."""
+        """Take a message from a neighbour (or this node), and deliver and pass it on if it is accepted."""
         if not self._is_subscribed_to_msg(msg):
             return
         if msg_forwarder != self.my_id:
             if ID(msg.from_id) == self.my_id or not self._judge(msg_forwarder, msg):
                 return
             self._on_message(msg.topicIDs[0], msg_forwarder, bytes(msg.data))
-        # The library's goes on with checks that the judge has made, and keeps each verdict for minutes.
+        # The library's version repeats checks that the judge has made, and keeps each verdict for minutes.
         self._mark_msg_seen(msg)
         await self.router.publish(msg_forwarder, msg)
 
     def forget(self, peer_id: ID) -> None:
-        """The neighbour is gone."""
+        """Forget a neighbour that has disconnected."""
         self._handle_dead_peer(peer_id)
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
-        # Once at a time: of two the library forgets the first's queue, whose task then waits for ever.
+        # One at a time: of two, the library forgets the first one's queue, whose task then waits for ever.
         if peer_id not in self._greeting:
             self._greeting.add(peer_id)
             try:
@@ -274,13 +276,13 @@ class NodePubsub(Pubsub):
                 self._greeting.discard(peer_id)
 
     def _is_subscribed_to_msg(self, msg: rpc_pb2.Message) -> bool:
-        # Asked before a task is made for the message: most that come are copies of one that we have.
+        # Checked before a task is created for the message: most that arrive are copies of one that we have.
         if len(msg.topicIDs) != 1 or msg.topicIDs[0] not in self._topics or len(msg.data) > GOSSIP_BYTES_MAX:
             return False
         return len(msg.from_id) <= PEER_ID_BYTES_MAX and len(msg.seqno) <= 16 and not self._is_msg_seen(msg)
 
     def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
-        """Nobody reads the library's queues of 32."""
+        """Do nothing: the library's queues of 32 are not read."""
 
 
 class _Once:
@@ -291,7 +293,7 @@ class _Once:
         self._known: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
 
     def knows(self, msg: rpc_pb2.RPC, peer_id: ID) -> bool:
-        """Whether it needs no check."""
+        """Whether the record needs no check."""
         return not msg.senderRecord or (peer_id.to_bytes(), msg.senderRecord) in self._known
 
     def __call__(self, msg: rpc_pb2.RPC, host: IHost, peer_id: ID) -> bool:
@@ -310,9 +312,9 @@ check_record = _Once(maybe_consume_signed_record)
 
 
 def count_fields(rpc: bytes) -> int:
-    """How many fields an encoded RPC has, those of its messages among them, without decoding it.
+    """Count an encoded RPC's fields, those of its messages included, without decoding it.
 
-    Raises ParseError for one that is malformed, or has more than GOSSIP_FIELDS_MAX.
+    Raises ParseError for an RPC that is malformed, or has more than GOSSIP_FIELDS_MAX.
     """
     return _count(rpc, 0, len(rpc), rpc_pb2.RPC.DESCRIPTOR, 0)
 

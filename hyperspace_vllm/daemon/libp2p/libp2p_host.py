@@ -1,11 +1,11 @@
-"""libp2p for an asyncio program: py-libp2p in a thread of its own, behind calls with deadlines and bounded queues.
+"""libp2p for an asyncio program: py-libp2p in its own thread, behind calls with deadlines and bounded queues.
 
-py-libp2p is trio, the node is asyncio. Calls go over by `run_sync_soon`, results and events come back in one queue
-that wakes the loop once for however much there is (0.12 ms a hop). Nothing outside libp2p_*.py knows libp2p, so that
-another engine can replace it.
+py-libp2p is trio, the node is asyncio. Calls are handed over by `run_sync_soon`; results and events come back in one
+queue, which wakes the loop once for any number of them (0.12 ms a hop). Nothing outside libp2p_*.py depends on libp2p,
+so that another engine can replace it.
 
-When the thread dies, whoever waits gets PeerFailed("unreachable"), every peer is reported disconnected, and it starts
-again on the same address.
+When the thread dies, every waiting caller gets PeerFailed("unreachable"), every peer is reported disconnected, and the
+thread starts again on the same address.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ from ..peer_failed import PeerFailed
 from .libp2p_mdns import Mdns
 from .libp2p_node import Libp2pNode, NodeSettings
 
-CALLS_MAX = 1024  # calls that may be under way
+CALLS_MAX = 1024  # open calls
 PUBLISH_MAX = 64  # messages on their way to the thread
 GOSSIP_MAX = 256  # messages on their way to the loop
 EVENTS_PER_TURN = 64
 START_S = 20.0
 CLOSE_S = 5.0
-GRACE_S = 0.25  # after a call's deadline, for the thread to say so itself
+GRACE_S = 0.25  # after a call's deadline, for the thread to report it itself
 RESTART_S = (1.0, 2.0, 5.0, 15.0)
 
 logger = logging.getLogger(__name__)
@@ -43,13 +43,13 @@ T = TypeVar("T")
 
 
 class HostHandler(Protocol):
-    """What the network does to a node; called on the asyncio loop."""
+    """The network's events for a node; called on the asyncio loop."""
 
     async def on_request(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None:
         """The answer to a peer's request; None resets the stream."""
 
     def on_gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
-        """A message came on one of the topics through a neighbour, who need not be its author; the gate accepted it."""
+        """A message that the gate accepted arrived on a topic through a neighbour, which need not be its author."""
 
     def on_gossip_spoiled(self, relay: PeerId) -> None:
         """A neighbour passed on more invalid messages than an honest one does."""
@@ -61,23 +61,23 @@ class HostHandler(Protocol):
         """The last connection to a peer is closed."""
 
     def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
-        """Whether a search of the DHT may dial a peer there, as an answer from that IP address tells."""
+        """Whether a DHT search may dial a peer at an address that an answer from `told_from` (an IP address) names."""
 
     def on_violation(self, peer: PeerId) -> None:
-        """A peer broke a rule of yamux or the streams: a frame too long, too much at once, frames for nothing."""
+        """A peer broke a rule of yamux or the streams: a frame too long, too much at once, too many useless frames."""
 
     def tier(self, peer: PeerId) -> Tier:
-        """Whether a peer's needs come first; called in the thread, must not block."""
+        """Which peers take precedence; called in the thread, must not block."""
 
     def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
-        """A machine of this local network says that a peer is there (mDNS, unsigned).
+        """A machine of the local network announces that a peer is there (mDNS, unsigned).
 
         `told_from` is an IP address that reaches as far as the machine's.
         """
 
 
 class Libp2pHost:
-    """A libp2p host. Peers are dialled only when `connect` says so, or a search in the DHT and `handler.may_dial`."""
+    """A libp2p host. It dials peers only for `connect`, or for a DHT search if `handler.may_dial` allows it."""
 
     address: str
 
@@ -92,14 +92,14 @@ class Libp2pHost:
         handler: HostHandler,
         gate: GossipGate | None = None,
     ) -> None:
-        """`network_key` is 32 bytes: no handshake begins without it; without `gate` no gossip is heard."""
+        """`network_key` is 32 bytes: no handshake begins without it; without `gate` no gossip is received."""
         assert network_key is None or len(network_key) == 32
         self.address = listen
         self._settings = NodeSettings(signing_key, listen, network_key, protocols, topics, gate)
         self._mdns_wanted = mdns
         self._mdns: Mdns | None = None
         self._handler = handler
-        self._connected: dict[PeerId, str] = {}  # and the IP address at the other end
+        self._connected: dict[PeerId, str] = {}  # with the IP address at the other end
         self._calls: set[asyncio.Future[object]] = set()
         self._publishing = 0
         self._closing = threading.Event()
@@ -130,7 +130,7 @@ class Libp2pHost:
         return frozenset(self._connected)
 
     def host_of(self, peer: PeerId) -> str:
-        """The IP address that a peer is connected from or to; '' if it isn't."""
+        """The IP address that a peer is connected from or to; '' if it isn't connected."""
         return self._connected.get(peer, "")
 
     async def connect(self, peer: PeerId, address: str, timeout_s: float) -> None:
@@ -138,17 +138,17 @@ class Libp2pHost:
         await self._call(lambda node: node.connect(peer, address), timeout_s)
 
     async def disconnect(self, peer: PeerId) -> None:
-        """Close every connection to a peer; returns when they are."""
+        """Close every connection to a peer; returns when all are closed."""
         with suppress(PeerFailed):
             await self._call(lambda node: node.disconnect(peer), CLOSE_S)
 
     async def request(self, peer: PeerId, protocol: str, frame: bytes, timeout_s: float) -> bytes:
-        """What a connected peer answers; PeerFailed(timeout | unreachable | protocol | busy)."""
+        """A connected peer's answer; PeerFailed(timeout | unreachable | protocol | busy)."""
         assert len(frame) <= STREAM_FRAME_BYTES_MAX
         return await self._call(lambda node: node.request(peer, protocol, frame), timeout_s)
 
     def publish(self, topic: str, payload: bytes) -> bool:
-        """Send to everybody who listens on a topic; False: dropped, the queue is full or there is no network."""
+        """Send to a topic's subscribers; False: dropped, because the queue is full or there is no network."""
         link = self._link
         if link is None or self._publishing >= PUBLISH_MAX:
             return False
@@ -160,7 +160,7 @@ class Libp2pHost:
         async def publish() -> None:
             try:
                 await link.node.publish(topic, payload)
-            except Exception:  # it would end the thread's work for all
+            except Exception:  # it would end the thread's other work
                 logger.exception("a message of gossip was not sent")
             finally:
                 self._inbox.put(published)
@@ -171,7 +171,7 @@ class Libp2pHost:
         return True
 
     async def provide(self, key: str, timeout_s: float) -> bool:
-        """Become a provider of `key` in the DHT, renewed by itself; False: nobody was told (yet)."""
+        """Become a provider of `key` in the DHT, with automatic renewal; False: no peer was told (yet)."""
         try:
             return await self._call(lambda node: node.provide(key), timeout_s)
         except PeerFailed:
@@ -293,7 +293,7 @@ class Libp2pHost:
             self.on_peer(peer, None)
 
     def on_peer(self, peer: PeerId, host: str | None) -> None:
-        """A peer came, or went (None) (for the thread's events; not part of the interface)."""
+        """A peer connected, or disconnected (None) (for the thread's events; not part of the interface)."""
         if (host is not None) == (peer in self._connected):
             return
         if host is not None:
@@ -305,7 +305,7 @@ class Libp2pHost:
 
     @property
     def handler(self) -> HostHandler:
-        """Who is told."""
+        """The receiver of the events."""
         return self._handler
 
 
@@ -317,7 +317,7 @@ def _fail(started: "asyncio.Future[None]", error: BaseException | None) -> None:
 
 
 class _ThreadRun:
-    """A way into one run of the thread."""
+    """Access to one run of the thread."""
 
     def __init__(self, node: Libp2pNode, token: trio.lowlevel.TrioToken, nursery: trio.Nursery) -> None:
         self.node = node
@@ -326,7 +326,7 @@ class _ThreadRun:
         self._nursery = nursery
 
     def spawn(self, job: Callable[[], Awaitable[None]]) -> bool:
-        """Run `job` there, which must not raise; False: the run is over."""
+        """Run `job`, which must not raise, in the thread; False: the run is over."""
 
         def start() -> None:
             with suppress(RuntimeError):  # the nursery has closed
@@ -335,7 +335,7 @@ class _ThreadRun:
         return self._soon(start)
 
     def cancel(self, scope: trio.CancelScope) -> None:
-        """Give up a job."""
+        """Cancel a job."""
         self._soon(scope.cancel)
 
     def stop(self) -> None:
@@ -351,7 +351,7 @@ class _ThreadRun:
 
 
 class _Inbox:
-    """Actions for the loop, in order; it is woken once for however many there are."""
+    """Actions for the loop, in order; the loop is woken once for any number of them."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -363,7 +363,7 @@ class _Inbox:
         self._actions.append(action)
         if not self._due:
             self._due = True
-            with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:

@@ -2,9 +2,9 @@
 
     <random name>._p2p._udp.local.  TXT  dnsaddr=/ip4/192.0.2.1/tcp/7000/p2p/12D3KooW…
 
-A private network has a service type of its own, `_p2p-<8 hex digits of SHA-256 of its key>._udp.local.`. zeroconf runs
-on the node's own loop; py-libp2p's use of it blocks its thread for seconds. What is found is unsigned: connecting
-proves it.
+A private network has its own service type, `_p2p-<8 hex digits of SHA-256 of its key>._udp.local.`. zeroconf runs on
+the node's own loop; py-libp2p's use of it blocks its thread for seconds. Discovered peers are unsigned: connecting
+proves them.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import PeerId, public_key_of, sha256
 from .libp2p_node import reachable_hosts, split_address
 
-NAMES_MAX = 256  # that are remembered; the oldest make room
+NAMES_MAX = 256  # names remembered; the oldest make room
 LOOKUPS_MAX = 8  # at once
 LOOKUP_MS = 2_000
 ADDRESSES_MAX = 8
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Mdns:
-    """Announces one node and tells of others."""
+    """Announces one node and reports others."""
 
     def __init__(
         self, peer: PeerId, address: str, network_key: bytes | None, on_discovered: Callable[[PeerId, str, str], None]
@@ -51,10 +51,10 @@ class Mdns:
         self._browser: AsyncServiceBrowser | None = None
 
     async def start(self) -> None:
-        """Announce and listen; a machine without multicast is told of in the log and costs nothing else."""
+        """Announce and listen; on a machine without multicast it only logs that there is none."""
         host, port = split_address(self._address)
         hosts = [each for each in reachable_hosts(host) if ":" not in each]
-        # zeroconf doesn't say which of the links an answer came from: it may be the one that reaches the furthest.
+        # zeroconf doesn't report which link an answer came from, so assume the one that reaches furthest.
         self._told_from = max(hosts, key=lambda each: scope_of(each) or Scope.MACHINE, default="")
         properties = {
             f"dnsaddr{number or ''}": f"/ip4/{each}/tcp/{port}/p2p/{self._peer}" for number, each in enumerate(hosts)
@@ -72,11 +72,11 @@ class Mdns:
                 )
             )
             self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, self._kind, handlers=[self._on_change])
-        except Exception as error:  # zeroconf raises what it likes
+        except Exception as error:  # zeroconf raises errors of any kind
             logger.warning("no discovery by mDNS: %r", error)
 
     async def close(self) -> None:
-        """Take the announcement back."""
+        """Withdraw the announcement."""
         for lookup in self._lookups:
             lookup.cancel()
         with suppress(Exception):
@@ -101,7 +101,7 @@ class Mdns:
         info = AsyncServiceInfo(self._kind, name)
         try:
             answered = await info.async_request(zeroconf, LOOKUP_MS)
-        except Exception as error:  # zeroconf raises what it likes
+        except Exception as error:  # zeroconf raises errors of any kind
             logger.debug("a name of mDNS was not looked up: %r", error)
             return
         for peer, address in peers_in(info.properties) if answered else ():
@@ -110,7 +110,7 @@ class Mdns:
 
 
 def peers_in(properties: dict[bytes, bytes | None]) -> list[tuple[PeerId, str]]:
-    """The nodes that a TXT record names, with their `host:port`; whatever else it holds is passed over."""
+    """The nodes that a TXT record names, with their `host:port`; everything else in it is ignored."""
     found = []
     for name, value in list(properties.items())[:ADDRESSES_MAX]:
         parts = (value or b"").decode("ascii", "replace").split("/")

@@ -1,6 +1,6 @@
-"""The trio side of the libp2p host: py-libp2p's parts put together, and what may be asked of them.
+"""The trio side of the libp2p host: assembles py-libp2p's parts, and offers the calls on them.
 
-Runs inside the host's thread (libp2p_host.py); everything here is trio. Nothing waits without a deadline, except for
+Runs inside the host's thread (libp2p_host.py); everything here is trio. Every wait has a deadline, except the one for
 the end.
 """
 
@@ -54,18 +54,18 @@ _SHA2_256 = b"\x12\x20"  # multihash: code and length
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """What makes a node: see `Libp2pHost`."""
+    """What defines a node: see `Libp2pHost`."""
 
     signing_key: SigningKey
     listen: str
     network_key: bytes | None
     protocols: tuple[str, ...]
     topics: tuple[str, ...]
-    gate: GossipGate | None = None  # without one no author is known, and no gossip heard
+    gate: GossipGate | None = None  # without one no author is known, and no gossip received
 
 
 class NodeEvents(Protocol):
-    """What a node tells; called in the trio thread, must not block."""
+    """What a node reports; called in the trio thread, must not block."""
 
     async def answer(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None: ...
     def gossip(self, topic: str, relay: PeerId, payload: bytes) -> None: ...
@@ -73,16 +73,16 @@ class NodeEvents(Protocol):
     async def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool: ...
     def violated(self, peer: PeerId) -> None: ...
     def tier(self, peer: PeerId) -> Tier: ...
-    def peer_changed(self, peer: PeerId, host: str | None) -> None: ...  # None: it has gone
+    def peer_changed(self, peer: PeerId, host: str | None) -> None: ...  # None: it has disconnected
 
 
 def dht_key(key: str) -> bytes:
-    """The multihash (sha2-256) under which a key string stands in the DHT: a CID can name it, of any length."""
+    """The multihash (sha2-256) that a key string of any length has in the DHT: a CID can name it."""
     return _SHA2_256 + sha256(key.encode())
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `host:port`; ValueError. IPv6 stands in brackets."""
+    """Host and port of `host:port`; ValueError. IPv6 is in brackets."""
     host, separator, port = address.rpartition(":")
     if not separator or not port.isascii() or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"address {address!r}: expected host:port")
@@ -94,7 +94,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def reachable_hosts(host: str) -> list[str]:
-    """Where a node that listens on `host` can be dialled: for a wildcard the machine's own addresses, a few of them."""
+    """Where a node that listens on `host` can be dialled: for a wildcard, a few of the machine's own addresses."""
     address = ipaddress.ip_address(host)
     if not address.is_unspecified:
         return [host]
@@ -172,10 +172,10 @@ class Libp2pNode:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
-        """Run until the block ends; the address it listens on. OSError when that is taken."""
+        """Run until the block ends; yields the address it listens on. OSError when that is taken."""
         try:
             async with AsyncExitStack() as stack:
-                # Before the swarm: a peer that connects at once would find no pubsub, and nobody looks again.
+                # Before the swarm: a peer that connects at once would find no pubsub, and would not be noticed later.
                 await stack.enter_async_context(running(self._pubsub))
                 await stack.enter_async_context(running(self._gossip))
                 await stack.enter_async_context(running(self._swarm))
@@ -193,7 +193,7 @@ class Libp2pNode:
             self._swarm.close_sockets()
 
     async def connect(self, peer: PeerId, address: str) -> None:
-        """Dial, unless connected; PeerFailed("unreachable"), also when somebody else answers there."""
+        """Dial, unless connected; PeerFailed("unreachable"), also when another peer answers there."""
         peer_id = ID.from_base58(peer)
         lock = self._dialling.setdefault(peer_id, trio.Lock())
         try:
@@ -211,7 +211,7 @@ class Libp2pNode:
             raise PeerFailed("unreachable") from error
         for candidate in candidates:
             with suppress(SwarmException):
-                # Not host.connect(): that takes 250 ms at least, and refuses for a minute after one failure.
+                # Not host.connect(): it takes at least 250 ms, and refuses for a minute after one failure.
                 await self._swarm.dial_addr(candidate, peer_id)
                 self._host.get_peerstore().add_addrs(peer_id, [candidate], 0)
                 return
@@ -245,7 +245,7 @@ class Libp2pNode:
             return await self._asker.ask(peer_id, protocol, frame)
         except trio.Cancelled:
             if self._held_s(peer_id) - held_s > (trio.current_time() - began_s) / 2:
-                raise PeerFailed("busy") from None  # this node, for others: the answer may lie here unread
+                raise PeerFailed("busy") from None  # busy with other peers: the answer may be here unread
             raise
 
     def _held_s(self, peer_id: ID) -> float:
@@ -256,18 +256,18 @@ class Libp2pNode:
         await self._pubsub.publish(topic, payload)
 
     async def provide(self, key: str) -> bool:
-        """Become a provider of a key; whether anybody was told."""
+        """Become a provider of a key; returns whether any peer was told."""
         return await self._dht.provider_store.provide(dht_key(key))
 
     async def find_providers(self, key: str, count: int) -> tuple[tuple[PeerId, ...], float]:
-        """Who provides a key, and what the search cost in milliseconds of this thread's CPU time."""
+        """The providers of a key, and the search's cost in milliseconds of this thread's CPU time."""
         began = time.thread_time()
         found = await self._dht.provider_store.find_providers(dht_key(key), count)
         peers = tuple(PeerId(info.peer_id.to_base58()) for info in found)
         return tuple(peer for peer in peers if _is_node(peer)), (time.thread_time() - began) * 1000
 
     async def _admit(self, peer_id: ID) -> None:
-        # Before identify has said so: our nodes all serve the DHT, and others are taken out again.
+        # Added before identify has confirmed it: all our nodes serve the DHT, and others are removed later.
         with trio.move_on_after(1):
             await self._dht.add_peer(peer_id, skip_server_mode_check=True)
 
@@ -318,7 +318,7 @@ def _announced(bound: list[Multiaddr]) -> list[Multiaddr]:
 
 
 def _is_node(peer: PeerId) -> bool:
-    # libp2p peers may have keys of other kinds; our nodes don't.
+    # Other libp2p peers may have keys of other kinds; our nodes don't.
     try:
         public_key_of(peer)
     except ProtocolViolation:

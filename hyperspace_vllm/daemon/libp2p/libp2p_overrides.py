@@ -1,7 +1,7 @@
-"""What of py-libp2p 0.8.1 can only be changed for the whole process, and how its services are run.
+"""The parts of py-libp2p 0.8.1 that can only be changed for the whole process, and how its services are run.
 
-The library loses a host to a single malformed message. `test_libp2p_host.py` fails when its side of an override
-changes; the parts with a side of their own are libp2p_swarm, libp2p_dht, libp2p_gossip and libp2p_yamux.
+With the library alone, a single malformed message ends a host. `test_libp2p_host.py` fails when the library's side of
+an override changes; overrides that need more code are in libp2p_swarm, libp2p_dht, libp2p_gossip and libp2p_yamux.
 """
 
 import logging
@@ -45,22 +45,22 @@ logger = logging.getLogger(__name__)
 
 
 def patch_library() -> None:
-    """Set what can only be set for the whole process; safe to call again."""
+    """Apply the overrides of the whole process; safe to call again."""
     replaced: dict[str, Any] = {
         "QUERY_TIMEOUT": QUERY_S,
         "ID": _ShortId,
         "MAX_DHT_MESSAGE_SIZE": DHT_MESSAGE_BYTES_MAX,
         "PROVIDER_RECORD_EXPIRATION_INTERVAL": PROVIDER_TTL_S,
         "PROVIDER_RECORD_REPUBLISH_INTERVAL": PROVIDER_RENEWAL_S,
-        "RpcQueue": GossipQueue,  # 32 messages otherwise, lost silently beyond
+        "RpcQueue": GossipQueue,  # otherwise 32 messages, and more are lost silently
         "read_delim": _read_protocol_name,
         "MultiselectCommunicator": _Negotiation,
         "read_exactly": _read_ping,
         "read_length_prefixed_protobuf": _read_identify,
         "read_varint_prefixed_bytes_limited": _read_dht_message,
-        "new_protected_conn": PrivateConnection,  # a cipher of its own otherwise, that no other libp2p speaks
+        "new_protected_conn": PrivateConnection,  # otherwise a cipher that no other libp2p speaks
         "maybe_consume_signed_record": check_record,
-        # It logs through the root logger, which thereby gets a handler that writes to stderr.
+        # It logs through the root logger, which then gets a handler that writes to stderr.
         "logging": logging.getLogger("libp2p.network.connection"),
     }
     for module, names in _REPLACED_IN:
@@ -98,7 +98,7 @@ _REPLACED_IN: tuple[tuple[ModuleType, tuple[str, ...]], ...] = (
 
 
 class _ShortId(ID):
-    # The library writes ids that it was sent into its log: base58 of 64 KiB takes a second.
+    # The library logs ids that peers sent: base58 of 64 KiB takes a second.
     def __init__(self, peer_id_bytes: bytes) -> None:
         if len(peer_id_bytes) > PEER_ID_BYTES_MAX:
             raise ValueError("peer id")
@@ -106,7 +106,7 @@ class _ShortId(ID):
 
 
 class _Manager(TrioManager):
-    """Runs a service whose tasks may fail: the library's ends the service, and so the host, at the first one."""
+    """Runs a service whose tasks may fail: the library's own ends the service, and the host, at the first failure."""
 
     def run_task(
         self, async_fn: Any, *args: Any, daemon: bool = False, name: str | None = None, _internal: bool = False
@@ -148,7 +148,7 @@ async def running(service: Service) -> AsyncIterator[None]:
 
 
 class _Negotiation(communicator_module.MultiselectCommunicator):
-    # The library says "na" to any number of names, before the peer has proved its identity.
+    # The library answers "na" to any number of names, before the peer has proved its identity.
     def __init__(self, read_writer: ReadWriteCloser) -> None:
         super().__init__(read_writer)
         self._names_left = PROTOCOL_NAMES_MAX
@@ -161,7 +161,7 @@ class _Negotiation(communicator_module.MultiselectCommunicator):
 
 
 async def _read_protocol_name(reader: ReadWriteCloser) -> bytes:
-    # The library's takes any length up to 2^64, before the peer has proved its identity.
+    # The library's own accepts any length up to 2^64, before the peer has proved its identity.
     try:
         name = await read_varint_prefixed_bytes_limited(reader, PROTOCOL_NAME_BYTES_MAX)
     except MessageTooLarge as error:
@@ -172,7 +172,7 @@ async def _read_protocol_name(reader: ReadWriteCloser) -> bytes:
 
 
 async def _read_dht_message(stream: Any, size_max: int) -> bytes:
-    # The library answers any number of messages on a stream, and waits for them for ever.
+    # The library answers any number of messages on a stream, and waits for them without a limit.
     with trio.fail_after(DHT_IDLE_S):
         message = await read_varint_prefixed_bytes_limited(stream, size_max)
     await stream.muxed_conn.spend(libp2p_time.DHT_MESSAGE_S)
@@ -191,7 +191,7 @@ async def _read_identify(stream: Any, use_varint_format: bool = True) -> bytes:
     try:
         message = await read_varint_prefixed_bytes_limited(stream, IDENTIFY_BYTES_MAX)
     except Exception:
-        await stream.reset()  # or it takes whatever follows for an identity without a length
+        await stream.reset()  # otherwise it takes the following bytes for an identity without a length
         raise
     await stream.muxed_conn.spend(len(message) * libp2p_time.IDENTIFY_BYTE_S)
     return message

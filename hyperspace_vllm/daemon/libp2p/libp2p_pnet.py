@@ -1,10 +1,10 @@
-"""The private network's cipher as libp2p specifies it (specs/pnet): XSalsa20 under the network key, before all else.
+"""The private network's cipher as libp2p specifies it (specs/pnet): XSalsa20 under the network key, below everything.
 
     each side   nonce 24 || XSalsa20(network key, nonce) of everything it sends
 
 py-libp2p 0.8.1 uses Salsa20 with a nonce of 8 bytes, which no other libp2p speaks. XSalsa20 is Salsa20 under a key that
-HSalsa20 derives from the nonce's first 16 bytes; libsodium's is not in PyNaCl's interface, hence the rounds below:
-0.13 ms a connection and direction.
+HSalsa20 derives from the nonce's first 16 bytes; PyNaCl doesn't expose libsodium's, hence the rounds below: 0.13 ms per
+connection and direction.
 """
 
 import os
@@ -24,7 +24,7 @@ _QUARTERS = (
 
 
 class PrivateConnection(RawConnection):
-    """A TCP connection that means something only to holders of the network key (64 hex digits, as py-libp2p has it)."""
+    """A TCP connection that only holders of the network key can read (64 hex digits, as in py-libp2p)."""
 
     def __init__(self, conn: RawConnection, psk: str) -> None:
         super().__init__(conn.stream, conn.is_initiator)
@@ -60,7 +60,7 @@ def xsalsa20(key: bytes, nonce: bytes) -> Salsa20.Salsa20Cipher:
 
 
 def hsalsa20(key: bytes, nonce: bytes) -> bytes:
-    """The 32-byte key that 16 bytes of nonce make of a key of 32 (Bernstein, "Extending the Salsa20 nonce", 2011)."""
+    """The 32-byte key derived from another and 16 bytes of nonce (Bernstein, "Extending the Salsa20 nonce", 2011)."""
     k, n = struct.unpack("<8I", key), struct.unpack("<4I", nonce)
     c = _CONSTANTS
     x = [c[0], *k[:4], c[1], *n, c[2], *k[4:], c[3]]

@@ -1,7 +1,7 @@
-"""What peers may make this node hold: in all, by peer, and of all strangers together.
+"""Bounds on what peers make this node hold: in all, per peer, and for all strangers together.
 
-Where it is full, a peer of a lower tier than the newcomer makes room, or one of the same tier that holds more: what it
-had begun is lost. So a peer that never ends what it began keeps no other peer out.
+When a bound is reached, a peer of a lower tier than the newcomer makes room, or one of the same tier that holds more,
+and loses its unfinished work. So a peer that never finishes its work keeps no other peer out.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from ...core.records.standing import Tier
 
 @dataclass(eq=False, slots=True)
 class Hold:
-    """What one piece of work of a peer holds; `lose` is called when it has to make room, and is None when it can't."""
+    """What one job of a peer holds; `lose` is called when it has to make room, and is None when it can't."""
 
     peer: PeerId
     tier: Tier
@@ -23,7 +23,7 @@ class Hold:
 
 
 class PeerRoom:
-    """A bound in all, one for each peer, and one for all strangers together."""
+    """A bound for all peers, one for each peer, and one for all strangers together."""
 
     def __init__(self, peer_max: int, strangers_max: int, all_max: int) -> None:
         self._peer_max = peer_max
@@ -34,11 +34,11 @@ class PeerRoom:
         self._holds: dict[Hold, None] = {}  # the oldest first
 
     def is_over(self, peer: PeerId, size: int) -> bool:
-        """Whether with `size` more the peer alone would have too much."""
+        """Whether `size` more would exceed the peer's own bound."""
         return self._of_peer[peer] + size > self._peer_max
 
     def take(self, hold: Hold, size: int) -> bool:
-        """Let a hold grow by `size`, others losing theirs if need be; False: there is no room."""
+        """Grow a hold by `size`, taking room from others if need be; False: there is no room."""
         if self.is_over(hold.peer, size):
             return False
         while not self._has_room(hold.tier, size):
@@ -52,7 +52,7 @@ class PeerRoom:
         return True
 
     def give_back(self, hold: Hold) -> None:
-        """The hold is over; one that is already changes nothing."""
+        """End the hold; ending it twice changes nothing."""
         if self._holds.pop(hold, hold) is None:
             self._count(hold, -hold.size)
 
@@ -61,8 +61,8 @@ class PeerRoom:
         return fits and (tier > Tier.STRANGER or self._strangers + size <= self._strangers_max)
 
     def _loser(self, newcomer: Hold, size: int) -> Hold | None:
-        # Of peers of equal tiers one that would still hold as much as the newcomer then does: or they'd take turns
-        # in losing what they have begun.
+        # Among peers of equal tier, only one that now holds more than the newcomer then does: otherwise they would take
+        # room from each other in turns.
         def weight(hold: Hold) -> tuple[int, int]:
             return -hold.tier, self._of_peer[hold.peer]
 

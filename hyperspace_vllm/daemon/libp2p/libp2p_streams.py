@@ -24,33 +24,33 @@ from ...core.records.standing import Tier
 from ..peer_failed import PeerFailed
 from .libp2p_room import Hold, PeerRoom
 
-REQUESTS_PER_PEER_MAX = 64  # in flight, either way
+REQUESTS_PER_PEER_MAX = 64  # in flight, in either direction
 REQUESTS_MAX = 512
 FRAME_BYTES_IN_PER_PEER_MAX = 2 * STREAM_FRAME_BYTES_MAX
 FRAME_BYTES_IN_MAX = 64 * MiB
 FRAME_BYTES_IN_OF_STRANGERS_MAX = 32 * MiB
-ANSWER_BYTES_PER_PEER_MAX = 4 * STREAM_FRAME_BYTES_MAX  # answers that a peer has not taken yet
+ANSWER_BYTES_PER_PEER_MAX = 4 * STREAM_FRAME_BYTES_MAX  # answers that a peer has not read yet
 ANSWER_BYTES_MAX = 128 * MiB
 ANSWER_BYTES_OF_STRANGERS_MAX = 64 * MiB
-SPARE_STREAMS_MAX = 4  # kept open for the next request, by peer and protocol
+SPARE_STREAMS_MAX = 4  # kept open for the next request, per peer and protocol
 READ_BYTES = 64 * KiB
 
 IDLE_S = 30.0  # between requests
 SPARE_S = 20.0  # less than the other side's IDLE_S
 FRAME_S = 5.0  # from a request's first byte to its last
-HANDLE_S = 30.0  # for this node to find an answer
-ANSWER_S = 15.0  # for a peer to take an answer
+HANDLE_S = 30.0  # for this node to compute an answer
+ANSWER_S = 15.0  # for a peer to read an answer
 
 _LENGTH = struct.Struct("!I")
 _BROKEN = (IOException, StreamError)  # what the library raises for streams and connections that ended
 
 
 class _BrokenRule(Exception):
-    """The peer's frame is too long, or too much at once."""
+    """The peer's frame is too long, or it sends too much at once."""
 
 
 async def read_frame(stream: INetStream, first_byte_s: float, frame_s: float, keep: Callable[[bytes], object]) -> None:
-    """Read one frame, piece by piece, each of which `keep` gets. TooSlowError, StreamError, _BrokenRule."""
+    """Read one frame, passing each piece to `keep`. TooSlowError, StreamError, _BrokenRule."""
     head = bytearray()
     with trio.fail_after(first_byte_s):
         head += await _read(stream, _LENGTH.size)
@@ -61,7 +61,7 @@ async def read_frame(stream: INetStream, first_byte_s: float, frame_s: float, ke
         if left > STREAM_FRAME_BYTES_MAX:
             raise _BrokenRule("frame too long")
         while left > 0:
-            # As it comes: announcing a length costs the sender nothing, so nothing is set aside for it.
+            # Piece by piece: announcing a length costs the sender nothing, so no memory is reserved for it.
             piece = await _read(stream, min(left, READ_BYTES))
             keep(piece)
             left -= len(piece)
@@ -80,10 +80,10 @@ async def write_frame(stream: INetStream, payload: bytes) -> None:
 
 
 class Answerer:
-    """Serves inbound streams: reads requests, asks `answer` and writes what it says.
+    """Serves inbound streams: reads requests, calls `answer` and writes the result.
 
-    `violated` hears of a peer that broke a rule; `turn` returns when a peer's next request may be taken up. A peer that
-    finds no room, or loses it to another, is answered `busy`, which is no fault of either.
+    `violated` is called with a peer that broke a rule; `turn` returns when a peer's next request may start. A peer that
+    finds no room, or loses it to another, is answered `busy`, which is neither peer's fault.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Answerer:
         request = _Request(self._incoming, peer, self._tier(peer))
         try:
             await read_frame(stream, IDLE_S, FRAME_S, request.keep)
-            await self._turn(peer_id)  # before it counts as one of those under way, of which others need some
+            await self._turn(peer_id)  # before it counts among the running requests, of which others need some
             frame = request.take()
             answer = b"" if frame is None else await self._ask(peer_id, protocol, frame)
         finally:
@@ -158,7 +158,7 @@ class Answerer:
 
 
 class _Request:
-    """A request as far as it has come; until all of it has, and it is taken up, it makes room for others'."""
+    """A partly received request; until it is complete and started, it makes room for those of others."""
 
     def __init__(self, room: PeerRoom, peer: PeerId, tier: Tier) -> None:
         self._room = room
@@ -166,7 +166,7 @@ class _Request:
         self._payload: bytearray | None = bytearray()
 
     def keep(self, piece: bytes) -> None:
-        """Add a piece, unless there is no room: then the rest is read for nothing. _BrokenRule."""
+        """Add a piece, unless there is no room: then the rest is read and dropped. _BrokenRule."""
         if self._payload is None:
             return
         if self._room.is_over(self._hold.peer, len(piece)):
@@ -178,7 +178,7 @@ class _Request:
             self._lose()
 
     def take(self) -> bytes | None:
-        """All of it, which makes room for nothing any more; None: there was no room."""
+        """The complete request, which from now on makes room for no other; None: there was no room."""
         self._hold.lose = None
         return None if self._payload is None else bytes(self._payload)
 
@@ -195,7 +195,7 @@ class _Network(Protocol):
 
 
 class StreamClient:
-    """Sends requests on streams that it keeps open for the next one. Deadlines are the caller's (trio.fail_after)."""
+    """Sends requests on streams that it keeps open for the next one. The caller sets deadlines (trio.fail_after)."""
 
     def __init__(self, host: _Network, is_connected: Callable[[ID], bool]) -> None:
         self._host = host
@@ -204,9 +204,9 @@ class StreamClient:
         self._requests_of: dict[ID, int] = {}
 
     async def ask(self, peer_id: ID, protocol: str, request: bytes) -> bytes:
-        """The answer; PeerFailed(unreachable | protocol | busy): `protocol` for a malformed frame alone.
+        """The answer; PeerFailed(unreachable | protocol | busy): `protocol` only for a malformed frame.
 
-        Streams break for many reasons, this node's own load among them, and that accuses no peer.
+        Streams break for many reasons, this node's own load among them, so a broken stream is not charged to the peer.
         """
         if not self._is_connected(peer_id):
             raise PeerFailed("unreachable")
@@ -222,14 +222,14 @@ class StreamClient:
                 del self._requests_of[peer_id]
 
     def forget(self, peer_id: ID) -> None:
-        """The peer is gone, and its streams with it."""
+        """Forget the streams of a peer that has disconnected."""
         for key in [key for key in self._spare if key[0] == peer_id]:
             del self._spare[key]
 
     async def _ask(self, peer_id: ID, protocol: str, request: bytes) -> bytes:
         spare = await self._take_spare(peer_id, protocol)
         if spare is not None:
-            with suppress(*_BROKEN):  # the other side closed it meanwhile: nothing has been asked
+            with suppress(*_BROKEN):  # the other side closed it in the meantime: nothing was asked
                 return await self._exchange(spare, peer_id, protocol, request)
         try:
             stream = await self._host.new_stream(peer_id, [TProtocol(protocol)])

@@ -1,7 +1,7 @@
-"""Connections for py-libp2p: TCP, Noise and our yamux, counted and bounded; and what is kept of peers.
+"""Connections for py-libp2p: TCP, Noise and our yamux, counted and bounded; and the stored facts about peers.
 
-The library listens on a port that another process has, holds a slot for every inbound connection until the process
-ends, refuses a peer for a minute after one failed dial, dials whomever it hears of, and evicts its own keys once it
+The library listens on a port that another process uses, holds a slot for every inbound connection until the process
+ends, refuses a peer for a minute after one failed dial, dials every peer it learns of, and evicts its own keys once it
 knows a thousand peers.
 """
 
@@ -43,7 +43,7 @@ CONNECTIONS_PER_PEER_MAX = 3  # two when both sides dial at once
 UPGRADE_S = 5.0
 NEGOTIATION_S = 5
 PROTOCOL_NAME_BYTES_MAX = 256
-PROTOCOL_NAMES_MAX = 9  # of one negotiation: multistream's own, and eight to choose from
+PROTOCOL_NAMES_MAX = 9  # in one negotiation: multistream's own, and eight to choose from
 IDENTIFY_BYTES_MAX = 8 * KiB
 PEER_ID_BYTES_MAX = 64  # of an Ed25519 key: 38
 
@@ -51,7 +51,7 @@ PEERS_KEPT_MAX = 512
 ADDRESSES_PER_PEER_MAX = 4
 PROTOCOLS_PER_PEER_MAX = 32
 PEER_ENVELOPE_BYTES_MAX = 2 * KiB
-FOREVER_S = 10 * 365 * 24 * 3600  # peers are forgotten by number, not by age
+FOREVER_S = 10 * 365 * 24 * 3600  # peers are evicted by number, not by age
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,8 @@ def address_of(maddr: Multiaddr) -> str:
 
 
 def may_pass_on(maddr: Multiaddr, told_from: str | None) -> bool:
-    """Whether a peer's address reaches as far as the host that it is connected from: who hears it from this node judges
-    it by where this node is. None: the address is this node's own."""
+    """Whether a peer's address reaches as far as the host that it is connected from: a peer that learns it from this
+    node judges it by this node's location. None: the address is this node's own."""
     try:
         address = address_of(maddr)
     except LookupError:
@@ -78,7 +78,7 @@ def may_pass_on(maddr: Multiaddr, told_from: str | None) -> bool:
 
 
 class _Listener:
-    """A TCP listener that fails when the port is taken: the library's shares it (SO_REUSEPORT)."""
+    """A TCP listener that fails when the port is taken: the library's own shares it (SO_REUSEPORT)."""
 
     def __init__(self, handler: Callable[[ReadWriteCloser], Awaitable[None]], swarm: "NodeSwarm") -> None:
         self._handler = handler
@@ -114,7 +114,7 @@ class _Listener:
 
 
 class NodeTransport(TCP):
-    """TCP by address only; names are resolved by us, with a deadline."""
+    """TCP by IP address only; this node resolves names itself, with a deadline."""
 
     swarm: "NodeSwarm"
 
@@ -139,7 +139,7 @@ class NodeTransport(TCP):
 
 
 class NodeUpgrader(TransportUpgrader):
-    """Noise, then our own yamux; `time` and `violated` as YamuxConnection's."""
+    """Noise, then our own yamux; `time` and `violated` are YamuxConnection's."""
 
     def __init__(self, time: PeerTime, violated: Callable[[ID], None], *args: Any) -> None:
         super().__init__(*args)
@@ -156,29 +156,29 @@ class NodeUpgrader(TransportUpgrader):
 
 
 class _NoAutoConnector(AutoConnector):
-    """The core decides whom to connect to; the library's dials whomever it has heard of."""
+    """Connects to no peer: the core decides which to dial; the library's own dials every peer it has learnt of."""
 
     async def run_background_task(self, nursery: trio.Nursery) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     async def maybe_connect(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def record_disconnect(self, peer_id: ID) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class NodeSwarm(Swarm):
-    """Connections, counted and bounded; tells `on_peer(peer, connected)` when the first opens and the last closes."""
+    """Connections, counted and bounded; calls `on_peer(peer, connected)` when the first opens and the last closes."""
 
     on_peer: Callable[[ID, bool], None]
-    admit: Callable[[ID], Awaitable[None]]  # called before a peer's connection is told of
+    admit: Callable[[ID], Awaitable[None]]  # called before a peer's connection is reported
     listen_error: OSError | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.auto_connector = _NoAutoConnector(self)
-        self.notifees.clear()  # a store of tags that nobody reads
+        self.notifees.clear()  # a store of tags that is never read
         self.sockets: WeakSet[trio.SocketStream] = WeakSet()
         self._handshakes = Handshakes(PEER_HANDSHAKES_MAX)
         self._inbound: WeakSet[IMuxedConn] = WeakSet()
@@ -198,18 +198,18 @@ class NodeSwarm(Swarm):
         return ""
 
     def drop(self, peer_id: ID) -> list[SwarmConn]:
-        """End every connection to a peer, without waiting for anything; those that are ending."""
+        """End every connection to a peer without waiting; returns those that are ending."""
         ending = self.live(peer_id)
         for conn in ending:
             conn.muxed_conn.stop()  # type: ignore[attr-defined]
         return ending
 
     async def dial_peer(self, peer_id: ID) -> list[INetConn]:
-        """Refuse: the library would dial every address that anybody told it; whom to dial is the core's to say."""
+        """Refuse: the library would dial every address that any peer told it; the core decides which to dial."""
         raise SwarmException("not connected")
 
     async def _handle_inbound_connection(self, read_write_closer: ReadWriteCloser, maddr: Multiaddr) -> None:
-        # The library's holds a slot (and this task) until the swarm ends, however early the connection does.
+        # The library's own holds a slot (and this task) until the swarm ends, however early the connection does.
         host = (read_write_closer.get_remote_address() or ("",))[0]
         scope = trio.CancelScope()
         handshake = self._handshakes.begin(host, trio.current_time(), scope.cancel)
@@ -225,7 +225,7 @@ class NodeSwarm(Swarm):
             await muxed.event_closed.wait()  # type: ignore[attr-defined]
 
     async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
-        """Register a connection, unless there are enough of the peer's, or of inbound ones."""
+        """Register a connection, unless the peer has enough of them, or there are enough inbound ones."""
         peer_id = muxed_conn.peer_id
         is_full = direction == "inbound" and not self._has_room()
         if peer_id == self.self_id or is_full or len(self.live(peer_id)) >= CONNECTIONS_PER_PEER_MAX:
@@ -236,7 +236,7 @@ class NodeSwarm(Swarm):
         return await super().add_conn(muxed_conn, direction)
 
     def _has_room(self) -> bool:
-        """Whether there is an inbound place, or one of a peer that has several."""
+        """Whether there is an inbound place; if not, it takes one from a peer that has several."""
         inbound = [conn for conn in self._inbound if not conn.is_closed]
         if len(inbound) < PEER_CONNECTIONS_INBOUND_MAX:
             return True
@@ -258,7 +258,7 @@ class NodeSwarm(Swarm):
                 self.on_peer(peer_id, False)
 
     async def notify_connected(self, conn: INetConn) -> None:
-        """A connection is ready."""
+        """Report a connection that is ready."""
         peer_id = conn.muxed_conn.peer_id
         await self.admit(peer_id)
         if not conn.is_closed:
@@ -269,34 +269,34 @@ class NodeSwarm(Swarm):
         await super().notify_connected(conn)
 
     async def notify_opened_stream(self, stream: INetStream) -> None:
-        """Nobody wants to know; the library starts a task per notifee."""
+        """Do nothing: no code listens, and the library would start a task per notifee."""
 
     async def notify_closed_stream(self, stream: INetStream) -> None:
-        """Nobody wants to know."""
+        """Mark the stream as released; no code listens."""
         stream._resource_released = True  # type: ignore[attr-defined]
 
     def _schedule_auto_connect(self) -> None:
         return
 
     def close_sockets(self) -> None:
-        """Close everything at once: peers notice."""
+        """Close every socket at once, which peers notice."""
         for stream in list(self.sockets):
             stream.socket.close()
 
 
 class NodePeerStore(PeerStore):
-    """Addresses and protocols of a bounded number of peers; the library's evicts its own keys when it is full.
+    """Addresses and protocols of a bounded number of peers; the library's own evicts its own keys when it is full.
 
-    What it holds is what others are told in answers of the DHT.
+    Its content is what other peers are told in answers of the DHT.
     """
 
     def __init__(self, keep: Callable[[ID], bool], told_from: Callable[[ID], str | None]) -> None:
         super().__init__(max_peers=PEERS_KEPT_MAX)
-        self._keep = keep  # the node itself, and whoever is connected
+        self._keep = keep  # the node itself, and every connected peer
         self._told_from = told_from
 
     def may_pass_on(self, peer_id: ID, addrs: Sequence[Multiaddr]) -> list[Multiaddr]:
-        """Those of a peer's addresses of which others may be told."""
+        """Those of a peer's addresses that other peers may be told."""
         told_from = self._told_from(peer_id)
         return [each for each in addrs if may_pass_on(each, told_from)]
 
@@ -308,22 +308,22 @@ class NodePeerStore(PeerStore):
             data.addrs = data.addrs[-ADDRESSES_PER_PEER_MAX:]
 
     def add_protocols(self, peer_id: ID, protocols: Sequence[str]) -> None:
-        """Remember what a peer says it speaks."""
+        """Remember the protocols that a peer claims to speak."""
         self.set_protocols(peer_id, protocols)
 
     def set_protocols(self, peer_id: ID, protocols: Sequence[str]) -> None:
-        """Remember what a peer says it speaks."""
+        """Remember the protocols that a peer claims to speak."""
         short = [name for name in protocols[:PROTOCOLS_PER_PEER_MAX] if len(name) <= PROTOCOL_NAME_BYTES_MAX]
         super().set_protocols(peer_id, short)
         self._enforce_peer_limit()
 
     def consume_peer_record(self, envelope: Envelope, ttl: int) -> bool:
-        """Take a signed record of addresses."""
+        """Store a signed record of addresses."""
         if len(envelope.raw_payload) > PEER_ENVELOPE_BYTES_MAX:
             return False
         record = envelope.record()
         if len(self.may_pass_on(record.peer_id, record.addrs)) < len(record.addrs):
-            return True  # there is nothing wrong with it; others just aren't told of it
+            return True  # the record is valid; other peers just aren't told of it
         return super().consume_peer_record(envelope, ttl)
 
     def _enforce_peer_limit(self) -> None:
@@ -337,13 +337,13 @@ class NodePeerStore(PeerStore):
 
 
 class NodeHost(BasicHost):
-    """Identify in the background; a peer that doesn't speak the DHT's protocol leaves the routing table."""
+    """Identifies peers in the background; a peer that doesn't speak the DHT's protocol leaves the routing table."""
 
     dht: "NodeDht"
     _announced: tuple[Multiaddr, ...] = ()
 
     def get_addrs(self) -> list[Multiaddr]:
-        """The addresses that peers are told: found once, because every gossip message asks for them."""
+        """The addresses that peers are told: computed once, because every gossip message asks for them."""
         if not self._announced:
             self._announced = tuple(super().get_addrs())
         return list(self._announced)

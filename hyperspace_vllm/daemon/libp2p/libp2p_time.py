@@ -1,12 +1,12 @@
-"""How much of this node's CPU time goes into what peers send, whatever it says.
+"""Bounds how much of this node's CPU time peers' messages take, whatever they contain.
 
-Messages, frames, bytes, new streams, requests and whatever else comes in any number on a stream (gossip, pings, the
-DHT's) have each a price, about what they take on a slow core. A peer that has used up its time is not read for a
-while, so that TCP holds it back and an honest one loses nothing but speed, beyond 30 MB/s. The peers of a host share,
-and all together; strangers have shares of their own, and take nothing from the rest. Where there is less than all of
-them want they take turns, a millisecond at a time: hosts among members, among those that are proven and among
-strangers, and the peers of a host. Rejected: measuring the time, most of which is spent in tasks that cannot say for
-whom.
+Messages, frames, bytes, new streams, requests and everything else that comes in any number on a stream (gossip, pings,
+the DHT's messages) each have a price, about what they take on a slow core. A peer that has used up its time is not read
+for a while, so that TCP holds it back; an honest peer loses nothing but speed, beyond 30 MB/s. There are shares for a
+peer, for the peers of a host, and for all known peers together; strangers have shares of their own, and take nothing
+from the rest. When peers want more than there is they take turns, a millisecond at a time: hosts among members, among
+proven peers and among strangers, and then the peers of a host. Rejected: measuring the time, most of which is spent in
+tasks that don't know which peer it is for.
 """
 
 from collections import OrderedDict
@@ -21,7 +21,7 @@ from ...core.peers.turns import Job, Line
 from ...core.records.ids import PeerId
 from ...core.records.standing import Tier
 
-MESSAGE_S = 100e-6  # one Noise message, whatever is in it
+MESSAGE_S = 100e-6  # one Noise message, whatever it contains
 FRAME_S = 4e-6
 BYTE_S = 5e-9
 STREAM_S = 1e-3  # to agree on its protocol
@@ -29,10 +29,10 @@ DHT_MESSAGE_S = 500e-6
 REQUEST_S = 1e-3  # to decode and answer it, in two threads
 PING_S = 150e-6
 IDENTIFY_BYTE_S = 2e-6  # 20 us an address, of ten bytes at least
-GOSSIP_RPC_S = 200e-6  # one RPC, whatever is in it
-GOSSIP_FIELD_S = 5e-6  # of its messages and control entries, message ids among them
-GOSSIP_MESSAGE_S = 200e-6  # to judge a new one, as often as `message_cost` says
-GOSSIP_CONTROL_S = 200e-6  # a subscription, a GRAFT, which may take an answer
+GOSSIP_RPC_S = 200e-6  # one RPC, whatever it contains
+GOSSIP_FIELD_S = 5e-6  # each field of its messages and control entries, message ids included
+GOSSIP_MESSAGE_S = 200e-6  # to judge a new message, times `message_cost`
+GOSSIP_CONTROL_S = 200e-6  # a subscription or GRAFT, which may take an answer
 GOSSIP_RECORD_S = 1e-3  # to verify a sender's addresses
 
 PEER_SHARE = 0.2  # of a core
@@ -41,28 +41,28 @@ STRANGERS_SHARE = 0.3  # of all strangers together
 KNOWN_SHARE = 0.5  # of all peers with standing together
 BURST_S = 0.2  # CPU time that may be taken at once
 SLICE_S = 1e-3  # of one turn
-AHEAD_SHARE = 0.01  # of a host, and of a peer, out of turn: a few queries a second go without waiting
-HOSTS_MAX = 2048  # of which the shares are remembered
+AHEAD_SHARE = 0.01  # for a host, and for a peer, out of turn: a few queries a second don't wait
+HOSTS_MAX = 2048  # hosts whose shares are remembered
 
 
 class Account:
-    """The time of one peer."""
+    """The time account of one peer."""
 
     def __init__(self, own: Callable[[Line | None], Line], turns: "_Turns") -> None:
         self._own = own
         self._line: Line | None = None
         self._turns = turns
         self._held_s = 0.0
-        self._waits = 0  # tasks that wait now
-        self._since_s = 0.0  # the first of them does
+        self._waits = 0  # tasks that are waiting now
+        self._since_s = 0.0  # when the first of them began to
 
     @property
     def held_s(self) -> float:
-        """For how long it has waited, in all, because of others."""
+        """How long the peer has waited, in all, because of other peers."""
         return self._held_s + (max(trio.current_time() - self._since_s, 0.0) if self._waits else 0.0)
 
     async def spend(self, cost_s: float) -> None:
-        """Return, after a checkpoint at least, when there is time for work of `cost_s`."""
+        """Return, after at least one checkpoint, when there is time for work of `cost_s`."""
         await trio.lowlevel.checkpoint()
         while cost_s > 0:
             piece_s = min(cost_s, SLICE_S)
@@ -81,7 +81,7 @@ class Account:
 
 
 class PeerTime:
-    """The time of all peers, which `tier` tells apart."""
+    """The time of all peers; `tier` gives a peer's tier."""
 
     def __init__(self, tier: Callable[[PeerId], Tier]) -> None:
         self._tier = tier
@@ -97,7 +97,7 @@ class PeerTime:
         self._accounts: WeakValueDictionary[PeerId, Account] = WeakValueDictionary()
 
     def account(self, peer: PeerId, host: str) -> Account:
-        """The account of a peer that is connected from `host`, the same for all who keep it."""
+        """The account of a peer that is connected from `host`; all callers for a peer share it."""
         account = self._accounts.get(peer)
         if account is None:
             own = partial(self._line, peer, source_of(host))
@@ -114,14 +114,14 @@ class PeerTime:
 
 
 class _Turns:
-    """Begins the jobs of a tree of lines when they are due."""
+    """Starts the jobs of a tree of lines when they are due."""
 
     def __init__(self, lines: Line) -> None:
         self._lines = lines
         self._alarm: trio.CancelScope | None = None
 
     async def take(self, line: Line, cost_s: float) -> None:
-        """Return when a job of that cost may begin."""
+        """Return when a job of that cost may start."""
         if line.goes_ahead(cost_s, trio.current_time()):
             return
         begun = trio.Event()
@@ -141,7 +141,7 @@ class _Turns:
             line.remove(job)
 
     def _begin(self) -> float:
-        """Begin what is due; when to do so again."""
+        """Start what is due; returns when to do so again."""
         while isinstance(found := self._lines.take(trio.current_time()), Job):
             found.begin()
         return found

@@ -1,12 +1,12 @@
-"""yamux/1.0.0 over one secured connection: many streams, bounded memory, no frame that somebody waits to write.
+"""yamux/1.0.0 over one secured connection: many streams, bounded memory, and no caller that waits for a frame's write.
 
     frame = version u8 (0) | type u8 | flags u16 | stream id u32 | length u32 || length bytes, for type 0 only
 
-py-libp2p's own answers every `read()` with an encrypted window update, formats a dozen log lines a frame, takes any
+py-libp2p's own answers every `read()` with an encrypted window update, formats a dozen log lines a frame, accepts any
 number of streams and bytes from a peer, blocks `close()` behind a frozen peer, and breaks the connection when a write
-is cancelled half-way. Here one task writes whatever is due in one encrypted message, so that cancelling a caller
+is cancelled half-way. Here one task writes everything that is due in one encrypted message, so that cancelling a caller
 cancels nothing on the wire, windows are updated once half of them is used, and a peer that exceeds a bound, stays
-silent or doesn't read for too long loses its connection. What all frames together may cost is libp2p_time's to say.
+silent or doesn't read for too long loses its connection. libp2p_time bounds what all frames together may cost.
 """
 
 import logging
@@ -31,22 +31,22 @@ from .libp2p_time import BYTE_S, FRAME_S, MESSAGE_S, STREAM_S, PeerTime
 logger = logging.getLogger(__name__)
 
 PROTOCOL = "/yamux/1.0.0"
-WINDOW_BYTES = 256 * KiB  # what the protocol starts with
+WINDOW_BYTES = 256 * KiB  # the protocol's initial window
 WINDOW_BYTES_MAX = 1 * MiB  # 20 MB/s over 50 ms
-INBOUND_STREAMS_MAX = 96  # of one connection: 64 requests, and what identify, gossip and the DHT need
+INBOUND_STREAMS_MAX = 96  # per connection: 64 requests, and what identify, gossip and the DHT need
 OUTBOUND_STREAMS_MAX = 256
-UNREAD_BYTES_MAX = 16 * MiB  # of one connection: 64 streams with a window of 256 KiB each
-UNREAD_FREE_BYTES = 1 * MiB  # of one connection, whatever the others hold
-UNREAD_ALL_BYTES_MAX = 256 * MiB  # of all together
-QUEUED_BYTES_MAX = 256 * KiB  # data frames waiting to be written; beyond it the streams' writers wait
-OPENED_PER_S = 500.0  # streams, by the peer
+UNREAD_BYTES_MAX = 16 * MiB  # per connection: 64 streams with a window of 256 KiB each
+UNREAD_FREE_BYTES = 1 * MiB  # per connection, whatever the others hold
+UNREAD_ALL_BYTES_MAX = 256 * MiB  # of all connections together
+QUEUED_BYTES_MAX = 256 * KiB  # data frames waiting to be written; above it the streams' writers wait
+OPENED_PER_S = 500.0  # streams opened by the peer
 PINGS_PER_S = 10.0
-# Frames that carry nothing, or belong to no stream: of one that was reset here, what is on its way there still comes.
+# Frames that carry nothing, or belong to no stream: after a reset here, frames already in flight still arrive.
 STRAYS_PER_S = 1000.0
-FRAMES_AT_ONCE = 64  # before other connections have their turn
-CONTROL_FRAMES_MAX = 4096  # acks, updates, pings: a peer that makes us owe it more doesn't read
+FRAMES_AT_ONCE = 64  # before other connections get their turn
+CONTROL_FRAMES_MAX = 4096  # acks, updates, pings: a peer that is owed more than this doesn't read
 MESSAGE_BYTES = 60 * KiB  # into one Noise message of at most 65,519
-DATA_BYTES = 16 * KiB  # of one frame: streams take turns
+DATA_BYTES = 16 * KiB  # per frame: streams take turns
 
 WRITE_S = 10.0  # for one message
 PING_S = 10.0
@@ -59,11 +59,11 @@ _SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
 
 
 class _BrokenRule(Exception):
-    """The peer did what the protocol or a bound forbids."""
+    """The peer violated the protocol or a bound."""
 
 
 class _Over(Exception):
-    """The connection ends, and the peer has broken no rule."""
+    """The connection ends without a broken rule."""
 
 
 class YamuxStream(IMuxedStream):
@@ -77,8 +77,8 @@ class YamuxStream(IMuxedStream):
         self._readable = trio.Event()
         self._writable = trio.Event()
         self._send_window = WINDOW_BYTES
-        self._window = WINDOW_BYTES  # what the peer may have in flight or unread
-        self._granted = WINDOW_BYTES  # of which it has not used yet
+        self._window = WINDOW_BYTES  # bytes the peer may have in flight or unread
+        self._granted = WINDOW_BYTES  # the part of it that the peer has not used yet
         self._consumed = 0
         self._ended = False  # the peer's FIN
         self._closed = False  # ours
@@ -87,7 +87,7 @@ class YamuxStream(IMuxedStream):
         self.closed_at = 0.0
 
     async def read(self, n: int | None = None) -> bytes:
-        """Whatever has arrived, at most `n` bytes of it, at least one; MuxedStreamEOF, MuxedStreamReset."""
+        """Whatever has arrived, at least one byte and at most `n`; MuxedStreamEOF, MuxedStreamReset."""
         if n == 0:
             return b""
         while not self._buffer:
@@ -130,7 +130,7 @@ class YamuxStream(IMuxedStream):
                 view = view[size:]
 
     async def close(self) -> None:
-        """Say that nothing follows, and take nothing more."""
+        """Tell the peer that no data follows, and accept none either."""
         if not self._closed and not self._reset:
             self._closed = True
             self.closed_at = trio.current_time()
@@ -141,14 +141,14 @@ class YamuxStream(IMuxedStream):
             self._wake()
 
     async def reset(self) -> None:
-        """Give the stream up in both directions."""
+        """End the stream in both directions."""
         if not self._reset:
             if not (self._closed and self._ended):
                 self._conn.control(_WINDOW, _RST, self.stream_id, 0)
             self.on_reset()
 
     def set_deadline(self, ttl: int) -> None:
-        """Not offered: callers bring their own deadline."""
+        """Not offered: callers set their own deadlines."""
         raise NotImplementedError
 
     def get_remote_address(self) -> tuple[str, int] | None:
@@ -166,7 +166,7 @@ class YamuxStream(IMuxedStream):
     # --- called by the connection ---------------------------------------------------------------
 
     def on_data(self, data: bytes) -> None:
-        """Bytes from the peer."""
+        """Take bytes from the peer."""
         if len(data) > self._granted:
             raise _BrokenRule("more than the window")
         self._granted -= len(data)
@@ -176,19 +176,19 @@ class YamuxStream(IMuxedStream):
             self._readable.set()
 
     def on_window(self, increment: int) -> None:
-        """The peer takes more."""
+        """The peer's window has grown."""
         self._send_window = min(self._send_window + increment, 0xFFFFFFFF)
         self._writable.set()
 
     def on_end(self) -> None:
-        """The peer sends no more."""
+        """The peer sends no more data."""
         self._ended = True
         self._readable.set()
         if self._closed:
             self._conn.forget(self)
 
     def on_reset(self) -> None:
-        """The stream is gone, and what was unread with it."""
+        """The stream is gone, with its unread data."""
         self._reset = True
         self._drop_buffer()
         self._conn.forget(self)
@@ -215,7 +215,7 @@ class YamuxStream(IMuxedStream):
 class YamuxConnection(IMuxedConn):
     """A connection's streams. `start` runs until it is over; then `on_close` is called.
 
-    `violated` hears of a peer that broke a rule.
+    `violated` is called with a peer that broke a rule.
     """
 
     def __init__(self, conn: ISecureConn, peer_id: ID, time: PeerTime, violated: Callable[[ID], None]) -> None:
@@ -282,11 +282,11 @@ class YamuxConnection(IMuxedConn):
 
     @property
     def is_closed(self) -> bool:
-        """Whether it is over."""
+        """Whether the connection has ended."""
         return self.event_closed.is_set()
 
     def get_transport_addresses(self) -> list[Multiaddr]:
-        """Where the peer's end of the connection is."""
+        """The address of the peer's end of the connection."""
         address = self.get_remote_address()
         if address is None:
             return []
@@ -322,12 +322,12 @@ class YamuxConnection(IMuxedConn):
             raise MuxedConnUnavailable("Connection closed") from error
 
     async def spend(self, cost_s: float) -> None:
-        """Return when the peer has this node's time for work of `cost_s`."""
+        """Return when the peer's share of CPU time allows work of `cost_s`."""
         await self._time.spend(cost_s)
 
     @property
     def held_s(self) -> float:
-        """For how long, in all, the peer has waited for this node's time because of others."""
+        """How long, in all, the peer has waited for this node's time because of other peers."""
         return self._time.held_s
 
     def refuse(self, why: str) -> None:
@@ -366,14 +366,14 @@ class YamuxConnection(IMuxedConn):
         self.queue(_HEAD.pack(0, kind, flags, stream_id, value), data=False)
 
     def forget(self, stream: YamuxStream) -> None:
-        """The stream is over on both sides."""
+        """Forget a stream that is over on both sides."""
         self._streams.pop(stream.stream_id, None)
 
     # --- tasks ----------------------------------------------------------------------------------
 
     async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
-        # Whatever goes wrong in here (the library below raises a dozen kinds of errors for a connection that broke, or
-        # that carries garbage) ends this connection and nothing else.
+        # Any error in here (the library below raises a dozen kinds for a connection that broke, or that carries
+        # garbage) ends this connection and nothing else.
         try:
             await task()
         except _BrokenRule as broken:
@@ -405,7 +405,7 @@ class YamuxConnection(IMuxedConn):
         while True:
             self._listens_since = trio.current_time()
             message = await self.secured_conn.read()
-            self._listens_since = float("inf")  # while it isn't read, a peer that says nothing isn't silent
+            self._listens_since = float("inf")  # a peer that isn't read can't count as silent
             await self._time.spend(MESSAGE_S + len(message) * BYTE_S)
             buffer += message
             at = frames = 0
@@ -455,7 +455,7 @@ class YamuxConnection(IMuxedConn):
         is_stray = not flags & _SYN and (stream is None or not (flags or length))
         if is_stray and not self._may_stray.take(1):
             raise _BrokenRule("too many frames for nothing")
-        if stream is None:  # one that is over here, but on its way there, or that there is no room for
+        if stream is None:  # over on this side with frames in flight, or refused for lack of room
             return
         if flags & _RST:
             stream.on_reset()
@@ -500,7 +500,7 @@ class YamuxConnection(IMuxedConn):
         self.stop()
         with trio.CancelScope(shield=True):
             with trio.move_on_after(0.2):
-                # What was queued before the end (a reset, say) goes out if the peer takes it now.
+                # What was queued before the end (a reset, for example) goes out if the peer accepts it now.
                 rest = b"".join(self._frames)[:MESSAGE_BYTES] if len(self._frames) < 64 else b""
                 await self._farewell(rest + _HEAD.pack(0, _GO_AWAY, 0, 0, 0))
             with trio.move_on_after(1):

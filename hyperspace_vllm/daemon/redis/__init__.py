@@ -1,1 +1,1 @@
-"""A fleet's Redis as a place for responses and as a registry. Optional; while it is away everything is a miss."""
+"""A fleet's Redis as a store of responses and as a registry. Optional; while it is away, lookups in it are misses."""

@@ -1,5 +1,6 @@
-"""A fleet's Redis, which may be away or none: each command has a deadline, each reply a bound, and after a failure it
-isn't asked for a while.
+"""A fleet's Redis, which may be away or absent: each command has a deadline, each reply a bound.
+
+After a failure no command is sent for a while.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ WRITE_S = 2.0
 BACKOFF_S = 0.25  # after a failure, doubled for each in a row
 BACKOFF_S_MAX = 10.0
 CONNECTIONS_MAX = 16
-# What a command raises when Redis is away, or answers what no Redis does: redis-py reads it with int() and recursion.
+# What a command raises when Redis is away, or sends an invalid answer: redis-py parses it with int() and recursion.
 AWAY = (RedisError, OSError, ValueError, RecursionError)
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,9 @@ if not hasattr(_AsyncRESP2Parser, "_readline"):
 
 
 class BoundedParser(_AsyncRESP2Parser):
-    """redis-py's parser, which by itself takes whatever length a reply announces.
+    """redis-py's parser, which by itself accepts any length that a reply announces.
 
-    Lengths stand in lines: those of a bulk string and of an array, nested ones too. asyncio bounds the line itself.
+    Lengths are in lines: those of a bulk string and of an array, nested ones too. asyncio bounds the line itself.
     """
 
     async def read_response(self, disable_decoding: bool = False) -> Any:
@@ -57,7 +58,7 @@ class BoundedParser(_AsyncRESP2Parser):
 
 
 class RedisLink:
-    """Connections to the Redis at `url`, or `ValueError`; `redis` makes the commands that `within` waits for."""
+    """Connections to the Redis at `url`, or `ValueError`; `redis` makes the commands that `within` awaits."""
 
     def __init__(self, url: str) -> None:
         pool = BlockingConnectionPool.from_url(
@@ -68,14 +69,14 @@ class RedisLink:
             socket_timeout=WRITE_S,
             protocol=2,  # every Redis speaks it
             parser_class=BoundedParser,
-            retry=Retry(NoBackoff(), 0),  # ours is the backoff
+            retry=Retry(NoBackoff(), 0),  # the backoff is our own
         )
         try:
             pool.connection_class(**pool.connection_kwargs)  # it connects later
-        except (TypeError, RedisError) as error:  # an option in the URL that there isn't, or not with this value
+        except (TypeError, RedisError) as error:  # an unknown option in the URL, or an invalid value
             raise ValueError(str(error)) from error
         self.redis = Redis.from_pool(pool)
-        self._commands: set[asyncio.Future[Any]] = set()  # under way, given up ones among them
+        self._commands: set[asyncio.Future[Any]] = set()  # in progress, abandoned ones included
         self._failures = 0
         self._away_until_s = 0.0  # the loop's time
 
@@ -86,11 +87,11 @@ class RedisLink:
 
     @property
     def away_s(self) -> float:
-        """For how long it isn't asked, because it has just failed; at most 0 if it is."""
+        """How long no command is sent, because one has just failed; at most 0 if commands are sent."""
         return self._away_until_s - asyncio.get_running_loop().time()
 
     async def within(self, timeout_s: float, answer: Awaitable[T]) -> T:
-        """What the command `answer` brings in time; else one of `AWAY`, and `away_s` begins."""
+        """The result of the command `answer` in time; otherwise it raises one of `AWAY`, and `away_s` begins."""
         try:
             value = await self._by_deadline(timeout_s, answer)
         except AWAY as error:
@@ -103,7 +104,7 @@ class RedisLink:
         return value
 
     async def close(self) -> None:
-        """Give the connections back; commands under way are given up."""
+        """Close the connections; commands in progress are cancelled."""
         for command in self._commands:
             command.cancel()
         if self._commands:
@@ -113,7 +114,7 @@ class RedisLink:
             await self.redis.connection_pool.disconnect()
 
     async def _by_deadline(self, timeout_s: float, answer: Awaitable[T]) -> T:
-        # Not asyncio.timeout: redis 8.1 now and then swallows the cancellation of a command that is still connecting,
+        # Not asyncio.timeout: redis 8.1 sometimes swallows the cancellation of a command that is still connecting,
         # which then lasts until its socket times out.
         command = asyncio.ensure_future(answer)
         self._commands.add(command)
@@ -129,11 +130,11 @@ class RedisLink:
     def _on_ended(self, command: asyncio.Future[T]) -> None:
         self._commands.discard(command)
         if not command.cancelled():
-            command.exception()  # nobody may be waiting for it any more
+            command.exception()  # its caller may have gone
 
     def _on_failure(self, reason: str) -> None:
         if self.away_s > 0:
-            return  # another command has just said so
+            return  # another command has just reported it
         if not self._failures:
             log.warning("Redis is away (%s): whatever it would be asked is a miss", reason)
         pause_s = min(BACKOFF_S * 2.0**self._failures, BACKOFF_S_MAX)

@@ -1,11 +1,12 @@
-"""The registry in a fleet's Redis: the alternative to documents passed on between peers, where a Redis is there anyway.
+"""The registry in a fleet's Redis: the alternative to documents passed on between peers, for fleets that have a Redis.
 
     hyperspace:<network, 16 hex digits>:<id, 64 hex digits>   sorted set: peer id → expires at (ms)
     hyperspace:<network, 16 hex digits>:node:<peer id>        marker: this node's entries are in here
 
-Losing Redis is a miss, never an outage: a read that takes longer than READ_S, or comes while Redis is away, finds
-nobody; writes wait in a bounded queue. A Redis that came back without its data has no marker: then a node publishes
-everything again. What stands in Redis is a hint, as everywhere: only well-formed peer ids with a possible expiry count.
+Losing Redis is a miss, never an outage: a read that takes longer than READ_S, or comes while Redis is away, finds no
+peers; writes wait in a bounded queue. A Redis that came back without its data has no marker: then a node publishes
+everything again. An entry in Redis is a hint, like every registry entry: only well-formed peer ids with a plausible
+expiry are used.
 """
 
 import asyncio
@@ -18,14 +19,14 @@ from ...core.records.ids import NetworkId, PeerId, public_key_of
 from ...core.records.limits import CLOCK_SKEW_MS, PROVIDERS_MAX, REGISTRY_ENTRIES_MAX, REGISTRY_TTL_MS
 from .redis_link import AWAY, READ_S, WRITE_S, RedisLink
 
-CHECK_S = 5.0  # between two looks for the marker
+CHECK_S = 5.0  # between two checks for the marker
 BATCH_MAX = 256  # ids written in one round trip
-QUEUE_MAX = 2 * REGISTRY_ENTRIES_MAX  # all entries, and as many that are gone: a long absence of Redis
-PEERS_MAX = 64  # of one id; those that last longest stay
+QUEUE_MAX = 2 * REGISTRY_ENTRIES_MAX  # all entries, and as many that are gone: for a long absence of Redis
+PEERS_MAX = 64  # of one id; those that expire last stay
 
 
 class RedisRegistry:
-    """This node's entries in Redis, and everybody's providers from there. Make it in a running event loop."""
+    """This node's entries in Redis, and all nodes' providers from there. Create it in a running event loop."""
 
     def __init__(self, url: str, network: NetworkId, own_peer: PeerId, clock: Callable[[], int]) -> None:
         self._link = RedisLink(url)
@@ -38,20 +39,20 @@ class RedisRegistry:
         self._writer = asyncio.create_task(self._write(), name="redis-registry")
 
     def note_stored(self, id: bytes, expires_at_ms: int) -> None:
-        """This node can serve `id` until then. At the bound the oldest entry goes."""
+        """Record that this node can serve `id` until then. At the bound the oldest entry is removed."""
         if self._own.pop(id, None) is None and len(self._own) >= REGISTRY_ENTRIES_MAX:
             self.note_gone([next(iter(self._own))])
         self._own[id] = expires_at_ms
         self._enqueue(id, expires_at_ms)
 
     def note_gone(self, ids: Iterable[bytes]) -> None:
-        """This node can't serve them any more."""
+        """Record that this node can no longer serve them."""
         for id in ids:
             if self._own.pop(id, None) is not None:
                 self._enqueue(id, None)
 
     async def providers(self, id: bytes) -> tuple[PeerId, ...]:
-        """Up to PROVIDERS_MAX others that can serve `id`, the longest first; nobody if Redis doesn't say so in time."""
+        """Up to PROVIDERS_MAX peers that can serve `id`, latest expiry first; none if Redis doesn't answer in time."""
         if self._link.away_s > 0:
             return ()
         now_ms = self._clock()
@@ -68,7 +69,7 @@ class RedisRegistry:
         return tuple(peers[:PROVIDERS_MAX])
 
     async def close(self) -> None:
-        """Give the connections back; what is queued is lost, and expires in Redis."""
+        """Close the connections; queued writes are lost, and expire in Redis."""
         self._writer.cancel()
         await asyncio.wait([self._writer], timeout=WRITE_S)
         await self._link.close()
@@ -79,7 +80,7 @@ class RedisRegistry:
         self._queue.pop(id, None)
         self._queue[id] = expires_at_ms
         if len(self._queue) > QUEUE_MAX:
-            self._queue = dict(self._own)  # what is gone stays in Redis as a stale hint until it expires
+            self._queue = dict(self._own)  # entries that are gone stay in Redis as stale hints until they expire
         self._wake.set()
 
     async def _write(self) -> None:
@@ -118,7 +119,7 @@ class RedisRegistry:
                 self._own.pop(id, None)
         await self._link.within(WRITE_S, pipeline.execute())
         for id, expires_at_ms in batch.items():
-            if self._queue.get(id, 0) == expires_at_ms:  # else it has changed meanwhile
+            if self._queue.get(id, 0) == expires_at_ms:  # else it has changed in the meantime
                 del self._queue[id]
 
     def _key(self, id: bytes) -> str:

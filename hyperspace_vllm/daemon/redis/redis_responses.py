@@ -1,15 +1,17 @@
-"""Responses of a fleet in its Redis: between the clients' lookups and the network's, whether there is a network or not.
+"""A fleet's responses in its Redis: asked between the client's lookup and the network's, with or without a network.
 
     hyperspace:<network, 16 hex digits>:response:<request hash, 64 hex digits>   a Hit (peer_wire.py), until it expires
 
-    find ──▶ Redis has it, and it holds ──▶ the answer, stored here too
+    find ──▶ Redis has it, and it is valid ──▶ the answer, stored here too
       └────▶ a miss, or Redis is away ────▶ NodeNetwork.find, with the time that is left
 
-What this node's engines computed and may leave it is written once it is committed, sealed and with its CacheProof, as
-it would be served to a member. Redis is believed no more than a peer: what it brings is judged by the same function.
+Responses that this node's engines computed, and that may leave it, are written once they are committed, sealed and with
+their CacheProof, as they would be served to a member. Redis is trusted no more than a peer: the same function judges
+its answers.
 
-Context: peers hint first and answer then. Choice: one bounded command, whose answer is the hint as well. Rejected: a
-hint as soon as the key exists, for then whoever fills Redis with rubbish has every request wait for its deadline.
+Context: peers first hint, then answer. Choice: one bounded command, whose answer is the hint as well. Rejected: a hint
+as soon as the key exists, because then a client that fills Redis with rubbish makes every request wait for its
+deadline.
 """
 
 import asyncio
@@ -34,14 +36,14 @@ from ..responses.response_store import wall_clock_ms
 from ..responses.store_changes import ServableEntry
 from .redis_link import AWAY, READ_S, WRITE_S, RedisLink
 
-READS_MAX = 8  # at once, of at most 8 MiB each; further lookups pass Redis by
+READS_MAX = 8  # at once, of at most 8 MiB each; further lookups skip Redis
 QUEUE_MAX = 20_000  # ids, some 4 MiB; a body is read from the database when its turn comes
-SAME_MS = 1_000  # between two expiries of one entry, for clocks are set and commands travel
-BUSY_S = 0.1  # until the own database is read again
+SAME_MS = 1_000  # tolerance between two expiries of one entry: clocks are set and commands travel
+BUSY_S = 0.1  # until this node's database is read again
 
 
 class RedisResponses:
-    """`clients` and `store` are set by whoever builds them all. Make it in a running event loop."""
+    """`clients` and `store` are set by the code that builds all of them. Create it in a running event loop."""
 
     clients: Clients
     store: Stored
@@ -76,7 +78,7 @@ class RedisResponses:
         return {"state": "away" if self._link.failing else "on", "queued": len(self._queue), **self._counts}
 
     async def close(self) -> None:
-        """Give the connections back; what is queued is told again when the node starts again."""
+        """Close the connections; queued entries are reported again when the node restarts."""
         tasks = [self._writer, *(task for _, task in self._reading.values())]
         for task in tasks:
             task.cancel()
@@ -97,7 +99,7 @@ class RedisResponses:
         task.add_done_callback(lambda _: self._reading.pop(lookup))
 
     def release(self, lookup: int) -> None:
-        """Nobody waits for the lookup any more."""
+        """The client no longer waits for the lookup."""
         if (reading := self._reading.get(lookup)) is not None:
             reading[1].cancel()
         self._network.release(lookup)
@@ -116,9 +118,9 @@ class RedisResponses:
         self.clients.answer_response(lookup, found_response(opened, "redis", self._trust, wall_clock_ms()), "hit")
 
     async def _read(self, key: RequestKey, model_digest: bytes, timeout_s: float) -> Opened:
-        """What Redis has, if it holds; `Refused` says why not."""
+        """The response in Redis, if it is valid; `Refused` says why not."""
         try:
-            # One byte more than may be there: what is larger shows, and isn't read whole.
+            # One byte more than the maximum: a larger value shows, and isn't read whole.
             name = self._key(request_hash(self._id, key))
             value = await self._ask(timeout_s, "GETRANGE", name, 0, STREAM_FRAME_BYTES_MAX)
         except AWAY as error:
@@ -141,37 +143,37 @@ class RedisResponses:
         self._counts["hits"] += result == "hit"
         self._metrics.lookups_total.labels("redis", result, reason).inc()
         self._metrics.lookup_seconds.labels("redis").observe(self._loop.time() - began_s)
-        if reason not in ("hit", "not_found", "redis_error"):  # the last one is counted by `_ask`
+        if reason not in ("hit", "not_found", "redis_error"):  # `_ask` counts the last one
             self._metrics.failures_total.labels("l1", reason).inc()
 
     # --- the network's answers (network_driver.Clients) -----------------------------------------
 
     def hint_response(self, lookup: int, hinted: bool) -> None:
-        """Say whether some peer is known to have it."""
+        """Report whether a peer is known to have it."""
         self.clients.hint_response(lookup, hinted)
 
     def try_response(self, lookup: int, body: bytes, proof: bytes) -> None:
-        """Another node's, to be audited (network_driver.Clients)."""
+        """Pass on another node's response, to be audited (network_driver.Clients)."""
         self.clients.try_response(lookup, body, proof)
 
     def answer_response(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
-        """End a lookup. That there is no network is no reason to ask no more, as long as there is Redis."""
+        """End a lookup. While there is Redis, the absence of a network is no reason for clients to stop asking."""
         nobody = reason in ("off", "no_peers") and self._link.away_s <= 0
         self.clients.answer_response(lookup, found, "not_found" if nobody else reason)
 
     # --- writing --------------------------------------------------------------------------------
 
     def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
-        """What this node can serve now, and what no more (response_news.Listener); from any thread.
+        """Take what this node can serve now, and what it no longer can (store_changes.Listener); from any thread.
 
-        What was evicted here stays in Redis.
+        Entries evicted here stay in Redis.
         """
         self._network.heard(stored, gone)
         computed = {told.request_hash: told.expires_at_ms for told in stored if told.computed}
         self._loop.call_soon_threadsafe(self._enqueue, computed)
 
     def purge(self, keys: Iterable[bytes]) -> None:
-        """The operator wants these gone, from Redis too: lookups of them come to nothing, or would store them again."""
+        """Delete these entries from Redis too: open lookups of them end, as they would store them again."""
         purged = {RequestKey(key) for key in keys}
         names = [request_hash(self._id, key) for key in purged]
         self._purged.update(names)
@@ -212,20 +214,21 @@ class RedisResponses:
                 del self._queue[name]
             return
         held_ms = await self._ask(WRITE_S, "PTTL", key)
-        # Only now, for without Redis it stays queued. What fails from here on is lost: it might fail for ever.
+        # Only now, because without Redis it stays queued. An entry that fails from here on is lost: it might fail for
+        # ever.
         expires_at_ms = self._queue.get(name)
         if expires_at_ms is None:
-            return  # purged meanwhile, and its turn comes; or dropped
+            return  # purged in the meantime, and its turn comes; or dropped
         del self._queue[name]
         left_ms = expires_at_ms - wall_clock_ms()
-        # A node that starts tells all that it has, of which most lies there already.
+        # A starting node reports all its entries, of which most are in Redis already.
         if left_ms <= 0 or not isinstance(held_ms, int) or left_ms <= held_ms + SAME_MS:
             return
         hit = await self._responses.answer(name, 0, OWN_NODE)
         if hit == Miss("busy"):
             self._queue.setdefault(name, expires_at_ms)
             await asyncio.sleep(BUSY_S)
-        elif isinstance(hit, Hit):  # else it has gone meanwhile
+        elif isinstance(hit, Hit):  # else it has gone in the meantime
             value = encode(hit)
             if await self._ask(WRITE_S, "SET", key, value, "PX", left_ms) is True:
                 self._counts["written"] += 1
@@ -237,7 +240,7 @@ class RedisResponses:
         return f"hyperspace:{self._id.hex()[:16]}:response:{request_hash.hex()}"
 
     async def _ask(self, timeout_s: float, *command: str | bytes | int) -> object:
-        """What Redis says, an error of its own too (a value of another type, no memory left); raises one of `AWAY`."""
+        """Redis's answer, its own errors included (a value of another type, out of memory); raises one of `AWAY`."""
         pipeline = self._link.redis.pipeline(transaction=False)
         pipeline.execute_command(*command)
         (said,) = await self._link.within(timeout_s, pipeline.execute(raise_on_error=False))

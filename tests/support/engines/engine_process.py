@@ -1,4 +1,4 @@
-"""An offline `LLM()` in a process of its own, driven over pipes: one pickled request in, one pickled answer out.
+"""An offline `LLM()` in a separate process, driven over pipes: one pickled request in, one pickled answer out.
 
 The parent is this same repository, so pickle is fine here.
 """
@@ -25,7 +25,7 @@ class Engine:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.engines.engine_process"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, cwd=ROOT,
-                process_group=0,  # not a session: spinning ranks would starve the nodes (client.py says why)
+                process_group=0,  # not a session: spinning ranks would starve the nodes (node_process.py says why)
                 env={
                     **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
                     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
@@ -63,7 +63,7 @@ class Engine:
         return result
 
     def reset_local_cache(self) -> None:
-        """Forget vLLM's own prefix cache, not ours."""
+        """Reset vLLM's own prefix cache, not ours."""
         self._send(("reset",))
         assert self._receive() is True
 

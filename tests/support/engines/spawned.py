@@ -1,4 +1,4 @@
-"""What processes do that vLLM or a script spawns, in their order: each imports what the real ones have imported."""
+"""The steps of processes that vLLM or a script spawns, in order: each imports what the real ones have imported."""
 
 import os
 from argparse import Namespace

@@ -1,4 +1,4 @@
-"""One engine in a process of its own whose steps the test takes one by one: JSON lines in, JSON lines out."""
+"""One engine in a separate process, stepped by the test: JSON lines in, JSON lines out."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ANSWER_S = 120.0
 
 
 class SteppedEngine:
-    """The test's end. `settings` are Hyperspace's, `options` vLLM's; every wait ends."""
+    """The test's end. `settings` are Hyperspace's, `options` vLLM's; every wait has a deadline."""
 
     def __init__(self, model: Path, settings: dict[str, Any], **options: Any) -> None:
         have_machine()
@@ -56,7 +56,7 @@ class SteppedEngine:
         return self._answer(ANSWER_S)
 
     def close(self) -> None:
-        """End the process, if need be by force."""
+        """End the process, by force if need be."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -154,7 +154,7 @@ class _Probe:
         return {"left": left, "seen": seen}
 
     def reset(self, connector: bool) -> dict[str, Any]:
-        """vLLM's own prefix cache is emptied, and the connector's keys are made new if asked for."""
+        """Empty vLLM's own prefix cache, and renew the connector's keys if asked for."""
         return {"ok": self.scheduler.reset_prefix_cache(reset_connector=connector)}
 
     def spoil(self, method: str) -> dict[str, Any]:

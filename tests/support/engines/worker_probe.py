@@ -1,4 +1,4 @@
-"""Runs inside vLLM's workers: keeps the raw bytes of every block that was saved or loaded, read by the test's own code.
+"""Runs inside vLLM's workers: keeps the raw bytes of every saved or loaded block, read by the test's own code.
 
 It reads the tensors that vLLM registered, block by block and layer by layer, and shares nothing with the adapter's
 copiers: a mistake in the payload order would otherwise cancel itself out.
