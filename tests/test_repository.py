@@ -108,7 +108,7 @@ def test_the_readme_is_one_screen_and_its_links_lead_somewhere() -> None:
 def test_links_between_documents_lead_somewhere() -> None:
     dead = [
         (path.name, link)
-        for path in sorted((ROOT / "docs").glob("*.md"))
+        for path in sorted((ROOT / "docs").rglob("*.md"))
         for link in re.findall(r"\]\(((?!https?://)[^)#]+)", path.read_text())
         if not (path.parent / link).exists()
     ]

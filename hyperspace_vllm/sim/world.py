@@ -53,6 +53,7 @@ from ..core.prefix.fetch import FetchMode
 from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowId, RowKey, SegmentKey, row_id, sha256
 from ..core.records.layout import Layout
 from ..core.records.limits import DATA_CHUNKS, TOTAL_CHUNKS
+from ..core.records.manifest import chunk_bytes_for
 
 ALL_COLUMNS = (1 << TOTAL_CHUNKS) - 1
 ROOM_BYTES = 1 << 62
@@ -269,7 +270,7 @@ class World:
                 stored.fingerprint,
                 stored.row_ids,
                 stored.row_lengths,
-                -(-max(stored.row_lengths) // DATA_CHUNKS),
+                chunk_bytes_for(max(stored.row_lengths)),
             )
             self._report(host, effect.lookup, verified, rtt_ms + 5)
 

@@ -12,6 +12,7 @@ from ..events.kv_events import ChunksVerified, HolderStalled, ManifestRefused, M
 from ..records.ids import ManifestDigest, PeerId, RowId
 from ..records.layout import Layout
 from ..records.limits import DATA_CHUNKS, FETCH_STALL_MS
+from ..records.manifest import chunk_bytes_for
 from .cost_model import (
     HEDGE_MS_MAX,
     HEDGE_MS_MIN,
@@ -409,6 +410,7 @@ class Transfers:
             and source.row < len(contents.row_ids)
             and contents.row_ids[source.row] == row.id
             and contents.row_lengths[source.row] == row.length
+            and contents.chunk_bytes == chunk_bytes_for(row.length)  # else a small row takes a large one's memory
         )
         if not honest:
             source.dead = True

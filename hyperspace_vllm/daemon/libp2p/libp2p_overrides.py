@@ -24,6 +24,8 @@ import libp2p.pubsub.gossipsub as gossipsub_module
 import libp2p.pubsub.pubsub as pubsub_module
 import trio
 from libp2p.crypto.keys import KeyType
+from libp2p.crypto.rsa import RSAPublicKey
+from libp2p.crypto.secp256k1 import Secp256k1PublicKey
 from libp2p.crypto.serialization import key_type_to_public_key_deserializer
 from libp2p.exceptions import ParseError
 from libp2p.io.abc import ReadWriteCloser
@@ -67,9 +69,11 @@ def patch_library() -> None:
         for name in names:
             assert hasattr(module, name), f"py-libp2p has changed: no {name} in {module.__name__}"
             setattr(module, name, replaced[name])
-    # An RSA key of 400,000 bits in a handshake costs minutes; our nodes have Ed25519 keys.
+    # An RSA key of 400,000 bits costs minutes, in a handshake or in a signed record; our nodes have Ed25519 keys.
     for kind in (KeyType.RSA, KeyType.Secp256k1):
         key_type_to_public_key_deserializer.pop(kind.value, None)
+    for key in (RSAPublicKey, Secp256k1PublicKey):
+        key.from_bytes = _refuse_key  # type: ignore[method-assign]
     library = logging.getLogger("libp2p")
     library.setLevel(logging.CRITICAL)
     library.propagate = False
@@ -95,6 +99,10 @@ _REPLACED_IN: tuple[tuple[ModuleType, tuple[str, ...]], ...] = (
     (swarm_connection_module, ("logging",)),
     (swarm_module, ("new_protected_conn",)),
 )
+
+
+def _refuse_key(data: bytes) -> Any:
+    raise ValueError("a key that is not Ed25519")
 
 
 class _ShortId(ID):

@@ -97,6 +97,9 @@ class RedisLink:
         except AWAY as error:
             self._on_failure(type(error).__name__)
             raise
+        except Exception as error:  # redis-py casts a reply without looking at its type
+            self._on_failure(type(error).__name__)
+            raise InvalidResponse(repr(error)) from error
         if self._failures:
             log.info("Redis is back")
         self._failures = 0

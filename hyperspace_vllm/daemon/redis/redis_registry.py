@@ -65,7 +65,8 @@ class RedisRegistry:
             )
         except AWAY:
             return ()
-        peers = [peer for peer in map(_peer, found) if peer is not None and peer != self._own_peer]
+        members = found if isinstance(found, list) else []
+        peers = [peer for peer in map(_peer, members) if peer is not None and peer != self._own_peer]
         return tuple(peers[:PROVIDERS_MAX])
 
     async def close(self) -> None:

@@ -17,6 +17,7 @@ deadline.
 import asyncio
 from collections.abc import Iterable, Mapping
 
+from ...contained import report_error
 from ...core.local.messages import Scope
 from ...core.peers.trust import Trust
 from ...core.records.errors import ProtocolViolation, Refused
@@ -203,6 +204,9 @@ class RedisResponses:
                     await self._write_oldest()
                 except AWAY:
                     await asyncio.sleep(self._link.away_s)
+                except Exception:  # a bug of ours: it costs one entry, not the writer
+                    report_error("the writer of shared responses")
+                    await asyncio.sleep(BUSY_S)
 
     async def _write_oldest(self) -> None:
         name = next(iter(self._queue))

@@ -50,6 +50,7 @@ from hyperspace_vllm.core.prefix.plan import assign_columns, needed, rows_of, us
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, SegmentKey, network_id
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import MiB
+from hyperspace_vllm.core.records.manifest import chunk_bytes_for
 
 NETWORK = network_id("test")
 FULL = Layout(b"f" * 32, 256, (Part(0, MiB),), 1)
@@ -139,7 +140,7 @@ class Script:
                     options.get("fingerprint", "f").encode() * 32,
                     tuple(r.id for r in chosen),
                     tuple(int(options.get("length", r.length)) for r in chosen),
-                    chosen[0].length // 32,
+                    int(options.get("chunk", chunk_bytes_for(chosen[0].length))),
                 )
             case "refused":
                 return ManifestRefused(1, peer, manifest(plain[1]), plain[2])
@@ -826,7 +827,7 @@ def test_too_many_lost_columns_are_a_miss_at_once():
     """)
 
 
-@pytest.mark.parametrize("lie", ["rows=1", "rows=0 length=9", "rows=0 fingerprint=g"])
+@pytest.mark.parametrize("lie", ["rows=1", "rows=0 length=9", "rows=0 fingerprint=g", "rows=0 chunk=4194560"])
 def test_an_offer_that_its_manifest_contradicts_is_charged(lie):
     Script().run(f"""
         > want A B segments=2

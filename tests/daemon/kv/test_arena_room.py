@@ -32,9 +32,10 @@ from hyperspace_vllm.core.events.kv_events import (
 from hyperspace_vllm.core.local.messages import PAGE_BYTES, Slab, pages_bytes
 from hyperspace_vllm.core.prefix.cost_model import RateEstimator
 from hyperspace_vllm.core.prefix.fetch import LookupEvent, PrefixLookup
-from hyperspace_vllm.core.prefix.plan import needed, rows_of
+from hyperspace_vllm.core.prefix.plan import Row, needed, rows_of
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RowKey, SegmentKey, network_id, row_key
 from hyperspace_vllm.core.records.layout import Layout, Part
+from hyperspace_vllm.core.records.manifest import chunk_bytes_for
 from hyperspace_vllm.daemon.kv.arena import Arena
 from hyperspace_vllm.daemon.kv.row_cache import RowCache
 
@@ -121,13 +122,24 @@ class Bench:
                         self._cancel(number, key)
                     self.cache.end_some(number, keys)
                 case FindProviders():
-                    offered = [key for key in self.rows if key in self.remote]
-                    offers = [RowOffer(self.rows[k].id, MANIFEST, i, (1 << 64) - 1) for i, k in enumerate(offered)]
+                    offers = [
+                        RowOffer(row.id, manifest, place, (1 << 64) - 1)
+                        for manifest, rows in self._offered().items()
+                        for place, row in enumerate(rows)
+                    ]
                     self._later.append((number, ProviderAnswered(number, PEER, tuple(offers), 1)))
                 case FetchManifest():
-                    offered = [row for key, row in self.rows.items() if key in self.remote]
-                    ids, lengths = tuple(r.id for r in offered), tuple(r.length for r in offered)
-                    verified = ManifestVerified(number, PEER, MANIFEST, self.layout.fingerprint, ids, lengths, 256)
+                    rows = self._offered()[effect.manifest]
+                    ids, lengths = tuple(row.id for row in rows), tuple(row.length for row in rows)
+                    verified = ManifestVerified(
+                        number,
+                        PEER,
+                        effect.manifest,
+                        self.layout.fingerprint,
+                        ids,
+                        lengths,
+                        chunk_bytes_for(lengths[0]),
+                    )
                     self._later.append((number, verified))
                 case AnswerPrefix():
                     self.answers[number] = effect
@@ -138,6 +150,14 @@ class Bench:
                     self.cache.end_leases(number, held)
                 case _:
                     raise AssertionError(effect)
+
+    def _offered(self) -> dict[ManifestDigest, list[Row]]:
+        """The peer's rows, those of one length under one manifest."""
+        offered: dict[ManifestDigest, list[Row]] = {}
+        for key, row in self.rows.items():
+            if key in self.remote:
+                offered.setdefault(ManifestDigest(row.length.to_bytes(32, "big")), []).append(row)
+        return offered
 
     def _take_slab(self, number: int, key: RowKey) -> None:
         slab = self.cache.allocate(self.rows[key].length)

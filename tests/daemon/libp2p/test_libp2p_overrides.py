@@ -6,8 +6,15 @@ from importlib.metadata import version
 
 import libp2p.kad_dht.kad_dht as kad_module
 import libp2p.kad_dht.provider_store as provider_module
+import libp2p.peer.pb.crypto_pb2 as crypto_pb2
 import pytest
 import trio
+from libp2p.crypto.exceptions import MissingDeserializerError
+from libp2p.crypto.keys import PublicKey
+from libp2p.crypto.rsa import RSAPublicKey
+from libp2p.crypto.secp256k1 import Secp256k1PublicKey
+from libp2p.crypto.serialization import deserialize_public_key
+from libp2p.peer.envelope import pub_key_from_protobuf
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.daemon.libp2p import (
@@ -16,6 +23,7 @@ from hyperspace_vllm.daemon.libp2p import (
     libp2p_swarm,
 )
 from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode, NodeSettings
+from hyperspace_vllm.daemon.libp2p.libp2p_overrides import patch_library
 from tests.support.libp2p_members import TOPIC, Silent
 
 pytestmark = pytest.mark.io
@@ -85,3 +93,16 @@ async def test_every_default_of_the_library_that_matters_is_set() -> None:
 def _source(module: object) -> str:
     with open(module.__file__) as file:  # type: ignore[attr-defined]
         return file.read()
+
+
+@pytest.mark.parametrize("kind", [RSAPublicKey, Secp256k1PublicKey])
+def test_keys_of_no_node_are_refused_before_they_are_read(kind: type[PublicKey]) -> None:
+    """An RSA key of 60 KiB keeps the library busy for seconds, in a handshake or a signed record."""
+    patch_library()
+    number = crypto_pb2.RSA if kind is RSAPublicKey else crypto_pb2.Secp256k1
+    with pytest.raises(ValueError, match="not Ed25519"):
+        kind.from_bytes(b"key")
+    with pytest.raises(ValueError, match="not Ed25519"):
+        pub_key_from_protobuf(crypto_pb2.PublicKey(Type=number, Data=b"key"))
+    with pytest.raises(MissingDeserializerError):
+        deserialize_public_key(crypto_pb2.PublicKey(Type=number, Data=b"key").SerializeToString())

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from redis.exceptions import InvalidResponse
 
+from hyperspace_vllm.core.records.ids import PeerId, network_id
 from hyperspace_vllm.core.records.limits import REDIS_REPLY_BYTES_MAX, REDIS_REPLY_ITEMS_MAX, MiB
 from hyperspace_vllm.daemon.redis.redis_link import AWAY, BoundedParser, RedisLink
+from hyperspace_vllm.daemon.redis.redis_registry import RedisRegistry
+from tests.support.nodes import until
 
 
 async def parse(data: bytes) -> object:
@@ -117,3 +120,52 @@ async def test_a_reply_without_an_end_is_cut_off_whatever_was_asked(command: str
         assert time.monotonic() - began < 4  # it doesn't last until the deadline
         await link.close()
     assert poser.taken_bytes < 16 * MiB  # what lies in the kernel's buffers
+
+
+class Odd:
+    """Answers every command with `reply`, or as Redis does once that is None; the names of what it was asked."""
+
+    def __init__(self, reply: bytes) -> None:
+        self.reply: bytes | None = reply
+        self.asked: list[bytes] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            while count := (await reader.readline())[1:]:
+                words = [await reader.readexactly(int((await reader.readline())[1:]) + 2) for _ in range(int(count))]
+                self.asked.append(words[0].strip().upper())
+                is_handshake = self.asked[-1] in (b"CLIENT", b"SELECT")
+                right = (
+                    b"*0\r\n" if self.asked[-1] == b"ZREVRANGEBYSCORE" else b"+OK\r\n" if is_handshake else b":1\r\n"
+                )
+                writer.write(right if is_handshake or self.reply is None else self.reply)
+        writer.close()
+
+
+@pytest.mark.io
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b":5\r\n",
+        b"$3\r\nfoo\r\n",
+        b"$-1\r\n",
+        b"*-1\r\n",
+        b"*2\r\n$1\r\na\r\n:1\r\n",
+        b"*1\r\n*1\r\n*0\r\n",
+        b"-ERR\r\n",
+    ],
+)
+async def test_replies_of_another_type_are_misses_and_what_was_to_be_written_is_written_once_they_end(
+    reply: bytes,
+) -> None:
+    odd, id = Odd(reply), bytes(32)
+    async with await asyncio.start_server(odd.serve, "127.0.0.1", 0) as listener:
+        url = f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        registry = RedisRegistry(url, network_id("test"), PeerId("peer"), lambda: 1)
+        registry.note_stored(id, 1_000)
+        await until(lambda: bool(odd.asked))
+        for _ in range(5):
+            assert await registry.providers(id) == ()
+        odd.reply = None
+        await until(lambda: b"ZADD" in odd.asked and not registry._queue)
+        await registry.close()
