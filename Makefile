@@ -23,37 +23,37 @@ help: ## Show this list
 	@echo "  Options: PYTHON=python3.12  ENGINE=auto|cpu|gpu  MODEL=gemma|tiny  ARGS='...' (handed to pytest, demo, sim, bench)"
 
 .PHONY: setup
-setup: ## Make .venv with vLLM and this project, and prepare the models (quick once done)
+setup: ## Create .venv with vLLM and this project, and prepare the models (quick when repeated)
 	@test -n "$(PYTHON)" || { echo "Hyperspace needs Python 3.11 or newer, and no python3 here is." \
 		"Install one (sudo apt-get install -y python3 python3-venv), or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) deploy/setup --engine $(ENGINE) $(SETUP_ARGS)
 
 .PHONY: demo
-demo: setup ## Two vLLM servers share a prefix: who served what, and how fast (MODEL=tiny: random weights, quicker)
+demo: setup ## Show two vLLM servers that share a prefix, with sources and times (MODEL=tiny: random weights, faster)
 	@$(BIN)/python -m bench.demo --model $(MODEL) $(ARGS)
 
 .PHONY: test
 test: SETUP_ARGS = --tests --releases $(OLDEST)
-test: setup ## Run all tests but the slow and the soaking ones (TESTS="not soak and not vllm": no real servers)
+test: setup ## Run all tests except slow, topology and soak tests (TESTS="not soak and not vllm": no real servers)
 	@$(BIN)/python -m pytest -m "$(TESTS)" $(ARGS)
 	@$(BIN)/python -m tests.releases $(OLDEST) -m "feature and not topology and not slow" tests/end_to_end/test_serve.py tests/vllm_adapter/test_older_vllm.py tests/vllm_adapter/test_neutral.py tests/core/response/test_request_key.py
 
 .PHONY: test-vllm
 test-vllm: SETUP_ARGS = --releases $(VERSIONS)
-test-vllm: setup ## Run the end-to-end tests with other releases of vLLM (VERSIONS="0.29.0 0.31.0": an environment for each)
+test-vllm: setup ## Run the end-to-end tests with other vLLM releases (VERSIONS="0.29.0 0.31.0": one environment each)
 	@$(BIN)/python -m tests.releases $(VERSIONS) $(ARGS)
 
 .PHONY: support-table
-support-table: setup ## Take what tests recorded of releases and features over into docs/operations.md
+support-table: setup ## Copy the recorded results for releases and features into docs/operations.md
 	@$(BIN)/python -m tests.support_table
 
 .PHONY: test-all
-test-all: ## Run every test: those of `make test`, every topology and every supported vLLM, soak runs (hours)
+test-all: ## Run every test: `make test`, slow, topology and soak tests, and every supported vLLM release (hours)
 	@$(MAKE) --no-print-directory test TESTS=
 	@$(MAKE) --no-print-directory test-vllm
 
 .PHONY: check
-check: setup ## Formatting, lint, types, layers and architecture tests (under a minute)
+check: setup ## Check formatting, lint, types, layers and architecture (under a minute)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -63,7 +63,7 @@ check: setup ## Formatting, lint, types, layers and architecture tests (under a 
 	$(BIN)/python -m pytest -q tests/test_repository.py
 
 .PHONY: format
-format: setup ## Format Python and C++ as `make check` wants it
+format: setup ## Format Python and C++ as `make check` requires
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
@@ -73,7 +73,7 @@ sim: setup ## Simulate a network of nodes (SEED=123 SCENARIO=liars_20pct NODES=2
 	@$(BIN)/hyperspace sim --scenario $(SCENARIO) --nodes $(NODES) --seed $(SEED) $(ARGS)
 
 .PHONY: sim-full
-sim-full: setup ## All scenarios with 100 nodes and 50 seeds on all cores (about three CPU-hours), into build/sim.json
+sim-full: setup ## Run all scenarios with 100 nodes and 50 seeds on all cores (about three CPU-hours), into build/sim.json
 	@$(BIN)/hyperspace sim --nodes 100 --seed $(SEED) --seeds 50 --output build/sim.json $(ARGS)
 
 .PHONY: bench
@@ -83,18 +83,18 @@ bench: setup ## Measure time to first token (cold, from the network, from the re
 	@$(MAKE) --no-print-directory bench-erasure ARGS=
 
 .PHONY: bench-responses
-bench-responses: setup ## The response cache in figures, with its limits (ARGS=--peers: beside LiteLLM and GPTCache)
+bench-responses: setup ## Measure the response cache and its limits (ARGS=--peers: compared with LiteLLM and GPTCache)
 	@$(BIN)/python -m bench.response_cache $(ARGS)
 
 .PHONY: bench-erasure
 bench-erasure: SETUP_ARGS = --bench
-bench-erasure: setup ## Measure the erasure code beside ISA-L, zfec and others, and commitments; fails if a ratio is missed
+bench-erasure: setup ## Measure commitments and the erasure code, compared with ISA-L, zfec and others; fail if a ratio is missed
 	@$(BIN)/python -m bench.anchors
 	@$(BIN)/python -m bench.commitment
 	@$(BIN)/python -m bench.erasure --check $(ARGS)
 
 .PHONY: bench-gpu
-bench-gpu: setup ## Measure the CUDA kernels on this machine's GPU, and what they cost a decoding model (MODEL=none: skip that)
+bench-gpu: setup ## Measure the CUDA kernels on this machine's GPU, and their cost to a decoding model (MODEL=none: skip that)
 	@$(BIN)/python -m bench.gpu --model $(MODEL) $(ARGS)
 
 .PHONY: cuda
@@ -105,7 +105,7 @@ cuda: setup ## Compile the CUDA kernels for sm_80, sm_90 and sm_100 (nvcc, no GP
 	@$(BIN)/python -m bench.cuda_static $(ARGS)
 
 .PHONY: sanitize
-sanitize: setup ## Run the native self-tests, the GPU's kernels on the CPU too, under AddressSanitizer and UBSan
+sanitize: setup ## Run the native self-tests, including GPU kernels on the CPU, under AddressSanitizer and UBSan
 	@$(BIN)/cmake -S csrc -B build/sanitize -DHYPERSPACE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	@$(BIN)/cmake --build build/sanitize --parallel 2 --target selftest selftest_cuda
 	./build/sanitize/selftest
@@ -127,5 +127,5 @@ clean: ## Remove build outputs and caches
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .PHONY: distclean
-distclean: clean ## Remove .venv and .models as well
+distclean: clean ## Remove build outputs, caches, .venv, .venvs and .models
 	rm -rf .venv .venvs .models
