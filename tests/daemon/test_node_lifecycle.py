@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,7 +114,7 @@ def test_a_client_of_a_frozen_node_neither_waits_nor_stays_connected(nodes: Node
     until(lambda: not client.connected)
     process.send_signal(signal.SIGCONT)
     until(lambda: client.connected)
-    assert client.epoch == 2
+    assert client.epoch >= 2
     client.close()
 
 
@@ -302,7 +303,12 @@ def test_a_prefix_that_one_node_was_given_is_read_whole_from_another(pair: tuple
         scheduler_a.send(SegmentNamed("r", segment, keys[segment], "network"))
     scheduler_a.send(RequestEnded("r"))
 
-    numbers = iter(range(1000))
+    def encoded() -> bool:
+        status = json.loads(hyperspace("status", "--json", "--data-dir", str(pair[0].config.data_dir)).stdout)
+        return bool(status["publish"]["objects"])
+
+    until(encoded, 300)  # behind everything else that the machine does
+    numbers = count()
 
     def look_up() -> PrefixAnswer | None:
         scheduler_b.send(LookupPrefix(next(numbers), "r", keys, 0, 10_000, 10_000, "network"))

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +59,7 @@ class Engine:
             until(lambda c=client: c.connected)  # type: ignore[misc]
             if role != "api":
                 assert client.send(RegisterLayout(LAYOUT, bytes(range(16))))
-        self.numbers = iter(range(1000))
+        self.numbers = count()
         self.names = iter(range(100, 256))
 
     def receive(self, role: str, kind: type[M]) -> M:
