@@ -202,7 +202,7 @@ def test_the_report_to_the_node_goes_on_after_an_error(
 
 
 def test_a_client_whose_heartbeat_fails_is_without_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyperspace_vllm.client._Link.tick", lambda *_: 1 / 0)
+    monkeypatch.setattr("hyperspace_vllm.client._NodeSession.tick", lambda *_: 1 / 0)
     client = NodeClient(Config(data_dir=tmp_path), "scheduler", "engine")
     deadline = time.monotonic() + 60
     while not client._closed:
