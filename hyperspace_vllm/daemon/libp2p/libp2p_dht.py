@@ -39,6 +39,7 @@ PROVIDER_TTL_S = 15 * 60  # three missed renewals
 PROVIDER_RENEWAL_S = 5 * 60
 MAINTENANCE_S = 60.0
 DHT_MESSAGE_BYTES_MAX = 64 * KiB  # 20 peers of about 500 B, and as many providers
+DHT_FIELDS_MAX = 1_000  # of 40 peers with 12 fields each, twice
 DHT_STREAMS_MAX = 256
 DHT_STREAMS_PER_PEER_MAX = 32
 DHT_STREAMS_OF_STRANGERS_MAX = 128

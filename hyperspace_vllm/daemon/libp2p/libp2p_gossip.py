@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import trio
-from google.protobuf.descriptor import Descriptor
 from libp2p.abc import IHost, INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import ParseError
@@ -32,6 +31,7 @@ from ...core.peers.gossip_gate import message_cost
 from ...core.records.limits import KiB, MiB
 from ...core.records.standing import Standing
 from . import libp2p_time
+from .libp2p_fields import count_fields
 from .libp2p_swarm import PEER_ENVELOPE_BYTES_MAX, PEER_ID_BYTES_MAX, PEERS_KEPT_MAX
 
 GOSSIP_BYTES_MAX = 64 * KiB
@@ -219,7 +219,7 @@ class NodePubsub(Pubsub):
         try:
             while self.manager.is_running:
                 raw = await read_varint_prefixed_bytes_limited(stream, GOSSIP_RPC_BYTES_MAX)
-                fields = count_fields(raw)
+                fields = count_fields(raw, rpc_pb2.RPC.DESCRIPTOR, GOSSIP_FIELDS_MAX)
                 await conn.spend(libp2p_time.GOSSIP_RPC_S + fields * libp2p_time.GOSSIP_FIELD_S)
                 await self._take(rpc_pb2.RPC.FromString(raw), conn)
         except ParseError as error:
@@ -309,48 +309,3 @@ class _Once:
 
 
 check_record = _Once(maybe_consume_signed_record)
-
-
-def count_fields(rpc: bytes) -> int:
-    """Count an encoded RPC's fields, those of its messages included, without decoding it.
-
-    Raises ParseError for an RPC that is malformed, or has more than GOSSIP_FIELDS_MAX.
-    """
-    return _count(rpc, 0, len(rpc), rpc_pb2.RPC.DESCRIPTOR, 0)
-
-
-def _count(rpc: bytes, at: int, end: int, kind: Descriptor, fields: int) -> int:
-    while at < end:
-        key, at = _varint(rpc, at)
-        fields += 1
-        if fields > GOSSIP_FIELDS_MAX:
-            raise ParseError("too many fields")
-        match key & 7:
-            case 0:
-                _, at = _varint(rpc, at)
-            case 1:
-                at += 8
-            case 2:
-                size, begin = _varint(rpc, at)
-                at = begin + size
-                field = kind.fields_by_number.get(key >> 3)
-                if size and at <= end and field is not None and field.message_type is not None:
-                    fields = _count(rpc, begin, at, field.message_type, fields)
-            case 5:
-                at += 4
-            case _:
-                raise ParseError("malformed RPC")
-    if at > end:
-        raise ParseError("malformed RPC")
-    return fields
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    if at < len(data) and data[at] < 0x80:
-        return data[at], at + 1
-    value = 0
-    for number, byte in enumerate(data[at : at + 10]):
-        value |= (byte & 0x7F) << 7 * number
-        if byte < 0x80:
-            return value, at + number + 1
-    raise ParseError("malformed RPC")

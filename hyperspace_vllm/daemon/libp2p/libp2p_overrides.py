@@ -23,6 +23,7 @@ import libp2p.protocol_muxer.multiselect_communicator as communicator_module
 import libp2p.pubsub.gossipsub as gossipsub_module
 import libp2p.pubsub.pubsub as pubsub_module
 import trio
+from libp2p.abc import IHost
 from libp2p.crypto.keys import KeyType
 from libp2p.crypto.rsa import RSAPublicKey
 from libp2p.crypto.secp256k1 import Secp256k1PublicKey
@@ -31,6 +32,8 @@ from libp2p.exceptions import ParseError
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.exceptions import MessageTooLarge
 from libp2p.io.utils import read_exactly
+from libp2p.kad_dht.pb.kademlia_pb2 import Message as DhtMessage
+from libp2p.kad_dht.utils import maybe_consume_signed_record as consume_dht_record
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import MultiselectCommunicatorError
 from libp2p.tools.anyio_service import Service
@@ -38,10 +41,17 @@ from libp2p.tools.anyio_service.trio_manager import TrioManager
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
 from . import libp2p_time
-from .libp2p_dht import DHT_IDLE_S, DHT_MESSAGE_BYTES_MAX, PROVIDER_RENEWAL_S, PROVIDER_TTL_S, QUERY_S
+from .libp2p_dht import DHT_FIELDS_MAX, DHT_IDLE_S, DHT_MESSAGE_BYTES_MAX, PROVIDER_RENEWAL_S, PROVIDER_TTL_S, QUERY_S
+from .libp2p_fields import count_fields
 from .libp2p_gossip import GossipQueue, check_record
 from .libp2p_pnet import PrivateConnection
-from .libp2p_swarm import IDENTIFY_BYTES_MAX, PEER_ID_BYTES_MAX, PROTOCOL_NAME_BYTES_MAX, PROTOCOL_NAMES_MAX
+from .libp2p_swarm import (
+    IDENTIFY_BYTES_MAX,
+    PEER_ENVELOPE_BYTES_MAX,
+    PEER_ID_BYTES_MAX,
+    PROTOCOL_NAME_BYTES_MAX,
+    PROTOCOL_NAMES_MAX,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +79,8 @@ def patch_library() -> None:
         for name in names:
             assert hasattr(module, name), f"py-libp2p has changed: no {name} in {module.__name__}"
             setattr(module, name, replaced[name])
+    for module in (kad_module, peer_routing_module):
+        module.maybe_consume_signed_record = _check_dht_record  # type: ignore[attr-defined]
     # An RSA key of 400,000 bits costs minutes, in a handshake or in a signed record; our nodes have Ed25519 keys.
     for kind in (KeyType.RSA, KeyType.Secp256k1):
         key_type_to_public_key_deserializer.pop(kind.value, None)
@@ -183,8 +195,19 @@ async def _read_dht_message(stream: Any, size_max: int) -> bytes:
     # The library answers any number of messages on a stream, and waits for them without a limit.
     with trio.fail_after(DHT_IDLE_S):
         message = await read_varint_prefixed_bytes_limited(stream, size_max)
-    await stream.muxed_conn.spend(libp2p_time.DHT_MESSAGE_S)
+    try:
+        fields = count_fields(message, DhtMessage.DESCRIPTOR, DHT_FIELDS_MAX)
+    except ParseError as error:
+        stream.muxed_conn.refuse(f"DHT: {error}")
+        raise
+    await stream.muxed_conn.spend(libp2p_time.DHT_MESSAGE_S + fields * libp2p_time.DHT_FIELD_S)
     return message
+
+
+def _check_dht_record(message: Any, host: IHost, peer_id: ID | None = None) -> bool:
+    # The library parses a record of any size: 60 KiB of addresses cost a tenth of a second.
+    record = message.senderRecord if isinstance(message, DhtMessage) else message.signedRecord
+    return len(record) <= PEER_ENVELOPE_BYTES_MAX and consume_dht_record(message, host, peer_id)
 
 
 async def _read_ping(stream: Any, size: int) -> bytes:

@@ -14,6 +14,7 @@ from libp2p.host.exceptions import StreamFailure
 from libp2p.kad_dht.pb.kademlia_pb2 import Message as DhtMessage
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
+from libp2p.utils import encode_varint_prefixed
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from nacl.signing import SigningKey
 
@@ -248,3 +249,37 @@ async def test_messages_of_the_dht_are_in_the_time_of_who_sends_them(
 
     await attack(a, ask)
     assert took_s > (count * 0.05 - 2 * libp2p_time.BURST_S) / libp2p_time.PEER_SHARE
+
+
+@pytest.mark.parametrize(
+    "message",
+    [b"\x52\x05", DhtMessage(providerPeers=[DhtMessage.Peer()] * 7_000).SerializeToString()],
+    ids=["malformed", "7,000 peers"],
+)
+async def test_a_message_of_the_dht_that_no_node_sends_ends_the_connection_and_is_told_of(
+    members: Members, message: bytes
+) -> None:
+    a, b = await members(2)
+
+    async def ask(node: Libp2pNode, victim: ID) -> None:
+        (conn,) = node._swarm.live(victim)
+        stream = await open_stream(node, victim, "/ipfs/kad/1.0.0")
+        with suppress(Exception):
+            await stream.write(encode_varint_prefixed(message))
+        with trio.fail_after(20):
+            await conn.event_closed.wait()
+
+    await attack(a, ask)
+    await until(lambda: len(a.violations) == 1)
+    assert await b.ask(a) == b"?"
+
+
+def test_a_record_that_is_larger_than_any_nodes_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    libp2p_overrides.patch_library()
+    read: list[object] = []
+    monkeypatch.setattr(libp2p_overrides, "consume_dht_record", lambda message, *_: read.append(message) or True)
+    for size in (libp2p_swarm.PEER_ENVELOPE_BYTES_MAX, libp2p_swarm.PEER_ENVELOPE_BYTES_MAX + 1):
+        for message in (DhtMessage(senderRecord=bytes(size)), DhtMessage.Peer(signedRecord=bytes(size))):
+            is_small = size == libp2p_swarm.PEER_ENVELOPE_BYTES_MAX
+            assert kad_module.maybe_consume_signed_record(message, None) is is_small
+            assert (message in read) is is_small
