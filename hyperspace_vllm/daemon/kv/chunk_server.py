@@ -7,11 +7,13 @@ answered `busy` or waits. The loop never blocks: disk reads happen in a thread, 
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, TypeVar, assert_never
 
+import msgspec
 import zmq
 
 from ...core.records import wire
@@ -27,6 +29,7 @@ from .kv_door import COPIED_BYTES_MAX, Connection, Door
 SEND_TRY_S = 0.002  # polled: no event says that the sum of a peer's chunks in flight has room again
 SEND_STALL_S = 5.0  # a connection that accepts nothing for this long is closed
 READ_BATCH_BYTES = 1 * MiB
+HAVE_BATCH = 256  # ids that are looked up at once: under a millisecond
 
 T = TypeVar("T")
 
@@ -38,6 +41,7 @@ class _PeerGone(Exception):
 @dataclass(slots=True)
 class _Peer:
     requests: dict[tuple[Connection, int], asyncio.Task[None]] = field(default_factory=dict)
+    looking_up: asyncio.Lock = field(default_factory=asyncio.Lock)  # at most one slice per peer waits for the reader
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # at most one batch per peer in this process's memory
     in_flight: deque[tuple[zmq.MessageTracker, int]] = field(default_factory=deque)
     in_flight_bytes: int = 0
@@ -116,7 +120,8 @@ class ChunkServer:
         try:
             match request:
                 case wire.Have(number, row_ids):
-                    offers = await self._read(lambda: self._store.offers(row_ids))
+                    async with peer.looking_up:
+                        offers = await self._offers(row_ids)
                     await self._send(peer, connection, wire.HaveReply(number, offers))
                 case wire.GetManifest(number, digest):
                     await self._send(peer, connection, self._manifest_reply(number, ManifestDigest(digest)))
@@ -128,6 +133,15 @@ class ChunkServer:
                     assert_never(request)
         except _PeerGone:
             self._metrics.failures_total.labels("l2", "peer_gone").inc()
+
+    async def _offers(self, row_ids: Sequence[bytes]) -> tuple[wire.Offer, ...]:
+        """Look these rows up in slices, between which the reader serves other peers."""
+        offers: list[wire.Offer] = []
+        for start in range(0, len(row_ids), HAVE_BATCH):
+            batch = row_ids[start : start + HAVE_BATCH]
+            found = await self._read(partial(self._store.offers, batch))
+            offers += [msgspec.structs.replace(offer, index=start + offer.index) for offer in found]
+        return tuple(offers)
 
     def _manifest_reply(self, number: int, digest: ManifestDigest) -> wire.PeerReply:
         record = self._store.record(digest, for_peer=True)

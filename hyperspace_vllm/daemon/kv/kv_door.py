@@ -54,7 +54,8 @@ class Connection:
         self.on_proof = on_proof
         self.hang_up = partial(hang_up, tcp)
         self._receive = receive
-        self._passage = Passage(tcp, zmq_socket, FrameMeter(PEER_CONTROL_BYTES_MAX, KV_REQUEST_BYTES_HELD_MAX))
+        meter = FrameMeter(PEER_CONTROL_BYTES_MAX, KV_REQUEST_BYTES_HELD_MAX)
+        self._passage = Passage(tcp, zmq_socket, meter, self._close)
         self._pump = Pump(zmq_socket, self._received)
         self.send = self._pump.send  # None: no room, or closed
         self.closed = False
@@ -64,6 +65,10 @@ class Connection:
         try:
             await self._passage.run(first)
         finally:
+            self._close()
+
+    def _close(self) -> None:
+        if not self.closed:
             self.closed = True
             self._pump.close()
 

@@ -14,7 +14,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import zmq
@@ -26,17 +26,22 @@ from .frame_meter import FrameMeter
 
 PIECE_BYTES = 256 * KiB  # pages of the buffer that no message needs are never touched
 UNFINISHED_S = 5.0  # a message that fills the meter and isn't whole by then never will be
-ATTACH_S = 5.0  # for ZeroMQ to connect within this process
+ATTACH_S = 5.0  # for ZeroMQ to connect within this process, or to disconnect
 
 
 class Passage:
-    """One connection's passage. `zmq_socket` must not be connected yet, and must not reconnect by itself."""
+    """One connection's passage. `zmq_socket` must not be connected yet, and must not reconnect by itself.
 
-    def __init__(self, tcp: socket.socket, zmq_socket: Socket, meter: FrameMeter) -> None:
+    `let_go` ends ZeroMQ's side of the connection. ZeroMQ goes first: if this side closed under a socket whose input it
+    has stopped (RCVHWM), its next heartbeat would find that and abort the process (stream_engine_base.cpp).
+    """
+
+    def __init__(self, tcp: socket.socket, zmq_socket: Socket, meter: FrameMeter, let_go: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._tcp = tcp
         self._zmq = zmq_socket
         self._meter = meter
+        self._let_go = let_go
         self._came_out = asyncio.Event()
 
     def came_out(self, frames: Iterable[zmq.Frame]) -> None:
@@ -57,6 +62,8 @@ class Passage:
                     for way in ways:
                         way.cancel()
                     ended = await asyncio.gather(*ways, return_exceptions=True)
+                    self._let_go()
+                    await self._wait_for_zmq(local)
         for each in ended:
             if isinstance(each, ProtocolViolation):
                 raise each
@@ -75,6 +82,12 @@ class Passage:
         buffer = memoryview(bytearray(PIECE_BYTES))
         while size := await self._loop.sock_recv_into(local, buffer):
             await self._loop.sock_sendall(self._tcp, buffer[:size])
+
+    async def _wait_for_zmq(self, local: socket.socket) -> None:
+        with suppress(OSError):  # TimeoutError is one
+            async with asyncio.timeout(ATTACH_S):
+                while await self._loop.sock_recv(local, PIECE_BYTES):
+                    pass
 
     async def _wait_for_room(self) -> None:
         if not self._meter.full:

@@ -5,6 +5,7 @@ import logging
 import socket
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import assert_never
 
@@ -163,7 +164,7 @@ class PeerLink:
                 async with asyncio.timeout(DIAL_S):
                     tcp = await self._dial()
                 meter = FrameMeter(PEER_MESSAGE_BYTES_MAX, KV_REPLY_BYTES_HELD_MAX)
-                self._passage = Passage(tcp, self._socket, meter)
+                self._passage = Passage(tcp, self._socket, meter, partial(detach, self._socket))
                 await self._passage.run()
             except OSError:
                 pass

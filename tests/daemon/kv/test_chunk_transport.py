@@ -2,8 +2,9 @@
 
 import asyncio
 import random
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -51,6 +52,25 @@ async def test_what_one_node_holds_another_finds_and_fetches(pair: tuple[Side, S
     held = server.store.read_chunks(record.digest, 0, columns)
     assert await fetch(client, server, record.digest, columns) == {column: bytes(chunk) for column, chunk in held}
     assert client.transport.charges == server.transport.charges == {}
+
+
+async def test_a_question_for_many_rows_is_answered_in_slices_between_which_others_are_served(
+    pair: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, client = pair
+    put_object(server.store)
+    offers, slices = server.store.offers, []
+
+    def counted(row_ids: Sequence[bytes]) -> tuple[wire.Offer, ...]:
+        slices.append(len(row_ids))
+        return offers(row_ids)
+
+    monkeypatch.setattr(server.store, "offers", counted)
+    ids = [RowId(secrets.token_bytes(32)) for _ in range(8_000)]
+    ids[7_000] = ROW_ID
+    (offer,) = (await client.transport.find(server.identity.peer_id, tuple(ids), 20.0)).offers
+    assert offer.index == 7_000
+    assert (sum(slices), max(slices)) == (8_000, chunk_server.HAVE_BATCH)
 
 
 async def test_what_is_not_there_is_said_at_once(pair: tuple[Side, Side]) -> None:
