@@ -40,6 +40,7 @@ from ..core.events.network_events import (
     GossipSpoiled,
     NetworkEvent,
     NetworkTick,
+    NotProvided,
     PeerConnected,
     PeerDisconnected,
     PeerDiscovered,
@@ -479,7 +480,10 @@ class NetworkDriver:
     # --- DHT and registry -----------------------------------------------------------------------
 
     async def _provide(self, key: str) -> None:
-        self._provided += await self.host.provide(key, PROVIDE_S)
+        if await self.host.provide(key, PROVIDE_S):
+            self._provided += 1
+        else:
+            self.submit(NotProvided(key))
 
     async def _write(self, effect: WriteRegistry) -> None:
         if self._documents is not None:

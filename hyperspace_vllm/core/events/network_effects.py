@@ -149,7 +149,10 @@ class AnswerResponse:
 
 @dataclass(frozen=True, slots=True)
 class Provide:
-    """Add this node to a key's providers in the DHT: '/cache/<hex>' or '/kv-prefix/<model in hex>/<hex>'."""
+    """Add this node to a key's providers in the DHT: '/cache/<hex>' or '/kv-prefix/<model in hex>/<hex>'.
+
+    NotProvided where that fails.
+    """
 
     key: str
 

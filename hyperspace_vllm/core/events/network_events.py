@@ -138,6 +138,13 @@ class ResponseRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class NotProvided:
+    """Answers a Provide that failed: no peer stored the record in time."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class ProvidersFound:
     """Answers FindProviders; hints, none of them believed. `cost_ms` is the CPU time that the search took."""
 
@@ -269,6 +276,7 @@ NetworkEvent = (
     | ResponseReleased
     | ResponseFetched
     | ResponseRefused
+    | NotProvided
     | ProvidersFound
     | ResponseStored
     | ResponsesGone

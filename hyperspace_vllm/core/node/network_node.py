@@ -35,6 +35,7 @@ from ..events.network_events import (
     GossipSpoiled,
     NetworkEvent,
     NetworkTick,
+    NotProvided,
     OwnDeltaWritten,
     PeerConnected,
     PeerDisconnected,
@@ -230,6 +231,9 @@ class NetworkNode:
                 return self._fetched(event, now_ms)
             case ResponseRefused():
                 return self._refused(event, now_ms)
+            case NotProvided(key):
+                self._provides.add(key, 0.0)
+                return []
             case ProvidersFound():
                 return self._found(event, now_ms)
             case ResponseStored():

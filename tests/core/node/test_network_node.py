@@ -38,6 +38,7 @@ from hyperspace_vllm.core.events.network_events import (
     GossipSpoiled,
     NetworkEvent,
     NetworkTick,
+    NotProvided,
     PeerConnected,
     PeerDisconnected,
     PeerMisbehaved,
@@ -528,6 +529,13 @@ def test_an_object_is_provided_in_the_dht_by_its_first_row() -> None:
     effects = [effect for at_ms in (NOW_MS, NOW_MS + 60_000) for effect in node.handle(NetworkTick(), at_ms)]
     keys = [effect.key for effect in effects if isinstance(effect, Provide)]
     assert keys == [f"/kv-prefix/{(b'f' * 32).hex()}/{rows[0].hex()}"]
+
+
+def test_what_no_peer_took_is_provided_again_in_its_turn() -> None:
+    node = Script().node
+    node.handle(NotProvided("/cache/ab"), NOW_MS)
+    effects = [effect for at_ms in (NOW_MS, NOW_MS + 60_000) for effect in node.handle(NetworkTick(), at_ms)]
+    assert [effect.key for effect in effects if isinstance(effect, Provide)] == ["/cache/ab"]
 
 
 @pytest.mark.parametrize(
