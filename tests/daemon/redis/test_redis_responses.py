@@ -378,6 +378,7 @@ async def test_a_frozen_redis_costs_one_lookup_its_deadline_and_the_next_ones_no
     a, b = await node("a"), await node("b")
     await a.share("x")
     assert await b.find("nothing") is None  # it is connected
+    await until(lambda: not b.shared._reading)
     monkeypatch.setattr(redis_responses, "READ_S", 0.1)
     server.signal(signal.SIGSTOP)
     began = time.monotonic()
