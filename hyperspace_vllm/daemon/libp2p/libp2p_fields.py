@@ -1,18 +1,19 @@
 """Counts the fields of an encoded protobuf message without decoding it: what they cost is known before it is spent."""
 
-from google.protobuf.descriptor import Descriptor
+from typing import Any
+
 from libp2p.exceptions import ParseError
 
 
-def count_fields(message: bytes, kind: Descriptor, most: int) -> int:
-    """Count an encoded message's fields, those of the messages in it included.
+def count_fields(message: bytes, kind: Any, most: int) -> int:
+    """Count an encoded message's fields, those of the messages in it included; `kind` is its protobuf descriptor.
 
     Raises ParseError for a message that is malformed, or has more than `most`.
     """
     return _count(message, 0, len(message), kind, 0, most)
 
 
-def _count(message: bytes, at: int, end: int, kind: Descriptor, fields: int, most: int) -> int:
+def _count(message: bytes, at: int, end: int, kind: Any, fields: int, most: int) -> int:
     while at < end:
         key, at = _varint(message, at)
         fields += 1
