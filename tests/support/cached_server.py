@@ -265,6 +265,21 @@ class Signer:
     signing_key: SigningKey = field(default_factory=lambda: SigningKey(bytes(32)))
 
 
+class Requests:
+    """An ASGI application that counts what it is asked and has not ended yet."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.running = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.running += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.running -= 1
+
+
 @dataclass
 class Bench:
     """One server with a cache, its upstream, its node, and a client."""
@@ -274,6 +289,7 @@ class Bench:
     client: httpx.AsyncClient
     cache: ResponseCacheMiddleware
     port: int
+    requests: Requests
 
     async def ask(self, body: object, path: str = CHAT_PATH, **headers: str) -> httpx.Response:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -332,10 +348,11 @@ async def benches(tmp_path: Path) -> AsyncIterator[MakeBench]:
             routes += [Route(path, answer, methods=["POST"]) for path, answer in (more_routes or {}).items()]
             app = Starlette(routes=routes, middleware=[*(outside or []), Middleware(cached)])
             app.middleware_stack = app.build_middleware_stack()
-            port = await stack.enter_async_context(served(app))
+            requests = Requests(app)
+            port = await stack.enter_async_context(served(requests))
             client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, limits=UNLIMITED)
             await stack.enter_async_context(client)
-            return Bench(upstream, node, client, caches[0], port)
+            return Bench(upstream, node, client, caches[0], port, requests)
 
         yield make
 

@@ -117,7 +117,7 @@ async def test_a_server_waits_for_the_answer_of_another(pair: tuple[Bench, Bench
     leading = asyncio.create_task(first.ask(CHAT | led_by))
     await until(lambda: len(first.upstream.bodies) == 1)
     waiting = [asyncio.create_task(second.ask(CHAT)) for _ in range(3)]
-    await until(lambda: second.cache.node.pending == 1)
+    await until(lambda: second.cache.node.pending == 1 and second.cache.flights.readers == 3)
     first.upstream.gate.set()
     answers = await asyncio.gather(leading, *waiting)
     assert {text_of(answer) for answer in answers} == {text_of(answers[0])}
