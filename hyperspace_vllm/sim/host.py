@@ -60,6 +60,7 @@ from ..core.peers.gossip_gate import GossipGate, Verdict
 from ..core.peers.trust import Trust, TrustMode
 from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import PeerId, RequestKey, peer_id
+from ..core.records.now import Now
 from ..core.records.peer_wire import (
     Hit,
     Miss,
@@ -88,6 +89,7 @@ STORE_MS = 5  # until the writer has committed
 LORO_MS = 10
 EXPIRE_EVERY_MS = 5_000
 CLOCK_SKEW_MS = 1_000
+UPTIME_MS = 3_600_000  # of host 0 when the simulation begins
 FRAMER = b"a framer"  # a source
 ENGINE_FIRST_MS = (150, 800)  # until the first frame
 ENGINE_REST_MS = (100, 1_500)  # until the last one
@@ -139,7 +141,12 @@ class SimHost:
         self.core: NetworkNode
 
     @property
-    def now_ms(self) -> int:
+    def now(self) -> Now:
+        """This moment, by this host's clocks; no two hosts started at the same time."""
+        return Now(self.fleet.agenda.now_ms + (1 + self.number) * UPTIME_MS, self.wall_ms)
+
+    @property
+    def wall_ms(self) -> int:
         """This host's wall clock."""
         return self.fleet.wall_ms + self.skew_ms
 
@@ -164,12 +171,12 @@ class SimHost:
         bootstrap = tuple((host.peer, host.address) for host in self.fleet.bootstrap if host is not self)
         options = NetworkOptions(self.fleet.network_id, self.address, "", bootstrap, self.network_key)
         self.core = NetworkNode(
-            options, self.key, self.trust, Dials(self.now_ms), random.Random(self.rng.random()), self.now_ms
+            options, self.key, self.trust, Dials(self.now), random.Random(self.rng.random()), self.now
         )
-        self.gate = GossipGate(self.fleet.network_id, self.now_ms)
-        self._perform_all(self.core.start(self.now_ms))
+        self.gate = GossipGate(self.fleet.network_id, self.now)
+        self._perform_all(self.core.start(self.now))
         for response in self.shelf.all():
-            if response.expires_at_ms > self.now_ms:
+            if response.expires_at_ms > self.wall_ms:
                 self.fleet.kept(self.number, response.request_hash)
                 self.tell(ResponseStored(response.request_hash, response.expires_at_ms, True))
         self.later(EXPIRE_EVERY_MS, self._expire)
@@ -191,9 +198,8 @@ class SimHost:
 
     def tell(self, event: NetworkEvent) -> None:
         """Hand an event to the core and perform what it decides."""
-        now_ms = self.now_ms
         self.fleet.trace.add(self.fleet.agenda.now_ms, self.number, event)
-        effects = self.core.handle(event, now_ms)
+        effects = self.core.handle(event, self.now)
         if self.liar is None:
             self.fleet.checker.on_effects(self, event, effects)
         self._perform_all(effects)
@@ -203,7 +209,7 @@ class SimHost:
     def ask(self, key: RequestKey, source: bytes = b"") -> None:
         """A client asks: the node's own database, then the network, and the engine."""
         wanted = request_hash(self.fleet.network_id, key)
-        kept = self.shelf.get(wanted, self.now_ms)
+        kept = self.shelf.get(wanted, self.wall_ms)
         if kept is not None:
             self.fleet.checker.on_served(self, key, kept.body, kept.expires_at_ms)
             self.tell(ResponsesUsed((wanted,)))
@@ -236,7 +242,7 @@ class SimHost:
 
     def _computed(self, request: Request) -> None:
         self._busy.pop(request.request_hash, None)
-        self.put(compute(self.key, self.fleet.network_id, request.key, right_body(request.key), self.tag, self.now_ms))
+        self.put(compute(self.key, self.fleet.network_id, request.key, right_body(request.key), self.tag, self.wall_ms))
 
     def put(self, response: Response, computed: bool = True) -> None:
         """Keep a response, and tell the core once it is there."""
@@ -255,7 +261,7 @@ class SimHost:
             self.tell(ResponsesGone(names))
 
     def _expire(self) -> None:
-        self._gone(self.shelf.expire(self.now_ms))
+        self._gone(self.shelf.expire(self.wall_ms))
         self.later(EXPIRE_EVERY_MS, self._expire)
 
     def _answered(self, effect: AnswerResponse) -> None:
@@ -308,7 +314,7 @@ class SimHost:
     def passes_on(self, relay: int, topic: str, author: int, payload: bytes) -> bool:
         """Whether this node takes a message from a neighbour, and passes it on."""
         peers = [self.fleet.hosts[host].peer for host in (relay, author)]
-        verdict = self.gate.judge(peers[0], topic, peers[1], payload, lambda: True, self.now_ms)
+        verdict = self.gate.judge(peers[0], topic, peers[1], payload, lambda: True, self.now)
         if verdict is Verdict.MUTE:
             self.later(0, lambda: self.tell(GossipSpoiled(peers[0])))
         return verdict is Verdict.ACCEPT
@@ -390,7 +396,7 @@ class SimHost:
                 assert_never(effect)
 
     def _write(self, effect: WriteRegistry) -> None:
-        self.tell(self._documents.write(effect, self.now_ms))
+        self.tell(self._documents.write(effect, self.wall_ms))
         for name, _ in effect.added:
             self.fleet.announced(self.number, name)
 
@@ -441,7 +447,7 @@ class SimHost:
         self._tokens.pop(token)(encode(message))
 
     def _serve_response(self, effect: ServeResponse) -> None:
-        response = self.shelf.get(effect.request_hash, self.now_ms)
+        response = self.shelf.get(effect.request_hash, self.wall_ms)
         if response is None:
             self._reply(effect.token, Miss("unknown"))
             return
@@ -522,9 +528,9 @@ class SimHost:
         """What a hit holds, judged as the daemon judges it."""
 
         def trusts(signer: bytes) -> bool:
-            return self.trust.trusts(signer, self.now_ms)
+            return self.trust.trusts(signer, self.now)
 
-        return open_hit(hit, request.key, self.fleet.network_id, MODEL_DIGEST, trusts, self.trust.meet, self.now_ms)
+        return open_hit(hit, request.key, self.fleet.network_id, MODEL_DIGEST, trusts, self.trust.meet, self.wall_ms)
 
     def _refuse(self, lookup: int, peer: PeerId, fetch: int, reason: str, lied: bool) -> None:
         if self._fetches.get((lookup, peer)) == fetch:
@@ -539,7 +545,7 @@ class SimHost:
         """Keep one timer, as the driver does; one that was moved comes and goes."""
         due_ms = self.core.next_deadline_ms()
         if due_ms is not None and due_ms != self._tick_at_ms:
-            self.later(due_ms - self.now_ms, partial(self._tick, due_ms))
+            self.later(due_ms - self.now.mono_ms, partial(self._tick, due_ms))
         self._tick_at_ms = due_ms
 
     def _tick(self, due_ms: int) -> None:

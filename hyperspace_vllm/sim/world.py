@@ -54,6 +54,7 @@ from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowId, RowKey,
 from ..core.records.layout import Layout
 from ..core.records.limits import DATA_CHUNKS, TOTAL_CHUNKS
 from ..core.records.manifest import chunk_bytes_for
+from ..core.records.now import Now
 
 ALL_COLUMNS = (1 << TOTAL_CHUNKS) - 1
 ROOM_BYTES = 1 << 62
@@ -179,7 +180,7 @@ class World:
     def tell(self, host: Host, event: Event) -> None:
         """Hand an event to a host's core and perform what it decides."""
         host.events += 1
-        for effect in host.node.handle(event, self.now_ms):
+        for effect in host.node.handle(event, Now(self.now_ms, 0)):
             self._perform(host, effect)
         self._arm(host)
 

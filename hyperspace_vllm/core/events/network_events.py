@@ -2,7 +2,7 @@
 
 Response bodies never appear here; the core sees request hashes (ids), sizes and verdicts. RequestKeys stay in the shell
 that knows a lookup's number. Every effect that starts work is answered by exactly one of the events named in its
-docstring (network_effects.py), unless it was cancelled. `now_ms` is the wall clock: records carry it.
+docstring (network_effects.py), unless it was cancelled.
 """
 
 from dataclasses import dataclass, field

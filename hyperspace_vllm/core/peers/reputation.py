@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..records.ids import PeerId
 from ..records.limits import PEERS_KNOWN_MAX
+from ..records.now import Now
 
 THRESHOLD = 0.75
 HALF_LIFE_MS = 24 * 3600 * 1000
@@ -88,46 +89,46 @@ class Reputation:
     def __init__(self) -> None:
         self._records: dict[PeerId, _Record] = {}
 
-    def score(self, peer: PeerId, now_ms: int) -> float:
+    def score(self, peer: PeerId, now: Now) -> float:
         """In [0, 1]; strangers have a newcomer's."""
         record = self._records.get(peer)
         if record is None:
             return score_of(0, 0, 0)
-        left = _left(record, now_ms)
+        left = _left(record, now)
         return score_of(record.successes * left, record.failures * left, record.lies * left)
 
-    def served(self, peer: PeerId, now_ms: int) -> None:
+    def served(self, peer: PeerId, now: Now) -> None:
         """The peer delivered something, and it was verified."""
-        record = self._aged(peer, now_ms)
+        record = self._aged(peer, now)
         record.successes += 1
         _dilute(record)
 
-    def failed(self, peer: PeerId, reason: str, now_ms: int) -> None:
+    def failed(self, peer: PeerId, reason: str, now: Now) -> None:
         """The peer didn't deliver, or delivered what an honest one can't (`reason` is in LIES)."""
-        record = self._aged(peer, now_ms)
+        record = self._aged(peer, now)
         if reason in LIES:
             record.lies += 1
         else:
             record.failures += weight_of(reason)
             _dilute(record)
 
-    def _aged(self, peer: PeerId, now_ms: int) -> _Record:
+    def _aged(self, peer: PeerId, now: Now) -> _Record:
         record = self._records.get(peer)
         if record is None:
             if len(self._records) >= PEERS_KNOWN_MAX:  # new identities are free: let them push out each other
                 del self._records[min(self._records, key=lambda known: self._records[known].successes)]
-            record = self._records[peer] = _Record(now_ms)
-        left = _left(record, now_ms)
+            record = self._records[peer] = _Record(now.mono_ms)
+        left = _left(record, now)
         record.successes *= left
         record.failures *= left
         record.lies *= left
-        record.at_ms = max(record.at_ms, now_ms)
+        record.at_ms = now.mono_ms
         return record
 
 
-def _left(record: _Record, now_ms: int) -> float:
+def _left(record: _Record, now: Now) -> float:
     """What time has left of the record."""
-    return float(0.5 ** (max(now_ms - record.at_ms, 0) / HALF_LIFE_MS))
+    return float(0.5 ** ((now.mono_ms - record.at_ms) / HALF_LIFE_MS))
 
 
 def _dilute(record: _Record) -> None:

@@ -36,6 +36,7 @@ from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import NetworkId, PeerId, public_key_of, sha256
 from ...core.records.limits import PEER_CONNECTIONS_MAX
 from ...core.records.standing import Tier
+from .. import clock
 from ..peer_failed import PeerFailed
 from . import libp2p_swarm as swarm
 from .libp2p_dht import NodeDht
@@ -159,7 +160,7 @@ class Libp2pNode:
         self._swarm.set_stream_handler(_guarded(self._host._swarm_stream_handler))
         self._dht = NodeDht(self._host, self._dial_told, self._tier)
         self._host.dht = self._dht
-        self._gate = settings.gate or GossipGate(NetworkId(bytes(32)), 0)
+        self._gate = settings.gate or GossipGate(NetworkId(bytes(32)), clock.now())
         self._gossip = NodeGossip(topics, lambda peer_id: self._gate.standing(PeerId(peer_id.to_base58())))
         self._pubsub = NodePubsub(self._host, self._gossip, topics, self._judge, self._on_message)
         self._topics = settings.topics
@@ -284,7 +285,7 @@ class Libp2pNode:
     def _judge(self, link: ID, msg: rpc_pb2.Message) -> bool:
         relay, author = PeerId(link.to_base58()), PeerId(ID(msg.from_id).to_base58())
         verdict = self._gate.judge(
-            relay, msg.topicIDs[0], author, msg.data, lambda: signature_validator(msg), time.time_ns() // 1_000_000
+            relay, msg.topicIDs[0], author, msg.data, lambda: signature_validator(msg), clock.now()
         )
         if verdict is Verdict.MUTE:
             self._events.gossip_spoiled(relay)
