@@ -52,6 +52,7 @@ from ..core.records.errors import Refused
 from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, row_id
 from ..core.records.limits import LOOKUP_ROWS_MAX, REGISTRY_TTL_MS
 from ..core.records.peer_record import PeerRecord
+from ..core.records.reason import Reason
 from ..core.records.sealing import seal_key
 from . import clock
 from .identity import Identity
@@ -216,10 +217,10 @@ class Driver:
                 self._cache.end_some(lookup, row_keys)
             case FindProviders():
                 for peer in effect.peers:
-                    failed = ProviderFailed(effect.lookup, peer, "bug")
+                    failed = ProviderFailed(effect.lookup, peer, Reason.BUG)
                     self._start(effect.lookup, self._ask_provider(effect, peer), failed)
             case FetchManifest():
-                refused = ManifestRefused(effect.lookup, effect.peer, effect.manifest, "bug")
+                refused = ManifestRefused(effect.lookup, effect.peer, effect.manifest, Reason.BUG)
                 self._start(effect.lookup, self._fetch_manifest(effect), refused)
             case FetchRow():
                 self._fetch_row(effect)
@@ -362,8 +363,8 @@ class Driver:
                 timeout_s = effect.timeout_ms / 1000
                 record = await self._manifests.fetch(effect.peer, effect.manifest, timeout_s)
         except (Refused, PeerFailed) as failed:
-            refused = ManifestRefused(effect.lookup, effect.peer, effect.manifest, failed.reason)
-            self.submit(refused)
+            reason = Reason(failed.reason)
+            self.submit(ManifestRefused(effect.lookup, effect.peer, effect.manifest, reason))
             return
         manifest = record.manifest
         self.submit(

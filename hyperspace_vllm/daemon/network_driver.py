@@ -75,10 +75,11 @@ from ..core.records.peer_wire import (
     encode,
     protocol_of,
 )
+from ..core.records.reason import Reason
 from ..core.records.standing import Tier
 from ..core.records.vram_digest import approximate_count
 from ..core.response.cache_proof import request_hash
-from ..core.response.sealed_hit import LIES, Opened
+from ..core.response.sealed_hit import Opened
 from . import clock
 from .metrics import Metrics
 from .peer_failed import PeerFailed
@@ -378,7 +379,7 @@ class NetworkDriver:
             return decode_answer(frame)
         except ProtocolViolation as violation:
             log.info("peer %s broke the protocol: %s", peer, violation, extra={"peer": peer})
-            raise PeerFailed("protocol") from violation
+            raise PeerFailed(Reason.PROTOCOL) from violation
 
     async def _serve(self, effect: ServeResponse) -> None:
         answer: Hit | Miss = Miss("unknown")
@@ -405,17 +406,18 @@ class NetworkDriver:
         try:
             if effect.peer not in self.host.connected:
                 if not effect.address:
-                    raise PeerFailed("unreachable")
+                    raise PeerFailed(Reason.UNREACHABLE)
                 await self.host.connect(effect.peer, effect.address, effect.timeout_ms / 1000)
             answer = await self._ask(effect.peer, Query(effect.request_hash), deadline - self._loop.time())
             if not isinstance(answer, Hit):
-                raise PeerFailed(answer.reason if isinstance(answer, Miss | Refusal) else "protocol")
+                raise PeerFailed(_reason_of(answer))
             opened = await self._open(effect.lookup, lookup, answer)
-        except (PeerFailed, Refused) as failed:
-            reason = "miss" if failed.reason == "unknown" else failed.reason
-            self._refused(effect, reason, reason in LIES or reason == "protocol")
+        except PeerFailed as failed:
+            self._refused(effect, failed.reason)
+        except Refused as refused:
+            self._refused(effect, Reason.of(refused))
         except ProtocolViolation:
-            self._refused(effect, "protocol", lied=True)
+            self._refused(effect, Reason.PROTOCOL)
         else:
             self._metrics.bytes_total.labels("fetched").inc(len(answer.sealed))
             self._opened[effect.lookup, effect.peer] = opened
@@ -433,10 +435,10 @@ class NetworkDriver:
                 self.clients.try_response(number, tried.body, tried.raw_proof)
             raise
 
-    def _refused(self, effect: FetchResponse, reason: str, lied: bool) -> None:
-        if reason != "miss":
+    def _refused(self, effect: FetchResponse, reason: Reason) -> None:
+        if reason is not Reason.MISS:
             self._metrics.failures_total.labels("l1", reason).inc()
-        self.submit(ResponseRefused(effect.lookup, effect.peer, reason, lied))
+        self.submit(ResponseRefused(effect.lookup, effect.peer, reason))
 
     async def _search(self, effect: FindProviders) -> None:
         key = f"/cache/{effect.request_hash.hex()}"
@@ -497,7 +499,7 @@ class NetworkDriver:
 
     # --- leaves ---------------------------------------------------------------------------------
 
-    def _charge(self, peer: PeerId, reason: str) -> None:
+    def _charge(self, peer: PeerId, reason: Reason) -> None:
         self._metrics.failures_total.labels("l1", f"peer_{reason}").inc()
         log.info("peer %s is charged: %s", peer, reason, extra={"peer": peer})
 
@@ -530,6 +532,19 @@ class NetworkDriver:
         except Exception:
             log.exception("a bug in Hyperspace: please report it")
             self._metrics.failures_total.labels("l1", "bug").inc()
+
+
+def _reason_of(answer: PeerAnswer) -> Reason:
+    """Why an answer to a query is no hit."""
+    match answer:
+        case Miss("busy"):
+            return Reason.BUSY
+        case Miss():
+            return Reason.MISS
+        case Refusal(reason):
+            return Reason(reason)
+        case _:
+            return Reason.PROTOCOL
 
 
 def _serves(record: PeerRecord) -> dict[str, object]:

@@ -15,6 +15,7 @@ from ..core.events.network_effects import AnswerResponse, FetchResponse, Network
 from ..core.events.network_events import NetworkEvent
 from ..core.records.ids import RequestKey
 from ..core.records.peer_wire import PeerRequest
+from ..core.records.reason import Reason
 from ..core.response.lookup import ATTEMPTS_MAX, IN_FLIGHT_MAX, RACE_MS
 from .sim_responses import right_body
 
@@ -102,7 +103,7 @@ class Checker:
         if count > TICKS_MAX and due_ms is not None and due_ms <= host.now.mono_ms:
             raise RuntimeError(f"seed {self._fleet.seed}, {now_ms} ms, node {host.number}: ticks settle nothing")
 
-    def on_charge(self, host: "SimHost", peer: str, reason: str) -> None:
+    def on_charge(self, host: "SimHost", peer: str, reason: Reason) -> None:
         """A core blames a peer."""
         accused = self._fleet.number_of(peer)
         if host.liar is None and accused >= 0 and self._fleet.host(accused).liar is None:

@@ -71,10 +71,11 @@ from ..core.records.peer_wire import (
     decode_request,
     encode,
 )
+from ..core.records.reason import Reason
 from ..core.records.signing import NO_MEMBER_TAG, member_tag
 from ..core.response.cache_proof import request_hash
 from ..core.response.evidence import evidence_of
-from ..core.response.sealed_hit import LIES, Opened, make_hit, open_hit
+from ..core.response.sealed_hit import Opened, make_hit, open_hit
 from .documents import Documents
 from .sim_responses import MODEL_DIGEST, Response, Shelf, compute, right_body
 
@@ -307,9 +308,9 @@ class SimHost:
         gone = self.fleet.host(peer).peer
         self.tell(PeerDisconnected(gone))
         for request in [request for request, target in self._sends.items() if target == gone]:
-            self._failed(request, "unreachable")
+            self._failed(request, Reason.UNREACHABLE)
         for lookup, fetch in [(lookup, fetch) for (lookup, target), fetch in self._fetches.items() if target == gone]:
-            self._refuse(lookup, gone, fetch, "unreachable", False)
+            self._refuse(lookup, gone, fetch, Reason.UNREACHABLE)
 
     def passes_on(self, relay: int, topic: str, author: int, payload: bytes) -> bool:
         """Whether this node takes a message from a neighbour, and passes it on."""
@@ -403,7 +404,7 @@ class SimHost:
     def _connect(self, effect: Connect) -> None:
         def done(failed: str | None) -> None:
             if failed is not None:
-                self.tell(ConnectFailed(effect.peer, failed))
+                self.tell(ConnectFailed(effect.peer, Reason(failed)))
 
         target = self.fleet.at(effect.address, effect.peer)
         self.fleet.network.dial(self.number, target, effect.timeout_ms, done)
@@ -418,15 +419,15 @@ class SimHost:
             try:
                 message = decode_answer(frame)
             except ProtocolViolation:
-                self._failed(effect.request, "protocol")
+                self._failed(effect.request, Reason.PROTOCOL)
                 return
             del self._sends[effect.request]
             self.tell(Answered(effect.request, effect.peer, message))
 
         if self._call(target, encode(effect.message), answered):
-            self.later(effect.timeout_ms, partial(self._failed, effect.request, "timeout"))
+            self.later(effect.timeout_ms, partial(self._failed, effect.request, Reason.TIMEOUT))
         else:
-            self.later(0, partial(self._failed, effect.request, "unreachable"))
+            self.later(0, partial(self._failed, effect.request, Reason.UNREACHABLE))
 
     def _call(self, target: int, frame: bytes, answered: Answer) -> bool:
         """Ask `target`, if there is a connection to it."""
@@ -438,7 +439,7 @@ class SimHost:
         act = partial(fleet.host(target).asked, self.number, frame, answer) if target >= 0 else None
         return act is not None and network.send(self.number, target, FRAME_BYTES + len(frame), act)
 
-    def _failed(self, request: int, reason: str) -> None:
+    def _failed(self, request: int, reason: Reason) -> None:
         peer = self._sends.pop(request, None)
         if peer is not None:
             self.tell(RequestFailed(request, peer, reason))
@@ -485,15 +486,15 @@ class SimHost:
             request.far.add(target)
         self.fleet.checker.on_fetch(self, effect, sum(lookup == effect.lookup for lookup, _ in self._fetches))
         refuse = partial(self._refuse, effect.lookup, effect.peer, fetch)
-        self.later(effect.timeout_ms, partial(refuse, "timeout", False))
+        self.later(effect.timeout_ms, partial(refuse, Reason.TIMEOUT))
 
         def query(failed: str | None = None) -> None:
             if failed is not None:
-                refuse(failed, False)
+                refuse(Reason(failed))
             elif self._fetches.get((effect.lookup, effect.peer)) == fetch:
                 answered = partial(self._fetched, effect, fetch)
                 if not self._call(target, encode(Query(effect.request_hash)), answered):
-                    refuse("unreachable", False)
+                    refuse(Reason.UNREACHABLE)
 
         if self.fleet.network.connected(self.number, target):
             query()
@@ -508,17 +509,17 @@ class SimHost:
         try:
             message = decode_answer(frame)
             if isinstance(message, Miss | Refusal):
-                reason = "miss" if message.reason == "unknown" else message.reason
-                self._refuse(lookup, peer, fetch, reason, reason == "protocol")
+                reason = Reason.MISS if message.reason == "unknown" else Reason(message.reason)
+                self._refuse(lookup, peer, fetch, reason)
                 return
             if not isinstance(message, Hit):
                 raise ProtocolViolation("a query's answer is a hit or a miss")
             opened = self.open(message, self.requests[lookup])
         except ProtocolViolation:
-            self._refuse(lookup, peer, fetch, "protocol", True)
+            self._refuse(lookup, peer, fetch, Reason.PROTOCOL)
             return
         except Refused as refused:
-            self._refuse(lookup, peer, fetch, refused.reason, refused.reason in LIES)
+            self._refuse(lookup, peer, fetch, Reason.of(refused))
             return
         del self._fetches[lookup, peer]
         self.requests[lookup].fetched[peer] = opened
@@ -532,12 +533,12 @@ class SimHost:
 
         return open_hit(hit, request.key, self.fleet.network_id, MODEL_DIGEST, trusts, self.trust.meet, self.wall_ms)
 
-    def _refuse(self, lookup: int, peer: PeerId, fetch: int, reason: str, lied: bool) -> None:
+    def _refuse(self, lookup: int, peer: PeerId, fetch: int, reason: Reason) -> None:
         if self._fetches.get((lookup, peer)) == fetch:
             del self._fetches[lookup, peer]
-            if reason == "expired":
+            if reason is Reason.EXPIRED:
                 self.requests[lookup].lapsed.add(self.fleet.number_of(peer))
-            self.tell(ResponseRefused(lookup, peer, reason, lied))
+            self.tell(ResponseRefused(lookup, peer, reason))
 
     # --- leaves ---------------------------------------------------------------------------------
 

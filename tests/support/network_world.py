@@ -49,6 +49,7 @@ from hyperspace_vllm.core.records.limits import PEER_RECORD_TTL_MS, RESPONSE_TTL
 from hyperspace_vllm.core.records.now import Now
 from hyperspace_vllm.core.records.peer_record import PeerRecord
 from hyperspace_vllm.core.records.peer_wire import PeerAnswer
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG, member_tag
 from tests.support.moments import BOOTED_MS, dated
 
@@ -240,7 +241,7 @@ class World:
             case Connect(peer, address):
                 other = self._at(address)
                 if other is None or Identity(other).peer != peer or other in self.cut or number in self.cut:
-                    tell_me(SECOND_MS, ConnectFailed(peer, "unreachable"))
+                    tell_me(SECOND_MS, ConnectFailed(peer, Reason.UNREACHABLE))
                 else:
                     self.links.add(frozenset({number, other}))
                     self._queue.append((number, PeerConnected(peer, Identity(other).host)))
@@ -252,7 +253,7 @@ class World:
                     self._queue.extend([(number, PeerDisconnected(peer)), (other, PeerDisconnected(me))])
             case Send(request, peer, message, timeout_ms):
                 other = self._number(peer)
-                tell_me(timeout_ms, RequestFailed(request, peer, "timeout"))
+                tell_me(timeout_ms, RequestFailed(request, peer, Reason.TIMEOUT))
                 if frozenset({number, other}) in self.links and other not in self.cut:
                     token = len(self._tokens)
                     self._tokens[token] = number, request
@@ -262,11 +263,11 @@ class World:
             case FetchResponse(lookup, peer, _, request_hash, timeout_ms):
                 other = self._number(peer)
                 if other in self.cut or other not in self.nodes:
-                    tell_me(timeout_ms, ResponseRefused(lookup, peer, "timeout", False))
+                    tell_me(timeout_ms, ResponseRefused(lookup, peer, Reason.TIMEOUT))
                 elif request_hash in self.has[other]:
                     tell_me(5, ResponseFetched(lookup, peer, 100, self.now_ms + RESPONSE_TTL_MS, 16))
                 else:
-                    tell_me(5, ResponseRefused(lookup, peer, "miss", False))
+                    tell_me(5, ResponseRefused(lookup, peer, Reason.MISS))
             case FindProviders(lookup):
                 tell_me(50, ProvidersFound(lookup, (), 20.0))
             case AnswerResponse(lookup):

@@ -78,6 +78,7 @@ from ..records.peer_wire import (
     WantDeltas,
     WantPeers,
 )
+from ..records.reason import Reason
 from ..records.signing import NO_MEMBER_TAG, member_tag
 from ..records.standing import Standing
 from ..registry.registry import Registry
@@ -221,7 +222,7 @@ class NetworkNode:
             case GossipReceived():
                 return self._gossip(event, now)
             case GossipSpoiled(relay):
-                return [ChargePeer(relay, "invalid_gossip"), *self.members.shun(relay, now)]
+                return [ChargePeer(relay, Reason.INVALID_GOSSIP), *self.members.shun(relay, now)]
             case ResponseWanted():
                 return self._wanted(event, now)
             case ResponseReleased():
@@ -263,7 +264,7 @@ class NetworkNode:
             case DeltasRefused():
                 return self.registry.on_refused(event)
             case PeerMisbehaved(peer):
-                return [ChargePeer(peer, "protocol")]
+                return [ChargePeer(peer, Reason.PROTOCOL)]
             case NetworkTick():
                 return self._tick(now)
             case _:
@@ -334,15 +335,15 @@ class NetworkNode:
             case _, Refusal():
                 return []
             case _:
-                return [ChargePeer(event.peer, "protocol")]
+                return [ChargePeer(event.peer, Reason.PROTOCOL)]
 
     def _failed(self, event: RequestFailed, now: Now) -> list[NetworkEffect]:
         asked = self._asked.pop(event.request, None)
         if asked is None:
             return []
-        if event.reason == "protocol":
-            return [ChargePeer(asked.peer, "protocol")]
-        if event.reason == "busy":
+        if event.reason is Reason.PROTOCOL:
+            return [ChargePeer(asked.peer, Reason.PROTOCOL)]
+        if event.reason is Reason.BUSY:
             self.members.unread(asked.peer)
         else:
             self.members.unanswered(asked.peer, asked.message, now)
@@ -372,7 +373,7 @@ class NetworkNode:
         if not self._trust.audited(evidence.signer, evidence.tokens, found, event.source, now):
             return []
         self._outbox.accuse(evidence)
-        return [ChargePeer(peer_id(evidence.signer), "false_response"), *self._outbox.flush(now)]
+        return [ChargePeer(peer_id(evidence.signer), Reason.FALSE_RESPONSE), *self._outbox.flush(now)]
 
     def _hear_evidence(self, accuser: bytes, evidence: EvidenceEntry, now: Now) -> None:
         """What others' audits found can't be checked: it is worth audits of our own, and nothing else."""
@@ -425,20 +426,20 @@ class NetworkNode:
 
     def _refused(self, event: ResponseRefused, now: Now) -> list[NetworkEffect]:
         charges: list[NetworkEffect] = []
-        if event.lied:
+        if event.reason.is_guilty:
             charges.append(ChargePeer(event.peer, event.reason))
         lookup = self._lookups.get(event.lookup)
-        timed_out = event.reason == "timeout" and self._had_time(event.peer, lookup, now)
-        silent = event.reason == "unreachable" or timed_out
-        if event.lied or silent:
+        timed_out = event.reason is Reason.TIMEOUT and self._had_time(event.peer, lookup, now)
+        silent = event.reason is Reason.UNREACHABLE or timed_out
+        if event.reason.is_guilty or silent:
             self._trust.failed(event.peer, event.reason, now)
         if silent:
             self._avoidance.failed(event.peer, now)
-        elif event.reason == "miss":
+        elif event.reason is Reason.MISS:
             self._avoidance.missed(event.peer, now)
         if lookup is None:
             return charges
-        if event.reason not in ("timeout", "unreachable", "busy"):
+        if event.reason not in (Reason.TIMEOUT, Reason.UNREACHABLE, Reason.BUSY):
             self.hints.remove(lookup.request_hash, event.peer)
         return charges + self._settle(lookup, lookup.on_refused(event, now), now)
 
@@ -455,7 +456,7 @@ class NetworkNode:
         for effect in effects:
             if isinstance(effect, FetchResponse):
                 if not self._may_fetch(effect.peer, now):
-                    refused = ResponseRefused(lookup.number, effect.peer, "busy", False)
+                    refused = ResponseRefused(lookup.number, effect.peer, Reason.BUSY)
                     settled += self._settle(lookup, lookup.on_refused(refused, now), now)
                     continue
                 self.members.used(effect.peer, now)
@@ -599,7 +600,7 @@ class NetworkNode:
         if not isinstance(effect, ChargePeer):
             return []
         goes_on = self._avoidance.avoids(effect.peer, now)
-        if effect.reason == "protocol":
+        if effect.reason is Reason.PROTOCOL:
             self._avoidance.failed(effect.peer, now)  # a bug is as likely as malice
         else:
             self._avoidance.lied(effect.peer, now)

@@ -34,6 +34,7 @@ from ..prefix.publish import Publisher
 from ..records.ids import NetworkId, PeerId, RowId
 from ..records.limits import CLIENTS_MAX, LOOKUPS_PER_CLIENT_MAX
 from ..records.now import Now
+from ..records.reason import Reason
 
 LOOKUPS_MAX = 1024  # undecided at once, of all clients; more are answered `busy`
 ANSWERED_MAX = CLIENTS_MAX * LOOKUPS_PER_CLIENT_MAX
@@ -98,7 +99,7 @@ class Node:
                 assert_never(event)
         for effect in effects:
             if isinstance(effect, ChargePeer):
-                self._avoid(effect.peer, now_ms + (STALLED_MS if effect.reason == "stalled" else CHARGED_MS))
+                self._avoid(effect.peer, now_ms + (STALLED_MS if effect.reason is Reason.STALLED else CHARGED_MS))
         return effects
 
     def set_peers(self, peers: tuple[PeerId, ...]) -> None:

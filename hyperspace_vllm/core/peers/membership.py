@@ -30,6 +30,7 @@ from ..records.limits import (
 from ..records.now import Now
 from ..records.peer_record import PeerRecord, check_peer_record, decode_peer_record
 from ..records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
+from ..records.reason import Reason
 from ..records.standing import Rank, Standing
 from .address import may_dial, source_of
 from .dials import Dials
@@ -306,10 +307,11 @@ class Membership:
             elif (known := self._peers.get(record.peer)) is not None and known.raw == raw:
                 self._adopt(known, peer)
         except ProtocolViolation:
-            return [ChargePeer(peer, "protocol")]
+            return [ChargePeer(peer, Reason.PROTOCOL)]
         except Refused as refused:
             # Clocks differ, and who passes a record on has checked it by its own; but not even it can forge one.
-            return [ChargePeer(peer, refused.reason)] if refused.reason in ("bad_signature", "other_network") else []
+            reason = Reason.of(refused)
+            return [ChargePeer(peer, reason)] if reason.is_lie else []
         return []
 
     def on_greeted(self, peer: PeerId, now: Now) -> list[NetworkEffect]:

@@ -13,51 +13,13 @@ from dataclasses import dataclass
 from ..records.ids import PeerId
 from ..records.limits import PEERS_KNOWN_MAX
 from ..records.now import Now
+from ..records.reason import Reason
 
 THRESHOLD = 0.75
 HALF_LIFE_MS = 24 * 3600 * 1000
 EVIDENCE_MAX = 200.0  # one failure in ten is one failure in ten, of a hundred requests or of a million
 _PRIOR_SUCCESSES = 1.0
 _PRIOR_FAILURES = 19.0
-
-RUDE = 10.0  # breaking the protocol: a bug or malice; also what a reason weighs that stands nowhere below
-_FAILURES = {
-    "miss": 0.0,  # hints go stale, and who believes less or more people than we do is no liar
-    "not_here": 0.0,
-    "evicted": 0.0,
-    "stranger": 0.0,
-    "untrusted_signer": 0.0,
-    "untrusted_producer": 0.0,
-    "busy": 0.25,
-    "timeout": 1.0,
-    "unreachable": 1.0,
-    "stalled": 1.0,
-    "io_error": 1.0,
-    "stale": 1.0,
-    "expired": 1.0,
-    "from_the_future": 1.0,
-    "protocol": RUDE,
-    "malformed": RUDE,
-    "too_large": RUDE,
-}
-LIES = frozenset(  # what takes intent, or a disk that nobody should believe either
-    {
-        "bad_digest",
-        "bad_proof",
-        "bad_seal",
-        "bad_signature",
-        "condemned",
-        "damaged",
-        "false_offer",
-        "false_response",
-        "forged",
-        "long_expired",
-        "replayed",
-        "wrong_model",
-        "wrong_request",
-        "wrong_response",
-    }
-)
 
 
 def reliability(successes: float, failures: float) -> float:
@@ -68,11 +30,6 @@ def reliability(successes: float, failures: float) -> float:
 def score_of(successes: float, failures: float, lies: float) -> float:
     """What is believed of a peer with this record, in [0, 1]."""
     return float(reliability(successes, failures) * 0.5**lies)
-
-
-def weight_of(reason: str) -> float:
-    """How many failures a failure for `reason` counts as; lies are counted apart."""
-    return _FAILURES.get(reason, RUDE)
 
 
 @dataclass(slots=True)
@@ -103,13 +60,13 @@ class Reputation:
         record.successes += 1
         _dilute(record)
 
-    def failed(self, peer: PeerId, reason: str, now: Now) -> None:
-        """The peer didn't deliver, or delivered what an honest one can't (`reason` is in LIES)."""
+    def failed(self, peer: PeerId, reason: Reason, now: Now) -> None:
+        """The peer didn't deliver, or delivered what an honest one can't."""
         record = self._aged(peer, now)
-        if reason in LIES:
+        if reason.is_lie:
             record.lies += 1
         else:
-            record.failures += weight_of(reason)
+            record.failures += reason.severity.value
             _dilute(record)
 
     def _aged(self, peer: PeerId, now: Now) -> _Record:

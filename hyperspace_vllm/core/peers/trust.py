@@ -20,11 +20,12 @@ from typing import Literal
 from ..records.ids import PeerId, peer_id, public_key_of
 from ..records.limits import PEERS_KNOWN_MAX
 from ..records.now import Now
+from ..records.reason import Reason
 from ..records.signing import NO_MEMBER_TAG, member_tag
 from ..records.standing import Tier
 from .findings import Findings
 from .patience import Patience
-from .reputation import LIES, THRESHOLD, Reputation
+from .reputation import THRESHOLD, Reputation
 from .suspicion import Suspicion
 
 TRIAL_EVERY_MS = 10_000  # an answer of a stranger that is audited and never served, of all strangers together
@@ -132,7 +133,7 @@ class Trust:
         if verdict == "dropped" or not self.findings.found(public_key, source, now):
             return False
         self.suspicion.convict(public_key, now)
-        self.word.failed(peer_id(public_key), "false_response", now)
+        self.word.failed(peer_id(public_key), Reason.FALSE_RESPONSE, now)
         return True
 
     def delivered(self, peer: PeerId, now: Now) -> None:
@@ -140,10 +141,10 @@ class Trust:
         self.service.served(peer, now)
         self.patience.delivered(peer)
 
-    def failed(self, peer: PeerId, reason: str, now: Now) -> None:
+    def failed(self, peer: PeerId, reason: Reason, now: Now) -> None:
         """The peer didn't deliver. A lie costs it belief as well: what it altered it may sign as well."""
         self.service.failed(peer, reason, now)
-        if reason in LIES:
+        if reason.is_lie:
             self.word.failed(peer, reason, now)
 
     def is_chosen(self, public_key: bytes) -> bool:

@@ -43,6 +43,7 @@ from ..records.limits import (
 )
 from ..records.now import Now
 from ..records.peer_wire import Deltas, RegistryHead, WantDeltas
+from ..records.reason import Reason
 from ..records.registry_delta import RegistryDelta, check_delta, decode_delta
 from ..records.standing import Standing
 from .delta_intake import DeltaIntake
@@ -199,11 +200,11 @@ class Registry:
             try:
                 effects += self._on_delta(raw, decode_delta(raw), now)
             except ProtocolViolation:
-                effects.append(ChargePeer(answer.peer, "registry_malformed"))
+                effects.append(ChargePeer(answer.peer, Reason.REGISTRY_MALFORMED))
                 answer.drop()
             except Refused as refused:
                 if refused.reason in ("bad_signature", "other_network"):
-                    effects.append(ChargePeer(answer.peer, f"registry_{refused.reason}"))
+                    effects.append(ChargePeer(answer.peer, Reason(f"registry_{refused.reason}")))
                     answer.drop()
             if self._log_bytes != before:
                 answer.was_of_use = has_grown = True
@@ -231,7 +232,7 @@ class Registry:
             return self._on_known(owner, raw, delta, now)
         check_delta(raw, delta, self._network, now.wall_ms)
         if len(owner.log) >= REGISTRY_LOG_DELTAS_MAX or owner.log.size + len(raw) > REGISTRY_LOG_BYTES_MAX:
-            return [*self._ignore(owner), ChargePeer(owner.peer, "registry_too_large")]
+            return [*self._ignore(owner), ChargePeer(owner.peer, Reason.REGISTRY_TOO_LARGE)]
         owner.log.append(raw, delta)
         self._on_grown(owner, len(raw))
         return []
@@ -264,7 +265,7 @@ class Registry:
             return []
         check_delta(raw, delta, self._network, now.wall_ms)
         owner.equivocated = True
-        return [ChargePeer(owner.peer, "registry_equivocation")]
+        return [ChargePeer(owner.peer, Reason.REGISTRY_EQUIVOCATION)]
 
     def _on_grown(self, owner: Owner, size: int) -> None:
         self._heads = None
@@ -315,7 +316,7 @@ class Registry:
             owner.failures = owner.losses = 0
         self._queue(owner)
         if len(owner.entries) > REGISTRY_ENTRIES_MAX:
-            self._effects += [*self._ignore(owner), ChargePeer(owner.peer, "registry_too_large")]
+            self._effects += [*self._ignore(owner), ChargePeer(owner.peer, Reason.REGISTRY_TOO_LARGE)]
         if self._index.entries > REGISTRY_INDEX_OF_SOURCE_MAX:
             self._effects += self._crowd_out(
                 lambda owner: len(owner.entries), REGISTRY_INDEX_MAX, REGISTRY_INDEX_OF_SOURCE_MAX
@@ -336,7 +337,7 @@ class Registry:
         elif owner is not None and (is_lost or event.reason == "worker"):
             effects = self._rebuild(owner, is_lost)
         elif owner is not None:
-            effects = [*self._ignore(owner), ChargePeer(owner.peer, f"registry_{event.reason}")]
+            effects = [*self._ignore(owner), ChargePeer(owner.peer, Reason(f"registry_{event.reason}"))]
         return effects + self._start_imports(self._now)
 
     def _rebuild(self, owner: Owner, lost: bool) -> list[NetworkEffect]:

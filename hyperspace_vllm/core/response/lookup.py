@@ -19,6 +19,7 @@ from ..events.network_events import ProvidersFound, ResponseFetched, ResponseRef
 from ..records.ids import PeerId
 from ..records.limits import PROVIDERS_MAX
 from ..records.now import Now
+from ..records.reason import Reason
 
 RACE_MS = 3_000
 DHT_MS = 1_500
@@ -107,8 +108,8 @@ class ResponseLookup:
         asked_ms = self._in_flight.pop(event.peer)
         if self.hinted:
             self._waited_ms[event.peer] = now.mono_ms - asked_ms
-        self._reason = event.reason if event.reason != "miss" else self._reason
-        broken = self._connected.pop(event.peer, None) if event.reason == "unreachable" else None
+        self._reason = event.reason if event.reason is not Reason.MISS else self._reason
+        broken = self._connected.pop(event.peer, None) if event.reason is Reason.UNREACHABLE else None
         if broken is not None and broken.address:
             self._waiting.append(replace(broken, connected=False))
         return self._go_on(now)

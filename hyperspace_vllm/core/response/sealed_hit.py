@@ -14,11 +14,6 @@ from ..records.peer_wire import SEALED_BYTES_MAX, Hit
 from ..records.sealing import open_response, seal_response
 from .cache_proof import CacheProof, check_body, check_statement, decode_proof, request_hash
 
-# Refusals that an honest peer never causes: it has checked what it serves as we do. Not among them: whom to trust is
-# each node's own choice, and clocks differ (`untrusted_signer`, `from_the_future`, `expired`).
-LIES = frozenset(
-    {"too_large", "wrong_request", "wrong_model", "long_expired", "bad_signature", "bad_seal", "wrong_response"}
-)
 # Two clocks in a network differ by less than one skew, and an answer travels for less than the other.
 _LONG_EXPIRED_MS = RESPONSE_TTL_MS + 2 * CLOCK_SKEW_MS
 

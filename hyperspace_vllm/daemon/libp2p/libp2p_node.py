@@ -35,6 +35,7 @@ from ...core.peers.gossip_gate import GossipGate, Verdict
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import NetworkId, PeerId, public_key_of, sha256
 from ...core.records.limits import PEER_CONNECTIONS_MAX
+from ...core.records.reason import Reason
 from ...core.records.standing import Tier
 from .. import clock
 from ..peer_failed import PeerFailed
@@ -194,7 +195,7 @@ class Libp2pNode:
             self._swarm.close_sockets()
 
     async def connect(self, peer: PeerId, address: str) -> None:
-        """Dial, unless connected; PeerFailed("unreachable"), also when another peer answers there."""
+        """Dial, unless connected; PeerFailed(unreachable), also when another peer answers there."""
         peer_id = ID.from_base58(peer)
         lock = self._dialling.setdefault(peer_id, trio.Lock())
         try:
@@ -209,14 +210,14 @@ class Libp2pNode:
         try:
             candidates = await _resolve(address)
         except (OSError, ValueError, UnicodeError) as error:
-            raise PeerFailed("unreachable") from error
+            raise PeerFailed(Reason.UNREACHABLE) from error
         for candidate in candidates:
             with suppress(SwarmException):
                 # Not host.connect(): it takes at least 250 ms, and refuses for a minute after one failure.
                 await self._swarm.dial_addr(candidate, peer_id)
                 self._host.get_peerstore().add_addrs(peer_id, [candidate], 0)
                 return
-        raise PeerFailed("unreachable")
+        raise PeerFailed(Reason.UNREACHABLE)
 
     async def _dial_told(self, peer_id: ID, addresses: list[Multiaddr], told_from: str) -> bool:
         """Dial a peer that an answer from `told_from` names, at the first of its addresses that the core permits."""
@@ -246,7 +247,7 @@ class Libp2pNode:
             return await self._asker.ask(peer_id, protocol, frame)
         except trio.Cancelled:
             if self._held_s(peer_id) - held_s > (trio.current_time() - began_s) / 2:
-                raise PeerFailed("busy") from None  # busy with other peers: the answer may be here unread
+                raise PeerFailed(Reason.BUSY) from None  # busy with other peers: the answer may be here unread
             raise
 
     def _held_s(self, peer_id: ID) -> float:

@@ -93,6 +93,7 @@ from hyperspace_vllm.core.records.peer_wire import (
     WantDeltas,
     WantPeers,
 )
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, encode_delta
 from hyperspace_vllm.core.records.standing import Rank, Standing
 from hyperspace_vllm.core.response.lookup import RACE_MS
@@ -174,9 +175,7 @@ class Script:
                 expires_at_ms = self.now_ms + RESPONSE_TTL_MS
                 return [ResponseFetched(ord(letter), Identity(int(number)).peer, 9, expires_at_ms, 16)]
             case ["refused", letter, number, reason]:
-                return [ResponseRefused(ord(letter), Identity(int(number)).peer, reason, False)]
-            case ["lied", letter, number, reason]:
-                return [ResponseRefused(ord(letter), Identity(int(number)).peer, reason, True)]
+                return [ResponseRefused(ord(letter), Identity(int(number)).peer, Reason(reason))]
             case ["found", letter, *numbers]:
                 peers = tuple(Identity(int(number)).peer for number in numbers)
                 return [ProvidersFound(ord(letter), peers, 10.0)]
@@ -270,7 +269,7 @@ def test_a_liar_is_charged_and_not_asked_again_for_a_while() -> None:
         > want a
         hint yes
         fetch a from 1 for 300
-        > lied a 1 bad_signature
+        > refused a 1 bad_signature
         charge 1 bad_signature
         hint no
         search a
@@ -630,7 +629,7 @@ def test_answers_of_the_wrong_kind_are_charged_and_unasked_ones_ignored() -> Non
     assert node.handle(Answered(greet.request + 1, peer, Greeting(record)), dated(NOW_MS)) == []
     assert node.handle(Answered(greet.request, Identity(2).peer, Greeting(record)), dated(NOW_MS)) == []
     (greet,) = only(node.handle(PeerConnected(peer), dated(NOW_MS)), Send)
-    assert node.handle(Answered(greet.request, peer, Pong()), dated(NOW_MS)) == [ChargePeer(peer, "protocol")]
+    assert node.handle(Answered(greet.request, peer, Pong()), dated(NOW_MS)) == [ChargePeer(peer, Reason.PROTOCOL)]
     assert node.handle(Answered(greet.request, peer, Pong()), dated(NOW_MS)) == []
 
 
@@ -639,16 +638,16 @@ def test_who_goes_on_breaking_rules_is_cut_off() -> None:
     peer = Identity(1).peer
     sends = [send for _ in range(2) for send in only(node.handle(PeerConnected(peer), dated(NOW_MS)), Send)]
     first, second = (node.handle(Answered(send.request, peer, Miss("busy")), dated(NOW_MS)) for send in sends)
-    assert first == [ChargePeer(peer, "protocol")]
-    assert second == [ChargePeer(peer, "protocol"), Disconnect(peer)]
+    assert first == [ChargePeer(peer, Reason.PROTOCOL)]
+    assert second == [ChargePeer(peer, Reason.PROTOCOL), Disconnect(peer)]
 
 
 def test_who_goes_on_sending_what_is_forbidden_is_let_in_no_more_for_a_while() -> None:
     node = make_node()
     peer, other = Identity(1).peer, Identity(2).peer
     node.handle(PeerConnected(peer), dated(NOW_MS))
-    assert node.handle(PeerMisbehaved(peer), dated(NOW_MS)) == [ChargePeer(peer, "protocol")]
-    assert node.handle(PeerMisbehaved(peer), dated(NOW_MS)) == [ChargePeer(peer, "protocol"), Disconnect(peer)]
+    assert node.handle(PeerMisbehaved(peer), dated(NOW_MS)) == [ChargePeer(peer, Reason.PROTOCOL)]
+    assert node.handle(PeerMisbehaved(peer), dated(NOW_MS)) == [ChargePeer(peer, Reason.PROTOCOL), Disconnect(peer)]
     node.handle(PeerDisconnected(peer), dated(NOW_MS))
     assert node.handle(PeerConnected(peer), dated(NOW_MS + LIAR_MS - 1)) == [Disconnect(peer)]
     assert only(node.handle(PeerConnected(other), dated(NOW_MS)), Disconnect) == []
@@ -669,7 +668,7 @@ def test_our_own_haste_makes_nobody_silent() -> None:
     script = Script(also="peers send")
     script.run("> meet 1\nsend 1 Greet\npeers 1")
     (request,) = script.sends
-    assert script.node.handle(RequestFailed(request, Identity(1).peer, "busy"), dated(NOW_MS)) == []
+    assert script.node.handle(RequestFailed(request, Identity(1).peer, Reason.BUSY), dated(NOW_MS)) == []
 
 
 def test_an_announcement_of_a_clock_a_little_ahead_counts() -> None:
@@ -709,7 +708,10 @@ def test_whose_gossip_is_taken_is_told_when_it_changes() -> None:
 def test_a_neighbour_that_passes_on_rubbish_is_charged_and_disconnected() -> None:
     node, peer = make_node(), Identity(1).peer
     node.handle(PeerConnected(peer, Identity(1).host), dated(NOW_MS))
-    assert node.handle(GossipSpoiled(peer), dated(NOW_MS)) == [ChargePeer(peer, "invalid_gossip"), Disconnect(peer)]
+    assert node.handle(GossipSpoiled(peer), dated(NOW_MS)) == [
+        ChargePeer(peer, Reason.INVALID_GOSSIP),
+        Disconnect(peer),
+    ]
 
 
 def test_gossip_that_is_garbage_harms_nobody() -> None:

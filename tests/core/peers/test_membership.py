@@ -55,6 +55,7 @@ from hyperspace_vllm.core.records.limits import (
 from hyperspace_vllm.core.records.now import Now
 from hyperspace_vllm.core.records.peer_record import PeerRecord, decode_peer_record
 from hyperspace_vllm.core.records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.signing import member_tag
 from hyperspace_vllm.core.records.standing import Rank, Standing
 from tests.support.moments import BOOTED_MS, at, dated
@@ -178,7 +179,7 @@ def test_a_greeting_must_be_with_the_peers_own_record() -> None:
     node = Node()
     raw = Identity(2).record()
     assert node.members.on_record(raw, Identity(1).peer, dated(NOW_MS), True) == [
-        ChargePeer(Identity(1).peer, "protocol")
+        ChargePeer(Identity(1).peer, Reason.PROTOCOL)
     ]
     assert node.usable() == set()
 
@@ -188,9 +189,9 @@ def test_a_forged_or_foreign_record_is_charged_to_whoever_brought_it() -> None:
     raw = Identity(2).record()
     forged = raw[:-1] + bytes([raw[-1] ^ 1])
     teller = Identity(1).peer
-    assert node.members.on_record(forged, teller, dated(NOW_MS), False) == [ChargePeer(teller, "bad_signature")]
-    assert node.members.on_record(raw[:-1], teller, dated(NOW_MS), False) == [ChargePeer(teller, "protocol")]
-    assert node.learn(2, network=network_id("other")) == [ChargePeer(teller, "other_network")]
+    assert node.members.on_record(forged, teller, dated(NOW_MS), False) == [ChargePeer(teller, Reason.BAD_SIGNATURE)]
+    assert node.members.on_record(raw[:-1], teller, dated(NOW_MS), False) == [ChargePeer(teller, Reason.PROTOCOL)]
+    assert node.learn(2, network=network_id("other")) == [ChargePeer(teller, Reason.OTHER_NETWORK)]
     assert node.usable() == set()
 
 
@@ -249,7 +250,7 @@ def test_a_forged_record_of_ours_is_charged_and_not_outbid() -> None:
     node = Node()
     raw = ME.record(sequence=NOW_MS + HOUR_MS)
     effects = node.members.on_record(raw[:-1] + bytes([raw[-1] ^ 1]), Identity(1).peer, dated(NOW_MS), False)
-    assert effects == [ChargePeer(Identity(1).peer, "bad_signature")]
+    assert effects == [ChargePeer(Identity(1).peer, Reason.BAD_SIGNATURE)]
     node.run(2 * HEARTBEAT_MS)
     assert node.members.own.sequence < NOW_MS + HOUR_MS
 
@@ -313,7 +314,7 @@ def test_the_rest_of_an_answer_with_one_lie_is_not_looked_at() -> None:
     raw = Identity(2).record()
     lies = Peers(tuple(raw[:-1] + bytes([raw[-1] ^ 1]) for _ in range(5)))
     assert node.members.on_peers(Identity(1).peer, lies, dated(NOW_MS)) == [
-        ChargePeer(Identity(1).peer, "bad_signature")
+        ChargePeer(Identity(1).peer, Reason.BAD_SIGNATURE)
     ]
 
 

@@ -7,6 +7,7 @@ from hyperspace_vllm.core.peers.reputation import THRESHOLD, score_of
 from hyperspace_vllm.core.peers.suspicion import CONVICTED_MS
 from hyperspace_vllm.core.peers.trust import PASSED_TOKENS_MIN, SHOWN_MAX, TRIAL_EVERY_MS, Trust, TrustMode
 from hyperspace_vllm.core.records.ids import peer_id, sha256
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG, member_tag
 from tests.support.moments import at
 
@@ -78,7 +79,7 @@ def test_a_stranger_may_be_asked_but_gets_only_what_is_for_everybody(
 def test_earned_trust_is_lost_by_a_lie() -> None:
     trust = make("reputation")
     assert trust.trusts(EARNED, at(0))
-    trust.failed(peer_id(EARNED), "bad_proof", at(0))
+    trust.failed(peer_id(EARNED), Reason.BAD_PROOF, at(0))
     assert not trust.trusts(EARNED, at(0))
 
 

@@ -21,6 +21,7 @@ from hyperspace_vllm.core.records.announcement import (
 from hyperspace_vllm.core.records.errors import Refused
 from hyperspace_vllm.core.records.ids import RequestKey, sha256
 from hyperspace_vllm.core.records.limits import CLOCK_SKEW_MS, EVIDENCE_ENTRIES_MAX, PEERS_KNOWN_MAX, RESPONSE_TTL_MS
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.response.announcer import (
     ACCUSED_KEPT,
     ENTRIES_BURST,
@@ -256,7 +257,7 @@ def test_a_conviction_lasts_a_day_costs_belief_and_is_told() -> None:
     assert node._trust.trusts(accused.public_key, dated(NOW_MS))
     effects = convict(node)
     assert told(effects) == [lie()]
-    assert only(effects, ChargePeer) == [ChargePeer(accused.peer, "false_response")]
+    assert only(effects, ChargePeer) == [ChargePeer(accused.peer, Reason.FALSE_RESPONSE)]
     assert node._trust.word.score(accused.peer, dated(NOW_MS)) == score_of(0, 0, 1)
     assert not node._trust.trusts(accused.public_key, dated(NOW_MS + CONVICTED_MS - 1))
     assert node._trust.trusts(accused.public_key, dated(NOW_MS + CONVICTED_MS))

@@ -20,6 +20,7 @@ from hyperspace_vllm.core.events.network_effects import (
 from hyperspace_vllm.core.events.network_events import ProvidersFound, ResponseFetched, ResponseRefused, ResponseWanted
 from hyperspace_vllm.core.records.ids import PeerId
 from hyperspace_vllm.core.records.now import Now
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.response.lookup import (
     ATTEMPTS_MAX,
     DHT_MS,
@@ -84,7 +85,7 @@ class Script:
             case ["hit", name]:
                 effects = self.lookup.on_fetched(ResponseFetched(1, PeerId(name), 1, 1, 1))
             case ["refused", name, reason]:
-                effects = self.lookup.on_refused(ResponseRefused(1, PeerId(name), reason, False), self.now)
+                effects = self.lookup.on_refused(ResponseRefused(1, PeerId(name), Reason(reason)), self.now)
             case ["found", *names]:
                 found = ProvidersFound(1, tuple(PeerId(name) for name in names), 1.0)
                 effects = self.lookup.on_providers(found, candidates(names), self.now)

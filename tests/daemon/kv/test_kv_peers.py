@@ -17,6 +17,7 @@ from hyperspace_vllm.core.records.limits import (
     DIALS_TO_HOST_PER_S,
     KV_LINKS_MAX,
 )
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from hyperspace_vllm.daemon.zmq_pump import HANDSHAKE_MS
@@ -215,8 +216,8 @@ async def test_good_and_bad_service_make_a_reputation_for_service_and_lies_cost_
     client.transport.credit(peer)
     assert trust.service.score(peer, now) > newcomer
     assert trust.word.score(peer, now) == newcomer
-    client.transport.charge(peer, "stalled")
+    client.transport.charge(peer, Reason.STALLED)
     assert trust.word.score(peer, now) == newcomer
-    client.transport.charge(peer, "bad_digest")
+    client.transport.charge(peer, Reason.BAD_DIGEST)
     assert trust.service.score(peer, now) < newcomer * 1.1
     assert trust.word.score(peer, now) < newcomer
