@@ -21,6 +21,7 @@ from hyperspace_vllm.core.events.network_effects import WriteRegistry
 from hyperspace_vllm.core.events.network_events import OwnDeltaWritten
 from hyperspace_vllm.core.records.ids import network_id
 from hyperspace_vllm.core.records.limits import REGISTRY_TTL_MS, REGISTRY_WRITE_MS
+from hyperspace_vllm.core.records.now import Now
 from hyperspace_vllm.core.records.peer_wire import WantDeltas
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, decode_delta, encode_delta
 from hyperspace_vllm.core.registry.registry import Registry
@@ -52,14 +53,14 @@ class _Shell:
         self._network = network_id("bench")
         self._key = SigningKey(bytes(32))
         self.owner = self._key.verify_key.encode()
-        self.registry = Registry(self._network, self.owner, lambda owner: None, random.Random(1))
+        self.registry = Registry(self._network, self.owner, lambda owner: None, random.Random(1), _at(START_MS))
         self._document = OwnDocument(())
         self._epoch = self._sequence = 0
         self.epochs = 0
         self.written_bytes = 0
 
     def tick(self, now_ms: int) -> None:
-        for effect in self.registry.on_tick(now_ms):
+        for effect in self.registry.on_tick(_at(now_ms)):
             assert isinstance(effect, WriteRegistry)
             if effect.compact:
                 self._document = OwnDocument(effect.added)
@@ -79,7 +80,7 @@ class _Shell:
                 now_ms + REGISTRY_TTL_MS,
                 payload,
             )
-            self.registry.on_own_delta(OwnDeltaWritten(delta, encode_delta(delta, self._key)), now_ms)
+            self.registry.on_own_delta(OwnDeltaWritten(delta, encode_delta(delta, self._key)), _at(now_ms))
 
 
 def measure(updates: int, live: int) -> Growth:
@@ -120,8 +121,13 @@ def measure(updates: int, live: int) -> Growth:
     )
 
 
+def _at(now_ms: int) -> Now:
+    """This moment, by a virtual clock."""
+    return Now(now_ms, now_ms)
+
+
 def _check(shell: _Shell, held: set[bytes], now_ms: int) -> None:
-    raws = shell.registry.answer(WantDeltas(()), now_ms).deltas
+    raws = shell.registry.answer(WantDeltas(()), _at(now_ms)).deltas
     imported = PeerDocument(0).import_(tuple(decode_delta(raw).payload for raw in raws), with_snapshot=True)
     assert {id for id, expires_at_ms in imported.added if expires_at_ms > now_ms} == held
 

@@ -6,7 +6,6 @@ logged with its traceback, counted as `bug`, and ends as a miss.
 
 import asyncio
 import logging
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from typing import assert_never
@@ -53,7 +52,9 @@ from ..core.records.errors import Refused
 from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, row_id
 from ..core.records.limits import LOOKUP_ROWS_MAX, REGISTRY_TTL_MS
 from ..core.records.peer_record import PeerRecord
+from ..core.records.reason import Reason
 from ..core.records.sealing import seal_key
+from . import clock
 from .identity import Identity
 from .kv.chunk_keeper import ChunkKeeper
 from .kv.chunk_store import ChunkStore
@@ -202,7 +203,7 @@ class Driver:
                     self._failures[event.lookup][event.reason] += 1
             case ObjectFailed():
                 self._metrics.failures_total.labels("l2", event.reason).inc()
-        for effect in self._node.handle(event, self._now_ms()):
+        for effect in self._node.handle(event, clock.now()):
             self._perform(effect)
 
     def _perform(self, effect: Effect) -> None:
@@ -216,10 +217,10 @@ class Driver:
                 self._cache.end_some(lookup, row_keys)
             case FindProviders():
                 for peer in effect.peers:
-                    failed = ProviderFailed(effect.lookup, peer, "bug")
+                    failed = ProviderFailed(effect.lookup, peer, Reason.BUG)
                     self._start(effect.lookup, self._ask_provider(effect, peer), failed)
             case FetchManifest():
-                refused = ManifestRefused(effect.lookup, effect.peer, effect.manifest, "bug")
+                refused = ManifestRefused(effect.lookup, effect.peer, effect.manifest, Reason.BUG)
                 self._start(effect.lookup, self._fetch_manifest(effect), refused)
             case FetchRow():
                 self._fetch_row(effect)
@@ -243,16 +244,13 @@ class Driver:
             case _:
                 assert_never(effect)
 
-    def _now_ms(self) -> int:
-        return int(self._loop.time() * 1000)
-
     def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         deadline_ms = self._node.next_deadline_ms()
         if deadline_ms is None:
             self._timer = None
-        else:  # half a millisecond later: _now_ms rounds down
+        else:  # half a millisecond later: the clock rounds down
             self._timer = self._loop.call_at(deadline_ms / 1000 + 0.0005, self.submit, Tick())
 
     # --- tasks ----------------------------------------------------------------------------------
@@ -365,8 +363,8 @@ class Driver:
                 timeout_s = effect.timeout_ms / 1000
                 record = await self._manifests.fetch(effect.peer, effect.manifest, timeout_s)
         except (Refused, PeerFailed) as failed:
-            refused = ManifestRefused(effect.lookup, effect.peer, effect.manifest, failed.reason)
-            self.submit(refused)
+            reason = Reason(failed.reason)
+            self.submit(ManifestRefused(effect.lookup, effect.peer, effect.manifest, reason))
             return
         manifest = record.manifest
         self.submit(
@@ -400,7 +398,7 @@ class Driver:
         if self._store.record(record.digest, for_peer=True) is None:
             return  # private, or gone again
         row_ids = tuple(record.manifest.rows[row].row_id for row in rows)
-        expires_at_ms = time.time_ns() // 1_000_000 + REGISTRY_TTL_MS
+        expires_at_ms = clock.wall_ms() + REGISTRY_TTL_MS
         manifest = record.manifest
         self.on_rows_stored(
             RowsStored(record.digest, manifest.fingerprint, manifest.commitment, row_ids, expires_at_ms)
@@ -409,7 +407,7 @@ class Driver:
     def _counts(self, record: ObjectRecord) -> bool:
         """Whether an object of an earlier run still counts."""
         self._trust.meet(record.manifest.producer, record.member)
-        return self._trust.trusts_kv(record.manifest.producer, time.time_ns() // 1_000_000)
+        return self._trust.trusts_kv(record.manifest.producer, clock.now())
 
     def _condemn(self, digest: ManifestDigest) -> None:
         self._manifests.condemn(digest)

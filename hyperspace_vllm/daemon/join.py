@@ -10,7 +10,6 @@ import random
 import socket
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -30,6 +29,7 @@ from ..core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
 from ..core.records.standing import Tier
 from ..core.response.evidence import verdict
 from ..response_db import database_path
+from . import clock
 from .address_book import AddressBook
 from .identity import Identity, IdentityError
 from .metrics import Metrics
@@ -93,7 +93,7 @@ class NodeNetwork:
         self._network = network_id(config.network)
         self._key = load_network_key(config)
         self.trust = make_trust(config, identity, self._key)
-        self.dials = Dials(_now_ms())
+        self.dials = Dials(clock.now())
         self._loop = asyncio.get_running_loop()
         self._driver: NetworkDriver | None = None
         self._clients: Clients | None = None
@@ -170,8 +170,8 @@ class NodeNetwork:
             self._driver.submit(event)
         else:
             found = verdict(evidence.far)
-            self.trust.audited(evidence.signer, evidence.tokens, found, event.source, _now_ms())
-        return self.trust.is_convicted(evidence.signer, _now_ms())
+            self.trust.audited(evidence.signer, evidence.tokens, found, event.source, clock.now())
+        return self.trust.is_convicted(evidence.signer, clock.now())
 
     def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
         """What the response store can serve now, and what no more (response_news.Listener); from any thread."""
@@ -238,10 +238,11 @@ class NodeNetwork:
             from .redis.redis_registry import RedisRegistry
 
             with needed("registry", "correct its URL (HYPERSPACE_REGISTRY)"):
-                redis = RedisRegistry(config.registry, self._network, identity.peer_id, _now_ms)
+                redis = RedisRegistry(config.registry, self._network, identity.peer_id, clock.wall_ms)
             parts.push_async_callback(redis.close)
-        documents = None if redis else RegistryDocuments(self._network, identity.signing_key, _now_ms, config.nice)
-        if documents:
+        documents = None
+        if redis is None:
+            documents = RegistryDocuments(self._network, identity.signing_key, clock.wall_ms, config.nice)
             parts.push_async_callback(documents.close)
         responses = None
         if store is not None:
@@ -249,7 +250,7 @@ class NodeNetwork:
             parts.callback(responses.close)
         relay = _Relay()
         topics, protocols = (RESPONSE_TOPIC, PREFIX_TOPIC), (CACHE_PROTOCOL, PEERS_PROTOCOL)
-        gate = GossipGate(self._network, _now_ms())
+        gate = GossipGate(self._network, clock.now())
         host = Libp2pHost(
             identity.signing_key, config.p2p_listen, self._key, config.mdns, protocols, topics, relay, gate
         )
@@ -274,10 +275,10 @@ class NodeNetwork:
         )
 
         def tell(usable: tuple[PeerRecord, ...], endpoints: tuple[KvEndpoint, ...]) -> None:
-            book.note(node.members.addresses(_now_ms()))
+            book.note(node.members.addresses(clock.now()))
             on_peers(usable, endpoints)
 
-        node = NetworkNode(options, identity.signing_key, self.trust, self.dials, random.Random(), _now_ms())
+        node = NetworkNode(options, identity.signing_key, self.trust, self.dials, random.Random(), clock.now())
         scope: Scope = "public" if config.share == "public" else "network"
         driver = NetworkDriver(
             node, self._network, self.trust, store, responses, documents, redis, self._metrics, tell, scope, gate
@@ -370,7 +371,3 @@ def _outward_address() -> str:
         except OSError:
             return "127.0.0.1"
         return str(probe.getsockname()[0])
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -6,7 +6,6 @@ loro a process behind `RegistryDocuments`.
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, assert_never
@@ -76,10 +75,12 @@ from ..core.records.peer_wire import (
     encode,
     protocol_of,
 )
+from ..core.records.reason import Reason
 from ..core.records.standing import Tier
 from ..core.records.vram_digest import approximate_count
 from ..core.response.cache_proof import request_hash
-from ..core.response.sealed_hit import LIES, Opened
+from ..core.response.sealed_hit import Opened
+from . import clock
 from .metrics import Metrics
 from .peer_failed import PeerFailed
 from .responses.answer_places import AskingPeer
@@ -167,14 +168,14 @@ class NetworkDriver:
 
     def start(self) -> None:
         """Begin to join the network; `host` has started."""
-        self._perform_all(self._node.start(self._now_ms()))
+        self._perform_all(self._node.start(clock.now()))
         self._set_timer()
 
     def submit(self, event: NetworkEvent) -> None:
         """Let the core handle an event, and perform what it decides."""
         if self._closed:
             return
-        self._perform_all(self._node.handle(event, self._now_ms()))
+        self._perform_all(self._node.handle(event, clock.now()))
         self._set_timer()
 
     async def close(self) -> None:
@@ -195,12 +196,12 @@ class NetworkDriver:
             "known_peers": len(self.known),
             "usable": [record.peer for record in self.known],
             "serves": _serves(self._node.members.own),
-            "peers": [_serves(record) for record in self._node.members.usable(self._now_ms())],
+            "peers": [_serves(record) for record in self._node.members.usable(clock.now())],
             "registry_entries": registry.entries + registry.own_entries,
             "hints": len(self._node.hints),
             "provided": self._provided,
-            "suspected_peers": self._trust.suspicion.suspected(self._now_ms()),
-            "doubts_own_engine": self._trust.findings.doubts_itself(self._now_ms()),
+            "suspected_peers": self._trust.suspicion.suspected(clock.now()),
+            "doubts_own_engine": self._trust.findings.doubts_itself(clock.now()),
             "gossip_refused": dict(self._node.gossip_refused),
             "last_response_lookup": self.last_lookup,
         }
@@ -242,7 +243,7 @@ class NetworkDriver:
 
     def row_hints(self, row_id: RowId) -> tuple[PeerId, ...]:
         """Who says that it serves a KV row."""
-        return self._node.providers(row_id, self._now_ms())
+        return self._node.providers(row_id, clock.now())
 
     def used(self, keys: Iterable[bytes]) -> None:
         """Clients of this host had hits."""
@@ -307,7 +308,7 @@ class NetworkDriver:
 
     def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
         """Whether a search of the DHT may dial a peer there; saying yes counts as a dial."""
-        return self._node.may_dial(peer, address, told_from, self._now_ms())
+        return self._node.may_dial(peer, address, told_from, clock.now())
 
     # --- effects --------------------------------------------------------------------------------
 
@@ -378,7 +379,7 @@ class NetworkDriver:
             return decode_answer(frame)
         except ProtocolViolation as violation:
             log.info("peer %s broke the protocol: %s", peer, violation, extra={"peer": peer})
-            raise PeerFailed("protocol") from violation
+            raise PeerFailed(Reason.PROTOCOL) from violation
 
     async def _serve(self, effect: ServeResponse) -> None:
         answer: Hit | Miss = Miss("unknown")
@@ -405,17 +406,18 @@ class NetworkDriver:
         try:
             if effect.peer not in self.host.connected:
                 if not effect.address:
-                    raise PeerFailed("unreachable")
+                    raise PeerFailed(Reason.UNREACHABLE)
                 await self.host.connect(effect.peer, effect.address, effect.timeout_ms / 1000)
             answer = await self._ask(effect.peer, Query(effect.request_hash), deadline - self._loop.time())
             if not isinstance(answer, Hit):
-                raise PeerFailed(answer.reason if isinstance(answer, Miss | Refusal) else "protocol")
+                raise PeerFailed(_reason_of(answer))
             opened = await self._open(effect.lookup, lookup, answer)
-        except (PeerFailed, Refused) as failed:
-            reason = "miss" if failed.reason == "unknown" else failed.reason
-            self._refused(effect, reason, reason in LIES or reason == "protocol")
+        except PeerFailed as failed:
+            self._refused(effect, failed.reason)
+        except Refused as refused:
+            self._refused(effect, Reason.of(refused))
         except ProtocolViolation:
-            self._refused(effect, "protocol", lied=True)
+            self._refused(effect, Reason.PROTOCOL)
         else:
             self._metrics.bytes_total.labels("fetched").inc(len(answer.sealed))
             self._opened[effect.lookup, effect.peer] = opened
@@ -424,7 +426,7 @@ class NetworkDriver:
 
     async def _open(self, number: int, lookup: _NetworkLookup, hit: Hit) -> Opened:
         """What a hit holds. Of a signer that isn't trusted it goes to be audited, now and then."""
-        asked_for = hit, lookup.key, self._network, lookup.model_digest, self._trust, self._now_ms()
+        asked_for = hit, lookup.key, self._network, lookup.model_digest, self._trust, clock.now()
         try:
             return await open_fetched(*asked_for)
         except Refused as refused:
@@ -433,10 +435,10 @@ class NetworkDriver:
                 self.clients.try_response(number, tried.body, tried.raw_proof)
             raise
 
-    def _refused(self, effect: FetchResponse, reason: str, lied: bool) -> None:
-        if reason != "miss":
+    def _refused(self, effect: FetchResponse, reason: Reason) -> None:
+        if reason is not Reason.MISS:
             self._metrics.failures_total.labels("l1", reason).inc()
-        self.submit(ResponseRefused(effect.lookup, effect.peer, reason, lied))
+        self.submit(ResponseRefused(effect.lookup, effect.peer, reason))
 
     async def _search(self, effect: FindProviders) -> None:
         key = f"/cache/{effect.request_hash.hex()}"
@@ -461,7 +463,7 @@ class NetworkDriver:
         if opened is not None and self._store is not None:
             keep(self._store, lookup.key, opened, self._scope)
         self._note(lookup, effect)
-        answer = found_response(opened, effect.source, self._trust, self._now_ms()) if opened is not None else None
+        answer = found_response(opened, effect.source, self._trust, clock.now()) if opened is not None else None
         self.clients.answer_response(effect.lookup, answer, effect.reason)
 
     def _note(self, lookup: _NetworkLookup, effect: AnswerResponse) -> None:
@@ -497,19 +499,16 @@ class NetworkDriver:
 
     # --- leaves ---------------------------------------------------------------------------------
 
-    def _charge(self, peer: PeerId, reason: str) -> None:
+    def _charge(self, peer: PeerId, reason: Reason) -> None:
         self._metrics.failures_total.labels("l1", f"peer_{reason}").inc()
         log.info("peer %s is charged: %s", peer, reason, extra={"peer": peer})
-
-    def _now_ms(self) -> int:
-        return time.time_ns() // 1_000_000
 
     def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         deadline_ms = self._node.next_deadline_ms()
         if deadline_ms is not None and not self._closed:
-            delay_s = max(deadline_ms - self._now_ms(), 1) / 1000
+            delay_s = max(deadline_ms - clock.now().mono_ms, 1) / 1000
             self._timer = self._loop.call_later(delay_s, self.submit, NetworkTick())
 
     def _start(self, lookup: int, work: Coroutine[None, None, None]) -> None:
@@ -533,6 +532,19 @@ class NetworkDriver:
         except Exception:
             log.exception("a bug in Hyperspace: please report it")
             self._metrics.failures_total.labels("l1", "bug").inc()
+
+
+def _reason_of(answer: PeerAnswer) -> Reason:
+    """Why an answer to a query is no hit."""
+    match answer:
+        case Miss("busy"):
+            return Reason.BUSY
+        case Miss():
+            return Reason.MISS
+        case Refusal(reason):
+            return Reason(reason)
+        case _:
+            return Reason.PROTOCOL
 
 
 def _serves(record: PeerRecord) -> dict[str, object]:

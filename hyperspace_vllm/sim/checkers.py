@@ -15,6 +15,7 @@ from ..core.events.network_effects import AnswerResponse, FetchResponse, Network
 from ..core.events.network_events import NetworkEvent
 from ..core.records.ids import RequestKey
 from ..core.records.peer_wire import PeerRequest
+from ..core.records.reason import Reason
 from ..core.response.lookup import ATTEMPTS_MAX, IN_FLIGHT_MAX, RACE_MS
 from .sim_responses import right_body
 
@@ -49,8 +50,8 @@ class Checker:
         """A client gets `body`."""
         if body != right_body(key):
             self.violated(host.number, f"served a wrong response: {body[:40]!r}")
-        if expires_at_ms <= host.now_ms:
-            self.violated(host.number, f"served a response that expired {host.now_ms - expires_at_ms} ms ago")
+        if expires_at_ms <= host.wall_ms:
+            self.violated(host.number, f"served a response that expired {host.wall_ms - expires_at_ms} ms ago")
 
     def on_effects(self, host: "SimHost", event: NetworkEvent, effects: list[NetworkEffect]) -> None:
         """A core has handled an event."""
@@ -99,10 +100,10 @@ class Checker:
         at_ms, count = self._ticks.get(host.number, (-1, 0))
         count = count + 1 if at_ms == now_ms else 1
         self._ticks[host.number] = now_ms, count
-        if count > TICKS_MAX and due_ms is not None and due_ms <= host.now_ms:
+        if count > TICKS_MAX and due_ms is not None and due_ms <= host.now.mono_ms:
             raise RuntimeError(f"seed {self._fleet.seed}, {now_ms} ms, node {host.number}: ticks settle nothing")
 
-    def on_charge(self, host: "SimHost", peer: str, reason: str) -> None:
+    def on_charge(self, host: "SimHost", peer: str, reason: Reason) -> None:
         """A core blames a peer."""
         accused = self._fleet.number_of(peer)
         if host.liar is None and accused >= 0 and self._fleet.host(accused).liar is None:
@@ -112,7 +113,7 @@ class Checker:
         """Look at whom every honest node has convicted."""
         for host in self._fleet.honest:
             for other in self._fleet.honest:
-                if self._fleet.network.up(host.number) and host.trust.is_convicted(other.public_key, host.now_ms):
+                if self._fleet.network.up(host.number) and host.trust.is_convicted(other.public_key, host.now):
                     self.violated(host.number, f"convicted the honest node {other.number}")
 
     def check_tables(self) -> None:

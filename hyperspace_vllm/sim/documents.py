@@ -35,10 +35,10 @@ class Documents:
         self._sequence = 0
         self._copies: dict[bytes, dict[bytes, int]] = {}
 
-    def write(self, change: WriteRegistry, now_ms: int) -> OwnDeltaWritten:
+    def write(self, change: WriteRegistry, wall_ms: int) -> OwnDeltaWritten:
         """Sign a change of the own document."""
         if change.compact:
-            self._epoch, self._sequence = max(self._epoch + 1, now_ms), 0
+            self._epoch, self._sequence = max(self._epoch + 1, wall_ms), 0
         else:
             self._sequence += 1
         removed = () if change.compact else change.removed
@@ -48,7 +48,7 @@ class Documents:
             self._epoch,
             self._sequence,
             "snapshot" if change.compact else "update",
-            now_ms + REGISTRY_TTL_MS,
+            wall_ms + REGISTRY_TTL_MS,
             payload_of(change.added, removed),
         )
         return OwnDeltaWritten(delta, encode_delta(delta, self._key))

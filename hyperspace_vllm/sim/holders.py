@@ -68,9 +68,9 @@ class Holder:
 
     def opened(self, peer: int) -> None:
         """A connection is there: greet."""
-        now_ms = self._fleet.wall_ms
+        wall_ms = self._fleet.wall_ms
         record = PeerRecord(
-            self._fleet.network_id, self._public_key, now_ms, now_ms + PEER_RECORD_TTL_MS, self.address, "", self._tag
+            self._fleet.network_id, self._public_key, wall_ms, wall_ms + PEER_RECORD_TTL_MS, self.address, "", self._tag
         )
         self._record = record.sign(self._key).encode()
         self._ask(peer, Greet(self._record))

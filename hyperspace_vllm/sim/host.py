@@ -60,6 +60,7 @@ from ..core.peers.gossip_gate import GossipGate, Verdict
 from ..core.peers.trust import Trust, TrustMode
 from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import PeerId, RequestKey, peer_id
+from ..core.records.now import Now
 from ..core.records.peer_wire import (
     Hit,
     Miss,
@@ -70,10 +71,11 @@ from ..core.records.peer_wire import (
     decode_request,
     encode,
 )
+from ..core.records.reason import Reason
 from ..core.records.signing import NO_MEMBER_TAG, member_tag
 from ..core.response.cache_proof import request_hash
 from ..core.response.evidence import evidence_of
-from ..core.response.sealed_hit import LIES, Opened, make_hit, open_hit
+from ..core.response.sealed_hit import Opened, make_hit, open_hit
 from .documents import Documents
 from .sim_responses import MODEL_DIGEST, Response, Shelf, compute, right_body
 
@@ -88,6 +90,7 @@ STORE_MS = 5  # until the writer has committed
 LORO_MS = 10
 EXPIRE_EVERY_MS = 5_000
 CLOCK_SKEW_MS = 1_000
+UPTIME_MS = 3_600_000  # of host 0 when the simulation begins
 FRAMER = b"a framer"  # a source
 ENGINE_FIRST_MS = (150, 800)  # until the first frame
 ENGINE_REST_MS = (100, 1_500)  # until the last one
@@ -139,7 +142,12 @@ class SimHost:
         self.core: NetworkNode
 
     @property
-    def now_ms(self) -> int:
+    def now(self) -> Now:
+        """This moment, by this host's clocks; no two hosts started at the same time."""
+        return Now(self.fleet.agenda.now_ms + (1 + self.number) * UPTIME_MS, self.wall_ms)
+
+    @property
+    def wall_ms(self) -> int:
         """This host's wall clock."""
         return self.fleet.wall_ms + self.skew_ms
 
@@ -164,12 +172,12 @@ class SimHost:
         bootstrap = tuple((host.peer, host.address) for host in self.fleet.bootstrap if host is not self)
         options = NetworkOptions(self.fleet.network_id, self.address, "", bootstrap, self.network_key)
         self.core = NetworkNode(
-            options, self.key, self.trust, Dials(self.now_ms), random.Random(self.rng.random()), self.now_ms
+            options, self.key, self.trust, Dials(self.now), random.Random(self.rng.random()), self.now
         )
-        self.gate = GossipGate(self.fleet.network_id, self.now_ms)
-        self._perform_all(self.core.start(self.now_ms))
+        self.gate = GossipGate(self.fleet.network_id, self.now)
+        self._perform_all(self.core.start(self.now))
         for response in self.shelf.all():
-            if response.expires_at_ms > self.now_ms:
+            if response.expires_at_ms > self.wall_ms:
                 self.fleet.kept(self.number, response.request_hash)
                 self.tell(ResponseStored(response.request_hash, response.expires_at_ms, True))
         self.later(EXPIRE_EVERY_MS, self._expire)
@@ -191,9 +199,8 @@ class SimHost:
 
     def tell(self, event: NetworkEvent) -> None:
         """Hand an event to the core and perform what it decides."""
-        now_ms = self.now_ms
         self.fleet.trace.add(self.fleet.agenda.now_ms, self.number, event)
-        effects = self.core.handle(event, now_ms)
+        effects = self.core.handle(event, self.now)
         if self.liar is None:
             self.fleet.checker.on_effects(self, event, effects)
         self._perform_all(effects)
@@ -203,7 +210,7 @@ class SimHost:
     def ask(self, key: RequestKey, source: bytes = b"") -> None:
         """A client asks: the node's own database, then the network, and the engine."""
         wanted = request_hash(self.fleet.network_id, key)
-        kept = self.shelf.get(wanted, self.now_ms)
+        kept = self.shelf.get(wanted, self.wall_ms)
         if kept is not None:
             self.fleet.checker.on_served(self, key, kept.body, kept.expires_at_ms)
             self.tell(ResponsesUsed((wanted,)))
@@ -236,7 +243,7 @@ class SimHost:
 
     def _computed(self, request: Request) -> None:
         self._busy.pop(request.request_hash, None)
-        self.put(compute(self.key, self.fleet.network_id, request.key, right_body(request.key), self.tag, self.now_ms))
+        self.put(compute(self.key, self.fleet.network_id, request.key, right_body(request.key), self.tag, self.wall_ms))
 
     def put(self, response: Response, computed: bool = True) -> None:
         """Keep a response, and tell the core once it is there."""
@@ -255,7 +262,7 @@ class SimHost:
             self.tell(ResponsesGone(names))
 
     def _expire(self) -> None:
-        self._gone(self.shelf.expire(self.now_ms))
+        self._gone(self.shelf.expire(self.wall_ms))
         self.later(EXPIRE_EVERY_MS, self._expire)
 
     def _answered(self, effect: AnswerResponse) -> None:
@@ -301,14 +308,14 @@ class SimHost:
         gone = self.fleet.host(peer).peer
         self.tell(PeerDisconnected(gone))
         for request in [request for request, target in self._sends.items() if target == gone]:
-            self._failed(request, "unreachable")
+            self._failed(request, Reason.UNREACHABLE)
         for lookup, fetch in [(lookup, fetch) for (lookup, target), fetch in self._fetches.items() if target == gone]:
-            self._refuse(lookup, gone, fetch, "unreachable", False)
+            self._refuse(lookup, gone, fetch, Reason.UNREACHABLE)
 
     def passes_on(self, relay: int, topic: str, author: int, payload: bytes) -> bool:
         """Whether this node takes a message from a neighbour, and passes it on."""
         peers = [self.fleet.hosts[host].peer for host in (relay, author)]
-        verdict = self.gate.judge(peers[0], topic, peers[1], payload, lambda: True, self.now_ms)
+        verdict = self.gate.judge(peers[0], topic, peers[1], payload, lambda: True, self.now)
         if verdict is Verdict.MUTE:
             self.later(0, lambda: self.tell(GossipSpoiled(peers[0])))
         return verdict is Verdict.ACCEPT
@@ -390,14 +397,14 @@ class SimHost:
                 assert_never(effect)
 
     def _write(self, effect: WriteRegistry) -> None:
-        self.tell(self._documents.write(effect, self.now_ms))
+        self.tell(self._documents.write(effect, self.wall_ms))
         for name, _ in effect.added:
             self.fleet.announced(self.number, name)
 
     def _connect(self, effect: Connect) -> None:
         def done(failed: str | None) -> None:
             if failed is not None:
-                self.tell(ConnectFailed(effect.peer, failed))
+                self.tell(ConnectFailed(effect.peer, Reason(failed)))
 
         target = self.fleet.at(effect.address, effect.peer)
         self.fleet.network.dial(self.number, target, effect.timeout_ms, done)
@@ -412,15 +419,15 @@ class SimHost:
             try:
                 message = decode_answer(frame)
             except ProtocolViolation:
-                self._failed(effect.request, "protocol")
+                self._failed(effect.request, Reason.PROTOCOL)
                 return
             del self._sends[effect.request]
             self.tell(Answered(effect.request, effect.peer, message))
 
         if self._call(target, encode(effect.message), answered):
-            self.later(effect.timeout_ms, partial(self._failed, effect.request, "timeout"))
+            self.later(effect.timeout_ms, partial(self._failed, effect.request, Reason.TIMEOUT))
         else:
-            self.later(0, partial(self._failed, effect.request, "unreachable"))
+            self.later(0, partial(self._failed, effect.request, Reason.UNREACHABLE))
 
     def _call(self, target: int, frame: bytes, answered: Answer) -> bool:
         """Ask `target`, if there is a connection to it."""
@@ -432,7 +439,7 @@ class SimHost:
         act = partial(fleet.host(target).asked, self.number, frame, answer) if target >= 0 else None
         return act is not None and network.send(self.number, target, FRAME_BYTES + len(frame), act)
 
-    def _failed(self, request: int, reason: str) -> None:
+    def _failed(self, request: int, reason: Reason) -> None:
         peer = self._sends.pop(request, None)
         if peer is not None:
             self.tell(RequestFailed(request, peer, reason))
@@ -441,7 +448,7 @@ class SimHost:
         self._tokens.pop(token)(encode(message))
 
     def _serve_response(self, effect: ServeResponse) -> None:
-        response = self.shelf.get(effect.request_hash, self.now_ms)
+        response = self.shelf.get(effect.request_hash, self.wall_ms)
         if response is None:
             self._reply(effect.token, Miss("unknown"))
             return
@@ -479,15 +486,15 @@ class SimHost:
             request.far.add(target)
         self.fleet.checker.on_fetch(self, effect, sum(lookup == effect.lookup for lookup, _ in self._fetches))
         refuse = partial(self._refuse, effect.lookup, effect.peer, fetch)
-        self.later(effect.timeout_ms, partial(refuse, "timeout", False))
+        self.later(effect.timeout_ms, partial(refuse, Reason.TIMEOUT))
 
         def query(failed: str | None = None) -> None:
             if failed is not None:
-                refuse(failed, False)
+                refuse(Reason(failed))
             elif self._fetches.get((effect.lookup, effect.peer)) == fetch:
                 answered = partial(self._fetched, effect, fetch)
                 if not self._call(target, encode(Query(effect.request_hash)), answered):
-                    refuse("unreachable", False)
+                    refuse(Reason.UNREACHABLE)
 
         if self.fleet.network.connected(self.number, target):
             query()
@@ -502,17 +509,17 @@ class SimHost:
         try:
             message = decode_answer(frame)
             if isinstance(message, Miss | Refusal):
-                reason = "miss" if message.reason == "unknown" else message.reason
-                self._refuse(lookup, peer, fetch, reason, reason == "protocol")
+                reason = Reason.MISS if message.reason == "unknown" else Reason(message.reason)
+                self._refuse(lookup, peer, fetch, reason)
                 return
             if not isinstance(message, Hit):
                 raise ProtocolViolation("a query's answer is a hit or a miss")
             opened = self.open(message, self.requests[lookup])
         except ProtocolViolation:
-            self._refuse(lookup, peer, fetch, "protocol", True)
+            self._refuse(lookup, peer, fetch, Reason.PROTOCOL)
             return
         except Refused as refused:
-            self._refuse(lookup, peer, fetch, refused.reason, refused.reason in LIES)
+            self._refuse(lookup, peer, fetch, Reason.of(refused))
             return
         del self._fetches[lookup, peer]
         self.requests[lookup].fetched[peer] = opened
@@ -522,16 +529,16 @@ class SimHost:
         """What a hit holds, judged as the daemon judges it."""
 
         def trusts(signer: bytes) -> bool:
-            return self.trust.trusts(signer, self.now_ms)
+            return self.trust.trusts(signer, self.now)
 
-        return open_hit(hit, request.key, self.fleet.network_id, MODEL_DIGEST, trusts, self.trust.meet, self.now_ms)
+        return open_hit(hit, request.key, self.fleet.network_id, MODEL_DIGEST, trusts, self.trust.meet, self.wall_ms)
 
-    def _refuse(self, lookup: int, peer: PeerId, fetch: int, reason: str, lied: bool) -> None:
+    def _refuse(self, lookup: int, peer: PeerId, fetch: int, reason: Reason) -> None:
         if self._fetches.get((lookup, peer)) == fetch:
             del self._fetches[lookup, peer]
-            if reason == "expired":
+            if reason is Reason.EXPIRED:
                 self.requests[lookup].lapsed.add(self.fleet.number_of(peer))
-            self.tell(ResponseRefused(lookup, peer, reason, lied))
+            self.tell(ResponseRefused(lookup, peer, reason))
 
     # --- leaves ---------------------------------------------------------------------------------
 
@@ -539,7 +546,7 @@ class SimHost:
         """Keep one timer, as the driver does; one that was moved comes and goes."""
         due_ms = self.core.next_deadline_ms()
         if due_ms is not None and due_ms != self._tick_at_ms:
-            self.later(due_ms - self.now_ms, partial(self._tick, due_ms))
+            self.later(due_ms - self.now.mono_ms, partial(self._tick, due_ms))
         self._tick_at_ms = due_ms
 
     def _tick(self, due_ms: int) -> None:

@@ -155,8 +155,8 @@ class Liar:
                 return SILENCE
             case "relayer" if self._host.fleet.agenda.now_ms < LIES_FROM_MS:
                 fleet = self._host.fleet
-                network, now_ms = fleet.network_id, self._host.now_ms
-                relayed = compute(fleet.departed, network, key, right_body(key), NO_MEMBER_TAG, now_ms)
+                network, wall_ms = fleet.network_id, self._host.wall_ms
+                relayed = compute(fleet.departed, network, key, right_body(key), NO_MEMBER_TAG, wall_ms)
                 return encode(self._hit(key, relayed.body, relayed))
             case "garbled":
                 return self._rng.randbytes(100)
@@ -166,21 +166,23 @@ class Liar:
                 return encode(self._false_hit(key))
 
     def _false_hit(self, key: RequestKey) -> Hit:
-        host, now_ms = self._host, self._host.now_ms
-        response = self._made(right_body(key), key, now_ms)
+        host, wall_ms = self._host, self._host.wall_ms
+        response = self._made(right_body(key), key, wall_ms)
         match self.kind:
             case "altered":
                 return self._hit(key, b"altered " + response.body, response)
             case "forged" | "stranger" | "relayer":
                 signer = self._key if self.kind == "forged" else host.key
-                forged = compute(signer, host.fleet.network_id, key, b"forged", host.tag, now_ms)
+                forged = compute(signer, host.fleet.network_id, key, b"forged", host.tag, wall_ms)
                 return self._hit(key, forged.body, forged)
             case "replayed":
                 other = self._rng.choice(list(host.fleet.keys.values()))
-                replayed = self._made(right_body(other), other, now_ms)
+                replayed = self._made(right_body(other), other, wall_ms)
                 return self._hit(self._rng.choice((key, other)), replayed.body, replayed)
             case "expired":
-                old = self._made(b"yesterday", key, now_ms - RESPONSE_TTL_MS - self._rng.choice((1, 5)) * CLOCK_SKEW_MS)
+                old = self._made(
+                    b"yesterday", key, wall_ms - RESPONSE_TTL_MS - self._rng.choice((1, 5)) * CLOCK_SKEW_MS
+                )
                 return self._hit(key, old.body, old)
             case _:
                 return self._hit(key, response.body, response, popularity=(1 << 32) - 1)
@@ -197,7 +199,7 @@ class Liar:
     def _boast(self) -> None:
         host = self._host
         host.later(BOAST_EVERY_MS, self._boast)
-        expires_at_ms = host.now_ms + RESPONSE_TTL_MS
+        expires_at_ms = host.wall_ms + RESPONSE_TTL_MS
         names = list(host.fleet.keys if self.kind in OPEN_KINDS else self._heard)
         for name in self._rng.sample(names, min(len(names), BOASTS)):
             host.tell(ResponseStored(name, expires_at_ms, True))
@@ -218,13 +220,13 @@ class Liar:
 
     def _record_of(self, key: SigningKey, address: str) -> bytes:
         host, public_key = self._host, key.verify_key.encode()
-        tag, expires_at_ms = self._tag_of(public_key), host.now_ms + PEER_RECORD_TTL_MS
-        record = PeerRecord(host.fleet.network_id, public_key, host.now_ms, expires_at_ms, address, "", tag)
+        tag, expires_at_ms = self._tag_of(public_key), host.wall_ms + PEER_RECORD_TTL_MS
+        record = PeerRecord(host.fleet.network_id, public_key, host.wall_ms, expires_at_ms, address, "", tag)
         return record.sign(key).encode()
 
     def _document_of(self, key: SigningKey) -> bytes:
         host, owner = self._host, key.verify_key.encode()
-        expires_at_ms = host.now_ms + REGISTRY_TTL_MS
+        expires_at_ms = host.wall_ms + REGISTRY_TTL_MS
         entries = tuple((sha256(owner + bytes([n])).digest(), expires_at_ms) for n in range(INVENTED_ENTRIES))
         epoch = host.fleet.wall_ms // 1_000 * 1_000
         delta = RegistryDelta(
@@ -236,8 +238,8 @@ class Liar:
         host = self._host
         host.later(FLOOD_EVERY_MS, self._flood)
         self._flooded += 1
-        entry = ResponseEntry(self._rng.randbytes(32), host.now_ms + RESPONSE_TTL_MS)
-        batch = Announcement(host.fleet.network_id, host.public_key, self._flooded, host.now_ms, (entry,))
+        entry = ResponseEntry(self._rng.randbytes(32), host.wall_ms + RESPONSE_TTL_MS)
+        batch = Announcement(host.fleet.network_id, host.public_key, self._flooded, host.wall_ms, (entry,))
         for said in (
             encode_announcement(batch, host.key),
             self._rng.randbytes(100),

@@ -60,10 +60,10 @@ class Shelf:
         """Everything, expired or not."""
         return list(self._responses.values())
 
-    def get(self, wanted: bytes, now_ms: int) -> Response | None:
+    def get(self, wanted: bytes, wall_ms: int) -> Response | None:
         """It, unless it isn't here or has expired."""
         response = self._responses.get(wanted)
-        if response is None or response.expires_at_ms <= now_ms:
+        if response is None or response.expires_at_ms <= wall_ms:
             return None
         self._responses.move_to_end(wanted)
         return response
@@ -82,9 +82,9 @@ class Shelf:
             gone.append(self._responses.popitem(last=False)[0])
         return tuple(gone)
 
-    def expire(self, now_ms: int) -> tuple[bytes, ...]:
+    def expire(self, wall_ms: int) -> tuple[bytes, ...]:
         """Drop what has expired."""
-        gone = tuple(name for name, response in self._responses.items() if response.expires_at_ms <= now_ms)
+        gone = tuple(name for name, response in self._responses.items() if response.expires_at_ms <= wall_ms)
         for name in gone:
             del self._responses[name]
         return gone

@@ -54,6 +54,8 @@ from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowId, RowKey,
 from ..core.records.layout import Layout
 from ..core.records.limits import DATA_CHUNKS, TOTAL_CHUNKS
 from ..core.records.manifest import chunk_bytes_for
+from ..core.records.now import Now
+from ..core.records.reason import Reason
 
 ALL_COLUMNS = (1 << TOTAL_CHUNKS) - 1
 ROOM_BYTES = 1 << 62
@@ -100,7 +102,7 @@ class Host:
     staged: dict[int, int] = field(default_factory=dict)  # slab -> how often it was disposed of
     answers: dict[int, list[TimedAnswer]] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
-    charged: list[tuple[PeerId, str]] = field(default_factory=list)
+    charged: list[tuple[PeerId, Reason]] = field(default_factory=list)
     arrived: dict[tuple[int, RowKey, ManifestDigest], int] = field(default_factory=dict)
     ready: set[tuple[int, RowKey]] = field(default_factory=set)
     uplink_free_ms: float = 0
@@ -179,7 +181,7 @@ class World:
     def tell(self, host: Host, event: Event) -> None:
         """Hand an event to a host's core and perform what it decides."""
         host.events += 1
-        for effect in host.node.handle(event, self.now_ms):
+        for effect in host.node.handle(event, Now(self.now_ms, 0)):
             self._perform(host, effect)
         self._arm(host)
 
@@ -238,7 +240,7 @@ class World:
     def _ask_providers(self, host: Host, peer: Host, effect: FindProviders) -> None:
         rtt_ms = self._rtt_ms(host, peer)
         if peer.frozen or rtt_ms > effect.timeout_ms:
-            failed = ProviderFailed(effect.lookup, peer.peer, "timeout")
+            failed = ProviderFailed(effect.lookup, peer.peer, Reason.TIMEOUT)
             self._report(host, effect.lookup, failed, effect.timeout_ms)
             return
         offers = tuple(
@@ -252,16 +254,16 @@ class World:
         self._report(host, effect.lookup, ProviderAnswered(effect.lookup, peer.peer, offers, rtt_ms), rtt_ms)
 
     def _fetch_manifest(self, host: Host, peer: Host, effect: FetchManifest) -> None:
-        def refuse(reason: str, delay_ms: int) -> None:
+        def refuse(reason: Reason, delay_ms: int) -> None:
             refused = ManifestRefused(effect.lookup, peer.peer, effect.manifest, reason)
             self._report(host, effect.lookup, refused, delay_ms)
 
         stored = peer.objects.get(effect.manifest)
         rtt_ms = self._rtt_ms(host, peer)
         if peer.frozen:
-            refuse("timeout", effect.timeout_ms)
+            refuse(Reason.TIMEOUT, effect.timeout_ms)
         elif stored is None or peer.forged:
-            refuse("forged" if peer.forged else "not_here", rtt_ms)
+            refuse(Reason.FORGED if peer.forged else Reason.NOT_HERE, rtt_ms)
         else:
             verified = ManifestVerified(
                 effect.lookup,
@@ -277,20 +279,20 @@ class World:
     def _fetch_row(self, host: Host, peer: Host, effect: FetchRow) -> None:
         """The peer sends the columns one after another over its one uplink; they arrive in up to two batches."""
 
-        def stall(reason: str, delay_ms: float) -> None:
+        def stall(reason: Reason, delay_ms: float) -> None:
             stalled = HolderStalled(effect.lookup, effect.row_key, peer.peer, reason)
             self.at(delay_ms, partial(self._stalled, host, effect, stalled))
 
         stored = peer.objects.get(effect.manifest)
         rtt_ms = self._rtt_ms(host, peer)
         if peer.frozen:
-            stall("timeout", effect.timeout_ms)
+            stall(Reason.TIMEOUT, effect.timeout_ms)
             return
         if stored is None or effect.row >= len(stored.row_ids):
-            stall("not_here", rtt_ms)
+            stall(Reason.NOT_HERE, rtt_ms)
             return
         if peer.garbage:
-            stall("bad_digest", rtt_ms + 1)
+            stall(Reason.BAD_DIGEST, rtt_ms + 1)
             return
         chunk_ms = effect.length / DATA_CHUNKS / peer.bytes_per_ms
         lost = peer.lost | ALL_COLUMNS & ~peer.columns.get(stored.row_ids[effect.row], ALL_COLUMNS)
@@ -303,9 +305,9 @@ class World:
                 self.at(starts_ms, partial(self._arrive, host, peer, effect, columns))
         peer.uplink_free_ms = self.now_ms + starts_ms
         if effect.columns & lost:
-            stall("not_here", starts_ms)
+            stall(Reason.NOT_HERE, starts_ms)
         elif effect.columns & peer.withheld:
-            stall("timeout", effect.timeout_ms)
+            stall(Reason.TIMEOUT, effect.timeout_ms)
 
     def _arrive(self, host: Host, peer: Host, effect: FetchRow, columns: int) -> None:
         if peer.frozen or (effect.lookup, effect.row_key) in host.ready:

@@ -30,7 +30,7 @@ from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX, RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import decode_proof
 from hyperspace_vllm.core.response.scope import RequestScope, tenant_of, verify_scope
-from hyperspace_vllm.daemon.responses.response_store import wall_clock_ms
+from hyperspace_vllm.daemon.clock import wall_ms
 from tests.support.cached_server import (
     CHAT,
     CHAT_PATH,
@@ -102,7 +102,7 @@ async def test_a_repeat_at_once_is_a_hit_before_the_node_has_stored_anything(
 
 async def test_what_was_answered_just_before_the_clock_was_set_back_is_forgotten(make_bench: MakeBench) -> None:
     ahead_ms = 300 * RESPONSE_TTL_MS
-    bench = await make_bench(clock=lambda: wall_clock_ms() + ahead_ms)
+    bench = await make_bench(clock=lambda: wall_ms() + ahead_ms)
     bench.node.keeps = False
     await bench.ask(CHAT)
     assert "hit" in (await bench.ask(CHAT)).headers["cache-status"]
@@ -214,7 +214,7 @@ async def test_nothing_that_is_refused_changes_what_is_served(make_bench: MakeBe
 
 async def test_a_hit_expires(make_bench: MakeBench) -> None:
     later_ms = 0
-    bench = await make_bench(clock=lambda: wall_clock_ms() + later_ms)
+    bench = await make_bench(clock=lambda: wall_ms() + later_ms)
     await bench.ask(CHAT)
     await bench.stored(1)
     later_ms = 10_000
@@ -227,10 +227,10 @@ async def test_a_life_that_was_shortened_is_that_of_what_is_stored_already(make_
     first = await make_bench()
     await first.ask(CHAT)
     await first.stored(1)
-    bench = await make_bench(ttl_ms=10_000, clock=lambda: wall_clock_ms() + 5_000)
+    bench = await make_bench(ttl_ms=10_000, clock=lambda: wall_ms() + 5_000)
     (status, ttl, _) = (await bench.ask(CHAT)).headers["cache-status"].split("; ")[1:]
     assert (status, int(ttl.removeprefix("ttl=")) <= 5) == ("hit", True)
-    later = await make_bench(ttl_ms=10_000, clock=lambda: wall_clock_ms() + 10_000)
+    later = await make_bench(ttl_ms=10_000, clock=lambda: wall_ms() + 10_000)
     assert (await later.ask(CHAT)).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
 
 
@@ -302,7 +302,7 @@ async def test_only_if_cached_never_computes(bench: Bench) -> None:
 @pytest.mark.parametrize("directive", ["max-age=5", "max-age=nonsense", "min-fresh=86399", "min-fresh=x"])
 async def test_an_entry_older_than_wanted_is_stale(make_bench: MakeBench, directive: str) -> None:
     later_ms = 0
-    bench = await make_bench(clock=lambda: wall_clock_ms() + later_ms)
+    bench = await make_bench(clock=lambda: wall_ms() + later_ms)
     await bench.ask(GREEDY)
     await bench.stored(1)
     later_ms = 10_000

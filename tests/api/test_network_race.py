@@ -31,7 +31,7 @@ from hyperspace_vllm.core.local.messages import (
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_LOOKUPS_MAX, RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import make_proof
-from hyperspace_vllm.daemon.responses.response_store import wall_clock_ms
+from hyperspace_vllm.daemon.clock import wall_ms
 from tests.support.cached_server import (
     CHAT,
     CHAT_PATH,
@@ -98,7 +98,7 @@ def found(asked: FindResponse, said: dict[str, Any] = SAID, age_ms: int = 60_000
     usage = {"prompt_tokens": 5, "total_tokens": 7, "completion_tokens": 2}
     head = {"object": "chat.completion", "created": 1, "model": "base", "system_fingerprint": "fp"}
     body = msgspec.json.encode(head | {"choices": [choice], "usage": usage})
-    at_ms = wall_clock_ms() - age_ms
+    at_ms = wall_ms() - age_ms
     key, network = RequestKey(asked.request_key), network_id("test")
     proof = make_proof(SigningKey(bytes(32)), network, key, body, asked.model_digest, "vllm 0.32.0", at_ms)
     answer = ResponseFound(

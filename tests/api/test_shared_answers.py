@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hyperspace_vllm.daemon.responses.response_store import wall_clock_ms
+from hyperspace_vllm.daemon.clock import wall_ms
 from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench, benches, text_of, until
 
 pytestmark = pytest.mark.io
@@ -130,7 +130,7 @@ async def test_a_client_that_computes_a_sample_anew_leaves_the_others_theirs(
     make_bench: MakeBench, directive: str
 ) -> None:
     later_ms = 0
-    bench = await make_bench(clock=lambda: wall_clock_ms() + later_ms)
+    bench = await make_bench(clock=lambda: wall_ms() + later_ms)
     first = text_of(await bench.ask(CHAT))
     await bench.stored(1)
     later_ms = 10_000

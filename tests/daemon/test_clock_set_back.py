@@ -26,7 +26,8 @@ async def pool() -> AsyncIterator[SharedPool]:
 
 def clock(monkeypatch: pytest.MonkeyPatch, ahead_s: int) -> None:
     """What a node takes for the time when it signs."""
-    monkeypatch.setattr(object_encoder, "time", SimpleNamespace(time_ns=lambda: time.time_ns() + ahead_s * 10**9))
+    set_clock = SimpleNamespace(wall_ms=lambda: time.time_ns() // 1_000_000 + ahead_s * 1_000)
+    monkeypatch.setattr(object_encoder, "clock", set_clock)
 
 
 async def found(node: TestNode) -> Answer:

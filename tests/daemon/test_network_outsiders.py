@@ -40,6 +40,7 @@ from hyperspace_vllm.core.records.signing import member_tag
 from hyperspace_vllm.core.records.standing import Tier
 from hyperspace_vllm.core.response import dht_use
 from hyperspace_vllm.core.response.cache_proof import request_hash
+from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.libp2p.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.network_driver import NetworkDriver
@@ -97,8 +98,8 @@ async def deaf_node(nodes: list[NetworkedNode]) -> AsyncIterator[tuple[NetworkDr
     host = Libp2pHost(signing_key, "127.0.0.1:0", key, False, (CACHE_PROTOCOL, PEERS_PROTOCOL), (), handler)
     await host.start()
     options = NetworkOptions(NETWORK, host.address, "", (address_of(nodes[0]),), key, registry=False)
-    core = NetworkNode(options, signing_key, trust, Dials(now_ms()), random.Random(1), now_ms())
-    gate = GossipGate(NETWORK, now_ms())
+    core = NetworkNode(options, signing_key, trust, Dials(clock.now()), random.Random(1), clock.now())
+    gate = GossipGate(NETWORK, clock.now())
     driver = NetworkDriver(core, NETWORK, trust, None, None, None, None, Metrics(), lambda *_: None, "network", gate)
     driver.host, driver.clients = host, Clients()
     handler.driver = driver
@@ -117,10 +118,6 @@ class Later:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.driver, name)
-
-
-def now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 async def test_the_dht_alone_finds_what_was_provided(
@@ -195,7 +192,7 @@ async def test_a_listener_on_everything_learns_no_prompt_no_response_and_no_key(
         for peer, address in peers:
             await host.connect(peer, address, 30)
         record = PeerRecord(
-            NetworkId(NETWORK), public_key, now_ms(), now_ms() + PEER_RECORD_TTL_MS, host.address,
+            NetworkId(NETWORK), public_key, clock.wall_ms(), clock.wall_ms() + PEER_RECORD_TTL_MS, host.address,
             member_tag=member_tag(key, public_key),
         ).sign(signing_key)  # fmt: skip
 

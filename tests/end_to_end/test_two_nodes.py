@@ -22,6 +22,7 @@ from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, KiB, MiB
 from hyperspace_vllm.core.records.manifest import Manifest, digest_blob
 from hyperspace_vllm.core.records.wire import Offer
+from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv.chunk_store import ChunkStore
 from hyperspace_vllm.daemon.kv.object_codec import ObjectRecord, chunk_digest, sign_record
@@ -225,7 +226,7 @@ async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair:
     assert b.node.peers == (a.identity.peer_id,)
     assert is_whole(b, await b.look_up(KEYS))
     assert a.failures() == b.failures() == {}
-    assert b.trust.service.score(a.identity.peer_id, time.time_ns() // 1_000_000) > 0.1
+    assert b.trust.service.score(a.identity.peer_id, clock.now()) > 0.1
     # Both can announce what they have: A its objects, B those that it keeps.
     await until(lambda: len(rows_told(a)) == ROWS_STORED)
     await until(lambda: rows_told(b) <= rows_told(a) and len(b.stored) >= 4)

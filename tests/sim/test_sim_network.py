@@ -23,7 +23,9 @@ from hyperspace_vllm.core.peers.reputation import THRESHOLD
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import NetworkId, RequestKey, peer_id
 from hyperspace_vllm.core.records.limits import GOSSIP_OF_AUTHOR_PER_S, RESPONSE_TTL_MS
+from hyperspace_vllm.core.records.now import Now
 from hyperspace_vllm.core.records.peer_wire import Hit
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.sealing import open_response
 from hyperspace_vllm.core.response.cache_proof import decode_proof
 from hyperspace_vllm.core.response.sealed_hit import Opened
@@ -143,8 +145,8 @@ def _hit_rate(results: list[Result]) -> float:
 def test_a_node_that_believes_whoever_serves_well_is_caught_serving_what_relayers_sign(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def trusts(self: Trust, public_key: bytes, now_ms: int) -> bool:
-        return self.trusts_kv(public_key, now_ms) or self.service.score(peer_id(public_key), now_ms) >= THRESHOLD
+    def trusts(self: Trust, public_key: bytes, now: Now) -> bool:
+        return self.trusts_kv(public_key, now) or self.service.score(peer_id(public_key), now) >= THRESHOLD
 
     monkeypatch.setattr(Trust, "trusts", trusts)
     assert "served a wrong response: b'forged'" in "\n".join(run("relayers", OPEN_NODES, 1).violations)
@@ -220,7 +222,10 @@ def test_a_core_that_leaves_a_peer_without_an_answer_is_caught(monkeypatch: pyte
 def test_a_core_that_blames_honest_peers_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     changed(
         monkeypatch,
-        lambda event, effects: [*effects, *([ChargePeer(event.relay, "dislike")] if hasattr(event, "relay") else [])],
+        lambda event, effects: [
+            *effects,
+            *([ChargePeer(event.relay, Reason.BAD_SEAL)] if hasattr(event, "relay") else []),
+        ],
     )
     assert "charged the honest node" in violations_of()
 

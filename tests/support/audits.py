@@ -22,7 +22,7 @@ from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.answer_ids import without_ids
 from hyperspace_vllm.core.response.cache_proof import make_proof
-from hyperspace_vllm.daemon.responses.response_store import wall_clock_ms
+from hyperspace_vllm.daemon.clock import wall_ms
 from tests.support.cached_server import Bench, Node, benches
 
 CHAT: dict[str, Any] = {"model": "demo", "temperature": 0, "messages": [{"role": "user", "content": "Why?"}]}
@@ -49,7 +49,7 @@ class Suspect:
 
     def find(self, node: Node, asked: FindResponse) -> None:
         body = msgspec.json.encode(without_ids({**self.says}))
-        at_ms = wall_clock_ms() - 60_000
+        at_ms = wall_ms() - 60_000
         key, network = RequestKey(asked.request_key), network_id("test")
         proof = make_proof(SigningKey(bytes(32)), network, key, body, asked.model_digest, "vllm", at_ms).encode()
         expires_at_ms = at_ms + RESPONSE_TTL_MS

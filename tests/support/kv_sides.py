@@ -1,7 +1,6 @@
 """Two ends of the bulk transport in one process, over real sockets."""
 
 import secrets
-import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -15,6 +14,7 @@ from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RowId, netw
 from hyperspace_vllm.core.records.limits import (
     MiB,
 )
+from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv.chunk_store import ChunkStore
 from hyperspace_vllm.daemon.kv.chunk_transport import ChunkTransport
@@ -63,7 +63,7 @@ class Side:
             self.store,
             self.metrics,
             self.trust,
-            Dials(time.time_ns() // 1_000_000),
+            Dials(clock.now()),
             self.violations.append,
         )
 

@@ -46,9 +46,12 @@ from hyperspace_vllm.core.peers.gossip_gate import GossipGate, Verdict
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import NetworkId, PeerId, network_id, peer_id, sha256
 from hyperspace_vllm.core.records.limits import PEER_RECORD_TTL_MS, RESPONSE_TTL_MS
+from hyperspace_vllm.core.records.now import Now
 from hyperspace_vllm.core.records.peer_record import PeerRecord
 from hyperspace_vllm.core.records.peer_wire import PeerAnswer
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG, member_tag
+from tests.support.moments import BOOTED_MS, dated
 
 NETWORK = network_id("test")
 NETWORK_KEY = b"k" * 32
@@ -112,7 +115,7 @@ def make_node(
     trust = Trust("members", me.public_key, known, frozenset(), network_key)
     addresses = tuple((Identity(other).peer, Identity(other).address) for other in bootstrap)
     options = NetworkOptions(NETWORK, me.address, "", addresses, network_key, registry=registry)
-    return NetworkNode(options, me.key, trust, Dials(now_ms), random.Random(number), now_ms)
+    return NetworkNode(options, me.key, trust, Dials(dated(now_ms)), random.Random(number), dated(now_ms))
 
 
 def only(effects: list[NetworkEffect], kind: type) -> list:  # type: ignore[type-arg]
@@ -124,10 +127,10 @@ class OpenGate(GossipGate):
     """Accepts all gossip, to test what is below it and next to it."""
 
     def __init__(self) -> None:
-        super().__init__(NETWORK, NOW_MS)
+        super().__init__(NETWORK, dated(NOW_MS))
 
     def judge(
-        self, link: PeerId, topic: str, author: PeerId, payload: bytes, signed: Callable[[], bool], now_ms: int
+        self, link: PeerId, topic: str, author: PeerId, payload: bytes, signed: Callable[[], bool], now: Now
     ) -> Verdict:
         return Verdict.ACCEPT
 
@@ -149,11 +152,16 @@ class World:
     _pending: list[tuple[int, int, NetworkEvent]] = field(default_factory=list)  # when, to whom
     _answered: set[tuple[int, int]] = field(default_factory=set)
 
+    @property
+    def now(self) -> Now:
+        """This moment, for every node."""
+        return dated(self.now_ms)
+
     def boot(self, number: int, bootstrap: tuple[int, ...] = (), **options: object) -> NetworkNode:
         """Start a node."""
         node = self.nodes[number] = make_node(number, bootstrap, now_ms=self.now_ms, **options)  # type: ignore[arg-type]
         self.has.setdefault(number, set())
-        self._perform_all(number, node.start(self.now_ms))
+        self._perform_all(number, node.start(self.now))
         self._settle()
         return node
 
@@ -184,7 +192,11 @@ class World:
         """Let time pass."""
         until_ms = self.now_ms + for_ms
         while True:
-            due = [(node.next_deadline_ms(), number) for number, node in self.nodes.items() if number not in self.cut]
+            due = [
+                (_wall(node.next_deadline_ms()), number)
+                for number, node in self.nodes.items()
+                if number not in self.cut
+            ]
             due += [(at_ms, -1) for at_ms, _, _ in self._pending]
             at_ms = min((at for at, _ in due if at is not None), default=until_ms + 1)
             if at_ms > until_ms:
@@ -215,7 +227,7 @@ class World:
                     if (number, event.request) in self._answered:
                         continue
                     self._answered.add((number, event.request))
-                self._perform_all(number, self.nodes[number].handle(event, self.now_ms))
+                self._perform_all(number, self.nodes[number].handle(event, self.now))
 
     def _perform_all(self, number: int, effects: list[NetworkEffect]) -> None:
         for effect in effects:
@@ -229,7 +241,7 @@ class World:
             case Connect(peer, address):
                 other = self._at(address)
                 if other is None or Identity(other).peer != peer or other in self.cut or number in self.cut:
-                    tell_me(SECOND_MS, ConnectFailed(peer, "unreachable"))
+                    tell_me(SECOND_MS, ConnectFailed(peer, Reason.UNREACHABLE))
                 else:
                     self.links.add(frozenset({number, other}))
                     self._queue.append((number, PeerConnected(peer, Identity(other).host)))
@@ -241,7 +253,7 @@ class World:
                     self._queue.extend([(number, PeerDisconnected(peer)), (other, PeerDisconnected(me))])
             case Send(request, peer, message, timeout_ms):
                 other = self._number(peer)
-                tell_me(timeout_ms, RequestFailed(request, peer, "timeout"))
+                tell_me(timeout_ms, RequestFailed(request, peer, Reason.TIMEOUT))
                 if frozenset({number, other}) in self.links and other not in self.cut:
                     token = len(self._tokens)
                     self._tokens[token] = number, request
@@ -251,11 +263,11 @@ class World:
             case FetchResponse(lookup, peer, _, request_hash, timeout_ms):
                 other = self._number(peer)
                 if other in self.cut or other not in self.nodes:
-                    tell_me(timeout_ms, ResponseRefused(lookup, peer, "timeout", False))
+                    tell_me(timeout_ms, ResponseRefused(lookup, peer, Reason.TIMEOUT))
                 elif request_hash in self.has[other]:
                     tell_me(5, ResponseFetched(lookup, peer, 100, self.now_ms + RESPONSE_TTL_MS, 16))
                 else:
-                    tell_me(5, ResponseRefused(lookup, peer, "miss", False))
+                    tell_me(5, ResponseRefused(lookup, peer, Reason.MISS))
             case FindProviders(lookup):
                 tell_me(50, ProvidersFound(lookup, (), 20.0))
             case AnswerResponse(lookup):
@@ -292,6 +304,10 @@ def _peer(number: int) -> PeerId:
     if number not in _PEERS:
         _PEERS[number] = Identity(number).peer
     return _PEERS[number]
+
+
+def _wall(mono_ms: int | None) -> int | None:
+    return None if mono_ms is None else mono_ms + BOOTED_MS
 
 
 def _address_of(node: NetworkNode) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, GiB, MiB
 from hyperspace_vllm.core.records.manifest import digest_blob
 from hyperspace_vllm.core.records.peer_record import PeerRecord
+from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.driver import Driver
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv.arena import Arena
@@ -141,7 +141,7 @@ class TestNode:
         self.store = store(directory / "chunks", disk_bytes)
         self.trust = trust_of(self.identity, peers, network_key)
         self.transport = ChunkTransport(
-            self.config, self.identity, self.store, self.metrics, self.trust, Dials(time.time_ns() // 1_000_000)
+            self.config, self.identity, self.store, self.metrics, self.trust, Dials(clock.now())
         )
         self.stored: list[RowsStored] = []
         self.compute = compute or ComputePool()

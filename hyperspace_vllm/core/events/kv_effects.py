@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..records.ids import ManifestDigest, PeerId, RowId, RowKey
 from ..records.layout import Layout
+from ..records.reason import Reason
 
 # --- L2: reading a prefix -----------------------------------------------------------------------
 
@@ -112,7 +113,7 @@ class ChargePeer:
     """A peer broke the protocol or served garbage."""
 
     peer: PeerId
-    reason: str
+    reason: Reason
 
 
 # --- L2: writing a prefix -----------------------------------------------------------------------

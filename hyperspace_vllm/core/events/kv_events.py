@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..records.ids import ManifestDigest, PeerId, RowId, RowKey, SegmentKey
 from ..records.layout import Layout
+from ..records.reason import Reason
 
 # --- L2: reading a prefix -----------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ class ProviderFailed:
 
     lookup: int
     peer: PeerId
-    reason: str
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +92,12 @@ class ManifestVerified:
 
 @dataclass(frozen=True, slots=True)
 class ManifestRefused:
-    """Answers FetchManifest: missing, late, malformed, untrusted, forged. `reason` is a metric label."""
+    """Answers FetchManifest: missing, late, malformed, untrusted, forged."""
 
     lookup: int
     peer: PeerId
     manifest: ManifestDigest
-    reason: str
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ class HolderStalled:
     lookup: int
     row_key: RowKey
     peer: PeerId
-    reason: str  # timeout | unreachable | bad_digest | not_here | busy | protocol
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..records.ids import PeerId
 from ..records.peer_record import PeerRecord
 from ..records.peer_wire import PeerAnswer, PeerRequest
+from ..records.reason import Reason
 from ..records.standing import Standing
 
 # --- connections --------------------------------------------------------------------------------
@@ -94,10 +95,10 @@ class AuthorsChanged:
 
 @dataclass(frozen=True, slots=True)
 class ChargePeer:
-    """A peer broke the protocol, lied, or does not answer: for metrics."""
+    """A peer broke the protocol or lied: for metrics and the log."""
 
     peer: PeerId
-    reason: str
+    reason: Reason
 
 
 # --- L1 -----------------------------------------------------------------------------------------

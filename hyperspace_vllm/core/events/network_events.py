@@ -2,7 +2,7 @@
 
 Response bodies never appear here; the core sees request hashes (ids), sizes and verdicts. RequestKeys stay in the shell
 that knows a lookup's number. Every effect that starts work is answered by exactly one of the events named in its
-docstring (network_effects.py), unless it was cancelled. `now_ms` is the wall clock: records carry it.
+docstring (network_effects.py), unless it was cancelled.
 """
 
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ..records.announcement import EvidenceEntry
 from ..records.ids import PeerId
 from ..records.peer_wire import PeerAnswer, PeerRequest
+from ..records.reason import Reason
 from ..records.registry_delta import RegistryDelta
 
 # --- connections --------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ class ConnectFailed:
     """Answers Connect, which is otherwise answered by PeerConnected."""
 
     peer: PeerId
-    reason: str  # timeout | unreachable
+    reason: Reason  # timeout | unreachable
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class RequestFailed:
 
     request: int
     peer: PeerId
-    reason: str  # timeout | unreachable | protocol | busy
+    reason: Reason  # timeout | unreachable | protocol | busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +130,11 @@ class ResponseFetched:
 
 @dataclass(frozen=True, slots=True)
 class ResponseRefused:
-    """Answers FetchResponse. `lied`: the peer sent what an honest one can't send."""
+    """Answers FetchResponse: there is no answer, or one that doesn't hold."""
 
     lookup: int
     peer: PeerId
-    reason: str  # miss | busy | timeout | unreachable | protocol, or one of check_proof's
-    lied: bool
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ from ..records.announcement import EvidenceEntry, PrefixEntry, ResponseEntry
 from ..records.errors import Refused
 from ..records.ids import NetworkId, PeerId, peer_id, public_key_of
 from ..records.limits import CLOCK_SKEW_MS, REGISTRY_TTL_MS
+from ..records.now import Now
 from ..records.peer_record import PeerRecord
 from ..records.peer_wire import (
     Deltas,
@@ -77,6 +78,7 @@ from ..records.peer_wire import (
     WantDeltas,
     WantPeers,
 )
+from ..records.reason import Reason
 from ..records.signing import NO_MEMBER_TAG, member_tag
 from ..records.standing import Standing
 from ..registry.registry import Registry
@@ -117,7 +119,7 @@ class _Asked:
 
 
 class NetworkNode:
-    """Everything that a node decides about its network. `now_ms` is the wall clock."""
+    """Everything that a node decides about its network."""
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class NetworkNode:
         trust: Trust,
         dials: Dials,
         rng: random.Random,
-        now_ms: int,
+        now: Now,
     ) -> None:
         self._options = options
         self._key = signing_key
@@ -136,7 +138,7 @@ class NetworkNode:
         self._rng = rng
         key = options.network_key
         self._tag = member_tag(key, self._public_key) if key else NO_MEMBER_TAG
-        self._now_ms = now_ms
+        self._now_ms = now.mono_ms
         self._asked: dict[int, _Asked] = {}
         self._requests = 0
         self._served = ServedChanged((), (), 0, b"")
@@ -150,37 +152,35 @@ class NetworkNode:
             key is not None,
             dials,
             rng,
-            now_ms,
+            now,
         )
-        self.registry = Registry(options.network, self._public_key, self.members.standing, rng)
+        self.registry = Registry(options.network, self._public_key, self.members.standing, rng, now)
         self.hints = Hints(trust.has_standing)
-        self._outbox = Outbox(options.network, signing_key, now_ms)
+        self._outbox = Outbox(options.network, signing_key, now)
         self._inbox = Inbox(options.network, self._public_key, self._counts)
         self._popularity = Popularity()
         self._lookups: dict[int, ResponseLookup] = {}
         self._avoidance = Avoidance()
-        self._searches = SearchBudget(now_ms)
-        self._provides = ProvideQueue(now_ms)
-        self._sync_at_ms = now_ms + SYNC_MS
+        self._searches = SearchBudget(now)
+        self._provides = ProvideQueue(now)
+        self._sync_at_ms = now.mono_ms + SYNC_MS
         self._told: tuple[object, ...] = ()  # by the last PeersChanged
         self._authors: tuple[tuple[PeerId, Standing], ...] = ()  # by the last AuthorsChanged
         self.gossip_refused: dict[str, int] = {}
 
-    def start(self, now_ms: int) -> list[NetworkEffect]:
+    def start(self, now: Now) -> list[NetworkEffect]:
         """What to do first."""
         self.members.remember(self._options.remembered)
-        return self.members.start(now_ms) + self._tell_peers(now_ms)
+        return self.members.start(now) + self._tell_peers(now)
 
-    def handle(self, event: NetworkEvent, now_ms: int) -> list[NetworkEffect]:
+    def handle(self, event: NetworkEvent, now: Now) -> list[NetworkEffect]:
         """What to do about `event`."""
-        if now_ms < self._now_ms:
-            self._clock_set_back(now_ms - self._now_ms)
-        self._now_ms = now_ms
-        effects = self._dispatch(event, now_ms)
-        effects += [consequence for effect in effects for consequence in self._charged(effect, now_ms)]
+        self._now_ms = now.mono_ms
+        effects = self._dispatch(event, now)
+        effects += [consequence for effect in effects for consequence in self._charged(effect, now)]
         if self.members.changed:
             self.members.changed = False
-            effects += self._tell_peers(now_ms)
+            effects += self._tell_peers(now)
         return effects
 
     def next_deadline_ms(self) -> int | None:
@@ -190,54 +190,54 @@ class NetworkNode:
         others = self._outbox.next_deadline_ms(), self.registry.next_deadline_ms(), self._provides.next_deadline_ms()
         return min([*times, *(time for time in others if time is not None)])
 
-    def providers(self, name: bytes, now_ms: int) -> tuple[PeerId, ...]:
+    def providers(self, name: bytes, now: Now) -> tuple[PeerId, ...]:
         """Others that say they serve an id (request hash or row id); hints."""
-        told = (*self.hints.providers(name, now_ms), *self.registry.providers(name, now_ms))
+        told = (*self.hints.providers(name, now.wall_ms), *self.registry.providers(name, now.wall_ms))
         return tuple(peer for peer in dict.fromkeys(told) if peer != self._me)
 
-    def may_dial(self, peer: PeerId, address: str, told_from: str, now_ms: int) -> bool:
+    def may_dial(self, peer: PeerId, address: str, told_from: str, now: Now) -> bool:
         """Whether to dial a peer where an answer of the DHT says that it is; saying yes counts as a dial."""
-        return self.members.may_dial_at(peer, address, told_from, now_ms)
+        return self.members.may_dial_at(peer, address, told_from, now)
 
     # --- events ---------------------------------------------------------------------------------
 
-    def _dispatch(self, event: NetworkEvent, now_ms: int) -> list[NetworkEffect]:
+    def _dispatch(self, event: NetworkEvent, now: Now) -> list[NetworkEffect]:
         match event:
-            case PeerConnected(peer) if self._avoidance.is_cut_off(peer, now_ms):
+            case PeerConnected(peer) if self._avoidance.is_cut_off(peer, now):
                 return [Disconnect(peer)]
             case PeerConnected(peer, host):
-                return self.members.on_connected(peer, host, now_ms)
+                return self.members.on_connected(peer, host, now)
             case PeerDiscovered(peer, address, told_from):
-                return self.members.on_discovered(peer, address, told_from, now_ms)
+                return self.members.on_discovered(peer, address, told_from, now)
             case PeerDisconnected(peer):
-                return self.members.on_disconnected(peer, now_ms)
+                return self.members.on_disconnected(peer, now)
             case ConnectFailed(peer):
-                return self.members.on_connect_failed(peer, now_ms)
+                return self.members.on_connect_failed(peer, now)
             case RequestReceived():
-                return self._received(event, now_ms)
+                return self._received(event, now)
             case Answered():
-                return self._answered(event, now_ms)
+                return self._answered(event, now)
             case RequestFailed():
-                return self._failed(event, now_ms)
+                return self._failed(event, now)
             case GossipReceived():
-                return self._gossip(event, now_ms)
+                return self._gossip(event, now)
             case GossipSpoiled(relay):
-                return [ChargePeer(relay, "invalid_gossip"), *self.members.shun(relay, now_ms)]
+                return [ChargePeer(relay, Reason.INVALID_GOSSIP), *self.members.shun(relay, now)]
             case ResponseWanted():
-                return self._wanted(event, now_ms)
+                return self._wanted(event, now)
             case ResponseReleased():
                 return self._released(event)
             case ResponseFetched():
-                return self._fetched(event, now_ms)
+                return self._fetched(event, now)
             case ResponseRefused():
-                return self._refused(event, now_ms)
+                return self._refused(event, now)
             case NotProvided(key):
                 self._provides.add(key, 0.0)
                 return []
             case ProvidersFound():
-                return self._found(event, now_ms)
+                return self._found(event, now)
             case ResponseStored():
-                return self._stored(event, now_ms)
+                return self._stored(event, now)
             case ResponsesGone(hashes):
                 self.registry.note_gone(hashes)
                 self._outbox.remove(frozenset(hashes))
@@ -245,10 +245,10 @@ class NetworkNode:
                 return []
             case ResponsesUsed(hashes):
                 for request_hash in hashes:
-                    self._popularity.add(request_hash, now_ms)
+                    self._popularity.add(request_hash, now)
                 return []
             case AnswerAudited():
-                return self._audited(event, now_ms)
+                return self._audited(event, now)
             case RowsStored():
                 return self._rows_stored(event)
             case ServedChanged():
@@ -257,51 +257,51 @@ class NetworkNode:
                     self.members.renew_soon()
                 return []
             case OwnDeltaWritten():
-                return self.registry.on_own_delta(event, now_ms)
+                return self.registry.on_own_delta(event, now)
             case DeltasImported():
                 self.registry.on_imported(event)
                 return []
             case DeltasRefused():
                 return self.registry.on_refused(event)
             case PeerMisbehaved(peer):
-                return [ChargePeer(peer, "protocol")]
+                return [ChargePeer(peer, Reason.PROTOCOL)]
             case NetworkTick():
-                return self._tick(now_ms)
+                return self._tick(now)
             case _:
                 assert_never(event)
 
-    def _tick(self, now_ms: int) -> list[NetworkEffect]:
-        effects = self._outbox.flush(now_ms)
+    def _tick(self, now: Now) -> list[NetworkEffect]:
+        effects = self._outbox.flush(now)
         for lookup in list(self._lookups.values()):
-            if lookup.next_deadline_ms() <= now_ms:
-                effects += self._settle(lookup, lookup.on_tick(now_ms), now_ms)
+            if lookup.next_deadline_ms() <= now.mono_ms:
+                effects += self._settle(lookup, lookup.on_tick(now), now)
         due_ms = self.registry.next_deadline_ms()
-        if due_ms is not None and due_ms <= now_ms:
-            effects += self.registry.on_tick(now_ms) + self._sync_on()
-        if now_ms >= self._sync_at_ms:
-            self._sync_at_ms = now_ms + SYNC_MS
+        if (due_ms is not None and due_ms <= now.mono_ms) or self.registry.is_misdated(now):
+            effects += self.registry.on_tick(now) + self._sync_on()
+        if now.mono_ms >= self._sync_at_ms:
+            self._sync_at_ms = now.mono_ms + SYNC_MS
             effects += self._sync()
-        key = self._provides.due(now_ms)
+        key = self._provides.due(now)
         if key is not None:
             effects.append(Provide(key))
-        if self.members.next_deadline_ms() <= now_ms:
-            effects += self.members.on_tick(now_ms)
+        if self.members.next_deadline_ms() <= now.mono_ms:
+            effects += self.members.on_tick(now)
         return effects
 
     # --- messages -------------------------------------------------------------------------------
 
-    def _received(self, event: RequestReceived, now_ms: int) -> list[NetworkEffect]:
+    def _received(self, event: RequestReceived, now: Now) -> list[NetworkEffect]:
         peer, token, message = event.peer, event.token, event.message
-        self._heard(peer, now_ms)
+        self._heard(peer, now)
         if isinstance(message, Query):
-            self.members.used(peer, now_ms)
+            self.members.used(peer, now)
             if self._trust.is_chosen(
                 public_key_of(peer)
             ):  # a stranger asks as often as it likes, for whatever it likes
-                self._popularity.add(message.id, now_ms)
-            return [ServeResponse(token, message.id, self._popularity.sixteenths(message.id, now_ms))]
+                self._popularity.add(message.id, now)
+            return [ServeResponse(token, message.id, self._popularity.sixteenths(message.id, now))]
         if isinstance(message, Greet):
-            charges = self.members.on_record(message.record, peer, now_ms, own_word=True)
+            charges = self.members.on_record(message.record, peer, now, own_word=True)
             if charges or not self.members.greeted(peer):
                 reason = Refusal("protocol" if charges else "stranger")
                 return [*charges, Reply(token, reason), Disconnect(peer)]
@@ -311,23 +311,23 @@ class NetworkNode:
         if not self.members.greeted(peer):
             return [Reply(token, Refusal("stranger"))]
         if isinstance(message, WantPeers):
-            return [Reply(token, self.members.answer_peers(message, now_ms))]
-        return [Reply(token, self.registry.answer(message, now_ms))]
+            return [Reply(token, self.members.answer_peers(message, now))]
+        return [Reply(token, self.registry.answer(message, now))]
 
-    def _answered(self, event: Answered, now_ms: int) -> list[NetworkEffect]:
+    def _answered(self, event: Answered, now: Now) -> list[NetworkEffect]:
         asked = self._asked.pop(event.request, None)
         if asked is None or asked.peer != event.peer:
             return []
-        self._heard(event.peer, now_ms, now_ms - asked.at_ms)
+        self._heard(event.peer, now, now.mono_ms - asked.at_ms)
         match asked.message, event.message:
             case Greet(), Greeting(record):
-                charges = self.members.on_record(record, event.peer, now_ms, own_word=True)
-                effects = self.members.on_greeted(event.peer, now_ms)
+                charges = self.members.on_record(record, event.peer, now, own_word=True)
+                effects = self.members.on_greeted(event.peer, now)
                 return charges + effects + (self._sync_with(event.peer) if self.members.greeted(event.peer) else [])
             case WantPeers(), Peers():
-                return self.members.on_peers(event.peer, event.message, now_ms)
+                return self.members.on_peers(event.peer, event.message, now)
             case WantDeltas(), Deltas():
-                return self.registry.on_deltas(event.peer, event.message, now_ms) + self._sync_on()
+                return self.registry.on_deltas(event.peer, event.message, now) + self._sync_on()
             case Ping(), Pong():
                 return []
             case WantPeers() | WantDeltas(), Refusal("stranger"):
@@ -335,76 +335,76 @@ class NetworkNode:
             case _, Refusal():
                 return []
             case _:
-                return [ChargePeer(event.peer, "protocol")]
+                return [ChargePeer(event.peer, Reason.PROTOCOL)]
 
-    def _failed(self, event: RequestFailed, now_ms: int) -> list[NetworkEffect]:
+    def _failed(self, event: RequestFailed, now: Now) -> list[NetworkEffect]:
         asked = self._asked.pop(event.request, None)
         if asked is None:
             return []
-        if event.reason == "protocol":
-            return [ChargePeer(asked.peer, "protocol")]
-        if event.reason == "busy":
+        if event.reason is Reason.PROTOCOL:
+            return [ChargePeer(asked.peer, Reason.PROTOCOL)]
+        if event.reason is Reason.BUSY:
             self.members.unread(asked.peer)
         else:
-            self.members.unanswered(asked.peer, asked.message, now_ms)
+            self.members.unanswered(asked.peer, asked.message, now)
         return []
 
-    def _gossip(self, event: GossipReceived, now_ms: int) -> list[NetworkEffect]:
-        batch = self._inbox.open(event.topic, event.payload, now_ms)
+    def _gossip(self, event: GossipReceived, now: Now) -> list[NetworkEffect]:
+        batch = self._inbox.open(event.topic, event.payload, now)
         if isinstance(batch, Refused):
             self._count_refused(batch)
             return []
         sender = peer_id(batch.sender)
-        self.members.is_alive(sender, now_ms)
+        self.members.is_alive(sender, now)
         for entry in batch.entries:
             if isinstance(entry, EvidenceEntry):
-                self._hear_evidence(batch.sender, entry, now_ms)
-            elif now_ms < entry.expires_at_ms <= now_ms + REGISTRY_TTL_MS + CLOCK_SKEW_MS:
+                self._hear_evidence(batch.sender, entry, now)
+            elif now.wall_ms < entry.expires_at_ms <= now.wall_ms + REGISTRY_TTL_MS + CLOCK_SKEW_MS:
                 name = entry.request_hash if isinstance(entry, ResponseEntry) else entry.row_id
-                self.hints.add(name, sender, entry.expires_at_ms, now_ms)
+                self.hints.add(name, sender, entry.expires_at_ms, now.wall_ms)
         return []
 
     # --- audits ---------------------------------------------------------------------------------
 
-    def _audited(self, event: AnswerAudited, now_ms: int) -> list[NetworkEffect]:
+    def _audited(self, event: AnswerAudited, now: Now) -> list[NetworkEffect]:
         """What our own audit found: others hear of those that it convicts."""
         evidence = event.evidence
         found = verdict(evidence.far)
-        if not self._trust.audited(evidence.signer, evidence.tokens, found, event.source, now_ms):
+        if not self._trust.audited(evidence.signer, evidence.tokens, found, event.source, now):
             return []
         self._outbox.accuse(evidence)
-        return [ChargePeer(peer_id(evidence.signer), "false_response"), *self._outbox.flush(now_ms)]
+        return [ChargePeer(peer_id(evidence.signer), Reason.FALSE_RESPONSE), *self._outbox.flush(now)]
 
-    def _hear_evidence(self, accuser: bytes, evidence: EvidenceEntry, now_ms: int) -> None:
+    def _hear_evidence(self, accuser: bytes, evidence: EvidenceEntry, now: Now) -> None:
         """What others' audits found can't be checked: it is worth audits of our own, and nothing else."""
         try:
-            if not self._trust.trusts(accuser, now_ms):
+            if not self._trust.trusts(accuser, now):
                 raise Refused("untrusted_accuser")
             if evidence.signer == self._public_key:
                 raise Refused("about_us")
-            check_evidence(evidence, now_ms)
+            check_evidence(evidence, now.wall_ms)
         except Refused as refused:
             self._count_refused(refused)
         else:
-            self._trust.suspicion.accuse(accuser, evidence.signer, now_ms)
+            self._trust.suspicion.accuse(accuser, evidence.signer, now)
 
     def _count_refused(self, refused: Refused) -> None:
         self.gossip_refused[refused.reason] = self.gossip_refused.get(refused.reason, 0) + 1
 
     # --- lookups --------------------------------------------------------------------------------
 
-    def _wanted(self, event: ResponseWanted, now_ms: int) -> list[NetworkEffect]:
+    def _wanted(self, event: ResponseWanted, now: Now) -> list[NetworkEffect]:
         assert event.lookup not in self._lookups
-        self._popularity.add(event.request_hash, now_ms)
+        self._popularity.add(event.request_hash, now)
         if len(self._lookups) >= LOOKUPS_MAX:
             return [HintResponse(event.lookup, False), AnswerResponse(event.lookup, None, "none", "busy")]
-        if not self.members.any_usable(now_ms):
+        if not self.members.any_usable(now):
             return [HintResponse(event.lookup, False), AnswerResponse(event.lookup, None, "none", "no_peers")]
-        told = (*event.told, *self.providers(event.request_hash, now_ms))
-        providers = self._candidates(told, now_ms)
-        lookup = ResponseLookup(event, providers, partial(self._may_search, event.request_hash), now_ms)
+        told = (*event.told, *self.providers(event.request_hash, now))
+        providers = self._candidates(told, now)
+        lookup = ResponseLookup(event, providers, partial(self._may_search, event.request_hash), now)
         self._lookups[event.lookup] = lookup
-        return self._settle(lookup, lookup.start(now_ms), now_ms)
+        return self._settle(lookup, lookup.start(now), now)
 
     def _released(self, event: ResponseReleased) -> list[NetworkEffect]:
         lookup = self._lookups.get(event.lookup)
@@ -413,87 +413,87 @@ class NetworkNode:
         del self._lookups[event.lookup]
         return [AnswerResponse(event.lookup, None, "none", "released")]
 
-    def _fetched(self, event: ResponseFetched, now_ms: int) -> list[NetworkEffect]:
-        self._trust.delivered(event.peer, now_ms)
+    def _fetched(self, event: ResponseFetched, now: Now) -> list[NetworkEffect]:
+        self._trust.delivered(event.peer, now)
         self._avoidance.served(event.peer)
-        self._heard(event.peer, now_ms)
+        self._heard(event.peer, now)
         lookup = self._lookups.get(event.lookup)
         if lookup is None:
             return []
         if self._trust.is_chosen(public_key_of(event.peer)):  # others may claim what they like
-            self._popularity.claimed(lookup.request_hash, now_ms, event.popularity / 16)
-        return self._settle(lookup, lookup.on_fetched(event), now_ms)
+            self._popularity.claimed(lookup.request_hash, now, event.popularity / 16)
+        return self._settle(lookup, lookup.on_fetched(event), now)
 
-    def _refused(self, event: ResponseRefused, now_ms: int) -> list[NetworkEffect]:
+    def _refused(self, event: ResponseRefused, now: Now) -> list[NetworkEffect]:
         charges: list[NetworkEffect] = []
-        if event.lied:
+        if event.reason.is_guilty:
             charges.append(ChargePeer(event.peer, event.reason))
         lookup = self._lookups.get(event.lookup)
-        timed_out = event.reason == "timeout" and self._had_time(event.peer, lookup, now_ms)
-        silent = event.reason == "unreachable" or timed_out
-        if event.lied or silent:
-            self._trust.failed(event.peer, event.reason, now_ms)
+        timed_out = event.reason is Reason.TIMEOUT and self._had_time(event.peer, lookup, now)
+        silent = event.reason is Reason.UNREACHABLE or timed_out
+        if event.reason.is_guilty or silent:
+            self._trust.failed(event.peer, event.reason, now)
         if silent:
-            self._avoidance.failed(event.peer, now_ms)
-        elif event.reason == "miss":
-            self._avoidance.missed(event.peer, now_ms)
+            self._avoidance.failed(event.peer, now)
+        elif event.reason is Reason.MISS:
+            self._avoidance.missed(event.peer, now)
         if lookup is None:
             return charges
-        if event.reason not in ("timeout", "unreachable", "busy"):
+        if event.reason not in (Reason.TIMEOUT, Reason.UNREACHABLE, Reason.BUSY):
             self.hints.remove(lookup.request_hash, event.peer)
-        return charges + self._settle(lookup, lookup.on_refused(event, now_ms), now_ms)
+        return charges + self._settle(lookup, lookup.on_refused(event, now), now)
 
-    def _found(self, event: ProvidersFound, now_ms: int) -> list[NetworkEffect]:
+    def _found(self, event: ProvidersFound, now: Now) -> list[NetworkEffect]:
         self._searches.cost(event.cost_ms)
         lookup = self._lookups.get(event.lookup)
         if lookup is None:
             return []
-        candidates = self._candidates(event.peers, now_ms)
-        return self._settle(lookup, lookup.on_providers(event, candidates, now_ms), now_ms)
+        candidates = self._candidates(event.peers, now)
+        return self._settle(lookup, lookup.on_providers(event, candidates, now), now)
 
-    def _settle(self, lookup: ResponseLookup, effects: list[NetworkEffect], now_ms: int) -> list[NetworkEffect]:
+    def _settle(self, lookup: ResponseLookup, effects: list[NetworkEffect], now: Now) -> list[NetworkEffect]:
         settled: list[NetworkEffect] = []
         for effect in effects:
             if isinstance(effect, FetchResponse):
-                if not self._may_fetch(effect.peer, now_ms):
-                    refused = ResponseRefused(lookup.number, effect.peer, "busy", False)
-                    settled += self._settle(lookup, lookup.on_refused(refused, now_ms), now_ms)
+                if not self._may_fetch(effect.peer, now):
+                    refused = ResponseRefused(lookup.number, effect.peer, Reason.BUSY)
+                    settled += self._settle(lookup, lookup.on_refused(refused, now), now)
                     continue
-                self.members.used(effect.peer, now_ms)
+                self.members.used(effect.peer, now)
             elif isinstance(effect, HintResponse) and not effect.hinted:  # withdrawn; at the start none has waited
-                self._trust.patience.wasted(lookup.waited_ms(now_ms), now_ms)
+                self._trust.patience.wasted(lookup.waited_ms(now), now)
             elif isinstance(effect, AnswerResponse):
                 if lookup.hinted:
-                    self._trust.patience.wasted(lookup.waited_ms(now_ms), now_ms)
-                self._over(lookup, effect, now_ms)
+                    self._trust.patience.wasted(lookup.waited_ms(now), now)
+                self._over(lookup, effect, now)
             settled.append(effect)
         return settled
 
-    def _may_fetch(self, peer: PeerId, now_ms: int) -> bool:
+    def _may_fetch(self, peer: PeerId, now: Now) -> bool:
         """Whether it is connected, or may be dialled now."""
         known = self.members.get(peer)
-        return known is None or known.connected or self.members.may_dial(known, now_ms)
+        return known is None or known.connected or self.members.may_dial(known, now)
 
-    def _over(self, lookup: ResponseLookup, answer: AnswerResponse, now_ms: int) -> None:
+    def _over(self, lookup: ResponseLookup, answer: AnswerResponse, now: Now) -> None:
         self._lookups.pop(lookup.number, None)
         if answer.reason == "deadline":
             for peer in lookup.in_flight:
                 known = self.members.get(peer)
                 # Heartbeats say it of those that are connected.
-                if (known is None or not known.connected) and self._had_time(peer, lookup, now_ms):
-                    self._avoidance.failed(peer, now_ms)
+                if (known is None or not known.connected) and self._had_time(peer, lookup, now):
+                    self._avoidance.failed(peer, now)
         elif answer.peer is None and lookup.searched:
-            self._searches.not_found(lookup.request_hash, now_ms)
+            self._searches.not_found(lookup.request_hash, now)
 
-    def _had_time(self, peer: PeerId, lookup: ResponseLookup | None, now_ms: int) -> bool:
+    def _had_time(self, peer: PeerId, lookup: ResponseLookup | None, now: Now) -> bool:
         """Whether a peer's silence means something: it had FAIR_MS, and since a connection was open, if one is."""
-        since_ms = lookup.in_flight.get(peer, now_ms) if lookup is not None else now_ms
+        since_ms = lookup.in_flight.get(peer, now.mono_ms) if lookup is not None else now.mono_ms
         known = self.members.get(peer)
         if known is not None and known.connected:
             since_ms = max(since_ms, known.connected_at_ms)
-        return now_ms - since_ms >= FAIR_MS
+        return now.mono_ms - since_ms >= FAIR_MS
 
-    def _candidates(self, told: tuple[PeerId, ...], now_ms: int) -> list[ProviderCandidate]:
+    def _candidates(self, told: tuple[PeerId, ...], now: Now) -> list[ProviderCandidate]:
         """Providers that can be asked now, the best first: worth waiting for, good, connected, lately heard of, near.
 
         The second is whoever said so first: those who claim what others have are heard after them, and with a fifth of
@@ -502,16 +502,11 @@ class NetworkNode:
         found = []
         for peer in dict.fromkeys(told):
             known = self.members.get(peer)
-            if (
-                peer == self._me
-                or known is None
-                or not known.may_be_asked(now_ms)
-                or self._avoidance.avoids(peer, now_ms)
-            ):
+            if peer == self._me or known is None or not known.may_be_asked(now) or self._avoidance.avoids(peer, now):
                 continue
-            score = round(self._trust.service.score(peer, now_ms), 1)
-            quiet = min((now_ms - known.alive_at_ms) // QUIET_MS, QUIET_MAX)
-            waited_for = self._trust.may_be_waited_for(peer, now_ms)
+            score = round(self._trust.service.score(peer, now), 1)
+            quiet = min((now.mono_ms - known.alive_at_ms) // QUIET_MS, QUIET_MAX)
+            waited_for = self._trust.may_be_waited_for(peer, now)
             standing = not waited_for, known.silent, -score, not known.connected, quiet
             candidate = ProviderCandidate(known.peer, known.address, known.rtt_ms, known.connected, waited_for)
             found.append(((*standing, known.rtt_ms, self._rng.random()), candidate))
@@ -522,23 +517,23 @@ class NetworkNode:
             best = [best[0], first, *(candidate for candidate in best[1:] if candidate is not first)]
         return best
 
-    def _may_search(self, request_hash: bytes, now_ms: int) -> bool:
-        return bool(self.members.neighbours()) and self._searches.take(request_hash, now_ms)
+    def _may_search(self, request_hash: bytes, now: Now) -> bool:
+        return bool(self.members.neighbours()) and self._searches.take(request_hash, now)
 
     # --- what this node has ---------------------------------------------------------------------
 
-    def _stored(self, event: ResponseStored, now_ms: int) -> list[NetworkEffect]:
+    def _stored(self, event: ResponseStored, now: Now) -> list[NetworkEffect]:
         """Announce what was computed; what was fetched only while the popular want more copies than there are."""
         if not event.computed:
-            told = self.providers(event.request_hash, now_ms)
+            told = self.providers(event.request_hash, now)
             copies = sum(self._trust.is_chosen(public_key_of(peer)) for peer in told)  # a stranger's may be none
-            if copies >= replicas_wanted(self._popularity.requests(event.request_hash, now_ms)):
+            if copies >= replicas_wanted(self._popularity.requests(event.request_hash, now)):
                 return []
         self._register(event.request_hash, event.expires_at_ms)
         self._outbox.add(ResponseEntry(event.request_hash, event.expires_at_ms))
-        requests = self._popularity.requests(event.request_hash, now_ms)
+        requests = self._popularity.requests(event.request_hash, now)
         self._provides.add(_dht_key(event.request_hash), requests)
-        return self._outbox.flush(now_ms)
+        return self._outbox.flush(now)
 
     def _rows_stored(self, event: RowsStored) -> list[NetworkEffect]:
         for row_id in event.row_ids:
@@ -594,50 +589,40 @@ class NetworkNode:
             served.vram_digest,
         ).sign(self._key)
 
-    def _heard(self, peer: PeerId, now_ms: int, rtt_ms: int | None = None) -> None:
+    def _heard(self, peer: PeerId, now: Now, rtt_ms: int | None = None) -> None:
         known = self.members.get(peer)
         if known is not None and known.silent:
             self._avoidance.back(peer)
-        self.members.heard(peer, now_ms, rtt_ms)
+        self.members.heard(peer, now, rtt_ms)
 
-    def _charged(self, effect: NetworkEffect, now_ms: int) -> list[NetworkEffect]:
+    def _charged(self, effect: NetworkEffect, now: Now) -> list[NetworkEffect]:
         """Leave a peer alone that broke a rule; cut it off when it goes on."""
         if not isinstance(effect, ChargePeer):
             return []
-        goes_on = self._avoidance.avoids(effect.peer, now_ms)
-        if effect.reason == "protocol":
-            self._avoidance.failed(effect.peer, now_ms)  # a bug is as likely as malice
+        goes_on = self._avoidance.avoids(effect.peer, now)
+        if effect.reason is Reason.PROTOCOL:
+            self._avoidance.failed(effect.peer, now)  # a bug is as likely as malice
         else:
-            self._avoidance.lied(effect.peer, now_ms)
+            self._avoidance.lied(effect.peer, now)
         if not goes_on:
             return []
-        self._avoidance.cut_off(effect.peer, now_ms)
-        return self.members.shun(effect.peer, now_ms)
+        self._avoidance.cut_off(effect.peer, now)
+        return self.members.shun(effect.peer, now)
 
-    def _tell_peers(self, now_ms: int) -> list[NetworkEffect]:
+    def _tell_peers(self, now: Now) -> list[NetworkEffect]:
         effects: list[NetworkEffect] = []
         authors = self.members.authors()
         if authors != self._authors:
             self._authors = authors
             effects.append(AuthorsChanged(authors))
-        usable = self.members.usable(now_ms)
-        endpoints = self.members.endpoints(now_ms)
+        usable = self.members.usable(now)
+        endpoints = self.members.endpoints(now)
         said = ((record.peer, record.address, record.endpoint) for record in usable)
-        told = (*said, endpoints, self.members.addresses(now_ms))
+        told = (*said, endpoints, self.members.addresses(now))
         if told != self._told:
             self._told = told
             effects.append(PeersChanged(usable, endpoints))
         return effects
-
-    def _clock_set_back(self, by_ms: int) -> None:
-        """Timers run on as before; what carries a date of its own is judged by the new clock."""
-        self._sync_at_ms += by_ms
-        for lookup in self._lookups.values():
-            lookup.shift(by_ms)
-        self.members.shift(by_ms)
-        self.registry.shift(by_ms)
-        self._outbox.shift(by_ms)
-        self._provides.shift(by_ms)
 
 
 def _dht_key(request_hash: bytes) -> str:

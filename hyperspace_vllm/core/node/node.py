@@ -33,6 +33,8 @@ from ..prefix.plan import leading_rows
 from ..prefix.publish import Publisher
 from ..records.ids import NetworkId, PeerId, RowId
 from ..records.limits import CLIENTS_MAX, LOOKUPS_PER_CLIENT_MAX
+from ..records.now import Now
+from ..records.reason import Reason
 
 LOOKUPS_MAX = 1024  # undecided at once, of all clients; more are answered `busy`
 ANSWERED_MAX = CLIENTS_MAX * LOOKUPS_PER_CLIENT_MAX
@@ -69,8 +71,9 @@ class Node:
         self._answered: set[int] = set()
         self._avoid_until_ms: OrderedDict[PeerId, int] = OrderedDict()
 
-    def handle(self, event: Event, now_ms: int) -> list[Effect]:
+    def handle(self, event: Event, now: Now) -> list[Effect]:
         """What to do about `event`."""
+        now_ms = now.mono_ms  # nothing here bears a date
         match event:
             case PrefixWanted():
                 effects = self._wanted(event, now_ms)
@@ -96,7 +99,7 @@ class Node:
                 assert_never(event)
         for effect in effects:
             if isinstance(effect, ChargePeer):
-                self._avoid(effect.peer, now_ms + (STALLED_MS if effect.reason == "stalled" else CHARGED_MS))
+                self._avoid(effect.peer, now_ms + (STALLED_MS if effect.reason is Reason.STALLED else CHARGED_MS))
         return effects
 
     def set_peers(self, peers: tuple[PeerId, ...]) -> None:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from ..records.ids import PeerId
+from ..records.now import Now
 
 LIAR_MS = 60_000
 SILENT_MS = 3_000
@@ -25,7 +26,7 @@ def avoid_ms(times: int) -> int:
 
 @dataclass(slots=True)
 class _Record:
-    since_ms: int = 0
+    until_ms: int = 0
     for_ms: int = 0
     failures: int = 0
     misses: int = 0
@@ -38,41 +39,41 @@ class Avoidance:
     def __init__(self) -> None:
         self._records: OrderedDict[PeerId, _Record] = OrderedDict()
 
-    def avoids(self, peer: PeerId, now_ms: int) -> bool:
-        """Whether to leave it alone now. A clock that was set back ends it, rather than prolong it by hours."""
+    def avoids(self, peer: PeerId, now: Now) -> bool:
+        """Whether to leave it alone now."""
         record = self._records.get(peer)
-        return record is not None and 0 <= now_ms - record.since_ms < record.for_ms
+        return record is not None and now.mono_ms < record.until_ms
 
-    def cut_off(self, peer: PeerId, now_ms: int) -> None:
+    def cut_off(self, peer: PeerId, now: Now) -> None:
         """It goes on breaking rules: it is let in no more for LIAR_MS."""
         record = self._record(peer)
         record.is_cut_off = True
-        self._avoid(record, now_ms, LIAR_MS)
+        self._avoid(record, now, LIAR_MS)
 
-    def is_cut_off(self, peer: PeerId, now_ms: int) -> bool:
+    def is_cut_off(self, peer: PeerId, now: Now) -> bool:
         """Whether to refuse its connections."""
         record = self._records.get(peer)
         if record is None or not record.is_cut_off:
             return False
-        record.is_cut_off = self.avoids(peer, now_ms)
+        record.is_cut_off = self.avoids(peer, now)
         return record.is_cut_off
 
-    def lied(self, peer: PeerId, now_ms: int) -> None:
+    def lied(self, peer: PeerId, now: Now) -> None:
         """It said what an honest one can't."""
-        self._avoid(self._record(peer), now_ms, LIAR_MS)
+        self._avoid(self._record(peer), now, LIAR_MS)
 
-    def failed(self, peer: PeerId, now_ms: int) -> None:
+    def failed(self, peer: PeerId, now: Now) -> None:
         """It didn't answer, or not intelligibly."""
         record = self._record(peer)
         record.failures += 1
-        self._avoid(record, now_ms, avoid_ms(record.failures))
+        self._avoid(record, now, avoid_ms(record.failures))
 
-    def missed(self, peer: PeerId, now_ms: int) -> None:
+    def missed(self, peer: PeerId, now: Now) -> None:
         """It hadn't what it was said to have."""
         record = self._record(peer)
         record.misses += 1
         if record.misses >= MISSES_MAX:
-            self._avoid(record, now_ms, avoid_ms(1 + record.misses - MISSES_MAX))
+            self._avoid(record, now, avoid_ms(1 + record.misses - MISSES_MAX))
 
     def served(self, peer: PeerId) -> None:
         """It gave a good answer: failures before it don't count any more."""
@@ -93,10 +94,9 @@ class Avoidance:
             self._records.popitem(last=False)
         return record
 
-    def _avoid(self, record: _Record, now_ms: int, for_ms: int) -> None:
-        is_current = record.since_ms <= now_ms
-        if not is_current or for_ms >= record.since_ms + record.for_ms - now_ms:
-            record.since_ms, record.for_ms = now_ms, for_ms
+    def _avoid(self, record: _Record, now: Now, for_ms: int) -> None:
+        if now.mono_ms + for_ms >= record.until_ms:
+            record.until_ms, record.for_ms = now.mono_ms + for_ms, for_ms
 
 
 assert AVOID_MS_MAX < LIAR_MS

@@ -21,6 +21,7 @@ from ..records.limits import (
     DIALS_PER_S,
     DIALS_TO_HOST_PER_S,
 )
+from ..records.now import Now
 from .address import host_of, source_of
 from .allowance import Allowance
 
@@ -28,14 +29,14 @@ from .allowance import Allowance
 class Dials:
     """One node's."""
 
-    def __init__(self, now_ms: int) -> None:
-        self._all = _allowance(DIALS_PER_S, now_ms)
-        self._all_own = _allowance(DIALS_OWN_PER_S, now_ms)
+    def __init__(self, now: Now) -> None:
+        self._all = _allowance(DIALS_PER_S, now)
+        self._all_own = _allowance(DIALS_OWN_PER_S, now)
         self._of_peer: OrderedDict[str, Allowance] = OrderedDict()
         self._to_host: OrderedDict[str, Allowance] = OrderedDict()
         self._own_to_host: OrderedDict[str, Allowance] = OrderedDict()
 
-    def take(self, peer: PeerId, address: str, own: bool, now_ms: int) -> bool:
+    def take(self, peer: PeerId, address: str, own: bool, now: Now) -> bool:
         """Whether to dial `peer` at host:port now; if so, it is counted."""
         everybody = self._all_own if own else self._all
         if own:
@@ -43,24 +44,24 @@ class Dials:
         else:
             to, host, per_s = self._to_host, host_of(address), DIALS_TO_HOST_PER_S
         spent = (everybody, self._of_peer.get(peer), to.get(host))
-        if any(count is not None and count.left(now_ms) < 1 for count in spent):
+        if any(count is not None and count.left(now) < 1 for count in spent):
             return False
-        everybody.take(1, now_ms)
-        _counted(self._of_peer, peer, DIALS_OF_PEER_PER_S, now_ms).take(1, now_ms)
-        _counted(to, host, per_s, now_ms).take(1, now_ms)
+        everybody.take(1, now)
+        _counted(self._of_peer, peer, DIALS_OF_PEER_PER_S, now).take(1, now)
+        _counted(to, host, per_s, now).take(1, now)
         return True
 
 
-def _counted(counts: OrderedDict[str, Allowance], name: str, per_s: float, now_ms: int) -> Allowance:
+def _counted(counts: OrderedDict[str, Allowance], name: str, per_s: float, now: Now) -> Allowance:
     """The allowance of that name; those longest not dialled are forgotten, when nothing of theirs is spent any more."""
     count = counts.get(name)
     if count is None:
-        count = counts[name] = _allowance(per_s, now_ms)
+        count = counts[name] = _allowance(per_s, now)
         if len(counts) > DIALS_COUNTED_MAX:
             counts.popitem(last=False)
     counts.move_to_end(name)
     return count
 
 
-def _allowance(per_s: float, now_ms: int) -> Allowance:
-    return Allowance(per_s, per_s * DIALS_BURST_S, now_ms)
+def _allowance(per_s: float, now: Now) -> Allowance:
+    return Allowance(per_s, per_s * DIALS_BURST_S, now)

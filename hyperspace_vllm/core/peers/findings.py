@@ -13,6 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from ..records.limits import PEERS_KNOWN_MAX
+from ..records.now import Now
 
 PASS_EVERY_MS = 3_600_000
 FINDINGS_MIN = 3
@@ -34,23 +35,23 @@ class Findings:
     def __init__(self) -> None:
         self._signers: OrderedDict[bytes, _Signer] = OrderedDict()
 
-    def passed(self, signer: bytes, source: bytes, now_ms: int) -> bool:
+    def passed(self, signer: bytes, source: bytes, now: Now) -> bool:
         """An audit held; whether it counts for the signer."""
-        return _note(self._signer(signer).passed_ms, source, now_ms, PASS_EVERY_MS)
+        return _note(self._signer(signer).passed_ms, source, now, PASS_EVERY_MS)
 
-    def found(self, signer: bytes, source: bytes, now_ms: int) -> bool:
+    def found(self, signer: bytes, source: bytes, now: Now) -> bool:
         """An audit found an answer false; whether that convicts the signer."""
         found_ms = self._signer(signer).found_ms
-        if all(_is_older(at_ms, FINDING_EVERY_MS, now_ms) for at_ms in found_ms.values()):
-            _note(found_ms, source, now_ms, KEPT_MS)
-        recent = [at_ms for at_ms in found_ms.values() if not _is_older(at_ms, KEPT_MS, now_ms)]
-        return len(recent) >= FINDINGS_MIN and not self.doubts_itself(now_ms)
+        if all(_is_older(at_ms, FINDING_EVERY_MS, now) for at_ms in found_ms.values()):
+            _note(found_ms, source, now, KEPT_MS)
+        recent = [at_ms for at_ms in found_ms.values() if not _is_older(at_ms, KEPT_MS, now)]
+        return len(recent) >= FINDINGS_MIN and not self.doubts_itself(now)
 
-    def doubts_itself(self, now_ms: int) -> bool:
+    def doubts_itself(self, now: Now) -> bool:
         """Whether this node's engine disagrees with so many that it is likelier wrong than they are."""
-        disagrees = sum(_any_since(signer.found_ms, now_ms) for signer in self._signers.values())
+        disagrees = sum(_any_since(signer.found_ms, now) for signer in self._signers.values())
         agrees = sum(
-            _any_since(signer.passed_ms, now_ms) and not _any_since(signer.found_ms, now_ms)
+            _any_since(signer.passed_ms, now) and not _any_since(signer.found_ms, now)
             for signer in self._signers.values()
         )
         return disagrees >= DOUBTED_MIN and disagrees > agrees
@@ -63,22 +64,21 @@ class Findings:
         return known
 
 
-def _note(since_ms: OrderedDict[bytes, int], source: bytes, now_ms: int, every_ms: int) -> bool:
+def _note(since_ms: OrderedDict[bytes, int], source: bytes, now: Now, every_ms: int) -> bool:
     """Whether it is the source's first for so long; noted if it is."""
     last_ms = since_ms.get(source)
-    if last_ms is not None and not _is_older(last_ms, every_ms, now_ms):
+    if last_ms is not None and not _is_older(last_ms, every_ms, now):
         return False
-    since_ms[source] = now_ms
+    since_ms[source] = now.mono_ms
     since_ms.move_to_end(source)
     if len(since_ms) > SOURCES_MAX:
         since_ms.popitem(last=False)
     return True
 
 
-def _any_since(since_ms: OrderedDict[bytes, int], now_ms: int) -> bool:
-    return any(not _is_older(at_ms, KEPT_MS, now_ms) for at_ms in since_ms.values())
+def _any_since(since_ms: OrderedDict[bytes, int], now: Now) -> bool:
+    return any(not _is_older(at_ms, KEPT_MS, now) for at_ms in since_ms.values())
 
 
-def _is_older(at_ms: int, age_ms: int, now_ms: int) -> bool:
-    """A clock that is set back a little makes nothing older, and one that is set back by years everything."""
-    return abs(now_ms - at_ms) >= age_ms
+def _is_older(at_ms: int, age_ms: int, now: Now) -> bool:
+    return now.mono_ms - at_ms >= age_ms

@@ -29,6 +29,7 @@ from ..records.limits import (
     GOSSIP_OF_SOURCE_PER_S,
     KiB,
 )
+from ..records.now import Now
 from ..records.standing import Rank, Standing
 from .allowance import Allowance
 
@@ -47,9 +48,9 @@ class Verdict(Enum):
 class GossipGate:
     """One node's. `authors` may be set from another thread than the one that judges."""
 
-    def __init__(self, network: NetworkId, now_ms: int) -> None:
+    def __init__(self, network: NetworkId, now: Now) -> None:
         self._network = network
-        self._all = _allowance(GOSSIP_OF_ALL_PER_S, now_ms)
+        self._all = _allowance(GOSSIP_OF_ALL_PER_S, now)
         self._of_source: dict[str, Allowance] = {}
         self._of_author: dict[PeerId, Allowance] = {}
         self._invalid_of: dict[PeerId, Allowance] = {}
@@ -57,18 +58,18 @@ class GossipGate:
         self._pruned: Mapping[PeerId, Standing] = self.authors
 
     def judge(
-        self, link: PeerId, topic: str, author: PeerId, payload: bytes, signed: Callable[[], bool], now_ms: int
+        self, link: PeerId, topic: str, author: PeerId, payload: bytes, signed: Callable[[], bool], now: Now
     ) -> Verdict:
         """Judge what came over `link`; `signed()` says whether GossipSub's own signature is `author`'s."""
         invalid = self._invalid_of.get(link)
-        if invalid is not None and invalid.left(now_ms) < 1:
+        if invalid is not None and invalid.left(now) < 1:
             return Verdict.IGNORE
         try:
-            return self._judge(topic, author, payload, signed, now_ms)
+            return self._judge(topic, author, payload, signed, now)
         except (ProtocolViolation, Refused):
-            invalid = self._invalid_of.setdefault(link, Allowance(GOSSIP_INVALID_PER_S, GOSSIP_INVALID_BURST, now_ms))
-            invalid.take(1, now_ms)
-            return Verdict.MUTE if invalid.left(now_ms) < 1 else Verdict.REJECT
+            invalid = self._invalid_of.setdefault(link, Allowance(GOSSIP_INVALID_PER_S, GOSSIP_INVALID_BURST, now))
+            invalid.take(1, now)
+            return Verdict.MUTE if invalid.left(now) < 1 else Verdict.REJECT
 
     def standing(self, link: PeerId) -> Standing:
         """How well a neighbour is known: of one that isn't at all, as if it were only told of."""
@@ -78,7 +79,7 @@ class GossipGate:
         """The link is closed."""
         self._invalid_of.pop(link, None)
 
-    def _judge(self, topic: str, author: PeerId, payload: bytes, signed: Callable[[], bool], now_ms: int) -> Verdict:
+    def _judge(self, topic: str, author: PeerId, payload: bytes, signed: Callable[[], bool], now: Now) -> Verdict:
         if is_of_later_version(payload, self._network, public_key_of(author)):
             return Verdict.IGNORE
         batch = decode_announcement(payload)
@@ -87,30 +88,30 @@ class GossipGate:
         standing = self.authors.get(author)
         cost = message_cost(len(payload))
         # Who has nothing left isn't worth two signatures.
-        if standing is None or self._author(author, now_ms).left(now_ms) < cost:
+        if standing is None or self._author(author, now).left(now) < cost:
             return Verdict.IGNORE
         if not signed():
             raise Refused("bad_signature")
         try:
-            check_announcement(payload, batch, self._network, now_ms)
+            check_announcement(payload, batch, self._network, now.wall_ms)
         except Refused as refused:
             if refused.reason in ("stale", "from_the_future"):
                 return Verdict.IGNORE
             raise
-        return Verdict.ACCEPT if self._spend(author, standing, cost, now_ms) else Verdict.IGNORE
+        return Verdict.ACCEPT if self._spend(author, standing, cost, now) else Verdict.IGNORE
 
-    def _spend(self, author: PeerId, standing: Standing, cost: float, now_ms: int) -> bool:
+    def _spend(self, author: PeerId, standing: Standing, cost: float, now: Now) -> bool:
         leave = GOSSIP_OF_ALL_PER_S * BURST_S / 2 if standing.rank is Rank.TOLD else 0
-        if not self._author(author, now_ms).take(cost, now_ms):
+        if not self._author(author, now).take(cost, now):
             return False
         if standing.rank is Rank.LISTED:
-            return self._all.take(cost, now_ms)
+            return self._all.take(cost, now)
         of_source = self._of_source.get(standing.source)
         if of_source is None:
-            of_source = self._of_source[standing.source] = _allowance(GOSSIP_OF_SOURCE_PER_S, now_ms)
-        return of_source.take(cost, now_ms) and self._all.take(cost, now_ms, leave)
+            of_source = self._of_source[standing.source] = _allowance(GOSSIP_OF_SOURCE_PER_S, now)
+        return of_source.take(cost, now) and self._all.take(cost, now, leave)
 
-    def _author(self, author: PeerId, now_ms: int) -> Allowance:
+    def _author(self, author: PeerId, now: Now) -> Allowance:
         if self._pruned is not self.authors:
             authors = self._pruned = self.authors
             sources = {standing.source for standing in authors.values()}
@@ -118,7 +119,7 @@ class GossipGate:
             self._of_source = {source: left for source, left in self._of_source.items() if source in sources}
         allowance = self._of_author.get(author)
         if allowance is None:
-            allowance = self._of_author[author] = _allowance(GOSSIP_OF_AUTHOR_PER_S, now_ms)
+            allowance = self._of_author[author] = _allowance(GOSSIP_OF_AUTHOR_PER_S, now)
         return allowance
 
 
@@ -127,5 +128,5 @@ def message_cost(size: int) -> float:
     return 1 + size / (GOSSIP_KIB_A_MESSAGE * KiB)
 
 
-def _allowance(per_s: float, now_ms: int) -> Allowance:
-    return Allowance(per_s, per_s * BURST_S, now_ms)
+def _allowance(per_s: float, now: Now) -> Allowance:
+    return Allowance(per_s, per_s * BURST_S, now)

@@ -27,8 +27,10 @@ from ..records.limits import (
     PEER_RECORD_TTL_MS,
     PEERS_KNOWN_MAX,
 )
+from ..records.now import Now
 from ..records.peer_record import PeerRecord, check_peer_record, decode_peer_record
 from ..records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
+from ..records.reason import Reason
 from ..records.standing import Rank, Standing
 from .address import may_dial, source_of
 from .dials import Dials
@@ -78,7 +80,7 @@ class Membership:
         members_only: bool,
         dials: Dials,
         rng: random.Random,
-        now_ms: int,
+        now: Now,
     ) -> None:
         self._network = network
         self._me = me
@@ -88,12 +90,12 @@ class Membership:
         self._members_only = members_only
         self._rng = rng
         self._peers = PeerTable()
-        self._renewed_at_ms = self._renew_at_ms = now_ms
-        self._sequence = now_ms  # greater than in an earlier life
-        self._renew(now_ms)
-        self._exchange_at_ms = now_ms + EXCHANGE_SOON_MS
-        self._explore_at_ms = now_ms + EXPLORE_MS
-        self._beat_at_ms = now_ms + HEARTBEAT_MS
+        self._renewed_at_ms = self._renew_at_ms = now.mono_ms
+        self._sequence = now.wall_ms  # greater than in an earlier life
+        self._renew(now)
+        self._exchange_at_ms = now.mono_ms + EXCHANGE_SOON_MS
+        self._explore_at_ms = now.mono_ms + EXPLORE_MS
+        self._beat_at_ms = now.mono_ms + HEARTBEAT_MS
         self._dials = dials
         self.changed = False  # `usable` may differ from what it was
         for peer, address in bootstrap:
@@ -120,9 +122,9 @@ class Membership:
         """What this node's record says has changed: renew it, if it was renewed just now a little later."""
         self._renew_at_ms = min(self._renew_at_ms, self._renewed_at_ms + PEER_RECORD_AGAIN_MS)
 
-    def start(self, now_ms: int) -> list[NetworkEffect]:
+    def start(self, now: Now) -> list[NetworkEffect]:
         """Dial the bootstrap list."""
-        return self._dial(now_ms)
+        return self._dial(now)
 
     def get(self, peer: PeerId) -> Peer | None:
         """What is known of a peer."""
@@ -140,17 +142,17 @@ class Membership:
             return known.standing
         return Standing(Rank.LISTED, "") if self._trust.is_listed(public_key) else None
 
-    def endpoints(self, now_ms: int) -> tuple[KvEndpoint, ...]:
+    def endpoints(self, now: Now) -> tuple[KvEndpoint, ...]:
         """Where usable peers serve KV, as far as this node may dial it."""
         return tuple(
             KvEndpoint(known.peer, known.endpoint, known.owns(known.endpoint))
-            for known in self._usable(now_ms)
+            for known in self._usable(now)
             if known.endpoint
         )
 
-    def addresses(self, now_ms: int) -> tuple[tuple[PeerId, str], ...]:
+    def addresses(self, now: Now) -> tuple[tuple[PeerId, str], ...]:
         """Where usable peers are reached, as far as this node may dial it."""
-        return tuple((known.peer, known.advertised) for known in self._usable(now_ms) if known.advertised)
+        return tuple((known.peer, known.advertised) for known in self._usable(now) if known.advertised)
 
     def authors(self) -> tuple[tuple[PeerId, Standing], ...]:
         """Everybody with a standing."""
@@ -158,13 +160,13 @@ class Membership:
         listed = {peer_id(public_key): Standing(Rank.LISTED, "") for public_key in self._trust.listed}
         return tuple({**listed, **here}.items())
 
-    def usable(self, now_ms: int) -> tuple[PeerRecord, ...]:
+    def usable(self, now: Now) -> tuple[PeerRecord, ...]:
         """Valid records of peers that don't keep silent, in the order in which they were met."""
-        return tuple(known.record for known in self._usable(now_ms) if known.record is not None)
+        return tuple(known.record for known in self._usable(now) if known.record is not None)
 
-    def any_usable(self, now_ms: int) -> bool:
+    def any_usable(self, now: Now) -> bool:
         """Whether there is one."""
-        return next(self._usable(now_ms), None) is not None
+        return next(self._usable(now), None) is not None
 
     def neighbours(self) -> list[Peer]:
         """Connected peers that have greeted and don't keep silent."""
@@ -180,7 +182,7 @@ class Membership:
 
     # --- connections ----------------------------------------------------------------------------
 
-    def on_connected(self, peer: PeerId, host: str, now_ms: int) -> list[NetworkEffect]:
+    def on_connected(self, peer: PeerId, host: str, now: Now) -> list[NetworkEffect]:
         """Greet it; it is met at `host`."""
         known = self._peers.get(peer)
         if known is None:
@@ -191,145 +193,146 @@ class Membership:
             known.connected = False
         known.meet(host)
         if not known.connected:
-            known.outbound, known.connected_at_ms = known.dialling, now_ms
+            known.outbound, known.connected_at_ms = known.dialling, now.mono_ms
         known.connected, known.dialling, known.dismissed = True, False, False
-        self._heard(known, now_ms)
-        return [self._greet(known, now_ms), *self._make_room(known)]
+        self._heard(known, now)
+        return [self._greet(known, now), *self._make_room(known)]
 
-    def on_discovered(self, peer: PeerId, address: str, told_from: str, now_ms: int) -> list[NetworkEffect]:
+    def on_discovered(self, peer: PeerId, address: str, told_from: str, now: Now) -> list[NetworkEffect]:
         """mDNS says from `told_from` that a peer is there: dial it when its turn comes."""
         known = self._peers.get(peer)
         if peer != self._me and known is None and may_dial(address, self._own.address, told_from):
             known = self._new(peer, "mdns")
             known.advertised = address
             self._peers.add(known)
-        return self._dial(now_ms)
+        return self._dial(now)
 
-    def on_disconnected(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
+    def on_disconnected(self, peer: PeerId, now: Now) -> list[NetworkEffect]:
         """Dial again after a while, or somebody else."""
         known = self._peers.get(peer)
         if known is None:
             return []
         # One that takes connections only to close them is left alone for longer and longer.
-        lasted = known.connected and now_ms - known.connected_at_ms >= UNUSED_MS
+        lasted = known.connected and now.mono_ms - known.connected_at_ms >= UNUSED_MS
         known.failures = 0 if lasted else known.failures + 1
         known.connected = known.outbound = known.dialling = False
-        known.pinged_at_ms = 0
-        self._dial_later(known, now_ms)
+        known.pinged_at_ms = None
+        self._dial_later(known, now)
         if known.record is None and not known.bootstrap:
             self._peers.remove(peer)
-        return self._dial(now_ms)
+        return self._dial(now)
 
-    def on_connect_failed(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
+    def on_connect_failed(self, peer: PeerId, now: Now) -> list[NetworkEffect]:
         """Not now; try others."""
         known = self._peers.get(peer)
         if known is None or known.connected:
             return []
-        self._dial_failed(known, now_ms)
+        self._dial_failed(known, now)
         if known.record is None and not known.bootstrap:
             self._peers.remove(peer)
-        return self._dial(now_ms)
+        return self._dial(now)
 
-    def may_dial(self, known: Peer, now_ms: int) -> bool:
+    def may_dial(self, known: Peer, now: Now) -> bool:
         """Whether to dial the peer at its address now; if so, it is counted."""
         if known.address == known.configured:
             return True
-        return self._dials.take(known.peer, known.address, known.owns(known.address), now_ms)
+        return self._dials.take(known.peer, known.address, known.owns(known.address), now)
 
-    def may_dial_at(self, peer: PeerId, address: str, told_from: str, now_ms: int) -> bool:
+    def may_dial_at(self, peer: PeerId, address: str, told_from: str, now: Now) -> bool:
         """Whether to dial a peer where an answer of the DHT from `told_from` says that it is; if so, it is counted."""
         known = self._peers.get(peer)
         if not may_dial(address, self._own.address, told_from):
             return False
-        return self._dials.take(peer, address, known is not None and known.owns(address), now_ms)
+        return self._dials.take(peer, address, known is not None and known.owns(address), now)
 
     # --- messages -------------------------------------------------------------------------------
 
-    def heard(self, peer: PeerId, now_ms: int, rtt_ms: int | None = None) -> None:
+    def heard(self, peer: PeerId, now: Now, rtt_ms: int | None = None) -> None:
         """Anything came from the peer; `rtt_ms` if it was an answer."""
         known = self._peers.get(peer)
         if known is not None:
-            self._heard(known, now_ms)
+            self._heard(known, now)
             if rtt_ms is not None:
                 known.rtt_ms = rtt_ms if not known.rtt_ms else 0.8 * known.rtt_ms + 0.2 * rtt_ms
 
-    def is_alive(self, peer: PeerId, now_ms: int) -> None:
+    def is_alive(self, peer: PeerId, now: Now) -> None:
         """Something fresh of the peer's came through others: if it couldn't be dialled, it can perhaps now."""
         known = self._peers.get(peer)
         if known is None:
             return
-        known.alive_at_ms = now_ms
+        known.alive_at_ms = now.mono_ms
         if known.silent and not known.connected:
             known.silent = False
             self.changed = True
 
-    def used(self, peer: PeerId, now_ms: int) -> None:
+    def used(self, peer: PeerId, now: Now) -> None:
         """The connection to the peer serves a purpose."""
         known = self._peers.get(peer)
         if known is not None:
-            known.used_at_ms = now_ms
+            known.used_at_ms = now.mono_ms
 
-    def unanswered(self, peer: PeerId, message: PeerRequest, now_ms: int) -> None:
+    def unanswered(self, peer: PeerId, message: PeerRequest, now: Now) -> None:
         """The peer left a request of ours without an answer."""
         known = self._peers.get(peer)
         if known is not None and known.connected and not known.dismissed and isinstance(message, Ping | Greet):
-            known.pinged_at_ms = 0
-            self._set_silent(known, now_ms)
+            known.pinged_at_ms = None
+            self._set_silent(known, now)
 
     def unread(self, peer: PeerId) -> None:
         """This node has had no time for the peer, whose answer may have come: that makes it not silent."""
         known = self._peers.get(peer)
         if known is not None:
-            known.pinged_at_ms = 0
+            known.pinged_at_ms = None
 
-    def shun(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
+    def shun(self, peer: PeerId, now: Now) -> list[NetworkEffect]:
         """The peer goes on breaking rules: have nothing to do with it for a while."""
         known = self._peers.get(peer)
         if known is None:
             return []
-        known.dial_at_ms = now_ms + SHUN_MS
+        known.dial_at_ms = now.mono_ms + SHUN_MS
         return [Disconnect(peer)] if known.connected else []
 
-    def on_record(self, raw: bytes, peer: PeerId, now_ms: int, own_word: bool) -> list[NetworkEffect]:
+    def on_record(self, raw: bytes, peer: PeerId, now: Now, own_word: bool) -> list[NetworkEffect]:
         """A record from `peer`; `own_word`: it must be the peer's own (a greeting), as against one passed on."""
         try:
             record = decode_peer_record(raw)
             if own_word and record.peer != peer:
                 raise ProtocolViolation("peer record: expected the sender's own")
             if record.peer == self._me:
-                self._outbid(record, now_ms)
+                self._outbid(record, now)
             elif self._is_newer(record):
-                check_peer_record(record, self._network, now_ms)
-                known = self._accept(record, raw, None if own_word else peer, now_ms)
+                check_peer_record(record, self._network, now.wall_ms)
+                known = self._accept(record, raw, None if own_word else peer, now)
                 return self._make_room(known) if own_word and known is not None else []
             elif (known := self._peers.get(record.peer)) is not None and known.raw == raw:
                 self._adopt(known, peer)
         except ProtocolViolation:
-            return [ChargePeer(peer, "protocol")]
+            return [ChargePeer(peer, Reason.PROTOCOL)]
         except Refused as refused:
             # Clocks differ, and who passes a record on has checked it by its own; but not even it can forge one.
-            return [ChargePeer(peer, refused.reason)] if refused.reason in ("bad_signature", "other_network") else []
+            reason = Reason.of(refused)
+            return [ChargePeer(peer, reason)] if reason.is_lie else []
         return []
 
-    def on_greeted(self, peer: PeerId, now_ms: int) -> list[NetworkEffect]:
+    def on_greeted(self, peer: PeerId, now: Now) -> list[NetworkEffect]:
         """A neighbour's record has come: it may know others."""
         known = self._peers.get(peer)
-        return [self._want_peers(known, now_ms)] if known and known.record else [Disconnect(peer)]
+        return [self._want_peers(known, now)] if known and known.record else [Disconnect(peer)]
 
-    def answer_peers(self, want: WantPeers, now_ms: int) -> Peers:
+    def answer_peers(self, want: WantPeers, now: Now) -> Peers:
         """Some records that the asker lacks."""
-        return answer_peers(want, self._usable(now_ms), self._rng)
+        return answer_peers(want, self._usable(now), self._rng)
 
-    def on_peers(self, peer: PeerId, answer: Peers, now_ms: int) -> list[NetworkEffect]:
+    def on_peers(self, peer: PeerId, answer: Peers, now: Now) -> list[NetworkEffect]:
         """Take in what a neighbour knows."""
         before = {known.peer for known in self._peers}
         for raw in answer.records:
-            charge = self.on_record(raw, peer, now_ms, own_word=False)
+            charge = self.on_record(raw, peer, now, own_word=False)
             if charge:
                 return charge
         if any(known.peer not in before for known in self._peers):
-            self._exchange_at_ms = min(self._exchange_at_ms, now_ms + EXCHANGE_SOON_MS)
-        return self._dial(now_ms)
+            self._exchange_at_ms = min(self._exchange_at_ms, now.mono_ms + EXCHANGE_SOON_MS)
+        return self._dial(now)
 
     # --- time -----------------------------------------------------------------------------------
 
@@ -337,73 +340,62 @@ class Membership:
         """When `on_tick` has something to do."""
         return min(self._beat_at_ms, self._exchange_at_ms, self._explore_at_ms, self._renew_at_ms)
 
-    def on_tick(self, now_ms: int) -> list[NetworkEffect]:
+    def on_tick(self, now: Now) -> list[NetworkEffect]:
         """Heartbeats, dials, exchange, renewal."""
         effects: list[NetworkEffect] = []
-        if now_ms >= self._renew_at_ms:
-            self._renew(now_ms)
+        if now.mono_ms >= self._renew_at_ms or self._is_misdated(now):
+            self._renew(now)
             effects += [self._ask(each.peer, Greet(self._own_raw), GREET_MS) for each in self.neighbours()]
-        if now_ms >= self._beat_at_ms:
-            self._beat_at_ms = now_ms + HEARTBEAT_MS
-            effects += self._beat(now_ms) + self._trim(now_ms) + self._dial(now_ms)
-        if now_ms >= self._explore_at_ms:
-            self._explore_at_ms = now_ms + EXPLORE_MS
-            effects += self._explore(now_ms)
-        if now_ms >= self._exchange_at_ms:
-            self._exchange_at_ms = now_ms + EXCHANGE_MS
+        if now.mono_ms >= self._beat_at_ms:
+            self._beat_at_ms = now.mono_ms + HEARTBEAT_MS
+            effects += self._beat(now) + self._trim(now) + self._dial(now)
+        if now.mono_ms >= self._explore_at_ms:
+            self._explore_at_ms = now.mono_ms + EXPLORE_MS
+            effects += self._explore(now)
+        if now.mono_ms >= self._exchange_at_ms:
+            self._exchange_at_ms = now.mono_ms + EXCHANGE_MS
             neighbours = self.neighbours()
             if neighbours:
-                effects.append(self._want_peers(whose_turn(neighbours), now_ms))
+                effects.append(self._want_peers(whose_turn(neighbours), now))
         return effects
 
-    def shift(self, by_ms: int) -> None:
-        """The clock was set; records keep their own time."""
-        self._beat_at_ms += by_ms
-        self._exchange_at_ms += by_ms
-        self._explore_at_ms += by_ms
-        # Others don't believe a record that is dated by a clock so far ahead.
-        self._renew_at_ms = self._beat_at_ms if by_ms < -CLOCK_SKEW_MS else self._renew_at_ms + by_ms
-        self._renewed_at_ms += by_ms
-        for known in self._peers:
-            known.shift(by_ms)
-
-    def _beat(self, now_ms: int) -> list[NetworkEffect]:
+    def _beat(self, now: Now) -> list[NetworkEffect]:
         effects: list[NetworkEffect] = []
         for known in self._peers:
-            if known.record is not None and known.record.expires_at_ms <= now_ms:
-                effects += self._expire(known, now_ms)
+            if known.record is not None and known.record.expires_at_ms <= now.wall_ms:
+                effects += self._expire(known, now)
             if known.connected:
-                effects += self._check_connected(known, now_ms)
-            elif known.dialling and now_ms - known.dialled_at_ms > 2 * CONNECT_MS:
-                self._dial_failed(known, now_ms)  # perhaps a connection was there already
+                effects += self._check_connected(known, now)
+            elif known.dialling and now.mono_ms - known.dialled_at_ms > 2 * CONNECT_MS:
+                self._dial_failed(known, now)  # perhaps a connection was there already
         return effects
 
-    def _expire(self, known: Peer, now_ms: int) -> list[NetworkEffect]:
+    def _expire(self, known: Peer, now: Now) -> list[NetworkEffect]:
         known.record, known.raw, known.advertised, known.endpoint = None, b"", "", ""
         self.changed = True
         if known.connected:
-            return [self._greet(known, now_ms)]  # its own greeting was lost, or the clock was set
+            return [self._greet(known, now)]  # its own greeting was lost, or the clock was set
         if not (known.dialling or known.bootstrap):
             self._peers.remove(known.peer)
         return []
 
-    def _check_connected(self, known: Peer, now_ms: int) -> list[NetworkEffect]:
-        if known.record is None and now_ms - known.asked_at_ms > GREET_BY_MS:
+    def _check_connected(self, known: Peer, now: Now) -> list[NetworkEffect]:
+        if known.record is None and now.mono_ms - known.asked_at_ms > GREET_BY_MS:
             return [Disconnect(known.peer)]
-        if known.silent and now_ms - known.silent_at_ms > SILENT_DISCONNECT_MS:
+        if known.silent and now.mono_ms - known.silent_at_ms > SILENT_DISCONNECT_MS:
             return [Disconnect(known.peer)]
-        if known.pinged_at_ms:
-            if now_ms - known.pinged_at_ms < PING_MS:
+        if known.pinged_at_ms is not None:
+            if now.mono_ms - known.pinged_at_ms < PING_MS:
                 return []
-            self._set_silent(known, now_ms)
-        if now_ms - known.heard_at_ms < HEARTBEAT_MS:
+            self._set_silent(known, now)
+        if now.mono_ms - known.heard_at_ms < HEARTBEAT_MS:
             return []
-        known.pinged_at_ms = now_ms
+        known.pinged_at_ms = now.mono_ms
         return [self._ask(known.peer, Ping(), PING_MS)]
 
     # --- connections of this node's choice ------------------------------------------------------
 
-    def _dial(self, now_ms: int) -> list[NetworkEffect]:
+    def _dial(self, now: Now) -> list[NetworkEffect]:
         """Connect to as many more as are wanted; the bootstrap list first, then members and those once heard."""
         linked = [known for known in self._peers if known.connected and not known.silent]
         dialling = sum(known.dialling for known in self._peers)
@@ -411,41 +403,41 @@ class Membership:
         wanted = min(lacking - dialling, DIALS_MAX - dialling)
         if wanted <= 0:
             return []
-        ready = self._ready(now_ms)
+        ready = self._ready(now)
         self._rng.shuffle(ready)
-        ready.sort(key=lambda each: (not each.bootstrap, each.failures, not each.member, not each.heard_at_ms))
-        within_budget = (known for known in ready if self.may_dial(known, now_ms))
-        return [self._connect(known, now_ms) for known in islice(within_budget, wanted)]
+        ready.sort(key=lambda each: (not each.bootstrap, each.failures, not each.member, not each.met))
+        within_budget = (known for known in ready if self.may_dial(known, now))
+        return [self._connect(known, now) for known in islice(within_budget, wanted)]
 
-    def _explore(self, now_ms: int) -> list[NetworkEffect]:
-        ready = self._ready(now_ms)
+    def _explore(self, now: Now) -> list[NetworkEffect]:
+        ready = self._ready(now)
         if not ready or sum(known.dialling for known in self._peers) >= DIALS_MAX:
             return []
         known = self._rng.choice(ready)
-        return [self._connect(known, now_ms)] if self.may_dial(known, now_ms) else []
+        return [self._connect(known, now)] if self.may_dial(known, now) else []
 
-    def _ready(self, now_ms: int) -> list[Peer]:
+    def _ready(self, now: Now) -> list[Peer]:
         return [
             known
             for known in self._peers
-            if known.address and not known.connected and not known.dialling and known.dial_at_ms <= now_ms
+            if known.address and not known.connected and not known.dialling and known.dial_at_ms <= now.mono_ms
         ]
 
-    def _connect(self, known: Peer, now_ms: int) -> Connect:
-        known.dialling, known.dialled_at_ms = True, now_ms
+    def _connect(self, known: Peer, now: Now) -> Connect:
+        known.dialling, known.dialled_at_ms = True, now.mono_ms
         return Connect(known.peer, known.address, CONNECT_MS)
 
-    def _dial_failed(self, known: Peer, now_ms: int) -> None:
+    def _dial_failed(self, known: Peer, now: Now) -> None:
         known.dialling = False
         known.failures += 1
-        self._dial_later(known, now_ms)
-        self._set_silent(known, now_ms)
+        self._dial_later(known, now)
+        self._set_silent(known, now)
 
-    def _dial_later(self, known: Peer, now_ms: int) -> None:
+    def _dial_later(self, known: Peer, now: Now) -> None:
         delay_ms = dial_delay_ms(known.failures)  # less a little, so that not all who lost a peer come back at once
-        known.dial_at_ms = max(known.dial_at_ms, now_ms + round(delay_ms * self._rng.uniform(0.5, 1.0)))
+        known.dial_at_ms = max(known.dial_at_ms, now.mono_ms + round(delay_ms * self._rng.uniform(0.5, 1.0)))
 
-    def _trim(self, now_ms: int) -> list[NetworkEffect]:
+    def _trim(self, now: Now) -> list[NetworkEffect]:
         connected = [known for known in self._peers if known.connected]
         excess = min(len(connected) - NEIGHBOURS_MAX, DIALS_MAX)
         if excess <= 0:
@@ -455,8 +447,8 @@ class Membership:
             known
             for known in connected
             if not known.bootstrap
-            and now_ms - known.connected_at_ms > UNUSED_MS
-            and (now_ms - known.used_at_ms > UNUSED_MS or (hosts[known.source] > 1 and not known.outbound))
+            and now.mono_ms - known.connected_at_ms > UNUSED_MS
+            and (now.mono_ms - known.used_at_ms > UNUSED_MS or (hosts[known.source] > 1 and not known.outbound))
         ]
         return self._dismiss(least_useful_first(spare, self._trust)[:excess])
 
@@ -469,15 +461,15 @@ class Membership:
             known.dismissed = True
         return [Disconnect(known.peer) for known in peers]
 
-    def _greet(self, known: Peer, now_ms: int) -> Send:
-        known.asked_at_ms = now_ms
+    def _greet(self, known: Peer, now: Now) -> Send:
+        known.asked_at_ms = now.mono_ms
         return self._ask(known.peer, Greet(self._own_raw), GREET_MS)
 
     # --- leaves ---------------------------------------------------------------------------------
 
-    def _usable(self, now_ms: int) -> Iterator[Peer]:
+    def _usable(self, now: Now) -> Iterator[Peer]:
         for known in self._peers:
-            if known.record is not None and known.record.expires_at_ms > now_ms and not known.silent:
+            if known.record is not None and known.record.expires_at_ms > now.wall_ms and not known.silent:
                 yield known
 
     def _new(self, peer: PeerId, source: str) -> Peer:
@@ -495,7 +487,7 @@ class Membership:
         if self._peers.of_source(source) + 1 < self._peers.of_source(known.source):
             known.source, self.changed = source, True
 
-    def _accept(self, record: PeerRecord, raw: bytes, told_by: PeerId | None, now_ms: int) -> Peer | None:
+    def _accept(self, record: PeerRecord, raw: bytes, told_by: PeerId | None, now: Now) -> Peer | None:
         is_member = self._trust.meet(record.public_key, record.member_tag)
         if self._members_only and not is_member:
             raise Refused("stranger")
@@ -513,43 +505,48 @@ class Membership:
         known.advertised = record.address if may_dial(record.address, self._own.address, told_from) else ""
         known.endpoint = record.endpoint if may_dial(record.endpoint, self._own.address, told_from) else ""
         if moved and not known.connected:
-            known.failures, known.dial_at_ms = 0, now_ms
+            known.failures, known.dial_at_ms = 0, now.mono_ms
         self.changed = True
-        self.is_alive(record.peer, now_ms)
+        self.is_alive(record.peer, now)
         return known
 
-    def _outbid(self, record: PeerRecord, now_ms: int) -> None:
+    def _outbid(self, record: PeerRecord, now: Now) -> None:
         """Of an earlier life, with a clock that was ahead: say something that counts as newer."""
         if record.sequence > self._sequence:
             check_peer_record(record, self._network, record.expires_at_ms - 1)  # whatever its date
             self._sequence = record.sequence
-            self._renew_at_ms = min(self._renew_at_ms, now_ms + HEARTBEAT_MS)
+            self._renew_at_ms = min(self._renew_at_ms, now.mono_ms + HEARTBEAT_MS)
 
     def _is_newer(self, record: PeerRecord) -> bool:
         known = self._peers.get(record.peer)
         return known is None or known.record is None or known.record.sequence < record.sequence
 
-    def _heard(self, known: Peer, now_ms: int) -> None:
-        known.heard_at_ms = known.alive_at_ms = now_ms
-        known.pinged_at_ms = 0
+    def _heard(self, known: Peer, now: Now) -> None:
+        known.heard_at_ms = known.alive_at_ms = now.mono_ms
+        known.pinged_at_ms = None
         if known.silent:
             known.silent = False
             self.changed = True
 
-    def _set_silent(self, known: Peer, now_ms: int) -> None:
+    def _set_silent(self, known: Peer, now: Now) -> None:
         if not known.silent:
-            known.silent, known.silent_at_ms = True, now_ms
+            known.silent, known.silent_at_ms = True, now.mono_ms
             self.changed = True
 
-    def _want_peers(self, neighbour: Peer, now_ms: int) -> Send:
-        neighbour.exchanged_at_ms = now_ms
+    def _is_misdated(self, now: Now) -> bool:
+        """Whether the clock was set since the own record was signed, so far that others may not believe its date."""
+        left_ms = self._own.expires_at_ms - now.wall_ms
+        return not PEER_RECORD_TTL_MS - RENEW_MS - CLOCK_SKEW_MS <= left_ms <= PEER_RECORD_TTL_MS + CLOCK_SKEW_MS
+
+    def _want_peers(self, neighbour: Peer, now: Now) -> Send:
+        neighbour.exchanged_at_ms = now.mono_ms
         known = (each.record for each in self._peers if each.record is not None)
         return self._ask(neighbour.peer, want_peers(known, self._own), GREET_MS)
 
-    def _renew(self, now_ms: int) -> None:
+    def _renew(self, now: Now) -> None:
         self._sequence += 1
-        self._renewed_at_ms, self._renew_at_ms = now_ms, now_ms + RENEW_MS
-        self._own = self._sign_own(self._sequence, now_ms + PEER_RECORD_TTL_MS)
+        self._renewed_at_ms, self._renew_at_ms = now.mono_ms, now.mono_ms + RENEW_MS
+        self._own = self._sign_own(self._sequence, now.wall_ms + PEER_RECORD_TTL_MS)
         self._own_raw = self._own.encode()
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from ..records.ids import PeerId
 from ..records.limits import PEERS_KNOWN_MAX
+from ..records.now import Now
 
 EARNED_MS = 300  # the usual deadline: one delivery pays for one wait
 EARNED_MAX_MS = 10 * EARNED_MS  # of one peer
@@ -31,9 +32,9 @@ class Patience:
         """Whether the peer has delivered more than it has wasted."""
         return peer in self._earned_ms
 
-    def lends(self, now_ms: int) -> bool:
+    def lends(self, now: Now) -> bool:
         """Whether members that have earned nothing may make a request wait."""
-        return self._lent_ms(now_ms) > 0
+        return self._lent_ms(now) > 0
 
     def delivered(self, peer: PeerId) -> None:
         """The peer sent something that was verified."""
@@ -42,7 +43,7 @@ class Patience:
         if len(self._earned_ms) > PEERS_KNOWN_MAX:
             self._earned_ms.popitem(last=False)
 
-    def wasted(self, waited_ms: Mapping[PeerId, int], now_ms: int) -> None:
+    def wasted(self, waited_ms: Mapping[PeerId, int], now: Now) -> None:
         """A request waited so long for each of these at once, and they brought nothing."""
         lent_ms = 0
         for peer, for_ms in waited_ms.items():
@@ -52,8 +53,7 @@ class Patience:
             self._earned_ms[peer] -= for_ms
             if self._earned_ms[peer] <= 0:
                 del self._earned_ms[peer]
-        self._lent_left_ms, self._lent_at_ms = self._lent_ms(now_ms) - lent_ms, now_ms
+        self._lent_left_ms, self._lent_at_ms = self._lent_ms(now) - lent_ms, now.mono_ms
 
-    def _lent_ms(self, now_ms: int) -> float:
-        passed_ms = max(now_ms - self._lent_at_ms, 0)  # the clock may have been set back
-        return min(self._lent_left_ms + LENT_SHARE * passed_ms, LENT_MAX_MS)
+    def _lent_ms(self, now: Now) -> float:
+        return min(self._lent_left_ms + LENT_SHARE * (now.mono_ms - self._lent_at_ms), LENT_MAX_MS)

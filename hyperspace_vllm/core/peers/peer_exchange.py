@@ -8,7 +8,7 @@ from ..records.limits import PEERS_KNOWN_MAX, PEX_OF_SOURCE_MAX, PEX_RECORDS_MAX
 from ..records.peer_record import PeerRecord
 from ..records.peer_wire import KNOWN_BYTES, Peers, WantPeers
 from ..records.standing import Rank
-from .peer_table import Peer
+from .peer_table import NEVER_MS, Peer
 
 
 def want_peers(known: Iterable[PeerRecord], own: PeerRecord) -> WantPeers:
@@ -53,5 +53,5 @@ def whose_turn(neighbours: list[Peer]) -> Peer:
     """Whom to ask for records: of the host that was asked longest ago, for one host may be most of the neighbours."""
     asked_ms: dict[str, int] = {}
     for known in neighbours:
-        asked_ms[known.source] = max(asked_ms.get(known.source, 0), known.exchanged_at_ms)
+        asked_ms[known.source] = max(asked_ms.get(known.source, NEVER_MS), known.exchanged_at_ms)
     return min(neighbours, key=lambda known: (asked_ms[known.source], known.exchanged_at_ms))

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 
 from ..records.ids import PeerId
 from ..records.limits import PEERS_KNOWN_MAX, PEERS_OF_SOURCE_MAX
+from ..records.now import Now
 from ..records.peer_record import PeerRecord
 from ..records.standing import Rank, Standing
 from .address import host_of, source_of
 from .eviction import who_goes
 
+NEVER_MS = -(1 << 62)
 HOSTS_MAX = 2  # a machine may be dialled at one address, and dial from another
 
 
 @dataclass(slots=True)
 class Peer:
-    """What is known of one other node. Times are 0 for never."""
+    """What is known of one other node. Times are monotonic."""
 
     peer: PeerId
     configured: str = ""  # its address on the bootstrap list
@@ -33,18 +35,18 @@ class Peer:
     connected: bool = False
     outbound: bool = False  # this node chose it
     dismissed: bool = False  # this node hung up: what it hears no more says nothing of the peer
-    connected_at_ms: int = 0
-    asked_at_ms: int = 0  # for its record
-    exchanged_at_ms: int = 0  # when it was last asked for others' records
+    connected_at_ms: int = NEVER_MS
+    asked_at_ms: int = NEVER_MS  # for its record
+    exchanged_at_ms: int = NEVER_MS  # when it was last asked for others' records
     silent: bool = False  # it left a ping or a dial unanswered
-    silent_at_ms: int = 0
-    heard_at_ms: int = 0
-    alive_at_ms: int = 0  # when something fresh of it last came, through others too
-    pinged_at_ms: int = 0  # the ping is unanswered
-    used_at_ms: int = 0  # for something other than staying in touch
+    silent_at_ms: int = NEVER_MS
+    heard_at_ms: int = NEVER_MS
+    alive_at_ms: int = NEVER_MS  # when something fresh of it last came, through others too
+    pinged_at_ms: int | None = None  # the ping is unanswered
+    used_at_ms: int = NEVER_MS  # for something other than staying in touch
     dialling: bool = False
-    dialled_at_ms: int = 0
-    dial_at_ms: int = 0
+    dialled_at_ms: int = NEVER_MS
+    dial_at_ms: int = NEVER_MS
     failures: int = 0
     rtt_ms: float = 0.0
 
@@ -56,7 +58,7 @@ class Peer:
     @property
     def met(self) -> bool:
         """Whether it has ever shown over a connection who it is."""
-        return self.heard_at_ms > 0
+        return self.heard_at_ms > NEVER_MS
 
     @property
     def standing(self) -> Standing:
@@ -85,25 +87,12 @@ class Peer:
         self.source = source_of(host)
         self.hosts = tuple(dict.fromkeys((host_of(f"{host}:0"), *self.hosts)))[:HOSTS_MAX]
 
-    def may_be_asked(self, now_ms: int) -> bool:
+    def may_be_asked(self, now: Now) -> bool:
         """Over its connection, or over a new one; a silent one, when it was heard of since or may be dialled."""
         if self.connected:
             return not self.silent
         was_heard_of = self.alive_at_ms > self.silent_at_ms
-        return bool(self.address) and (not self.silent or was_heard_of or self.dial_at_ms <= now_ms)
-
-    def shift(self, by_ms: int) -> None:
-        """The clock was set."""
-        self.connected_at_ms += by_ms
-        self.asked_at_ms += by_ms
-        self.exchanged_at_ms += by_ms
-        self.silent_at_ms += by_ms
-        self.heard_at_ms += by_ms if self.heard_at_ms else 0
-        self.alive_at_ms += by_ms
-        self.pinged_at_ms += by_ms if self.pinged_at_ms else 0
-        self.used_at_ms += by_ms
-        self.dialled_at_ms += by_ms
-        self.dial_at_ms += by_ms
+        return bool(self.address) and (not self.silent or was_heard_of or self.dial_at_ms <= now.mono_ms)
 
 
 class PeerTable:

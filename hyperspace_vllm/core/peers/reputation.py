@@ -12,51 +12,14 @@ from dataclasses import dataclass
 
 from ..records.ids import PeerId
 from ..records.limits import PEERS_KNOWN_MAX
+from ..records.now import Now
+from ..records.reason import Reason
 
 THRESHOLD = 0.75
 HALF_LIFE_MS = 24 * 3600 * 1000
 EVIDENCE_MAX = 200.0  # one failure in ten is one failure in ten, of a hundred requests or of a million
 _PRIOR_SUCCESSES = 1.0
 _PRIOR_FAILURES = 19.0
-
-RUDE = 10.0  # breaking the protocol: a bug or malice; also what a reason weighs that stands nowhere below
-_FAILURES = {
-    "miss": 0.0,  # hints go stale, and who believes less or more people than we do is no liar
-    "not_here": 0.0,
-    "evicted": 0.0,
-    "stranger": 0.0,
-    "untrusted_signer": 0.0,
-    "untrusted_producer": 0.0,
-    "busy": 0.25,
-    "timeout": 1.0,
-    "unreachable": 1.0,
-    "stalled": 1.0,
-    "io_error": 1.0,
-    "stale": 1.0,
-    "expired": 1.0,
-    "from_the_future": 1.0,
-    "protocol": RUDE,
-    "malformed": RUDE,
-    "too_large": RUDE,
-}
-LIES = frozenset(  # what takes intent, or a disk that nobody should believe either
-    {
-        "bad_digest",
-        "bad_proof",
-        "bad_seal",
-        "bad_signature",
-        "condemned",
-        "damaged",
-        "false_offer",
-        "false_response",
-        "forged",
-        "long_expired",
-        "replayed",
-        "wrong_model",
-        "wrong_request",
-        "wrong_response",
-    }
-)
 
 
 def reliability(successes: float, failures: float) -> float:
@@ -67,11 +30,6 @@ def reliability(successes: float, failures: float) -> float:
 def score_of(successes: float, failures: float, lies: float) -> float:
     """What is believed of a peer with this record, in [0, 1]."""
     return float(reliability(successes, failures) * 0.5**lies)
-
-
-def weight_of(reason: str) -> float:
-    """How many failures a failure for `reason` counts as; lies are counted apart."""
-    return _FAILURES.get(reason, RUDE)
 
 
 @dataclass(slots=True)
@@ -88,46 +46,46 @@ class Reputation:
     def __init__(self) -> None:
         self._records: dict[PeerId, _Record] = {}
 
-    def score(self, peer: PeerId, now_ms: int) -> float:
+    def score(self, peer: PeerId, now: Now) -> float:
         """In [0, 1]; strangers have a newcomer's."""
         record = self._records.get(peer)
         if record is None:
             return score_of(0, 0, 0)
-        left = _left(record, now_ms)
+        left = _left(record, now)
         return score_of(record.successes * left, record.failures * left, record.lies * left)
 
-    def served(self, peer: PeerId, now_ms: int) -> None:
+    def served(self, peer: PeerId, now: Now) -> None:
         """The peer delivered something, and it was verified."""
-        record = self._aged(peer, now_ms)
+        record = self._aged(peer, now)
         record.successes += 1
         _dilute(record)
 
-    def failed(self, peer: PeerId, reason: str, now_ms: int) -> None:
-        """The peer didn't deliver, or delivered what an honest one can't (`reason` is in LIES)."""
-        record = self._aged(peer, now_ms)
-        if reason in LIES:
+    def failed(self, peer: PeerId, reason: Reason, now: Now) -> None:
+        """The peer didn't deliver, or delivered what an honest one can't."""
+        record = self._aged(peer, now)
+        if reason.is_lie:
             record.lies += 1
         else:
-            record.failures += weight_of(reason)
+            record.failures += reason.severity.value
             _dilute(record)
 
-    def _aged(self, peer: PeerId, now_ms: int) -> _Record:
+    def _aged(self, peer: PeerId, now: Now) -> _Record:
         record = self._records.get(peer)
         if record is None:
             if len(self._records) >= PEERS_KNOWN_MAX:  # new identities are free: let them push out each other
                 del self._records[min(self._records, key=lambda known: self._records[known].successes)]
-            record = self._records[peer] = _Record(now_ms)
-        left = _left(record, now_ms)
+            record = self._records[peer] = _Record(now.mono_ms)
+        left = _left(record, now)
         record.successes *= left
         record.failures *= left
         record.lies *= left
-        record.at_ms = max(record.at_ms, now_ms)
+        record.at_ms = now.mono_ms
         return record
 
 
-def _left(record: _Record, now_ms: int) -> float:
+def _left(record: _Record, now: Now) -> float:
     """What time has left of the record."""
-    return float(0.5 ** (max(now_ms - record.at_ms, 0) / HALF_LIFE_MS))
+    return float(0.5 ** ((now.mono_ms - record.at_ms) / HALF_LIFE_MS))
 
 
 def _dilute(record: _Record) -> None:

@@ -19,11 +19,13 @@ from typing import Literal
 
 from ..records.ids import PeerId, peer_id, public_key_of
 from ..records.limits import PEERS_KNOWN_MAX
+from ..records.now import Now
+from ..records.reason import Reason
 from ..records.signing import NO_MEMBER_TAG, member_tag
 from ..records.standing import Tier
 from .findings import Findings
 from .patience import Patience
-from .reputation import LIES, THRESHOLD, Reputation
+from .reputation import THRESHOLD, Reputation
 from .suspicion import Suspicion
 
 TRIAL_EVERY_MS = 10_000  # an answer of a stranger that is audited and never served, of all strangers together
@@ -82,33 +84,33 @@ class Trust:
         """Every peer that the operator named."""
         return self._listed | self._allowed
 
-    def trusts(self, public_key: bytes, now_ms: int) -> bool:
+    def trusts(self, public_key: bytes, now: Now) -> bool:
         """Whether the responses that this peer signed count."""
-        if self.trusts_kv(public_key, now_ms):
+        if self.trusts_kv(public_key, now):
             return True
-        if self.mode != "reputation" or self.is_convicted(public_key, now_ms):
+        if self.mode != "reputation" or self.is_convicted(public_key, now):
             return False
-        return self.word.score(peer_id(public_key), now_ms) >= THRESHOLD
+        return self.word.score(peer_id(public_key), now) >= THRESHOLD
 
-    def trusts_kv(self, public_key: bytes, now_ms: int) -> bool:
+    def trusts_kv(self, public_key: bytes, now: Now) -> bool:
         """Whether the manifests that this peer signed count."""
         if public_key == self._own_key:
             return True
-        if self.is_convicted(public_key, now_ms):
+        if self.is_convicted(public_key, now):
             return False
         return public_key in self._allowed or (self.mode != "allowlist" and self.is_member(public_key))
 
-    def is_convicted(self, public_key: bytes, now_ms: int) -> bool:
+    def is_convicted(self, public_key: bytes, now: Now) -> bool:
         """Whether nothing that this peer signed counts; of nobody while this node doubts itself."""
-        return self.suspicion.is_convicted(public_key, now_ms) and not self.findings.doubts_itself(now_ms)
+        return self.suspicion.is_convicted(public_key, now) and not self.findings.doubts_itself(now)
 
-    def take_trial(self, public_key: bytes, now_ms: int) -> bool:
+    def take_trial(self, public_key: bytes, now: Now) -> bool:
         """Whether a response of this untrusted signer is audited, unserved, now; a yes lasts TRIAL_EVERY_MS."""
-        if self.mode != "reputation" or self.is_convicted(public_key, now_ms):
+        if self.mode != "reputation" or self.is_convicted(public_key, now):
             return False
-        if 0 < self._next_trial_ms - now_ms <= TRIAL_EVERY_MS:
+        if now.mono_ms < self._next_trial_ms:
             return False
-        self._next_trial_ms = now_ms + TRIAL_EVERY_MS
+        self._next_trial_ms = now.mono_ms + TRIAL_EVERY_MS
         return True
 
     def may_trust_others(self) -> bool:
@@ -116,7 +118,7 @@ class Trust:
         by_membership = self.mode == "members" and bool(self._listed or self._network_key)
         return self.mode == "reputation" or by_membership or bool(self._allowed)
 
-    def audited(self, public_key: bytes, tokens: int, verdict: Verdict, source: bytes, now_ms: int) -> bool:
+    def audited(self, public_key: bytes, tokens: int, verdict: Verdict, source: bytes, now: Now) -> bool:
         """Take in this node's own audit of a response that this peer signed; whether the peer is convicted by it.
 
         `source` is what the client that asked for the response can't be twice.
@@ -124,26 +126,26 @@ class Trust:
         if public_key == self._own_key:
             return False
         if verdict == "passed":
-            if tokens >= PASSED_TOKENS_MIN and self.findings.passed(public_key, source, now_ms):
-                self.word.served(peer_id(public_key), now_ms)
+            if tokens >= PASSED_TOKENS_MIN and self.findings.passed(public_key, source, now):
+                self.word.served(peer_id(public_key), now)
             return False
-        self.suspicion.accuse(self._own_key, public_key, now_ms)
-        if verdict == "dropped" or not self.findings.found(public_key, source, now_ms):
+        self.suspicion.accuse(self._own_key, public_key, now)
+        if verdict == "dropped" or not self.findings.found(public_key, source, now):
             return False
-        self.suspicion.convict(public_key, now_ms)
-        self.word.failed(peer_id(public_key), "false_response", now_ms)
+        self.suspicion.convict(public_key, now)
+        self.word.failed(peer_id(public_key), Reason.FALSE_RESPONSE, now)
         return True
 
-    def delivered(self, peer: PeerId, now_ms: int) -> None:
+    def delivered(self, peer: PeerId, now: Now) -> None:
         """The peer sent something that was verified, whoever had signed it."""
-        self.service.served(peer, now_ms)
+        self.service.served(peer, now)
         self.patience.delivered(peer)
 
-    def failed(self, peer: PeerId, reason: str, now_ms: int) -> None:
+    def failed(self, peer: PeerId, reason: Reason, now: Now) -> None:
         """The peer didn't deliver. A lie costs it belief as well: what it altered it may sign as well."""
-        self.service.failed(peer, reason, now_ms)
-        if reason in LIES:
-            self.word.failed(peer, reason, now_ms)
+        self.service.failed(peer, reason, now)
+        if reason.is_lie:
+            self.word.failed(peer, reason, now)
 
     def is_chosen(self, public_key: bytes) -> bool:
         """Whether the peer counts by the operator's choice, whatever it did: a member, or on the allowlist.
@@ -170,11 +172,11 @@ class Trust:
             return Tier.PROVEN
         return Tier.MEMBER if self.has_standing(peer) else Tier.STRANGER
 
-    def may_be_waited_for(self, peer: PeerId, now_ms: int) -> bool:
+    def may_be_waited_for(self, peer: PeerId, now: Now) -> bool:
         """Whether a request may wait for what this peer says it has."""
-        if self.is_convicted(public_key_of(peer), now_ms):
+        if self.is_convicted(public_key_of(peer), now):
             return False
-        return self.patience.has_earned(peer) or (self.has_standing(peer) and self.patience.lends(now_ms))
+        return self.patience.has_earned(peer) or (self.has_standing(peer) and self.patience.lends(now))
 
     def vouch(self, public_key: bytes) -> bytes:
         """The member tag of a signer that is known to hold the network key; zeros for everybody else.

@@ -28,6 +28,7 @@ from ..events.kv_events import (
 )
 from ..records.ids import NetworkId, PeerId, RowId, RowKey
 from ..records.limits import FETCH_STALL_MS, MiB
+from ..records.reason import Reason
 from .cost_model import (
     SEARCH_MS_MAX,
     RateEstimator,
@@ -363,7 +364,7 @@ class PrefixLookup:
         """Abandon fetching; use what is ready and what this node can still load within a moment."""
         for peer in self._transfers.stop(now_ms):
             if cause == "stalled":
-                self._effects.append(ChargePeer(peer, cause))
+                self._effects.append(ChargePeer(peer, Reason.STALLED))
         self._fetching = False
         self._orphans.clear()
         self._phase_ends_ms = min(now_ms + LOAD_GRACE_MS, self._deadline_ms)

@@ -13,6 +13,7 @@ from ..records.ids import ManifestDigest, PeerId, RowId
 from ..records.layout import Layout
 from ..records.limits import DATA_CHUNKS, FETCH_STALL_MS
 from ..records.manifest import chunk_bytes_for
+from ..records.reason import Reason
 from .cost_model import (
     HEDGE_MS_MAX,
     HEDGE_MS_MIN,
@@ -24,8 +25,7 @@ from .cost_model import (
 from .offers import OfferedManifest, Offers, RowSource
 from .plan import Row, assign_columns
 
-GUILTY_REASONS = frozenset({"protocol", "bad_digest", "malformed", "forged", "bad_signature", "bad_proof"})
-GONE_REASONS = frozenset({"timeout", "unreachable"})  # no proof of bad faith, but this lookup asks no more
+GONE_REASONS = frozenset({Reason.TIMEOUT, Reason.UNREACHABLE})  # no proof of bad faith, but this lookup asks no more
 MANIFESTS_IN_FLIGHT_MAX = 4  # each costs 70 KiB and a KZG verification before it can be used
 
 _DATA = (1 << DATA_CHUNKS) - 1
@@ -202,7 +202,7 @@ class Transfers:
         if source is None:
             return
         source.holders[event.peer] &= ~source.asked.pop(event.peer, 0)
-        if event.reason == "busy":
+        if event.reason is Reason.BUSY:
             source.holders[event.peer] = 0
         self.judge(event.peer, event.reason)
         self._unsettled = True
@@ -221,9 +221,9 @@ class Transfers:
         self._unsettled = True
         self._settle(now_ms)
 
-    def judge(self, peer: PeerId, reason: str) -> None:
+    def judge(self, peer: PeerId, reason: Reason) -> None:
         """A peer failed for `reason`: charge it if that proves bad faith, and don't ask it again if it is gone."""
-        if reason in GUILTY_REASONS:
+        if reason.is_guilty:
             self._charge(peer, reason)
         elif reason in GONE_REASONS:
             self._ban(peer)
@@ -415,10 +415,10 @@ class Transfers:
         if not honest:
             source.dead = True
             for peer in source.holders:
-                self._charge(peer, "false_offer")
+                self._charge(peer, Reason.FALSE_OFFER)
         return honest
 
-    def _charge(self, peer: PeerId, reason: str) -> None:
+    def _charge(self, peer: PeerId, reason: Reason) -> None:
         if peer not in self._offers.banned:
             self.emit(ChargePeer(peer, reason))
             self._ban(peer)

@@ -142,12 +142,12 @@ def is_of_later_version(raw: bytes, network: NetworkId, sender: bytes) -> bool:
     return len(raw) > _HEAD_BYTES and raw[:64] == network + sender and raw[80] not in _ENTRY_BYTES
 
 
-def check_announcement(raw: bytes, batch: Announcement, network: NetworkId, now_ms: int) -> None:
+def check_announcement(raw: bytes, batch: Announcement, network: NetworkId, wall_ms: int) -> None:
     """Raise `Refused` unless `batch`, decoded from `raw`, is of this network, of the last minute, and its sender's."""
     if batch.network != network:
         raise Refused("other_network")
-    if abs(batch.sent_at_ms - now_ms) > CLOCK_SKEW_MS:
-        raise Refused("stale" if batch.sent_at_ms < now_ms else "from_the_future")
+    if abs(batch.sent_at_ms - wall_ms) > CLOCK_SKEW_MS:
+        raise Refused("stale" if batch.sent_at_ms < wall_ms else "from_the_future")
     verify(batch.sender, _TAG, raw[:-SIGNATURE_BYTES], raw[-SIGNATURE_BYTES:])
 
 

@@ -138,7 +138,7 @@ def decode_manifest(raw: bytes) -> Manifest:
     )
 
 
-def check_manifest(manifest: Manifest, network: NetworkId, trusts: Callable[[bytes], bool], now_ms: int) -> None:
+def check_manifest(manifest: Manifest, network: NetworkId, trusts: Callable[[bytes], bool], wall_ms: int) -> None:
     """Raise `Refused` unless a producer that `trusts` accepts signed it, in this network and not in the future.
 
     The digests are checked later.
@@ -147,7 +147,7 @@ def check_manifest(manifest: Manifest, network: NetworkId, trusts: Callable[[byt
         raise Refused("wrong_network")
     if not trusts(manifest.producer):
         raise Refused("untrusted_producer", manifest.producer.hex())
-    if manifest.created_at_ms > now_ms + CLOCK_SKEW_MS:
+    if manifest.created_at_ms > wall_ms + CLOCK_SKEW_MS:
         raise Refused("from_the_future", str(manifest.created_at_ms))
     try:
         VerifyKey(manifest.producer).verify(_TAG + manifest._body(), manifest.signature)

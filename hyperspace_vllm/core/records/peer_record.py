@@ -104,13 +104,13 @@ def decode_peer_record(raw: bytes) -> PeerRecord:
     return record
 
 
-def check_peer_record(record: PeerRecord, network: NetworkId, now_ms: int) -> None:
+def check_peer_record(record: PeerRecord, network: NetworkId, wall_ms: int) -> None:
     """Raise `Refused` unless it is of this network, current, and signed by the node that it describes."""
     if record.network != network:
         raise Refused("other_network")
-    if record.expires_at_ms <= now_ms:
+    if record.expires_at_ms <= wall_ms:
         raise Refused("expired")
-    if record.expires_at_ms > now_ms + PEER_RECORD_TTL_MS + CLOCK_SKEW_MS:
+    if record.expires_at_ms > wall_ms + PEER_RECORD_TTL_MS + CLOCK_SKEW_MS:
         raise Refused("from_the_future")
     verify(record.public_key, _TAG, record._body(), record.signature)
 

@@ -75,12 +75,12 @@ def decode_delta(raw: bytes) -> RegistryDelta:
     )
 
 
-def check_delta(raw: bytes, delta: RegistryDelta, network: NetworkId, now_ms: int) -> None:
+def check_delta(raw: bytes, delta: RegistryDelta, network: NetworkId, wall_ms: int) -> None:
     """Raise `Refused` unless `delta`, decoded from `raw`, is of this network, not expired, and its owner's."""
     if delta.network != network:
         raise Refused("other_network")
-    if delta.expires_at_ms <= now_ms:
+    if delta.expires_at_ms <= wall_ms:
         raise Refused("expired")
-    if delta.expires_at_ms > now_ms + REGISTRY_TTL_MS + CLOCK_SKEW_MS:
+    if delta.expires_at_ms > wall_ms + REGISTRY_TTL_MS + CLOCK_SKEW_MS:
         raise Refused("from_the_future")
     verify(delta.owner, _TAG, raw[:-SIGNATURE_BYTES], raw[-SIGNATURE_BYTES:])

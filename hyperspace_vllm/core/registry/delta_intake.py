@@ -17,6 +17,7 @@ from ..records.limits import (
     REGISTRY_REPLY_BYTES_MAX,
     KiB,
 )
+from ..records.now import Now
 from ..records.peer_wire import Deltas
 
 _TURN_MS = 50
@@ -41,9 +42,9 @@ class DeltaAnswer:
 class DeltaIntake:
     """One node's, of all neighbours; `finished` are those whose answer was used up and has more."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Now) -> None:
         self._answers: OrderedDict[str, DeltaAnswer] = OrderedDict()  # by host
-        self._checks = Allowance(REGISTRY_DELTAS_PER_S, REGISTRY_DELTAS_AT_ONCE, 0)
+        self._checks = Allowance(REGISTRY_DELTAS_PER_S, REGISTRY_DELTAS_AT_ONCE, now)
         self._turn_at_ms = 0
         self.finished: list[PeerId] = []
 
@@ -58,23 +59,19 @@ class DeltaIntake:
         if raws and host not in self._answers and len(self._answers) < PEER_CONNECTIONS_MAX:
             self._answers[host] = DeltaAnswer(peer, raws, deltas.more)
 
-    def turn(self, now_ms: int) -> Iterator[tuple[DeltaAnswer, bytes]]:
+    def turn(self, now: Now) -> Iterator[tuple[DeltaAnswer, bytes]]:
         """The deltas that may be checked now."""
-        while self._answers and self._checks.left(now_ms) >= 1:
+        while self._answers and self._checks.left(now) >= 1:
             host, answer = self._answers.popitem(last=False)
             raw = answer.raws.popleft()
-            self._checks.spend(1 + len(raw) // _HASHED_BYTES, now_ms)
+            self._checks.spend(1 + len(raw) // _HASHED_BYTES, now)
             yield answer, raw
             if answer.raws:
                 self._answers[host] = answer
             elif answer.has_more and answer.was_of_use:
                 self.finished.append(answer.peer)
-        self._turn_at_ms = now_ms + _TURN_MS
+        self._turn_at_ms = now.mono_ms + _TURN_MS
 
     def next_deadline_ms(self) -> int | None:
         """When to take the next turn; None: when an answer comes."""
         return self._turn_at_ms if self._answers else None
-
-    def shift(self, by_ms: int) -> None:
-        """The clock was set."""
-        self._turn_at_ms += by_ms

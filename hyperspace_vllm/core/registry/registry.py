@@ -41,7 +41,9 @@ from ..records.limits import (
     WORKER_LOST_MS,
     WORKER_LOST_TWICE_MS,
 )
+from ..records.now import Now
 from ..records.peer_wire import Deltas, RegistryHead, WantDeltas
+from ..records.reason import Reason
 from ..records.registry_delta import RegistryDelta, check_delta, decode_delta
 from ..records.standing import Standing
 from .delta_intake import DeltaIntake
@@ -66,7 +68,12 @@ class Registry:
     """
 
     def __init__(
-        self, network: NetworkId, own_key: bytes, standing: Callable[[bytes], Standing | None], rng: random.Random
+        self,
+        network: NetworkId,
+        own_key: bytes,
+        standing: Callable[[bytes], Standing | None],
+        rng: random.Random,
+        now: Now,
     ) -> None:
         self._network = network
         self._own_key = own_key
@@ -76,7 +83,7 @@ class Registry:
         self._owners: dict[bytes, Owner] = {}
         self._index = RegistryIndex()
         self._log_bytes = 0
-        self._intake = DeltaIntake()
+        self._intake = DeltaIntake(now)
         self._worker_time = WorkerTime()
         self._due: dict[bytes, None] = {}  # owners whose log has more than their entries
         self._imports_at_ms = 0  # when to look at `_due`
@@ -85,7 +92,7 @@ class Registry:
         self._effects: list[NetworkEffect] = []  # of events that return none
         self._heads: tuple[RegistryHead, ...] | None = None
         self._sweep_at_ms: int | None = None
-        self._now_ms = 0  # of the latest call that told
+        self._now = now  # of the latest call that told
 
     # --- this node's own entries ----------------------------------------------------------------
 
@@ -98,11 +105,11 @@ class Registry:
         for gone in ids:
             self._own.remove(gone)
 
-    def on_own_delta(self, event: OwnDeltaWritten, now_ms: int) -> list[NetworkEffect]:
+    def on_own_delta(self, event: OwnDeltaWritten, now: Now) -> list[NetworkEffect]:
         """The own document has changed: others can have the delta from now on."""
         assert event.delta.owner == self._own_key
-        self._now_ms = now_ms
-        self._own.on_written(event.delta, event.raw, now_ms)
+        self._now = now
+        self._own.on_written(event.delta, event.raw, now)
         self._heads = None
         return []
 
@@ -111,45 +118,40 @@ class Registry:
     def next_deadline_ms(self) -> int | None:
         """When `on_tick` has something to do; None: when something else happens first."""
         if self._effects:
-            return self._now_ms
+            return self._now.mono_ms
         imports_at_ms = self._imports_at_ms if self._due and len(self._importing) < REGISTRY_IMPORTS_MAX else None
         times = [self._own.next_deadline_ms(), self._sweep_at_ms, min(self._retries.values(), default=None)]
         times += [imports_at_ms, self._intake.next_deadline_ms()]
         return min((at for at in times if at is not None), default=None)
 
-    def on_tick(self, now_ms: int) -> list[NetworkEffect]:
+    def is_misdated(self, now: Now) -> bool:
+        """Whether the clock was set, so that others may not believe the own document: `on_tick` dates it anew."""
+        return self._own.is_misdated(now)
+
+    def on_tick(self, now: Now) -> list[NetworkEffect]:
         """Write, retry, import and forget whatever is due."""
-        self._now_ms = now_ms
+        self._now = now
         effects, self._effects = self._effects, []
-        for key in [key for key, at in self._retries.items() if at <= now_ms]:
+        for key in [key for key, at in self._retries.items() if at <= now.mono_ms]:
             del self._retries[key]
             self._queue(self._owners[key])
             if key in self._due:
                 self._due = {key: None, **self._due}  # first: what loses the worker again is given up
-        if self._sweep_at_ms is None or now_ms >= self._sweep_at_ms:
-            self._sweep_at_ms = now_ms + _SWEEP_MS
-            effects += self._sweep(now_ms)
-        write = self._own.next_write(now_ms)
-        return effects + ([write] if write else []) + self._take_in(now_ms)
+        if self._sweep_at_ms is None or now.mono_ms >= self._sweep_at_ms:
+            self._sweep_at_ms = now.mono_ms + _SWEEP_MS
+            effects += self._sweep(now)
+        self._own.check_date(now)
+        write = self._own.next_write(now)
+        return effects + ([write] if write else []) + self._take_in(now)
 
-    def shift(self, by_ms: int) -> None:
-        """The clock was set."""
-        self._now_ms += by_ms
-        self._own.shift(by_ms)
-        self._intake.shift(by_ms)
-        self._imports_at_ms += by_ms
-        self._retries = {key: at + by_ms for key, at in self._retries.items()}
-        if self._sweep_at_ms is not None:
-            self._sweep_at_ms += by_ms
-
-    def _sweep(self, now_ms: int) -> list[NetworkEffect]:
+    def _sweep(self, now: Now) -> list[NetworkEffect]:
         effects: list[NetworkEffect] = []
         for owner in list(self._owners.values()):
-            if owner.log.expires_at_ms <= now_ms or owner.crowded_out:
+            if owner.log.expires_at_ms <= now.wall_ms or owner.crowded_out:
                 effects += self._forget(owner)
             else:
                 owner.standing = self._standing(owner.key) or owner.standing
-                self._index.remove(owner, [id for id, at in owner.entries.items() if at <= now_ms])
+                self._index.remove(owner, [id for id, at in owner.entries.items() if at <= now.wall_ms])
         return effects
 
     # --- exchange with peers --------------------------------------------------------------------
@@ -158,7 +160,7 @@ class Registry:
         """How far this node has every owner's log, its own included. Ignored owners count as had."""
         return WantDeltas(self._all_heads())
 
-    def answer(self, want: WantDeltas, now_ms: int) -> Deltas:
+    def answer(self, want: WantDeltas, now: Now) -> Deltas:
         """What the sender of `want` lacks, up to the bound of one answer; `more` if that was not all."""
         theirs = {head.owner: (head.epoch, head.sequence) for head in want.heads}
         logs = [(owner.key, owner.log) for owner in self._owners.values() if not owner.ignored]
@@ -169,7 +171,7 @@ class Registry:
         chosen: list[bytes] = []
         room = REGISTRY_REPLY_BYTES_MAX
         for key, log in logs:
-            if log.expires_at_ms <= now_ms:
+            if log.expires_at_ms <= now.wall_ms:
                 continue
             for raw in log.after(*theirs.get(key, (-1, 0))):
                 room -= len(raw)
@@ -178,31 +180,31 @@ class Registry:
                 chosen.append(raw)
         return Deltas(tuple(chosen), self._held_heads())
 
-    def on_deltas(self, peer: PeerId, deltas: Deltas, now_ms: int) -> list[NetworkEffect]:
+    def on_deltas(self, peer: PeerId, deltas: Deltas, now: Now) -> list[NetworkEffect]:
         """Take what continues the logs, now and in later turns; `peer` only passed it on (unless it is the owner)."""
-        self._now_ms = now_ms
+        self._now = now
         standing = self._standing(public_key_of(peer))
         self._intake.put(standing.source if standing is not None else peer, peer, deltas)
-        return self._take_in(now_ms)
+        return self._take_in(now)
 
     def whom_to_ask_again(self) -> list[PeerId]:
         """Neighbours whose last answer was of use, is taken in, and was not all."""
         finished, self._intake.finished = self._intake.finished, []
         return finished
 
-    def _take_in(self, now_ms: int) -> list[NetworkEffect]:
+    def _take_in(self, now: Now) -> list[NetworkEffect]:
         effects: list[NetworkEffect] = []
         has_grown = False
-        for answer, raw in self._intake.turn(now_ms):
+        for answer, raw in self._intake.turn(now):
             before = self._log_bytes
             try:
-                effects += self._on_delta(raw, decode_delta(raw), now_ms)
+                effects += self._on_delta(raw, decode_delta(raw), now)
             except ProtocolViolation:
-                effects.append(ChargePeer(answer.peer, "registry_malformed"))
+                effects.append(ChargePeer(answer.peer, Reason.REGISTRY_MALFORMED))
                 answer.drop()
             except Refused as refused:
                 if refused.reason in ("bad_signature", "other_network"):
-                    effects.append(ChargePeer(answer.peer, f"registry_{refused.reason}"))
+                    effects.append(ChargePeer(answer.peer, Reason(f"registry_{refused.reason}")))
                     answer.drop()
             if self._log_bytes != before:
                 answer.was_of_use = has_grown = True
@@ -212,9 +214,9 @@ class Registry:
             effects += self._crowd_out(
                 lambda owner: owner.log.size, REGISTRY_LOGS_BYTES_MAX, REGISTRY_LOGS_BYTES_OF_SOURCE_MAX
             )
-        return effects + self._start_imports(now_ms)
+        return effects + self._start_imports(now)
 
-    def _on_delta(self, raw: bytes, delta: RegistryDelta, now_ms: int) -> list[NetworkEffect]:
+    def _on_delta(self, raw: bytes, delta: RegistryDelta, now: Now) -> list[NetworkEffect]:
         if delta.owner == self._own_key:
             return []  # of an earlier run: the first write of this run has a higher epoch
         if delta.network != self._network:
@@ -223,33 +225,33 @@ class Registry:
             raise ProtocolViolation(f"registry delta epoch {delta.epoch}: at most {_EPOCH_MAX}")
         owner = self._owners.get(delta.owner)
         if owner is None or delta.epoch > owner.log.epoch:
-            return self._on_epoch(owner, raw, delta, now_ms)
+            return self._on_epoch(owner, raw, delta, now)
         if delta.epoch < owner.log.epoch or owner.ignored or delta.sequence > owner.log.sequence + 1:
             return []
         if delta.sequence <= owner.log.sequence:
-            return self._on_known(owner, raw, delta, now_ms)
-        check_delta(raw, delta, self._network, now_ms)
+            return self._on_known(owner, raw, delta, now)
+        check_delta(raw, delta, self._network, now.wall_ms)
         if len(owner.log) >= REGISTRY_LOG_DELTAS_MAX or owner.log.size + len(raw) > REGISTRY_LOG_BYTES_MAX:
-            return [*self._ignore(owner), ChargePeer(owner.peer, "registry_too_large")]
+            return [*self._ignore(owner), ChargePeer(owner.peer, Reason.REGISTRY_TOO_LARGE)]
         owner.log.append(raw, delta)
         self._on_grown(owner, len(raw))
         return []
 
-    def _on_epoch(self, owner: Owner | None, raw: bytes, delta: RegistryDelta, now_ms: int) -> list[NetworkEffect]:
+    def _on_epoch(self, owner: Owner | None, raw: bytes, delta: RegistryDelta, now: Now) -> list[NetworkEffect]:
         standing = self._standing(delta.owner)
         if delta.kind != "snapshot" or standing is None or (owner is not None and owner.crowded_out):
             return []
-        if owner is not None and 0 <= now_ms - owner.taken_at_ms < REGISTRY_EPOCH_MS:
+        if owner is not None and now.mono_ms - owner.taken_at_ms < REGISTRY_EPOCH_MS:
             return []  # an owner that begins anew all the time is heard now and then
-        check_delta(raw, delta, self._network, now_ms)
+        check_delta(raw, delta, self._network, now.wall_ms)
         if owner is None:
             owner = self._owners[delta.owner] = Owner(
-                delta.owner, peer_id(delta.owner), DeltaLog(raw, delta), taken_at_ms=now_ms, standing=standing
+                delta.owner, peer_id(delta.owner), DeltaLog(raw, delta), taken_at_ms=now.mono_ms, standing=standing
             )
         else:
             self._log_bytes -= owner.log.size
             owner.log = DeltaLog(raw, delta)
-            owner.taken_at_ms = now_ms
+            owner.taken_at_ms = now.mono_ms
             owner.standing = standing
             owner.imported = None  # its entries stay until the new ones are there
             owner.ignored = owner.equivocated = False
@@ -258,12 +260,12 @@ class Registry:
         self._on_grown(owner, len(raw))
         return []
 
-    def _on_known(self, owner: Owner, raw: bytes, delta: RegistryDelta, now_ms: int) -> list[NetworkEffect]:
+    def _on_known(self, owner: Owner, raw: bytes, delta: RegistryDelta, now: Now) -> list[NetworkEffect]:
         if owner.equivocated or raw == owner.log[delta.sequence]:
             return []
-        check_delta(raw, delta, self._network, now_ms)
+        check_delta(raw, delta, self._network, now.wall_ms)
         owner.equivocated = True
-        return [ChargePeer(owner.peer, "registry_equivocation")]
+        return [ChargePeer(owner.peer, Reason.REGISTRY_EQUIVOCATION)]
 
     def _on_grown(self, owner: Owner, size: int) -> None:
         self._heads = None
@@ -276,16 +278,16 @@ class Registry:
         busy = owner.key in self._importing or owner.key in self._retries
         if not busy and not owner.ignored and owner.imported != owner.log.sequence:
             self._due[owner.key] = None
-            self._imports_at_ms = self._now_ms
+            self._imports_at_ms = self._now.mono_ms
 
-    def _start_imports(self, now_ms: int) -> list[NetworkEffect]:
+    def _start_imports(self, now: Now) -> list[NetworkEffect]:
         effects: list[NetworkEffect] = []
-        self._imports_at_ms = now_ms + _BLOCKED_MS
+        self._imports_at_ms = now.mono_ms + _BLOCKED_MS
         for key in list(self._due):
             owner = self._owners[key]
             if len(self._importing) >= REGISTRY_IMPORTS_MAX:
                 break
-            if not self._worker_time.begin(key, owner.standing, now_ms):
+            if not self._worker_time.begin(key, owner.standing, now):
                 continue
             del self._due[key]
             self._importing[key] = (owner, owner.log.epoch)
@@ -314,7 +316,7 @@ class Registry:
             owner.failures = owner.losses = 0
         self._queue(owner)
         if len(owner.entries) > REGISTRY_ENTRIES_MAX:
-            self._effects += [*self._ignore(owner), ChargePeer(owner.peer, "registry_too_large")]
+            self._effects += [*self._ignore(owner), ChargePeer(owner.peer, Reason.REGISTRY_TOO_LARGE)]
         if self._index.entries > REGISTRY_INDEX_OF_SOURCE_MAX:
             self._effects += self._crowd_out(
                 lambda owner: len(owner.entries), REGISTRY_INDEX_MAX, REGISTRY_INDEX_OF_SOURCE_MAX
@@ -323,7 +325,7 @@ class Registry:
     def on_refused(self, event: DeltasRefused) -> list[NetworkEffect]:
         """The worker failed: rebuild the document from its log. Otherwise the owner wrote what isn't a document."""
         if event.owner == self._own_key:
-            self._own.on_failed(self._now_ms)
+            self._own.on_failed(self._now)
             return []
         epoch = self._importing.get(event.owner, (None, -1))[1]
         is_lost = event.reason == "lost"
@@ -335,13 +337,13 @@ class Registry:
         elif owner is not None and (is_lost or event.reason == "worker"):
             effects = self._rebuild(owner, is_lost)
         elif owner is not None:
-            effects = [*self._ignore(owner), ChargePeer(owner.peer, f"registry_{event.reason}")]
-        return effects + self._start_imports(self._now_ms)
+            effects = [*self._ignore(owner), ChargePeer(owner.peer, Reason(f"registry_{event.reason}"))]
+        return effects + self._start_imports(self._now)
 
     def _rebuild(self, owner: Owner, lost: bool) -> list[NetworkEffect]:
         owner.losses += lost
         if owner.losses >= _LOSSES_MAX:
-            self._worker_time.pay(owner.standing.source, WORKER_LOST_TWICE_MS, self._now_ms)
+            self._worker_time.pay(owner.standing.source, WORKER_LOST_TWICE_MS, self._now)
             return self._ignore(owner)
         if owner.imported is not None:
             owner.imported = None  # perhaps only its document is gone
@@ -349,14 +351,14 @@ class Registry:
             return []
         if owner.failures >= _RETRIES_MAX:
             return self._ignore(owner)
-        self._retries[owner.key] = self._now_ms + (_RETRY_MS << owner.failures)
+        self._retries[owner.key] = self._now.mono_ms + (_RETRY_MS << owner.failures)
         owner.failures += 1
         return []
 
     def _finished(self, key: bytes, took_ms: int) -> Owner | None:
         """The owner whose import has ended, unless it was forgotten or is ignored by now."""
-        self._worker_time.ended(key, took_ms, self._now_ms)
-        self._imports_at_ms = self._now_ms
+        self._worker_time.ended(key, took_ms, self._now)
+        self._imports_at_ms = self._now.mono_ms
         imported, _ = self._importing.pop(key, (None, 0))
         owner = self._owners.get(key)
         if owner is None or owner.ignored:
@@ -368,12 +370,12 @@ class Registry:
 
     # --- the union ------------------------------------------------------------------------------
 
-    def providers(self, id: bytes, now_ms: int) -> tuple[PeerId, ...]:
+    def providers(self, id: bytes, wall_ms: int) -> tuple[PeerId, ...]:
         """Peers other than this node that say they can serve `id` now: hints, in no particular order."""
         return tuple(
             owner.peer
             for owner in self._index.owners_of(id)
-            if owner.entries[id] > now_ms and owner.log.expires_at_ms > now_ms
+            if owner.entries[id] > wall_ms and owner.log.expires_at_ms > wall_ms
         )
 
     @property

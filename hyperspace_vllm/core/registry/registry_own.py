@@ -13,9 +13,11 @@ from ..records.limits import (
     REGISTRY_COMPACT_MS,
     REGISTRY_ENTRIES_MAX,
     REGISTRY_LOG_DELTAS_MAX,
+    REGISTRY_TTL_MS,
     REGISTRY_WRITE_MS,
     KiB,
 )
+from ..records.now import Now
 from ..records.registry_delta import RegistryDelta
 from .registry_log import DeltaLog
 
@@ -63,24 +65,24 @@ class OwnEntries:
             return self._write_at_ms
         return self._compact_by_ms
 
-    def next_write(self, now_ms: int) -> WriteRegistry | None:
+    def next_write(self, now: Now) -> WriteRegistry | None:
         """The write that is due."""
         due = self.next_deadline_ms()
-        if due is None or now_ms < due:
+        if due is None or now.mono_ms < due:
             return None
-        self._writing = self._snapshot(now_ms) if self._must_compact(now_ms) else self._update()
+        self._writing = self._snapshot(now) if self._must_compact(now) else self._update()
         if self._writing is not None:
-            self._write_at_ms = now_ms + REGISTRY_WRITE_MS
+            self._write_at_ms = now.mono_ms + REGISTRY_WRITE_MS
         return self._writing
 
-    def on_written(self, delta: RegistryDelta, raw: bytes, now_ms: int) -> None:
+    def on_written(self, delta: RegistryDelta, raw: bytes, now: Now) -> None:
         """The write is part of the document."""
         assert self._writing is not None
         write, self._writing = self._writing, None
         if delta.kind == "snapshot":
             self.log = DeltaLog(raw, delta)
-            self._compacted_at_ms = now_ms
-            self._compact_by_ms = (now_ms + delta.expires_at_ms) // 2
+            self._compacted_at_ms = now.mono_ms
+            self._compact_by_ms = now.mono_ms + (delta.expires_at_ms - now.wall_ms) // 2
         else:
             assert self.log is not None
             self.log.append(raw, delta)
@@ -88,24 +90,30 @@ class OwnEntries:
         for id in write.removed:
             self._written.pop(id, None)
 
-    def on_failed(self, now_ms: int) -> None:
+    def on_failed(self, now: Now) -> None:
         """The write may or may not be part of the document: begin anew."""
         if self._writing is not None:
             self._written.update(self._writing.added)
         self._writing = None
         self._compacted_at_ms = None
-        self._write_at_ms = now_ms + _RETRY_MS
+        self._write_at_ms = now.mono_ms + _RETRY_MS
 
-    def shift(self, by_ms: int) -> None:
-        """The clock was set. Others don't take a snapshot that is dated by a clock so far ahead: write another."""
-        self._write_at_ms += by_ms
-        if self._compacted_at_ms is not None:
-            self._compacted_at_ms = self._compacted_at_ms + by_ms if by_ms >= -CLOCK_SKEW_MS else None
+    def is_misdated(self, now: Now) -> bool:
+        """Whether the snapshot's date is one that no snapshot has by now: the clock was set."""
+        if self.log is None or self._compacted_at_ms is None or self._writing is not None:
+            return False
+        left_ms = self.log.expires_at_ms - now.wall_ms
+        return not REGISTRY_TTL_MS // 2 - CLOCK_SKEW_MS <= left_ms <= REGISTRY_TTL_MS + CLOCK_SKEW_MS
 
-    def _must_compact(self, now_ms: int) -> bool:
-        if self._compacted_at_ms is None or self.log is None or now_ms >= self._compact_by_ms:
+    def check_date(self, now: Now) -> None:
+        """Begin anew if the clock was set: others don't take a snapshot that is dated by a clock so far off."""
+        if self.is_misdated(now):
+            self._compacted_at_ms = None
+
+    def _must_compact(self, now: Now) -> bool:
+        if self._compacted_at_ms is None or self.log is None or now.mono_ms >= self._compact_by_ms:
             return True
-        if now_ms < self._compacted_at_ms + REGISTRY_COMPACT_MS:
+        if now.mono_ms < self._compacted_at_ms + REGISTRY_COMPACT_MS:
             return False
         return (
             len(self._changed) > REGISTRY_CHANGES_MAX
@@ -113,8 +121,8 @@ class OwnEntries:
             or self.log.update_bytes > max(_UPDATE_BYTES_MIN, self.log.size // 2)
         )
 
-    def _snapshot(self, now_ms: int) -> WriteRegistry:
-        self._entries = {id: at for id, at in self._entries.items() if at > now_ms}
+    def _snapshot(self, now: Now) -> WriteRegistry:
+        self._entries = {id: at for id, at in self._entries.items() if at > now.wall_ms}
         self._changed = {}
         removed = tuple(id for id in self._written if id not in self._entries)
         return WriteRegistry(tuple(self._entries.items()), removed, compact=True)

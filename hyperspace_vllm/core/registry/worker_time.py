@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 from ..peers.allowance import Allowance
 from ..records.limits import REGISTRY_OWNERS_MAX, WORKER_BURST_MS, WORKER_MS_PER_S
+from ..records.now import Now
 from ..records.standing import Rank, Standing
 
 
@@ -18,26 +19,26 @@ class WorkerTime:
         self._left: OrderedDict[str, Allowance] = OrderedDict()  # by host, those that paid longest ago first
         self._under_way: dict[bytes, str] = {}  # owner -> host
 
-    def begin(self, owner: bytes, standing: Standing, now_ms: int) -> bool:
+    def begin(self, owner: bytes, standing: Standing, now: Now) -> bool:
         """Whether to import a document of `owner` now; `ended` comes once for each that was begun."""
         if standing.rank is Rank.LISTED:
             return True
         left = self._left.get(standing.source)
-        if standing.source in self._under_way.values() or (left is not None and left.left(now_ms) <= 0):
+        if standing.source in self._under_way.values() or (left is not None and left.left(now) <= 0):
             return False
         self._under_way[owner] = standing.source
         return True
 
-    def ended(self, owner: bytes, took_ms: int, now_ms: int) -> None:
+    def ended(self, owner: bytes, took_ms: int, now: Now) -> None:
         """The import took so long."""
         host = self._under_way.pop(owner, None)
         if host is not None:
-            self.pay(host, took_ms, now_ms)
+            self.pay(host, took_ms, now)
 
-    def pay(self, host: str, cost_ms: int, now_ms: int) -> None:
+    def pay(self, host: str, cost_ms: int, now: Now) -> None:
         """A document of that host cost so much, however little is left."""
-        left = self._left.setdefault(host, Allowance(WORKER_MS_PER_S, WORKER_BURST_MS, now_ms))
-        left.spend(cost_ms, now_ms)
+        left = self._left.setdefault(host, Allowance(WORKER_MS_PER_S, WORKER_BURST_MS, now))
+        left.spend(cost_ms, now)
         self._left.move_to_end(host)
         if len(self._left) > REGISTRY_OWNERS_MAX:
             self._left.popitem(last=False)

@@ -26,6 +26,7 @@ from ..records.announcement import (
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId
 from ..records.limits import ANNOUNCEMENT_ENTRIES_MAX, EVIDENCE_ENTRIES_MAX, PEERS_KNOWN_MAX
+from ..records.now import Now
 
 FLUSH_MS = 100
 QUEUED_MAX = 16 * ANNOUNCEMENT_ENTRIES_MAX  # older ones are left to the registry
@@ -39,18 +40,18 @@ SEQUENCES_KEPT = 1_024  # of one sender; at ten batches a second more than a min
 
 
 class Outbox:
-    """Entries to announce. Sequence numbers follow the clock, so that they grow over restarts."""
+    """Entries to announce. Sequence numbers follow the wall clock, so that they grow over restarts."""
 
-    def __init__(self, network: NetworkId, key: SigningKey, now_ms: int) -> None:
+    def __init__(self, network: NetworkId, key: SigningKey, now: Now) -> None:
         self._network = network
         self._key = key
         self._public_key = key.verify_key.encode()
-        self._sequence = now_ms
+        self._sequence = now.wall_ms
         self._responses: deque[ResponseEntry] = deque(maxlen=QUEUED_MAX)
         self._prefixes: deque[PrefixEntry] = deque(maxlen=QUEUED_MAX)
-        self._flush_at_ms = now_ms
+        self._flush_at_ms = now.mono_ms
         self._evidence: deque[EvidenceEntry] = deque(maxlen=EVIDENCE_QUEUED_MAX)
-        self._evidence_at_ms = now_ms
+        self._evidence_at_ms = now.mono_ms
         self._accused: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
 
     def add(self, entry: ResponseEntry | PrefixEntry) -> None:
@@ -76,30 +77,25 @@ class Outbox:
             kept = [entry for entry in self._responses if entry.request_hash not in names]
             self._responses = deque(kept, maxlen=QUEUED_MAX)
 
-    def shift(self, by_ms: int) -> None:
-        """The clock was set."""
-        self._flush_at_ms += by_ms
-        self._evidence_at_ms += by_ms
-
     def next_deadline_ms(self) -> int | None:
         """When the next batch may go."""
         times = [self._flush_at_ms] if self._responses or self._prefixes else []
         times += [self._evidence_at_ms] if self._evidence else []
         return min(times, default=None)
 
-    def flush(self, now_ms: int) -> list[NetworkEffect]:
+    def flush(self, now: Now) -> list[NetworkEffect]:
         """The batches that are due."""
         batches: list[Entries] = []
-        if now_ms >= self._flush_at_ms and (self._responses or self._prefixes):
-            self._flush_at_ms = now_ms + FLUSH_MS
+        if now.mono_ms >= self._flush_at_ms and (self._responses or self._prefixes):
+            self._flush_at_ms = now.mono_ms + FLUSH_MS
             batches += [_take(queue, ANNOUNCEMENT_ENTRIES_MAX) for queue in (self._responses, self._prefixes) if queue]
-        if now_ms >= self._evidence_at_ms and self._evidence:
-            self._evidence_at_ms = now_ms + EVIDENCE_EVERY_MS
+        if now.mono_ms >= self._evidence_at_ms and self._evidence:
+            self._evidence_at_ms = now.mono_ms + EVIDENCE_EVERY_MS
             batches.append(_take(self._evidence, EVIDENCE_ENTRIES_MAX))
         effects: list[NetworkEffect] = []
         for entries in batches:
-            self._sequence = max(self._sequence + 1, now_ms)
-            batch = Announcement(self._network, self._public_key, self._sequence, now_ms, entries)
+            self._sequence = max(self._sequence + 1, now.wall_ms)
+            batch = Announcement(self._network, self._public_key, self._sequence, now.wall_ms, entries)
             effects.append(Publish(batch.topic, encode_announcement(batch, self._key)))
         return effects
 
@@ -122,7 +118,7 @@ class Inbox:
         self._known = known
         self._senders: OrderedDict[bytes, _Sender] = OrderedDict()
 
-    def open(self, topic: str, payload: bytes, now_ms: int) -> Announcement | Refused:
+    def open(self, topic: str, payload: bytes, now: Now) -> Announcement | Refused:
         """The batch, if it counts; else why not (the reason is a metric label)."""
         try:
             batch = decode_announcement(payload)
@@ -138,18 +134,18 @@ class Inbox:
         if sender is not None and (batch.sequence in sender.seen or batch.sequence <= sender.floor):
             return Refused("duplicate")
         try:
-            check_announcement(payload, batch, self._network, now_ms)
+            check_announcement(payload, batch, self._network, now.wall_ms)
         except Refused as refused:
             return refused
-        sender = self._remember(batch, now_ms)
+        sender = self._remember(batch, now)
         weight = EVIDENCE_WEIGHT if isinstance(batch.entries[0], EvidenceEntry) else 1
-        return batch if sender.entries.take(weight * len(batch.entries), now_ms) else Refused("rate")
+        return batch if sender.entries.take(weight * len(batch.entries), now) else Refused("rate")
 
-    def _remember(self, batch: Announcement, now_ms: int) -> _Sender:
+    def _remember(self, batch: Announcement, now: Now) -> _Sender:
         sender = self._senders.get(batch.sender)
         if sender is None:
             sender = self._senders[batch.sender] = _Sender(
-                OrderedDict(), -1, Allowance(ENTRIES_PER_S, ENTRIES_BURST, now_ms)
+                OrderedDict(), -1, Allowance(ENTRIES_PER_S, ENTRIES_BURST, now)
             )
         self._senders.move_to_end(batch.sender)
         sender.seen[batch.sequence] = None

@@ -127,13 +127,13 @@ def check_proof(
     body: bytes,
     model_digest: bytes,
     trusts: Callable[[bytes], bool],
-    now_ms: int,
+    wall_ms: int,
 ) -> None:
     """Raise `Refused` unless a trusted signer states, not in the future nor over 24 h ago, that `body` answers this.
 
     It needs no word from the signer, so it holds after the signer has left.
     """
-    check_statement(proof, expected_request_hash, model_digest, trusts, now_ms)
+    check_statement(proof, expected_request_hash, model_digest, trusts, wall_ms)
     check_body(proof, body)
 
 
@@ -142,16 +142,16 @@ def check_statement(
     expected_request_hash: bytes,
     model_digest: bytes,
     trusts: Callable[[bytes], bool],
-    now_ms: int,
+    wall_ms: int,
 ) -> None:
     """All of `check_proof` that needs no body. `trusts(signer)` is asked before the signature is checked."""
     if proof.request_hash != expected_request_hash:
         raise Refused("wrong_request")
     if proof.model_digest != model_digest:
         raise Refused("wrong_model")
-    if proof.computed_at_ms > now_ms + CLOCK_SKEW_MS:
+    if proof.computed_at_ms > wall_ms + CLOCK_SKEW_MS:
         raise Refused("from_the_future", str(proof.computed_at_ms))
-    if proof.computed_at_ms + RESPONSE_TTL_MS <= now_ms:
+    if proof.computed_at_ms + RESPONSE_TTL_MS <= wall_ms:
         raise Refused("expired", str(proof.computed_at_ms))
     if not trusts(proof.signer):
         raise Refused("untrusted_signer", proof.signer.hex())

@@ -7,6 +7,8 @@ would spend its cores on searches that find nothing.
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from ..records.now import Now
+
 SEARCH_SHARE = 0.05  # of a core
 SEARCH_BURST_MS = 2_000.0
 SEARCH_COST_MS = 100.0  # before one was measured
@@ -19,18 +21,18 @@ PROVIDES_MAX = 1_024
 class SearchBudget:
     """CPU-ms that are left for searches, and what was just looked for in vain."""
 
-    def __init__(self, now_ms: int) -> None:
+    def __init__(self, now: Now) -> None:
         self._left_ms = SEARCH_BURST_MS
-        self._at_ms = now_ms
+        self._at_ms = now.mono_ms
         self._cost_ms = SEARCH_COST_MS
         self._not_found_at_ms: OrderedDict[bytes, int] = OrderedDict()
 
-    def take(self, request_hash: bytes, now_ms: int) -> bool:
+    def take(self, request_hash: bytes, now: Now) -> bool:
         """Whether a search is worth it now; if so, it is paid for."""
-        self._left_ms = min(self._left_ms + max(now_ms - self._at_ms, 0) * SEARCH_SHARE, SEARCH_BURST_MS)
-        self._at_ms = now_ms
+        self._left_ms = min(self._left_ms + (now.mono_ms - self._at_ms) * SEARCH_SHARE, SEARCH_BURST_MS)
+        self._at_ms = now.mono_ms
         failed_at_ms = self._not_found_at_ms.get(request_hash)
-        if failed_at_ms is not None and 0 <= now_ms - failed_at_ms < NOT_FOUND_MS:
+        if failed_at_ms is not None and now.mono_ms - failed_at_ms < NOT_FOUND_MS:
             return False
         price_ms = min(self._cost_ms, SEARCH_BURST_MS)  # what costs more than the burst is still tried now and then
         if self._left_ms < price_ms:
@@ -43,9 +45,9 @@ class SearchBudget:
         if cost_ms:
             self._cost_ms = 0.8 * self._cost_ms + 0.2 * cost_ms
 
-    def not_found(self, request_hash: bytes, now_ms: int) -> None:
+    def not_found(self, request_hash: bytes, now: Now) -> None:
         """Nobody had it: don't search again at once."""
-        self._not_found_at_ms[request_hash] = now_ms
+        self._not_found_at_ms[request_hash] = now.mono_ms
         self._not_found_at_ms.move_to_end(request_hash)
         if len(self._not_found_at_ms) > NOT_FOUND_MAX:
             self._not_found_at_ms.popitem(last=False)
@@ -54,9 +56,9 @@ class SearchBudget:
 class ProvideQueue:
     """Keys that this node wants to be found under, with how often each was asked for."""
 
-    def __init__(self, now_ms: int) -> None:
+    def __init__(self, now: Now) -> None:
         self._requests: dict[str, float] = {}
-        self._next_at_ms = now_ms
+        self._next_at_ms = now.mono_ms
 
     def add(self, key: str, requests: float) -> None:
         """Provide it when its turn comes; the least popular are dropped where there are too many."""
@@ -74,15 +76,11 @@ class ProvideQueue:
         """When the next may be provided."""
         return self._next_at_ms if self._requests else None
 
-    def due(self, now_ms: int) -> str | None:
+    def due(self, now: Now) -> str | None:
         """The key to provide now."""
-        if not self._requests or now_ms < self._next_at_ms:
+        if not self._requests or now.mono_ms < self._next_at_ms:
             return None
-        self._next_at_ms = now_ms + PROVIDE_EVERY_MS
+        self._next_at_ms = now.mono_ms + PROVIDE_EVERY_MS
         key = max(self._requests, key=lambda key: self._requests[key])
         del self._requests[key]
         return key
-
-    def shift(self, by_ms: int) -> None:
-        """The clock was set."""
-        self._next_at_ms += by_ms

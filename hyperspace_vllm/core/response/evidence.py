@@ -26,13 +26,13 @@ def evidence_of(proof: CacheProof, tokens: int, far: int) -> EvidenceEntry:
     return EvidenceEntry(*hashes, proof.computed_at_ms, proof.signature, tokens, far)
 
 
-def check_evidence(entry: EvidenceEntry, now_ms: int) -> None:
+def check_evidence(entry: EvidenceEntry, wall_ms: int) -> None:
     """Raise `Refused` unless it tells of a lie in a statement that the accused signed, and that others may have yet."""
     if verdict(entry.far) != "lie" or entry.far > entry.tokens:
         raise Refused("no_lie", f"{entry.far} of {entry.tokens}")
-    if entry.computed_at_ms > now_ms + CLOCK_SKEW_MS:
+    if entry.computed_at_ms > wall_ms + CLOCK_SKEW_MS:
         raise Refused("from_the_future")
-    if entry.computed_at_ms + RESPONSE_TTL_MS <= now_ms:
+    if entry.computed_at_ms + RESPONSE_TTL_MS <= wall_ms:
         raise Refused("expired")
     integrity = integrity_of(entry.request_hash, entry.response_hash, entry.proof_hash, entry.computed_at_ms)
     check_signature(entry.signer, integrity, entry.signature)

@@ -30,9 +30,9 @@ class Hints:
         """Pairs of provider and id."""
         return self._count
 
-    def add(self, name: bytes, peer: PeerId, expires_at_ms: int, now_ms: int) -> None:
+    def add(self, name: bytes, peer: PeerId, expires_at_ms: int, wall_ms: int) -> None:
         """`peer` says that it serves `name` until then."""
-        if peer not in self._providers.get(name, ()) and not self._make_room(name, peer, now_ms):
+        if peer not in self._providers.get(name, ()) and not self._make_room(name, peer, wall_ms):
             return
         providers = self._providers.setdefault(name, {})
         if peer not in providers:
@@ -42,9 +42,9 @@ class Hints:
         said[name] = None
         said.move_to_end(name)
 
-    def providers(self, name: bytes, now_ms: int) -> tuple[PeerId, ...]:
+    def providers(self, name: bytes, wall_ms: int) -> tuple[PeerId, ...]:
         """Who said so and hasn't expired, in the order in which they first did."""
-        self._forget_expired(name, now_ms)
+        self._forget_expired(name, wall_ms)
         return tuple(self._providers.get(name, ()))
 
     def remove(self, name: bytes, peer: PeerId) -> None:
@@ -60,9 +60,9 @@ class Hints:
         if not said:
             del self._said[peer]
 
-    def _make_room(self, name: bytes, peer: PeerId, now_ms: int) -> bool:
+    def _make_room(self, name: bytes, peer: PeerId, wall_ms: int) -> bool:
         if len(self._providers.get(name, ())) >= PROVIDERS_MAX:
-            self._forget_expired(name, now_ms)
+            self._forget_expired(name, wall_ms)
             if len(self._providers.get(name, ())) >= PROVIDERS_MAX and not self._give_way(name, peer):
                 return False
         if len(self._said.get(peer, ())) >= HINTS_PER_PEER_MAX:
@@ -83,9 +83,9 @@ class Hints:
             self.remove(name, loser)
         return loser is not None
 
-    def _forget_expired(self, name: bytes, now_ms: int) -> None:
+    def _forget_expired(self, name: bytes, wall_ms: int) -> None:
         providers = self._providers.get(name, {})
-        for peer in [peer for peer, expires_at_ms in providers.items() if expires_at_ms <= now_ms]:
+        for peer in [peer for peer, expires_at_ms in providers.items() if expires_at_ms <= wall_ms]:
             self.remove(name, peer)
 
     def _forget_oldest(self, peer: PeerId, count: int) -> None:

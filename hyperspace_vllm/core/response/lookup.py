@@ -18,6 +18,8 @@ from ..events.network_effects import AnswerResponse, FetchResponse, FindProvider
 from ..events.network_events import ProvidersFound, ResponseFetched, ResponseRefused, ResponseWanted
 from ..records.ids import PeerId
 from ..records.limits import PROVIDERS_MAX
+from ..records.now import Now
+from ..records.reason import Reason
 
 RACE_MS = 3_000
 DHT_MS = 1_500
@@ -50,16 +52,16 @@ class ResponseLookup:
     """
 
     def __init__(
-        self, wanted: ResponseWanted, providers: list[ProviderCandidate], may_search: Callable[[int], bool], now_ms: int
+        self, wanted: ResponseWanted, providers: list[ProviderCandidate], may_search: Callable[[Now], bool], now: Now
     ) -> None:
         self.number = wanted.lookup
         self.request_hash = wanted.request_hash
         self.hinted = any(provider.worth_waiting for provider in providers)
         self.over = False
         self.searched = False  # the DHT has answered
-        self._race_ends_ms = now_ms + max(wanted.deadline_ms, RACE_MS)
-        self._deadline_ms = now_ms + wanted.deadline_ms if self.hinted else self._race_ends_ms
-        self._half_time_ms = (now_ms + self._deadline_ms) // 2
+        self._race_ends_ms = now.mono_ms + max(wanted.deadline_ms, RACE_MS)
+        self._deadline_ms = now.mono_ms + wanted.deadline_ms if self.hinted else self._race_ends_ms
+        self._half_time_ms = (now.mono_ms + self._deadline_ms) // 2
         self._waiting = list(providers)
         self._worth_waiting = {provider.peer for provider in providers if provider.worth_waiting}
         self._waited_ms: dict[PeerId, int] = {}  # for those that refused, while the lookup was hinted
@@ -78,82 +80,71 @@ class ResponseLookup:
         """Who was asked and hasn't answered, and since when."""
         return dict(self._in_flight)
 
-    def start(self, now_ms: int) -> list[NetworkEffect]:
+    def start(self, now: Now) -> list[NetworkEffect]:
         """The hint, and the first question."""
         hint: NetworkEffect = HintResponse(self.number, self.hinted)
-        return [hint, *self._go_on(now_ms)]
+        return [hint, *self._go_on(now)]
 
     def next_deadline_ms(self) -> int:
         """When to call `on_tick`."""
         return self._deadline_ms if self._hedge_at_ms is None else min(self._deadline_ms, self._hedge_at_ms)
 
-    def on_tick(self, now_ms: int) -> list[NetworkEffect]:
+    def on_tick(self, now: Now) -> list[NetworkEffect]:
         """Give up, or hedge."""
-        if now_ms >= self._deadline_ms:
+        if now.mono_ms >= self._deadline_ms:
             return self._end(None, "deadline")
-        if self._hedge_at_ms is not None and now_ms >= self._hedge_at_ms:
-            return self._ask(now_ms)
+        if self._hedge_at_ms is not None and now.mono_ms >= self._hedge_at_ms:
+            return self._ask(now)
         return []
 
     def on_fetched(self, event: ResponseFetched) -> list[NetworkEffect]:
         """A verified answer."""
         return self._end(event.peer, "hit") if self._in_flight.pop(event.peer, None) is not None else []
 
-    def on_refused(self, event: ResponseRefused, now_ms: int) -> list[NetworkEffect]:
+    def on_refused(self, event: ResponseRefused, now: Now) -> list[NetworkEffect]:
         """The next one."""
         if event.peer not in self._in_flight:
             return []
         asked_ms = self._in_flight.pop(event.peer)
         if self.hinted:
-            self._waited_ms[event.peer] = now_ms - asked_ms
-        self._reason = event.reason if event.reason != "miss" else self._reason
-        broken = self._connected.pop(event.peer, None) if event.reason == "unreachable" else None
+            self._waited_ms[event.peer] = now.mono_ms - asked_ms
+        self._reason = event.reason if event.reason is not Reason.MISS else self._reason
+        broken = self._connected.pop(event.peer, None) if event.reason is Reason.UNREACHABLE else None
         if broken is not None and broken.address:
             self._waiting.append(replace(broken, connected=False))
-        return self._go_on(now_ms)
+        return self._go_on(now)
 
-    def on_providers(
-        self, event: ProvidersFound, candidates: list[ProviderCandidate], now_ms: int
-    ) -> list[NetworkEffect]:
+    def on_providers(self, event: ProvidersFound, candidates: list[ProviderCandidate], now: Now) -> list[NetworkEffect]:
         """What the DHT knows, as far as it can be asked."""
         if not self._searching:
             return []
         self._searching, self.searched = False, True
         self._source = "dht"
         self._waiting = [candidate for candidate in candidates if candidate.peer not in self._asked]
-        return self._go_on(now_ms)
+        return self._go_on(now)
 
-    def waited_ms(self, now_ms: int) -> dict[PeerId, int]:
+    def waited_ms(self, now: Now) -> dict[PeerId, int]:
         """How long the request has waited for each peer that was worth it and has brought nothing so far."""
-        in_flight = {peer: now_ms - since_ms for peer, since_ms in self._in_flight.items()}
+        in_flight = {peer: now.mono_ms - since_ms for peer, since_ms in self._in_flight.items()}
         return {peer: for_ms for peer, for_ms in (self._waited_ms | in_flight).items() if peer in self._worth_waiting}
 
-    def shift(self, by_ms: int) -> None:
-        """The clock was set."""
-        self._race_ends_ms += by_ms
-        self._deadline_ms += by_ms
-        self._half_time_ms += by_ms
-        if self._hedge_at_ms is not None:
-            self._hedge_at_ms += by_ms
-        self._in_flight = {peer: since_ms + by_ms for peer, since_ms in self._in_flight.items()}
-
-    def _go_on(self, now_ms: int) -> list[NetworkEffect]:
-        if now_ms >= self._deadline_ms:
+    def _go_on(self, now: Now) -> list[NetworkEffect]:
+        if now.mono_ms >= self._deadline_ms:
             return self._end(None, "deadline")
         if self.hinted and self._worth_waiting.isdisjoint([*self._in_flight, *(each.peer for each in self._waiting)]):
             self.hinted, self._deadline_ms = False, self._race_ends_ms
-            return [HintResponse(self.number, False), *self._go_on(now_ms)]
-        effects = self._ask(now_ms)
+            return [HintResponse(self.number, False), *self._go_on(now)]
+        effects = self._ask(now)
         if effects or self._in_flight or self._searching:
             return effects
-        left_ms = self._deadline_ms - now_ms
+        left_ms = self._deadline_ms - now.mono_ms
         worth_it = not self.searched and self._attempts < ATTEMPTS_MAX and left_ms >= SEARCH_MS_MIN
-        if worth_it and self._may_search(now_ms):
+        if worth_it and self._may_search(now):
             self._searching = True
             return [FindProviders(self.number, self.request_hash, min(left_ms, DHT_MS))]
         return self._end(None, self._reason)
 
-    def _ask(self, now_ms: int) -> list[NetworkEffect]:
+    def _ask(self, now: Now) -> list[NetworkEffect]:
         if not self._waiting or len(self._in_flight) >= IN_FLIGHT_MAX or self._attempts >= ATTEMPTS_MAX:
             self._hedge_at_ms = None
             return []
@@ -162,15 +153,15 @@ class ResponseLookup:
         self._attempts += 1
         if candidate.connected:
             self._connected[candidate.peer] = candidate
-        self._in_flight[candidate.peer] = now_ms
-        self._hedge_at_ms = self._hedge_after(candidate, now_ms) if self._waiting else None
-        left_ms = self._deadline_ms - now_ms
+        self._in_flight[candidate.peer] = now.mono_ms
+        self._hedge_at_ms = self._hedge_after(candidate, now) if self._waiting else None
+        left_ms = self._deadline_ms - now.mono_ms
         return [FetchResponse(self.number, candidate.peer, candidate.address, self.request_hash, left_ms)]
 
-    def _hedge_after(self, candidate: ProviderCandidate, now_ms: int) -> int:
+    def _hedge_after(self, candidate: ProviderCandidate, now: Now) -> int:
         if len(self._in_flight) == 1:
-            return now_ms + hedge_delay_ms(candidate.rtt_ms)
-        return max(now_ms + HEDGE_MS_MIN, self._half_time_ms)
+            return now.mono_ms + hedge_delay_ms(candidate.rtt_ms)
+        return max(now.mono_ms + HEDGE_MS_MIN, self._half_time_ms)
 
     def _end(self, peer: PeerId | None, reason: str) -> list[NetworkEffect]:
         self.over = True

@@ -3,6 +3,8 @@
 from collections import OrderedDict
 from math import ceil, log2
 
+from ..records.now import Now
+
 HALF_LIFE_MS = 600_000
 TRACKED_MAX = 20_000
 REPLICAS_MAX = 8
@@ -16,7 +18,7 @@ def replicas_wanted(requests: float) -> int:
 
 def decayed(requests: float, age_ms: int) -> float:
     """What is left of `requests` after `age_ms`: half after each half-life."""
-    return requests * float(0.5 ** (max(age_ms, 0) / HALF_LIFE_MS))
+    return requests * float(0.5 ** (age_ms / HALF_LIFE_MS))
 
 
 class Popularity:
@@ -25,24 +27,24 @@ class Popularity:
     def __init__(self) -> None:
         self._counts: OrderedDict[bytes, tuple[float, int]] = OrderedDict()
 
-    def add(self, request_hash: bytes, now_ms: int, requests: float = 1.0) -> None:
+    def add(self, request_hash: bytes, now: Now, requests: float = 1.0) -> None:
         """It was asked for."""
-        self._counts[request_hash] = self.requests(request_hash, now_ms) + requests, now_ms
+        self._counts[request_hash] = self.requests(request_hash, now) + requests, now.mono_ms
         self._counts.move_to_end(request_hash)
         if len(self._counts) > TRACKED_MAX:
             self._counts.popitem(last=False)
 
-    def claimed(self, request_hash: bytes, now_ms: int, requests: float) -> None:
+    def claimed(self, request_hash: bytes, now: Now, requests: float) -> None:
         """A provider says so. Its count and ours are of the same requests in part, so they don't add up."""
-        more = min(requests, CLAIM_MAX) - self.requests(request_hash, now_ms)
+        more = min(requests, CLAIM_MAX) - self.requests(request_hash, now)
         if more > 0:
-            self.add(request_hash, now_ms, more)
+            self.add(request_hash, now, more)
 
-    def requests(self, request_hash: bytes, now_ms: int) -> float:
+    def requests(self, request_hash: bytes, now: Now) -> float:
         """How often, decayed."""
-        count, at_ms = self._counts.get(request_hash, (0.0, now_ms))
-        return decayed(count, now_ms - at_ms)
+        count, at_ms = self._counts.get(request_hash, (0.0, now.mono_ms))
+        return decayed(count, now.mono_ms - at_ms)
 
-    def sixteenths(self, request_hash: bytes, now_ms: int) -> int:
+    def sixteenths(self, request_hash: bytes, now: Now) -> int:
         """The same as it stands in a Hit."""
-        return min(int(16 * self.requests(request_hash, now_ms)), (1 << 32) - 1)
+        return min(int(16 * self.requests(request_hash, now)), (1 << 32) - 1)

@@ -14,11 +14,6 @@ from ..records.peer_wire import SEALED_BYTES_MAX, Hit
 from ..records.sealing import open_response, seal_response
 from .cache_proof import CacheProof, check_body, check_statement, decode_proof, request_hash
 
-# Refusals that an honest peer never causes: it has checked what it serves as we do. Not among them: whom to trust is
-# each node's own choice, and clocks differ (`untrusted_signer`, `from_the_future`, `expired`).
-LIES = frozenset(
-    {"too_large", "wrong_request", "wrong_model", "long_expired", "bad_signature", "bad_seal", "wrong_response"}
-)
 # Two clocks in a network differ by less than one skew, and an answer travels for less than the other.
 _LONG_EXPIRED_MS = RESPONSE_TTL_MS + 2 * CLOCK_SKEW_MS
 
@@ -50,13 +45,13 @@ def open_hit(
     model_digest: bytes,
     trusts: Callable[[bytes], bool],
     meet: Callable[[bytes, bytes], object],
-    now_ms: int,
+    wall_ms: int,
 ) -> Opened:
     """The response in `hit`, or `Refused` or `ProtocolViolation`; cheap checks come first, the body last.
 
     `meet(signer, tag)` hears who vouches for the proof's signer, before `trusts(signer)` is asked.
     """
-    return unseal_hit(hit, key, network, judge_hit(hit, key, network, model_digest, trusts, meet, now_ms))
+    return unseal_hit(hit, key, network, judge_hit(hit, key, network, model_digest, trusts, meet, wall_ms))
 
 
 def judge_hit(
@@ -66,20 +61,20 @@ def judge_hit(
     model_digest: bytes,
     trusts: Callable[[bytes], bool],
     meet: Callable[[bytes, bytes], object],
-    now_ms: int,
+    wall_ms: int,
 ) -> CacheProof:
     """The first half of `open_hit`, all but the body: 0.1 ms, in the thread that `trusts` and `meet` belong to."""
     if len(hit.sealed) > SEALED_BYTES_MAX:
         raise Refused("too_large", str(len(hit.sealed)))
     proof = decode_proof(hit.proof)
-    if proof.computed_at_ms + _LONG_EXPIRED_MS <= now_ms:
+    if proof.computed_at_ms + _LONG_EXPIRED_MS <= wall_ms:
         raise Refused("long_expired", str(proof.computed_at_ms))
 
     def trusts_once_met(signer: bytes) -> bool:
         meet(signer, hit.member)
         return trusts(signer)
 
-    check_statement(proof, request_hash(network, key), model_digest, trusts_once_met, now_ms)
+    check_statement(proof, request_hash(network, key), model_digest, trusts_once_met, wall_ms)
     return proof
 
 

@@ -20,6 +20,7 @@ from ...core.records import wire
 from ...core.records.errors import ProtocolViolation, Refused
 from ...core.records.ids import ManifestDigest, PeerId
 from ...core.records.limits import PEER_BYTES_IN_FLIGHT_MAX, PEER_REQUESTS_MAX, PEERS_BYTES_IN_FLIGHT_MAX, MiB
+from ...core.records.reason import Reason
 from ..identity import Identity
 from ..metrics import Metrics
 from ..zmq_pump import Socket
@@ -63,7 +64,7 @@ class ChunkServer:
         identity: Identity,
         store: ChunkStore,
         metrics: Metrics,
-        charge: Callable[[PeerId, str], None],
+        charge: Callable[[PeerId, Reason], None],
         vouch: Callable[[bytes], bytes],
     ) -> None:
         self._vouch = vouch
@@ -99,7 +100,7 @@ class ChunkServer:
                 raise ProtocolViolation(f"peer request: {len(frames)} frames, expected 1")
             request = wire.decode_request(frames[0].buffer)
         except ProtocolViolation:
-            self._charge(connection.peer, "protocol")
+            self._charge(connection.peer, Reason.PROTOCOL)
             return
         peer = self._peers.setdefault(connection.peer, _Peer())
         running = peer.requests.get((connection, request.request))
@@ -107,7 +108,7 @@ class ChunkServer:
             if running is not None:
                 running.cancel()
         elif running is not None:
-            self._charge(connection.peer, "protocol")  # the request number is in use
+            self._charge(connection.peer, Reason.PROTOCOL)  # the request number is in use
         elif len(peer.requests) >= PEER_REQUESTS_MAX:
             self._metrics.failures_total.labels("l2", "peer_busy").inc()
             connection.send([wire.encode(wire.NotHere(request.request, "busy"))])

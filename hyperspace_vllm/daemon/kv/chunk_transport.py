@@ -7,7 +7,6 @@ uncopied.
 """
 
 import logging
-import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable
 from functools import partial
@@ -23,6 +22,8 @@ from ...core.records import wire
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import ManifestDigest, PeerId, RowId
 from ...core.records.limits import KV_LINKS_MAX
+from ...core.records.reason import Reason
+from .. import clock
 from ..identity import Identity, curve_public_of
 from ..metrics import Metrics
 from ..peer_failed import PeerFailed
@@ -60,7 +61,7 @@ class ChunkTransport:
         self._configured = dict(_split_peer(peer) for peer in config.peers)
         self._discovered: dict[PeerId, KvEndpoint] = {}
         self._answered: dict[PeerId, str] = {}  # discovered peers that answered, and where
-        self.charges: Counter[tuple[PeerId, str]] = Counter()
+        self.charges: Counter[tuple[PeerId, Reason]] = Counter()
         self._context: zmq.Context[Socket] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 4096)
         self._curve_keys: dict[PeerId, bytes] = {}
@@ -125,17 +126,17 @@ class ChunkTransport:
         link = self._links.get(peer)
         return link is not None and link.connected
 
-    def charge(self, peer: PeerId, reason: str) -> None:
+    def charge(self, peer: PeerId, reason: Reason) -> None:
         """Charge a peer with a failure."""
         self.charges[peer, reason] += 1
         self._metrics.failures_total.labels("l2", f"peer_{reason}").inc()
-        self._trust.failed(peer, reason, _now_ms())
-        if reason == "protocol":
+        self._trust.failed(peer, reason, clock.now())
+        if reason is Reason.PROTOCOL:
             self._on_violation(peer)
 
     def credit(self, peer: PeerId) -> None:
         """Credit a peer that served a part of a row that verified."""
-        self._trust.delivered(peer, _now_ms())
+        self._trust.delivered(peer, clock.now())
 
     async def find(self, peer: PeerId, row_ids: tuple[RowId, ...], timeout_s: float) -> wire.HaveReply:
         """Ask which of the rows the peer serves; the offers' indexes are within `row_ids`."""
@@ -189,13 +190,13 @@ class ChunkTransport:
             self._open(peer)
         link = self._links.get(peer)
         if link is None:
-            raise PeerFailed("unreachable")
+            raise PeerFailed(Reason.UNREACHABLE)
         return link
 
     def _drop_link(self) -> None:
         idle = {p: link for p, link in self._links.items() if p in self._discovered and not link.busy}
         if not idle:
-            raise PeerFailed("busy")
+            raise PeerFailed(Reason.BUSY)
         peer = min(idle, key=lambda p: idle[p].useful_at)
         self._close_link(peer)
 
@@ -219,7 +220,7 @@ class ChunkTransport:
         """Whether a link may be dialled (again) now."""
         if peer in self._configured:
             return True
-        return self._dials.take(peer, self.endpoint_of(peer), self._is_proved(peer), _now_ms())
+        return self._dials.take(peer, self.endpoint_of(peer), self._is_proved(peer), clock.now())
 
     def _is_proved(self, peer: PeerId) -> bool:
         """Whether a discovered peer's endpoint is its own: it was met at that host, or has answered there."""
@@ -241,7 +242,3 @@ def _curve_key(peer: PeerId) -> bytes:
         return z85.decode(curve_public_of(peer))
     except ProtocolViolation:
         return b""
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

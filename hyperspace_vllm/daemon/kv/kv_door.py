@@ -25,6 +25,7 @@ from ...core.records.limits import (
     PEER_REQUESTS_MAX,
     KiB,
 )
+from ...core.records.reason import Reason
 from ..identity import Identity
 from ..metrics import Metrics
 from ..zmq_pump import Pump, Socket, set_link_options
@@ -90,7 +91,7 @@ class Door:
         identity: Identity,
         metrics: Metrics,
         receive: Receive,
-        charge: Callable[[PeerId, str], None],
+        charge: Callable[[PeerId, Reason], None],
     ) -> None:
         self._context = context
         self._identity = identity
@@ -166,7 +167,7 @@ class Door:
             pass  # the peer has disconnected
         except ProtocolViolation:
             if connection is not None and connection.peer:
-                self._charge(connection.peer, "protocol")
+                self._charge(connection.peer, Reason.PROTOCOL)
         finally:
             on_proof()
             self._proving.pop(domain, None)

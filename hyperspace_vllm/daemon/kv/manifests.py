@@ -1,7 +1,6 @@
 """Manifests that this node trusts: fetched from peers and verified once each, or from its own store."""
 
 import asyncio
-import time
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -9,6 +8,7 @@ from ...core.peers.trust import Trust
 from ...core.records.errors import ProtocolViolation, Refused
 from ...core.records.ids import ManifestDigest, NetworkId, PeerId
 from ...core.records.manifest import check_manifest, digest_blob
+from .. import clock
 from ..workers.compute_pool import ComputePool
 from .chunk_store import ChunkStore
 from .chunk_transport import ChunkTransport
@@ -59,9 +59,9 @@ class Manifests:
         manifest = record.manifest
         if record.digest != digest:
             raise Refused("forged", "not the manifest that was asked for")
-        now_ms = time.time_ns() // 1_000_000
+        now = clock.now()
         self._trust.meet(manifest.producer, reply.member)
-        check_manifest(manifest, self._network, lambda producer: self._trust.trusts_kv(producer, now_ms), now_ms)
+        check_manifest(manifest, self._network, lambda producer: self._trust.trusts_kv(producer, now), now.wall_ms)
         blob = digest_blob(record.digests, len(manifest.rows))
         left_s = deadline - asyncio.get_running_loop().time()
         if not await self._compute.verify(blob, manifest.commitment, record.proof, left_s):

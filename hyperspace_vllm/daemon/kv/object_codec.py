@@ -65,18 +65,18 @@ def sign_record(
     digests: bytes,
     commitment: bytes,
     proof: bytes,
-    now_ms: int,
+    wall_ms: int,
 ) -> ObjectRecord:
-    """The record of an object that this node computed; `rows` are (row id, true length), `now_ms` wall-clock."""
+    """The record of an object that this node computed; `rows` are (row id, true length), `wall_ms` wall-clock."""
     entries = tuple(RowEntry(row_id, length) for row_id, length in rows)
     producer = key.verify_key.encode()
-    manifest = Manifest(network, fingerprint, chunk_bytes, nonce, commitment, producer, now_ms, entries).sign(key)
+    manifest = Manifest(network, fingerprint, chunk_bytes, nonce, commitment, producer, wall_ms, entries).sign(key)
     return ObjectRecord(manifest.digest, manifest.encode(), manifest, digests, proof)
 
 
-def sign_anew(record: ObjectRecord, key: SigningKey, now_ms: int) -> ObjectRecord:
+def sign_anew(record: ObjectRecord, key: SigningKey, wall_ms: int) -> ObjectRecord:
     """The same object under a manifest of another date, and so with another digest; `key` is its producer's."""
-    manifest = replace(record.manifest, created_at_ms=now_ms).sign(key)
+    manifest = replace(record.manifest, created_at_ms=wall_ms).sign(key)
     return replace(record, digest=manifest.digest, raw=manifest.encode(), manifest=manifest)
 
 

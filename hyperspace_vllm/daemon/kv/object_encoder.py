@@ -4,7 +4,6 @@ A row is a separate job so that a fetch's checks, in the same two threads, wait 
 """
 
 import asyncio
-import time
 from contextlib import ExitStack
 
 from ...core.events.kv_effects import EncodeObject
@@ -15,6 +14,7 @@ from ...core.records.ids import NetworkId, RowKey, row_id
 from ...core.records.limits import CLOCK_SKEW_MS
 from ...core.records.manifest import chunk_bytes_for, digest_blob
 from ...core.records.sealing import seal_key
+from .. import clock
 from ..identity import Identity
 from ..metrics import Metrics
 from ..workers.compute_pool import ComputePool
@@ -66,11 +66,11 @@ class ObjectEncoder:
 
     async def sign_anew(self) -> list[ObjectRecord]:
         """Sign objects of this node again that were signed while its clock was ahead: peers would refuse them."""
-        now_ms = time.time_ns() // 1_000_000
+        wall_ms = clock.wall_ms()
         signed = []
-        for record in self._store.dated_after(now_ms + CLOCK_SKEW_MS):
+        for record in self._store.dated_after(wall_ms + CLOCK_SKEW_MS):
             if record.manifest.producer == self._identity.public_key:
-                new = sign_anew(record, self._identity.signing_key, now_ms)
+                new = sign_anew(record, self._identity.signing_key, wall_ms)
                 if await self._compute.run_in_background(self._store.replace, record.digest, new):
                     signed.append(new)
         return signed
@@ -115,5 +115,5 @@ class ObjectEncoder:
             digests,
             commitment,
             proof,
-            time.time_ns() // 1_000_000,
+            clock.wall_ms(),
         )

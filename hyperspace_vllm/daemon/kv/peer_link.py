@@ -15,6 +15,7 @@ from ...core.records import wire
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import ManifestDigest, PeerId
 from ...core.records.limits import KV_REPLY_BYTES_HELD_MAX, PEER_MESSAGE_BYTES_MAX
+from ...core.records.reason import Reason
 from ..identity import Identity, curve_public_of
 from ..peer_failed import PeerFailed
 from ..zmq_pump import Pump, Socket, set_link_options
@@ -31,7 +32,7 @@ REPLIES_QUEUED_MAX = 32  # 32 chunks of 4 MiB = 128 MiB a peer at most
 
 Chunks = list[tuple[int, memoryview]]
 Request = Callable[[int], wire.PeerRequest]
-_FINAL = ("protocol", "unreachable")  # after these no chunk will come, whichever was asked for
+_FINAL = (Reason.PROTOCOL, Reason.UNREACHABLE)  # after these no chunk will come, whichever was asked for
 log = logging.getLogger(__name__)
 
 
@@ -44,7 +45,7 @@ class _Open:
     chunk_bytes: int
     arrived: Chunks = field(default_factory=list)
     reply: wire.PeerReply | None = None
-    failure: str = ""
+    failure: Reason | None = None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -53,7 +54,7 @@ class _Open:
 
     @property
     def broken(self) -> bool:
-        return bool(self.failure) and (self.failure in _FINAL or self.answered_by is not wire.Chunk)
+        return self.failure is not None and (self.failure in _FINAL or self.answered_by is not wire.Chunk)
 
 
 class PeerLink:
@@ -69,7 +70,7 @@ class PeerLink:
         peer: PeerId,
         address: str,
         identity: Identity,
-        charge: Callable[[PeerId, str], None],
+        charge: Callable[[PeerId, Reason], None],
         may_dial: Callable[[], bool],
     ) -> None:
         self.address = address
@@ -116,7 +117,7 @@ class PeerLink:
             await self._wait(opened, deadline)
         finally:
             del self._open[number]
-        if opened.failure:
+        if opened.failure is not None:
             raise PeerFailed(opened.failure)
         assert opened.reply is not None
         return opened.reply
@@ -139,21 +140,21 @@ class PeerLink:
             del self._open[number]
             if opened.lacking:
                 self._pump.send([wire.encode(wire.Cancel(number))])
-        if opened.failure:
+        if opened.failure is not None:
             raise PeerFailed(opened.failure)
 
     def violated(self, detail: str) -> PeerFailed:
         """Charge the peer for breaking the protocol; returns the error for its request."""
         log.info("peer %s broke the protocol: %s", self._peer, detail, extra={"peer": self._peer})
-        self._charge(self._peer, "protocol")
-        return PeerFailed("protocol")
+        self._charge(self._peer, Reason.PROTOCOL)
+        return PeerFailed(Reason.PROTOCOL)
 
     def close(self) -> None:
         """Disconnect; open requests fail as `unreachable`."""
         self._connecting.cancel()
         self._pump.close()
         for opened in self._open.values():
-            opened.failure = "unreachable"
+            opened.failure = Reason.UNREACHABLE
             opened.wake.set()
 
     async def _stay_connected(self) -> None:
@@ -203,9 +204,9 @@ class PeerLink:
             try:
                 await self._pump.wait_writable(max(patience_s, 0))
             except TimeoutError:
-                raise PeerFailed("unreachable") from None
+                raise PeerFailed(Reason.UNREACHABLE) from None
             if self._pump.send(frames) is None:
-                raise PeerFailed("unreachable")
+                raise PeerFailed(Reason.UNREACHABLE)
         self._silent_since = None
 
     async def _wait(self, opened: _Open, deadline: float) -> None:
@@ -216,7 +217,7 @@ class PeerLink:
                     opened.wake.clear()
                     await opened.wake.wait()
         except TimeoutError:
-            raise PeerFailed("timeout") from None
+            raise PeerFailed(Reason.TIMEOUT) from None
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
         self.has_answered = True  # whatever it says: CURVE has authenticated it
@@ -258,7 +259,7 @@ def _accept(opened: _Open, reply: wire.PeerReply, payload: list[zmq.Frame]) -> b
             return True
         case wire.NotHere(_, reason, columns):
             opened.lacking -= set(columns) or opened.lacking
-            opened.failure = "not_here" if reason in ("unknown", "refused") else reason
+            opened.failure = Reason.NOT_HERE if reason in ("unknown", "refused") else Reason(reason)
             return not payload
         case wire.HaveReply() | wire.ManifestReply():
             opened.reply = reply

@@ -15,6 +15,7 @@ from ...core.local.messages import Slab
 from ...core.records.errors import Refused
 from ...core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey
 from ...core.records.limits import DATA_CHUNKS, FETCH_STALL_MS, TOTAL_CHUNKS, MiB
+from ...core.records.reason import Reason
 from ...core.records.sealing import seal_key
 from ..metrics import Metrics
 from ..peer_failed import PeerFailed
@@ -135,7 +136,7 @@ class RowAssembly:
     async def _collect(self, effect: FetchRow, record: ObjectRecord, row: _Row) -> None:
         """Collect one peer's chunks until the row has 32; then open it."""
         good = row.chunks.setdefault(record.digest, {})
-        reason = ""
+        reason: Reason | None = None
         try:
             async with aclosing(self._ask(effect, record)) as arriving:
                 async for batch in arriving:
@@ -144,20 +145,20 @@ class RowAssembly:
                     good |= checked
                     row.gain(effect.peer, checked)
                     if len(checked) < len(batch):
-                        reason = "bad_digest"
-                    if reason or len(good) >= DATA_CHUNKS:
+                        reason = Reason.BAD_DIGEST
+                    if reason is not None or len(good) >= DATA_CHUNKS:
                         break
                     if self._loop.time() >= row.reported_at + PROGRESS_S:
                         self._report(effect, row)
         except (PeerFailed, Refused) as failed:
-            reason = failed.reason
+            reason = Reason(failed.reason)
         if len(good) >= DATA_CHUNKS:
-            if reason == "bad_digest":
+            if reason is Reason.BAD_DIGEST:
                 self._transport.charge(effect.peer, reason)
             await self._open(effect, record, row, good)
             return
         self._report(effect, row)
-        if reason:
+        if reason is not None:
             self._submit(HolderStalled(effect.lookup, effect.row_key, effect.peer, reason))
 
     def _ask(self, effect: FetchRow, record: ObjectRecord) -> AsyncGenerator[Chunks, None]:

@@ -4,7 +4,7 @@ py-libp2p is trio, the node is asyncio. Calls are handed over by `run_sync_soon`
 queue, which wakes the loop once for any number of them (0.12 ms a hop). Nothing outside libp2p_*.py depends on libp2p,
 so that another engine can replace it.
 
-When the thread dies, every waiting caller gets PeerFailed("unreachable"), every peer is reported disconnected, and the
+When the thread dies, every waiting caller gets PeerFailed(unreachable), every peer is reported disconnected, and the
 thread starts again on the same address.
 """
 
@@ -24,6 +24,7 @@ from nacl.signing import SigningKey
 from ...core.peers.gossip_gate import GossipGate
 from ...core.records.ids import PeerId, peer_id
 from ...core.records.limits import STREAM_FRAME_BYTES_MAX
+from ...core.records.reason import Reason
 from ...core.records.standing import Tier
 from ..peer_failed import PeerFailed
 from .libp2p_mdns import Mdns
@@ -199,9 +200,9 @@ class Libp2pHost:
     async def _call(self, job: "Callable[[Libp2pNode], Awaitable[T]]", timeout_s: float) -> T:
         link = self._link
         if link is None:
-            raise PeerFailed("unreachable")
+            raise PeerFailed(Reason.UNREACHABLE)
         if len(self._calls) >= CALLS_MAX:
-            raise PeerFailed("busy")
+            raise PeerFailed(Reason.BUSY)
         result: asyncio.Future[object] = self._loop.create_future()
         scope = trio.CancelScope()
 
@@ -215,7 +216,7 @@ class Libp2pHost:
 
         async def run() -> None:
             value: object = None
-            error: BaseException | None = PeerFailed("unreachable")  # the thread is ending
+            error: BaseException | None = PeerFailed(Reason.UNREACHABLE)  # the thread is ending
             try:
                 with scope, trio.fail_after(timeout_s):
                     value = await job(link.node)
@@ -223,21 +224,21 @@ class Libp2pHost:
             except PeerFailed as failure:
                 error = failure
             except trio.TooSlowError:
-                error = PeerFailed("timeout")
+                error = PeerFailed(Reason.TIMEOUT)
             except Exception as unexpected:
                 logger.warning("libp2p call failed", exc_info=unexpected)
-                error = PeerFailed("unreachable")
+                error = PeerFailed(Reason.UNREACHABLE)
             finally:
                 self._inbox.put(lambda: settle(value, error))
 
         self._calls.add(result)
         try:
             if not link.spawn(run):
-                raise PeerFailed("unreachable")
+                raise PeerFailed(Reason.UNREACHABLE)
             async with asyncio.timeout(timeout_s + GRACE_S):
                 return await result  # type: ignore[return-value]
         except TimeoutError as error:
-            raise PeerFailed("timeout") from error
+            raise PeerFailed(Reason.TIMEOUT) from error
         finally:
             self._calls.discard(result)
             if not result.done() or result.cancelled():
@@ -288,7 +289,7 @@ class Libp2pHost:
         self._publishing = 0
         for call in list(self._calls):
             if not call.done():
-                call.set_exception(PeerFailed("unreachable"))
+                call.set_exception(PeerFailed(Reason.UNREACHABLE))
         for peer in list(self._connected):
             self.on_peer(peer, None)
 

@@ -35,7 +35,9 @@ from ...core.peers.gossip_gate import GossipGate, Verdict
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import NetworkId, PeerId, public_key_of, sha256
 from ...core.records.limits import PEER_CONNECTIONS_MAX
+from ...core.records.reason import Reason
 from ...core.records.standing import Tier
+from .. import clock
 from ..peer_failed import PeerFailed
 from . import libp2p_swarm as swarm
 from .libp2p_dht import NodeDht
@@ -159,7 +161,7 @@ class Libp2pNode:
         self._swarm.set_stream_handler(_guarded(self._host._swarm_stream_handler))
         self._dht = NodeDht(self._host, self._dial_told, self._tier)
         self._host.dht = self._dht
-        self._gate = settings.gate or GossipGate(NetworkId(bytes(32)), 0)
+        self._gate = settings.gate or GossipGate(NetworkId(bytes(32)), clock.now())
         self._gossip = NodeGossip(topics, lambda peer_id: self._gate.standing(PeerId(peer_id.to_base58())))
         self._pubsub = NodePubsub(self._host, self._gossip, topics, self._judge, self._on_message)
         self._topics = settings.topics
@@ -193,7 +195,7 @@ class Libp2pNode:
             self._swarm.close_sockets()
 
     async def connect(self, peer: PeerId, address: str) -> None:
-        """Dial, unless connected; PeerFailed("unreachable"), also when another peer answers there."""
+        """Dial, unless connected; PeerFailed(unreachable), also when another peer answers there."""
         peer_id = ID.from_base58(peer)
         lock = self._dialling.setdefault(peer_id, trio.Lock())
         try:
@@ -208,14 +210,14 @@ class Libp2pNode:
         try:
             candidates = await _resolve(address)
         except (OSError, ValueError, UnicodeError) as error:
-            raise PeerFailed("unreachable") from error
+            raise PeerFailed(Reason.UNREACHABLE) from error
         for candidate in candidates:
             with suppress(SwarmException):
                 # Not host.connect(): it takes at least 250 ms, and refuses for a minute after one failure.
                 await self._swarm.dial_addr(candidate, peer_id)
                 self._host.get_peerstore().add_addrs(peer_id, [candidate], 0)
                 return
-        raise PeerFailed("unreachable")
+        raise PeerFailed(Reason.UNREACHABLE)
 
     async def _dial_told(self, peer_id: ID, addresses: list[Multiaddr], told_from: str) -> bool:
         """Dial a peer that an answer from `told_from` names, at the first of its addresses that the core permits."""
@@ -245,7 +247,7 @@ class Libp2pNode:
             return await self._asker.ask(peer_id, protocol, frame)
         except trio.Cancelled:
             if self._held_s(peer_id) - held_s > (trio.current_time() - began_s) / 2:
-                raise PeerFailed("busy") from None  # busy with other peers: the answer may be here unread
+                raise PeerFailed(Reason.BUSY) from None  # busy with other peers: the answer may be here unread
             raise
 
     def _held_s(self, peer_id: ID) -> float:
@@ -284,7 +286,7 @@ class Libp2pNode:
     def _judge(self, link: ID, msg: rpc_pb2.Message) -> bool:
         relay, author = PeerId(link.to_base58()), PeerId(ID(msg.from_id).to_base58())
         verdict = self._gate.judge(
-            relay, msg.topicIDs[0], author, msg.data, lambda: signature_validator(msg), time.time_ns() // 1_000_000
+            relay, msg.topicIDs[0], author, msg.data, lambda: signature_validator(msg), clock.now()
         )
         if verdict is Verdict.MUTE:
             self._events.gossip_spoiled(relay)

@@ -20,6 +20,7 @@ from libp2p.peer.id import ID
 
 from ...core.records.ids import PeerId
 from ...core.records.limits import STREAM_FRAME_BYTES_MAX, KiB, MiB
+from ...core.records.reason import Reason
 from ...core.records.standing import Tier
 from ..peer_failed import PeerFailed
 from .libp2p_room import Hold, PeerRoom
@@ -209,10 +210,10 @@ class StreamClient:
         Streams break for many reasons, this node's own load among them, so a broken stream is not charged to the peer.
         """
         if not self._is_connected(peer_id):
-            raise PeerFailed("unreachable")
+            raise PeerFailed(Reason.UNREACHABLE)
         mine = self._requests_of.get(peer_id, 0)
         if mine >= REQUESTS_PER_PEER_MAX:
-            raise PeerFailed("busy")
+            raise PeerFailed(Reason.BUSY)
         self._requests_of[peer_id] = mine + 1
         try:
             return await self._ask(peer_id, protocol, request)
@@ -234,11 +235,11 @@ class StreamClient:
         try:
             stream = await self._host.new_stream(peer_id, [TProtocol(protocol)])
         except Exception as error:  # the library raises a dozen kinds
-            raise PeerFailed("unreachable") from error
+            raise PeerFailed(Reason.UNREACHABLE) from error
         try:
             return await self._exchange(stream, peer_id, protocol, request)
         except _BROKEN as error:
-            raise PeerFailed("unreachable") from error
+            raise PeerFailed(Reason.UNREACHABLE) from error
 
     async def _take_spare(self, peer_id: ID, protocol: str) -> INetStream | None:
         spares = self._spare.get((peer_id, protocol), [])
@@ -256,7 +257,7 @@ class StreamClient:
             await read_frame(stream, float("inf"), float("inf"), answer.extend)
         except _BrokenRule as error:
             await stream.reset()
-            raise PeerFailed("protocol") from error
+            raise PeerFailed(Reason.PROTOCOL) from error
         except BaseException:  # the deadline, or the stream broke
             with trio.CancelScope(shield=True), suppress(Exception):
                 await stream.reset()
@@ -268,5 +269,5 @@ class StreamClient:
             else:
                 await stream.close()
         if not answer:
-            raise PeerFailed("busy")
+            raise PeerFailed(Reason.BUSY)
         return bytes(answer)

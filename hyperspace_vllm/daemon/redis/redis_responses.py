@@ -26,6 +26,7 @@ from ...core.records.limits import STREAM_FRAME_BYTES_MAX
 from ...core.records.peer_wire import Hit, Miss, decode_answer, encode
 from ...core.response.cache_proof import request_hash
 from ...core.response.sealed_hit import Opened
+from .. import clock
 from ..join import NodeNetwork
 from ..metrics import Metrics
 from ..network_driver import Clients
@@ -33,7 +34,6 @@ from ..responses.answer_places import OWN_NODE
 from ..responses.fetched_response import Stored, found_response, keep, open_fetched
 from ..responses.response_lookups import FoundResponse
 from ..responses.response_server import ResponseServer
-from ..responses.response_store import wall_clock_ms
 from ..responses.store_changes import ServableEntry
 from .redis_link import AWAY, READ_S, WRITE_S, RedisLink
 
@@ -116,7 +116,7 @@ class RedisResponses:
             return
         self._count_lookup("hit", "hit", began_s)
         keep(self.store, key, opened, self._scope)
-        self.clients.answer_response(lookup, found_response(opened, "redis", self._trust, wall_clock_ms()), "hit")
+        self.clients.answer_response(lookup, found_response(opened, "redis", self._trust, clock.now()), "hit")
 
     async def _read(self, key: RequestKey, model_digest: bytes, timeout_s: float) -> Opened:
         """The response in Redis, if it is valid; `Refused` says why not."""
@@ -136,7 +136,7 @@ class RedisResponses:
             hit = decode_answer(value)
             if not isinstance(hit, Hit):
                 raise ProtocolViolation(f"{type(hit).__name__}: expected a Hit")
-            return await open_fetched(hit, key, self._id, model_digest, self._trust, wall_clock_ms())
+            return await open_fetched(hit, key, self._id, model_digest, self._trust, clock.now())
         except ProtocolViolation as violation:
             raise Refused("protocol") from violation
 
@@ -224,7 +224,7 @@ class RedisResponses:
         if expires_at_ms is None:
             return  # purged in the meantime, and its turn comes; or dropped
         del self._queue[name]
-        left_ms = expires_at_ms - wall_clock_ms()
+        left_ms = expires_at_ms - clock.wall_ms()
         # A starting node reports all its entries, of which most are in Redis already.
         if left_ms <= 0 or not isinstance(held_ms, int) or left_ms <= held_ms + SAME_MS:
             return

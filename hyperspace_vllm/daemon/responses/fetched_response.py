@@ -7,6 +7,7 @@ from ...core.local.messages import Scope
 from ...core.peers.trust import Trust
 from ...core.records.ids import NetworkId, RequestKey, peer_id
 from ...core.records.limits import KiB
+from ...core.records.now import Now
 from ...core.records.peer_wire import Hit
 from ...core.response.sealed_hit import Opened, judge_hit, unseal_hit
 from .response_lookups import FoundResponse
@@ -36,7 +37,7 @@ async def open_fetched(
     network: NetworkId,
     model_digest: bytes,
     trust: Trust,
-    now_ms: int,
+    now: Now,
     on_trial: bool = False,
 ) -> Opened:
     """The response in `hit`; `Refused` or `ProtocolViolation` if it doesn't hold.
@@ -45,9 +46,9 @@ async def open_fetched(
     """
 
     def trusts(signer: bytes) -> bool:
-        return trust.take_trial(signer, now_ms) if on_trial else trust.trusts(signer, now_ms)
+        return trust.take_trial(signer, now) if on_trial else trust.trusts(signer, now)
 
-    proof = judge_hit(hit, key, network, model_digest, trusts, trust.meet, now_ms)
+    proof = judge_hit(hit, key, network, model_digest, trusts, trust.meet, now.wall_ms)
     if len(hit.sealed) <= OPENED_HERE_BYTES_MAX:
         return unseal_hit(hit, key, network, proof)
     return await asyncio.to_thread(unseal_hit, hit, key, network, proof)
@@ -58,7 +59,7 @@ def keep(store: Stored, key: RequestKey, opened: Opened, scope: Scope) -> None:
     store.store_fetched(key, opened.body, opened.raw_proof, opened.proof.computed_at_ms, opened.expires_at_ms, scope)
 
 
-def found_response(opened: Opened, source: str, trust: Trust, now_ms: int) -> FoundResponse:
+def found_response(opened: Opened, source: str, trust: Trust, now: Now) -> FoundResponse:
     """The end of a lookup."""
     proof = opened.proof
     return FoundResponse(
@@ -69,5 +70,5 @@ def found_response(opened: Opened, source: str, trust: Trust, now_ms: int) -> Fo
         peer_id(proof.signer),
         source,
         VERIFIED_BY,
-        trust.suspicion.suspects(proof.signer, now_ms),
+        trust.suspicion.suspects(proof.signer, now),
     )

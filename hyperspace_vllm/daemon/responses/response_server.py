@@ -24,8 +24,8 @@ from ...core.records.signing import NO_MEMBER_TAG
 from ...core.response.cache_proof import check_statement, decode_proof, request_hash
 from ...core.response.sealed_hit import make_hit
 from ...response_db import ResponseReader, Shareable
+from ..clock import wall_ms
 from .answer_places import AnswerPlaces, AskingPeer
-from .response_store import wall_clock_ms
 
 ANSWER_S = 0.25
 _THREADS = 4
@@ -40,7 +40,7 @@ class ResponseServer:
         path: Path,
         network: NetworkId,
         vouch: Callable[[bytes], bytes],
-        clock: Callable[[], int] = wall_clock_ms,
+        clock: Callable[[], int] = wall_ms,
     ) -> None:
         self._network = network
         self._vouch = vouch

@@ -33,6 +33,7 @@ from ...core.records.limits import CLOCK_SKEW_MS, RESPONSE_TTL_MS, STORE_QUEUE_B
 from ...core.response.cache_proof import make_proof, request_hash
 from ...core.response.similar.match_error import KINDS_MAX, WINDOW
 from ...response_db import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Embedded, file_at, packed
+from ..clock import wall_ms
 from ..disk_complaint import DiskComplaint
 from .store_changes import PROOF_SIGNER, Listener, ServableEntry, StartupScan, StoreChanges
 
@@ -138,11 +139,6 @@ class _Damaged(sqlite3.DatabaseError):
     """The file opens, but is not a sound database of our schema."""
 
 
-def wall_clock_ms() -> int:
-    """Milliseconds since 1970: the clock of expiry and proofs, comparable between processes."""
-    return time.time_ns() // 1_000_000
-
-
 class ResponseStore:
     """Takes responses from any thread, never blocking it; `store` and `touch` are dropped when the queue is full."""
 
@@ -153,7 +149,7 @@ class ResponseStore:
         ttl_ms: int,
         identity: Signer,
         network: NetworkId,
-        clock: Callable[[], int] = wall_clock_ms,
+        clock: Callable[[], int] = wall_ms,
         listener: Listener | None = None,
     ) -> None:
         """`listener` hears, from the writer's thread, what this node can serve: first all that lies there already."""

@@ -35,9 +35,10 @@ from ...core.response.similar.match_error import NEVER, MatchErrors, floor_after
 from ...core.response.similar.same_answer import say_the_same
 from ...core.response.similar.semantic import Match, best_match
 from ...response_db import Embedded, ResponseReader
+from ..clock import wall_ms
 from .embedding import Embedder, EmbedderMissing
 from .question_index import QUESTIONS_MAX, QuestionIndex, quantized
-from .response_store import ResponseStore, wall_clock_ms
+from .response_store import ResponseStore
 
 if TYPE_CHECKING:
     from .question_index import Codes
@@ -191,7 +192,7 @@ class SimilarQuestions:
         embedder = self._load()
         dimensions = embedder.embed(["a question"]).shape[1]
         index = QuestionIndex(dimensions)
-        for stored in self._reader.questions(_vectors_of(embedder), QUESTIONS_MAX, wall_clock_ms()):
+        for stored in self._reader.questions(_vectors_of(embedder), QUESTIONS_MAX, wall_ms()):
             vectors = np.frombuffer(stored.vectors, np.int8)
             if vectors.size == 2 * dimensions:  # else another model of the same name
                 self._note_floor(stored.key, stored.floor)
@@ -277,7 +278,7 @@ class SimilarQuestions:
 
     def _is_stored(self, key: RequestKey) -> bool:
         """Whether the database has it, or will soon."""
-        if self._reader.holds(key, wall_clock_ms()):
+        if self._reader.holds(key, wall_ms()):
             self._added_s.pop(key, None)
             return True
         return time.monotonic() < self._added_s.get(key, 0.0) + _COMMIT_S

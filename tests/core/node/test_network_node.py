@@ -93,9 +93,11 @@ from hyperspace_vllm.core.records.peer_wire import (
     WantDeltas,
     WantPeers,
 )
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, encode_delta
 from hyperspace_vllm.core.records.standing import Rank, Standing
 from hyperspace_vllm.core.response.lookup import RACE_MS
+from tests.support.moments import dated
 from tests.support.network_world import (
     HOUR_MS,
     NETWORK,
@@ -151,7 +153,7 @@ class Script:
             self.now_ms = NOW_MS + int(words.pop(0)[3:])
         effects: list[NetworkEffect] = []
         for event in self.events(words):
-            new = self.node.handle(event, self.now_ms)
+            new = self.node.handle(event, dated(self.now_ms))
             self.sends |= {effect.request: effect for effect in new if isinstance(effect, Send)}
             effects += new
         return [text for text in map(self.told, effects) if text.split()[0] in self.shown]
@@ -173,9 +175,7 @@ class Script:
                 expires_at_ms = self.now_ms + RESPONSE_TTL_MS
                 return [ResponseFetched(ord(letter), Identity(int(number)).peer, 9, expires_at_ms, 16)]
             case ["refused", letter, number, reason]:
-                return [ResponseRefused(ord(letter), Identity(int(number)).peer, reason, False)]
-            case ["lied", letter, number, reason]:
-                return [ResponseRefused(ord(letter), Identity(int(number)).peer, reason, True)]
+                return [ResponseRefused(ord(letter), Identity(int(number)).peer, Reason(reason))]
             case ["found", letter, *numbers]:
                 peers = tuple(Identity(int(number)).peer for number in numbers)
                 return [ProvidersFound(ord(letter), peers, 10.0)]
@@ -269,7 +269,7 @@ def test_a_liar_is_charged_and_not_asked_again_for_a_while() -> None:
         > want a
         hint yes
         fetch a from 1 for 300
-        > lied a 1 bad_signature
+        > refused a 1 bad_signature
         charge 1 bad_signature
         hint no
         search a
@@ -309,7 +309,7 @@ def test_a_miss_takes_back_the_hint() -> None:
 def test_whoever_said_so_first_is_asked_second_if_it_is_not_the_best() -> None:
     script = Script()
     script.run("> meet 1 2 3")
-    script.node.members.on_record(Identity(4).record(), Identity(1).peer, NOW_MS, own_word=False)
+    script.node.members.on_record(Identity(4).record(), Identity(1).peer, dated(NOW_MS), own_word=False)
     script.run(
         """
         > gossip 4 a                # not connected, but heard before those who may merely repeat it
@@ -325,7 +325,7 @@ def test_whoever_said_so_first_is_asked_second_if_it_is_not_the_best() -> None:
 def test_a_connection_that_opened_just_before_the_deadline_costs_a_peer_nothing() -> None:
     script = Script()
     script.run("> meet 2")
-    script.node.members.on_record(Identity(1).record(), Identity(2).peer, NOW_MS, own_word=False)
+    script.node.members.on_record(Identity(1).record(), Identity(2).peer, dated(NOW_MS), own_word=False)
     script.run(
         """
         > gossip 1 ab
@@ -345,12 +345,12 @@ def test_a_connection_that_opened_just_before_the_deadline_costs_a_peer_nothing(
 
 def test_who_could_not_be_reached_in_time_is_not_asked_for_seconds() -> None:
     script = Script()
-    script.node.handle(PeerConnected(Identity(2).peer, Identity(2).host), NOW_MS)
+    script.node.handle(PeerConnected(Identity(2).peer, Identity(2).host), dated(NOW_MS))
     script.run("> meet 2")
     record = Identity(1).record()
     want = next(s for s in script.sends.values()) if script.sends else None
     assert want is None or want.peer == Identity(2).peer
-    script.node.members.on_record(record, Identity(2).peer, NOW_MS, own_word=False)
+    script.node.members.on_record(record, Identity(2).peer, dated(NOW_MS), own_word=False)
     script.run(
         """
         > gossip 1 ab
@@ -473,7 +473,7 @@ def test_what_a_convicted_peer_says_it_has_is_not_waited_for() -> None:
     script = Script()
     script.run("> meet 1")
     script.node._trust.patience.delivered(Identity(1).peer)
-    script.node._trust.suspicion.convict(Identity(1).public_key, NOW_MS)
+    script.node._trust.suspicion.convict(Identity(1).public_key, dated(NOW_MS))
     script.run(f"> want a 1\nhint no\nfetch a from 1 for {RACE_MS}")
 
 
@@ -513,28 +513,28 @@ def test_what_was_computed_is_announced_and_provided_and_what_has_gone_no_more()
 
     def store(letter: str, computed: bool = True) -> list[str]:
         event = ResponseStored(response(letter), script.now_ms + RESPONSE_TTL_MS, computed)
-        effects = node.handle(event, script.now_ms)
+        effects = node.handle(event, dated(script.now_ms))
         return [script.told(effect) for effect in effects if script.told(effect).split()[0] in script.shown]
 
     assert store("a") == ["publish a"]
     assert store("b") == store("c") == []
-    node.handle(ResponsesGone((response("a"), response("b"))), script.now_ms)
+    node.handle(ResponsesGone((response("a"), response("b"))), dated(script.now_ms))
     script.run("> at=100 tick\npublish c\nprovide c\n> at=60000 tick")
 
 
 def test_an_object_is_provided_in_the_dht_by_its_first_row() -> None:
     node = Script().node
     rows = tuple(bytes([number]) * 32 for number in range(3))
-    node.handle(RowsStored(bytes(32), b"f" * 32, bytes(48), rows, NOW_MS + HOUR_MS), NOW_MS)
-    effects = [effect for at_ms in (NOW_MS, NOW_MS + 60_000) for effect in node.handle(NetworkTick(), at_ms)]
+    node.handle(RowsStored(bytes(32), b"f" * 32, bytes(48), rows, NOW_MS + HOUR_MS), dated(NOW_MS))
+    effects = [effect for at_ms in (NOW_MS, NOW_MS + 60_000) for effect in node.handle(NetworkTick(), dated(at_ms))]
     keys = [effect.key for effect in effects if isinstance(effect, Provide)]
     assert keys == [f"/kv-prefix/{(b'f' * 32).hex()}/{rows[0].hex()}"]
 
 
 def test_what_no_peer_took_is_provided_again_in_its_turn() -> None:
     node = Script().node
-    node.handle(NotProvided("/cache/ab"), NOW_MS)
-    effects = [effect for at_ms in (NOW_MS, NOW_MS + 60_000) for effect in node.handle(NetworkTick(), at_ms)]
+    node.handle(NotProvided("/cache/ab"), dated(NOW_MS))
+    effects = [effect for at_ms in (NOW_MS, NOW_MS + 60_000) for effect in node.handle(NetworkTick(), dated(at_ms))]
     assert [effect.key for effect in effects if isinstance(effect, Provide)] == ["/cache/ab"]
 
 
@@ -562,8 +562,8 @@ def test_what_was_fetched_is_announced_while_the_popular_want_more_copies_as_mem
     script.act("want a")
     expires_at_ms = script.now_ms + RESPONSE_TTL_MS
     fetched = ResponseFetched(ord("a"), Identity(1 if by_member else 9).peer, 9, expires_at_ms, claimed)
-    script.node.handle(fetched, script.now_ms)
-    stored = script.node.handle(ResponseStored(response("a"), expires_at_ms, False), script.now_ms)
+    script.node.handle(fetched, dated(script.now_ms))
+    stored = script.node.handle(ResponseStored(response("a"), expires_at_ms, False), dated(script.now_ms))
     assert bool(only(stored, Publish)) is announced
 
 
@@ -573,16 +573,16 @@ def test_copies_that_strangers_say_they_have_keep_nobody_from_announcing_its_own
     for number in range(1, 9):
         script.act(f"gossip {number} a")
     stored = ResponseStored(response("a"), script.now_ms + RESPONSE_TTL_MS, False)
-    assert only(script.node.handle(stored, script.now_ms), Publish)
+    assert only(script.node.handle(stored, dated(script.now_ms)), Publish)
 
 
 def test_popularity_grows_with_requests_of_clients_and_members_and_travels_with_the_response() -> None:
     node = make_node(network_key=None, listed=(1,))
-    node.handle(ResponsesUsed((response("a"),) * 3), NOW_MS)
-    effects = node.handle(RequestReceived(5, Identity(1).peer, Query(response("a"))), NOW_MS)
+    node.handle(ResponsesUsed((response("a"),) * 3), dated(NOW_MS))
+    effects = node.handle(RequestReceived(5, Identity(1).peer, Query(response("a"))), dated(NOW_MS))
     assert effects == [ServeResponse(5, response("a"), 64)]
     for _ in range(100):
-        effects = node.handle(RequestReceived(6, Identity(2).peer, Query(response("a"))), NOW_MS)
+        effects = node.handle(RequestReceived(6, Identity(2).peer, Query(response("a"))), dated(NOW_MS))
     assert effects == [ServeResponse(6, response("a"), 64)]
 
 
@@ -590,13 +590,13 @@ def test_popularity_grows_with_requests_of_clients_and_members_and_travels_with_
 
 
 def asked(node: NetworkNode, message: PeerRequest, number: int = 1, now_ms: int = NOW_MS) -> list[NetworkEffect]:
-    return node.handle(RequestReceived(1, Identity(number).peer, message), now_ms)
+    return node.handle(RequestReceived(1, Identity(number).peer, message), dated(now_ms))
 
 
 @pytest.mark.parametrize("message", [WantPeers(b""), WantDeltas(())])
 def test_strangers_are_told_to_greet_first(message: PeerRequest) -> None:
     node = make_node()
-    node.handle(PeerConnected(Identity(1).peer), NOW_MS)
+    node.handle(PeerConnected(Identity(1).peer), dated(NOW_MS))
     assert asked(node, message) == [Reply(1, Refusal("stranger"))]
     asked(node, Greet(Identity(1).record()))
     assert not isinstance(only(asked(node, message), Reply)[0].message, Refusal)
@@ -614,7 +614,7 @@ def test_a_greeting_without_a_good_record_is_refused_and_the_connection_closed()
         (Identity(1).record(network_key=None), "stranger"),
     ):
         node = make_node()
-        node.handle(PeerConnected(peer), NOW_MS)
+        node.handle(PeerConnected(peer), dated(NOW_MS))
         effects = asked(node, Greet(record))
         assert only(effects, Reply) == [Reply(1, Refusal(reason))]
         assert only(effects, Disconnect) == [Disconnect(peer)]
@@ -624,96 +624,99 @@ def test_a_greeting_without_a_good_record_is_refused_and_the_connection_closed()
 def test_answers_of_the_wrong_kind_are_charged_and_unasked_ones_ignored() -> None:
     node = make_node()
     peer = Identity(1).peer
-    (greet,) = only(node.handle(PeerConnected(peer), NOW_MS), Send)
+    (greet,) = only(node.handle(PeerConnected(peer), dated(NOW_MS)), Send)
     record = Identity(2).record()
-    assert node.handle(Answered(greet.request + 1, peer, Greeting(record)), NOW_MS) == []
-    assert node.handle(Answered(greet.request, Identity(2).peer, Greeting(record)), NOW_MS) == []
-    (greet,) = only(node.handle(PeerConnected(peer), NOW_MS), Send)
-    assert node.handle(Answered(greet.request, peer, Pong()), NOW_MS) == [ChargePeer(peer, "protocol")]
-    assert node.handle(Answered(greet.request, peer, Pong()), NOW_MS) == []
+    assert node.handle(Answered(greet.request + 1, peer, Greeting(record)), dated(NOW_MS)) == []
+    assert node.handle(Answered(greet.request, Identity(2).peer, Greeting(record)), dated(NOW_MS)) == []
+    (greet,) = only(node.handle(PeerConnected(peer), dated(NOW_MS)), Send)
+    assert node.handle(Answered(greet.request, peer, Pong()), dated(NOW_MS)) == [ChargePeer(peer, Reason.PROTOCOL)]
+    assert node.handle(Answered(greet.request, peer, Pong()), dated(NOW_MS)) == []
 
 
 def test_who_goes_on_breaking_rules_is_cut_off() -> None:
     node = make_node()
     peer = Identity(1).peer
-    sends = [send for _ in range(2) for send in only(node.handle(PeerConnected(peer), NOW_MS), Send)]
-    first, second = (node.handle(Answered(send.request, peer, Miss("busy")), NOW_MS) for send in sends)
-    assert first == [ChargePeer(peer, "protocol")]
-    assert second == [ChargePeer(peer, "protocol"), Disconnect(peer)]
+    sends = [send for _ in range(2) for send in only(node.handle(PeerConnected(peer), dated(NOW_MS)), Send)]
+    first, second = (node.handle(Answered(send.request, peer, Miss("busy")), dated(NOW_MS)) for send in sends)
+    assert first == [ChargePeer(peer, Reason.PROTOCOL)]
+    assert second == [ChargePeer(peer, Reason.PROTOCOL), Disconnect(peer)]
 
 
 def test_who_goes_on_sending_what_is_forbidden_is_let_in_no_more_for_a_while() -> None:
     node = make_node()
     peer, other = Identity(1).peer, Identity(2).peer
-    node.handle(PeerConnected(peer), NOW_MS)
-    assert node.handle(PeerMisbehaved(peer), NOW_MS) == [ChargePeer(peer, "protocol")]
-    assert node.handle(PeerMisbehaved(peer), NOW_MS) == [ChargePeer(peer, "protocol"), Disconnect(peer)]
-    node.handle(PeerDisconnected(peer), NOW_MS)
-    assert node.handle(PeerConnected(peer), NOW_MS + LIAR_MS - 1) == [Disconnect(peer)]
-    assert only(node.handle(PeerConnected(other), NOW_MS), Disconnect) == []
-    assert only(node.handle(PeerConnected(peer), NOW_MS + LIAR_MS), Disconnect) == []
+    node.handle(PeerConnected(peer), dated(NOW_MS))
+    assert node.handle(PeerMisbehaved(peer), dated(NOW_MS)) == [ChargePeer(peer, Reason.PROTOCOL)]
+    assert node.handle(PeerMisbehaved(peer), dated(NOW_MS)) == [ChargePeer(peer, Reason.PROTOCOL), Disconnect(peer)]
+    node.handle(PeerDisconnected(peer), dated(NOW_MS))
+    assert node.handle(PeerConnected(peer), dated(NOW_MS + LIAR_MS - 1)) == [Disconnect(peer)]
+    assert only(node.handle(PeerConnected(other), dated(NOW_MS)), Disconnect) == []
+    assert only(node.handle(PeerConnected(peer), dated(NOW_MS + LIAR_MS)), Disconnect) == []
 
 
 def test_who_has_forgotten_us_is_greeted_again() -> None:
     node = make_node()
     peer = Identity(1).peer
-    (greet,) = only(node.handle(PeerConnected(peer), NOW_MS), Send)
-    (want,) = only(node.handle(Answered(greet.request, peer, Greeting(Identity(1).record())), NOW_MS), Send)
-    (again,) = only(node.handle(Answered(want.request, peer, Refusal("stranger")), NOW_MS), Send)
+    (greet,) = only(node.handle(PeerConnected(peer), dated(NOW_MS)), Send)
+    (want,) = only(node.handle(Answered(greet.request, peer, Greeting(Identity(1).record())), dated(NOW_MS)), Send)
+    (again,) = only(node.handle(Answered(want.request, peer, Refusal("stranger")), dated(NOW_MS)), Send)
     assert isinstance(again.message, Greet)
-    assert node.handle(Answered(again.request, peer, Refusal("stranger")), NOW_MS) == []
+    assert node.handle(Answered(again.request, peer, Refusal("stranger")), dated(NOW_MS)) == []
 
 
 def test_our_own_haste_makes_nobody_silent() -> None:
     script = Script(also="peers send")
     script.run("> meet 1\nsend 1 Greet\npeers 1")
     (request,) = script.sends
-    assert script.node.handle(RequestFailed(request, Identity(1).peer, "busy"), NOW_MS) == []
+    assert script.node.handle(RequestFailed(request, Identity(1).peer, Reason.BUSY), dated(NOW_MS)) == []
 
 
 def test_an_announcement_of_a_clock_a_little_ahead_counts() -> None:
     node = make_node()
     Script(node).run("> meet 1")
-    node.handle(gossip(1, "a", 1, NOW_MS + CLOCK_SKEW_MS), NOW_MS)
-    assert node.providers(response("a"), NOW_MS) == (Identity(1).peer,)
+    node.handle(gossip(1, "a", 1, NOW_MS + CLOCK_SKEW_MS), dated(NOW_MS))
+    assert node.providers(response("a"), dated(NOW_MS)) == (Identity(1).peer,)
 
 
 def test_announcements_that_promise_too_much_are_no_hints() -> None:
     node = make_node()
     Script(node).run("> meet 1")
-    node.handle(gossip(1, "a", 1, NOW_MS, REGISTRY_TTL_MS + CLOCK_SKEW_MS + 1), NOW_MS)
-    node.handle(gossip(1, "b", 2, NOW_MS, 0), NOW_MS)
+    node.handle(gossip(1, "a", 1, NOW_MS, REGISTRY_TTL_MS + CLOCK_SKEW_MS + 1), dated(NOW_MS))
+    node.handle(gossip(1, "b", 2, NOW_MS, 0), dated(NOW_MS))
     assert len(node.hints) == 0
 
 
 def test_in_a_network_without_a_key_only_those_who_greeted_are_heard() -> None:
     node = make_node(network_key=None)
-    assert node.handle(gossip(1, "a", 1, NOW_MS), NOW_MS) == []
+    assert node.handle(gossip(1, "a", 1, NOW_MS), dated(NOW_MS)) == []
     assert node.gossip_refused == {"stranger": 1}
     asked(node, Greet(Identity(1).record(network_key=None)))
-    node.handle(gossip(1, "a", 2, NOW_MS), NOW_MS)
-    assert node.providers(response("a"), NOW_MS) == (Identity(1).peer,)
+    node.handle(gossip(1, "a", 2, NOW_MS), dated(NOW_MS))
+    assert node.providers(response("a"), dated(NOW_MS)) == (Identity(1).peer,)
 
 
 def test_whose_gossip_is_taken_is_told_when_it_changes() -> None:
     node = make_node(listed=(4,))
     listed = (Identity(4).peer, Standing(Rank.LISTED, ""))
-    assert only(node.start(NOW_MS), AuthorsChanged) == [AuthorsChanged((listed,))]
-    effects = node.handle(PeerConnected(Identity(1).peer, "192.0.2.1"), NOW_MS)
-    effects += node.handle(RequestReceived(1, Identity(1).peer, Greet(Identity(1).record())), NOW_MS)
+    assert only(node.start(dated(NOW_MS)), AuthorsChanged) == [AuthorsChanged((listed,))]
+    effects = node.handle(PeerConnected(Identity(1).peer, "192.0.2.1"), dated(NOW_MS))
+    effects += node.handle(RequestReceived(1, Identity(1).peer, Greet(Identity(1).record())), dated(NOW_MS))
     met = (Identity(1).peer, Standing(Rank.MET, "192.0.2.1"))
     assert only(effects, AuthorsChanged) == [AuthorsChanged((listed, met))]
 
 
 def test_a_neighbour_that_passes_on_rubbish_is_charged_and_disconnected() -> None:
     node, peer = make_node(), Identity(1).peer
-    node.handle(PeerConnected(peer, Identity(1).host), NOW_MS)
-    assert node.handle(GossipSpoiled(peer), NOW_MS) == [ChargePeer(peer, "invalid_gossip"), Disconnect(peer)]
+    node.handle(PeerConnected(peer, Identity(1).host), dated(NOW_MS))
+    assert node.handle(GossipSpoiled(peer), dated(NOW_MS)) == [
+        ChargePeer(peer, Reason.INVALID_GOSSIP),
+        Disconnect(peer),
+    ]
 
 
 def test_gossip_that_is_garbage_harms_nobody() -> None:
     node = make_node()
-    assert node.handle(GossipReceived(RESPONSE_TOPIC, Identity(1).peer, b"garbage"), NOW_MS) == []
+    assert node.handle(GossipReceived(RESPONSE_TOPIC, Identity(1).peer, b"garbage"), dated(NOW_MS)) == []
     assert node.gossip_refused == {"malformed": 1}
 
 
@@ -722,23 +725,23 @@ def test_lookups_and_requests_are_bounded() -> None:
     script.run("> meet 1 2")
     peer = Identity(1).peer
     for lookup in range(LOOKUPS_MAX):
-        effects = script.node.handle(ResponseWanted(lookup, response("a"), 300, (peer,)), NOW_MS)
+        effects = script.node.handle(ResponseWanted(lookup, response("a"), 300, (peer,)), dated(NOW_MS))
         assert isinstance(effects[1], FetchResponse)
-    busy = script.node.handle(ResponseWanted(LOOKUPS_MAX, response("a"), 300, (peer,)), NOW_MS)
+    busy = script.node.handle(ResponseWanted(LOOKUPS_MAX, response("a"), 300, (peer,)), dated(NOW_MS))
     assert busy == [HintResponse(LOOKUPS_MAX, False), AnswerResponse(LOOKUPS_MAX, None, "none", "busy")]
-    answers = only(script.node.handle(NetworkTick(), NOW_MS + 300), AnswerResponse)
+    answers = only(script.node.handle(NetworkTick(), dated(NOW_MS + 300)), AnswerResponse)
     assert [answer.reason for answer in answers] == ["deadline"] * LOOKUPS_MAX
     for number in range(REQUESTS_MAX + 10):
-        script.node.handle(PeerConnected(peer), NOW_MS + number)
+        script.node.handle(PeerConnected(peer), dated(NOW_MS + number))
     assert len(script.node._asked) == REQUESTS_MAX
 
 
 def test_a_peer_whose_ping_was_lost_sight_of_is_still_noticed_to_be_silent() -> None:
     node = make_node()
     Script(node).run("> meet 1")
-    node.handle(NetworkTick(), NOW_MS + SECOND_MS)
+    node.handle(NetworkTick(), dated(NOW_MS + SECOND_MS))
     for number in range(REQUESTS_MAX):
-        node.handle(PeerConnected(Identity(2).peer), NOW_MS + SECOND_MS + number)
+        node.handle(PeerConnected(Identity(2).peer), dated(NOW_MS + SECOND_MS + number))
     tick(node, NOW_MS + SECOND_MS + REQUESTS_MAX)
     assert not any(known.peer == Identity(1).peer for known in node.members.neighbours())
 
@@ -748,7 +751,7 @@ def test_a_peer_whose_ping_was_lost_sight_of_is_still_noticed_to_be_silent() -> 
 
 def tick(node: NetworkNode, now_ms: int) -> list[NetworkEffect]:
     """A tick, after which the next deadline must lie ahead."""
-    effects = node.handle(NetworkTick(), now_ms)
+    effects = node.handle(NetworkTick(), dated(now_ms))
     due_ms = node.next_deadline_ms()
     assert due_ms is None or due_ms > now_ms
     return effects
@@ -768,9 +771,9 @@ def test_a_clock_that_is_set_back_delays_no_deadline(back_ms: int) -> None:
     assert [answer.reason for answer in only(tick(node, now_ms + 200), AnswerResponse)] == ["deadline"]
     sent = [send for step in range(1, 5) for send in only(tick(node, now_ms + step * SECOND_MS), Send)]
     assert any(isinstance(send.message, Ping) for send in sent)
-    assert node.handle(gossip(1, "b", 2, now_ms + 4 * SECOND_MS), now_ms + 4 * SECOND_MS) is not None
+    assert node.handle(gossip(1, "b", 2, now_ms + 4 * SECOND_MS), dated(now_ms + 4 * SECOND_MS)) is not None
     stored = ResponseStored(response("c"), now_ms + HOUR_MS, True)
-    effects = node.handle(stored, now_ms + 5 * SECOND_MS) + tick(node, now_ms + 6 * SECOND_MS)
+    effects = node.handle(stored, dated(now_ms + 5 * SECOND_MS)) + tick(node, now_ms + 6 * SECOND_MS)
     assert only(effects, Publish)
 
 
@@ -852,7 +855,7 @@ def test_whatever_comes_time_goes_on_and_every_lookup_is_hinted_and_answered_onc
     steps: list[tuple[int, NetworkEvent | str]], network_key: bytes | None
 ) -> None:
     node = make_node(bootstrap=(1,), network_key=network_key)
-    node.start(NOW_MS)
+    node.start(dated(NOW_MS))
     now_ms, lookups = NOW_MS, 0
     hinted: list[int] = []
     answered: list[int] = []
@@ -861,7 +864,7 @@ def test_whatever_comes_time_goes_on_and_every_lookup_is_hinted_and_answered_onc
         if isinstance(event, str):
             lookups += 1
             event = ResponseWanted(lookups, response("a"), 300)
-        for effects in (node.handle(event, now_ms), tick(node, now_ms)):
+        for effects in (node.handle(event, dated(now_ms)), tick(node, now_ms)):
             assert len(effects) < 100
             for effect in effects:
                 if isinstance(effect, HintResponse):
@@ -966,7 +969,7 @@ def test_a_crowd_of_invented_peers_leaves_the_honest_ones_connected() -> None:
     for _ in range(8):
         world.run(SECOND_MS)
         ghosts = tuple(Identity(next(invented)).record(network_key=None) for _ in range(PEX_RECORDS_MAX))
-        dials += len(only(node.members.on_peers(liar, Peers(ghosts), world.now_ms), Connect))
+        dials += len(only(node.members.on_peers(liar, Peers(ghosts), world.now), Connect))
     assert {0, 2, 3, 4} <= world.linked(1)
     assert dials <= 8 * DIALS_MAX
 
@@ -980,22 +983,22 @@ def test_one_connection_that_brings_a_thousand_owners_takes_a_quarter_of_the_reg
 
     def meet(number: int) -> None:
         who = Identity(number)
-        node.handle(PeerConnected(who.peer, who.host), NOW_MS)
-        node.handle(RequestReceived(number, who.peer, Greet(who.record(network_key=network_key))), NOW_MS)
+        node.handle(PeerConnected(who.peer, who.host), dated(NOW_MS))
+        node.handle(RequestReceived(number, who.peer, Greet(who.record(network_key=network_key))), dated(NOW_MS))
 
     def answer(number: int, message: WantPeers | WantDeltas, with_: PeerAnswer) -> None:
         """What `number` answers when it is asked."""
         send = node._ask(Identity(number).peer, message, 1_000)
-        imports = only(node.handle(Answered(send.request, send.peer, with_), NOW_MS), ImportDeltas)
+        imports = only(node.handle(Answered(send.request, send.peer, with_), dated(NOW_MS)), ImportDeltas)
         while (due_ms := node.registry._intake.next_deadline_ms()) is not None:
-            imports += only(node.registry.on_tick(due_ms), ImportDeltas)
+            imports += only(node.registry.on_tick(dated(due_ms)), ImportDeltas)
         while imports:  # a document here is a hundred ids of its owner's
             imports = [new for each in imports for new in imported(each)]
 
     def imported(done: ImportDeltas) -> list[ImportDeltas]:
         ids = tuple((sha256(done.owner, bytes([number])), expires_at_ms) for number in range(200))
-        node.handle(DeltasImported(done.owner, done.epoch, done.sequence, ids, (), True), NOW_MS)
-        return only(node.registry.on_tick(NOW_MS), ImportDeltas)
+        node.handle(DeltasImported(done.owner, done.epoch, done.sequence, ids, (), True), dated(NOW_MS))
+        return only(node.registry.on_tick(dated(NOW_MS)), ImportDeltas)
 
     def document(number: int) -> bytes:
         who = Identity(number)
@@ -1004,7 +1007,7 @@ def test_one_connection_that_brings_a_thousand_owners_takes_a_quarter_of_the_reg
 
     def is_provider(number: int) -> bool:
         who = Identity(number)
-        return node.providers(sha256(who.public_key, bytes(1)), NOW_MS) == (who.peer,)
+        return node.providers(sha256(who.public_key, bytes(1)), dated(NOW_MS)) == (who.peer,)
 
     for honest in (1, 2):
         meet(honest)
@@ -1022,7 +1025,7 @@ def test_one_connection_that_brings_a_thousand_owners_takes_a_quarter_of_the_reg
     assert all(is_provider(number) for number in (1, 2, 3, 4))
     assert 100 <= sum(is_provider(number) for number in range(10, 10 + PEERS_KNOWN_MAX)) <= PEERS_OF_SOURCE_MAX
     assert node.registry.entries <= REGISTRY_INDEX_OF_SOURCE_MAX + 4 * 200
-    told = node.members.answer_peers(WantPeers(b""), NOW_MS).records
+    told = node.members.answer_peers(WantPeers(b""), dated(NOW_MS)).records
     assert {decode_peer_record(raw).peer for raw in told} == {Identity(n).peer for n in (1, 2, 3, 4, 9)}
 
 
@@ -1040,6 +1043,6 @@ def test_the_same_events_have_the_same_effects() -> None:
 
 def test_a_member_that_was_listed_needs_no_network_key() -> None:
     node = make_node(network_key=None, listed=(1,))
-    assert node.handle(gossip(1, "a", 1, NOW_MS), NOW_MS) == []
+    assert node.handle(gossip(1, "a", 1, NOW_MS), dated(NOW_MS)) == []
     assert node.gossip_refused == {}
-    assert node.providers(response("a"), NOW_MS) == (Identity(1).peer,)
+    assert node.providers(response("a"), dated(NOW_MS)) == (Identity(1).peer,)

@@ -7,6 +7,7 @@ from hyperspace_vllm.core.events.kv_events import PrefixWanted, RowsFound
 from hyperspace_vllm.core.node.node import ASKED_MAX, Node
 from hyperspace_vllm.core.records.ids import PeerId, RowId, SegmentKey, network_id, row_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
+from tests.support.moments import at
 
 NETWORK = network_id("test")
 WINDOWED = Layout(bytes(32), 256, (Part(512, 1000), Part(0, 1000)), 1)  # the second part is the full one
@@ -18,7 +19,8 @@ ROWS = tuple(row_id(NETWORK, row_key(key, 1, 0)) for key in KEYS)
 def asked(node: Node, lookup: int = 1, may_ask_peers: bool = True) -> tuple[PeerId, ...]:
     """Whom the lookup of KEYS asks."""
     wanted = PrefixWanted(lookup, WINDOWED, KEYS, 0, 0, 5000, may_ask_peers)
-    effects = node.handle(wanted, 0) + node.handle(RowsFound(lookup, frozenset(), frozenset(), frozenset(), 1 << 62), 0)
+    found = RowsFound(lookup, frozenset(), frozenset(), frozenset(), 1 << 62)
+    effects = node.handle(wanted, at(0)) + node.handle(found, at(0))
     return next((effect.peers for effect in effects if isinstance(effect, FindProviders)), ())
 
 

@@ -14,6 +14,7 @@ from hyperspace_vllm.core.records.limits import (
     DIALS_PER_S,
     DIALS_TO_HOST_PER_S,
 )
+from tests.support.moments import dated
 from tests.support.network_world import NOW_MS
 
 MACHINE, LINK, PRIVATE, GLOBAL = Scope
@@ -102,12 +103,13 @@ class Budget:
     """How many dials of a kind pass before the first that doesn't."""
 
     def __init__(self) -> None:
-        self.dials = Dials(NOW_MS)
+        self.dials = Dials(dated(NOW_MS))
 
     def passed(self, peers: int, hosts: int, own: bool, now_ms: int = NOW_MS) -> int:
         tried = 10_000
+        now = dated(now_ms)
         return sum(
-            self.dials.take(PeerId(f"p{n % peers}"), f"10.0.{n % hosts // 250}.{n % hosts % 250}:{n}", own, now_ms)
+            self.dials.take(PeerId(f"p{n % peers}"), f"10.0.{n % hosts // 250}.{n % hosts % 250}:{n}", own, now)
             for n in range(tried)
         )
 
@@ -132,16 +134,16 @@ def test_dials_are_bounded_by_peer_by_host_and_in_all(peers: int, hosts: int, ow
 def test_claims_leave_peers_that_were_met_what_they_may() -> None:
     budget = Budget()
     budget.passed(1_000, 1_000, own=False)
-    assert budget.dials.take(PeerId("met"), "10.9.9.9:1", True, NOW_MS)
-    assert not budget.dials.take(PeerId("told of"), "10.9.9.9:1", False, NOW_MS)
+    assert budget.dials.take(PeerId("met"), "10.9.9.9:1", True, dated(NOW_MS))
+    assert not budget.dials.take(PeerId("told of"), "10.9.9.9:1", False, dated(NOW_MS))
 
 
 def test_what_is_counted_is_bounded() -> None:
-    dials, passed = Dials(NOW_MS), 0
+    dials, passed = Dials(dated(NOW_MS)), 0
     for second in range(200):
         for n in range(60):
             peer, host = PeerId(f"p{second}-{n}"), f"10.0.{second}.{n}:1"
-            passed += dials.take(peer, host, second % 2 == 0, NOW_MS + 1_000 * second)
+            passed += dials.take(peer, host, second % 2 == 0, dated(NOW_MS + 1_000 * second))
     assert passed > 2 * DIALS_COUNTED_MAX
     assert len(dials._of_peer) <= DIALS_COUNTED_MAX
     assert len(dials._to_host) <= DIALS_COUNTED_MAX

@@ -12,6 +12,7 @@ from hyperspace_vllm.core.peers.findings import (
     Findings,
 )
 from hyperspace_vllm.core.records.limits import PEERS_KNOWN_MAX
+from tests.support.moments import at
 
 A, B, C, D, E = (bytes([number]) * 32 for number in range(5))
 GAP_MS = FINDING_EVERY_MS
@@ -35,23 +36,25 @@ def test_a_conviction_takes_findings_of_different_clients_over_time(
     found: list[tuple[bytes, int]], convicted: bool
 ) -> None:
     findings = Findings()
-    *earlier, last = [findings.found(A, source, at_ms) for source, at_ms in found]
+    *earlier, last = [findings.found(A, source, at(at_ms)) for source, at_ms in found]
     assert not any(earlier)
     assert last is convicted
 
 
 def test_findings_of_one_signer_say_nothing_of_another() -> None:
     findings = Findings()
-    assert not any(findings.found(signer, b"%d" % number, number * GAP_MS) for number in range(2) for signer in (A, B))
+    assert not any(
+        findings.found(signer, b"%d" % number, at(number * GAP_MS)) for number in range(2) for signer in (A, B)
+    )
 
 
 def test_a_pass_counts_once_an_hour_for_each_client() -> None:
     findings = Findings()
-    assert findings.passed(A, b"1", 0)
-    assert not findings.passed(A, b"1", PASS_EVERY_MS - 1)
-    assert findings.passed(A, b"2", 0)
-    assert findings.passed(B, b"1", 0)
-    assert findings.passed(A, b"1", PASS_EVERY_MS)
+    assert findings.passed(A, b"1", at(0))
+    assert not findings.passed(A, b"1", at(PASS_EVERY_MS - 1))
+    assert findings.passed(A, b"2", at(0))
+    assert findings.passed(B, b"1", at(0))
+    assert findings.passed(A, b"1", at(PASS_EVERY_MS))
 
 
 @pytest.mark.parametrize(
@@ -70,38 +73,39 @@ def test_a_node_suspects_itself_where_it_disagrees_with_several_and_with_most(
 ) -> None:
     findings = Findings()
     for signer in agrees:
-        findings.passed(signer, b"1", 0)
+        findings.passed(signer, b"1", at(0))
     for signer in disagrees:
-        findings.found(signer, b"1", 0)
-    assert findings.doubts_itself(KEPT_MS - 1) is doubts
-    assert not findings.doubts_itself(KEPT_MS)
+        findings.found(signer, b"1", at(0))
+    assert findings.doubts_itself(at(KEPT_MS - 1)) is doubts
+    assert not findings.doubts_itself(at(KEPT_MS))
 
 
 def test_who_doubts_itself_convicts_once_others_agree_with_it_again() -> None:
     findings = Findings()
     for number in range(FINDINGS_MIN):
         for signer in (A, B, C)[:DOUBTED_MIN]:
-            assert not findings.found(signer, b"%d" % number, number * GAP_MS) or signer == A
-    assert findings.doubts_itself(FINDINGS_MIN * GAP_MS)
+            assert not findings.found(signer, b"%d" % number, at(number * GAP_MS)) or signer == A
+    assert findings.doubts_itself(at(FINDINGS_MIN * GAP_MS))
     for number in range(DOUBTED_MIN):
-        findings.passed(bytes([100 + number]) * 32, b"1", FINDINGS_MIN * GAP_MS)
-    assert findings.found(A, b"9", FINDINGS_MIN * GAP_MS)
+        findings.passed(bytes([100 + number]) * 32, b"1", at(FINDINGS_MIN * GAP_MS))
+    assert findings.found(A, b"9", at(FINDINGS_MIN * GAP_MS))
 
 
-def test_a_clock_set_back_a_little_forgets_nothing_and_set_back_by_years_everything() -> None:
+@pytest.mark.parametrize("set_by_ms", [-1_000, -100 * KEPT_MS, 100 * KEPT_MS])
+def test_a_wall_clock_that_is_set_forgets_nothing_and_keeps_nothing_longer(set_by_ms: int) -> None:
     findings = Findings()
     for signer in (A, B, C):
-        findings.found(signer, b"1", 10 * KEPT_MS)
-    assert findings.doubts_itself(10 * KEPT_MS - 1_000)
-    assert not findings.doubts_itself(0)
+        findings.found(signer, b"1", at(10 * KEPT_MS))
+    assert findings.doubts_itself(at(11 * KEPT_MS - 1, set_by_ms))
+    assert not findings.doubts_itself(at(11 * KEPT_MS, set_by_ms))
 
 
 def test_signers_and_sources_are_bounded() -> None:
     findings = Findings()
     for number in range(SOURCES_MAX + 10):
-        findings.passed(A, number.to_bytes(2, "big"), 0)
+        findings.passed(A, number.to_bytes(2, "big"), at(0))
     assert len(findings._signers[A].passed_ms) == SOURCES_MAX
     for number in range(PEERS_KNOWN_MAX):
-        findings.passed((1 + number).to_bytes(32, "big"), b"1", 0)
+        findings.passed((1 + number).to_bytes(32, "big"), b"1", at(0))
     assert len(findings._signers) == PEERS_KNOWN_MAX
     assert A not in findings._signers

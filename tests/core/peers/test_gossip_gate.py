@@ -20,7 +20,9 @@ from hyperspace_vllm.core.records.limits import (
     GOSSIP_OF_SOURCE_PER_S,
     RESPONSE_TTL_MS,
 )
+from hyperspace_vllm.core.records.now import Now
 from hyperspace_vllm.core.records.standing import Rank, Standing
+from tests.support.moments import dated
 from tests.support.network_world import NETWORK, NOW_MS, Identity
 
 ACCEPT, IGNORE, REJECT, MUTE = Verdict.ACCEPT, Verdict.IGNORE, Verdict.REJECT, Verdict.MUTE
@@ -38,7 +40,7 @@ class Gate:
     """A gate that knows some authors; all of them are met, each at a host of its own, unless told otherwise."""
 
     def __init__(self, *known: int, rank: Rank = MET, source: str = "") -> None:
-        self.gate = GossipGate(NETWORK, NOW_MS)
+        self.gate = GossipGate(NETWORK, dated(NOW_MS))
         self.gate.authors = {Identity(number).peer: Standing(rank, source or Identity(number).host) for number in known}
 
     def judge(
@@ -49,10 +51,12 @@ class Gate:
         signed: bool = True,
         link: PeerId = LINK,
         now_ms: int = NOW_MS,
+        mono_ms: int | None = None,
     ) -> Verdict:
+        now = dated(now_ms) if mono_ms is None else Now(mono_ms, now_ms)
         who = Identity(author)
         said = batch(who, sent_at_ms=now_ms) if payload is None else payload
-        return self.gate.judge(link, topic, who.peer, said, lambda: signed, now_ms)
+        return self.gate.judge(link, topic, who.peer, said, lambda: signed, now)
 
     def accepted(self, author: int, count: int = 100_000, now_ms: int = NOW_MS) -> int:
         """How many messages of an author pass before the first that doesn't."""
@@ -157,5 +161,5 @@ def test_what_is_kept_of_authors_ends_with_their_being_known() -> None:
 def test_a_clock_that_is_set_back_stops_nobody() -> None:
     gate = Gate(1)
     gate.judge(1, b"rubbish")
-    assert gate.judge(1, now_ms=NOW_MS - 3_600_000) is ACCEPT
+    assert gate.judge(1, now_ms=NOW_MS - 3_600_000, mono_ms=dated(NOW_MS).mono_ms) is ACCEPT
     assert peer_id(ME.public_key) in gate.gate._of_author

@@ -7,7 +7,9 @@ from hyperspace_vllm.core.peers.reputation import THRESHOLD, score_of
 from hyperspace_vllm.core.peers.suspicion import CONVICTED_MS
 from hyperspace_vllm.core.peers.trust import PASSED_TOKENS_MIN, SHOWN_MAX, TRIAL_EVERY_MS, Trust, TrustMode
 from hyperspace_vllm.core.records.ids import peer_id, sha256
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG, member_tag
+from tests.support.moments import at
 
 KEY, OTHER_KEY = sha256(b"network key"), sha256(b"another network's")
 OWN, LISTED, ALLOWED, MEMBER, EARNED, RELAY, STRANGER = (
@@ -32,9 +34,9 @@ def make(mode: TrustMode, network_key: bytes | None = KEY, is_public: bool = Fal
     """EARNED signed what held in many clients' audits, RELAY served what others had signed, again and again."""
     trust = Trust(mode, OWN, frozenset({LISTED}), frozenset({ALLOWED}), network_key, is_public)
     for source in SOURCES:
-        trust.audited(EARNED, PASSED_TOKENS_MIN, "passed", source, 0)
+        trust.audited(EARNED, PASSED_TOKENS_MIN, "passed", source, at(0))
     for _ in range(10_000):
-        trust.delivered(peer_id(RELAY), 0)
+        trust.delivered(peer_id(RELAY), at(0))
     trust.meet(MEMBER, member_tag(KEY, MEMBER))
     return trust
 
@@ -49,8 +51,8 @@ def make(mode: TrustMode, network_key: bytes | None = KEY, is_public: bool = Fal
 )
 def test_who_counts(mode: TrustMode, trusted: set[str]) -> None:
     trust = make(mode)
-    assert {name for key, name in NAMES.items() if trust.trusts(key, 0)} == trusted
-    assert {name for key, name in NAMES.items() if trust.trusts_kv(key, 0)} == trusted - {"earned"}
+    assert {name for key, name in NAMES.items() if trust.trusts(key, at(0))} == trusted
+    assert {name for key, name in NAMES.items() if trust.trusts_kv(key, at(0))} == trusted - {"earned"}
     assert {name for key, name in NAMES.items() if trust.is_member(key)} == {"own", "listed", "member"}
 
 
@@ -76,19 +78,19 @@ def test_a_stranger_may_be_asked_but_gets_only_what_is_for_everybody(
 
 def test_earned_trust_is_lost_by_a_lie() -> None:
     trust = make("reputation")
-    assert trust.trusts(EARNED, 0)
-    trust.failed(peer_id(EARNED), "bad_proof", 0)
-    assert not trust.trusts(EARNED, 0)
+    assert trust.trusts(EARNED, at(0))
+    trust.failed(peer_id(EARNED), Reason.BAD_PROOF, at(0))
+    assert not trust.trusts(EARNED, at(0))
 
 
 def test_who_serves_well_is_asked_first_and_waited_for_and_believed_nothing_that_it_signs() -> None:
     trust = make("reputation")
-    assert trust.service.score(peer_id(RELAY), 0) > THRESHOLD
-    assert trust.may_be_waited_for(peer_id(RELAY), 0)
-    assert not trust.trusts(RELAY, 0)
-    assert trust.word.score(peer_id(RELAY), 0) == score_of(0, 0, 0)
-    assert trust.service.score(peer_id(EARNED), 0) == score_of(0, 0, 0)
-    assert not trust.may_be_waited_for(peer_id(EARNED), 0)
+    assert trust.service.score(peer_id(RELAY), at(0)) > THRESHOLD
+    assert trust.may_be_waited_for(peer_id(RELAY), at(0))
+    assert not trust.trusts(RELAY, at(0))
+    assert trust.word.score(peer_id(RELAY), at(0)) == score_of(0, 0, 0)
+    assert trust.service.score(peer_id(EARNED), at(0)) == score_of(0, 0, 0)
+    assert not trust.may_be_waited_for(peer_id(EARNED), at(0))
 
 
 @pytest.mark.parametrize(
@@ -100,67 +102,69 @@ def test_belief_takes_long_answers_to_many_clients(tokens: int, sources: int, ho
     trust = make("reputation")
     for number in range(1_000):
         now_ms = 3_600_000 * min(number, hours)
-        trust.audited(STRANGER, tokens, "passed", SOURCES[number % sources], now_ms)
-        assert not trust.trusts(STRANGER, now_ms)
+        trust.audited(STRANGER, tokens, "passed", SOURCES[number % sources], at(now_ms))
+        assert not trust.trusts(STRANGER, at(now_ms))
 
 
 def test_one_answer_of_a_stranger_at_a_time_is_tried_and_only_where_belief_can_be_earned() -> None:
     trust = make("reputation")
-    assert trust.take_trial(STRANGER, 1_000)
-    assert not trust.take_trial(RELAY, 1_000 + TRIAL_EVERY_MS - 1)
-    assert trust.take_trial(RELAY, 1_000 + TRIAL_EVERY_MS)
-    assert trust.take_trial(RELAY, 0), "a clock that was set back by years stops no trials"
-    trust.suspicion.convict(STRANGER, 10**9)
-    assert not trust.take_trial(STRANGER, 10**9)
-    assert not make("members").take_trial(STRANGER, 0)
-    assert not make("allowlist").take_trial(STRANGER, 0)
+    assert trust.take_trial(STRANGER, at(1_000))
+    assert not trust.take_trial(RELAY, at(1_000 + TRIAL_EVERY_MS - 1))
+    assert trust.take_trial(RELAY, at(1_000 + TRIAL_EVERY_MS))
+    year_ms = 365 * 24 * 3_600_000
+    assert not trust.take_trial(RELAY, at(1_000 + 2 * TRIAL_EVERY_MS - 1, year_ms))
+    assert trust.take_trial(RELAY, at(1_000 + 2 * TRIAL_EVERY_MS, -year_ms)), "the wall clock stops no trials"
+    trust.suspicion.convict(STRANGER, at(10**9))
+    assert not trust.take_trial(STRANGER, at(10**9))
+    assert not make("members").take_trial(STRANGER, at(0))
+    assert not make("allowlist").take_trial(STRANGER, at(0))
 
 
 @pytest.mark.parametrize("mode", ["members", "reputation", "allowlist"])
 def test_whom_this_nodes_own_audits_convicted_counts_on_no_list(mode: TrustMode) -> None:
     trust = make(mode)
     for key in NAMES:
-        trust.suspicion.convict(key, 0)
-    assert {name for key, name in NAMES.items() if trust.trusts(key, CONVICTED_MS - 1)} == {"own"}
-    assert {name for key, name in NAMES.items() if trust.trusts_kv(key, CONVICTED_MS - 1)} == {"own"}
-    waited_for = {name for key, name in NAMES.items() if trust.may_be_waited_for(peer_id(key), CONVICTED_MS - 1)}
+        trust.suspicion.convict(key, at(0))
+    assert {name for key, name in NAMES.items() if trust.trusts(key, at(CONVICTED_MS - 1))} == {"own"}
+    assert {name for key, name in NAMES.items() if trust.trusts_kv(key, at(CONVICTED_MS - 1))} == {"own"}
+    waited_for = {name for key, name in NAMES.items() if trust.may_be_waited_for(peer_id(key), at(CONVICTED_MS - 1))}
     assert waited_for <= {"own"}
-    assert trust.trusts(ALLOWED, CONVICTED_MS)
+    assert trust.trusts(ALLOWED, at(CONVICTED_MS))
 
 
 def test_one_client_convicts_nobody_and_several_do_over_time() -> None:
     trust = make("members")
     for number in range(100):
-        assert not trust.audited(LISTED, 40, "lie", SOURCES[0], number * FINDING_EVERY_MS)
-    assert trust.trusts(LISTED, 100 * FINDING_EVERY_MS)
-    assert trust.suspicion.suspects(LISTED, 100 * FINDING_EVERY_MS)
+        assert not trust.audited(LISTED, 40, "lie", SOURCES[0], at(number * FINDING_EVERY_MS))
+    assert trust.trusts(LISTED, at(100 * FINDING_EVERY_MS))
+    assert trust.suspicion.suspects(LISTED, at(100 * FINDING_EVERY_MS))
 
     trust = make("members")
-    convicted = [trust.audited(LISTED, 40, "lie", source, index * FINDING_EVERY_MS) for index, source in CLIENTS]
+    convicted = [trust.audited(LISTED, 40, "lie", source, at(index * FINDING_EVERY_MS)) for index, source in CLIENTS]
     assert convicted == [False] * (FINDINGS_MIN - 1) + [True]
-    assert not trust.trusts(LISTED, FINDINGS_MIN * FINDING_EVERY_MS)
-    assert trust.word.score(peer_id(LISTED), 0) < score_of(0, 0, 0)
+    assert not trust.trusts(LISTED, at(FINDINGS_MIN * FINDING_EVERY_MS))
+    assert trust.word.score(peer_id(LISTED), at(0)) < score_of(0, 0, 0)
 
 
 def test_a_dropped_answer_convicts_nobody_however_many_there_are() -> None:
     trust = make("members")
     for index, source in enumerate(SOURCES):
-        assert not trust.audited(LISTED, 40, "dropped", source, index * FINDING_EVERY_MS)
-    assert trust.trusts(LISTED, 100 * FINDING_EVERY_MS)
+        assert not trust.audited(LISTED, 40, "dropped", source, at(index * FINDING_EVERY_MS))
+    assert trust.trusts(LISTED, at(100 * FINDING_EVERY_MS))
 
 
 def test_a_node_that_disagrees_with_most_convicts_nobody_and_lifts_what_it_had_decided() -> None:
     trust = make("members")
     for index, source in CLIENTS:
-        trust.audited(LISTED, 40, "lie", source, index * FINDING_EVERY_MS)
+        trust.audited(LISTED, 40, "lie", source, at(index * FINDING_EVERY_MS))
     now_ms = FINDINGS_MIN * FINDING_EVERY_MS
-    assert not trust.trusts(LISTED, now_ms)
+    assert not trust.trusts(LISTED, at(now_ms))
     for number in range(DOUBTED_MIN):
-        assert not trust.audited(sha256(bytes([number])), 40, "lie", SOURCES[number], now_ms)
-    assert trust.findings.doubts_itself(now_ms)
-    assert trust.trusts(LISTED, now_ms)
+        assert not trust.audited(sha256(bytes([number])), 40, "lie", SOURCES[number], at(now_ms))
+    assert trust.findings.doubts_itself(at(now_ms))
+    assert trust.trusts(LISTED, at(now_ms))
     for index, source in CLIENTS:
-        assert not trust.audited(ALLOWED, 40, "lie", source, now_ms + index * FINDING_EVERY_MS)
+        assert not trust.audited(ALLOWED, 40, "lie", source, at(now_ms + index * FINDING_EVERY_MS))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +173,7 @@ def test_a_node_that_disagrees_with_most_convicts_nobody_and_lifts_what_it_had_d
 def test_a_tag_under_another_key_or_of_somebody_else_makes_no_member(tag: bytes) -> None:
     trust = make("members")
     assert not trust.meet(STRANGER, tag)
-    assert not trust.trusts(STRANGER, 0)
+    assert not trust.trusts(STRANGER, at(0))
     assert trust.vouch(STRANGER) == NO_MEMBER_TAG
 
 
@@ -186,7 +190,7 @@ def test_a_member_vouches_for_itself_and_for_members_it_has_met_and_others_belie
     for key in (OWN, MEMBER):
         assert not second.is_member(key)
         assert second.meet(key, first.vouch(key))
-        assert second.trusts(key, 0)
+        assert second.trusts(key, at(0))
     for key in (LISTED, ALLOWED, EARNED, STRANGER):
         assert first.vouch(key) == NO_MEMBER_TAG
 

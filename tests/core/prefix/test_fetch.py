@@ -51,6 +51,7 @@ from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, SegmentKey,
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import MiB
 from hyperspace_vllm.core.records.manifest import chunk_bytes_for
+from hyperspace_vllm.core.records.reason import Reason
 
 NETWORK = network_id("test")
 FULL = Layout(b"f" * 32, 256, (Part(0, MiB),), 1)
@@ -130,7 +131,7 @@ class Script:
             case "nothing":
                 return ProviderAnswered(1, peer, (), 2)
             case "silent":
-                return ProviderFailed(1, peer, plain[1])
+                return ProviderFailed(1, peer, Reason(plain[1]))
             case "manifest":
                 chosen = [self.rows[i] for i in numbers(options["rows"])]
                 return ManifestVerified(
@@ -143,11 +144,11 @@ class Script:
                     int(options.get("chunk", chunk_bytes_for(chosen[0].length))),
                 )
             case "refused":
-                return ManifestRefused(1, peer, manifest(plain[1]), plain[2])
+                return ManifestRefused(1, peer, manifest(plain[1]), Reason(plain[2]))
             case "chunks":
                 return ChunksVerified(1, row, peer, mask(options["columns"]))
             case "stalled":
-                return HolderStalled(1, row, peer, plain[1])
+                return HolderStalled(1, row, peer, Reason(plain[1]))
             case "ready":
                 return RowReady(1, row)
             case "failed":

@@ -33,11 +33,13 @@ from hyperspace_vllm.core.records.limits import (
     REGISTRY_TTL_MS,
     REGISTRY_WRITE_MS,
 )
+from hyperspace_vllm.core.records.now import Now
 from hyperspace_vllm.core.records.peer_wire import Deltas, RegistryHead, WantDeltas, decode_answer, encode
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, decode_delta, encode_delta
 from hyperspace_vllm.core.records.standing import Rank, Standing
 from hyperspace_vllm.core.registry import registry as registry_module
 from hyperspace_vllm.core.registry.registry import Registry
+from tests.support.moments import dated
 
 NETWORK = network_id("test")
 START_MS = 1_790_000_000_000
@@ -131,11 +133,15 @@ class Node:
     def __init__(self, seed: int, standing: Known = everybody) -> None:
         self.owner = Owner(seed)
         self.peer = self.owner.peer
-        self.registry = Registry(NETWORK, self.owner.public, standing, random.Random(seed))
+        self.registry = Registry(NETWORK, self.owner.public, standing, random.Random(seed), dated(START_MS))
         self.documents = Documents()
         self.charged: list[ChargePeer] = []
         self.forgotten: list[bytes] = []
         self.writes: list[WriteRegistry] = []
+        self.set_by_ms = 0  # the wall clock, forward or back
+
+    def now(self, now_ms: int) -> Now:
+        return Now(dated(now_ms).mono_ms, now_ms + self.set_by_ms)
 
     def perform(self, effects: list[NetworkEffect], now_ms: int) -> None:
         queue = deque(effects)
@@ -143,10 +149,10 @@ class Node:
             effect = queue.popleft()
             if isinstance(effect, WriteRegistry):
                 self.writes.append(effect)
-                write = self.owner.snapshot(effect.added, now_ms) if effect.compact else None
+                write = self.owner.snapshot(effect.added, now_ms + self.set_by_ms) if effect.compact else None
                 raw = write or self.owner.update(effect.added, effect.removed)
                 event = OwnDeltaWritten(decode_delta(raw), raw)
-                queue.extend(self.registry.on_own_delta(event, now_ms))
+                queue.extend(self.registry.on_own_delta(event, self.now(now_ms)))
             elif isinstance(effect, ImportDeltas):
                 done = self.documents.import_deltas(effect)
                 if isinstance(done, DeltasImported):
@@ -162,10 +168,10 @@ class Node:
 
     def tick(self, now_ms: int) -> None:
         for _ in range(1000):
-            due = self.registry.next_deadline_ms()
-            if due is None or due > now_ms:
+            now, due = self.now(now_ms), self.registry.next_deadline_ms()
+            if (due is None or due > now.mono_ms) and not self.registry.is_misdated(now):
                 return
-            self.perform(self.registry.on_tick(now_ms), now_ms)
+            self.perform(self.registry.on_tick(now), now_ms)
         raise AssertionError("a registry that is never done")
 
     def take(self, raws: Iterable[bytes], now_ms: int = START_MS, relay: PeerId = RELAY) -> None:
@@ -174,14 +180,14 @@ class Node:
 
     def answered(self, relay: PeerId, answer: Deltas, now_ms: int) -> None:
         """An answer, taken in whole, however many turns that takes."""
-        self.perform(self.registry.on_deltas(relay, answer, now_ms), now_ms)
+        self.perform(self.registry.on_deltas(relay, answer, dated(now_ms)), now_ms)
         self.tick(now_ms)
         while self.registry._intake.next_deadline_ms() is not None:
             now_ms += 10
             self.tick(now_ms)
 
     def pull(self, other: "Node", now_ms: int) -> bool:
-        answer = other.registry.answer(self.registry.want(), now_ms)
+        answer = other.registry.answer(self.registry.want(), dated(now_ms))
         self.answered(other.peer, answer, now_ms)
         return answer.more
 
@@ -301,17 +307,17 @@ def test_any_number_of_other_deltas_with_one_number_cost_one_check_an_epoch(chec
 
 
 def test_a_turn_checks_a_few_deltas_of_each_host_and_a_second_a_bounded_number(checks: list[RegistryDelta]) -> None:
-    registry = Registry(NETWORK, Owner(1).public, everybody, random.Random(1))
+    registry = Registry(NETWORK, Owner(1).public, everybody, random.Random(1), dated(START_MS))
     owners = [Owner(n) for n in range(100, 100 + REGISTRY_OWNERS_OF_SOURCE_MAX)]
     flood = [raw for owner in owners for raw in (owner.snapshot([]), *(owner.update() for _ in range(15)))]
     honest = Owner(2)
-    registry.on_deltas(owners[0].peer, Deltas(tuple(flood), (), more=True), START_MS)
-    registry.on_deltas(honest.peer, Deltas((honest.snapshot([]),), ()), START_MS)
+    registry.on_deltas(owners[0].peer, Deltas(tuple(flood), (), more=True), dated(START_MS))
+    registry.on_deltas(honest.peer, Deltas((honest.snapshot([]),), ()), dated(START_MS))
     assert len(checks) == REGISTRY_DELTAS_AT_ONCE
     turns = [len(checks)]
     for now_ms in range(START_MS, START_MS + SECOND_MS, 10):
         if (due_ms := registry._intake.next_deadline_ms()) is not None and due_ms <= now_ms:
-            registry.on_tick(now_ms)
+            registry.on_tick(dated(now_ms))
             turns.append(len(checks))
     assert honest.public in [delta.owner for delta in checks[: 2 * REGISTRY_DELTAS_AT_ONCE]]
     assert max(after - before for before, after in itertools.pairwise(turns)) <= REGISTRY_DELTAS_AT_ONCE
@@ -319,15 +325,15 @@ def test_a_turn_checks_a_few_deltas_of_each_host_and_a_second_a_bounded_number(c
 
 
 def test_a_neighbour_that_has_more_is_asked_again_once_its_answer_is_taken_in_and_was_of_use() -> None:
-    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1), dated(START_MS)), Owner(2)
     raws = (owner.snapshot([]), *(owner.update() for _ in range(REGISTRY_DELTAS_AT_ONCE)))
-    registry.on_deltas(RELAY, Deltas(raws, (), more=True), START_MS)
+    registry.on_deltas(RELAY, Deltas(raws, (), more=True), dated(START_MS))
     assert registry.whom_to_ask_again() == []
-    registry.on_tick(START_MS + SECOND_MS)
+    registry.on_tick(dated(START_MS + SECOND_MS))
     assert registry.whom_to_ask_again() == [RELAY]
     assert registry.whom_to_ask_again() == []
-    registry.on_deltas(RELAY, Deltas(raws, (), more=True), START_MS + SECOND_MS)
-    registry.on_tick(START_MS + 2 * SECOND_MS)
+    registry.on_deltas(RELAY, Deltas(raws, (), more=True), dated(START_MS + SECOND_MS))
+    registry.on_tick(dated(START_MS + 2 * SECOND_MS))
     assert registry.whom_to_ask_again() == []
 
 
@@ -357,7 +363,7 @@ def test_an_owner_that_begins_anew_all_the_time_is_heard_now_and_then() -> None:
 def test_strangers_have_no_document_here() -> None:
     node, owner = Node(1, standing=lambda key: None), Owner(2)
     raw = owner.snapshot([(ids(1)[0], START_MS + 1000)])
-    assert node.registry.on_deltas(RELAY, Deltas((raw,), ()), START_MS) == []
+    assert node.registry.on_deltas(RELAY, Deltas((raw,), ()), dated(START_MS)) == []
     assert node.registry.stats().owners == 0
 
 
@@ -376,7 +382,7 @@ def test_a_refused_document_is_ignored_until_its_next_epoch() -> None:
     assert other.registry.stats().ignored_owners == 0
     assert other.registry.stats().owners == 1
     assert [head.owner for head in node.registry.want().heads] == [owner.public, node.owner.public]
-    assert owner.public not in [head.owner for head in node.registry.answer(WantDeltas(()), START_MS).heads]
+    assert owner.public not in [head.owner for head in node.registry.answer(WantDeltas(()), dated(START_MS)).heads]
     later = START_MS + REGISTRY_EPOCH_MS
     node.take([owner.snapshot([(a, later + 1000)], later)], later)
     assert node.registry.providers(a, later) == (owner.peer,)
@@ -521,7 +527,7 @@ def test_an_answer_stays_within_its_bound_and_says_that_there_is_more() -> None:
         rounds += 1
     assert rounds == 3
     assert len(fresh.registry.providers(a, START_MS)) == 5
-    answer = node.registry.answer(WantDeltas(()), START_MS)
+    answer = node.registry.answer(WantDeltas(()), dated(START_MS))
     assert sum(map(len, answer.deltas)) <= REGISTRY_REPLY_BYTES_MAX
     assert decode_answer(encode(answer)) == answer
 
@@ -530,7 +536,7 @@ def test_a_node_that_is_ahead_is_sent_nothing() -> None:
     node, owner = Node(1), Owner(2)
     node.take([owner.snapshot([])])
     for ahead in (RegistryHead(owner.public, owner.epoch + 1, 0), RegistryHead(owner.public, owner.epoch, 5)):
-        (own,) = node.registry.answer(WantDeltas((ahead,)), START_MS).deltas
+        (own,) = node.registry.answer(WantDeltas((ahead,)), dated(START_MS)).deltas
         assert decode_delta(own).owner == node.owner.public
 
 
@@ -542,14 +548,14 @@ def imports_of(effects: list[NetworkEffect]) -> list[ImportDeltas]:
 
 
 def test_one_import_of_an_owner_is_under_way_and_the_next_takes_all_that_came_meanwhile() -> None:
-    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1), dated(START_MS)), Owner(2)
     raws = [owner.snapshot([])] + [owner.update([(id, START_MS + 9)]) for id in ids(3)]
-    (first,) = imports_of(registry.on_deltas(RELAY, Deltas((raws[0],), ()), START_MS))
+    (first,) = imports_of(registry.on_deltas(RELAY, Deltas((raws[0],), ()), dated(START_MS)))
     for raw in raws[1:]:
-        assert registry.on_deltas(RELAY, Deltas((raw,), ()), START_MS) == []
+        assert registry.on_deltas(RELAY, Deltas((raw,), ()), dated(START_MS)) == []
     registry.on_imported(DeltasImported(owner.public, first.epoch, 0, (), (), True))
     assert registry.next_deadline_ms() is not None
-    (second,) = imports_of(registry.on_tick(START_MS))
+    (second,) = imports_of(registry.on_tick(dated(START_MS)))
     assert (second.starts_with_snapshot, second.sequence, len(second.payloads)) == (False, 3, 3)
 
 
@@ -564,8 +570,8 @@ def test_a_worker_that_lost_its_documents_gets_them_again_from_the_logs() -> Non
 
 
 def test_a_document_that_no_worker_survives_is_given_up_without_blame() -> None:
-    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
-    effects = registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), START_MS)
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1), dated(START_MS)), Owner(2)
+    effects = registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), dated(START_MS))
     now_ms, tries = START_MS, 0
     while not any(isinstance(effect, ForgetOwner) for effect in effects):
         if imports_of(effects):
@@ -573,15 +579,15 @@ def test_a_document_that_no_worker_survives_is_given_up_without_blame() -> None:
             effects = registry.on_refused(DeltasRefused(owner.public, "worker"))
         else:
             now_ms += 500
-            effects = registry.on_tick(now_ms)
+            effects = registry.on_tick(dated(now_ms))
         assert not any(isinstance(effect, ChargePeer) for effect in effects)
     assert tries == 6
     assert 60_000 < now_ms - START_MS < 70_000
 
 
 def test_a_document_that_loses_the_worker_twice_is_ignored_until_its_next_epoch() -> None:
-    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
-    now_ms, effects = START_MS, registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), START_MS)
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1), dated(START_MS)), Owner(2)
+    now_ms, effects = START_MS, registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), dated(START_MS))
     tries = 0
     while now_ms < START_MS + 600 * SECOND_MS:
         now_ms += SECOND_MS
@@ -589,23 +595,23 @@ def test_a_document_that_loses_the_worker_twice_is_ignored_until_its_next_epoch(
             tries += 1
             effects = registry.on_refused(DeltasRefused(owner.public, "lost", 1000))
         else:
-            effects = registry.on_tick(now_ms)
+            effects = registry.on_tick(dated(now_ms))
     assert tries == 2
     assert registry.stats().ignored_owners == 1
-    assert imports_of(registry.on_deltas(RELAY, Deltas((owner.snapshot([], now_ms),), ()), now_ms))
+    assert imports_of(registry.on_deltas(RELAY, Deltas((owner.snapshot([], now_ms),), ()), dated(now_ms)))
     # The next epoch is its last try, not its first.
     assert ForgetOwner(owner.public) in registry.on_refused(DeltasRefused(owner.public, "lost", 1000))
 
 
 def test_a_worker_that_is_lost_now_and_then_costs_no_owner_its_document() -> None:
-    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
-    effects = registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), START_MS)
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1), dated(START_MS)), Owner(2)
+    effects = registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), dated(START_MS))
     for now_ms in range(START_MS, START_MS + 600 * SECOND_MS, 100 * SECOND_MS):
         assert imports_of(effects)
         retried = registry.on_refused(DeltasRefused(owner.public, "lost", 10))
-        (again,) = imports_of(retried + registry.on_tick(now_ms + 90 * SECOND_MS))
+        (again,) = imports_of(retried + registry.on_tick(dated(now_ms + 90 * SECOND_MS)))
         registry.on_imported(DeltasImported(owner.public, again.epoch, again.sequence, (), (), True))
-        effects = registry.on_deltas(RELAY, Deltas((owner.update(),), ()), now_ms + 100 * SECOND_MS)
+        effects = registry.on_deltas(RELAY, Deltas((owner.update(),), ()), dated(now_ms + 100 * SECOND_MS))
 
 
 @pytest.mark.parametrize("outcome", ["lost", "slow"])
@@ -613,12 +619,14 @@ def test_documents_that_keep_the_worker_busy_delay_each_other_and_none_of_other_
     """One host tells of 24 owners; the worker does one import after another."""
     attackers, honest = [Owner(n) for n in range(100, 124)], [Owner(n) for n in range(10, 14)]
     hosts = {owner.public: Standing(Rank.TOLD, "attacker") for owner in attackers}
-    registry = Registry(NETWORK, Owner(1).public, lambda key: hosts.get(key, everybody(key)), random.Random(1))
+    registry = Registry(
+        NETWORK, Owner(1).public, lambda key: hosts.get(key, everybody(key)), random.Random(1), dated(START_MS)
+    )
     queue: deque[ImportDeltas] = deque()
     taken_ms: dict[bytes, int] = dict.fromkeys(hosts, 0)
     imported_at_ms: dict[bytes, int] = {}
     for owner in (*attackers, *honest):
-        queue += imports_of(registry.on_deltas(owner.peer, Deltas((owner.snapshot([]),), ()), START_MS))
+        queue += imports_of(registry.on_deltas(owner.peer, Deltas((owner.snapshot([]),), ()), dated(START_MS)))
     now_ms = START_MS
     while now_ms < START_MS + 60 * SECOND_MS:
         if not queue:
@@ -633,7 +641,7 @@ def test_documents_that_keep_the_worker_busy_delay_each_other_and_none_of_other_
         else:
             imported_at_ms[done.owner] = now_ms
             registry.on_imported(DeltasImported(done.owner, done.epoch, 0, (), (), True, 10))
-        queue += imports_of(registry.on_tick(now_ms))
+        queue += imports_of(registry.on_tick(dated(now_ms)))
     assert max(imported_at_ms.values()) <= START_MS + 2 * SECOND_MS
     assert len(imported_at_ms) == len(honest)
     busy_ms = sum(taken_ms.values())
@@ -641,32 +649,34 @@ def test_documents_that_keep_the_worker_busy_delay_each_other_and_none_of_other_
 
 
 def test_owners_on_this_nodes_own_lists_are_in_no_hosts_share_of_the_worker() -> None:
-    registry = Registry(NETWORK, Owner(1).public, lambda key: Standing(Rank.LISTED, "host"), random.Random(1))
+    registry = Registry(
+        NETWORK, Owner(1).public, lambda key: Standing(Rank.LISTED, "host"), random.Random(1), dated(START_MS)
+    )
     owners = [Owner(n) for n in range(10, 14)]
     raws = tuple(owner.snapshot([]) for owner in owners)
-    assert len(imports_of(registry.on_deltas(RELAY, Deltas(raws, ()), START_MS))) == len(owners)
+    assert len(imports_of(registry.on_deltas(RELAY, Deltas(raws, ()), dated(START_MS)))) == len(owners)
 
 
 def test_a_new_epoch_during_an_import_is_imported_next() -> None:
-    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1), dated(START_MS)), Owner(2)
     a, b = ids(2)
     later = START_MS + REGISTRY_EPOCH_MS
-    (first,) = imports_of(registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), START_MS))
+    (first,) = imports_of(registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), dated(START_MS)))
     new = owner.snapshot([], later)
-    assert registry.on_deltas(RELAY, Deltas((new,), ()), later) == []
+    assert registry.on_deltas(RELAY, Deltas((new,), ()), dated(later)) == []
     registry.on_imported(DeltasImported(owner.public, first.epoch, 0, ((a, later + 9),), (), True))
     assert registry.providers(a, later) == (owner.peer,)
-    (second,) = imports_of(registry.on_tick(later))
+    (second,) = imports_of(registry.on_tick(dated(later)))
     assert second.starts_with_snapshot
     registry.on_imported(DeltasImported(owner.public, second.epoch, 0, ((b, later + 9),), (), True))
     assert (registry.providers(a, later), registry.providers(b, later)) == ((), (owner.peer,))
 
 
 def test_the_refusal_of_an_epoch_that_is_over_says_nothing_of_the_next() -> None:
-    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1)), Owner(2)
+    registry, owner = Registry(NETWORK, Owner(1).public, everybody, random.Random(1), dated(START_MS)), Owner(2)
     later = START_MS + REGISTRY_EPOCH_MS
-    registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), START_MS)
-    registry.on_deltas(RELAY, Deltas((owner.snapshot([], later),), ()), later)
+    registry.on_deltas(RELAY, Deltas((owner.snapshot([]),), ()), dated(START_MS))
+    registry.on_deltas(RELAY, Deltas((owner.snapshot([], later),), ()), dated(later))
     effects = registry.on_refused(DeltasRefused(owner.public, "malformed"))
     assert [type(effect) for effect in effects] == [ImportDeltas]
 
@@ -675,10 +685,10 @@ def test_the_refusal_of_an_epoch_that_is_over_says_nothing_of_the_next() -> None
 
 
 def test_the_first_write_begins_an_epoch_even_of_nothing() -> None:
-    registry = Registry(NETWORK, Owner(1).public, everybody, random.Random(1))
+    registry = Registry(NETWORK, Owner(1).public, everybody, random.Random(1), dated(START_MS))
     assert registry.next_deadline_ms() == 0
-    assert registry.on_tick(START_MS) == [WriteRegistry((), (), compact=True)]
-    assert registry.on_tick(START_MS + 9000) == []
+    assert registry.on_tick(dated(START_MS)) == [WriteRegistry((), (), compact=True)]
+    assert registry.on_tick(dated(START_MS + 9000)) == []
 
 
 def test_changes_are_batched() -> None:
@@ -755,15 +765,17 @@ def test_a_flood_of_own_entries_keeps_the_newest_and_stays_within_what_others_ta
 
 
 def test_a_write_that_failed_is_made_good_by_a_new_epoch() -> None:
-    registry = Registry(NETWORK, Owner(1).public, everybody, random.Random(1))
+    registry = Registry(NETWORK, Owner(1).public, everybody, random.Random(1), dated(START_MS))
     a, b = ids(2)
     registry.note_stored(a, START_MS + REGISTRY_TTL_MS)
-    registry.on_tick(START_MS)
+    registry.on_tick(dated(START_MS))
     assert registry.on_refused(DeltasRefused(Owner(1).public, "worker")) == []
     registry.note_gone([a])
     registry.note_stored(b, START_MS + REGISTRY_TTL_MS)
-    assert registry.on_tick(START_MS + 100) == []
-    assert registry.on_tick(START_MS + 2000) == [WriteRegistry(((b, START_MS + REGISTRY_TTL_MS),), (a,), compact=True)]
+    assert registry.on_tick(dated(START_MS + 100)) == []
+    assert registry.on_tick(dated(START_MS + 2000)) == [
+        WriteRegistry(((b, START_MS + REGISTRY_TTL_MS),), (a,), compact=True)
+    ]
 
 
 def test_a_restarted_node_replaces_what_its_earlier_run_said() -> None:
@@ -789,9 +801,9 @@ def test_a_clock_that_is_set_back_stops_no_write_and_dates_the_document_anew(bac
     node = Node(1)
     node.tick(START_MS)
     now_ms = START_MS - back_ms
-    node.registry.shift(-back_ms)
+    node.set_by_ms = -back_ms
     (a,) = ids(1)
     node.registry.note_stored(a, now_ms + REGISTRY_TTL_MS)
-    node.tick(now_ms + REGISTRY_WRITE_MS)
+    node.tick(START_MS + REGISTRY_WRITE_MS)
     assert len(node.writes) == 2
     assert node.writes[-1] == WriteRegistry(((a, now_ms + REGISTRY_TTL_MS),), (), compact=anew)

@@ -24,6 +24,7 @@ from hyperspace_vllm.core.records.limits import (
     PROVIDERS_MAX,
     RESPONSE_HINTS_MAX,
 )
+from hyperspace_vllm.core.records.now import Now
 from hyperspace_vllm.core.response import hints as hints_module
 from hyperspace_vllm.core.response.announcer import (
     ENTRIES_BURST,
@@ -54,6 +55,7 @@ from hyperspace_vllm.core.response.popularity import (
     decayed,
     replicas_wanted,
 )
+from tests.support.moments import at, dated
 
 NETWORK = network_id("test")
 NOW_MS = 1_790_000_000_000
@@ -90,17 +92,20 @@ def verdict(result: Announcement | Refused) -> str:
 
 def test_a_batch_is_taken_once() -> None:
     box = inbox()
-    opened = box.open(RESPONSE_TOPIC, batch(7, range(3)), NOW_MS)
+    opened = box.open(RESPONSE_TOPIC, batch(7, range(3)), dated(NOW_MS))
     assert isinstance(opened, Announcement)
     assert [entry.request_hash for entry in opened.entries if isinstance(entry, ResponseEntry)] == [
         *map(name, range(3))
     ]
-    assert verdict(box.open(RESPONSE_TOPIC, batch(7, range(3)), NOW_MS)) == "duplicate"
+    assert verdict(box.open(RESPONSE_TOPIC, batch(7, range(3)), dated(NOW_MS))) == "duplicate"
 
 
 def test_batches_may_overtake_each_other() -> None:
     box = inbox()
-    assert [verdict(box.open(RESPONSE_TOPIC, batch(n), NOW_MS)) for n in (3, 1, 2, 3)] == [*["taken"] * 3, "duplicate"]
+    assert [verdict(box.open(RESPONSE_TOPIC, batch(n), dated(NOW_MS))) for n in (3, 1, 2, 3)] == [
+        *["taken"] * 3,
+        "duplicate",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -117,52 +122,53 @@ def test_batches_may_overtake_each_other() -> None:
 )
 def test_what_does_not_count_is_refused_with_its_reason(payload: bytes, reason: str) -> None:
     box = inbox()
-    assert verdict(box.open(RESPONSE_TOPIC, payload, NOW_MS)) == reason
-    assert verdict(box.open(RESPONSE_TOPIC, batch(1), NOW_MS)) == "taken"  # no forgery uses up a sequence number
+    assert verdict(box.open(RESPONSE_TOPIC, payload, dated(NOW_MS))) == reason
+    assert verdict(box.open(RESPONSE_TOPIC, batch(1), dated(NOW_MS))) == "taken"  # no forgery uses up a sequence number
 
 
 def test_a_batch_on_the_other_topic_is_refused() -> None:
-    assert verdict(inbox().open(PREFIX_TOPIC, batch(1), NOW_MS)) == "wrong_topic"
+    assert verdict(inbox().open(PREFIX_TOPIC, batch(1), dated(NOW_MS))) == "wrong_topic"
 
 
 def test_a_stranger_is_refused_before_its_signature_is_checked() -> None:
     forged = batch(1)[:-64] + bytes(64)
-    assert verdict(inbox(lambda _: False).open(RESPONSE_TOPIC, forged, NOW_MS)) == "stranger"
+    assert verdict(inbox(lambda _: False).open(RESPONSE_TOPIC, forged, dated(NOW_MS))) == "stranger"
 
 
 def test_a_sender_is_held_to_its_rate_and_recovers() -> None:
     box = inbox()
     full = range(ANNOUNCEMENT_ENTRIES_MAX)
     burst = ENTRIES_BURST // ANNOUNCEMENT_ENTRIES_MAX
-    assert all(verdict(box.open(RESPONSE_TOPIC, batch(n, full), NOW_MS)) == "taken" for n in range(burst))
-    assert verdict(box.open(RESPONSE_TOPIC, batch(burst, full), NOW_MS)) == "rate"
+    assert all(verdict(box.open(RESPONSE_TOPIC, batch(n, full), dated(NOW_MS))) == "taken" for n in range(burst))
+    assert verdict(box.open(RESPONSE_TOPIC, batch(burst, full), dated(NOW_MS))) == "rate"
     other = SigningKey(b"t" * 32)
-    assert verdict(box.open(RESPONSE_TOPIC, batch(1, full, key=other), NOW_MS)) == "taken"
+    assert verdict(box.open(RESPONSE_TOPIC, batch(1, full, key=other), dated(NOW_MS))) == "taken"
     soon_ms = NOW_MS + 1 + ANNOUNCEMENT_ENTRIES_MAX * 1000 // ENTRIES_PER_S
-    assert verdict(box.open(RESPONSE_TOPIC, batch(burst + 1, full, soon_ms), soon_ms)) == "taken"
+    assert verdict(box.open(RESPONSE_TOPIC, batch(burst + 1, full, soon_ms), dated(soon_ms))) == "taken"
 
 
 def test_a_clock_that_is_set_back_silences_no_sender() -> None:
     box = inbox()
-    assert verdict(box.open(RESPONSE_TOPIC, batch(1), NOW_MS)) == "taken"
+    assert verdict(box.open(RESPONSE_TOPIC, batch(1), dated(NOW_MS))) == "taken"
     earlier_ms = NOW_MS - HOUR_MS
-    assert verdict(box.open(RESPONSE_TOPIC, batch(2, sent_at_ms=earlier_ms), earlier_ms)) == "taken"
-    assert verdict(box.open(RESPONSE_TOPIC, batch(3, sent_at_ms=earlier_ms), earlier_ms)) == "taken"
+    set_back = Now(dated(NOW_MS).mono_ms, earlier_ms)
+    assert verdict(box.open(RESPONSE_TOPIC, batch(2, sent_at_ms=earlier_ms), set_back)) == "taken"
+    assert verdict(box.open(RESPONSE_TOPIC, batch(3, sent_at_ms=earlier_ms), set_back)) == "taken"
 
 
 def test_a_batch_whose_number_was_forgotten_is_not_taken_again() -> None:
     box = inbox()
     for sequence in range(SEQUENCES_KEPT + 2):
-        box.open(RESPONSE_TOPIC, batch(sequence, sent_at_ms=NOW_MS + sequence), NOW_MS + sequence)
-    assert verdict(box.open(RESPONSE_TOPIC, batch(0), NOW_MS + 2000)) == "duplicate"
-    assert verdict(box.open(RESPONSE_TOPIC, batch(1), NOW_MS + 2000)) == "duplicate"
+        box.open(RESPONSE_TOPIC, batch(sequence, sent_at_ms=NOW_MS + sequence), dated(NOW_MS + sequence))
+    assert verdict(box.open(RESPONSE_TOPIC, batch(0), dated(NOW_MS + 2000))) == "duplicate"
+    assert verdict(box.open(RESPONSE_TOPIC, batch(1), dated(NOW_MS + 2000))) == "duplicate"
 
 
 def test_senders_are_bounded() -> None:
     box = inbox()
     for number in range(PEERS_KNOWN_MAX + 5):
         key = SigningKey(sha256(number.to_bytes(4, "big")))
-        assert verdict(box.open(RESPONSE_TOPIC, batch(1, key=key), NOW_MS)) == "taken"
+        assert verdict(box.open(RESPONSE_TOPIC, batch(1, key=key), dated(NOW_MS))) == "taken"
     assert len(box._senders) == PEERS_KNOWN_MAX
 
 
@@ -172,7 +178,7 @@ def test_senders_are_bounded() -> None:
 def published(effects: list[Publish]) -> list[tuple[str, list[bytes]]]:
     found = []
     for effect in effects:
-        opened = inbox().open(effect.topic, effect.payload, decode_announcement(effect.payload).sent_at_ms)
+        opened = inbox().open(effect.topic, effect.payload, dated(decode_announcement(effect.payload).sent_at_ms))
         assert isinstance(opened, Announcement)
         found.append(
             (effect.topic, [e.request_hash if isinstance(e, ResponseEntry) else e.row_id for e in opened.entries])
@@ -181,12 +187,12 @@ def published(effects: list[Publish]) -> list[tuple[str, list[bytes]]]:
 
 
 def flush(box: Outbox, now_ms: int) -> list[tuple[str, list[bytes]]]:
-    effects = box.flush(now_ms)
+    effects = box.flush(dated(now_ms))
     return published([effect for effect in effects if isinstance(effect, Publish)])
 
 
 def test_entries_travel_in_batches_one_a_topic_and_interval() -> None:
-    box = Outbox(NETWORK, SENDER, NOW_MS)
+    box = Outbox(NETWORK, SENDER, dated(NOW_MS))
     assert box.next_deadline_ms() is None
     for number in range(ANNOUNCEMENT_ENTRIES_MAX + 1):
         box.add(ResponseEntry(name(number), LATER_MS))
@@ -202,14 +208,14 @@ def test_entries_travel_in_batches_one_a_topic_and_interval() -> None:
 
 
 def test_of_too_many_entries_the_newest_stay() -> None:
-    box = Outbox(NETWORK, SENDER, NOW_MS)
+    box = Outbox(NETWORK, SENDER, dated(NOW_MS))
     for number in range(QUEUED_MAX + 1):
         box.add(ResponseEntry(name(number), LATER_MS))
     assert flush(box, NOW_MS)[0][1][0] == name(1)
 
 
 def test_what_has_gone_is_announced_no_more() -> None:
-    box = Outbox(NETWORK, SENDER, NOW_MS)
+    box = Outbox(NETWORK, SENDER, dated(NOW_MS))
     for number in range(3):
         box.add(ResponseEntry(name(number), LATER_MS))
     box.remove(frozenset({name(1), name(9)}))
@@ -217,14 +223,13 @@ def test_what_has_gone_is_announced_no_more() -> None:
 
 
 def test_sequence_numbers_grow_within_an_instant_and_when_the_clock_is_set_back() -> None:
-    box = Outbox(NETWORK, SENDER, NOW_MS)
+    box = Outbox(NETWORK, SENDER, dated(NOW_MS))
     sequences = []
-    for now_ms in (NOW_MS, NOW_MS + FLUSH_MS, NOW_MS + 2 * FLUSH_MS - HOUR_MS):
-        if now_ms < NOW_MS:
-            box.shift(-HOUR_MS)
+    for passed_ms, set_by_ms in ((0, 0), (FLUSH_MS, 0), (2 * FLUSH_MS, -HOUR_MS)):
+        mono_ms = dated(NOW_MS + passed_ms).mono_ms
         box.add(ResponseEntry(name(0), LATER_MS))
         box.add(PrefixEntry(name(0), name(1), bytes(48), LATER_MS))
-        effects = box.flush(now_ms)
+        effects = box.flush(at(mono_ms, set_by_ms))
         sequences += [decode_announcement(each.payload).sequence for each in effects if isinstance(each, Publish)]
     assert len(sequences) == 6
     assert sequences == sorted(set(sequences))
@@ -337,83 +342,85 @@ def test_half_of_the_requests_count_after_each_half_life(age_ms: int, left: floa
 
 def test_requests_add_up_and_a_claim_does_not() -> None:
     popularity = Popularity()
-    popularity.add(name(1), NOW_MS)
-    popularity.add(name(1), NOW_MS)
-    popularity.claimed(name(1), NOW_MS, 1.5)
-    assert popularity.requests(name(1), NOW_MS) == 2
-    popularity.claimed(name(1), NOW_MS, 5)
-    assert popularity.requests(name(1), NOW_MS) == 5
-    assert popularity.sixteenths(name(1), NOW_MS) == 80
+    popularity.add(name(1), dated(NOW_MS))
+    popularity.add(name(1), dated(NOW_MS))
+    popularity.claimed(name(1), dated(NOW_MS), 1.5)
+    assert popularity.requests(name(1), dated(NOW_MS)) == 2
+    popularity.claimed(name(1), dated(NOW_MS), 5)
+    assert popularity.requests(name(1), dated(NOW_MS)) == 5
+    assert popularity.sixteenths(name(1), dated(NOW_MS)) == 80
 
 
 def test_a_flatterer_claims_no_more_than_what_every_copy_needs() -> None:
     popularity = Popularity()
-    popularity.claimed(name(1), NOW_MS, float(1 << 28))
-    assert popularity.requests(name(1), NOW_MS) == CLAIM_MAX
+    popularity.claimed(name(1), dated(NOW_MS), float(1 << 28))
+    assert popularity.requests(name(1), dated(NOW_MS)) == CLAIM_MAX
     assert replicas_wanted(CLAIM_MAX) == REPLICAS_MAX
-    assert replicas_wanted(popularity.requests(name(1), NOW_MS + 24 * HOUR_MS)) <= 2
+    assert replicas_wanted(popularity.requests(name(1), dated(NOW_MS + 24 * HOUR_MS))) <= 2
 
 
 def test_the_ids_asked_for_longest_ago_are_forgotten() -> None:
     popularity = Popularity()
     for number in range(TRACKED_MAX + 1):
-        popularity.add(name(number), NOW_MS)
+        popularity.add(name(number), dated(NOW_MS))
     assert len(popularity._counts) == TRACKED_MAX
-    assert not popularity.requests(name(0), NOW_MS)
+    assert not popularity.requests(name(0), dated(NOW_MS))
 
 
 # --- the DHT ------------------------------------------------------------------------------------
 
 
 def test_searches_are_paid_from_a_share_of_a_core() -> None:
-    budget = SearchBudget(NOW_MS)
+    budget = SearchBudget(dated(NOW_MS))
     burst = int(SEARCH_BURST_MS / SEARCH_COST_MS)
-    assert all(budget.take(name(number), NOW_MS) for number in range(burst))
-    assert not budget.take(name(99), NOW_MS)
+    assert all(budget.take(name(number), dated(NOW_MS)) for number in range(burst))
+    assert not budget.take(name(99), dated(NOW_MS))
     enough_ms = NOW_MS + round(SEARCH_COST_MS / SEARCH_SHARE)
-    assert not budget.take(name(99), enough_ms - 2)
-    assert budget.take(name(99), enough_ms + 2)
+    assert not budget.take(name(99), dated(enough_ms - 2))
+    assert budget.take(name(99), dated(enough_ms + 2))
 
 
 def test_searches_that_cost_more_than_the_burst_are_still_tried_now_and_then() -> None:
-    budget = SearchBudget(NOW_MS)
+    budget = SearchBudget(dated(NOW_MS))
     for _ in range(50):
         budget.cost(10 * SEARCH_BURST_MS)
-    assert budget.take(name(1), NOW_MS)
-    assert not budget.take(name(2), NOW_MS)
-    assert budget.take(name(2), NOW_MS + round(SEARCH_BURST_MS / SEARCH_SHARE) + 1)
+    assert budget.take(name(1), dated(NOW_MS))
+    assert not budget.take(name(2), dated(NOW_MS))
+    assert budget.take(name(2), dated(NOW_MS + round(SEARCH_BURST_MS / SEARCH_SHARE) + 1))
 
 
 def test_what_was_not_found_is_not_searched_again_at_once() -> None:
-    budget = SearchBudget(NOW_MS)
-    budget.not_found(name(1), NOW_MS)
-    assert not budget.take(name(1), NOW_MS + NOT_FOUND_MS - 1)
-    assert budget.take(name(2), NOW_MS)
-    assert budget.take(name(1), NOW_MS + NOT_FOUND_MS)
+    budget = SearchBudget(dated(NOW_MS))
+    budget.not_found(name(1), dated(NOW_MS))
+    assert not budget.take(name(1), dated(NOW_MS + NOT_FOUND_MS - 1))
+    assert budget.take(name(2), dated(NOW_MS))
+    assert budget.take(name(1), dated(NOW_MS + NOT_FOUND_MS))
 
 
 def test_a_clock_that_is_set_back_stops_no_search() -> None:
-    budget = SearchBudget(NOW_MS)
-    budget.not_found(name(1), NOW_MS)
-    assert budget.take(name(1), NOW_MS - HOUR_MS)
+    budget = SearchBudget(dated(NOW_MS))
+    budget.not_found(name(1), dated(NOW_MS))
+    mono_ms = dated(NOW_MS + NOT_FOUND_MS).mono_ms
+    assert not budget.take(name(1), at(mono_ms - 1, -HOUR_MS))
+    assert budget.take(name(1), at(mono_ms, -HOUR_MS))
 
 
 def test_the_popular_are_provided_first_one_at_a_time() -> None:
-    queue = ProvideQueue(NOW_MS)
+    queue = ProvideQueue(dated(NOW_MS))
     assert queue.next_deadline_ms() is None
     for key, requests in (("a", 1), ("b", 3), ("c", 2), ("a", 1)):
         queue.add(key, requests)
     queue.remove(["c", "unknown"])
-    assert queue.due(NOW_MS) == "b"
-    assert queue.next_deadline_ms() == NOW_MS + PROVIDE_EVERY_MS
-    assert queue.due(NOW_MS + PROVIDE_EVERY_MS - 1) is None
-    assert queue.due(NOW_MS + PROVIDE_EVERY_MS) == "a"
+    assert queue.due(dated(NOW_MS)) == "b"
+    assert queue.next_deadline_ms() == dated(NOW_MS + PROVIDE_EVERY_MS).mono_ms
+    assert queue.due(dated(NOW_MS + PROVIDE_EVERY_MS - 1)) is None
+    assert queue.due(dated(NOW_MS + PROVIDE_EVERY_MS)) == "a"
     assert queue.next_deadline_ms() is None
 
 
 def test_of_too_many_keys_the_popular_stay() -> None:
-    queue = ProvideQueue(NOW_MS)
+    queue = ProvideQueue(dated(NOW_MS))
     for number in range(5 * PROVIDES_MAX):
         queue.add(str(number), number)
         assert len(queue._requests) <= PROVIDES_MAX
-    assert queue.due(NOW_MS) == str(5 * PROVIDES_MAX - 1)
+    assert queue.due(dated(NOW_MS)) == str(5 * PROVIDES_MAX - 1)

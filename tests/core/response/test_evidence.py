@@ -21,6 +21,7 @@ from hyperspace_vllm.core.records.announcement import (
 from hyperspace_vllm.core.records.errors import Refused
 from hyperspace_vllm.core.records.ids import RequestKey, sha256
 from hyperspace_vllm.core.records.limits import CLOCK_SKEW_MS, EVIDENCE_ENTRIES_MAX, PEERS_KNOWN_MAX, RESPONSE_TTL_MS
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.response.announcer import (
     ACCUSED_KEPT,
     ENTRIES_BURST,
@@ -30,6 +31,7 @@ from hyperspace_vllm.core.response.announcer import (
 )
 from hyperspace_vllm.core.response.cache_proof import make_proof
 from hyperspace_vllm.core.response.evidence import check_evidence, evidence_of, verdict
+from tests.support.moments import at, dated
 from tests.support.network_world import NETWORK, NETWORK_KEY, NOW_MS, SECOND_MS, Identity, World, make_node, only
 
 ME, ACCUSER, ACCUSED, OTHER = range(4)
@@ -54,7 +56,7 @@ def listener(*listed: int, network_key: bytes | None = NETWORK_KEY) -> NetworkNo
 
 
 def suspects(node: NetworkNode, number: int = ACCUSED, now_ms: int = NOW_MS) -> bool:
-    return node._trust.suspicion.suspects(Identity(number).public_key, now_ms)
+    return node._trust.suspicion.suspects(Identity(number).public_key, dated(now_ms))
 
 
 # --- what evidence must say ---------------------------------------------------------------------
@@ -122,57 +124,58 @@ def key(number: int) -> bytes:
 
 def test_suspicion_and_conviction_end_by_themselves() -> None:
     table = Suspicion(key(ME))
-    table.accuse(key(ACCUSER), key(ACCUSED), 0)
-    table.convict(key(OTHER), 0)
-    assert table.suspects(key(ACCUSED), SUSPECTED_MS - 1)
-    assert not table.suspects(key(ACCUSED), SUSPECTED_MS)
-    assert not table.is_convicted(key(ACCUSED), 0)
-    assert table.is_convicted(key(OTHER), CONVICTED_MS - 1)
-    assert table.suspects(key(OTHER), CONVICTED_MS - 1)
-    assert not table.is_convicted(key(OTHER), CONVICTED_MS)
-    assert [table.suspected(at_ms) for at_ms in (0, SUSPECTED_MS, CONVICTED_MS)] == [2, 1, 0]
+    table.accuse(key(ACCUSER), key(ACCUSED), dated(0))
+    table.convict(key(OTHER), dated(0))
+    assert table.suspects(key(ACCUSED), dated(SUSPECTED_MS - 1))
+    assert not table.suspects(key(ACCUSED), dated(SUSPECTED_MS))
+    assert not table.is_convicted(key(ACCUSED), dated(0))
+    assert table.is_convicted(key(OTHER), dated(CONVICTED_MS - 1))
+    assert table.suspects(key(OTHER), dated(CONVICTED_MS - 1))
+    assert not table.is_convicted(key(OTHER), dated(CONVICTED_MS))
+    assert [table.suspected(dated(at_ms)) for at_ms in (0, SUSPECTED_MS, CONVICTED_MS)] == [2, 1, 0]
 
 
-def test_a_clock_set_back_a_little_acquits_nobody_and_set_back_by_years_everybody() -> None:
+@pytest.mark.parametrize("set_by_ms", [-1_000, -100 * CONVICTED_MS, 100 * CONVICTED_MS])
+def test_a_wall_clock_that_is_set_acquits_nobody_and_lengthens_no_sentence(set_by_ms: int) -> None:
     table = Suspicion(key(ME))
-    table.accuse(key(ACCUSER), key(ACCUSED), NOW_MS)
-    table.convict(key(OTHER), NOW_MS)
-    assert table.suspected(NOW_MS - 1_000) == 2
-    assert table.suspected(0) == 0
+    table.accuse(key(ACCUSER), key(ACCUSED), at(0))
+    table.convict(key(OTHER), at(0))
+    times_ms = (SUSPECTED_MS - 1, SUSPECTED_MS, CONVICTED_MS)
+    assert [table.suspected(at(at_ms, set_by_ms)) for at_ms in times_ms] == [2, 1, 0]
 
 
 def test_neither_this_node_nor_an_accuser_itself_is_suspected() -> None:
     table = Suspicion(key(ME))
-    table.accuse(key(ACCUSER), key(ME), 0)
-    table.accuse(key(ACCUSER), key(ACCUSER), 0)
-    table.convict(key(ME), 0)
-    assert table.suspected(0) == 0
+    table.accuse(key(ACCUSER), key(ME), dated(0))
+    table.accuse(key(ACCUSER), key(ACCUSER), dated(0))
+    table.convict(key(ME), dated(0))
+    assert table.suspected(dated(0)) == 0
 
 
 def test_a_slanderer_pushes_out_its_own_words_and_nobody_elses() -> None:
     table = Suspicion(key(ME))
-    table.accuse(key(OTHER), key(ACCUSED), 0)
-    table.accuse(key(ME), key(99), 0)
+    table.accuse(key(OTHER), key(ACCUSED), dated(0))
+    table.accuse(key(ME), key(99), dated(0))
     for number in range(100, 1_100):
-        table.accuse(key(ACCUSER), key(number), number)
-    assert table.suspects(key(ACCUSED), 0)
-    assert table.suspects(key(99), 0)
-    assert [number for number in range(100, 1_100) if table.suspects(key(number), 0)] == [
+        table.accuse(key(ACCUSER), key(number), dated(number))
+    assert table.suspects(key(ACCUSED), dated(0))
+    assert table.suspects(key(99), dated(0))
+    assert [number for number in range(100, 1_100) if table.suspects(key(number), dated(0))] == [
         *range(1_100 - ACCUSED_MAX, 1_100)
     ]
 
 
 def test_accusers_and_the_convicted_are_bounded_and_this_nodes_own_doubts_stay() -> None:
     table = Suspicion(key(ME))
-    table.accuse(key(ME), key(ACCUSED), 0)
+    table.accuse(key(ME), key(ACCUSED), dated(0))
     for number in range(10, 10 + 2 * ACCUSERS_MAX):
-        table.accuse(key(number), key(OTHER), 0)
+        table.accuse(key(number), key(OTHER), dated(0))
     assert len(table._accused) == ACCUSERS_MAX
-    assert table.suspects(key(ACCUSED), 0)
+    assert table.suspects(key(ACCUSED), dated(0))
     for number in range(PEERS_KNOWN_MAX + 5):
-        table.convict(key(1_000 + number), 0)
-    assert not table.is_convicted(key(1_004), 0)
-    assert table.is_convicted(key(1_005), 0)
+        table.convict(key(1_000 + number), dated(0))
+    assert not table.is_convicted(key(1_004), dated(0))
+    assert table.is_convicted(key(1_005), dated(0))
 
 
 # --- what hearing it does -----------------------------------------------------------------------
@@ -180,12 +183,12 @@ def test_accusers_and_the_convicted_are_bounded_and_this_nodes_own_doubts_stay()
 
 def test_evidence_of_a_member_makes_suspect_and_harms_nothing_else() -> None:
     node = listener(ACCUSER, ACCUSED)
-    assert node.handle(batch(lie()), NOW_MS) == []
+    assert node.handle(batch(lie()), dated(NOW_MS)) == []
     assert suspects(node)
     assert not suspects(node, now_ms=NOW_MS + SUSPECTED_MS)
     accused = Identity(ACCUSED)
-    assert node._trust.trusts(accused.public_key, NOW_MS)
-    assert node._trust.word.score(accused.peer, NOW_MS) == score_of(0, 0, 0)
+    assert node._trust.trusts(accused.public_key, dated(NOW_MS))
+    assert node._trust.word.score(accused.peer, dated(NOW_MS)) == score_of(0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -200,9 +203,9 @@ def test_evidence_of_a_member_makes_suspect_and_harms_nothing_else() -> None:
 )
 def test_evidence_that_does_not_hold_is_counted_and_makes_nobody_suspect(event: GossipReceived, reason: str) -> None:
     node = listener(ACCUSER)
-    assert node.handle(event, NOW_MS) == []
+    assert node.handle(event, dated(NOW_MS)) == []
     assert node.gossip_refused == {reason: 1}
-    assert node._trust.suspicion.suspected(NOW_MS) == 0
+    assert node._trust.suspicion.suspected(dated(NOW_MS)) == 0
 
 
 def test_who_is_heard_but_not_trusted_accuses_in_vain() -> None:
@@ -211,12 +214,12 @@ def test_who_is_heard_but_not_trusted_accuses_in_vain() -> None:
     node = world.boot(ME, network_key=None)
     world.boot(ACCUSER, bootstrap=(ME,), network_key=None)
     world.run(5 * SECOND_MS)
-    node.handle(batch(lie(), now_ms=world.now_ms), world.now_ms)
+    node.handle(batch(lie(), now_ms=world.now_ms), world.now)
     assert node.gossip_refused.get("untrusted_accuser") == 1
 
     node = listener(ACCUSER)
     convict(node, ACCUSER)
-    node.handle(batch(lie()), NOW_MS)
+    node.handle(batch(lie()), dated(NOW_MS))
     assert node.gossip_refused == {"untrusted_accuser": 1}
     assert not suspects(node)
 
@@ -226,7 +229,7 @@ def test_a_flood_of_evidence_is_cut_off() -> None:
     node = listener(ACCUSER)
     burst = ENTRIES_BURST // (EVIDENCE_WEIGHT * EVIDENCE_ENTRIES_MAX)
     for sequence in range(burst + 3):
-        node.handle(batch(*[lie()] * EVIDENCE_ENTRIES_MAX, sequence=sequence), NOW_MS)
+        node.handle(batch(*[lie()] * EVIDENCE_ENTRIES_MAX, sequence=sequence), dated(NOW_MS))
     assert node.gossip_refused == {"rate": 3}
 
 
@@ -245,37 +248,37 @@ def convict(node: NetworkNode, signer: int = ACCUSED, now_ms: int = NOW_MS) -> l
     for left in reversed(range(FINDINGS_MIN)):
         assert effects == []
         found = AnswerAudited(lie(signer, number=left), b"client %d" % left)
-        effects = node.handle(found, now_ms - left * FINDING_EVERY_MS)
+        effects = node.handle(found, dated(now_ms - left * FINDING_EVERY_MS))
     return effects
 
 
 def test_a_conviction_lasts_a_day_costs_belief_and_is_told() -> None:
     node, accused = listener(ACCUSED), Identity(ACCUSED)
-    assert node._trust.trusts(accused.public_key, NOW_MS)
+    assert node._trust.trusts(accused.public_key, dated(NOW_MS))
     effects = convict(node)
     assert told(effects) == [lie()]
-    assert only(effects, ChargePeer) == [ChargePeer(accused.peer, "false_response")]
-    assert node._trust.word.score(accused.peer, NOW_MS) == score_of(0, 0, 1)
-    assert not node._trust.trusts(accused.public_key, NOW_MS + CONVICTED_MS - 1)
-    assert node._trust.trusts(accused.public_key, NOW_MS + CONVICTED_MS)
+    assert only(effects, ChargePeer) == [ChargePeer(accused.peer, Reason.FALSE_RESPONSE)]
+    assert node._trust.word.score(accused.peer, dated(NOW_MS)) == score_of(0, 0, 1)
+    assert not node._trust.trusts(accused.public_key, dated(NOW_MS + CONVICTED_MS - 1))
+    assert node._trust.trusts(accused.public_key, dated(NOW_MS + CONVICTED_MS))
 
 
 @pytest.mark.parametrize("far", [1, 40])
 def test_one_finding_makes_suspect_and_is_told_to_nobody(far: int) -> None:
     node, accused = listener(ACCUSED), Identity(ACCUSED)
-    assert node.handle(AnswerAudited(lie(far=far), b"client"), NOW_MS) == []
+    assert node.handle(AnswerAudited(lie(far=far), b"client"), dated(NOW_MS)) == []
     assert suspects(node)
-    assert node._trust.trusts(accused.public_key, NOW_MS)
-    assert node._trust.word.score(accused.peer, NOW_MS) == score_of(0, 0, 0)
+    assert node._trust.trusts(accused.public_key, dated(NOW_MS))
+    assert node._trust.word.score(accused.peer, dated(NOW_MS)) == score_of(0, 0, 0)
     assert node.next_deadline_ms() is not None
-    assert told(node.handle(NetworkTick(), NOW_MS + 10 * EVIDENCE_EVERY_MS)) == []
+    assert told(node.handle(NetworkTick(), dated(NOW_MS + 10 * EVIDENCE_EVERY_MS))) == []
 
 
 def test_a_lie_is_told_once() -> None:
     node = listener()
     assert told(convict(node)) == [lie()]
-    again = node.handle(AnswerAudited(lie(far=9), b"client 9"), NOW_MS + 1)
-    assert told(again + node.handle(NetworkTick(), NOW_MS + 10 * EVIDENCE_EVERY_MS)) == []
+    again = node.handle(AnswerAudited(lie(far=9), b"client 9"), dated(NOW_MS + 1))
+    assert told(again + node.handle(NetworkTick(), dated(NOW_MS + 10 * EVIDENCE_EVERY_MS))) == []
 
 
 def test_many_lies_are_told_at_one_a_second_the_newest_first_to_survive() -> None:
@@ -284,10 +287,10 @@ def test_many_lies_are_told_at_one_a_second_the_newest_first_to_survive() -> Non
     count = EVIDENCE_QUEUED_MAX + 10
     spoken = []
     for number in range(count):
-        effects = node.handle(AnswerAudited(lie(number=1_000 + number), b"client"), NOW_MS)
+        effects = node.handle(AnswerAudited(lie(number=1_000 + number), b"client"), dated(NOW_MS))
         spoken.append((0, told(effects)))
     for at_ms in range(0, 100 * SECOND_MS, 100):
-        spoken.append((at_ms, told(node.handle(NetworkTick(), NOW_MS + at_ms))))
+        spoken.append((at_ms, told(node.handle(NetworkTick(), dated(NOW_MS + at_ms)))))
     times = [at_ms for at_ms, entries in spoken if entries]
     assert all(later - earlier >= EVIDENCE_EVERY_MS for earlier, later in pairwise(times))
     assert max(len(entries) for _, entries in spoken) == EVIDENCE_ENTRIES_MAX
@@ -299,11 +302,11 @@ def test_many_lies_are_told_at_one_a_second_the_newest_first_to_survive() -> Non
 def test_a_clock_that_is_set_back_delays_no_evidence() -> None:
     node = listener()
     convict(node)
-    node.handle(AnswerAudited(lie(number=1), b"client"), NOW_MS)
-    now_ms = NOW_MS - 3_600 * SECOND_MS
-    node.handle(NetworkTick(), now_ms)
-    assert node._outbox.next_deadline_ms() == now_ms + EVIDENCE_EVERY_MS
-    assert told(node.handle(NetworkTick(), now_ms + EVIDENCE_EVERY_MS)) == [lie(number=1)]
+    node.handle(AnswerAudited(lie(number=1), b"client"), dated(NOW_MS))
+    mono_ms, set_by_ms = dated(NOW_MS).mono_ms, -3_600 * SECOND_MS
+    node.handle(NetworkTick(), at(mono_ms, set_by_ms))
+    assert node._outbox.next_deadline_ms() == mono_ms + EVIDENCE_EVERY_MS
+    assert told(node.handle(NetworkTick(), at(mono_ms + EVIDENCE_EVERY_MS, set_by_ms))) == [lie(number=1)]
 
 
 def test_whom_one_node_convicts_all_others_audit() -> None:
@@ -318,6 +321,6 @@ def test_whom_one_node_convicts_all_others_audit() -> None:
         world.tell(ACCUSER, AnswerAudited(lie(number=number), b"client %d" % number))
     for number in (ME, OTHER):
         assert suspects(world.nodes[number], now_ms=world.now_ms)
-        assert world.nodes[number]._trust.trusts(Identity(ACCUSED).public_key, world.now_ms)
-    assert not world.nodes[ACCUSER]._trust.trusts(Identity(ACCUSED).public_key, world.now_ms)
+        assert world.nodes[number]._trust.trusts(Identity(ACCUSED).public_key, world.now)
+    assert not world.nodes[ACCUSER]._trust.trusts(Identity(ACCUSED).public_key, world.now)
     assert world.nodes[ACCUSED].gossip_refused == {"about_us": 1}

@@ -19,6 +19,8 @@ from hyperspace_vllm.core.events.network_effects import (
 )
 from hyperspace_vllm.core.events.network_events import ProvidersFound, ResponseFetched, ResponseRefused, ResponseWanted
 from hyperspace_vllm.core.records.ids import PeerId
+from hyperspace_vllm.core.records.now import Now
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.response.lookup import (
     ATTEMPTS_MAX,
     DHT_MS,
@@ -30,6 +32,7 @@ from hyperspace_vllm.core.response.lookup import (
     ResponseLookup,
     hedge_delay_ms,
 )
+from tests.support.moments import at
 
 WANTED = b"r" * 32
 DEADLINE_MS = 300
@@ -49,8 +52,12 @@ class Script:
     def __init__(self, may_search: bool = True) -> None:
         self.may_search = may_search
         self.searches = 0
-        self.now_ms = 0
+        self.now_ms = self.set_by_ms = 0
         self.lookup: ResponseLookup
+
+    @property
+    def now(self) -> Now:
+        return at(self.now_ms, self.set_by_ms)
 
     def run(self, transcript: str) -> None:
         lines = [line.split("#")[0].rstrip() for line in textwrap.dedent(transcript).strip().splitlines()]
@@ -71,17 +78,17 @@ class Script:
         match words:
             case ["want", *names]:
                 wanted = ResponseWanted(1, WANTED, DEADLINE_MS)
-                self.lookup = ResponseLookup(wanted, candidates(names), self._may_search, self.now_ms)
-                effects = self.lookup.start(self.now_ms)
+                self.lookup = ResponseLookup(wanted, candidates(names), self._may_search, self.now)
+                effects = self.lookup.start(self.now)
             case ["tick"]:
-                effects = self.lookup.on_tick(self.now_ms)
+                effects = self.lookup.on_tick(self.now)
             case ["hit", name]:
                 effects = self.lookup.on_fetched(ResponseFetched(1, PeerId(name), 1, 1, 1))
             case ["refused", name, reason]:
-                effects = self.lookup.on_refused(ResponseRefused(1, PeerId(name), reason, False), self.now_ms)
+                effects = self.lookup.on_refused(ResponseRefused(1, PeerId(name), Reason(reason)), self.now)
             case ["found", *names]:
                 found = ProvidersFound(1, tuple(PeerId(name) for name in names), 1.0)
-                effects = self.lookup.on_providers(found, candidates(names), self.now_ms)
+                effects = self.lookup.on_providers(found, candidates(names), self.now)
             case _:
                 raise ValueError(words)
         return [self.told(effect) for effect in effects]
@@ -99,7 +106,7 @@ class Script:
             case _:
                 raise ValueError(effect)
 
-    def _may_search(self, now_ms: int) -> bool:
+    def _may_search(self, now: Now) -> bool:
         self.searches += 1
         return self.may_search
 
@@ -205,7 +212,7 @@ def test_strangers_hints_race_the_engine_and_make_no_request_wait() -> None:
         answer B hint hit
         """
     )
-    assert script.lookup.waited_ms(40) == {}
+    assert script.lookup.waited_ms(at(40)) == {}
 
 
 def test_a_request_waits_for_those_who_are_worth_it_and_for_strangers_no_longer() -> None:
@@ -223,7 +230,7 @@ def test_a_request_waits_for_those_who_are_worth_it_and_for_strangers_no_longer(
         answer None none deadline
         """
     )
-    assert script.lookup.waited_ms(RACE_MS) == {"A": 100}
+    assert script.lookup.waited_ms(at(RACE_MS)) == {"A": 100}
 
 
 def test_what_a_request_waited_for_each_is_known_but_for_who_answered() -> None:
@@ -241,7 +248,7 @@ def test_what_a_request_waited_for_each_is_known_but_for_who_answered() -> None:
         answer C hint hit
         """
     )
-    assert script.lookup.waited_ms(90) == {"A": 90, "B": 10}
+    assert script.lookup.waited_ms(at(90)) == {"A": 90, "B": 10}
 
 
 def test_an_unhinted_lookup_may_take_longer_because_nobody_waits_for_it() -> None:
@@ -376,9 +383,9 @@ def test_at_most_so_many_providers_are_asked() -> None:
 def test_a_clock_that_is_set_back_takes_nothing_from_the_lookup() -> None:
     script = Script()
     script.run("> at=1000 want A B\nhinted\nfetch A for 300")
-    script.lookup.shift(-900)
-    assert script.lookup.next_deadline_ms() == 130
-    script.run("> at=130 tick\nfetch B for 270\n> at=400 tick\nanswer None none deadline")
+    script.set_by_ms = -900
+    assert script.lookup.next_deadline_ms() == 1030
+    script.run("> at=1030 tick\nfetch B for 270\n> at=1300 tick\nanswer None none deadline")
 
 
 @pytest.mark.parametrize(

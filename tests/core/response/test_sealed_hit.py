@@ -16,10 +16,11 @@ from hyperspace_vllm.core.records.errors import ProtocolViolation, Refused
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import CLOCK_SKEW_MS, RESPONSE_BYTES_MAX, RESPONSE_TTL_MS
 from hyperspace_vllm.core.records.peer_wire import Hit, decode_answer, encode
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.sealing import open_response, seal_key, seal_response
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG, member_tag
 from hyperspace_vllm.core.response.cache_proof import make_proof
-from hyperspace_vllm.core.response.sealed_hit import LIES, Opened, make_hit, open_hit
+from hyperspace_vllm.core.response.sealed_hit import Opened, make_hit, open_hit
 from tests.support.paths import VECTORS
 
 NETWORK = network_id("test")
@@ -188,7 +189,7 @@ def test_the_seal_is_opened_last() -> None:
 
 
 def test_what_honest_peers_can_differ_in_is_no_lie() -> None:
-    assert not LIES & {"untrusted_signer", "expired", "from_the_future"}
+    assert not any(Reason(label).is_guilty for label in ("untrusted_signer", "expired", "from_the_future"))
 
 
 @settings(deadline=None)

@@ -17,6 +17,8 @@ from hyperspace_vllm.core.records.limits import (
     DIALS_TO_HOST_PER_S,
     KV_LINKS_MAX,
 )
+from hyperspace_vllm.core.records.reason import Reason
+from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from hyperspace_vllm.daemon.zmq_pump import HANDSHAKE_MS
 from tests.support.kv_sides import CHUNK, ROW_ID, Side, fetch, put_object
@@ -209,13 +211,13 @@ async def test_good_and_bad_service_make_a_reputation_for_service_and_lies_cost_
 ) -> None:
     server, client = pair
     peer, trust = server.identity.peer_id, client.trust
-    now_ms = time.time_ns() // 1_000_000
-    newcomer = trust.service.score(peer, now_ms)
+    now = clock.now()
+    newcomer = trust.service.score(peer, now)
     client.transport.credit(peer)
-    assert trust.service.score(peer, now_ms) > newcomer
-    assert trust.word.score(peer, now_ms) == newcomer
-    client.transport.charge(peer, "stalled")
-    assert trust.word.score(peer, now_ms) == newcomer
-    client.transport.charge(peer, "bad_digest")
-    assert trust.service.score(peer, now_ms) < newcomer * 1.1
-    assert trust.word.score(peer, now_ms) < newcomer
+    assert trust.service.score(peer, now) > newcomer
+    assert trust.word.score(peer, now) == newcomer
+    client.transport.charge(peer, Reason.STALLED)
+    assert trust.word.score(peer, now) == newcomer
+    client.transport.charge(peer, Reason.BAD_DIGEST)
+    assert trust.service.score(peer, now) < newcomer * 1.1
+    assert trust.word.score(peer, now) < newcomer

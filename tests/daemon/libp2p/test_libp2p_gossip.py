@@ -28,6 +28,7 @@ from hyperspace_vllm.core.records.announcement import (
 from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import GOSSIP_OF_AUTHOR_PER_S, RESPONSE_TTL_MS
 from hyperspace_vllm.core.records.standing import Rank, Standing
+from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.libp2p import (
     libp2p_gossip,
     libp2p_time,
@@ -135,7 +136,7 @@ async def test_rubbish_of_strangers_is_not_passed_on_and_costs_a_neighbour_none_
     members: Members,
 ) -> None:
     """Who relays for eight strangers that say what doesn't decode is heard, and they are not."""
-    gates = [GossipGate(NETWORK, 0) for _ in range(3)]
+    gates = [GossipGate(NETWORK, clock.now()) for _ in range(3)]
     a, b, c = [(await members(1, topic=RESPONSE_TOPIC, gate=gate))[0] for gate in gates]
     for gate in gates:
         gate.authors = {each.peer: Standing(Rank.MET, "127.0.0.1") for each in (a, b, c)}
@@ -175,7 +176,7 @@ async def test_rubbish_of_strangers_is_not_passed_on_and_costs_a_neighbour_none_
 
 
 async def test_an_authors_flood_is_cut_off_at_its_allowance_and_others_still_pass(members: Members) -> None:
-    gate = GossipGate(NETWORK, 0)
+    gate = GossipGate(NETWORK, clock.now())
     (a,) = await members(1, topic=RESPONSE_TOPIC, gate=gate)
     b, flooder = await members(2, meet=False, topic=RESPONSE_TOPIC)
     gate.authors = {each.peer: Standing(Rank.MET, each.peer) for each in (b, flooder)}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ from hyperspace_vllm.core.records.peer_wire import Hit, Miss, decode_answer, enc
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.core.response.sealed_hit import make_hit
-from hyperspace_vllm.daemon import join
+from hyperspace_vllm.daemon import clock
+from hyperspace_vllm.daemon.clock import wall_ms
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.join import NodeNetwork
 from hyperspace_vllm.daemon.metrics import Metrics
@@ -32,7 +34,7 @@ from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE
 from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
 from hyperspace_vllm.daemon.responses.response_server import ResponseServer
-from hyperspace_vllm.daemon.responses.response_store import ResponseStore, wall_clock_ms
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.response_db import ResponseReader, database_path
 from tests.support import network_nodes, redis_server
 from tests.support.network_nodes import MODEL, NetworkedNode, body_of, config_of, private_network, request_key
@@ -121,7 +123,7 @@ class FleetNode:
         """The proof of what lies in its own database."""
         assert self.store.flush(60)
         reader = ResponseReader(self.path)
-        entry = reader.get(request_key(name), wall_clock_ms())
+        entry = reader.get(request_key(name), wall_ms())
         reader.close()
         return entry.proof if entry else None
 
@@ -205,7 +207,7 @@ async def test_what_one_node_computed_another_has_from_redis_alone_under_the_sam
     assert b.stored("x") == found.proof
     assert b.shared.status() == {"state": "on", "queued": 0, "written": 0, "dropped": 0, "hits": 1}
     assert await b.find("nobody has this") is None
-    left_ms = found.expires_at_ms - wall_clock_ms()
+    left_ms = found.expires_at_ms - wall_ms()
     assert abs(await client.pttl(redis_key("x")) - left_ms) < 2_000
 
 
@@ -264,7 +266,7 @@ def flipped(data: bytes) -> bytes:
 
 def signed(node: FleetNode, name: str, model: bytes = MODEL, age_ms: int = 0) -> bytes:
     """A Hit for the request of that name, by this node's key."""
-    key, at_ms = request_key(name), wall_clock_ms() - age_ms
+    key, at_ms = request_key(name), wall_ms() - age_ms
     proof = make_proof(node.identity.signing_key, NETWORK, key, b"forged", model, "v", at_ms).encode()
     tag = node.network.trust.vouch(node.identity.public_key)
     return encode(make_hit(key, NETWORK, os.urandom(12), b"forged", proof, tag, 0))
@@ -519,10 +521,11 @@ async def test_whom_a_node_that_has_only_redis_convicts_is_believed_no_more(
     found = await b.find("x")
     assert found is not None
     audits = AuditRequests(NETWORK, b.identity.public_key, b.store, b.network.audited, b.metrics)
-    now_ms = wall_clock_ms()
+    now = clock.now()
     for number in range(FINDINGS_MIN):
         ago_ms = (FINDINGS_MIN - 1 - number) * FINDING_EVERY_MS
-        monkeypatch.setattr(join, "_now_ms", lambda ago_ms=ago_ms: now_ms - ago_ms)
+        earlier = replace(now, mono_ms=now.mono_ms - ago_ms)
+        monkeypatch.setattr(clock, "now", lambda earlier=earlier: earlier)
         audits.heard(ResponseAudited(request_key("x"), found.proof, 40, 40, bytes([number])))
     assert await b.find("y") is None
     assert b.failures("untrusted_signer") == 1

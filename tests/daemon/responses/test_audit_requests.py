@@ -1,6 +1,7 @@
 """What an API server's audit of another node's response does: to the database, to the signer, and at other nodes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,15 @@ from hyperspace_vllm.core.records.errors import ProtocolViolation
 from hyperspace_vllm.core.records.ids import RequestKey, public_key_of, sha256
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
-from hyperspace_vllm.daemon import join
+from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.identity import Identity as StoredIdentity
 from hyperspace_vllm.daemon.join import NodeNetwork
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests
-from hyperspace_vllm.daemon.responses.response_store import ResponseStore, wall_clock_ms
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.daemon.responses.store_changes import ServableEntry
 from hyperspace_vllm.response_db import ResponseReader, database_path
+from tests.support.moments import dated
 from tests.support.network_nodes import NetworkedNode, body_of, private_network, request_key, until
 from tests.support.network_world import NETWORK, NOW_MS, Identity, make_node, only
 
@@ -69,8 +71,8 @@ class Node:
 
     def audited(self, event: AnswerAudited) -> bool:
         self.heard_of.append(event)
-        self.published += only(self.network.handle(event, self.audits_at_ms), Publish)
-        return self.network._trust.is_convicted(event.evidence.signer, self.audits_at_ms)
+        self.published += only(self.network.handle(event, dated(self.audits_at_ms)), Publish)
+        return self.network._trust.is_convicted(event.evidence.signer, dated(self.audits_at_ms))
 
     def fetch(self, number: int, signer: int = LIAR, computed_at_ms: int = NOW_MS) -> None:
         """A response came from a peer."""
@@ -98,10 +100,10 @@ class Node:
         return [number for number in range(9) if reader.get(key(number), self.now_ms)]
 
     def trusts(self, number: int) -> bool:
-        return self.network._trust.trusts(Identity(number).public_key, NOW_MS)
+        return self.network._trust.trusts(Identity(number).public_key, dated(NOW_MS))
 
     def suspects(self, number: int) -> bool:
-        return self.network._trust.suspicion.suspects(Identity(number).public_key, NOW_MS)
+        return self.network._trust.suspicion.suspects(Identity(number).public_key, dated(NOW_MS))
 
     def counted(self) -> dict[str, int]:
         families = self.metrics.audits_total.collect()
@@ -211,15 +213,16 @@ async def test_who_is_caught_is_suspected_or_convicted_without_a_network_too(
     metrics = Metrics()
     network = NodeNetwork(config, identity, metrics)
     audits = AuditRequests(NETWORK, identity.public_key, None, network.audited, metrics)
-    now_ms = wall_clock_ms()
-    assert network.trust.trusts(liar.public_key, now_ms)
+    now = clock.now()
+    assert network.trust.trusts(liar.public_key, now)
     for number in range(FINDINGS_MIN):
-        monkeypatch.setattr(join, "_now_ms", lambda number=number: now_ms + number * FINDING_EVERY_MS)
+        later = replace(now, mono_ms=now.mono_ms + number * FINDING_EVERY_MS)
+        monkeypatch.setattr(clock, "now", lambda later=later: later)
         audits.heard(ResponseAudited(key(number), proof_of(number), 40, far, bytes([number])))
-    now_ms += FINDINGS_MIN * FINDING_EVERY_MS
-    assert network.trust.suspicion.suspects(liar.public_key, now_ms)
-    assert network.trust.trusts(liar.public_key, now_ms) == trusted
-    assert (network.trust.word.score(liar.peer, now_ms) < score_of(0, 0, 0)) != trusted
+    now = replace(now, mono_ms=now.mono_ms + FINDINGS_MIN * FINDING_EVERY_MS)
+    assert network.trust.suspicion.suspects(liar.public_key, now)
+    assert network.trust.trusts(liar.public_key, now) == trusted
+    assert (network.trust.word.score(liar.peer, now) < score_of(0, 0, 0)) != trusted
 
 
 # --- node processes -----------------------------------------------------------------------------

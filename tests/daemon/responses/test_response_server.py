@@ -18,10 +18,11 @@ from hyperspace_vllm.core.records.peer_wire import Hit, Miss
 from hyperspace_vllm.core.records.signing import member_tag
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.core.response.sealed_hit import Opened, open_hit
+from hyperspace_vllm.daemon.clock import wall_ms
 from hyperspace_vllm.daemon.responses import response_server
 from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE, AskingPeer
 from hyperspace_vllm.daemon.responses.response_server import ANSWER_S, ResponseServer
-from hyperspace_vllm.daemon.responses.response_store import ResponseStore, wall_clock_ms
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 
 pytestmark = pytest.mark.io
 
@@ -86,7 +87,7 @@ def opened(answer: Hit | Miss, number: int) -> Opened:
     def meet(signer: bytes, tag: bytes) -> None:
         assert tag == member_tag(SECRET, signer)
 
-    return open_hit(answer, key(number), NETWORK, MODEL, signers.__contains__, meet, wall_clock_ms())
+    return open_hit(answer, key(number), NETWORK, MODEL, signers.__contains__, meet, wall_ms())
 
 
 async def test_what_was_computed_here_opens_at_a_peer(store: ResponseStore, server: ResponseServer) -> None:
@@ -101,7 +102,7 @@ async def test_what_was_computed_here_opens_at_a_peer(store: ResponseStore, serv
 async def test_what_was_fetched_is_served_on_with_its_original_proof(
     store: ResponseStore, server: ResponseServer
 ) -> None:
-    at_ms = wall_clock_ms() - 1000
+    at_ms = wall_ms() - 1000
     proof = make_proof(PEER, NETWORK, key(1), b"theirs", MODEL, "v", at_ms)
     store.store_fetched(key(1), b"theirs", proof.encode(), at_ms, at_ms + RESPONSE_TTL_MS, "network")
     assert store.flush(60)

@@ -24,6 +24,7 @@ from hyperspace_vllm.core.registry.registry import Registry
 from hyperspace_vllm.daemon.workers import registry_documents
 from hyperspace_vllm.daemon.workers.registry_documents import RegistryDocuments
 from hyperspace_vllm.daemon.workers.registry_worker import OwnDocument, resident_bytes
+from tests.support.moments import dated
 
 pytestmark = pytest.mark.io
 NETWORK = network_id("test")
@@ -171,17 +172,17 @@ async def test_a_killed_worker_costs_its_documents_which_the_core_rebuilds(docum
     owner_key = SigningKey.generate()
     owner = RegistryDocuments(NETWORK, owner_key, lambda: NOW_MS, nice=0)
     met = Standing(Rank.MET, "10.0.0.1")
-    registry = Registry(NETWORK, KEY.verify_key.encode(), lambda owner: met, random.Random(1))
-    source = Registry(NETWORK, owner_key.verify_key.encode(), lambda owner: met, random.Random(2))
+    registry = Registry(NETWORK, KEY.verify_key.encode(), lambda owner: met, random.Random(1), dated(NOW_MS))
+    source = Registry(NETWORK, owner_key.verify_key.encode(), lambda owner: met, random.Random(2), dated(NOW_MS))
     try:
         every = entries(50)
         now_ms = NOW_MS
         for number, (id, at) in enumerate(every):
             source.note_stored(id, at)
             now_ms += 300
-            await perform(source, source.on_tick(now_ms), owner, now_ms)
-            answer = source.answer(registry.want(), now_ms)
-            effects = registry.on_deltas(peer_id(owner_key.verify_key.encode()), answer, now_ms)
+            await perform(source, source.on_tick(dated(now_ms)), owner, now_ms)
+            answer = source.answer(registry.want(), dated(now_ms))
+            effects = registry.on_deltas(peer_id(owner_key.verify_key.encode()), answer, dated(now_ms))
             job = asyncio.create_task(perform(registry, effects, documents, now_ms))
             if number % 10 == 3 and documents.worker_pid:
                 os.kill(documents.worker_pid, signal.SIGKILL)
@@ -190,10 +191,10 @@ async def test_a_killed_worker_costs_its_documents_which_the_core_rebuilds(docum
                 os.kill(owner.worker_pid, signal.SIGKILL)
         for _ in range(20):
             now_ms += 1000
-            await perform(source, source.on_tick(now_ms), owner, now_ms)
-            answer = source.answer(registry.want(), now_ms)
-            effects = registry.on_deltas(peer_id(owner_key.verify_key.encode()), answer, now_ms)
-            await perform(registry, effects + registry.on_tick(now_ms), documents, now_ms)
+            await perform(source, source.on_tick(dated(now_ms)), owner, now_ms)
+            answer = source.answer(registry.want(), dated(now_ms))
+            effects = registry.on_deltas(peer_id(owner_key.verify_key.encode()), answer, dated(now_ms))
+            await perform(registry, effects + registry.on_tick(dated(now_ms)), documents, now_ms)
         assert registry.entries == 50
         assert all(registry.providers(id, now_ms) for id, _ in every)
     finally:
@@ -207,7 +208,7 @@ async def perform(registry: Registry, effects: list, documents: RegistryDocument
         if isinstance(effect, WriteRegistry):
             event = await documents.write(effect)
             if isinstance(event, OwnDeltaWritten):
-                queue += registry.on_own_delta(event, now_ms)
+                queue += registry.on_own_delta(event, dated(now_ms))
             else:
                 queue += registry.on_refused(event)
         else:
@@ -215,7 +216,7 @@ async def perform(registry: Registry, effects: list, documents: RegistryDocument
             done = await documents.import_deltas(effect)
             if isinstance(done, DeltasImported):
                 registry.on_imported(done)
-                queue += registry.on_tick(now_ms)
+                queue += registry.on_tick(dated(now_ms))
             else:
                 queue += registry.on_refused(done)
 
