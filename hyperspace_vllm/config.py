@@ -11,23 +11,33 @@ import logging
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
-from urllib.parse import parse_qsl, urlsplit
+from typing import Annotated, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from .core.records.errors import ProtocolViolation
-from .core.records.ids import public_key_of
+import msgspec
+from msgspec import Meta
+
 from .core.records.limits import GiB, KiB, MiB
+from .setting_forms import (
+    PATH_EXPECTED,
+    acronym,
+    host_port,
+    host_port_or_empty,
+    host_port_or_port,
+    peer,
+    peer_id,
+    redis_url,
+    short_path,
+)
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 ENVIRONMENT_PREFIX = "HYPERSPACE_"
 _UNITS = {"": 1, "kib": KiB, "mib": MiB, "gib": GiB, "tib": 1024 * GiB}
-_SOCKET_PATH_MAX = 107  # sockaddr_un.sun_path holds 108 bytes, the last one zero
 _FILE_VARIABLE = "HYPERSPACE_CONFIG"
 _ENVIRONMENT = "the environment"
 # `NAME=value` as Kubernetes writes it for a Service called `hyperspace` or `hyperspace-…`.
@@ -36,9 +46,19 @@ _OF_KUBERNETES = re.compile(
     r"|PORT_\d+_[A-Z]+_(PROTO|PORT|ADDR)=.*)"
 )
 _REDIS_URLS = ("registry", "shared_responses")
-_TLS_OPTIONS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
-_REDIS_OPTIONS = {"redis": {"db"}, "rediss": {"db", *_TLS_OPTIONS}, "unix": {"db"}}  # by scheme, what may follow "?"
 
+# What environment variables, paths and messages can carry: no zero, and no half of a character, as of a path that is
+# not UTF-8. An item is also what a variable that lists values separated by commas can carry.
+_CHARACTER = r"[^\0\ud800-\udfff]"
+_END_OF_ITEM = r"[^\0\ud800-\udfff,\s]"
+_TEXT = Annotated[str, Meta(pattern=rf"\A{_CHARACTER}*\Z")]
+_ITEM = Annotated[str, Meta(pattern=rf"\A{_END_OF_ITEM}([^\0\ud800-\udfff,]*{_END_OF_ITEM})?\Z")]
+_CONSTRAINED: dict[object, object] = {
+    str: _TEXT,
+    Path: _TEXT,
+    tuple[str, ...]: tuple[_ITEM, ...],
+    int: Annotated[int, Meta(ge=0, le=1 << 62)],
+}
 
 CHOOSE_DATA_DIR = "set HYPERSPACE_DATA_DIR to a directory that this user can write"
 
@@ -57,8 +77,9 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
         raise ConfigError(f"data_dir: user {os.geteuid()} has no home directory; {CHOOSE_DATA_DIR}") from None
 
 
-def _setting(default: T, doc: str, at_most: int | float = 1 << 62, at_least: int | float = 0) -> T:
-    declared: T = field(default=default, metadata={"doc": doc, "at_most": at_most, "at_least": at_least})
+def _setting(default: T, doc: str, instead: Callable[[str], str | None] = lambda text: None) -> T:
+    """`instead` is what is expected where a text, or an item of a list, has the type but not the form; else None."""
+    declared: T = field(default=default, metadata={"doc": doc, "instead": instead})
     return declared
 
 
@@ -68,18 +89,25 @@ class Config:
 
     data_dir: Path = field(
         default_factory=lambda: default_data_dir(os.environ),
-        metadata={"doc": "Key, stores, socket and lock of one node; mode 0700. One node per directory."},
+        metadata={
+            "doc": "Key, stores, socket and lock of one node; mode 0700. One node per directory.",
+            "instead": short_path,
+        },
     )
-    listen: str = _setting("127.0.0.1:0", "host:port that other nodes fetch from (port 0: any free one).")
+    listen: str = _setting("127.0.0.1:0", "host:port that other nodes fetch from (port 0: any free one).", host_port)
     peers: tuple[str, ...] = _setting(
-        (), "Nodes to fetch from and to trust, each `<peer id>@host:port`; in variables separated by commas."
+        (), "Nodes to fetch from and to trust, each `<peer id>@host:port`; in variables separated by commas.", peer
     )
     network: str = _setting("default", "Name of the network; nodes of different networks share nothing.")
     bootstrap: tuple[str, ...] = _setting(
-        (), "Nodes to join the network through, each `<peer id>@host:port` of its `p2p_listen`; trusted as members."
+        (),
+        "Nodes to join the network through, each `<peer id>@host:port` of its `p2p_listen`; trusted as members.",
+        peer,
     )
     p2p_listen: str = _setting(
-        "127.0.0.1:0", "host:port of discovery, gossip and responses between nodes (libp2p); empty: off."
+        "127.0.0.1:0",
+        "host:port of discovery, gossip and responses between nodes (libp2p); empty: off.",
+        host_port_or_empty,
     )
     advertise: str = _setting("", "Host that other nodes reach this one at; empty: the hosts of the listeners.")
     network_key_file: str = _setting(
@@ -90,27 +118,30 @@ class Config:
         "members",
         "Whose proofs and manifests count: members', responses also of peers that have earned it, or `allowed`.",
     )
-    allowed: tuple[str, ...] = _setting((), "Peer ids that are trusted by name.")
+    allowed: tuple[str, ...] = _setting((), "Peer ids that are trusted by name.", peer_id)
     share: Literal["private", "network", "public"] = _setting(
         "network",
         "How far responses may travel: not at all, to members, or to everybody "
         '(then with `trust = "reputation"` KV too).',
     )
-    registry: str = _setting("", "`redis://…` of a fleet that has one: replaces the nodes' own registry.")
+    registry: str = _setting("", "`redis://…` of a fleet that has one: replaces the nodes' own registry.", redis_url)
     shared_responses: str = _setting(
-        "", "`redis://…` of a fleet that has one: responses lie there too, sealed, and are looked for there first."
+        "",
+        "`redis://…` of a fleet that has one: responses lie there too, sealed, and are looked for there first.",
+        redis_url,
     )
-    network_deadline_ms: int = _setting(300, "Longest wait of a request for a response of another node, ms.", 60_000)
-    arena_bytes: int = _setting(
+    network_deadline_ms: Annotated[int, Meta(ge=0, le=60_000)] = _setting(
+        300, "Longest wait of a request for a response of another node, ms."
+    )
+    arena_bytes: Annotated[int, Meta(ge=MiB, le=1 << 62)] = _setting(
         0,
         "Shared memory for KV rows, 0: four of the model's longest prompts, at most an eighth of the memory. At most "
         "half of what is free in /dev/shm is taken.",
-        at_least=MiB,
     )
     disk_bytes: int = _setting(20 * GiB, "Quota of the chunk store on disk.")
     response_bytes: int = _setting(GiB, "Quota of the response store on disk.")
-    response_ttl_s: int = _setting(
-        86400, "Seconds a stored response may be served, at most the day for which its proof holds.", 86400
+    response_ttl_s: Annotated[int, Meta(ge=0, le=86400)] = _setting(
+        86400, "Seconds a stored response may be served, at most the day for which its proof holds."
     )
     response_cache: bool = _setting(True, "Answer repeated requests from stored responses (L1).")
     sampled: Literal["cache", "bypass"] = _setting(
@@ -122,15 +153,15 @@ class Config:
     semantic_model: str = _setting(
         "all-MiniLM-L6-v2", "What compares questions: the built-in model, or any that sentence-transformers loads."
     )
-    max_error: float = _setting(
+    # Of none wrong in match_error.WINDOW no less than 0.0038 is sure.
+    max_error: Annotated[float, Meta(ge=0.004, le=1)] = _setting(
         1.0,
         "Share of semantic hits that may be wrong, from 0.004: until that is sure, matches are computed; 1: no bound.",
-        at_most=1,
-        at_least=0.004,  # of none wrong in match_error.WINDOW no less is sure: 0.0038
     )
     acronyms: tuple[str, ...] = _setting(
         (),
         "More acronyms with one reading each, written out where a question is about one alone: `K8s=Kubernetes`.",
+        acronym,
     )
     kv_cache: bool = _setting(True, "Load and store KV of prompt prefixes (L2).")
     fetch: Literal["auto", "always", "never"] = _setting(
@@ -141,16 +172,22 @@ class Config:
         "Our CUDA kernels for an engine's rows: used where they were built and there is a GPU (`auto`), demanded "
         "(`cuda`), or left to torch and the CPU (`cpu`).",
     )
-    lookup_deadline_ms: int = _setting(10_000, "Longest wait of a request for its prefix, ms.", 600_000)
+    lookup_deadline_ms: Annotated[int, Meta(ge=0, le=600_000)] = _setting(
+        10_000, "Longest wait of a request for its prefix, ms."
+    )
     tenants: Literal["private", "shared"] = _setting(
         "private", "With several API keys: does each key have a cache of its own, or do all share one?"
     )
-    nice: int = _setting(10, "Niceness (0-19) of what no request waits for: encoding and committing.", 19)
+    nice: Annotated[int, Meta(ge=0, le=19)] = _setting(
+        10, "Niceness (0-19) of what no request waits for: encoding and committing."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "What the node logs; but for `debug` at most 6 lines a minute of a kind."
     )
     metrics_listen: str = _setting(
-        "", "host:port of the node's own Prometheus endpoint; empty: none; a bare port: on loopback."
+        "",
+        "host:port of the node's own Prometheus endpoint; empty: none; a bare port: on loopback.",
+        host_port_or_port,
     )
 
     def __post_init__(self) -> None:
@@ -178,21 +215,16 @@ class Setting:
     """One row of the settings table."""
 
     name: str
-    kind: object  # Path, str, int, float, bool, tuple[str, ...] or Literal[...]
+    type: object  # with msgspec's constraints
+    kind: object  # without: Path, str, int, float, bool, tuple[str, ...] or Literal[...]
     default: object
     doc: str
-    at_least: int | float
-    at_most: int | float
+    instead: Callable[[str], str | None]
 
     @property
     def variable(self) -> str:
         """Name of its environment variable."""
         return ENVIRONMENT_PREFIX + self.name.upper()
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The words it may be; () when it is no choice of words."""
-        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     def text_of(self, value: object) -> str:
         """`value` as its environment variable holds it."""
@@ -236,57 +268,37 @@ class Setting:
 
     def check(self, value: object, origin: str) -> None:
         """Raise `ConfigError` unless `value` has the right type and lies within its bounds."""
-        for expected in self._complaints(value):
+        if (expected := self._expected_instead(value)) is not None:
             raise ConfigError(f"{self.name} = {self.shown(repr(value))} (from {origin}): expected {expected}")
 
-    def _complaints(self, value: object) -> Iterator[str]:
-        if self.choices:
-            if value not in self.choices:
-                yield "one of " + ", ".join(self.choices)
-        elif self.kind is int:
-            if type(value) is not int or not (self.at_least <= value <= self.at_most or value == self.default):
-                yield f"a whole number from {self.at_least} to {self.at_most}"
-        elif self.kind is float:
-            if type(value) is not float or not self.at_least <= value <= self.at_most:
-                yield f"a number from {self.at_least} to {self.at_most}"
-        elif self.kind is bool:
-            if type(value) is not bool:
-                yield "true or false"
-        elif get_origin(self.kind) is tuple:
-            if not isinstance(value, tuple) or not all(map(_is_list_item, value)):
-                yield "a list of strings without commas"
-            elif self.name in ("peers", "bootstrap"):
-                yield from (complaint for peer in value for complaint in _peer_complaints(peer))
-            elif self.name == "acronyms":
-                yield from (f"ACRONYM=its words, not {each!r}" for each in value if not all(each.split("=", 1)[1:]))
-            elif self.name == "allowed":
-                yield from (complaint for peer in value for complaint in _peer_id_complaints(peer))
-        elif self.kind is Path:
-            longest = _SOCKET_PATH_MAX - len("/node.sock")
-            if not isinstance(value, Path) or not _is_text(str(value)) or len(os.fsencode(value)) > longest:
-                yield f"a path of at most {longest} bytes of UTF-8 (a Unix socket lies in it)"
-        elif not _is_text(value):
-            yield "a string"
-        elif self.name in _REDIS_URLS:
-            if value and not _is_redis_url(value):
-                yield "one redis://host:port/0, rediss://… or unix:///path?db=0"
-        elif self.name.endswith("listen") and not (value == "" and self.name != "listen"):
-            bare_port = self.default == "" and value.isdigit()
-            if not _is_host_port(f"127.0.0.1:{value}" if bare_port else value):
-                yield "host:port"
+    def _expected_instead(self, value: object) -> str | None:
+        """What should be there; None if `value` may be."""
+        if not self._has_type(value):
+            return self._expected
+        texts = value if isinstance(value, tuple) else (str(value),) if isinstance(value, str | Path) else ()
+        return next(filter(None, map(self.instead, texts)), None)
 
+    def _has_type(self, value: object) -> bool:
+        if isinstance(value, Path) != (self.kind is Path):
+            return False
+        if self.kind is int and type(value) is int and value == self.default:
+            return True  # of some, 0 stands for what is chosen later
+        plain = str(value) if isinstance(value, Path) else value
+        try:
+            return type(msgspec.convert(plain, self.type)) is type(plain)  # not a list for a tuple, nor 1 for 1.0
+        except (msgspec.ValidationError, UnicodeEncodeError):
+            return False
 
-def _is_text(value: object) -> TypeGuard[str]:
-    """Whether it is a string that environment variables, paths and messages can carry."""
-    try:
-        return isinstance(value, str) and b"\0" not in value.encode()
-    except UnicodeEncodeError:  # half a character, as of a path that is not UTF-8
-        return False
-
-
-def _is_list_item(value: object) -> bool:
-    """Whether a variable that lists values separated by commas can carry it."""
-    return _is_text(value) and "," not in value and value == value.strip() != ""
+    @property
+    def _expected(self) -> str:
+        if get_origin(self.kind) is Literal:
+            return "one of " + ", ".join(get_args(self.kind))
+        if self.kind in (int, float):
+            (meta,) = get_args(self.type)[1:]
+            return f"a {'whole ' if self.kind is int else ''}number from {meta.ge} to {meta.le}"
+        if get_origin(self.kind) is tuple:
+            return "a list of strings without commas"
+        return "true or false" if self.kind is bool else PATH_EXPECTED if self.kind is Path else "a string"
 
 
 def _fraction(value: object) -> object:
@@ -299,53 +311,16 @@ def _fraction(value: object) -> object:
         return value
 
 
-def _is_host_port(text: str) -> bool:
-    host, colon, port = text.rpartition(":")
-    return bool(colon and host) and port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 65536
-
-
-def _is_redis_url(text: str) -> bool:
-    """Whether redis-py takes all of it, as it reads: it ignores a path that is no number."""
-    try:
-        url = urlsplit(text)
-        options = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query)))
-        port = url.port
-    except ValueError:  # the port is no number, an option has no value
-        return False
-    known = url.scheme in _REDIS_OPTIONS and options.keys() <= _REDIS_OPTIONS[url.scheme]
-    if not known or url.fragment or not re.fullmatch(r"[0-9]+", options.get("db", "0")):
-        return False
-    if url.scheme == "unix":
-        return bool(url.path) and not url.hostname
-    is_host = re.fullmatch(r"[^\s,]+", url.hostname or "") is not None
-    return is_host and port != 0 and re.fullmatch(r"/?|/[0-9]+", url.path) is not None
-
-
-def _peer_complaints(peer: str) -> Iterator[str]:
-    name, at, endpoint = peer.partition("@")
-    if not at or not _is_host_port(endpoint):
-        yield f"<peer id>@host:port, not {peer!r}"
-        return
-    yield from (f"<peer id>@host:port: {complaint}" for complaint in _peer_id_complaints(name))
-
-
-def _peer_id_complaints(name: str) -> Iterator[str]:
-    try:
-        public_key_of(name)
-    except ProtocolViolation as error:
-        yield str(error)
-
-
 def _declared_settings() -> tuple[Setting, ...]:
-    kinds = get_type_hints(Config)
+    kinds, types = get_type_hints(Config), get_type_hints(Config, include_extras=True)
     return tuple(
         Setting(
-            f.name,
-            kinds[f.name],
-            None if f.name == "data_dir" else f.default,
-            f.metadata["doc"],
-            f.metadata.get("at_least", 0),
-            f.metadata.get("at_most", 1 << 62),
+            name=f.name,
+            type=_CONSTRAINED.get(types[f.name], types[f.name]),
+            kind=kinds[f.name],
+            default=None if f.name == "data_dir" else f.default,
+            doc=f.metadata["doc"],
+            instead=f.metadata["instead"],
         )
         for f in fields(Config)
     )

@@ -1,6 +1,7 @@
 import os
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -82,7 +83,14 @@ def test_variables_are_read_as_their_settings_type(tmp_path: Path, name: str, te
         ("arena_bytes", 1.5),
         ("arena_bytes", "1023KiB"),
         ("kv_cache", "perhaps"),
+        ("kv_cache", 1),
+        ("mdns", 0),
         ("fetch", "sometimes"),
+        ("fetch", "\ud800"),
+        ("nice", 10**30),
+        ("network", ["default"]),
+        ("acronyms", ["K8s="]),
+        ("allowed", ["nobody"]),
         ("listen", "4000"),
         ("listen", "host:70000"),
         ("peers", "12D3KooW@host:1"),
@@ -121,10 +129,19 @@ def test_wrong_values_are_refused_by_setting_and_origin(tmp_path: Path, name: st
         load_config(environ(tmp_path), {name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("peers", [PEER]), ("max_error", 1), ("data_dir", "/d"), ("network", Path("n"))]
+)
+def test_a_config_holds_only_values_of_its_types(tmp_path: Path, name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} = .*\(from Config\(\.\.\.\)\): expected "):
+        Config(**{"data_dir": tmp_path, name: value})  # type: ignore[arg-type]
+
+
 def test_the_least_max_error_is_one_that_can_be_shown(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^max_error = 0.001 .*: expected a number from 0.004 to 1$"):
         load_config(environ(tmp_path, HYPERSPACE_MAX_ERROR="0.001"))
-    least = next(setting.at_least for setting in SETTINGS if setting.name == "max_error")
+    (bounds,) = (get_args(setting.type)[1] for setting in SETTINGS if setting.name == "max_error")
+    least = bounds.ge
     assert least * 0.95 < wilson(0, WINDOW).high <= least
 
 

@@ -9,29 +9,31 @@ whoever lends it memory keeps that memory until `run` has really ended: `run` is
 
 import asyncio
 import contextlib
-import logging
 import os
-import sys
 import threading
-from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from ...core.records.errors import Refused
-from .kzg_worker import COMMIT, GROUP_BYTES, READY, REPLY_BYTES, VERIFY
+from .kzg_worker import COMMIT, GROUP_BYTES, REPLY_BYTES, VERIFY
+from .worker_process import WorkerLost, WorkerProcess, WorkerProgram
 
 THREADS = 2
 THREAD_JOBS_MAX = 512  # queued or running; a job holds at most a row's chunks
 KZG_JOBS_MAX = 64  # 128 KiB each = 8 MiB
 KZG_START_S = 60.0  # loading the setup takes 1.5 to 6 s of one core
 KZG_JOB_S = 10.0  # a commitment and its proof take 0.1 to 0.3 s
-KZG_RESTART_S = 2.0  # doubled for every start that failed: without ckzg there is nothing to hurry for
-KZG_RESTART_S_MAX = 60.0
 COMMIT_WAIT_S = 90.0  # the worker may still be starting: nobody waits for a commitment
-
-log = logging.getLogger(__name__)
+_KZG = WorkerProgram(
+    module="hyperspace_vllm.daemon.workers.kzg_worker",
+    name="KZG",
+    start_s=KZG_START_S,
+    job_s=KZG_JOB_S,
+    reply_bytes_max=REPLY_BYTES,
+    without="until one starts, KV is neither published nor taken from other nodes",
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -86,7 +88,7 @@ class ComputePool:
     @property
     def can_verify(self) -> bool:
         """Whether the KZG worker has started; until then a verification waits for seconds."""
-        return self._verifier.ready
+        return self._verifier.is_ready
 
     def kill_worker(self) -> None:
         """For tests of what follows: the KZG processes die now."""
@@ -116,11 +118,13 @@ class _KzgClient:
     """One job at a time to one process. Callers give up by their own clock without disturbing the process."""
 
     def __init__(self, nice: int) -> None:
-        self.ready = False
-        self._nice = nice
+        self._worker = WorkerProcess(_KZG, nice)
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue(KZG_JOBS_MAX)
-        self._process: Process | None = None
         self._runner: asyncio.Task[None] = asyncio.create_task(self._run(), name="kzg-worker")
+
+    @property
+    def is_ready(self) -> bool:
+        return self._worker.is_ready
 
     async def ask(self, request: bytes, timeout_s: float) -> bytes:
         reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -134,86 +138,44 @@ class _KzgClient:
             raise Refused("kzg_worker", "too slow") from None
 
     def kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+        self._worker.kill()
 
     async def close(self) -> None:
         self._runner.cancel()
         await asyncio.wait([self._runner])
 
     async def _run(self) -> None:
-        pause_s = KZG_RESTART_S
-        while True:
-            try:
-                if await self._run_worker():
-                    pause_s = KZG_RESTART_S
-                elif pause_s == KZG_RESTART_S:
-                    log.error(
-                        "the KZG worker ended, or took more than %.0f s to start: until one starts, KV is neither "
-                        "published nor taken from other nodes",
-                        KZG_START_S,
-                    )
-            except OSError as error:  # no process to be had just now
-                log.error("the KZG worker does not start: %s", error)
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, KZG_RESTART_S_MAX)
-
-    async def _run_worker(self) -> bool:
-        """Start one and give it jobs until it dies; whether it ever was ready."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "hyperspace_vllm.daemon.workers.kzg_worker", str(self._nice)),
-            stdin=PIPE,
-            stdout=PIPE,
-            process_group=0,  # a Ctrl-C is for the node; the worker ends with its input
-        )
-        self._process = process
         try:
-            ready = await self._is_ready(process)
-            if ready:
-                self.ready = True
-                await self._serve(process)
+            while True:
+                with contextlib.suppress(WorkerLost):
+                    await self._worker.start()
+                    await self._serve()
+                await asyncio.sleep(self._worker.pause_s)
         finally:
-            self.ready = False
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-        return ready
+            await self._worker.end()
 
-    async def _is_ready(self, process: Process) -> bool:
-        assert process.stdout is not None
-        try:
-            async with asyncio.timeout(KZG_START_S):
-                return await process.stdout.readexactly(len(READY)) == READY
-        except (TimeoutError, asyncio.IncompleteReadError):
-            return False
-
-    async def _serve(self, process: Process) -> None:
-        ended = asyncio.create_task(process.wait())
+    async def _serve(self) -> None:
+        """Give the process jobs until it ends; `WorkerLost` if it did over a job."""
+        ended = asyncio.create_task(self._worker.ended())
         taken = asyncio.create_task(self._jobs.get())
         try:
             while not ended.done():
                 await asyncio.wait([taken, ended], return_when=asyncio.FIRST_COMPLETED)
                 if taken.done():
                     job = taken.result()
-                    if not job.reply.done() and not await self._answer(process, job):
-                        return
+                    if not job.reply.done():
+                        await self._answer(job)
                     taken = asyncio.create_task(self._jobs.get())
         finally:
             taken.cancel()
             ended.cancel()
 
-    async def _answer(self, process: Process, job: _Job) -> bool:
-        assert process.stdin is not None
-        assert process.stdout is not None
+    async def _answer(self, job: _Job) -> None:
         try:
-            async with asyncio.timeout(KZG_JOB_S):
-                process.stdin.write(job.request)
-                await process.stdin.drain()
-                reply = await process.stdout.readexactly(REPLY_BYTES)
-        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
+            reply = await self._worker.ask(job.request)
+        except WorkerLost as lost:
             if not job.reply.done():
-                job.reply.set_exception(Refused("kzg_worker", type(error).__name__))
-            return False
+                job.reply.set_exception(Refused("kzg_worker", str(lost)))
+            raise
         if not job.reply.done():
             job.reply.set_result(reply)
-        return True

@@ -1,31 +1,26 @@
 """The process that runs ckzg, which holds the GIL for up to a quarter of a second (docs/notes/kv-coding.md).
 
-Not multiprocessing: its spawn re-imports the node's main module, and a fixed-size protocol on two pipes is shorter than
-its restart handling. The worker says READY once its setup is loaded, then answers each request with one reply, and
-ends with its input.
+It is ready once its setup is loaded.
 
     request = op 1 | blob 131072 | commitment 48 | proof 48        reply = ok 1 | commitment 48 | proof 48
 """
 
 import hashlib
-import os
-import sys
 from importlib.resources import files
-from typing import BinaryIO
+
+from .worker_frames import lower_priority, next_request, reply, say_ready
 
 BLOB_BYTES = 4096 * 32
 GROUP_BYTES = 48  # a compressed G1 point
 COMMIT, VERIFY = b"c", b"v"
-READY = b"r"
-REQUEST_BYTES = 1 + BLOB_BYTES + 2 * GROUP_BYTES
 REPLY_BYTES = 1 + 2 * GROUP_BYTES
 # The public Ethereum ceremony's output, as in the ckzg source distribution.
 TRUSTED_SETUP_SHA256 = "d39b9f2d047cc9dca2de58f264b6a09448ccd34db967881a6713eacacf0f26b7"
 
 
 def main() -> None:
-    """Serve requests on stdin until it closes, at least at the niceness given."""
-    os.setpriority(os.PRIO_PROCESS, 0, max(int(sys.argv[1]), os.getpriority(os.PRIO_PROCESS, 0)))
+    """Serve requests on stdin until it closes."""
+    lower_priority()
     import ckzg
 
     setup_file = files("hyperspace_vllm") / "data" / "trusted_setup.txt"
@@ -33,10 +28,9 @@ def main() -> None:
         raise SystemExit(f"{setup_file}: not the ceremony's trusted setup (SHA-256 differs)")
     setup = ckzg.load_trusted_setup(str(setup_file), 0)
     _self_test(ckzg, setup)
-    try:
-        _serve(ckzg, setup, sys.stdin.buffer, sys.stdout.buffer)
-    except BrokenPipeError:
-        os._exit(0)  # the node has ended; Python would try to flush once more what it did not take
+    say_ready()
+    while (request := next_request()) is not None:
+        reply(_answer(ckzg, setup, request))
 
 
 def _self_test(ckzg, setup: object) -> None:  # type: ignore[no-untyped-def]
@@ -47,19 +41,15 @@ def _self_test(ckzg, setup: object) -> None:  # type: ignore[no-untyped-def]
         raise SystemExit("ckzg refuses its own proof")
 
 
-def _serve(ckzg, setup: object, requests: BinaryIO, replies: BinaryIO) -> None:  # type: ignore[no-untyped-def]
-    replies.write(READY)
-    replies.flush()
-    while len(request := requests.read(REQUEST_BYTES)) == REQUEST_BYTES:
-        op, blob = request[:1], request[1 : 1 + BLOB_BYTES]
-        commitment, proof = request[-2 * GROUP_BYTES : -GROUP_BYTES], request[-GROUP_BYTES:]
-        if op == COMMIT:
-            ok, commitment = True, ckzg.blob_to_kzg_commitment(blob, setup)
-            proof = ckzg.compute_blob_kzg_proof(blob, commitment, setup)
-        else:
-            ok = _verify(ckzg, blob, commitment, proof, setup)
-        replies.write(bytes([ok]) + commitment + proof)
-        replies.flush()
+def _answer(ckzg, setup: object, request: bytes) -> bytes:  # type: ignore[no-untyped-def]
+    op, blob = request[:1], request[1 : 1 + BLOB_BYTES]
+    commitment, proof = request[-2 * GROUP_BYTES : -GROUP_BYTES], request[-GROUP_BYTES:]
+    if op == COMMIT:
+        ok, commitment = True, ckzg.blob_to_kzg_commitment(blob, setup)
+        proof = ckzg.compute_blob_kzg_proof(blob, commitment, setup)
+    else:
+        ok = _verify(ckzg, blob, commitment, proof, setup)
+    return bytes([ok]) + commitment + proof
 
 
 def _verify(ckzg, blob: bytes, commitment: bytes, proof: bytes, setup: object) -> bool:  # type: ignore[no-untyped-def]

@@ -15,9 +15,7 @@ is higher than any that it had, unless its clock was put back.
 import asyncio
 import contextlib
 import logging
-import sys
 import time
-from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 
 import msgspec
@@ -30,8 +28,6 @@ from ...core.records.ids import NetworkId
 from ...core.records.limits import REGISTRY_DELTA_BYTES_MAX, REGISTRY_ENTRIES_MAX, REGISTRY_TTL_MS, KiB
 from ...core.records.registry_delta import DELTA_OVERHEAD_BYTES, RegistryDelta, encode_delta
 from .registry_worker import (
-    LENGTH_BYTES,
-    READY,
     Begin,
     Change,
     Failed,
@@ -42,16 +38,24 @@ from .registry_worker import (
     Request,
     Written,
 )
+from .worker_process import WorkerLost, WorkerProcess, WorkerProgram
 
 START_S = 20.0  # 0.3 s on an idle machine
 JOB_CPU_S = 1.0  # the largest log there may be takes 0.2 s
 STALL_S = 1.0  # without any CPU time: a fortieth of a core gives a job 25 ms
 _STALLED_CPU_S = 0.001
 JOB_S = 10.0  # whatever it does
-RESTART_S_MAX = 60.0
 JOBS_MAX = 64  # waiting: the core has at most 8 imports and a write under way, the rest is Forget
 # 20,000 entries of an id (34 B in msgpack) and an expiry (9 B) in a pair (1 B), and as many removed; or an export.
 _REPLY_BYTES_MAX = REGISTRY_ENTRIES_MAX * (34 + 9 + 1 + 34) * 2 + 64 * KiB
+_PROGRAM = WorkerProgram(
+    module="hyperspace_vllm.daemon.workers.registry_worker",
+    name="registry",
+    start_s=START_S,
+    job_s=JOB_S,
+    reply_bytes_max=_REPLY_BYTES_MAX,
+    without="others don't hear what is here",
+)
 
 log = logging.getLogger(__name__)
 
@@ -138,23 +142,19 @@ class RegistryDocuments:
 
 
 class _Worker:
-    """One process, started by the first job that finds none."""
+    """The order of requests to one process, which is started by the first that finds none."""
 
     def __init__(self, nice: int) -> None:
-        self._nice = nice
-        self._process: Process | None = None
+        self._process = WorkerProcess(_PROGRAM, nice)
         self._turn = asyncio.Lock()
         self._turn_of_others = asyncio.Lock()  # of their documents' jobs one at most waits for the turn, behind writes
         self._waiting = 0
         self._closed = False
-        self._failures = 0
-        self._start_at_s = 0.0  # monotonic; not before
         self._replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
     @property
     def pid(self) -> int | None:
-        process = self._process
-        return process.pid if process is not None and process.returncode is None else None
+        return self._process.pid
 
     async def ask(self, request: Request) -> tuple[Reply | None, int]:
         """The worker's reply, None if it died or hung, and its CPU time in ms; `Refused("worker")` if there is none."""
@@ -172,72 +172,22 @@ class _Worker:
 
     async def close(self) -> None:
         self._closed = True
-        await self._end()
+        await self._process.end()
         async with self._turn:  # one may be starting
-            await self._end()
+            await self._process.end()
 
     async def _ask(self, request: Request) -> tuple[Reply | None, int]:
-        if self.pid is None:
-            await self._start()
-        process = self._process
-        assert process is not None
-        watch = _CpuWatch(process.pid)
-        job = asyncio.create_task(self._exchange(process, msgspec.msgpack.encode(request)))
         try:
-            async with asyncio.timeout(JOB_S):
-                while not (await asyncio.wait({job}, timeout=STALL_S))[0]:
-                    watch.check()
-            return job.result(), watch.took_ms()
-        except (TimeoutError, OSError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
-            job.cancel()
-            await self._end()
-            log.warning("the registry worker was lost (%s); its documents will be rebuilt", type(error).__name__)
+            watch = _CpuWatch(await self._process.start())
+        except WorkerLost as lost:
+            raise Refused("worker", str(lost)) from lost
+        try:
+            reply = await self._process.ask(msgspec.msgpack.encode(request), watch.check, STALL_S)
+            return self._replies.decode(reply), watch.took_ms()
+        except (WorkerLost, msgspec.DecodeError) as error:
+            await self._process.end()
+            log.warning("the registry worker was lost (%s); its documents will be rebuilt", error)
             return None, watch.took_ms()
-        except BaseException:
-            job.cancel()
-            await self._end()  # half a reply may still be on its way
-            raise
-
-    async def _exchange(self, process: Process, frame: bytes) -> Reply:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(len(frame).to_bytes(LENGTH_BYTES, "big") + frame)
-        await process.stdin.drain()
-        size = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
-        if size > _REPLY_BYTES_MAX:
-            raise OSError(f"a reply of {size} bytes")
-        return self._replies.decode(await process.stdout.readexactly(size))
-
-    async def _start(self) -> None:
-        if time.monotonic() < self._start_at_s:
-            raise Refused("worker", "restarts later")
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "hyperspace_vllm.daemon.workers.registry_worker", str(self._nice)),
-                stdin=PIPE,
-                stdout=PIPE,
-                process_group=0,  # a Ctrl-C is for the node; the worker ends with its input
-            )
-            assert self._process.stdout is not None
-            async with asyncio.timeout(START_S):
-                await self._process.stdout.readexactly(len(READY))
-        except (TimeoutError, OSError, asyncio.IncompleteReadError) as error:
-            await self._end()
-            self._failures += 1
-            self._start_at_s = time.monotonic() + min(2.0**self._failures, RESTART_S_MAX)
-            log.error("the registry worker does not start (%s): others don't hear what is here", type(error).__name__)
-            raise Refused("worker", "did not start") from error
-        except BaseException:
-            await self._end()
-            raise
-        self._failures = 0
-
-    async def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
 
 
 class _CpuWatch:

@@ -1,9 +1,8 @@
 """The process that runs loro on what peers wrote: a crash, a hang or a bomb costs this process and nothing else.
 
 It holds this node's own document and those of others, all of which can be rebuilt (others' from their signed logs, the
-own one by a new epoch), so it may die, or forget what wasn't used lately, at any time. It ends with its input.
-
-    frame = length u32 big-endian || msgpack of one of the messages below; one reply for each request
+own one by a new epoch), so it may die, or forget what wasn't used lately, at any time. Requests and replies are
+msgpack of the messages below.
 
 A document is one loro map, "entries": id (64 hex digits) → expires at (ms). A new epoch is a new document: a deleted
 key costs 69 bytes in every later shallow snapshot of the same one (100,000 deletions: 6.9 MB), in a new one nothing.
@@ -16,18 +15,16 @@ import resource
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import BinaryIO
 
 import msgspec
 
 from ...core.records.limits import REGISTRY_ENTRIES_MAX, MiB
+from .worker_frames import lower_priority, next_request, reply, say_ready
 
 MEMORY_BYTES_MAX = 120 * MiB  # resident, between two jobs; 500 B an entry and 12 MiB for Python and loro
 ADDRESS_SPACE_BYTES = 320 * MiB  # what a bomb gets before the allocation fails and the process dies
 _ENTRIES_MAX = 80_000  # of the documents held: 40 MiB
 
-READY = b"r"
-LENGTH_BYTES = 4
 _MAP = "entries"
 
 
@@ -95,26 +92,18 @@ class _TooLarge(Exception):
 
 
 def main() -> None:
-    """Serve requests on stdin until it closes, at least at the niceness given."""
-    os.setpriority(os.PRIO_PROCESS, 0, max(int(sys.argv[1]), os.getpriority(os.PRIO_PROCESS, 0)))
+    """Serve requests on stdin until it closes."""
+    lower_priority()
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     documents = _Documents()
-    sys.stdout.buffer.write(READY)
-    sys.stdout.buffer.flush()
+    say_ready()
     # Rust prints a page for each panic: nobody shall fill the node's log with hostile documents.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    _serve(documents, sys.stdin.buffer, sys.stdout.buffer)
-
-
-def _serve(documents: "_Documents", requests: BinaryIO, replies: BinaryIO) -> None:
     decoder = msgspec.msgpack.Decoder[Request](Request)
-    while len(head := requests.read(LENGTH_BYTES)) == LENGTH_BYTES:
-        request = decoder.decode(requests.read(int.from_bytes(head, "big")))
-        reply = msgspec.msgpack.encode(documents.perform(request))
-        replies.write(len(reply).to_bytes(LENGTH_BYTES, "big") + reply)
-        replies.flush()
-        del request, reply
+    while (request := next_request()) is not None:
+        reply(msgspec.msgpack.encode(documents.perform(decoder.decode(request))))
+        del request
         if resident_bytes() > MEMORY_BYTES_MAX:
             documents.drop_all()
         if resident_bytes() > MEMORY_BYTES_MAX:

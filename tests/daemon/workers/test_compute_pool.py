@@ -14,7 +14,7 @@ import pytest
 
 from hyperspace_vllm.core.records.errors import Refused
 from hyperspace_vllm.core.records.manifest import digest_blob
-from hyperspace_vllm.daemon.workers import compute_pool
+from hyperspace_vllm.daemon.workers import compute_pool, worker_process
 from hyperspace_vllm.daemon.workers.compute_pool import ComputePool
 
 pytestmark = pytest.mark.io
@@ -59,7 +59,7 @@ def test_a_worker_whose_node_has_ended_ends_without_a_word() -> None:
 
 
 async def test_a_dead_worker_fails_its_job_and_is_replaced(pool: ComputePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute_pool, "KZG_RESTART_S", 0.0)
+    monkeypatch.setattr(worker_process, "RESTART_S", 0.0)
     commitment, proof = await pool.commit(BLOB)
     job = asyncio.create_task(pool.commit(BLOB))
     await asyncio.sleep(0)  # the job is queued
@@ -70,9 +70,9 @@ async def test_a_dead_worker_fails_its_job_and_is_replaced(pool: ComputePool, mo
 
 
 async def test_a_worker_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute_pool, "KZG_RESTART_S", 0.01)
+    monkeypatch.setattr(worker_process, "RESTART_S", 0.01)
     with monkeypatch.context() as broken:
-        broken.setattr(compute_pool.sys, "executable", "/nonexistent/python")
+        broken.setattr(sys, "executable", "/nonexistent/python")
         pool = ComputePool()
         await asyncio.sleep(0)
         with pytest.raises(Refused, match="kzg_worker"):

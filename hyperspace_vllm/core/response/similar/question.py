@@ -6,8 +6,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from .canonical import names_property, plain_question
-from .guard_words import FILLER, FUNCTION, IMPERATIVES, NEGATIONS, NUMBERS, UNITS, word_set
-from .word_forms import IRREGULAR, LOOSE_SYNONYMS, SYNONYMS
+from .guard_words import (
+    FILLER,
+    FUNCTION,
+    IMPERATIVES,
+    IRREGULAR,
+    LOOSE_SYNONYMS,
+    NEGATIONS,
+    NUMBERS,
+    SYNONYMS,
+    UNITS,
+    word_set,
+)
 
 _TOKEN = re.compile(
     r"(?P<number>(?<![\w.)])[-−]?\d+(?:[.,:/]\d+)*(?:st|nd|rd|th)?|\d+(?:[.,:/]\d+)*(?:st|nd|rd|th)?)"

@@ -2,18 +2,17 @@
 
 Context: a small word turns a question ("too much salt", "sue for", "get off drugs"), and no list of those that do is
 ever complete. Choice: a closed list of what may be missing, and all else counts, in its tense, where it stands. Equal
-are only plurals, synonyms of one sense (word_forms.py), what stands for one word by grammar alone (is, are), and a few
-openings. Rejected: a list of words that may be missing for each kind of question. Cost: most rewordings, such as "you"
-for "I".
+are only plurals, synonyms of one sense (words/synonyms.txt), what stands for one word by grammar alone (is, are), and
+a few openings. Rejected: a list of words that may be missing for each kind of question. Cost: most rewordings, such as
+"you" for "I".
 """
 
 import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from .guard_words import FUNCTION, NEGATIONS, SYMMETRIC, word_set
+from .guard_words import FUNCTION, IRREGULAR, NEGATIONS, SYMMETRIC, word_set
 from .question import Token, number_of, sense_of, tokens_of
-from .word_forms import IRREGULAR
 
 # Articles, and "do", which only makes a question of a statement. Not the forms of "be" and "have", which say something
 # by themselves, nor "did", the past.

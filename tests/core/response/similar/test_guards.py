@@ -12,13 +12,12 @@ import pytest
 from hyperspace_vllm.core.records.ids import RequestKey
 from hyperspace_vllm.core.response.request_key import has_surrogates
 from hyperspace_vllm.core.response.similar.canonical import canonical_question, compared_question, is_read
-from hyperspace_vllm.core.response.similar.guard_words import FILLER, FUNCTION, NEGATIONS
+from hyperspace_vllm.core.response.similar.guard_words import FILLER, FUNCTION, LOOSE_SYNONYMS, NEGATIONS, SYNONYMS
 from hyperspace_vllm.core.response.similar.guards import Mode, eligible, refusal, refusal_between
 from hyperspace_vllm.core.response.similar.question import read_question
 from hyperspace_vllm.core.response.similar.same_answer import say_the_same
 from hyperspace_vllm.core.response.similar.semantic import Match, NoMatch, SimilarCandidate, best_match
 from hyperspace_vllm.core.response.similar.semantic_key import question_of
-from hyperspace_vllm.core.response.similar.word_forms import LOOSE_SYNONYMS, SYNONYMS
 from tests.core.response.similar.test_canonical import SAME
 
 QUESTION = "What is the recommended dose of ibuprofen for adults?"
