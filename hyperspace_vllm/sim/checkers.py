@@ -8,20 +8,21 @@ quicker only where nothing was waited for. Lost segments between the two excuse 
 SILENT_MAX that were asked and could not help (fleet.py): they cost half of the time, and then it takes a handshake.
 """
 
-from collections.abc import Iterator, Mapping, Sized
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Protocol
 
 from ..core.events.network_effects import AnswerResponse, FetchResponse, NetworkEffect
 from ..core.events.network_events import NetworkEvent
+from ..core.node.network_node import NetworkNode
+from ..core.peers.trust import Trust
 from ..core.records.ids import RequestKey
+from ..core.records.now import Now
 from ..core.records.peer_wire import PeerRequest
 from ..core.records.reason import Reason
 from ..core.response.lookup import ATTEMPTS_MAX, IN_FLIGHT_MAX, RACE_MS
+from .setting import Setting
+from .sim_request import Request
 from .sim_responses import right_body
-
-if TYPE_CHECKING:
-    from .fleet import Fleet
-    from .host import Request, SimHost
 
 LATE_MS = 1  # virtual milliseconds are whole
 EFFECTS_MAX = 64  # of one event
@@ -30,10 +31,56 @@ TICKS_MAX = 10  # at one moment
 TABLE_MAX = 4_096  # more than a hundred nodes and their liars can fill within a minute without a leak
 
 
+class _Liar(Protocol):
+    @property
+    def kind(self) -> str: ...
+
+
+class _Suspect(Protocol):
+    @property
+    def liar(self) -> object | None: ...
+
+
+class CheckedHost(Protocol):
+    """What is checked of a host (SimHost)."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def now(self) -> Now: ...
+    @property
+    def wall_ms(self) -> int: ...
+    @property
+    def public_key(self) -> bytes: ...
+    @property
+    def liar(self) -> _Liar | None: ...
+    @property
+    def trust(self) -> Trust: ...
+    @property
+    def core(self) -> NetworkNode: ...
+
+
+class CheckedFleet(Protocol):
+    """All hosts, and the truth about a request (Fleet)."""
+
+    @property
+    def hosts(self) -> Sequence[CheckedHost]: ...
+    @property
+    def honest(self) -> Sequence[CheckedHost]: ...
+    @property
+    def requests(self) -> Sequence[Request]: ...
+    def host(self, number: int) -> _Suspect: ...
+    def number_of(self, peer: str) -> int: ...
+    def allowed_ms(self, request: Request) -> int: ...
+
+
 class Checker:
     """Hears of everything; `violations` is what was wrong, in words."""
 
-    def __init__(self, fleet: "Fleet") -> None:
+    def __init__(self, setting: Setting, fleet: CheckedFleet) -> None:
+        self._setting = setting
+        self._agenda = setting.agenda
+        self._network = setting.network
         self._fleet = fleet
         self._ticks: dict[int, tuple[int, int]] = {}  # host -> when, and how often then
         self._fetches: dict[tuple[int, int, int], int] = {}
@@ -41,42 +88,41 @@ class Checker:
 
     def violated(self, host: int, what: str) -> None:
         """Note what was wrong, where and when, and how to see it again."""
-        fleet = self._fleet
-        self.violations.append(f"seed {fleet.seed}, {fleet.agenda.now_ms} ms, node {host}: {what}")
+        self.violations.append(f"seed {self._setting.seed}, {self._agenda.now_ms} ms, node {host}: {what}")
 
     # --- safety ---------------------------------------------------------------------------------
 
-    def on_served(self, host: "SimHost", key: RequestKey, body: bytes, expires_at_ms: int) -> None:
+    def on_served(self, host: CheckedHost, key: RequestKey, body: bytes, expires_at_ms: int) -> None:
         """A client gets `body`."""
         if body != right_body(key):
             self.violated(host.number, f"served a wrong response: {body[:40]!r}")
         if expires_at_ms <= host.wall_ms:
             self.violated(host.number, f"served a response that expired {host.wall_ms - expires_at_ms} ms ago")
 
-    def on_effects(self, host: "SimHost", event: NetworkEvent, effects: list[NetworkEffect]) -> None:
+    def on_effects(self, host: CheckedHost, event: NetworkEvent, effects: list[NetworkEffect]) -> None:
         """A core has handled an event."""
-        if len(effects) > EFFECTS_MAX + EFFECTS_PER_PEER_MAX * len(self._fleet.network):
+        if len(effects) > EFFECTS_MAX + EFFECTS_PER_PEER_MAX * len(self._network):
             self.violated(host.number, f"{len(effects)} effects of one {type(event).__name__}")
 
-    def on_request_handled(self, host: "SimHost", message: PeerRequest, unanswered: bool) -> None:
+    def on_request_handled(self, host: CheckedHost, message: PeerRequest, unanswered: bool) -> None:
         """A core has handled a peer's request."""
         if unanswered:
             self.violated(host.number, f"{type(message).__name__} of a peer left without an answer")
 
-    def on_hint(self, host: "SimHost", request: "Request", hinted: bool) -> None:
+    def on_hint(self, host: CheckedHost, request: Request, hinted: bool) -> None:
         """A lookup was hinted, or its hint is withdrawn."""
         withdrawn = request.hinted is True and not hinted
-        if request.asked_ms != self._fleet.agenda.now_ms and not withdrawn:
+        if request.asked_ms != self._agenda.now_ms and not withdrawn:
             self.violated(host.number, f"lookup {request.lookup}: the hint came late, or twice")
 
-    def on_fetch(self, host: "SimHost", effect: FetchResponse, in_flight: int) -> None:
+    def on_fetch(self, host: CheckedHost, effect: FetchResponse, in_flight: int) -> None:
         """A provider is asked."""
-        lookup = host.number, self._fleet.network.life(host.number), effect.lookup
+        lookup = host.number, self._network.life(host.number), effect.lookup
         self._fetches[lookup] = self._fetches.get(lookup, 0) + 1
         if in_flight > IN_FLIGHT_MAX or self._fetches[lookup] > ATTEMPTS_MAX:
             self.violated(host.number, f"lookup {effect.lookup}: {self._fetches[lookup]} fetches, {in_flight} at once")
 
-    def on_answer(self, host: "SimHost", effect: AnswerResponse, request: "Request | None") -> None:
+    def on_answer(self, host: CheckedHost, effect: AnswerResponse, request: Request | None) -> None:
         """A lookup ends."""
         if request is None:
             self.violated(host.number, f"lookup {effect.lookup} answered twice")
@@ -85,25 +131,25 @@ class Checker:
             self.violated(host.number, f"lookup {effect.lookup} answered before its hint")
         if request.hinted and effect.peer is None and self._waited_for_hinters(request):
             self.violated(host.number, f"lookup {effect.lookup} waited for peers that have never delivered")
-        now_ms = self._fleet.agenda.now_ms
+        now_ms = self._agenda.now_ms
         late_ms = now_ms - request.asked_ms - self._fleet.allowed_ms(request)
-        if late_ms > LATE_MS and self._fleet.network.since_ms(host.number) <= request.asked_ms:
+        if late_ms > LATE_MS and self._network.since_ms(host.number) <= request.asked_ms:
             self.violated(host.number, f"lookup {effect.lookup} answered {late_ms} ms after its deadline")
 
-    def _waited_for_hinters(self, request: "Request") -> bool:
+    def _waited_for_hinters(self, request: Request) -> bool:
         liars = [self._fleet.hosts[asked].liar for asked in request.asked]
         return bool(liars) and all(liar is not None and liar.kind == "hinter" for liar in liars)
 
-    def on_tick(self, host: "SimHost", due_ms: int | None) -> None:
+    def on_tick(self, host: CheckedHost, due_ms: int | None) -> None:
         """A core has handled a tick, and wants the next one at `due_ms` of its clock."""
-        now_ms = self._fleet.agenda.now_ms
+        now_ms = self._agenda.now_ms
         at_ms, count = self._ticks.get(host.number, (-1, 0))
         count = count + 1 if at_ms == now_ms else 1
         self._ticks[host.number] = now_ms, count
         if count > TICKS_MAX and due_ms is not None and due_ms <= host.now.mono_ms:
-            raise RuntimeError(f"seed {self._fleet.seed}, {now_ms} ms, node {host.number}: ticks settle nothing")
+            raise RuntimeError(f"seed {self._setting.seed}, {now_ms} ms, node {host.number}: ticks settle nothing")
 
-    def on_charge(self, host: "SimHost", peer: str, reason: Reason) -> None:
+    def on_charge(self, host: CheckedHost, peer: str, reason: Reason) -> None:
         """A core blames a peer."""
         accused = self._fleet.number_of(peer)
         if host.liar is None and accused >= 0 and self._fleet.host(accused).liar is None:
@@ -113,13 +159,13 @@ class Checker:
         """Look at whom every honest node has convicted."""
         for host in self._fleet.honest:
             for other in self._fleet.honest:
-                if self._fleet.network.up(host.number) and host.trust.is_convicted(other.public_key, host.now):
+                if self._network.up(host.number) and host.trust.is_convicted(other.public_key, host.now):
                     self.violated(host.number, f"convicted the honest node {other.number}")
 
     def check_tables(self) -> None:
         """Look at every table of every honest core."""
         for host in self._fleet.hosts:
-            if host.liar is None and self._fleet.network.up(host.number):
+            if host.liar is None and self._network.up(host.number):
                 for name, size in _tables(host.core, "core", set()):
                     if size > TABLE_MAX:
                         self.violated(host.number, f"{name} has {size} entries")
@@ -128,12 +174,11 @@ class Checker:
 
     def check_requests(self) -> None:
         """Every request was answered; what was promised came."""
-        fleet = self._fleet
-        for request in fleet.requests:
+        for request in self._fleet.requests:
             if not self._lived_through(request):
                 continue
             if request.answered_ms < 0:
-                if request.asked_ms + RACE_MS + LATE_MS < fleet.agenda.now_ms:
+                if request.asked_ms + RACE_MS + LATE_MS < self._agenda.now_ms:
                     self.violated(request.host, f"lookup {request.lookup} of {request.asked_ms} ms never answered")
             elif (
                 not (request.hit and (request.waiting or not request.hinted))
@@ -147,9 +192,9 @@ class Checker:
                     f"{request.answered_ms - request.asked_ms} ms, though nodes {list(request.promised)} have it",
                 )
 
-    def _lived_through(self, request: "Request") -> bool:
+    def _lived_through(self, request: Request) -> bool:
         """Whether the asker was there and not frozen all the while."""
-        network = self._fleet.network
+        network = self._network
         same_life = network.acts(request.host) and network.life(request.host) == request.life
         return same_life and network.since_ms(request.host) <= request.asked_ms
 

@@ -4,6 +4,7 @@ The truth is what no node knows: who has which response, who lies, and who can r
 """
 
 import random
+from collections.abc import Sequence
 from hashlib import sha256
 
 from nacl.signing import SigningKey
@@ -14,15 +15,17 @@ from ..core.response.lookup import HEDGE_MS_MAX, RACE_MS
 from .agenda import Agenda
 from .checkers import Checker
 from .holders import Holder
-from .host import CLOCK_SKEW_MS, DEADLINE_MS, Request, SimHost
-from .liars import Kind, Liar
+from .host import CLOCK_SKEW_MS, SimHost
+from .liars import Kind
+from .setting import Setting
+from .sim_clients import DEADLINE_MS
 from .sim_dht import Dht
 from .sim_gossip import Gossip
 from .sim_network import HANDSHAKE_CPU_MS, HANDSHAKE_TRIPS, SimNetwork
+from .sim_request import Request
 from .sim_responses import request_key
 from .trace import Trace
 
-EPOCH_MS = 1_700_000_000_000
 SPREAD_MS = 10_000
 SLACK_MS = 50  # jitter, queues
 SILENT_MAX = 2
@@ -39,8 +42,6 @@ class Fleet:
     """
 
     def __init__(self, size: int, seed: int, liars: dict[int, Kind], is_open: bool = False, holders: int = 0) -> None:
-        self.is_open = is_open
-        self.departed = SigningKey(sha256(b"a member that has left").digest())  # listed; what it signed is still about
         self.seed = seed
         self.rng = random.Random(f"{seed}/fleet")
         self.network_id = NETWORK
@@ -49,11 +50,14 @@ class Fleet:
         self.network = SimNetwork(self.agenda, random.Random(f"{seed}/network"), size + holders, LOSS)
         self.gossip = Gossip(self.network, random.Random(f"{seed}/gossip"), self._passes_on, self._gossip_arrives)
         self.dht = Dht(self.network, random.Random(f"{seed}/dht"), self._now_ms, size)
-        self.checker = Checker(self)
+        departed = SigningKey(sha256(b"a member that has left").digest())
+        self._setting = Setting(
+            seed, NETWORK, is_open, departed, self.agenda, self.trace, self.network, self.gossip, self.dht
+        )
+        self.checker = Checker(self._setting, self)
         self.hosts = [self._host(number, liars.get(number)) for number in range(size)]
         self.holders = [self._holder(size + number) for number in range(holders)]
         self.bootstrap = self.hosts[:BOOTSTRAPS]
-        self.keys: dict[bytes, RequestKey] = {}  # by request hash, of every response that anybody asks for
         self.requests: list[Request] = []
         everybody: list[SimHost | Holder] = [*self.hosts, *self.holders]
         self._numbers: dict[str, int] = {host.peer: host.number for host in everybody}
@@ -62,25 +66,20 @@ class Fleet:
         self._announced: dict[bytes, dict[int, int]] = {}  # those of them that have said so
 
     def _host(self, number: int, kind: Kind | None) -> SimHost:
-        network_key = None if kind == "stranger" or self.is_open else NETWORK_KEY
-        host = SimHost(self, number, SigningKey(sha256(b"host/%d" % number).digest()), network_key)
-        host.liar = Liar(host, kind) if kind is not None else None
+        network_key = None if kind == "stranger" or self._setting.is_open else NETWORK_KEY
+        key = SigningKey(sha256(b"host/%d" % number).digest())
+        host = SimHost(self._setting, self, self.checker, number, key, network_key, kind)
         self.network.add(host)
         return host
 
     def _holder(self, number: int) -> Holder:
-        holder = Holder(self, number, NETWORK_KEY)
+        holder = Holder(self._setting, self, number, NETWORK_KEY)
         self.network.add(holder)
         return holder
 
     def host(self, number: int) -> SimHost | Holder:
         """Host or holder `number`."""
         return self.hosts[number] if number < len(self.hosts) else self.holders[number - len(self.hosts)]
-
-    @property
-    def wall_ms(self) -> int:
-        """The time of day, which hosts' clocks show more or less."""
-        return EPOCH_MS + self.agenda.now_ms
 
     @property
     def honest(self) -> list[SimHost]:
@@ -99,7 +98,7 @@ class Fleet:
     def key(self, number: int) -> RequestKey:
         """The `number`th request's key; from now on it is known that somebody asks for it."""
         key = request_key(number)
-        self.keys.setdefault(request_hash(self.network_id, key), key)
+        self._setting.keys.setdefault(request_hash(self.network_id, key), key)
         return key
 
     # --- the truth ------------------------------------------------------------------------------
@@ -113,7 +112,7 @@ class Fleet:
         """It has written so into its registry."""
         self._announced.setdefault(name, {}).setdefault(host, self.agenda.now_ms)
 
-    def unkept(self, host: int, names: tuple[bytes, ...] | list[bytes]) -> None:
+    def unkept(self, host: int, names: Sequence[bytes]) -> None:
         """It can't any more."""
         for name in names:
             self._holders.get(name, {}).pop(host, None)
@@ -178,7 +177,7 @@ class Fleet:
     def _serves(self, asker: int, host: int, name: bytes) -> bool:
         expires_at_ms = self.hosts[host].shelf.expires_at_ms(name)
         reached = self.network.acts(host) and self.network.reaches(asker, host)
-        return reached and expires_at_ms > self.wall_ms + 2 * CLOCK_SKEW_MS
+        return reached and expires_at_ms > self._setting.wall_ms + 2 * CLOCK_SKEW_MS
 
     def _passes_on(self, host: int, relay: int, topic: str, author: int, payload: bytes) -> bool:
         return host < len(self.hosts) and self.hosts[host].passes_on(relay, topic, author, payload)  # holders don't

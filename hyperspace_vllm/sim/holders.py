@@ -6,10 +6,10 @@ node would, asks for something now and then so that its connection counts as use
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from nacl.signing import SigningKey
 
@@ -32,9 +32,7 @@ from ..core.records.peer_wire import (
     encode,
 )
 from ..core.records.signing import member_tag
-
-if TYPE_CHECKING:
-    from .fleet import Fleet
+from .setting import Setting
 
 HOST = "198.51.100.7"
 VICTIMS_MAX = 8
@@ -44,15 +42,34 @@ ASK_EVERY_MS = 8_000
 FRAME_BYTES = 128
 
 
+class Victim(Protocol):
+    """A host whose places are held (SimHost)."""
+
+    @property
+    def number(self) -> int: ...
+    def asked(self, asker: int, frame: bytes, answer: Callable[[bytes], None]) -> None: ...
+
+
+class Victims(Protocol):
+    """All hosts (Fleet)."""
+
+    @property
+    def hosts(self) -> Sequence[Victim]: ...
+    @property
+    def honest(self) -> Sequence[Victim]: ...
+
+
 class Holder:
     """Identity `number` of the attacking host; it is no SimHost, and runs no core."""
 
-    def __init__(self, fleet: "Fleet", number: int, network_key: bytes) -> None:
+    def __init__(self, setting: Setting, victims: Victims, number: int, network_key: bytes) -> None:
         self.number = number
         self.address = f"{HOST}:{4001 + number}"
         self.liar = self  # to whoever asks whether it is honest
-        self._fleet = fleet
-        self._rng = random.Random(f"{fleet.seed}/holder/{number}")
+        self._setting = setting
+        self._network = setting.network
+        self._victims = victims
+        self._rng = random.Random(f"{setting.seed}/holder/{number}")
         self._key = SigningKey(sha256(b"holder/%d" % number).digest())
         self._public_key = self._key.verify_key.encode()
         self.peer = peer_id(self._public_key)
@@ -60,17 +77,23 @@ class Holder:
 
     def boot(self) -> None:
         """Begin."""
-        self._fleet.network.boot(self.number)
-        for host in self._fleet.honest[:VICTIMS_MAX]:
+        self._network.boot(self.number)
+        for host in self._victims.honest[:VICTIMS_MAX]:
             self._later(self._rng.uniform(0, TRY_EVERY_MS), partial(self._try, host.number))
 
     # --- sim.network.Host, and what the other hosts call ------------------------------------------
 
     def opened(self, peer: int) -> None:
         """A connection is there: greet."""
-        wall_ms = self._fleet.wall_ms
+        wall_ms = self._setting.wall_ms
         record = PeerRecord(
-            self._fleet.network_id, self._public_key, wall_ms, wall_ms + PEER_RECORD_TTL_MS, self.address, "", self._tag
+            self._setting.network_id,
+            self._public_key,
+            wall_ms,
+            wall_ms + PEER_RECORD_TTL_MS,
+            self.address,
+            "",
+            self._tag,
         )
         self._record = record.sign(self._key).encode()
         self._ask(peer, Greet(self._record))
@@ -101,16 +124,15 @@ class Holder:
                 return Deltas((), ())
 
     def _try(self, host: int) -> None:
-        network = self._fleet.network
-        if not network.connected(self.number, host):
-            network.dial(self.number, host, DIAL_MS, lambda failed: None)
+        if not self._network.connected(self.number, host):
+            self._network.dial(self.number, host, DIAL_MS, lambda failed: None)
         elif self._rng.uniform(0, ASK_EVERY_MS) < TRY_EVERY_MS:
             self._ask(host, Query(self._rng.randbytes(32)))
         self._later(self._rng.uniform(0.5, 1.5) * TRY_EVERY_MS, partial(self._try, host))
 
     def _ask(self, host: int, message: PeerRequest) -> None:
-        asked = partial(self._fleet.hosts[host].asked, self.number, encode(message), lambda answer: None)
-        self._fleet.network.send(self.number, host, FRAME_BYTES, asked)
+        asked = partial(self._victims.hosts[host].asked, self.number, encode(message), lambda answer: None)
+        self._network.send(self.number, host, FRAME_BYTES, asked)
 
     def _later(self, delay_ms: float, act: Callable[[], None]) -> None:
-        self._fleet.network.on(self.number, delay_ms, act)
+        self._network.on(self.number, delay_ms, act)

@@ -9,12 +9,13 @@ attackers are OPEN_KINDS.
 """
 
 import random
+from collections.abc import Callable
 from hashlib import sha256
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from nacl.signing import SigningKey
 
-from ..core.events.network_events import ResponseStored
+from ..core.events.network_events import NetworkEvent, ResponseStored
 from ..core.records.announcement import (
     RESPONSE_TOPIC,
     Announcement,
@@ -49,10 +50,8 @@ from ..core.records.registry_delta import RegistryDelta, encode_delta
 from ..core.records.signing import NO_MEMBER_TAG, member_tag
 from ..core.response.sealed_hit import make_hit
 from .documents import payload_of
+from .setting import Setting
 from .sim_responses import Response, compute, right_body
-
-if TYPE_CHECKING:
-    from .host import SimHost
 
 Kind = Literal[
     "altered",  # the right proof, another body
@@ -87,13 +86,33 @@ FLOOD_EVERY_MS = 20  # a message, which is more than an author may say, and one 
 SILENCE = b""
 
 
+class LyingHost(Protocol):
+    """What a liar uses of its host (SimHost)."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def key(self) -> SigningKey: ...
+    @property
+    def public_key(self) -> bytes: ...
+    @property
+    def network_key(self) -> bytes | None: ...
+    @property
+    def tag(self) -> bytes: ...
+    @property
+    def wall_ms(self) -> int: ...
+    def later(self, delay_ms: float, act: Callable[[], None]) -> None: ...
+    def tell(self, event: NetworkEvent) -> None: ...
+
+
 class Liar:
     """How `host` departs from the honest."""
 
-    def __init__(self, host: "SimHost", kind: Kind) -> None:
+    def __init__(self, setting: Setting, host: LyingHost, kind: Kind) -> None:
         self.kind: Kind = kind
+        self._setting = setting
         self._host = host
-        self._rng = random.Random(f"{host.fleet.seed}/liar/{host.number}")
+        self._rng = random.Random(f"{setting.seed}/liar/{host.number}")
         self._key = SigningKey(sha256(b"forger/%d" % host.number).digest())
         self._heard: dict[bytes, None] = {}
         self._gossip: list[tuple[str, bytes]] = []
@@ -147,16 +166,15 @@ class Liar:
                 return None
 
     def _answer_query(self, wanted: bytes) -> bytes | None:
-        key = self._host.fleet.keys.get(wanted)
+        key = self._setting.keys.get(wanted)
         if key is None or self.kind in ("boastful", "crowd", "echo", "inventor", "flooder"):
             return None
         match self.kind:
             case "mute" | "hinter":
                 return SILENCE
-            case "relayer" if self._host.fleet.agenda.now_ms < LIES_FROM_MS:
-                fleet = self._host.fleet
-                network, wall_ms = fleet.network_id, self._host.wall_ms
-                relayed = compute(fleet.departed, network, key, right_body(key), NO_MEMBER_TAG, wall_ms)
+            case "relayer" if self._setting.agenda.now_ms < LIES_FROM_MS:
+                network, wall_ms = self._setting.network_id, self._host.wall_ms
+                relayed = compute(self._setting.departed, network, key, right_body(key), NO_MEMBER_TAG, wall_ms)
                 return encode(self._hit(key, relayed.body, relayed))
             case "garbled":
                 return self._rng.randbytes(100)
@@ -173,10 +191,10 @@ class Liar:
                 return self._hit(key, b"altered " + response.body, response)
             case "forged" | "stranger" | "relayer":
                 signer = self._key if self.kind == "forged" else host.key
-                forged = compute(signer, host.fleet.network_id, key, b"forged", host.tag, wall_ms)
+                forged = compute(signer, self._setting.network_id, key, b"forged", host.tag, wall_ms)
                 return self._hit(key, forged.body, forged)
             case "replayed":
-                other = self._rng.choice(list(host.fleet.keys.values()))
+                other = self._rng.choice(list(self._setting.keys.values()))
                 replayed = self._made(right_body(other), other, wall_ms)
                 return self._hit(self._rng.choice((key, other)), replayed.body, replayed)
             case "expired":
@@ -189,24 +207,24 @@ class Liar:
 
     def _made(self, body: bytes, key: RequestKey, computed_at_ms: int) -> Response:
         host = self._host
-        return compute(host.key, host.fleet.network_id, key, body, host.tag, computed_at_ms)
+        return compute(host.key, self._setting.network_id, key, body, host.tag, computed_at_ms)
 
     def _hit(self, key: RequestKey, body: bytes, response: Response, popularity: int = 0) -> Hit:
         nonce = self._rng.randbytes(12)
-        network = self._host.fleet.network_id
+        network = self._setting.network_id
         return make_hit(key, network, nonce, body, response.proof, response.member, popularity)
 
     def _boast(self) -> None:
         host = self._host
         host.later(BOAST_EVERY_MS, self._boast)
         expires_at_ms = host.wall_ms + RESPONSE_TTL_MS
-        names = list(host.fleet.keys if self.kind in OPEN_KINDS else self._heard)
+        names = list(self._setting.keys if self.kind in OPEN_KINDS else self._heard)
         for name in self._rng.sample(names, min(len(names), BOASTS)):
             host.tell(ResponseStored(name, expires_at_ms, True))
         if self._gossip and self.kind in ("echo", "garbled"):
             topic, payload = self._rng.choice(self._gossip)
             said = payload if self.kind == "echo" else self._rng.randbytes(len(payload))
-            host.fleet.gossip.publish(host.number, topic, said)
+            self._setting.gossip.publish(host.number, topic, said)
 
     def _ghosts(self) -> tuple[bytes, ...]:
         """Records of nodes that nobody is, signed as they should be."""
@@ -221,16 +239,16 @@ class Liar:
     def _record_of(self, key: SigningKey, address: str) -> bytes:
         host, public_key = self._host, key.verify_key.encode()
         tag, expires_at_ms = self._tag_of(public_key), host.wall_ms + PEER_RECORD_TTL_MS
-        record = PeerRecord(host.fleet.network_id, public_key, host.wall_ms, expires_at_ms, address, "", tag)
+        record = PeerRecord(self._setting.network_id, public_key, host.wall_ms, expires_at_ms, address, "", tag)
         return record.sign(key).encode()
 
     def _document_of(self, key: SigningKey) -> bytes:
         host, owner = self._host, key.verify_key.encode()
         expires_at_ms = host.wall_ms + REGISTRY_TTL_MS
         entries = tuple((sha256(owner + bytes([n])).digest(), expires_at_ms) for n in range(INVENTED_ENTRIES))
-        epoch = host.fleet.wall_ms // 1_000 * 1_000
+        epoch = self._setting.wall_ms // 1_000 * 1_000
         delta = RegistryDelta(
-            host.fleet.network_id, owner, epoch, 0, "snapshot", expires_at_ms, payload_of(entries, ())
+            self._setting.network_id, owner, epoch, 0, "snapshot", expires_at_ms, payload_of(entries, ())
         )
         return encode_delta(delta, key)
 
@@ -239,12 +257,12 @@ class Liar:
         host.later(FLOOD_EVERY_MS, self._flood)
         self._flooded += 1
         entry = ResponseEntry(self._rng.randbytes(32), host.wall_ms + RESPONSE_TTL_MS)
-        batch = Announcement(host.fleet.network_id, host.public_key, self._flooded, host.wall_ms, (entry,))
+        batch = Announcement(self._setting.network_id, host.public_key, self._flooded, host.wall_ms, (entry,))
         for said in (
             encode_announcement(batch, host.key),
             self._rng.randbytes(100),
         ):
-            host.fleet.gossip.publish(host.number, RESPONSE_TOPIC, said)
+            self._setting.gossip.publish(host.number, RESPONSE_TOPIC, said)
 
     def _tag_of(self, public_key: bytes) -> bytes:
         """Whoever holds the network key can vouch for anybody."""

@@ -9,9 +9,11 @@ from functools import partial
 from itertools import accumulate
 
 from ..core.records.limits import RESPONSE_TTL_MS
-from .fleet import EPOCH_MS, Fleet
-from .host import FRAMER, SimHost
+from .fleet import Fleet
+from .host import SimHost
 from .liars import KINDS, Kind
+from .setting import EPOCH_MS
+from .sim_clients import FRAMER
 from .sim_responses import compute, right_body
 
 RUN_MS = 60_000
@@ -89,7 +91,7 @@ def _ask_again(fleet: Fleet, host: SimHost, weights: list[float], every_ms: int)
     (number,) = fleet.rng.choices(range(len(weights)), cum_weights=weights)
     key = fleet.key(number)
     if fleet.network.acts(host.number):
-        host.ask(key)
+        host.clients.ask(key)
     fleet.agenda.after(fleet.rng.expovariate(1 / every_ms), partial(_ask_again, fleet, host, weights, every_ms))
 
 
@@ -111,9 +113,9 @@ def _flash_crowd(fleet: Fleet) -> None:
     for flash, (at_ms, count) in enumerate(((20_000, 1), (40_000, 3))):
         for index in range(count):
             key = fleet.key(FLASH + 10 * flash + index)
-            fleet.agenda.after(at_ms, partial(fleet.rng.choice(fleet.honest).ask, key))
+            fleet.agenda.after(at_ms, partial(fleet.rng.choice(fleet.honest).clients.ask, key))
             for host in fleet.honest:
-                fleet.agenda.after(at_ms + 5_000 + fleet.rng.uniform(0, 500), partial(host.ask, key))
+                fleet.agenda.after(at_ms + 5_000 + fleet.rng.uniform(0, 500), partial(host.clients.ask, key))
 
 
 def _partition_heals(fleet: Fleet) -> None:
@@ -156,8 +158,8 @@ def _frame(fleet: Fleet) -> None:
         key = fleet.key(FLASH + number)
         first, second = fleet.rng.sample(fleet.honest, 2)
         at_ms = WARM_MS + number * (RUN_MS - WARM_MS - 10_000) / FRAMED
-        fleet.agenda.after(at_ms, partial(first.ask, key, FRAMER))
-        fleet.agenda.after(at_ms + 5_000, partial(second.ask, key, FRAMER))
+        fleet.agenda.after(at_ms, partial(first.clients.ask, key, FRAMER))
+        fleet.agenda.after(at_ms + 5_000, partial(second.clients.ask, key, FRAMER))
 
 
 _open = partial(Scenario, kept=0, is_open=True)

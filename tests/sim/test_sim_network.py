@@ -29,7 +29,7 @@ from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.sealing import open_response
 from hyperspace_vllm.core.response.cache_proof import decode_proof
 from hyperspace_vllm.core.response.sealed_hit import Opened
-from hyperspace_vllm.sim import host as sim_host
+from hyperspace_vllm.sim import sim_fetches
 from hyperspace_vllm.sim.agenda import Agenda
 from hyperspace_vllm.sim.fleet import Fleet
 from hyperspace_vllm.sim.run import Result, run
@@ -178,7 +178,7 @@ def without_checks(
 
 
 def test_a_node_that_believes_everybody_is_caught_serving_wrong_responses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sim_host, "open_hit", without_checks)
+    monkeypatch.setattr(sim_fetches, "open_hit", without_checks)
     found = "\n".join(violations_of("liars_20pct", seed) for seed in range(4))
     assert "served a wrong response: b'forged'" in found
     assert "seed " in found
