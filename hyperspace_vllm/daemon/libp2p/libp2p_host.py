@@ -54,8 +54,8 @@ class HostHandler(Protocol):
     def on_gossip_spoiled(self, relay: PeerId) -> None:
         """A neighbour passed on more invalid messages than an honest one does."""
 
-    def on_connected(self, peer: PeerId) -> None:
-        """The first connection to a peer is open."""
+    def on_connected(self, peer: PeerId, host: str) -> None:
+        """The first connection to a peer is open; `host` is the IP address at its other end."""
 
     def on_disconnected(self, peer: PeerId) -> None:
         """The last connection to a peer is closed."""
@@ -99,7 +99,7 @@ class Libp2pHost:
         self._mdns_wanted = mdns
         self._mdns: Mdns | None = None
         self._handler = handler
-        self._connected: dict[PeerId, str] = {}  # with the IP address at the other end
+        self._connected: set[PeerId] = set()
         self._calls: set[asyncio.Future[object]] = set()
         self._publishing = 0
         self._closing = threading.Event()
@@ -128,10 +128,6 @@ class Libp2pHost:
     def connected(self) -> frozenset[PeerId]:
         """Peers with an open connection."""
         return frozenset(self._connected)
-
-    def host_of(self, peer: PeerId) -> str:
-        """The IP address that a peer is connected from or to; '' if it isn't connected."""
-        return self._connected.get(peer, "")
 
     async def connect(self, peer: PeerId, address: str, timeout_s: float) -> None:
         """Open a connection to `peer` at `host:port`, unless there is one; PeerFailed(timeout | unreachable)."""
@@ -297,10 +293,10 @@ class Libp2pHost:
         if (host is not None) == (peer in self._connected):
             return
         if host is not None:
-            self._connected[peer] = host
-            self._handler.on_connected(peer)
+            self._connected.add(peer)
+            self._handler.on_connected(peer, host)
         else:
-            del self._connected[peer]
+            self._connected.discard(peer)
             self._handler.on_disconnected(peer)
 
     @property
