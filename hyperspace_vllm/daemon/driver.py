@@ -41,7 +41,6 @@ from ..core.events.kv_events import (
     ProviderFailed,
     RowFailed,
     RowOffer,
-    RowReady,
     RowsFound,
     Tick,
 )
@@ -54,7 +53,6 @@ from ..core.records.errors import Refused
 from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, row_id
 from ..core.records.limits import LOOKUP_ROWS_MAX, REGISTRY_TTL_MS
 from ..core.records.peer_record import PeerRecord
-from ..core.records.sealing import seal_key
 from .identity import Identity
 from .kv.chunk_keeper import ChunkKeeper
 from .kv.chunk_store import ChunkStore
@@ -64,6 +62,7 @@ from .kv.object_codec import ObjectRecord
 from .kv.object_encoder import ObjectEncoder
 from .kv.row_assembly import RowAssembly
 from .kv.row_cache import UNSTORED, RowCache
+from .kv.row_loading import RowLoading
 from .lookup_tasks import LookupTasks
 from .metrics import Metrics
 from .peer_failed import PeerFailed
@@ -141,6 +140,7 @@ class Driver:
         self._assembly = RowAssembly(
             network, cache, transport, compute, metrics, self.submit, self._spawn, self._keep, self._condemn
         )
+        self._loading = RowLoading(network, cache, store, compute, metrics, self.submit, self._start, self._discard)
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Event] = deque()
         self._handling = False
@@ -149,7 +149,6 @@ class Driver:
         self._signing = self._loop.call_soon(self._sign_anew)
         self._unanswered: dict[int, float] = {}  # lookup -> when it began
         self._failures: dict[int, Counter[str]] = {}  # lookup -> what went wrong on its way
-        self._filling: set[Slab] = set()  # with rows from the disk, not yet the cache's
         self._last_lookup: dict[str, object] = {}
         self._objects_stored = 0
         self.events = 0
@@ -233,7 +232,7 @@ class Driver:
             case FindRows():
                 self._find_rows(effect)
             case LoadRow():
-                self._load_row(effect)
+                self._loading.load(effect)
             case ReleaseRows(lookup, row_keys):
                 self._assembly.end_some(lookup, row_keys)
                 self._cache.end_some(lookup, row_keys)
@@ -301,47 +300,6 @@ class Driver:
         )
         leased = frozenset(filter(self._cache.is_leased, in_memory))
         self.submit(RowsFound(effect.lookup, in_memory, on_disk, leased, self._cache.room_bytes))
-
-    def _load_row(self, effect: LoadRow) -> None:
-        if self._cache.lease(effect.row_key, effect.lookup) is not None:
-            self.submit(RowReady(effect.lookup, effect.row_key))
-            return
-        found = self._store.find(row_id(self._network, effect.row_key))
-        # Now, not in the task: rows get their room in the order in which the core asks for them.
-        slab = self._cache.allocate(found[0].manifest.rows[found[1]].length) if found else None
-        if found is None or slab is None:
-            self.submit(RowFailed(effect.lookup, effect.row_key, "arena_full" if found else "evicted"))
-            return
-        self._filling.add(slab)
-        bug = RowFailed(effect.lookup, effect.row_key, "bug")
-        task = self._start(effect.lookup, self._load_from_disk(effect, *found, slab), bug)
-        task.add_done_callback(lambda _: self._free_unless_kept(slab))  # it may end before its first step
-
-    async def _load_from_disk(self, effect: LoadRow, record: ObjectRecord, row: int, slab: Slab) -> None:
-        try:
-            await self._open_from_disk(effect, record, row, slab)
-        except Refused as refused:
-            self.submit(RowFailed(effect.lookup, effect.row_key, refused.reason))
-            return
-        self._cache.lease(effect.row_key, effect.lookup)
-        self.submit(RowReady(effect.lookup, effect.row_key))
-
-    async def _open_from_disk(self, effect: LoadRow, record: ObjectRecord, row: int, slab: Slab) -> None:
-        key = seal_key(effect.row_key, self._network)
-        try:
-            await self._compute.run(self._store.load_row, record, row, key, self._cache.view(slab))
-        except Refused as refused:
-            if refused.reason == "damaged":
-                self._tasks.spawn(self._keeper.discard(record.digest))
-            raise
-        self._filling.remove(slab)
-        self._cache.keep(effect.row_key, slab)
-        self._metrics.bytes_total.labels("copied").inc(slab.length)
-
-    def _free_unless_kept(self, slab: Slab) -> None:
-        if slab in self._filling:
-            self._filling.remove(slab)
-            self._cache.free(slab)
 
     async def _ask_provider(self, effect: FindProviders, peer: PeerId) -> None:
         row_ids = effect.row_ids[:LOOKUP_ROWS_MAX]
@@ -418,6 +376,9 @@ class Driver:
 
     def _condemn(self, digest: ManifestDigest) -> None:
         self._manifests.condemn(digest)
+        self._discard(digest)
+
+    def _discard(self, digest: ManifestDigest) -> None:
         self._tasks.spawn(self._keeper.discard(digest))
 
     def _answer(self, effect: AnswerPrefix) -> None:

@@ -27,7 +27,8 @@ from ..core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
 from ..response_db import database_path
 from .address_book import AddressBook
 from .identity import Identity, IdentityError
-from .network_driver import Joined, NetworkDriver
+from .joined_network import Joined
+from .network_driver import NetworkDriver
 from .responses.response_server import ResponseServer
 from .start_error import needed
 

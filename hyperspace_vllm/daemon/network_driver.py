@@ -10,8 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from typing import Literal, Protocol, assert_never
+from typing import Literal, assert_never
 
 from ..core.events.network_effects import (
     AnswerResponse,
@@ -24,7 +23,6 @@ from ..core.events.network_effects import (
     ForgetOwner,
     HintResponse,
     ImportDeltas,
-    KvEndpoint,
     NetworkEffect,
     PeersChanged,
     Provide,
@@ -38,14 +36,12 @@ from ..core.events.network_events import (
     AnswerAudited,
     Answered,
     ConnectFailed,
-    DeltasImported,
     DeltasRefused,
     GossipReceived,
     GossipSpoiled,
     NetworkEvent,
     NetworkTick,
     NotProvided,
-    OwnDeltaWritten,
     PeerConnected,
     PeerDisconnected,
     PeerDiscovered,
@@ -55,24 +51,21 @@ from ..core.events.network_events import (
     ResponseStored,
     ServedChanged,
 )
-from ..core.node.network_node import NetworkNode
-from ..core.peers.gossip_gate import GossipGate
 from ..core.peers.trust import Trust
 from ..core.records.ids import NetworkId, PeerId, RequestKey, RowId
 from ..core.records.peer_record import PeerRecord
 from ..core.records.standing import Tier
 from ..core.records.vram_digest import approximate_count
 from ..core.response.evidence import verdict
-from .address_book import AddressBook
 from .early_events import EarlyEvents
+from .joined_network import Documents, Joined, PeerHost, SharedHints
 from .lookup_tasks import LookupTasks
 from .metrics import Metrics
-from .network_lookups import Hints, NetworkLookups, Providers
+from .network_lookups import NetworkLookups
 from .peer_failed import PeerFailed
 from .peer_requests import PeerRequests, ask_peer
 from .responses.fetched_response import Stored
 from .responses.response_lookups import Clients
-from .responses.response_server import ResponseServer
 from .responses.store_changes import ServableEntry
 from .start_error import StartError
 
@@ -80,60 +73,6 @@ log = logging.getLogger(__name__)
 
 JOIN_AGAIN_S = 10.0
 PROVIDE_S = 10.0
-
-
-class PeerHost(Providers, Protocol):
-    """What reaches peers (Libp2pHost)."""
-
-    @property
-    def address(self) -> str:
-        """host:port of the listener."""
-
-    async def disconnect(self, peer: PeerId) -> None:
-        """Close every connection to a peer."""
-
-    def publish(self, topic: str, payload: bytes) -> bool:
-        """Send to a topic's subscribers; False: dropped."""
-
-    async def provide(self, key: str, timeout_s: float) -> bool:
-        """Become a provider of `key` in the DHT; False: no peer was told."""
-
-
-class Documents(Protocol):
-    """The registry that peers pass on (RegistryDocuments)."""
-
-    async def write(self, change: WriteRegistry, /) -> OwnDeltaWritten | DeltasRefused:
-        """Sign a change of the own document."""
-
-    async def import_deltas(self, deltas: ImportDeltas, /) -> DeltasImported | DeltasRefused:
-        """Follow an owner's changes."""
-
-    async def forget(self, owner: bytes, /) -> None:
-        """Drop an owner's copy."""
-
-
-class SharedHints(Hints, Protocol):
-    """The registry in a fleet's Redis (RedisRegistry)."""
-
-    def note_stored(self, id: bytes, expires_at_ms: int, /) -> None:
-        """This node can serve it until then."""
-
-    def note_gone(self, ids: Iterable[bytes], /) -> None:
-        """This node can no longer serve them."""
-
-
-@dataclass(frozen=True)
-class Joined:
-    """What a node has once it has joined (join.py): its core, and the parts that perform its effects."""
-
-    node: NetworkNode
-    host: PeerHost
-    gate: GossipGate
-    book: AddressBook
-    responses: ResponseServer | None
-    documents: Documents | None
-    hints: SharedHints | None
-    on_peers: Callable[[tuple[PeerRecord, ...], tuple[KvEndpoint, ...]], None]
 
 
 class NetworkDriver:

@@ -25,8 +25,9 @@ from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RequestKey,
 from hyperspace_vllm.daemon import early_events
 from hyperspace_vllm.daemon.address_book import AddressBook
 from hyperspace_vllm.daemon.early_events import EarlyEvents
+from hyperspace_vllm.daemon.joined_network import Joined, PeerHost
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.network_driver import Joined, NetworkDriver, PeerHost
+from hyperspace_vllm.daemon.network_driver import NetworkDriver
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
 from hyperspace_vllm.daemon.responses.store_changes import ServableEntry
 
