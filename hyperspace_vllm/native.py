@@ -7,10 +7,8 @@ tests; ``None`` selects the fastest that works. ``data_chunks`` and ``parity_chu
 all) are correct, not fast: the network's code has its own kernels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 try:
     from hyperspace_vllm._native import CHUNK_ALIGN_BYTES as _CHUNK_ALIGN_BYTES
@@ -27,9 +25,6 @@ except ImportError as error:
         "Hyperspace's native code is not built for this Python: run `pip install .` in its source tree"
     ) from error
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
 DATA_CHUNKS = 32
 PARITY_CHUNKS = 32
 TOTAL_CHUNKS = 64
@@ -39,6 +34,13 @@ CHUNK_ALIGN_BYTES: int = _CHUNK_ALIGN_BYTES
 Large outputs are fastest at 64-byte aligned addresses (mmap's are; NumPy's often aren't): only there can stores
 bypass the caches.
 """
+
+
+class Buffer(Protocol):
+    """An object with the buffer protocol (collections.abc.Buffer, from Python 3.12 on)."""
+
+    def __buffer__(self, flags: int, /) -> memoryview:
+        """Its memory; called by C code only."""
 
 
 def encode(

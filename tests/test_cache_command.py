@@ -159,6 +159,7 @@ def test_without_a_database_the_directory_is_named(tmp_path: Path, capsys: pytes
 def filled(tmp_path: Path) -> Path:
     """The data directory of a node that is gone; an export of it is longer than a pipe holds."""
     store = ResponseStore(database_path(tmp_path), 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test"))
+    store.start()
     for name in range(400):
         message = StoreResponse(request_key(name), "network", bytes(32), "vllm", RESPONSE_TTL_MS, body_of(name))
         assert store.store(message)

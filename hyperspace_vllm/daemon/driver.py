@@ -8,7 +8,8 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
-from typing import assert_never
+from functools import partial
+from typing import Literal, Protocol, assert_never
 
 from ..core.events.kv_effects import (
     AnswerPrefix,
@@ -39,7 +40,6 @@ from ..core.events.kv_events import (
     ProviderFailed,
     RowFailed,
     RowOffer,
-    RowReady,
     RowsFound,
     Tick,
 )
@@ -53,7 +53,6 @@ from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, row_id
 from ..core.records.limits import LOOKUP_ROWS_MAX, REGISTRY_TTL_MS
 from ..core.records.peer_record import PeerRecord
 from ..core.records.reason import Reason
-from ..core.records.sealing import seal_key
 from . import clock
 from .identity import Identity
 from .kv.chunk_keeper import ChunkKeeper
@@ -64,7 +63,8 @@ from .kv.object_codec import ObjectRecord
 from .kv.object_encoder import ObjectEncoder
 from .kv.row_assembly import RowAssembly
 from .kv.row_cache import UNSTORED, RowCache
-from .local.local_server import LocalServer
+from .kv.row_loading import RowLoading
+from .lookup_tasks import LookupTasks
 from .metrics import Metrics
 from .peer_failed import PeerFailed
 from .workers.compute_pool import ComputePool
@@ -76,13 +76,36 @@ CLOSE_S = 5.0  # for what is being written
 VERIFIED_BY = {"none": "", "memory": "memory", "disk": "blake3", "network": "ed25519+kzg+blake3"}
 
 
+class Staged(Protocol):
+    """The slabs that workers have filled (Staging)."""
+
+    def take(self, staged: int) -> Slab | None:
+        """The slab, now the caller's to keep or free; None if it is gone."""
+
+    def drop(self, staged: int, reason: str) -> None:
+        """Free the slab; `reason` is a metric label."""
+
+
+class PrefixClients(Protocol):
+    """Where lookups are answered (PrefixLookups)."""
+
+    def answer(
+        self,
+        lookup: int,
+        end_segment: int,
+        rows: tuple[LoadedRow, ...],
+        source: Literal["none", "memory", "disk", "network"],
+        verified_by: str,
+        reason: str,
+    ) -> bool:
+        """Answer a lookup; False: its client can't be told, and will not release it."""
+
+
 class Driver:
     """One node's shell around its core. Everything happens on the loop it was built on; `submit` is its door.
 
     `on_rows_stored` hears of rows, computed or fetched, that this node can serve from now on.
     """
-
-    server: LocalServer  # set by whoever builds both
 
     def __init__(
         self,
@@ -95,7 +118,9 @@ class Driver:
         identity: Identity,
         network: NetworkId,
         trust: Trust,
-        on_rows_stored: Callable[[RowsStored], None] = lambda event: None,
+        staging: Staged,
+        clients: PrefixClients,
+        on_rows_stored: Callable[[RowsStored], None],
     ) -> None:
         self._node = node
         self._cache = cache
@@ -105,7 +130,10 @@ class Driver:
         self._metrics = metrics
         self._network = network
         self._trust = trust
-        self.on_rows_stored = on_rows_stored
+        self._staging = staging
+        self._clients = clients
+        self._on_rows_stored = on_rows_stored
+        self._tasks = LookupTasks("l2", metrics)  # those of the assembly belong to no lookup here
         store.forget_others(self._counts)
         self._manifests = Manifests(network, trust, store, transport, compute)
         self._encoder = ObjectEncoder(network, identity, cache, store, compute, metrics)
@@ -113,6 +141,7 @@ class Driver:
         self._assembly = RowAssembly(
             network, cache, transport, compute, metrics, self.submit, self._spawn, self._keep, self._condemn
         )
+        self._loading = RowLoading(network, cache, store, compute, metrics, self.submit, self._start, self._discard)
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Event] = deque()
         self._handling = False
@@ -121,9 +150,6 @@ class Driver:
         self._signing = self._loop.call_soon(self._sign_anew)
         self._unanswered: dict[int, float] = {}  # lookup -> when it began
         self._failures: dict[int, Counter[str]] = {}  # lookup -> what went wrong on its way
-        self._tasks: dict[int, set[asyncio.Task[None]]] = {}  # by lookup, except those of the assembly
-        self._background: set[asyncio.Task[None]] = set()
-        self._filling: set[Slab] = set()  # with rows from the disk, not yet the cache's
         self._last_lookup: dict[str, object] = {}
         self._objects_stored = 0
         self.events = 0
@@ -156,7 +182,7 @@ class Driver:
         self._node.set_peers(self._transport.peers)
 
     def report_stored(self) -> None:
-        """Tell `on_rows_stored` of everything that is on the disk: what earlier runs of this node left."""
+        """Report everything that is on the disk: what earlier runs of this node left."""
         for record, rows in self._store.shareable():
             self._report_stored(record, rows)
 
@@ -170,16 +196,12 @@ class Driver:
     async def close(self) -> None:
         """End lookups, give writes a moment, and close compute pool and transport."""
         self._closed = True
-        for lookup in list(self._tasks):
+        for lookup in self._tasks.lookups:
             self._end_lookup(lookup)
         if self._timer:
             self._timer.cancel()
         self._signing.cancel()
-        if self._background:
-            _, late = await asyncio.wait(self._background, timeout=CLOSE_S)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        await self._tasks.close(CLOSE_S)
         await self._transport.close()
         self._keeper.close()
         await self._compute.close()
@@ -211,7 +233,7 @@ class Driver:
             case FindRows():
                 self._find_rows(effect)
             case LoadRow():
-                self._load_row(effect)
+                self._loading.load(effect)
             case ReleaseRows(lookup, row_keys):
                 self._assembly.end_some(lookup, row_keys)
                 self._cache.end_some(lookup, row_keys)
@@ -231,14 +253,14 @@ class Driver:
             case ChargePeer(peer, reason):
                 self._transport.charge(peer, reason)
             case KeepRow(staged, row_key):
-                slab = self.server.take_staged(staged)
+                slab = self._staging.take(staged)
                 if slab is not None:
                     self._cache.keep(row_key, slab)
                     self._cache.lease(row_key, UNSTORED)
             case UnpinRows(row_keys):
                 self._cache.end_some(UNSTORED, row_keys)
             case DropStaged(staged, reason):
-                self.server.drop_staged(staged, reason)
+                self._staging.drop(staged, reason)
             case EncodeObject():
                 self._encode(effect)
             case _:
@@ -257,31 +279,13 @@ class Driver:
 
     def _start(self, lookup: int, work: Coroutine[None, None, None], if_bug: Event) -> asyncio.Task[None]:
         """Run a lookup's work until it ends or the lookup does."""
-        tasks = self._tasks.setdefault(lookup, set())
-        task = self._spawn(work, if_bug)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        return task
+        return self._tasks.start(lookup, work, partial(self.submit, if_bug))
 
-    def _spawn(self, work: Coroutine[None, None, None], if_bug: Event | None) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._watch(work, if_bug))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        task.add_done_callback(lambda _: work.close())  # cancelled before its first step, it would never be awaited
-        return task
-
-    async def _watch(self, work: Coroutine[None, None, None], if_bug: Event | None) -> None:
-        try:
-            await work
-        except Exception:
-            log.exception("a bug in Hyperspace: please report it")
-            self._metrics.failures_total.labels("l2", "bug").inc()
-            if if_bug is not None:
-                self.submit(if_bug)
+    def _spawn(self, work: Coroutine[None, None, None], if_bug: Event) -> asyncio.Task[None]:
+        return self._tasks.spawn(work, partial(self.submit, if_bug))
 
     def _end_lookup(self, lookup: int, keep: frozenset[RowKey] = frozenset()) -> None:
-        for task in self._tasks.pop(lookup, ()):
-            task.cancel()
+        self._tasks.end(lookup)
         self._assembly.end(lookup)
         self._cache.end_leases(lookup, keep)
 
@@ -294,47 +298,6 @@ class Driver:
         )
         leased = frozenset(filter(self._cache.is_leased, in_memory))
         self.submit(RowsFound(effect.lookup, in_memory, on_disk, leased, self._cache.room_bytes))
-
-    def _load_row(self, effect: LoadRow) -> None:
-        if self._cache.lease(effect.row_key, effect.lookup) is not None:
-            self.submit(RowReady(effect.lookup, effect.row_key))
-            return
-        found = self._store.find(row_id(self._network, effect.row_key))
-        # Now, not in the task: rows get their room in the order in which the core asks for them.
-        slab = self._cache.allocate(found[0].manifest.rows[found[1]].length) if found else None
-        if found is None or slab is None:
-            self.submit(RowFailed(effect.lookup, effect.row_key, "arena_full" if found else "evicted"))
-            return
-        self._filling.add(slab)
-        bug = RowFailed(effect.lookup, effect.row_key, "bug")
-        task = self._start(effect.lookup, self._load_from_disk(effect, *found, slab), bug)
-        task.add_done_callback(lambda _: self._free_unless_kept(slab))  # it may end before its first step
-
-    async def _load_from_disk(self, effect: LoadRow, record: ObjectRecord, row: int, slab: Slab) -> None:
-        try:
-            await self._open_from_disk(effect, record, row, slab)
-        except Refused as refused:
-            self.submit(RowFailed(effect.lookup, effect.row_key, refused.reason))
-            return
-        self._cache.lease(effect.row_key, effect.lookup)
-        self.submit(RowReady(effect.lookup, effect.row_key))
-
-    async def _open_from_disk(self, effect: LoadRow, record: ObjectRecord, row: int, slab: Slab) -> None:
-        key = seal_key(effect.row_key, self._network)
-        try:
-            await self._compute.run(self._store.load_row, record, row, key, self._cache.view(slab))
-        except Refused as refused:
-            if refused.reason == "damaged":
-                self._spawn(self._keeper.discard(record.digest), None)
-            raise
-        self._filling.remove(slab)
-        self._cache.keep(effect.row_key, slab)
-        self._metrics.bytes_total.labels("copied").inc(slab.length)
-
-    def _free_unless_kept(self, slab: Slab) -> None:
-        if slab in self._filling:
-            self._filling.remove(slab)
-            self._cache.free(slab)
 
     async def _ask_provider(self, effect: FindProviders, peer: PeerId) -> None:
         row_ids = effect.row_ids[:LOOKUP_ROWS_MAX]
@@ -392,7 +355,7 @@ class Driver:
     def _keep(self, record: ObjectRecord, row: int, chunks: dict[int, memoryview]) -> None:
         work = self._keeper.keep(record, row, chunks)
         if work is not None:
-            self._spawn(work, None)
+            self._tasks.spawn(work)
 
     def _report_stored(self, record: ObjectRecord, rows: tuple[int, ...]) -> None:
         if self._store.record(record.digest, for_peer=True) is None:
@@ -400,7 +363,7 @@ class Driver:
         row_ids = tuple(record.manifest.rows[row].row_id for row in rows)
         expires_at_ms = clock.wall_ms() + REGISTRY_TTL_MS
         manifest = record.manifest
-        self.on_rows_stored(
+        self._on_rows_stored(
             RowsStored(record.digest, manifest.fingerprint, manifest.commitment, row_ids, expires_at_ms)
         )
 
@@ -411,7 +374,10 @@ class Driver:
 
     def _condemn(self, digest: ManifestDigest) -> None:
         self._manifests.condemn(digest)
-        self._spawn(self._keeper.discard(digest), None)
+        self._discard(digest)
+
+    def _discard(self, digest: ManifestDigest) -> None:
+        self._tasks.spawn(self._keeper.discard(digest))
 
     def _answer(self, effect: AnswerPrefix) -> None:
         rows = []
@@ -437,7 +403,7 @@ class Driver:
             "took_ms": round(took_s * 1000, 1),
             "failures": dict(failures),
         }
-        self.server.answer_prefix(
+        sent = self._clients.answer(
             effect.lookup,
             effect.end_segment,
             tuple(rows),
@@ -445,8 +411,8 @@ class Driver:
             VERIFIED_BY[effect.source],
             effect.reason,
         )
-        if not effect.end_segment:
-            self.submit(PrefixReleased(effect.lookup))  # nobody will release what holds nothing
+        if not effect.end_segment or not sent:  # no client will release it
+            self.submit(PrefixReleased(effect.lookup))
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -476,4 +442,4 @@ class Driver:
             if not self._closed:
                 self._signing = self._loop.call_later(SIGN_ANEW_S, self._sign_anew)
 
-        self._spawn(sign(), None)
+        self._tasks.spawn(sign())

@@ -4,45 +4,34 @@ Importing and starting libp2p takes seconds, for which no engine waits: a node s
 """
 
 import asyncio
-import logging
 import os
 import random
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from ..config import Config
 from ..core.events.network_effects import KvEndpoint
-from ..core.events.network_events import AnswerAudited, RowsStored, ServedChanged
-from ..core.local.messages import Scope
 from ..core.node.network_node import NetworkNode, NetworkOptions
 from ..core.peers.dials import Dials
 from ..core.peers.gossip_gate import GossipGate
 from ..core.peers.trust import Trust
 from ..core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
-from ..core.records.ids import PeerId, RequestKey, RowId, network_id, public_key_of
+from ..core.records.ids import PeerId, network_id, public_key_of
 from ..core.records.peer_record import PeerRecord
 from ..core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
-from ..core.records.standing import Tier
-from ..core.response.evidence import verdict
 from ..response_db import database_path
 from . import clock
 from .address_book import AddressBook
 from .identity import Identity, IdentityError
-from .metrics import Metrics
-from .network_driver import Clients, NetworkDriver
-from .responses.fetched_response import Stored
+from .joined_network import Joined
+from .network_driver import NetworkDriver
 from .responses.response_server import ResponseServer
-from .responses.store_changes import ServableEntry
-from .start_error import StartError, needed
+from .start_error import needed
 
-log = logging.getLogger(__name__)
-
-JOIN_AGAIN_S = 10.0
-BEFORE_MAX = 20_000  # news from before libp2p had started
 _KEY_BYTES = 32
 
 
@@ -83,151 +72,39 @@ def make_trust(config: Config, identity: Identity, network_key: bytes | None) ->
     return Trust(config.trust, identity.public_key, listed, allowed, network_key, is_public)
 
 
-class NodeNetwork:
-    """The network as the rest of the node sees it, joined or not yet: what happens before is kept or answered so."""
+class Joining:
+    """Joins the network of a configuration, as often as asked to.
 
-    def __init__(self, config: Config, identity: Identity, metrics: Metrics) -> None:
+    `endpoint` is the bulk transport's, '' without one; `serves` whether this node has responses; `on_peers` hears of
+    the peers that may be used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        identity: Identity,
+        network_key: bytes | None,
+        trust: Trust,
+        dials: Dials,
+        endpoint: str,
+        serves: bool,
+        on_peers: Callable[[tuple[PeerRecord, ...], tuple[KvEndpoint, ...]], None],
+    ) -> None:
         self._config = config
         self._identity = identity
-        self._metrics = metrics
         self._network = network_id(config.network)
-        self._key = load_network_key(config)
-        self.trust = make_trust(config, identity, self._key)
-        self.dials = Dials(clock.now())
-        self._loop = asyncio.get_running_loop()
-        self._driver: NetworkDriver | None = None
-        self._clients: Clients | None = None
-        self._stored_before: dict[bytes, ServableEntry] = {}
-        self._rows_before: list[RowsStored] = []
-        self._served_before: ServedChanged | None = None
-        self._failure = ""
+        self._key = network_key
+        self._trust = trust
+        self._dials = dials
+        self._endpoint = endpoint
+        self._serves = serves
+        self._on_peers = on_peers
 
-    @property
-    def address(self) -> str:
-        """host:port of libp2p's listener; '' before it listens."""
-        return self._driver.host.address if self._driver else ""
+    async def join(self, parts: AsyncExitStack, driver: NetworkDriver) -> Joined:
+        """A core that is about to join, and what performs its effects; everything is closed with `parts`.
 
-    def status(self) -> dict[str, object] | None:
-        """What `hyperspace status` shows of the network."""
-        if not self._config.p2p_listen:
-            return None
-        return self._driver.status() if self._driver else {"state": self._failure or "joining"}
-
-    async def run(
-        self,
-        endpoint: str,
-        store: Stored | None,
-        clients: Clients,
-        on_peers: Callable[[tuple[PeerRecord, ...], tuple[KvEndpoint, ...]], None],
-        on_joined: Callable[[], None],
-    ) -> None:
-        """Join, and stay until cancelled. A listener that can't be had is tried again."""
-        self._clients = clients
-        while self._config.p2p_listen:
-            async with AsyncExitStack() as parts:
-                try:
-                    self._driver = await self._join(parts, endpoint, store, clients, on_peers)
-                except (StartError, OSError, ImportError) as error:
-                    self._failure = str(error)
-                    log.error("not joined, and tried again every %.0f s: %s", JOIN_AGAIN_S, error)
-                else:
-                    self._tell_what_was_before(self._driver)
-                    on_joined()
-                    await asyncio.Event().wait()
-            await asyncio.sleep(JOIN_AGAIN_S)
-
-    def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
-        """Look for a response at other nodes (response_lookups.ResponseFinder)."""
-        if self._driver is not None and self._config.share != "private":
-            self._driver.find(lookup, request_key, model_digest, deadline_ms)
-        elif self._clients is not None:
-            self._clients.answer_response(lookup, None, "off" if not self._config.p2p_listen else "no_peers")
-
-    def release(self, lookup: int) -> None:
-        """Nobody waits for the lookup any more."""
-        if self._driver is not None:
-            self._driver.release(lookup)
-
-    def purge(self, keys: Iterable[bytes]) -> None:
-        """The operator wants these gone, from lookups too: what peers have fetched stays there until it expires."""
-        if self._driver is not None:
-            self._driver.purge(keys)
-
-    def used(self, keys: Iterable[bytes]) -> None:
-        """Clients of this host had hits of these RequestKeys."""
-        if self._driver is not None:
-            self._driver.used(keys)
-
-    def misbehaved(self, peer: PeerId) -> None:
-        """It broke the protocol of the bulk transport."""
-        if self._driver is not None:
-            self._driver.on_violation(peer)
-
-    def audited(self, event: AnswerAudited) -> bool:
-        """An audit of this host; whether its signer is convicted. Others hear that, if this node shares with any."""
-        evidence = event.evidence
-        if self._driver is not None and self._config.share != "private":
-            self._driver.submit(event)
-        else:
-            found = verdict(evidence.far)
-            self.trust.audited(evidence.signer, evidence.tokens, found, event.source, clock.now())
-        return self.trust.is_convicted(evidence.signer, clock.now())
-
-    def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
-        """What the response store can serve now, and what no more (response_news.Listener); from any thread."""
-        self._loop.call_soon_threadsafe(self._heard, stored, gone)
-
-    def rows_stored(self, event: RowsStored) -> None:
-        """KV rows that this node can serve now."""
-        if self._driver is not None:
-            self._driver.submit(event)
-        elif len(self._rows_before) < BEFORE_MAX:
-            self._rows_before.append(event)
-
-    def served(self, event: ServedChanged) -> None:
-        """What the engines of this host serve now; of a node that shares nothing, nobody need know."""
-        if self._config.share == "private":
-            return
-        if self._driver is not None:
-            self._driver.submit(event)
-        else:
-            self._served_before = event
-
-    def hints(self, row_id: RowId) -> tuple[PeerId, ...]:
-        """Who says that it serves a KV row."""
-        return self._driver.row_hints(row_id) if self._driver else ()
-
-    def _heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
-        if self._config.share == "private":
-            return
-        if self._driver is not None:
-            self._driver.heard(stored, gone)
-            return
-        for each in stored:
-            if len(self._stored_before) < BEFORE_MAX:
-                self._stored_before[each.request_hash] = each
-        for name in gone:
-            self._stored_before.pop(name, None)
-
-    def _tell_what_was_before(self, driver: NetworkDriver) -> None:
-        driver.heard(tuple(self._stored_before.values()), ())
-        for event in self._rows_before:
-            driver.submit(event)
-        if self._served_before is not None:
-            driver.submit(self._served_before)
-        self._served_before = None
-        self._stored_before.clear()
-        self._rows_before.clear()
-
-    async def _join(
-        self,
-        parts: AsyncExitStack,
-        endpoint: str,
-        store: Stored | None,
-        clients: Clients,
-        on_peers: Callable[[tuple[PeerRecord, ...], tuple[KvEndpoint, ...]], None],
-    ) -> NetworkDriver:
-        """A driver whose node has begun to join; everything it needs is closed with `parts`."""
+        `driver` hears what libp2p reports from now on.
+        """
         await _libp2p_imported()  # seconds, in which engines are served
         from .libp2p.libp2p_host import Libp2pHost
         from .workers.registry_documents import RegistryDocuments
@@ -245,14 +122,13 @@ class NodeNetwork:
             documents = RegistryDocuments(self._network, identity.signing_key, clock.wall_ms, config.nice)
             parts.push_async_callback(documents.close)
         responses = None
-        if store is not None:
-            responses = ResponseServer(database_path(config.data_dir), self._network, self.trust.vouch)
+        if self._serves:
+            responses = ResponseServer(database_path(config.data_dir), self._network, self._trust.vouch)
             parts.callback(responses.close)
-        relay = _Relay()
         topics, protocols = (RESPONSE_TOPIC, PREFIX_TOPIC), (CACHE_PROTOCOL, PEERS_PROTOCOL)
         gate = GossipGate(self._network, clock.now())
         host = Libp2pHost(
-            identity.signing_key, config.p2p_listen, self._key, config.mdns, protocols, topics, relay, gate
+            identity.signing_key, config.p2p_listen, self._key, config.mdns, protocols, topics, driver, gate
         )
         parts.push_async_callback(host.close)
         choose = "choose an address and a free port of this machine (HYPERSPACE_P2P_LISTEN)"
@@ -262,7 +138,7 @@ class NodeNetwork:
         book = AddressBook(config.data_dir)
         parts.callback(book.close)
         with needed(f"advertise = {config.advertise!r}", "name an address of this host (HYPERSPACE_ADVERTISE)"):
-            address, endpoint = (_reachable(config.advertise, bound) for bound in (host.address, endpoint))
+            address, endpoint = (_reachable(config.advertise, bound) for bound in (host.address, self._endpoint))
         options = NetworkOptions(
             self._network,
             address,
@@ -273,21 +149,8 @@ class NodeNetwork:
             documents is not None,
             book.read(address),
         )
-
-        def tell(usable: tuple[PeerRecord, ...], endpoints: tuple[KvEndpoint, ...]) -> None:
-            book.note(node.members.addresses(clock.now()))
-            on_peers(usable, endpoints)
-
-        node = NetworkNode(options, identity.signing_key, self.trust, self.dials, random.Random(), clock.now())
-        scope: Scope = "public" if config.share == "public" else "network"
-        driver = NetworkDriver(
-            node, self._network, self.trust, store, responses, documents, redis, self._metrics, tell, scope, gate
-        )
-        driver.clients, driver.host, relay.driver = clients, host, driver
-        self._metrics.connected_peers.set_function(lambda: len(host.connected))
-        parts.push_async_callback(driver.close)
-        driver.start()
-        return driver
+        node = NetworkNode(options, identity.signing_key, self._trust, self._dials, random.Random(), clock.now())
+        return Joined(node, host, gate, book, responses, documents, redis, self._on_peers)
 
 
 async def _libp2p_imported() -> None:
@@ -310,45 +173,6 @@ async def _libp2p_imported() -> None:
 
     threading.Thread(target=run, name="hyperspace-import", daemon=True).start()
     await ended
-
-
-class _Relay:
-    """Between host and driver, which need each other: nothing is heard before the driver is there."""
-
-    driver: NetworkDriver | None = None
-
-    async def on_request(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None:
-        return await self.driver.on_request(peer, protocol, frame) if self.driver else None
-
-    def on_gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
-        if self.driver:
-            self.driver.on_gossip(topic, relay, payload)
-
-    def on_gossip_spoiled(self, relay: PeerId) -> None:
-        if self.driver:
-            self.driver.on_gossip_spoiled(relay)
-
-    def on_connected(self, peer: PeerId) -> None:
-        if self.driver:
-            self.driver.on_connected(peer)
-
-    def on_disconnected(self, peer: PeerId) -> None:
-        if self.driver:
-            self.driver.on_disconnected(peer)
-
-    def on_violation(self, peer: PeerId) -> None:
-        if self.driver:
-            self.driver.on_violation(peer)
-
-    def tier(self, peer: PeerId) -> Tier:
-        return self.driver.tier(peer) if self.driver else Tier.STRANGER
-
-    def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
-        if self.driver:
-            self.driver.on_discovered(peer, address, told_from)
-
-    def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
-        return self.driver is not None and self.driver.may_dial(peer, address, told_from)
 
 
 def _reachable(advertise: str, listens_at: str) -> str:

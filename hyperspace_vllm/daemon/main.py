@@ -6,40 +6,45 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from .. import arena_size
+from .. import arena_size, session_lock
 from ..config import Config
 from ..core.events.kv_events import Event
+from ..core.events.network_effects import KvEndpoint
+from ..core.peers.dials import Dials
 from ..core.records.ids import PeerId, network_id
+from ..core.records.peer_record import PeerRecord
 from ..file_digests import in_progress
 from ..response_db import database_path
+from . import clock
 from .directory import claim_directory, lock_directory
 from .embedded import say_all_is_well, until_unwanted, wait_in_line
 from .identity import Identity
-from .join import NodeNetwork
+from .join import Joining, load_network_key, make_trust
 from .kv.arena import Arena
 from .kv.row_cache import RowCache
-from .local.local_server import LocalServer
+from .local.engine_messages import EngineMessages
+from .local.local_server import LocalServer, make_welcome
+from .local.local_socket import LocalSocket
+from .local.prefix_lookups import PrefixLookups
+from .local.response_messages import ResponseMessages, Similar
+from .local.staging import Staging
 from .logs import log_to_file, log_to_stderr
 from .metrics import Metrics
+from .network_driver import NetworkDriver
 from .responses.audit_requests import AuditRequests
-from .responses.store_changes import Listener
+from .responses.response_lookups import ResponseFinder, ResponseLookups
+from .responses.response_server import ResponseServer
+from .responses.response_store import ResponseStore
+from .responses.store_changes import ServableEntry
 from .served import Served
 from .start_error import StartError, needed
 from .stopping import Stopping
-
-if TYPE_CHECKING:
-    from .driver import Driver
-    from .kv.chunk_transport import ChunkTransport
-    from .redis.redis_responses import RedisResponses
-    from .responses.response_store import ResponseStore
-    from .responses.similar import SimilarQuestions
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +83,40 @@ def run_node(config: Config, embedded: bool, stopping: Stopping) -> int:
     return 0
 
 
+class _Prefixes(Protocol):
+    """The shell of the KV core (Driver), built only where KV is cached: it needs native code."""
+
+    def submit(self, event: Event, /) -> None: ...
+    def set_peers(self, records: tuple[PeerRecord, ...], endpoints: tuple[KvEndpoint, ...], /) -> None: ...
+    def report_stored(self) -> None: ...
+    def status(self) -> dict[str, object]: ...
+
+
+class _Transport(Protocol):
+    """The bulk transport (ChunkTransport)."""
+
+    @property
+    def endpoint(self) -> str: ...
+    @property
+    def peers(self) -> tuple[PeerId, ...]: ...
+    def endpoint_of(self, peer: PeerId, /) -> str: ...
+    def is_connected(self, peer: PeerId, /) -> bool: ...
+
+
+class _SharedResponses(ResponseFinder, Protocol):
+    """The fleet's responses (RedisResponses), for which redis must be installed."""
+
+    def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...], /) -> None: ...
+    def status(self) -> dict[str, object]: ...
+
+
+class _Similar(Similar, Protocol):
+    """Semantic hits (SimilarQuestions), for which an extra must be installed."""
+
+    def stats(self) -> dict[str, object]: ...
+    def wrong_ratio(self, end: str, /) -> float: ...
+
+
 class _Node:
     """The parts of one node, from start to end."""
 
@@ -85,7 +124,8 @@ class _Node:
         self._config = config
         self._network = network_id(config.network)
         self._started_at = time.monotonic()
-        self._transport: ChunkTransport | None = None
+        self._driver: _Prefixes | None = None
+        self._transport: _Transport | None = None
         self._metrics_endpoint = ""
 
     async def run(self, embedded: bool, stopping: Stopping) -> None:
@@ -104,7 +144,7 @@ class _Node:
 
     async def _serve(self, server: LocalServer, embedded: bool, stopping: Stopping) -> None:
         serving = asyncio.create_task(server.run())
-        joining = asyncio.create_task(self._join(server, embedded))
+        joining = asyncio.create_task(self._join(embedded))
         stop = asyncio.create_task(stopping.requested())
         unwanted = asyncio.create_task(until_unwanted(server)) if embedded else stop
         logger.info("node %s serves %s", self._identity.peer_id, self._config.data_dir)
@@ -131,54 +171,56 @@ class _Node:
             arena = Arena.create(config.data_dir, size)
         parts.callback(arena.close)
         self._cache = RowCache(arena)
-        self._joined = NodeNetwork(config, self._identity, self._metrics)
-        self._shared = self._open_shared(parts) if config.response_cache else None
-        finder = self._shared or self._joined  # Redis asks the network about what it doesn't have
-        self._responses = self._open_responses(parts, finder.heard) if config.response_cache else None
-        self._similar = self._open_similar(self._responses, parts) if self._responses else None
-        self._driver = driver = await self._open_data_plane(parts) if config.kv_cache else None
-        submit: Callable[[Event], None] = driver.submit if driver else lambda event: None
-        served = Served(self._network, self._joined.served)
+        socket = LocalSocket(config.socket_path)
+        response_lookups, prefix_lookups = ResponseLookups(socket.send), PrefixLookups(socket.send)
+        self._network_key = load_network_key(config)
+        self._trust, self._dials = make_trust(config, self._identity, self._network_key), Dials(clock.now())
+        store = self._responses = self._make_store() if config.response_cache else None
+        self._joined = network = NetworkDriver(
+            self._network, self._trust, response_lookups, store, self._metrics, config.share, bool(config.p2p_listen)
+        )
+        self._shared = self._open_shared(parts, response_lookups, store) if store else None
+        finder = self._shared or network  # Redis asks the network about what it doesn't have
+        if store:
+            store.start(finder.heard)
+            parts.callback(store.close)
+        self._similar = self._open_similar(store, parts) if store else None
+        staging = Staging(self._cache, self._metrics)
+        if config.kv_cache:
+            await self._open_data_plane(parts, staging, prefix_lookups)
+        served = Served(self._network, network.served)
         parts.callback(served.close)
-        audits = AuditRequests(
-            self._network, self._identity.public_key, self._responses, self._joined.audited, self._metrics
+        audits = AuditRequests(self._network, self._identity.public_key, store, network.audited, self._metrics)
+        submit = self._driver.submit if self._driver else lambda event: None
+        engines = EngineMessages(config.kv_cache, config.data_dir, staging, prefix_lookups, submit, served, socket.send)
+        responses = ResponseMessages(
+            config.share, store, self._similar, audits.heard, finder, response_lookups, served, socket.send
         )
-        self._server = LocalServer(
-            config,
-            self._identity,
-            self._cache,
-            submit,
-            self._responses,
-            self._status,
-            self._metrics,
-            finder,
-            served,
-            similar=self._similar,
-            audited=audits.heard,
-        )
-        if driver:
-            driver.server = self._server
-        if self._shared and self._responses:
-            self._shared.clients, self._shared.store = self._server, self._responses
+        welcome = make_welcome(self._identity.peer_id, self._network, arena)
+        self._server = LocalServer(socket, welcome, engines, responses, served, self._status, self._metrics)
         self._measure()
         if config.metrics_listen:
             with needed(f"metrics_listen = {config.metrics_listen!r}", f"{_LISTEN} (HYPERSPACE_METRICS_LISTEN)"):
                 self._metrics_endpoint = self._metrics.listen(config.metrics_listen)
-        parts.callback(self._server.close)
+        parts.callback(socket.close)
         with needed(config.socket_path, "the data directory (HYPERSPACE_DATA_DIR) must allow sockets"):
-            self._server.bind()
+            session_lock.remove_leftovers(config.data_dir)
+            socket.bind()
         return self._server
 
-    async def _join(self, server: LocalServer, embedded: bool) -> None:
-        driver = self._driver
+    async def _join(self, embedded: bool) -> None:
+        joining = Joining(
+            self._config,
+            self._identity,
+            self._network_key,
+            self._trust,
+            self._dials,
+            self._transport.endpoint if self._transport else "",
+            self._responses is not None,
+            self._driver.set_peers if self._driver else lambda records, endpoints: None,
+        )
         try:
-            await self._joined.run(
-                self._transport.endpoint if self._transport else "",
-                self._responses,
-                self._shared or server,
-                driver.set_peers if driver else lambda records, endpoints: None,
-                lambda: self._on_joined(embedded),
-            )
+            await self._joined.run(joining.join, lambda: self._on_joined(embedded))
         except Exception:  # a node without its network still serves its host
             logger.exception("the network has failed: please report it")
 
@@ -190,16 +232,16 @@ class _Node:
         if self._driver:
             self._driver.report_stored()
 
-    def _open_shared(self, parts: AsyncExitStack) -> "RedisResponses | None":
+    def _open_shared(
+        self, parts: AsyncExitStack, clients: ResponseLookups, store: ResponseStore
+    ) -> _SharedResponses | None:
         config = self._config
         if not config.shared_responses:
             return None
         if config.share == "private":
             logger.warning('shared_responses is off: share = "private" lets no response leave this node')
             return None
-        from .responses.response_server import ResponseServer
-
-        trust = self._joined.trust
+        trust = self._trust
         if not trust.may_trust_others():
             lists = "allowed" if trust.mode == "allowlist" else "network_key_file (or peers, bootstrap, allowed)"
             logger.warning("shared_responses: this node believes no other's responses; set %s", lists)
@@ -209,7 +251,15 @@ class _Node:
             from .redis.redis_responses import RedisResponses
 
             shared = RedisResponses(
-                config.shared_responses, self._network, config.share, server, trust, self._metrics, self._joined
+                config.shared_responses,
+                self._network,
+                config.share,
+                server,
+                trust,
+                self._metrics,
+                self._joined,
+                clients,
+                store,
             )
         except (ImportError, ValueError) as error:  # pip install hyperspace-vllm[redis]; an option of the URL
             logger.error("shared_responses is off: %s", error)
@@ -217,22 +267,12 @@ class _Node:
         parts.push_async_callback(shared.close)
         return shared
 
-    def _open_responses(self, parts: AsyncExitStack, listener: Listener) -> "ResponseStore":
-        from .responses.response_store import ResponseStore
-
+    def _make_store(self) -> ResponseStore:
         config = self._config
-        store = ResponseStore(
-            database_path(config.data_dir),
-            config.response_bytes,
-            config.response_ttl_s * 1000,
-            self._identity,
-            self._network,
-            listener=listener,
-        )
-        parts.callback(store.close)
-        return store
+        path, ttl_ms = database_path(config.data_dir), config.response_ttl_s * 1000
+        return ResponseStore(path, config.response_bytes, ttl_ms, self._identity, self._network)
 
-    def _open_similar(self, responses: "ResponseStore", parts: AsyncExitStack) -> "SimilarQuestions | None":
+    def _open_similar(self, responses: ResponseStore, parts: AsyncExitStack) -> _Similar | None:
         config = self._config
         if config.semantic == "off":
             return None
@@ -250,7 +290,7 @@ class _Node:
         parts.callback(similar.close)
         return similar
 
-    async def _open_data_plane(self, parts: AsyncExitStack) -> "Driver":
+    async def _open_data_plane(self, parts: AsyncExitStack, staging: Staging, clients: PrefixLookups) -> None:
         from ..core.node.node import Node
         from .driver import Driver
         from .kv.chunk_store import ChunkStore
@@ -262,8 +302,8 @@ class _Node:
         chunks = config.data_dir / "chunks"
         with needed(chunks, "delete it: its KV is then computed anew"):
             store = ChunkStore(chunks, config.disk_bytes)
-        trust = self._joined.trust
-        node = Node(self._network, peers, config.fetch, random.Random(), self._joined.hints, trust.has_standing)
+        trust, network = self._trust, self._joined
+        node = Node(self._network, peers, config.fetch, random.Random(), network.row_hints, trust.has_standing)
         with needed(f"listen = {config.listen!r}", f"{_LISTEN} (HYPERSPACE_LISTEN)"):
             transport = ChunkTransport(
                 config,
@@ -271,8 +311,8 @@ class _Node:
                 store,
                 self._metrics,
                 trust,
-                self._joined.dials,
-                self._joined.misbehaved,
+                self._dials,
+                network.on_violation,
             )
         compute = ComputePool(config.nice)
         driver = Driver(
@@ -285,11 +325,12 @@ class _Node:
             self._identity,
             self._network,
             trust,
-            self._joined.rows_stored,
+            staging,
+            clients,
+            network.submit,
         )
         parts.push_async_callback(driver.close)
-        self._transport = transport
-        return driver
+        self._driver, self._transport = driver, transport
 
     def _measure(self) -> None:
         self._metrics.rows.labels("memory").set_function(lambda: len(self._cache))

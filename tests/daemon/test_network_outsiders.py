@@ -7,7 +7,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -41,6 +41,8 @@ from hyperspace_vllm.core.records.standing import Tier
 from hyperspace_vllm.core.response import dht_use
 from hyperspace_vllm.core.response.cache_proof import request_hash
 from hyperspace_vllm.daemon import clock
+from hyperspace_vllm.daemon.address_book import AddressBook
+from hyperspace_vllm.daemon.joined_network import Joined
 from hyperspace_vllm.daemon.libp2p.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.network_driver import NetworkDriver
@@ -80,48 +82,44 @@ class Clients:
     answer: "asyncio.Future[FoundResponse | None]"
     hinted = False
 
-    def hint_response(self, lookup: int, hinted: bool) -> None:
+    def hint(self, lookup: int, hinted: bool) -> None:
         self.hinted = hinted
 
-    def try_response(self, lookup: int, body: bytes, proof: bytes) -> None: ...
+    def let_try(self, lookup: int, body: bytes, proof: bytes) -> None: ...
 
-    def answer_response(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
+    def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
         self.answer.set_result(found)
 
 
 @asynccontextmanager
-async def deaf_node(nodes: list[NetworkedNode]) -> AsyncIterator[tuple[NetworkDriver, Clients]]:
+async def deaf_node(nodes: list[NetworkedNode], directory: Path) -> AsyncIterator[tuple[NetworkDriver, Clients]]:
     """A whole node that subscribes to no topic and syncs no registry."""
-    signing_key, key = SigningKey.generate(), network_key(nodes)
+    signing_key, key, clients = SigningKey.generate(), network_key(nodes), Clients()
     trust = Trust("members", signing_key.verify_key.encode(), frozenset(), frozenset(), key)
-    handler = Later()
-    host = Libp2pHost(signing_key, "127.0.0.1:0", key, False, (CACHE_PROTOCOL, PEERS_PROTOCOL), (), handler)
-    await host.start()
-    options = NetworkOptions(NETWORK, host.address, "", (address_of(nodes[0]),), key, registry=False)
-    core = NetworkNode(options, signing_key, trust, Dials(clock.now()), random.Random(1), clock.now())
-    gate = GossipGate(NETWORK, clock.now())
-    driver = NetworkDriver(core, NETWORK, trust, None, None, None, None, Metrics(), lambda *_: None, "network", gate)
-    driver.host, driver.clients = host, Clients()
-    handler.driver = driver
-    driver.start()
+    driver = NetworkDriver(NETWORK, trust, clients, None, Metrics(), "network", listens=True)
+
+    async def join(parts: AsyncExitStack, handler: NetworkDriver) -> Joined:
+        host = Libp2pHost(signing_key, "127.0.0.1:0", key, False, (CACHE_PROTOCOL, PEERS_PROTOCOL), (), handler)
+        await host.start()
+        parts.push_async_callback(host.close)
+        options = NetworkOptions(NETWORK, host.address, "", (address_of(nodes[0]),), key, registry=False)
+        core = NetworkNode(options, signing_key, trust, Dials(clock.now()), random.Random(1), clock.now())
+        gate, book = GossipGate(NETWORK, clock.now()), AddressBook(directory)
+        return Joined(core, host, gate, book, None, None, None, lambda *_: None)
+
+    joined = asyncio.Event()
+    running = asyncio.create_task(driver.run(join, joined.set))
+    await joined.wait()
     try:
-        yield driver, driver.clients
+        yield driver, clients
     finally:
-        await driver.close()
-        await host.close()
-
-
-class Later:
-    """Hands everything to a driver that is made after its host."""
-
-    driver: NetworkDriver
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.driver, name)
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
 
 
 async def test_the_dht_alone_finds_what_was_provided(
-    nodes: list[NetworkedNode], monkeypatch: pytest.MonkeyPatch
+    nodes: list[NetworkedNode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dht_use, "SEARCH_SHARE", 1.0)  # searches one after another, each whatever it costs
     for budget in ("DIALS_OF_PEER_PER_S", "DIALS_TO_HOST_PER_S", "DIALS_OWN_TO_HOST_PER_S", "DIALS_PER_S"):
@@ -131,8 +129,8 @@ async def test_the_dht_alone_finds_what_was_provided(
             node.store(f"{number}/{each}")
     await asyncio.to_thread(until, lambda: all(node.status()["p2p"]["provided"] >= PER_NODE for node in nodes), 600)
     took = []
-    async with deaf_node(nodes) as (driver, clients):
-        await asyncio.to_thread(until, lambda: len(driver.host.connected) >= 5, 600)
+    async with deaf_node(nodes, tmp_path) as (driver, clients):
+        await asyncio.to_thread(until, lambda: len(connected(driver)) >= 5, 600)
         for number, name in enumerate(NAMES):
             began = time.monotonic()
             clients.answer = asyncio.get_running_loop().create_future()
@@ -145,6 +143,14 @@ async def test_the_dht_alone_finds_what_was_provided(
     print(f"found {len(took)} of {len(NAMES)}, p50 {took[len(took) // 2]:.3f} s, longest {took[-1]:.3f} s")
     assert len(took) >= 0.99 * len(NAMES)
     assert took[len(took) // 2] <= 5
+
+
+def connected(driver: NetworkDriver) -> list[object]:
+    status = driver.status()
+    assert status is not None
+    peers = status["connected"]
+    assert isinstance(peers, list)
+    return peers
 
 
 class Listener:
@@ -164,7 +170,7 @@ class Listener:
             if isinstance(entry, ResponseEntry):
                 self.announced.add(entry.request_hash)
 
-    def on_connected(self, peer: PeerId) -> None: ...
+    def on_connected(self, peer: PeerId, host: str) -> None: ...
 
     def on_disconnected(self, peer: PeerId) -> None: ...
 

@@ -115,3 +115,16 @@ async def test_engines_of_several_layouts_share_a_small_arena(tmp_path: Path, po
             node.release()
         assert [answer.end_segment for answer in answers] == [8, 8, 8, 8]
     await node.close()
+
+
+async def test_rows_for_a_client_that_cannot_be_told_of_them_make_room(tmp_path: Path, pool: SharedPool) -> None:
+    node = TestNode(tmp_path, arena_bytes=ARENA_BYTES, compute=pool)
+    await stored(node)
+    for reached in (True, False):
+        node.clients.reached = reached
+        answer = await node.look_up(KEYS[:3], LAYOUT)
+        assert answer.end_segment == 3
+        assert [node.cache.is_leased(row_key(key, 0, 0)) for key in KEYS[:3]] == [reached] * 3
+        if reached:
+            node.release()
+    await node.close()

@@ -320,6 +320,7 @@ async def benches(tmp_path: Path) -> AsyncIterator[MakeBench]:
         ) -> Bench:
             path = tmp_path / "responses.sqlite"
             node = Node(ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test")))
+            node.store.start()
             stack.callback(node.store.close)
             if options.get("semantic", "off") != "off":
                 node.similar = SimilarQuestions(path, load_embedder, ACRONYMS, node.store)

@@ -192,6 +192,7 @@ async def _serve(
         stack.callback(engine.shutdown)
         core.tokenizer = engine.renderer.tokenizer
         store = ResponseStore(directory / "responses.sqlite", 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test"))
+        store.start()
         stack.callback(store.close)
         node = Node(store)
 

@@ -47,6 +47,7 @@ class Member:
         self.asked_to_dial: list[tuple[PeerId, str, str]] = []
         self.dials = True
         self.changes: list[tuple[PeerId, bool]] = []
+        self.hosts: dict[PeerId, str] = {}  # the IP addresses that peers were met at
         self.violations: list[PeerId] = []
         self.discovered: dict[PeerId, str] = {}
         self.answer: Callable[[bytes], Awaitable[bytes | None]] = self.echo
@@ -70,7 +71,8 @@ class Member:
     def on_gossip_spoiled(self, relay: PeerId) -> None:
         self.spoilers.append(relay)
 
-    def on_connected(self, peer: PeerId) -> None:
+    def on_connected(self, peer: PeerId, host: str) -> None:
+        self.hosts[peer] = host
         self.changes.append((peer, True))
 
     def on_disconnected(self, peer: PeerId) -> None:

@@ -68,15 +68,16 @@ class Answer:
 
 
 @dataclass
-class Server:
-    """The part of the local server that the driver uses."""
+class Clients:
+    """The staged slabs and the clients of a driver."""
 
     cache: RowCache
     staged: dict[int, Slab] = field(default_factory=dict)
     answers: dict[int, asyncio.Future[Answer]] = field(default_factory=dict)
     began: dict[int, float] = field(default_factory=dict)
+    reached: bool = True  # by answers
 
-    def answer_prefix(
+    def answer(
         self,
         lookup: int,
         end_segment: int,
@@ -84,14 +85,15 @@ class Server:
         source: str,
         verified_by: str,
         reason: str,
-    ) -> None:
+    ) -> bool:
         after_s = asyncio.get_running_loop().time() - self.began[lookup]
         self.answers[lookup].set_result(Answer(end_segment, rows, source, verified_by, reason, after_s))
+        return self.reached
 
-    def take_staged(self, staged: int) -> Slab | None:
+    def take(self, staged: int) -> Slab | None:
         return self.staged.pop(staged, None)
 
-    def drop_staged(self, staged: int, reason: str) -> None:
+    def drop(self, staged: int, reason: str) -> None:
         self.cache.free(self.staged.pop(staged))
 
 
@@ -146,6 +148,7 @@ class TestNode:
         self.stored: list[RowsStored] = []
         self.compute = compute or ComputePool()
         self.node = Node(NETWORK, self.transport.peers, fetch, random.Random(1))
+        self.clients = Clients(self.cache)
         self.driver = Driver(
             self.node,
             self.cache,
@@ -156,10 +159,10 @@ class TestNode:
             self.identity,
             NETWORK,
             self.trust,
+            self.clients,
+            self.clients,
             self.stored.append,
         )
-        self.server = Server(self.cache)
-        self.driver.server = self.server  # type: ignore[assignment]
         self.stopped = False
         self._numbers = iter(range(1, 1 << 30))
 
@@ -192,7 +195,7 @@ class TestNode:
                     key = row_key(segment_key, part, rank)
                     self.cache.view(slab)[:] = fill(key, described.row_bytes)
                     staged = next(self._numbers)
-                    self.server.staged[staged] = slab
+                    self.clients.staged[staged] = slab
                     self.driver.submit(
                         RowArrived("engine", request, number, part, rank, staged, described.row_bytes, layout)
                     )
@@ -208,11 +211,11 @@ class TestNode:
     ) -> Answer:
         lookup = next(self._numbers)
         loop = asyncio.get_running_loop()
-        self.server.answers[lookup] = loop.create_future()
-        self.server.began[lookup] = loop.time()
+        self.clients.answers[lookup] = loop.create_future()
+        self.clients.began[lookup] = loop.time()
         self.driver.submit(PrefixWanted(lookup, layout, segment_keys, 0, 0, deadline_ms, may_ask_peers))
         async with asyncio.timeout(deadline_ms / 1000 + 1):
-            answer = await self.server.answers[lookup]
+            answer = await self.clients.answers[lookup]
         self.last_lookup = lookup
         return answer
 

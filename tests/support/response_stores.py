@@ -54,7 +54,8 @@ def open_store(path: Path, clock: Clock) -> Iterator[Open]:
     def open_one(
         quota_bytes: int = 1 << 30, ttl_ms: int = RESPONSE_TTL_MS, listener: Listener | None = None
     ) -> ResponseStore:
-        opened.append(ResponseStore(path, quota_bytes, ttl_ms, Signer(), NETWORK, clock, listener))
+        opened.append(ResponseStore(path, quota_bytes, ttl_ms, Signer(), NETWORK, clock))
+        opened[-1].start(listener)
         return opened[-1]
 
     yield open_one

@@ -11,12 +11,11 @@ thread starts again on the same address.
 import asyncio
 import logging
 import threading
-from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import trio
 from nacl.signing import SigningKey
@@ -25,15 +24,13 @@ from ...core.peers.gossip_gate import GossipGate
 from ...core.records.ids import PeerId, peer_id
 from ...core.records.limits import STREAM_FRAME_BYTES_MAX
 from ...core.records.reason import Reason
-from ...core.records.standing import Tier
 from ..peer_failed import PeerFailed
+from .libp2p_inbox import HostHandler, Inbox, LoopEvents, ThreadRun
 from .libp2p_mdns import Mdns
 from .libp2p_node import Libp2pNode, NodeSettings
 
 CALLS_MAX = 1024  # open calls
 PUBLISH_MAX = 64  # messages on their way to the thread
-GOSSIP_MAX = 256  # messages on their way to the loop
-EVENTS_PER_TURN = 64
 START_S = 20.0
 CLOSE_S = 5.0
 GRACE_S = 0.25  # after a call's deadline, for the thread to report it itself
@@ -41,40 +38,6 @@ RESTART_S = (1.0, 2.0, 5.0, 15.0)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class HostHandler(Protocol):
-    """The network's events for a node; called on the asyncio loop."""
-
-    async def on_request(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None:
-        """The answer to a peer's request; None resets the stream."""
-
-    def on_gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
-        """A message that the gate accepted arrived on a topic through a neighbour, which need not be its author."""
-
-    def on_gossip_spoiled(self, relay: PeerId) -> None:
-        """A neighbour passed on more invalid messages than an honest one does."""
-
-    def on_connected(self, peer: PeerId) -> None:
-        """The first connection to a peer is open."""
-
-    def on_disconnected(self, peer: PeerId) -> None:
-        """The last connection to a peer is closed."""
-
-    def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
-        """Whether a DHT search may dial a peer at an address that an answer from `told_from` (an IP address) names."""
-
-    def on_violation(self, peer: PeerId) -> None:
-        """A peer broke a rule of yamux or the streams: a frame too long, too much at once, too many useless frames."""
-
-    def tier(self, peer: PeerId) -> Tier:
-        """Which peers take precedence; called in the thread, must not block."""
-
-    def on_discovered(self, peer: PeerId, address: str, told_from: str) -> None:
-        """A machine of the local network announces that a peer is there (mDNS, unsigned).
-
-        `told_from` is an IP address that reaches as far as the machine's.
-        """
 
 
 class Libp2pHost:
@@ -100,17 +63,17 @@ class Libp2pHost:
         self._mdns_wanted = mdns
         self._mdns: Mdns | None = None
         self._handler = handler
-        self._connected: dict[PeerId, str] = {}  # with the IP address at the other end
+        self._connected: set[PeerId] = set()
         self._calls: set[asyncio.Future[object]] = set()
         self._publishing = 0
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._link: _ThreadRun | None = None
+        self._link: ThreadRun | None = None
 
     async def start(self) -> None:
         """Listen; OSError when that is impossible, TimeoutError."""
         self._loop = asyncio.get_running_loop()
-        self._inbox = _Inbox(self._loop)
+        self._inbox = Inbox(self._loop)
         started: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(started,), name="libp2p", daemon=True)
         self._thread.start()
@@ -129,10 +92,6 @@ class Libp2pHost:
     def connected(self) -> frozenset[PeerId]:
         """Peers with an open connection."""
         return frozenset(self._connected)
-
-    def host_of(self, peer: PeerId) -> str:
-        """The IP address that a peer is connected from or to; '' if it isn't connected."""
-        return self._connected.get(peer, "")
 
     async def connect(self, peer: PeerId, address: str, timeout_s: float) -> None:
         """Open a connection to `peer` at `host:port`, unless there is one; PeerFailed(timeout | unreachable)."""
@@ -266,9 +225,9 @@ class Libp2pHost:
             deaths += 1
 
     async def _main(self, started: "asyncio.Future[None]") -> None:
-        node = Libp2pNode(self._settings, _Events(self, self._inbox))
+        node = Libp2pNode(self._settings, LoopEvents(self._handler, self._on_peer, self._inbox))
         async with node.running() as address, trio.open_nursery() as nursery:
-            link = _ThreadRun(node, trio.lowlevel.current_trio_token(), nursery)
+            link = ThreadRun(node, trio.lowlevel.current_trio_token(), nursery)
             self._settings = replace(self._settings, listen=address)  # the same port after a restart
 
             def ready() -> None:
@@ -291,23 +250,18 @@ class Libp2pHost:
             if not call.done():
                 call.set_exception(PeerFailed(Reason.UNREACHABLE))
         for peer in list(self._connected):
-            self.on_peer(peer, None)
+            self._on_peer(peer, None)
 
-    def on_peer(self, peer: PeerId, host: str | None) -> None:
-        """A peer connected, or disconnected (None) (for the thread's events; not part of the interface)."""
+    def _on_peer(self, peer: PeerId, host: str | None) -> None:
+        """A peer connected, or disconnected (None)."""
         if (host is not None) == (peer in self._connected):
             return
         if host is not None:
-            self._connected[peer] = host
-            self._handler.on_connected(peer)
+            self._connected.add(peer)
+            self._handler.on_connected(peer, host)
         else:
-            del self._connected[peer]
+            self._connected.discard(peer)
             self._handler.on_disconnected(peer)
-
-    @property
-    def handler(self) -> HostHandler:
-        """The receiver of the events."""
-        return self._handler
 
 
 def _fail(started: "asyncio.Future[None]", error: BaseException | None) -> None:
@@ -315,144 +269,3 @@ def _fail(started: "asyncio.Future[None]", error: BaseException | None) -> None:
         error = error.exceptions[0]
     if not started.done():
         started.set_exception(error if isinstance(error, OSError) else OSError(f"libp2p: {error!r}"))
-
-
-class _ThreadRun:
-    """Access to one run of the thread."""
-
-    def __init__(self, node: Libp2pNode, token: trio.lowlevel.TrioToken, nursery: trio.Nursery) -> None:
-        self.node = node
-        self.stopped = trio.Event()
-        self._token = token
-        self._nursery = nursery
-
-    def spawn(self, job: Callable[[], Awaitable[None]]) -> bool:
-        """Run `job`, which must not raise, in the thread; False: the run is over."""
-
-        def start() -> None:
-            with suppress(RuntimeError):  # the nursery has closed
-                self._nursery.start_soon(job)
-
-        return self._soon(start)
-
-    def cancel(self, scope: trio.CancelScope) -> None:
-        """Cancel a job."""
-        self._soon(scope.cancel)
-
-    def stop(self) -> None:
-        """End the run."""
-        self._soon(self.stopped.set)
-
-    def _soon(self, action: Callable[[], object]) -> bool:
-        try:
-            self._token.run_sync_soon(action)
-        except trio.RunFinishedError:
-            return False
-        return True
-
-
-class _Inbox:
-    """Actions for the loop, in order; the loop is woken once for any number of them."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._actions: deque[Callable[[], object]] = deque()
-        self._due = False
-
-    def put(self, action: Callable[[], object]) -> None:
-        """Run `action` on the loop soon; from any thread."""
-        self._actions.append(action)
-        if not self._due:
-            self._due = True
-            with suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._drain)
-
-    def _drain(self) -> None:
-        self._due = False
-        for _ in range(EVENTS_PER_TURN):
-            if not self._actions:
-                return
-            action = self._actions.popleft()
-            try:
-                action()
-            except Exception:
-                logger.exception("an event of the network was not handled")
-        if self._actions and not self._due:
-            self._due = True
-            self._loop.call_soon(self._drain)
-
-
-class _Events:
-    """The node's events, carried to the handler on the loop."""
-
-    def __init__(self, host: Libp2pHost, inbox: _Inbox) -> None:
-        self._host = host
-        self._inbox = inbox
-        self._gossip_waiting = 0
-        self._answering: set[asyncio.Task[None]] = set()
-
-    def peer_changed(self, peer: PeerId, host: str | None) -> None:
-        self._inbox.put(lambda: self._host.on_peer(peer, host))
-
-    def gossip(self, topic: str, relay: PeerId, payload: bytes) -> None:
-        if self._gossip_waiting >= GOSSIP_MAX:
-            return
-        self._gossip_waiting += 1
-
-        def deliver() -> None:
-            self._gossip_waiting -= 1
-            self._host.handler.on_gossip(topic, relay, payload)
-
-        self._inbox.put(deliver)
-
-    def gossip_spoiled(self, relay: PeerId) -> None:
-        self._inbox.put(lambda: self._host.handler.on_gossip_spoiled(relay))
-
-    async def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
-        token, done, says = trio.lowlevel.current_trio_token(), trio.Event(), [False]
-
-        def ask() -> None:
-            try:
-                says[0] = self._host.handler.may_dial(peer, address, told_from)
-            finally:
-                with suppress(trio.RunFinishedError):
-                    token.run_sync_soon(done.set)
-
-        self._inbox.put(ask)
-        await done.wait()
-        return says[0]
-
-    def tier(self, peer: PeerId) -> Tier:
-        return self._host.handler.tier(peer)
-
-    def violated(self, peer: PeerId) -> None:
-        self._inbox.put(lambda: self._host.handler.on_violation(peer))
-
-    async def answer(self, peer: PeerId, protocol: str, frame: bytes) -> bytes | None:
-        token = trio.lowlevel.current_trio_token()
-        done = trio.Event()
-        answer: list[bytes | None] = []
-        tasks: list[asyncio.Task[None]] = []
-
-        async def handle() -> None:
-            try:
-                answer.append(await self._host.handler.on_request(peer, protocol, frame))
-            except Exception:
-                logger.exception("a request of %s was not handled", peer, extra={"peer": peer})
-            finally:
-                with suppress(trio.RunFinishedError):
-                    token.run_sync_soon(done.set)
-
-        def begin() -> None:
-            task = asyncio.get_running_loop().create_task(handle())
-            tasks.append(task)
-            self._answering.add(task)
-            task.add_done_callback(self._answering.discard)
-
-        self._inbox.put(begin)
-        try:
-            await done.wait()
-        except trio.Cancelled:  # the stream broke, or the thread ends
-            self._inbox.put(lambda: [task.cancel() for task in tasks])
-            raise
-        return answer[0] if answer else None

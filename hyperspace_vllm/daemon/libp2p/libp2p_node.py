@@ -44,7 +44,7 @@ from .libp2p_dht import NodeDht
 from .libp2p_gossip import NodeGossip, NodePubsub
 from .libp2p_overrides import patch_library, running
 from .libp2p_streams import Answerer, StreamClient
-from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeTransport, NodeUpgrader, address_of, multiaddr_of
+from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeUpgrader, address_of, multiaddr_of
 from .libp2p_time import REQUEST_S, PeerTime
 from .libp2p_yamux import PROTOCOL as YAMUX
 from .libp2p_yamux import YamuxConnection
@@ -131,7 +131,6 @@ class Libp2pNode:
             lambda peer_id: None if peer_id == own_id else self._swarm.host_of(peer_id),
         )
         store.add_key_pair(own_id, key_pair)
-        self._transport = transport = NodeTransport()
         self._time = PeerTime(self._tier)
         self._swarm = NodeSwarm(
             own_id,
@@ -143,16 +142,15 @@ class Libp2pNode:
                 {TProtocol(YAMUX): YamuxConnection},
                 swarm.NEGOTIATION_S,
             ),
-            transports=[transport],
+            self._on_peer,
+            self._admit,
             retry_config=RetryConfig(max_retries=0),
             connection_config=_connection_config(),
             psk=settings.network_key.hex() if settings.network_key is not None else None,
         )
-        transport.swarm = self._swarm
-        self._swarm.on_peer = self._on_peer
-        self._swarm.admit = self._admit
         self._host = NodeHost(
             self._swarm,
+            self._identified,
             negotiate_timeout=swarm.NEGOTIATION_S,
             disable_identify_address_discovery=True,
             addrs_factory=_announced,
@@ -160,7 +158,6 @@ class Libp2pNode:
         # One failing inbound stream must not end the connection, let alone the host.
         self._swarm.set_stream_handler(_guarded(self._host._swarm_stream_handler))
         self._dht = NodeDht(self._host, self._dial_told, self._tier)
-        self._host.dht = self._dht
         self._gate = settings.gate or GossipGate(NetworkId(bytes(32)), clock.now())
         self._gossip = NodeGossip(topics, lambda peer_id: self._gate.standing(PeerId(peer_id.to_base58())))
         self._pubsub = NodePubsub(self._host, self._gossip, topics, self._judge, self._on_message)
@@ -183,7 +180,7 @@ class Libp2pNode:
                 await stack.enter_async_context(running(self._swarm))
                 host, port = split_address(self._listen)
                 if not await self._swarm.listen(multiaddr_of(host, port)):
-                    raise self._swarm.listen_error or OSError(f"cannot listen on {self._listen}")
+                    raise self._swarm.tcp.listen_error or OSError(f"cannot listen on {self._listen}")
                 await stack.enter_async_context(running(self._dht))
                 for topic in self._topics:
                     await self._pubsub.subscribe(topic)
@@ -223,7 +220,7 @@ class Libp2pNode:
         """Dial a peer that an answer from `told_from` names, at the first of its addresses that the core permits."""
         peer = PeerId(peer_id.to_base58())
         for each in addresses if _is_node(peer) else []:
-            if not self._transport.can_dial(each):
+            if not self._swarm.tcp.can_dial(each):
                 continue
             address = address_of(each)
             if await self._events.may_dial(peer, address, told_from):
@@ -272,6 +269,11 @@ class Libp2pNode:
         # Added before identify has confirmed it: all our nodes serve the DHT, and others are removed later.
         with trio.move_on_after(1):
             await self._dht.add_peer(peer_id, skip_server_mode_check=True)
+
+    async def _identified(self, peer_id: ID) -> None:
+        # A peer that doesn't speak the DHT's protocol leaves the routing table.
+        if not await self._dht.add_peer(peer_id):
+            self._dht.routing_table.remove_peer(peer_id)
 
     def _on_peer(self, peer_id: ID, connected: bool) -> None:
         if not connected:

@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 import trio
@@ -35,9 +35,6 @@ from ...core.peers.slots import Handshakes
 from ...core.records.limits import PEER_CONNECTIONS_INBOUND_MAX, PEER_HANDSHAKES_MAX, KiB
 from .libp2p_time import PeerTime
 from .libp2p_yamux import YamuxConnection
-
-if TYPE_CHECKING:
-    from .libp2p_dht import NodeDht
 
 CONNECTIONS_PER_PEER_MAX = 3  # two when both sides dial at once
 UPGRADE_S = 5.0
@@ -78,11 +75,20 @@ def may_pass_on(maddr: Multiaddr, told_from: str | None) -> bool:
 
 
 class _Listener:
-    """A TCP listener that fails when the port is taken: the library's own shares it (SO_REUSEPORT)."""
+    """A TCP listener that fails when the port is taken: the library's own shares it (SO_REUSEPORT).
 
-    def __init__(self, handler: Callable[[ReadWriteCloser], Awaitable[None]], swarm: "NodeSwarm") -> None:
+    `serve` runs a task until the swarm ends, `failed` hears why a port can't be had.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[ReadWriteCloser], Awaitable[None]],
+        serve: Callable[..., None],
+        failed: Callable[[OSError], None],
+    ) -> None:
         self._handler = handler
-        self._swarm = swarm
+        self._serve = serve
+        self._failed = failed
         self._listeners: list[trio.SocketListener] = []
         self._addresses: tuple[Multiaddr, ...] = ()
 
@@ -93,11 +99,11 @@ class _Listener:
             opened = await trio.open_tcp_listeners(int(maddr.value_for_protocol("tcp")), host=host)
             self._listeners = list(opened)
         except OSError as error:
-            self._swarm.listen_error = error
+            self._failed(error)
             raise
         self._addresses = tuple(multiaddr_of(*each.socket.getsockname()[:2]) for each in opened)
         for listener in self._listeners:
-            self._swarm.manager.run_daemon_task(trio.serve_listeners, self._accept, [listener])
+            self._serve(trio.serve_listeners, self._accept, [listener])
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         with suppress(Exception):
@@ -114,9 +120,17 @@ class _Listener:
 
 
 class NodeTransport(TCP):
-    """TCP by IP address only; this node resolves names itself, with a deadline."""
+    """TCP by IP address only; this node resolves names itself, with a deadline.
 
-    swarm: "NodeSwarm"
+    `serve` runs a listener's task until the swarm ends. `sockets` are those that were dialled, `listen_error` says why
+    the last port could not be had.
+    """
+
+    def __init__(self, serve: Callable[..., None]) -> None:
+        super().__init__()
+        self._serve = serve
+        self.sockets: WeakSet[trio.SocketStream] = WeakSet()
+        self.listen_error: OSError | None = None
 
     async def dial(self, maddr: Multiaddr) -> IRawConnection:
         """Connect to an ip4 or ip6 address."""
@@ -125,12 +139,16 @@ class NodeTransport(TCP):
             stream = await trio.open_tcp_stream(host, int(maddr.value_for_protocol("tcp")))
         except (OSError, ValueError) as error:
             raise OpenConnectionError(f"{maddr}: {error}") from error
-        self.swarm.sockets.add(stream)
+        self.sockets.add(stream)
         return RawConnection(TrioTCPStream(stream), True)
 
     def create_listener(self, handler_function: Any) -> Any:
         """A listener for the swarm."""
-        return _Listener(handler_function, self.swarm)
+
+        def failed(error: OSError) -> None:
+            self.listen_error = error
+
+        return _Listener(handler_function, self._serve, failed)
 
     def can_dial(self, maddr: Multiaddr) -> bool:
         """Plain /ip4|ip6/…/tcp/…, with or without /p2p/…."""
@@ -169,17 +187,28 @@ class _NoAutoConnector(AutoConnector):
 
 
 class NodeSwarm(Swarm):
-    """Connections, counted and bounded; calls `on_peer(peer, connected)` when the first opens and the last closes."""
+    """Connections, counted and bounded; calls `on_peer(peer, connected)` when the first opens and the last closes.
 
-    on_peer: Callable[[ID, bool], None]
-    admit: Callable[[ID], Awaitable[None]]  # called before a peer's connection is reported
-    listen_error: OSError | None = None
+    `admit` is called before a peer's connection is reported; `options` are the library's.
+    """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        own_id: ID,
+        store: PeerStore,
+        upgrader: TransportUpgrader,
+        on_peer: Callable[[ID, bool], None],
+        admit: Callable[[ID], Awaitable[None]],
+        **options: Any,
+    ) -> None:
+        # The manager comes with the task that runs the swarm.
+        self.tcp = NodeTransport(lambda *task: self.manager.run_daemon_task(*task))
+        super().__init__(own_id, store, upgrader, transports=[self.tcp], **options)
+        self._on_peer = on_peer
+        self._admit = admit
         self.auto_connector = _NoAutoConnector(self)
         self.notifees.clear()  # a store of tags that is never read
-        self.sockets: WeakSet[trio.SocketStream] = WeakSet()
+        self._accepted: WeakSet[trio.SocketStream] = WeakSet()
         self._handshakes = Handshakes(PEER_HANDSHAKES_MAX)
         self._inbound: WeakSet[IMuxedConn] = WeakSet()
         self._open: dict[ID, set[INetConn]] = {}
@@ -215,7 +244,7 @@ class NodeSwarm(Swarm):
         handshake = self._handshakes.begin(host, trio.current_time(), scope.cancel)
         if handshake is None:
             return
-        self.sockets.add(read_write_closer.stream)  # type: ignore[attr-defined]
+        self._accepted.add(read_write_closer.stream)  # type: ignore[attr-defined]
         try:
             with scope:
                 muxed = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
@@ -255,17 +284,17 @@ class NodeSwarm(Swarm):
             conns.discard(swarm_conn)
             if not conns:
                 del self._open[peer_id]
-                self.on_peer(peer_id, False)
+                self._on_peer(peer_id, False)
 
     async def notify_connected(self, conn: INetConn) -> None:
         """Report a connection that is ready."""
         peer_id = conn.muxed_conn.peer_id
-        await self.admit(peer_id)
+        await self._admit(peer_id)
         if not conn.is_closed:
             conns = self._open.setdefault(peer_id, set())
             conns.add(conn)
             if len(conns) == 1:
-                self.on_peer(peer_id, True)
+                self._on_peer(peer_id, True)
         await super().notify_connected(conn)
 
     async def notify_opened_stream(self, stream: INetStream) -> None:
@@ -280,7 +309,7 @@ class NodeSwarm(Swarm):
 
     def close_sockets(self) -> None:
         """Close every socket at once, which peers notice."""
-        for stream in list(self.sockets):
+        for stream in [*self._accepted, *self.tcp.sockets]:
             stream.socket.close()
 
 
@@ -337,10 +366,12 @@ class NodePeerStore(PeerStore):
 
 
 class NodeHost(BasicHost):
-    """Identifies peers in the background; a peer that doesn't speak the DHT's protocol leaves the routing table."""
+    """Identifies peers in the background; `identified` is called with each. `options` are the library's."""
 
-    dht: "NodeDht"
-    _announced: tuple[Multiaddr, ...] = ()
+    def __init__(self, network: NodeSwarm, identified: Callable[[ID], Awaitable[None]], **options: Any) -> None:
+        self._identified = identified
+        self._announced: tuple[Multiaddr, ...] = ()
+        super().__init__(network, **options)
 
     def get_addrs(self) -> list[Multiaddr]:
         """The addresses that peers are told: computed once, because every gossip message asks for them."""
@@ -353,8 +384,8 @@ class NodeHost(BasicHost):
         try:
             with trio.move_on_after(2 * NEGOTIATION_S):
                 await self._identify_peer(peer_id, reason=reason)
-                if peer_id in self._identified_peers and not await self.dht.add_peer(peer_id):
-                    self.dht.routing_table.remove_peer(peer_id)
+                if peer_id in self._identified_peers:
+                    await self._identified(peer_id)
         except Exception as error:
             logger.debug("identify %s failed: %r", peer_id, error)
         finally:

@@ -1,7 +1,5 @@
 """yamux/1.0.0 over one secured connection: many streams, bounded memory, and no caller that waits for a frame's write.
 
-    frame = version u8 (0) | type u8 | flags u16 | stream id u32 | length u32 || length bytes, for type 0 only
-
 py-libp2p's own answers every `read()` with an encrypted window update, formats a dozen log lines a frame, accepts any
 number of streams and bytes from a peer, blocks `close()` behind a frozen peer, and breaks the connection when a write
 is cancelled half-way. Here one task writes everything that is due in one encrypted message, so that cancelling a caller
@@ -10,29 +8,40 @@ silent or doesn't read for too long loses its connection. libp2p_time bounds wha
 """
 
 import logging
-import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
-from types import TracebackType
 from weakref import WeakSet
 
 import trio
-from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.abc import ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.peer.id import ID
-from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
 from multiaddr import Multiaddr
 
 from ...core.records.ids import PeerId
 from ...core.records.limits import KiB, MiB
 from ..token_bucket import TokenBucket
 from .libp2p_time import BYTE_S, FRAME_S, MESSAGE_S, STREAM_S, PeerTime
+from .libp2p_yamux_stream import (
+    ACK,
+    DATA,
+    FIN,
+    GO_AWAY,
+    HEAD,
+    PING,
+    RST,
+    SYN,
+    WINDOW,
+    WINDOW_BYTES_MAX,
+    BrokenRule,
+    StreamsConnection,
+    YamuxStream,
+)
 
 logger = logging.getLogger(__name__)
 
 PROTOCOL = "/yamux/1.0.0"
-WINDOW_BYTES = 256 * KiB  # the protocol's initial window
-WINDOW_BYTES_MAX = 1 * MiB  # 20 MB/s over 50 ms
 INBOUND_STREAMS_MAX = 96  # per connection: 64 requests, and what identify, gossip and the DHT need
 OUTBOUND_STREAMS_MAX = 256
 UNREAD_BYTES_MAX = 16 * MiB  # per connection: 64 streams with a window of 256 KiB each
@@ -46,173 +55,18 @@ STRAYS_PER_S = 1000.0
 FRAMES_AT_ONCE = 64  # before other connections get their turn
 CONTROL_FRAMES_MAX = 4096  # acks, updates, pings: a peer that is owed more than this doesn't read
 MESSAGE_BYTES = 60 * KiB  # into one Noise message of at most 65,519
-DATA_BYTES = 16 * KiB  # per frame: streams take turns
 
 WRITE_S = 10.0  # for one message
 PING_S = 10.0
 SILENCE_S = 35.0  # three pings without a byte
 LINGER_S = 20.0  # for the peer to close its half of a stream that we have closed
 
-_HEAD = struct.Struct("!BBHII")
-_DATA, _WINDOW, _PING, _GO_AWAY = range(4)
-_SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
-
-
-class _BrokenRule(Exception):
-    """The peer violated the protocol or a bound."""
-
 
 class _Over(Exception):
     """The connection ends without a broken rule."""
 
 
-class YamuxStream(IMuxedStream):
-    """One stream of a `YamuxConnection`."""
-
-    def __init__(self, conn: "YamuxConnection", stream_id: int) -> None:
-        self.muxed_conn = conn
-        self.stream_id = stream_id
-        self._conn = conn
-        self._buffer = bytearray()
-        self._readable = trio.Event()
-        self._writable = trio.Event()
-        self._send_window = WINDOW_BYTES
-        self._window = WINDOW_BYTES  # bytes the peer may have in flight or unread
-        self._granted = WINDOW_BYTES  # the part of it that the peer has not used yet
-        self._consumed = 0
-        self._ended = False  # the peer's FIN
-        self._closed = False  # ours
-        self._turn = trio.Lock()  # the library writes to a gossip stream from several tasks
-        self._reset = False
-        self.closed_at = 0.0
-
-    async def read(self, n: int | None = None) -> bytes:
-        """Whatever has arrived, at least one byte and at most `n`; MuxedStreamEOF, MuxedStreamReset."""
-        if n == 0:
-            return b""
-        while not self._buffer:
-            if self._reset:
-                raise MuxedStreamReset("reset")
-            if self._ended or self._closed:
-                raise MuxedStreamEOF("closed")
-            self._readable = trio.Event()
-            await self._readable.wait()
-        size = len(self._buffer) if n is None or n < 0 else min(n, len(self._buffer))
-        data = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        self._conn.unread_bytes -= size
-        self._consumed += size
-        if self._consumed >= self._window // 2 and not self._ended:
-            self._grant()
-        return data
-
-    async def write(self, data: bytes) -> None:
-        """Return when all of it is queued; the queue is short."""
-        async with self._turn:
-            await self._write(data)
-
-    async def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            if self._reset:
-                raise MuxedStreamReset("reset")
-            if self._closed:
-                raise MuxedStreamError("closed")
-            size = min(len(view), self._send_window, DATA_BYTES)
-            if size == 0:
-                self._writable = trio.Event()
-                await self._writable.wait()
-            elif not self._conn.has_room:
-                await self._conn.wait_room()
-            else:
-                self._send_window -= size
-                self._conn.queue(_HEAD.pack(0, _DATA, 0, self.stream_id, size) + view[:size], data=True)
-                view = view[size:]
-
-    async def close(self) -> None:
-        """Tell the peer that no data follows, and accept none either."""
-        if not self._closed and not self._reset:
-            self._closed = True
-            self.closed_at = trio.current_time()
-            self._conn.control(_WINDOW, _FIN, self.stream_id, 0)
-            self._drop_buffer()
-            if self._ended:
-                self._conn.forget(self)
-            self._wake()
-
-    async def reset(self) -> None:
-        """End the stream in both directions."""
-        if not self._reset:
-            if not (self._closed and self._ended):
-                self._conn.control(_WINDOW, _RST, self.stream_id, 0)
-            self.on_reset()
-
-    def set_deadline(self, ttl: int) -> None:
-        """Not offered: callers set their own deadlines."""
-        raise NotImplementedError
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        """The peer's host and port."""
-        return self._conn.get_remote_address()
-
-    async def __aenter__(self) -> "YamuxStream":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    # --- called by the connection ---------------------------------------------------------------
-
-    def on_data(self, data: bytes) -> None:
-        """Take bytes from the peer."""
-        if len(data) > self._granted:
-            raise _BrokenRule("more than the window")
-        self._granted -= len(data)
-        if not self._closed:
-            self._buffer += data
-            self._conn.unread_bytes += len(data)
-            self._readable.set()
-
-    def on_window(self, increment: int) -> None:
-        """The peer's window has grown."""
-        self._send_window = min(self._send_window + increment, 0xFFFFFFFF)
-        self._writable.set()
-
-    def on_end(self) -> None:
-        """The peer sends no more data."""
-        self._ended = True
-        self._readable.set()
-        if self._closed:
-            self._conn.forget(self)
-
-    def on_reset(self) -> None:
-        """The stream is gone, with its unread data."""
-        self._reset = True
-        self._drop_buffer()
-        self._conn.forget(self)
-        self._wake()
-
-    def _grant(self) -> None:
-        increment = self._consumed
-        self._consumed = 0
-        if self._window < WINDOW_BYTES_MAX:
-            increment += self._window
-            self._window *= 2
-        self._granted += increment
-        self._conn.control(_WINDOW, 0, self.stream_id, increment)
-
-    def _drop_buffer(self) -> None:
-        self._conn.unread_bytes -= len(self._buffer)
-        self._buffer.clear()
-
-    def _wake(self) -> None:
-        self._readable.set()
-        self._writable.set()
-
-
-class YamuxConnection(IMuxedConn):
+class YamuxConnection(StreamsConnection):
     """A connection's streams. `start` runs until it is over; then `on_close` is called.
 
     `violated` is called with a peer that broke a rule.
@@ -310,7 +164,7 @@ class YamuxConnection(IMuxedConn):
         stream = YamuxStream(self, self._next_id)
         self._next_id += 2
         self._streams[stream.stream_id] = stream
-        self.control(_WINDOW, _SYN, stream.stream_id, 0)
+        self.control(WINDOW, SYN, stream.stream_id, 0)
         await trio.lowlevel.checkpoint()
         return stream
 
@@ -363,7 +217,7 @@ class YamuxConnection(IMuxedConn):
 
     def control(self, kind: int, flags: int, stream_id: int, value: int) -> None:
         """Write a frame without data soon."""
-        self.queue(_HEAD.pack(0, kind, flags, stream_id, value), data=False)
+        self.queue(HEAD.pack(0, kind, flags, stream_id, value), data=False)
 
     def forget(self, stream: YamuxStream) -> None:
         """Forget a stream that is over on both sides."""
@@ -376,7 +230,7 @@ class YamuxConnection(IMuxedConn):
         # garbage) ends this connection and nothing else.
         try:
             await task()
-        except _BrokenRule as broken:
+        except BrokenRule as broken:
             self.refuse(str(broken))
         except Exception:
             logger.debug("a connection has ended", exc_info=True)
@@ -392,7 +246,7 @@ class YamuxConnection(IMuxedConn):
             while self._frames and len(message) + len(self._frames[0]) <= MESSAGE_BYTES:
                 frame = self._frames.popleft()
                 message += frame
-                if len(frame) > _HEAD.size:
+                if len(frame) > HEAD.size:
                     self._data_bytes -= len(frame)
                 else:
                     self._control_frames -= 1
@@ -409,14 +263,14 @@ class YamuxConnection(IMuxedConn):
             await self._time.spend(MESSAGE_S + len(message) * BYTE_S)
             buffer += message
             at = frames = 0
-            while len(buffer) - at >= _HEAD.size:
-                version, kind, flags, stream_id, length = _HEAD.unpack_from(buffer, at)
-                if version != 0 or kind > _GO_AWAY or (kind == _DATA and length > WINDOW_BYTES_MAX):
-                    raise _BrokenRule("malformed frame")
-                end = at + _HEAD.size + (length if kind == _DATA else 0)
+            while len(buffer) - at >= HEAD.size:
+                version, kind, flags, stream_id, length = HEAD.unpack_from(buffer, at)
+                if version != 0 or kind > GO_AWAY or (kind == DATA and length > WINDOW_BYTES_MAX):
+                    raise BrokenRule("malformed frame")
+                end = at + HEAD.size + (length if kind == DATA else 0)
                 if end > len(buffer):
                     break
-                self._on_frame(kind, flags, stream_id, length, bytes(buffer[at + _HEAD.size : end]))
+                self._on_frame(kind, flags, stream_id, length, bytes(buffer[at + HEAD.size : end]))
                 at = end
                 frames += 1
                 if frames == FRAMES_AT_ONCE:
@@ -437,36 +291,36 @@ class YamuxConnection(IMuxedConn):
             if now - self._listens_since > SILENCE_S:
                 raise _Over("silent")
             nonce = (nonce + 1) & 0xFFFFFFFF
-            self.control(_PING, _SYN, 0, nonce)
+            self.control(PING, SYN, 0, nonce)
             for stream in list(self._streams.values()):
                 if stream.closed_at and now - stream.closed_at > LINGER_S:
                     await stream.reset()
 
     def _on_frame(self, kind: int, flags: int, stream_id: int, length: int, data: bytes) -> None:
-        if kind == _PING:
+        if kind == PING:
             if not self._may_ping.take(1):
-                raise _BrokenRule("too many pings")
-            if flags & _SYN:
-                self.control(_PING, _ACK, 0, length)
+                raise BrokenRule("too many pings")
+            if flags & SYN:
+                self.control(PING, ACK, 0, length)
             return
-        if kind == _GO_AWAY:
+        if kind == GO_AWAY:
             raise _Over("the peer ends the connection")
-        stream = self._open(stream_id) if flags & _SYN else self._streams.get(stream_id)
-        is_stray = not flags & _SYN and (stream is None or not (flags or length))
+        stream = self._open(stream_id) if flags & SYN else self._streams.get(stream_id)
+        is_stray = not flags & SYN and (stream is None or not (flags or length))
         if is_stray and not self._may_stray.take(1):
-            raise _BrokenRule("too many frames for nothing")
+            raise BrokenRule("too many frames for nothing")
         if stream is None:  # over on this side with frames in flight, or refused for lack of room
             return
-        if flags & _RST:
+        if flags & RST:
             stream.on_reset()
             return
-        if kind == _DATA:
+        if kind == DATA:
             stream.on_data(data)
             if self._holds_too_much():
                 raise _Over("too much unread")
         elif length:
             stream.on_window(length)
-        if flags & _FIN:
+        if flags & FIN:
             stream.on_end()
 
     def _holds_too_much(self) -> bool:
@@ -477,21 +331,21 @@ class YamuxConnection(IMuxedConn):
     def _open(self, stream_id: int) -> YamuxStream | None:
         ours = self._next_id & 1
         if stream_id == 0 or stream_id & 1 == ours or stream_id in self._streams:
-            raise _BrokenRule("stream id")
+            raise BrokenRule("stream id")
         if not self._may_open.take(1):
-            raise _BrokenRule("too many streams at once")
+            raise BrokenRule("too many streams at once")
         if sum(each & 1 != ours for each in self._streams) >= INBOUND_STREAMS_MAX:
-            self.control(_WINDOW, _RST, stream_id, 0)
+            self.control(WINDOW, RST, stream_id, 0)
             return None
         stream = YamuxStream(self, stream_id)
         try:
             self._accept_in.send_nowait(stream)
         except (trio.WouldBlock, trio.BrokenResourceError):
-            self.control(_WINDOW, _RST, stream_id, 0)
+            self.control(WINDOW, RST, stream_id, 0)
             return None
         self._streams[stream_id] = stream
         self._opened += 1
-        self.control(_WINDOW, _ACK, stream_id, 0)
+        self.control(WINDOW, ACK, stream_id, 0)
         return stream
 
     async def _end(self) -> None:
@@ -502,7 +356,7 @@ class YamuxConnection(IMuxedConn):
             with trio.move_on_after(0.2):
                 # What was queued before the end (a reset, for example) goes out if the peer accepts it now.
                 rest = b"".join(self._frames)[:MESSAGE_BYTES] if len(self._frames) < 64 else b""
-                await self._farewell(rest + _HEAD.pack(0, _GO_AWAY, 0, 0, 0))
+                await self._farewell(rest + HEAD.pack(0, GO_AWAY, 0, 0, 0))
             with trio.move_on_after(1):
                 await self._close_quietly()
         self._frames.clear()

@@ -3,7 +3,7 @@
     hyperspace:<network, 16 hex digits>:response:<request hash, 64 hex digits>   a Hit (peer_wire.py), until it expires
 
     find ──▶ Redis has it, and it is valid ──▶ the answer, stored here too
-      └────▶ a miss, or Redis is away ────▶ NodeNetwork.find, with the time that is left
+      └────▶ a miss, or Redis is away ────▶ NetworkDriver.find, with the time that is left
 
 Responses that this node's engines computed, and that may leave it, are written once they are committed, sealed and with
 their CacheProof, as they would be served to a member. Redis is trusted no more than a peer: the same function judges
@@ -16,6 +16,7 @@ deadline.
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from ...contained import report_error
 from ...core.local.messages import Scope
@@ -27,12 +28,10 @@ from ...core.records.peer_wire import Hit, Miss, decode_answer, encode
 from ...core.response.cache_proof import request_hash
 from ...core.response.sealed_hit import Opened
 from .. import clock
-from ..join import NodeNetwork
 from ..metrics import Metrics
-from ..network_driver import Clients
 from ..responses.answer_places import OWN_NODE
 from ..responses.fetched_response import Stored, found_response, keep, open_fetched
-from ..responses.response_lookups import FoundResponse
+from ..responses.response_lookups import Clients
 from ..responses.response_server import ResponseServer
 from ..responses.store_changes import ServableEntry
 from .redis_link import AWAY, READ_S, WRITE_S, RedisLink
@@ -43,11 +42,26 @@ SAME_MS = 1_000  # tolerance between two expiries of one entry: clocks are set a
 BUSY_S = 0.1  # until this node's database is read again
 
 
-class RedisResponses:
-    """`clients` and `store` are set by the code that builds all of them. Create it in a running event loop."""
+class Network(Protocol):
+    """Where a lookup goes on that finds nothing in Redis (NetworkDriver)."""
 
-    clients: Clients
-    store: Stored
+    def find(
+        self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int, beside_redis: bool
+    ) -> None:
+        """Look for a response at other nodes; `beside_redis`: without any the client shall ask on."""
+
+    def release(self, lookup: int) -> None:
+        """The client no longer waits for the lookup."""
+
+    def purge(self, keys: Iterable[bytes]) -> None:
+        """Delete these entries."""
+
+    def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
+        """Take what this node can serve now, and what it no longer can; from any thread."""
+
+
+class RedisResponses:
+    """Lookups end at `clients`; what is found is stored. Create it in a running event loop."""
 
     def __init__(
         self,
@@ -57,7 +71,9 @@ class RedisResponses:
         responses: ResponseServer,
         trust: Trust,
         metrics: Metrics,
-        network: NodeNetwork,
+        network: Network,
+        clients: Clients,
+        store: Stored,
     ) -> None:
         self._link = RedisLink(url)
         self._id = network_id
@@ -66,6 +82,8 @@ class RedisResponses:
         self._trust = trust
         self._metrics = metrics
         self._network = network
+        self._clients = clients
+        self._store = store
         self._loop = asyncio.get_running_loop()
         self._reading: dict[int, tuple[RequestKey, asyncio.Task[None]]] = {}
         self._queue: dict[bytes, int | None] = {}  # request hash -> expires at; None: nothing to write
@@ -92,7 +110,7 @@ class RedisResponses:
         """Look for a response in Redis, for READ_S at most, and then in the network."""
         purged = request_hash(self._id, request_key) in self._purged
         if purged or self._link.away_s > 0 or len(self._reading) >= READS_MAX:
-            self._network.find(lookup, request_key, model_digest, deadline_ms)
+            self._ask_network(lookup, request_key, model_digest, deadline_ms)
             return
         work = self._find(lookup, request_key, model_digest, deadline_ms)
         task = asyncio.create_task(work, name="redis-response")
@@ -112,11 +130,14 @@ class RedisResponses:
         except Refused as refused:
             self._count_lookup("miss", refused.reason, began_s)
             left_ms = deadline_ms - round((self._loop.time() - began_s) * 1000)
-            self._network.find(lookup, key, model_digest, max(left_ms, 1))
+            self._ask_network(lookup, key, model_digest, max(left_ms, 1))
             return
         self._count_lookup("hit", "hit", began_s)
-        keep(self.store, key, opened, self._scope)
-        self.clients.answer_response(lookup, found_response(opened, "redis", self._trust, clock.now()), "hit")
+        keep(self._store, key, opened, self._scope)
+        self._clients.answer(lookup, found_response(opened, "redis", self._trust, clock.now()), "hit")
+
+    def _ask_network(self, lookup: int, key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
+        self._network.find(lookup, key, model_digest, deadline_ms, beside_redis=self._link.away_s <= 0)
 
     async def _read(self, key: RequestKey, model_digest: bytes, timeout_s: float) -> Opened:
         """The response in Redis, if it is valid; `Refused` says why not."""
@@ -147,21 +168,6 @@ class RedisResponses:
         if reason not in ("hit", "not_found", "redis_error"):  # `_ask` counts the last one
             self._metrics.failures_total.labels("l1", reason).inc()
 
-    # --- the network's answers (network_driver.Clients) -----------------------------------------
-
-    def hint_response(self, lookup: int, hinted: bool) -> None:
-        """Report whether a peer is known to have it."""
-        self.clients.hint_response(lookup, hinted)
-
-    def try_response(self, lookup: int, body: bytes, proof: bytes) -> None:
-        """Pass on another node's response, to be audited (network_driver.Clients)."""
-        self.clients.try_response(lookup, body, proof)
-
-    def answer_response(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
-        """End a lookup. While there is Redis, the absence of a network is no reason for clients to stop asking."""
-        nobody = reason in ("off", "no_peers") and self._link.away_s <= 0
-        self.clients.answer_response(lookup, found, "not_found" if nobody else reason)
-
     # --- writing --------------------------------------------------------------------------------
 
     def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
@@ -181,7 +187,7 @@ class RedisResponses:
         self._enqueue(dict.fromkeys(names))
         for lookup, (key, task) in self._reading.items():
             if key in purged and task.cancel():
-                self.clients.answer_response(lookup, None, "not_found")
+                self._clients.answer(lookup, None, "not_found")
         self._network.purge(purged)
 
     def _enqueue(self, changes: Mapping[bytes, int | None]) -> None:

@@ -7,18 +7,15 @@ name. Rejected: PyTorch by default, which takes seconds to start and all cores. 
 something else, so that we read their files and import neither.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
 
-    Vectors = NDArray[np.float32]
+Vectors = NDArray[np.float32]
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_DIMENSIONS = 384
@@ -86,8 +83,6 @@ class OnnxEmbedder:
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """float32 [len(texts), dimensions], every row of length 1."""
-        import numpy as np
-
         vectors = np.empty((len(texts), DEFAULT_DIMENSIONS), np.float32)
         for row, text in enumerate(texts):
             vectors[row] = self._embed_one(text)
@@ -95,8 +90,6 @@ class OnnxEmbedder:
 
     def _embed_one(self, text: str) -> Vectors:
         """float32 [dimensions]; one at a time, for int8 activations are scaled by what shares their batch."""
-        import numpy as np
-
         encoded = self._tokenizer.encode(text)
         ids, mask, types = (
             np.array([each], np.int64) for each in (encoded.ids, encoded.attention_mask, encoded.type_ids)

@@ -6,21 +6,15 @@ index, whose misses nobody sees; float32, four times the memory and the time. Co
 0.005, and the oldest questions beyond QUESTIONS_MAX, or beyond TEXT_CHARS_MAX, aren't compared.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numkong
 import numpy as np
+from numpy.typing import NDArray
 
 from ...core.records.ids import RequestKey
 from ...core.response.similar.semantic import CANDIDATES_MAX, COSINE_MIN, SimilarCandidate
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float32]
-    Codes = NDArray[np.int8]  # vectors times a scale of their own each
+Floats = NDArray[np.float32]
+Codes = NDArray[np.int8]  # vectors times a scale of their own each
 
 QUESTIONS_MAX = 200_000  # x (2 x 384 B and about as much for text and key) = 300 MiB
 TEXT_CHARS_MAX = 100_000_000  # of all of them: 500 each

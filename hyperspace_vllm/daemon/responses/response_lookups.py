@@ -7,7 +7,6 @@ from typing import Protocol
 
 from ...core.local.messages import (
     NAME_CHARS_MAX,
-    FindResponse,
     NodeMessage,
     ResponseFound,
     ResponseHint,
@@ -20,7 +19,7 @@ from ...core.records.limits import LOOKUPS_PER_CLIENT_MAX
 
 
 class ResponseFinder(Protocol):
-    """Who asks other nodes. It answers by `LocalServer.hint_response` and `answer_response`, at once or later."""
+    """Who asks other nodes. It answers by `Clients`, at once or later."""
 
     def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
         """Begin a lookup; `lookup` is unique in this process's life, `deadline_ms` a duration."""
@@ -46,46 +45,56 @@ class FoundResponse:
     suspect: bool = False
 
 
-class ResponseLookups:
-    """From a client's lookups to the finder's, and back. `send` queues a message for the client at a route."""
+class Clients(Protocol):
+    """Where lookups are answered (ResponseLookups)."""
 
-    def __init__(self, finder: ResponseFinder | None, send: Callable[[bytes, NodeMessage], bool]) -> None:
-        self._finder = finder
+    def hint(self, lookup: int, hinted: bool) -> None:
+        """Say whether waiting is worth while."""
+
+    def let_try(self, lookup: int, body: bytes, proof: bytes) -> None:
+        """Have a response audited that isn't served."""
+
+    def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
+        """End a lookup."""
+
+
+class ResponseLookups:
+    """From a client's number of a lookup to ours, and back. `send` queues a message for the client at a route."""
+
+    def __init__(self, send: Callable[[bytes, NodeMessage], bool]) -> None:
         self._send = send
         self._numbers = count(1)
         self._waiting: dict[int, tuple[bytes, int]] = {}  # our number -> whose, and its number there
         self._clients: dict[bytes, dict[int, int]] = {}  # route -> the client's number -> ours
 
-    def find(self, route: bytes, want: FindResponse) -> None:
-        """Begin a client's lookup, or answer at once why not."""
+    def begin(self, route: bytes, client_lookup: int) -> int | None:
+        """Our number of a client's new lookup; None if it has too many."""
         theirs = self._clients.get(route, {})
-        if want.lookup in theirs:
-            raise ProtocolViolation(f"response lookup {want.lookup}: under way already")
-        if self._finder is None or len(theirs) >= LOOKUPS_PER_CLIENT_MAX:
-            self._send(route, ResponseNotFound(want.lookup, "busy" if self._finder else "off"))
-            return
+        if client_lookup in theirs:
+            raise ProtocolViolation(f"response lookup {client_lookup}: under way already")
+        if len(theirs) >= LOOKUPS_PER_CLIENT_MAX:
+            return None
         lookup = next(self._numbers)
-        self._waiting[lookup] = (route, want.lookup)
-        self._clients.setdefault(route, theirs)[want.lookup] = lookup
-        self._finder.find(lookup, RequestKey(want.request_key), want.model_digest, want.deadline_ms)
+        self._waiting[lookup] = (route, client_lookup)
+        self._clients.setdefault(route, theirs)[client_lookup] = lookup
+        return lookup
 
-    def release(self, route: bytes, client_lookup: int) -> None:
-        """End a client's lookup; an unknown one is fine, for its answer may have crossed the release."""
+    def release(self, route: bytes, client_lookup: int) -> int | None:
+        """End a client's lookup; our number of it.
+
+        None for an unknown one, which is fine: its answer may have crossed the release.
+        """
         lookup = self._clients.get(route, {}).get(client_lookup)
         if lookup is not None:
             self._forget(lookup)
-            if self._finder is not None:
-                self._finder.release(lookup)
+        return lookup
 
-    def end(self, route: bytes) -> None:
-        """The client has gone: release what it waits for."""
-        for client_lookup in list(self._clients.get(route, ())):
-            self.release(route, client_lookup)
-
-    def purge(self, keys: Iterable[bytes]) -> None:
-        """The operator wants these entries gone."""
-        if self._finder is not None:
-            self._finder.purge(keys)
+    def end(self, route: bytes) -> list[int]:
+        """The client has gone: our numbers of what it waited for."""
+        lookups = list(self._clients.get(route, {}).values())
+        for lookup in lookups:
+            self._forget(lookup)
+        return lookups
 
     def hint(self, lookup: int, hinted: bool) -> None:
         """Tell the client whether there is a hint; one that waits no more is ignored."""

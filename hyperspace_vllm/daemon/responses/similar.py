@@ -13,7 +13,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -37,11 +36,8 @@ from ...core.response.similar.semantic import Match, best_match
 from ...response_db import Embedded, ResponseReader
 from ..clock import wall_ms
 from .embedding import Embedder, EmbedderMissing
-from .question_index import QUESTIONS_MAX, QuestionIndex, quantized
+from .question_index import QUESTIONS_MAX, Codes, QuestionIndex, quantized
 from .response_store import ResponseStore
-
-if TYPE_CHECKING:
-    from .question_index import Codes
 
 logger = logging.getLogger(__name__)
 
@@ -340,7 +336,7 @@ class SimilarQuestions:
         vectors = self._embedder.embed([one, other])
         return float(vectors[0] @ vectors[1])
 
-    def _vectors(self, question: Question) -> "Codes":
+    def _vectors(self, question: Question) -> Codes:
         """int8 [2, dimensions] of a question and its compared form."""
         # By partition: else a tenant's time would tell what another has asked.
         named = question.partition, question.text

@@ -21,6 +21,7 @@ from hyperspace_vllm.daemon.libp2p import (
     libp2p_swarm,
     libp2p_time,
     libp2p_yamux,
+    libp2p_yamux_stream,
 )
 from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode, split_address
 from hyperspace_vllm.daemon.libp2p.libp2p_time import PeerTime
@@ -79,7 +80,7 @@ async def test_garbage_on_any_stream_ends_at_most_its_connection(members: Member
 
 async def test_garbage_below_the_streams_ends_only_that_connection(members: Members) -> None:
     a, b = await members(2)
-    head = libp2p_yamux._HEAD.pack
+    head = libp2p_yamux_stream.HEAD.pack
     frames = [
         secrets.token_bytes(4000),
         head(1, 0, 0, 1, 0),
@@ -116,7 +117,7 @@ async def test_who_sends_frames_for_nothing_is_let_go_and_told_of(
     async def send(node: Libp2pNode, victim: ID) -> None:
         stream = await open_stream(node, victim)
         stream_id = stream.muxed_stream.stream_id if is_open else 99_999  # type: ignore[attr-defined]
-        stray = libp2p_yamux._HEAD.pack(0, kind, 0, stream_id, length)
+        stray = libp2p_yamux_stream.HEAD.pack(0, kind, 0, stream_id, length)
         (conn,) = node._swarm.live(victim)
         wire = conn.muxed_conn.secured_conn  # type: ignore[attr-defined]
         await wire.write(stray * int(libp2p_yamux.STRAYS_PER_S))  # as many as a reset of many streams leaves
@@ -298,13 +299,13 @@ async def test_windows_are_updated_once_half_of_them_is_used() -> None:
         conn = libp2p_yamux.YamuxConnection(Wire(), ID(b"peer"), time, lambda peer: None)  # type: ignore[arg-type]
         stream = await conn.open_stream()
         conn._frames.clear()
-        half = libp2p_yamux.WINDOW_BYTES // 2
+        half = libp2p_yamux_stream.WINDOW_BYTES // 2
         stream.on_data(bytes(half))
         for _ in range(half - 1):
             await stream.read(1)
         assert not conn._frames
         await stream.read(1)
         (update,) = conn._frames
-        assert libp2p_yamux._HEAD.unpack(update) == (0, 1, 0, 1, half + libp2p_yamux.WINDOW_BYTES)
+        assert libp2p_yamux_stream.HEAD.unpack(update) == (0, 1, 0, 1, half + libp2p_yamux_stream.WINDOW_BYTES)
 
     await asyncio.to_thread(trio.run, main)

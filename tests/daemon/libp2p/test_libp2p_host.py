@@ -54,9 +54,10 @@ async def test_connect_proves_who_is_there(members: Members) -> None:
 @pytest.mark.parametrize("network_key", [None, bytes(32)])
 async def test_each_side_knows_the_address_at_the_other_end(members: Members, network_key: bytes | None) -> None:
     a, b = await members(2, network_key=network_key)
-    assert a.host.host_of(b.peer) == b.host.host_of(a.peer) == "127.0.0.1"
+    assert a.hosts == {b.peer: "127.0.0.1"}
+    assert b.hosts == {a.peer: "127.0.0.1"}
     await a.host.disconnect(b.peer)
-    await until(lambda: b.host.host_of(a.peer) == "")
+    await until(lambda: not b.host.connected)
 
 
 async def test_connect_fails_within_its_deadline(members: Members) -> None:
@@ -290,7 +291,8 @@ async def test_connections_that_come_and_go_leave_nothing_behind(members: Member
         node = member.host._link.node  # type: ignore[union-attr]
         gc.collect()
         tasks = sum(len(each.manager._task_nursery.child_tasks) for each in (node._pubsub, node._swarm))
-        return tasks, len(node._swarm.sockets), len(node._asker._spare) + len(node._dialling)
+        sockets = len(node._swarm._accepted) + len(node._swarm.tcp.sockets)
+        return tasks, sockets, len(node._asker._spare) + len(node._dialling)
 
     async def come_and_go() -> None:
         await asyncio.gather(a.meet(b), b.meet(a))

@@ -24,19 +24,11 @@ from hyperspace_vllm.daemon.libp2p.libp2p_time import (
     STREAM_S,
     PeerTime,
 )
-from hyperspace_vllm.daemon.libp2p.libp2p_yamux import (
-    _DATA,
-    _HEAD,
-    _RST,
-    _SYN,
-    _WINDOW,
-    MESSAGE_BYTES,
-    SILENCE_S,
-    YamuxConnection,
-)
+from hyperspace_vllm.daemon.libp2p.libp2p_yamux import MESSAGE_BYTES, SILENCE_S, YamuxConnection
+from hyperspace_vllm.daemon.libp2p.libp2p_yamux_stream import DATA, HEAD, RST, SYN, WINDOW
 
 FOR_S = 6.0
-NEW = _HEAD.pack(0, _WINDOW, _SYN, 2, 0)
+NEW = HEAD.pack(0, WINDOW, SYN, 2, 0)
 STRANGERS = [peer_id(SigningKey(bytes([number]) * 32).verify_key.encode()) for number in range(40)]
 KNOWN = [peer_id(SigningKey(bytes([number]) * 32).verify_key.encode()) for number in range(100, 140)]
 PROVEN = [peer_id(SigningKey(bytes([number]) * 32).verify_key.encode()) for number in range(140, 144)]
@@ -95,16 +87,16 @@ def flood(wires: list[Wire], peers: list[PeerId]) -> None:
 
 
 def frame(kind: int, length: int, data: bytes = b"") -> bytes:
-    return _HEAD.pack(0, kind, 0, 2, length) + data
+    return HEAD.pack(0, kind, 0, 2, length) + data
 
 
 @pytest.mark.parametrize(
     ("message", "frames"),
     [
-        (frame(_WINDOW, 1) * 5000, 5000),
-        (frame(_WINDOW, 1), 1),
-        (frame(_DATA, 1, b"x") * 4000, 4000),
-        (frame(_DATA, 16 * KiB, bytes(16 * KiB)) * 3, 3),
+        (frame(WINDOW, 1) * 5000, 5000),
+        (frame(WINDOW, 1), 1),
+        (frame(DATA, 1, b"x") * 4000, 4000),
+        (frame(DATA, 16 * KiB, bytes(16 * KiB)) * 3, 3),
     ],
     ids=["window updates", "one a message", "one byte each", "full ones"],
 )
@@ -120,7 +112,7 @@ def test_the_frames_of_a_peer_take_a_bounded_part_of_the_time(message: bytes, fr
 def test_peers_of_one_host_and_all_together_take_a_bounded_part_of_the_time(
     hosts: int, peers: list[PeerId], share: float
 ) -> None:
-    message = frame(_DATA, 16 * KiB, bytes(16 * KiB)) * 3
+    message = frame(DATA, 16 * KiB, bytes(16 * KiB)) * 3
     wires = [Wire(f"192.0.2.{number % hosts}", message, 3) for number in range(12)]
     flood(wires, peers[:12])
     each = [wire.cost_s for wire in wires]
@@ -141,7 +133,7 @@ def test_requests_and_new_streams_take_a_bounded_part_of_the_time(
                 await trio.sleep_forever()
             ended.append(trio.current_time())
             number = 2 * len(ended)
-            return _HEAD.pack(0, _WINDOW, _SYN, number, 0) + _HEAD.pack(0, _WINDOW, _RST, number, 0)
+            return HEAD.pack(0, WINDOW, SYN, number, 0) + HEAD.pack(0, WINDOW, RST, number, 0)
 
     async def handle(peer: ID, protocol: str, request: bytes) -> bytes:
         ended.append(trio.current_time())
@@ -234,7 +226,7 @@ class Bursts(Wire):
     async def read(self) -> bytes:
         ids = range(self._number + 2, self._number + 130, 2)
         self._number += 128
-        return b"".join(_HEAD.pack(0, _WINDOW, flags, each, 0) for flags in (_SYN, _RST) for each in ids)
+        return b"".join(HEAD.pack(0, WINDOW, flags, each, 0) for flags in (SYN, RST) for each in ids)
 
 
 @pytest.mark.parametrize(

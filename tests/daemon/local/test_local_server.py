@@ -75,9 +75,14 @@ from hyperspace_vllm.daemon import served
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES, Arena
 from hyperspace_vllm.daemon.kv.row_cache import UNSTORED, RowCache
-from hyperspace_vllm.daemon.local.local_server import LocalServer
+from hyperspace_vllm.daemon.local.engine_messages import EngineMessages
+from hyperspace_vllm.daemon.local.local_server import LocalServer, make_welcome
+from hyperspace_vllm.daemon.local.local_socket import LocalSocket
+from hyperspace_vllm.daemon.local.prefix_lookups import PrefixLookups
+from hyperspace_vllm.daemon.local.response_messages import ResponseMessages
+from hyperspace_vllm.daemon.local.staging import Staging
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
+from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse, ResponseLookups
 from hyperspace_vllm.daemon.served import Served
 
 pytestmark = pytest.mark.io
@@ -126,17 +131,20 @@ class SmallNode:
 
     def __post_init__(self) -> None:
         identity = Identity.load(self.config.data_dir)
+        self.socket = LocalSocket(self.config.socket_path)
+        self.staging = Staging(self.cache, self.metrics)
+        self.prefixes, self.responses = PrefixLookups(self.socket.send), ResponseLookups(self.socket.send)
+        served = Served(network_id("default"), self.told.append)
+        config, send = self.config, self.socket.send
+        engines = EngineMessages(
+            config.kv_cache, config.data_dir, self.staging, self.prefixes, self.submit, served, send
+        )
+        responses = ResponseMessages(
+            config.share, self, None, lambda audit: None, self.finder, self.responses, served, send
+        )
+        welcome = make_welcome(identity.peer_id, network_id("default"), self.cache.arena)
         self.server = LocalServer(
-            self.config,
-            identity,
-            self.cache,
-            self.submit,
-            self,
-            lambda: b"{}",
-            self.metrics,
-            self.finder,
-            Served(network_id("default"), self.told.append),
-            self.lease_ms,
+            self.socket, welcome, engines, responses, served, lambda: b"{}", self.metrics, self.lease_ms
         )
 
     def store(self, message: StoreResponse) -> bool:
@@ -156,19 +164,20 @@ class SmallNode:
                 self._staged[event.client, event.request_id, event.segment] = event
             case SegmentKeyKnown():
                 arrived = self._staged.pop((event.client, event.request_id, event.segment), None)
-                slab = self.server.take_staged(arrived.staged) if arrived else None
+                slab = self.staging.take(arrived.staged) if arrived else None
                 if arrived is None or slab is None:
                     return  # of another engine, or not here yet
                 self.cache.keep(row_key(event.segment_key, arrived.part, arrived.rank), slab)
             case PrefixWanted() if self.answers:
                 slab = self.cache.lease(row_key(event.segment_keys[0], 0, 0), event.lookup)
                 rows = () if slab is None else (LoadedRow(0, 0, 0, slab),)
-                self.server.answer_prefix(event.lookup, len(rows), rows, "memory", "none", "hit")
+                if not self.prefixes.answer(event.lookup, len(rows), rows, "memory", "none", "hit"):
+                    self.submit(PrefixReleased(event.lookup))
             case PrefixReleased(lookup):
                 self.cache.end_leases(lookup)
             case ClientGone():
                 for arrived in self._staged.values():
-                    self.server.drop_staged(arrived.staged, "client_gone")
+                    self.staging.drop(arrived.staged, "client_gone")
                 self._staged.clear()
 
     def count(self, kind: type[Event]) -> int:
@@ -188,7 +197,7 @@ async def small_node(
     config = Config(data_dir=tmp_path, kv_cache=kv_cache)
     arena = Arena.create(tmp_path, size, shared_memory)
     node = SmallNode(config, RowCache(arena), finder=Finder() if finds else None, lease_ms=lease_ms)
-    node.server.bind()
+    node.socket.bind()
     serving = asyncio.create_task(node.server.run())
     try:
         yield node
@@ -196,7 +205,7 @@ async def small_node(
         serving.cancel()
         with suppress(asyncio.CancelledError):
             await serving
-        node.server.close()
+        node.socket.close()
         arena.close()
 
 
@@ -382,7 +391,7 @@ async def test_an_answer_after_the_release_is_ignored(node: SmallNode) -> None:
         scheduler.send(ReleaseLookup(1))
         await until(lambda: node.count(PrefixReleased) == 1)
         wanted = next(e for e in node.events if isinstance(e, PrefixWanted))
-        node.server.answer_prefix(wanted.lookup, 0, (), "none", "", "late")
+        node.prefixes.answer(wanted.lookup, 0, (), "none", "", "late")
         scheduler.send(GetStatus())
         await next_message(scheduler, Status)
 
@@ -418,17 +427,17 @@ async def test_a_client_hears_of_the_hint_and_of_the_answer_under_its_own_number
         (first, *rest), (second, *_) = finder.wanted
         assert rest == [bytes(32), bytes([1]) * 32, 300]
         assert first != second
-        node.server.hint_response(first, True)
-        node.server.hint_response(second, False)
+        node.responses.hint(first, True)
+        node.responses.hint(second, False)
         hints = [await next_message(client, ResponseHint) for client in (one, other)]
         assert sorted((hint.lookup, hint.hinted) for hint in hints) == [(7, False), (7, True)]
-        node.server.answer_response(first, FOUND, "hit")
-        node.server.answer_response(second, None, "not_found")
+        node.responses.answer(first, FOUND, "hit")
+        node.responses.answer(second, None, "not_found")
         hinted, unhinted = (one, other) if hints[0].hinted else (other, one)
         answer = await next_message(hinted, ResponseFound)
         assert answer == ResponseFound(7, b"{}", b"proof", 1, 2, "12D3KooW", "gossip", "members")
         assert await next_message(unhinted, ResponseNotFound) == ResponseNotFound(7, "not_found")
-        node.server.answer_response(first, FOUND, "twice")
+        node.responses.answer(first, FOUND, "twice")
         one.send(find(7))  # the number is free again
         await wanted(node, 3)
         assert finder.released == []
@@ -439,7 +448,7 @@ async def test_the_largest_response_crosses_the_socket(node: SmallNode) -> None:
         client.send(find(1))
         ((lookup, *_),) = (await wanted(node)).wanted
         body = os.urandom(RESPONSE_BYTES_MAX)
-        node.server.answer_response(lookup, replace(FOUND, body=body, source="s" * 1000), "hit")
+        node.responses.answer(lookup, replace(FOUND, body=body, source="s" * 1000), "hit")
         answer = await next_message(client, ResponseFound)
         assert (answer.body, answer.source) == (body, "s" * 256)
 
@@ -460,8 +469,8 @@ async def test_a_released_lookup_is_neither_hinted_nor_answered(node: SmallNode)
         client.send(ReleaseResponse(1))
         finder = await wanted(node)
         await until(lambda: finder.released == [finder.wanted[0][0]])
-        node.server.hint_response(finder.wanted[0][0], True)
-        node.server.answer_response(finder.wanted[0][0], FOUND, "late")
+        node.responses.hint(finder.wanted[0][0], True)
+        node.responses.answer(finder.wanted[0][0], FOUND, "late")
         client.send(GetStatus())
         await next_message(client, Status)
 
@@ -482,7 +491,7 @@ async def test_a_client_that_goes_releases_its_lookups(strict: SmallNode, goes: 
             await until(lambda: strict.server.engine_leases == 0)
     await until(lambda: sorted(finder.released) == [lookup for lookup, *_ in finder.wanted])
     for lookup in finder.released:
-        strict.server.answer_response(lookup, FOUND, "late")
+        strict.responses.answer(lookup, FOUND, "late")
 
 
 async def test_response_lookups_beyond_the_bound_are_answered_busy(node: SmallNode) -> None:
@@ -514,10 +523,10 @@ async def test_an_api_server_learns_of_hint_and_answer_while_its_heartbeat_reads
             pending = lookups.start(RequestKey(bytes(32)), bytes(32), 30.0)
             assert pending is not None
             lookup, *_ = (await wanted(node, number)).wanted[-1]
-            node.server.hint_response(lookup, True)
+            node.responses.hint(lookup, True)
             await pending.hint
             hints_s.append(time.perf_counter() - began)
-            node.server.answer_response(lookup, FOUND, "hit")
+            node.responses.answer(lookup, FOUND, "hit")
             answer = await pending.answer
             assert answer is not None
             assert answer.body == b"{}"

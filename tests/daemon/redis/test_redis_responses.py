@@ -28,8 +28,9 @@ from hyperspace_vllm.core.response.sealed_hit import make_hit
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.clock import wall_ms
 from hyperspace_vllm.daemon.identity import Identity
-from hyperspace_vllm.daemon.join import NodeNetwork
+from hyperspace_vllm.daemon.join import load_network_key, make_trust
 from hyperspace_vllm.daemon.metrics import Metrics
+from hyperspace_vllm.daemon.network_driver import NetworkDriver
 from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE, AskingPeer
 from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
@@ -70,34 +71,31 @@ class FleetNode:
         )
         self.identity = Identity.load(directory)
         self.metrics = Metrics()
-        self.network = NodeNetwork(self.config, self.identity, self.metrics)
         self.path = database_path(directory)
-        trust = self.network.trust
+        self.trust = trust = make_trust(self.config, self.identity, load_network_key(self.config))
+        self.store = ResponseStore(self.path, self.config.response_bytes, RESPONSE_TTL_MS, self.identity, NETWORK)
+        self.network = NetworkDriver(NETWORK, trust, self, self.store, self.metrics, "network", listens=False)
         self.server = ResponseServer(self.path, NETWORK, trust.vouch)
         self.shared = redis_responses.RedisResponses(
-            url, NETWORK, "network", self.server, trust, self.metrics, self.network
+            url, NETWORK, "network", self.server, trust, self.metrics, self.network, self, self.store
         )
-        self.store = ResponseStore(
-            self.path, self.config.response_bytes, RESPONSE_TTL_MS, self.identity, NETWORK, listener=self.shared.heard
-        )
-        self.shared.clients, self.shared.store = self, self.store
         self.answers: dict[int, tuple[FoundResponse | None, str]] = {}
         self.lookups = 0
 
-    async def start(self) -> None:
-        await self.network.run("", self.store, self.shared, lambda records: None, lambda: None)
+    def start(self) -> None:
+        self.store.start(self.shared.heard)
 
     async def close(self) -> None:
         self.store.close()
         await self.shared.close()
         self.server.close()
 
-    def hint_response(self, lookup: int, hinted: bool) -> None:
+    def hint(self, lookup: int, hinted: bool) -> None:
         """Without p2p there is none."""
 
-    def try_response(self, lookup: int, body: bytes, proof: bytes) -> None: ...
+    def let_try(self, lookup: int, body: bytes, proof: bytes) -> None: ...
 
-    def answer_response(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
+    def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
         self.answers[lookup] = found, reason
 
     def compute(self, name: object, scope: Scope = "network", ttl_ms: int = RESPONSE_TTL_MS) -> None:
@@ -187,7 +185,7 @@ async def node(tmp_path: Path, server: RedisServer, key_file: Path) -> AsyncIter
 
     async def make(name: str, key: Path | None = key_file, url: str = server.url, **settings: object) -> FleetNode:
         made.append(FleetNode(tmp_path / name, url, key, **settings))
-        await made[-1].start()
+        made[-1].start()
         return made[-1]
 
     yield make
@@ -268,7 +266,7 @@ def signed(node: FleetNode, name: str, model: bytes = MODEL, age_ms: int = 0) ->
     """A Hit for the request of that name, by this node's key."""
     key, at_ms = request_key(name), wall_ms() - age_ms
     proof = make_proof(node.identity.signing_key, NETWORK, key, b"forged", model, "v", at_ms).encode()
-    tag = node.network.trust.vouch(node.identity.public_key)
+    tag = node.trust.vouch(node.identity.public_key)
     return encode(make_hit(key, NETWORK, os.urandom(12), b"forged", proof, tag, 0))
 
 

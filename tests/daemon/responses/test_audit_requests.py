@@ -26,9 +26,11 @@ from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.identity import Identity as StoredIdentity
-from hyperspace_vllm.daemon.join import NodeNetwork
+from hyperspace_vllm.daemon.join import make_trust
 from hyperspace_vllm.daemon.metrics import Metrics
+from hyperspace_vllm.daemon.network_driver import NetworkDriver
 from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests
+from hyperspace_vllm.daemon.responses.response_lookups import ResponseLookups
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.daemon.responses.store_changes import ServableEntry
 from hyperspace_vllm.response_db import ResponseReader, database_path
@@ -62,7 +64,8 @@ class Node:
         self.audits_at_ms = NOW_MS
         self.published: list[Publish] = []
         self.network: NetworkNode = make_node(ME, listed=(LIAR, HONEST))
-        self.store = ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, self, NETWORK, lambda: self.now_ms, self.heard)
+        self.store = ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, self, NETWORK, lambda: self.now_ms)
+        self.store.start(self.heard)
         self.metrics = Metrics()
         self.audits = AuditRequests(NETWORK, Identity(ME).public_key, self.store, self.audited, self.metrics)
 
@@ -211,18 +214,20 @@ async def test_who_is_caught_is_suspected_or_convicted_without_a_network_too(
     identity, liar = StoredIdentity.load(tmp_path), Identity(LIAR)
     config = Config(data_dir=tmp_path, p2p_listen=p2p_listen, peers=(f"{liar.peer}@127.0.0.1:1",))
     metrics = Metrics()
-    network = NodeNetwork(config, identity, metrics)
+    trust = make_trust(config, identity, None)
+    clients = ResponseLookups(lambda route, message: True)
+    network = NetworkDriver(NETWORK, trust, clients, None, metrics, config.share, bool(p2p_listen))
     audits = AuditRequests(NETWORK, identity.public_key, None, network.audited, metrics)
     now = clock.now()
-    assert network.trust.trusts(liar.public_key, now)
+    assert trust.trusts(liar.public_key, now)
     for number in range(FINDINGS_MIN):
         later = replace(now, mono_ms=now.mono_ms + number * FINDING_EVERY_MS)
         monkeypatch.setattr(clock, "now", lambda later=later: later)
         audits.heard(ResponseAudited(key(number), proof_of(number), 40, far, bytes([number])))
     now = replace(now, mono_ms=now.mono_ms + FINDINGS_MIN * FINDING_EVERY_MS)
-    assert network.trust.suspicion.suspects(liar.public_key, now)
-    assert network.trust.trusts(liar.public_key, now) == trusted
-    assert (network.trust.word.score(liar.peer, now) < score_of(0, 0, 0)) != trusted
+    assert trust.suspicion.suspects(liar.public_key, now)
+    assert trust.trusts(liar.public_key, now) == trusted
+    assert (trust.word.score(liar.peer, now) < score_of(0, 0, 0)) != trusted
 
 
 # --- node processes -----------------------------------------------------------------------------

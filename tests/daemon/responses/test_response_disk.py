@@ -75,7 +75,8 @@ def test_what_is_written_into_a_file_that_goes_meanwhile_counts_as_failed(path: 
             return self.now_ms
 
     clock, heard = Deletes(), Heard()
-    store = ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, Signer(), NETWORK, clock, heard)
+    store = ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, Signer(), NETWORK, clock)
+    store.start(heard)
     assert store.flush(60)
     clock.at_next_reading = True
     store.store(response(1))
@@ -155,6 +156,7 @@ def test_a_reader_outlives_a_missing_locked_and_replaced_file(open_store: Open, 
 
 def test_a_directory_that_cannot_be_written_costs_entries_and_nothing_else(tmp_path: Path, clock: Clock) -> None:
     store = ResponseStore(tmp_path / "missing" / "r.sqlite", 1 << 20, RESPONSE_TTL_MS, Signer(), NETWORK, clock)
+    store.start()
     store.store(response(1))
     deadline = time.monotonic() + 10
     while store.stats()["failed"] == 0 and time.monotonic() < deadline:
@@ -235,6 +237,7 @@ def response(number, size):
     return StoreResponse(number.to_bytes(32, "big"), "network", bytes(32), "v", 86_400_000, os.urandom(size))
 
 store = ResponseStore(Path(sys.argv[1]), 1 << 30, 86_400_000, Signer(), network_id("test"))
+store.start()
 """
 
 

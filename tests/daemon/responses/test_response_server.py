@@ -64,6 +64,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(path: Path) -> Iterator[ResponseStore]:
     store = ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, Signer(), NETWORK)
+    store.start()
     yield store
     store.close()
 

@@ -220,7 +220,7 @@ def test_an_error_of_the_writer_costs_its_batch_alone(
     def broken(body: bytes) -> bytes:
         return packed(body) if body != b"odd" else b"%d" % (1 // 0)
 
-    monkeypatch.setattr("hyperspace_vllm.daemon.responses.response_store.packed", broken)
+    monkeypatch.setattr("hyperspace_vllm.daemon.responses.store_transaction.packed", broken)
     store = open_store()
     for number, body in enumerate((b"odd", b"{}")):
         assert store.store(response(number, body))

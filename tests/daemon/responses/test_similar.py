@@ -142,6 +142,7 @@ class Place:
     def __init__(self, path: Path) -> None:
         self.path = path / "responses.sqlite"
         self.store = ResponseStore(self.path, 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test"))
+        self.store.start()
         self.similar = SimilarQuestions(self.path, load_embedder, ACRONYMS, self.store)
         eventually(lambda: self.similar.stats()["state"] == "on")
 
@@ -405,6 +406,7 @@ def test_without_its_packages_responses_are_stored_all_the_same(tmp_path: Path) 
         raise EmbedderMissing("onnxruntime")
 
     store = ResponseStore(tmp_path / "responses.sqlite", 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test"))
+    store.start()
     similar = SimilarQuestions(tmp_path / "responses.sqlite", load, ACRONYMS, store)
     question = asked("What is ML?")
     for number in range(2):

@@ -5,20 +5,14 @@ forgives rewording that the second doesn't know, the second what embeddings don'
 definition).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from ...records.ids import RequestKey
 from .canonical import canonical_question
 from .guards import Mode, refusal_between
 from .question import ParsedQuestion, read_question
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 # By bench/semantic.py, of the pairs that the guards let pass, one in four was labelled different between 0.90 and 0.92,
 # and two in five up to 0.935 where only one question has words more.
@@ -50,12 +44,14 @@ class NoMatch:
     reason: str
 
 
-def similarity(
-    raw_a: NDArray[np.float32],
-    canonical_a: NDArray[np.float32],
-    raw_b: NDArray[np.float32],
-    canonical_b: NDArray[np.float32],
-) -> float:
+class Vector(Protocol):
+    """What is used of a NumPy array, which the core doesn't import."""
+
+    def __matmul__(self, other: Any, /) -> Any:
+        """The dot product."""
+
+
+def similarity(raw_a: Vector, canonical_a: Vector, raw_b: Vector, canonical_b: Vector) -> float:
     """The larger of two cosines; all four are float32 [dimensions] of length 1."""
     return max(float(raw_a @ raw_b), float(canonical_a @ canonical_b))
 

@@ -1,0 +1,69 @@
+"""What a node has once it has joined its network, which takes seconds: a core, and what performs its effects."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..core.events.network_effects import ImportDeltas, KvEndpoint, WriteRegistry
+from ..core.events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from ..core.node.network_node import NetworkNode
+from ..core.peers.gossip_gate import GossipGate
+from ..core.records.ids import PeerId
+from ..core.records.peer_record import PeerRecord
+from .address_book import AddressBook
+from .network_lookups import Hints, Providers
+from .responses.response_server import ResponseServer
+
+
+class PeerHost(Providers, Protocol):
+    """What reaches peers (Libp2pHost)."""
+
+    @property
+    def address(self) -> str:
+        """host:port of the listener."""
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """Close every connection to a peer."""
+
+    def publish(self, topic: str, payload: bytes) -> bool:
+        """Send to a topic's subscribers; False: dropped."""
+
+    async def provide(self, key: str, timeout_s: float) -> bool:
+        """Become a provider of `key` in the DHT; False: no peer was told."""
+
+
+class Documents(Protocol):
+    """The registry that peers pass on (RegistryDocuments)."""
+
+    async def write(self, change: WriteRegistry, /) -> OwnDeltaWritten | DeltasRefused:
+        """Sign a change of the own document."""
+
+    async def import_deltas(self, deltas: ImportDeltas, /) -> DeltasImported | DeltasRefused:
+        """Follow an owner's changes."""
+
+    async def forget(self, owner: bytes, /) -> None:
+        """Drop an owner's copy."""
+
+
+class SharedHints(Hints, Protocol):
+    """The registry in a fleet's Redis (RedisRegistry)."""
+
+    def note_stored(self, id: bytes, expires_at_ms: int, /) -> None:
+        """This node can serve it until then."""
+
+    def note_gone(self, ids: Iterable[bytes], /) -> None:
+        """This node can no longer serve them."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One core and its parts (join.py); `on_peers` hears of the peers that KV may be asked of."""
+
+    node: NetworkNode
+    host: PeerHost
+    gate: GossipGate
+    book: AddressBook
+    responses: ResponseServer | None
+    documents: Documents | None
+    hints: SharedHints | None
+    on_peers: Callable[[tuple[PeerRecord, ...], tuple[KvEndpoint, ...]], None]

@@ -1,0 +1,192 @@
+"""What happens before a node has joined its network reaches the core that comes then, once."""
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from hyperspace_vllm.core.events.network_effects import NetworkEffect
+from hyperspace_vllm.core.events.network_events import (
+    NetworkEvent,
+    PeerConnected,
+    PeerDisconnected,
+    ResponsesGone,
+    ResponseStored,
+    RowsStored,
+    ServedChanged,
+)
+from hyperspace_vllm.core.node.network_node import NetworkNode
+from hyperspace_vllm.core.peers.gossip_gate import GossipGate
+from hyperspace_vllm.core.peers.trust import Trust
+from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RequestKey, network_id
+from hyperspace_vllm.daemon import early_events
+from hyperspace_vllm.daemon.address_book import AddressBook
+from hyperspace_vllm.daemon.early_events import EarlyEvents
+from hyperspace_vllm.daemon.joined_network import Joined, PeerHost
+from hyperspace_vllm.daemon.metrics import Metrics
+from hyperspace_vllm.daemon.network_driver import NetworkDriver
+from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
+from hyperspace_vllm.daemon.responses.store_changes import ServableEntry
+
+NETWORK = network_id("test")
+PEER = PeerId("a peer")
+ROWS = RowsStored(ManifestDigest(bytes(32)), bytes(32), bytes(48), (), 1)
+
+
+def name(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def stored(number: int) -> ResponseStored:
+    return ResponseStored(name(number), 1_000, True)
+
+
+def test_a_response_that_has_gone_again_is_not_reported() -> None:
+    early = EarlyEvents()
+    for event in (stored(1), stored(2), ResponsesGone((name(1),))):
+        early.add(event)
+    assert early.take() == [stored(2)]
+    assert early.take() == []
+
+
+def test_of_what_the_engines_serve_the_last_word_counts() -> None:
+    early = EarlyEvents()
+    early.add(ServedChanged((name(1),), (), 0, b""))
+    early.add(ServedChanged((name(2),), (), 0, b""))
+    assert early.take() == [ServedChanged((name(2),), (), 0, b"")]
+
+
+def test_what_peers_do_keeps_its_order() -> None:
+    early = EarlyEvents()
+    events: list[NetworkEvent] = [PeerConnected(PEER, "h"), PeerDisconnected(PEER), PeerConnected(PEER, "h")]
+    for event in events:
+        early.add(event)
+    assert early.take() == events
+
+
+def test_every_kind_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early_events, "KEPT_MAX", 3)
+    early = EarlyEvents()
+    for number in range(9):
+        early.add(stored(number))
+        early.add(ROWS)
+    assert early.take() == [stored(0), stored(1), stored(2), ROWS, ROWS, ROWS]
+    for _ in range(early_events.PEER_EVENTS_MAX + 9):
+        early.add(PeerDisconnected(PEER))
+    assert len(early.take()) == early_events.PEER_EVENTS_MAX
+
+
+class Core:
+    """A core that only notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def start(self, *_: object) -> list[NetworkEffect]:
+        self.told.append("start")
+        return []
+
+    def handle(self, event: NetworkEvent, *_: object) -> list[NetworkEffect]:
+        self.told.append(event)
+        return []
+
+    def next_deadline_ms(self) -> None: ...
+
+
+class Hints:
+    """A fleet's registry that only notes what it is told."""
+
+    def __init__(self) -> None:
+        self.stored: list[bytes] = []
+
+    async def providers(self, id: bytes) -> tuple[PeerId, ...]:
+        return ()
+
+    def note_stored(self, id: bytes, expires_at_ms: int) -> None:
+        self.stored.append(id)
+
+    def note_gone(self, ids: Iterable[bytes]) -> None: ...
+
+
+class Clients:
+    """Where lookups end."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def hint(self, lookup: int, hinted: bool) -> None: ...
+
+    def let_try(self, lookup: int, body: bytes, proof: bytes) -> None: ...
+
+    def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+def driver_of(share: str = "network", listens: bool = True) -> tuple[NetworkDriver, Clients]:
+    clients = Clients()
+    trust = Trust("members", bytes(32), frozenset(), frozenset(), None)
+    return NetworkDriver(NETWORK, trust, clients, None, Metrics(), share, listens), clients  # type: ignore[arg-type]
+
+
+async def joined(driver: NetworkDriver, directory: Path, failures: int = 0) -> tuple[Core, Hints]:
+    """Let the driver join, at the attempt after those that fail."""
+    core, hints, has_joined, left = Core(), Hints(), asyncio.Event(), [failures]
+
+    async def join(parts: AsyncExitStack, handler: NetworkDriver) -> Joined:
+        handler.on_connected(PEER, "192.0.2.1")
+        if left[0]:
+            left[0] -= 1
+            handler.on_disconnected(PEER)
+            raise OSError("the port is taken")
+        node, host = cast(NetworkNode, core), cast(PeerHost, None)
+        return Joined(node, host, GossipGate(NETWORK, 0), AddressBook(directory), None, None, hints, lambda *_: None)
+
+    running = asyncio.create_task(driver.run(join, has_joined.set))
+    await asyncio.wait_for(has_joined.wait(), 60)
+    running.cancel()
+    with suppress(asyncio.CancelledError):
+        await running
+    return core, hints
+
+
+async def test_a_driver_tells_its_core_what_happened_before_it_joined(tmp_path: Path) -> None:
+    driver, _ = driver_of()
+    driver.heard((ServableEntry(name(1), 1_000, True), ServableEntry(name(2), 1_000, False)), ())
+    driver.heard((), (name(1),))
+    driver.submit(ROWS)
+    await asyncio.sleep(0)
+    core, hints = await joined(driver, tmp_path)
+    assert core.told == ["start", ResponseStored(name(2), 1_000, False), ROWS, PeerConnected(PEER, "192.0.2.1")]
+    assert hints.stored == [name(2)]
+
+
+async def test_a_port_that_is_taken_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperspace_vllm.daemon.network_driver.JOIN_AGAIN_S", 0.01)
+    driver, _ = driver_of()
+    assert driver.status() == {"state": "joining"}
+    core, _ = await joined(driver, tmp_path, failures=2)
+    connected, gone = PeerConnected(PEER, "192.0.2.1"), PeerDisconnected(PEER)
+    assert core.told == ["start", connected, gone, connected, gone, connected]
+
+
+async def test_a_node_that_shares_nothing_tells_no_core_what_it_has(tmp_path: Path) -> None:
+    driver, _ = driver_of("private")
+    driver.heard((ServableEntry(name(1), 1_000, True),), ())
+    driver.served(ServedChanged((name(1),), (), 0, b""))
+    await asyncio.sleep(0)
+    core, hints = await joined(driver, tmp_path)
+    assert core.told == ["start", PeerConnected(PEER, "192.0.2.1")]
+    assert hints.stored == []
+
+
+@pytest.mark.parametrize(
+    ("listens", "beside_redis", "reason"),
+    [(True, False, "no_peers"), (False, False, "off"), (True, True, "not_found"), (False, True, "not_found")],
+)
+async def test_a_lookup_before_it_joined_says_whether_to_ask_on(listens: bool, beside_redis: bool, reason: str) -> None:
+    driver, clients = driver_of(listens=listens)
+    driver.find(1, RequestKey(name(1)), name(2), 300, beside_redis)
+    assert clients.reasons == [reason]
