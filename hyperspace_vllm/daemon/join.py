@@ -26,7 +26,7 @@ from ..core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
 from ..core.records.ids import PeerId, RequestKey, RowId, network_id, public_key_of
 from ..core.records.peer_record import PeerRecord
 from ..core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
-from ..core.records.standing import Tier
+from ..core.records.rank import Tier
 from ..core.response.evidence import verdict
 from ..response_db import database_path
 from . import clock

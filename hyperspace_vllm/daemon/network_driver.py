@@ -75,8 +75,8 @@ from ..core.records.peer_wire import (
     encode,
     protocol_of,
 )
+from ..core.records.rank import Tier
 from ..core.records.reason import Reason
-from ..core.records.standing import Tier
 from ..core.records.vram_digest import approximate_count
 from ..core.response.cache_proof import request_hash
 from ..core.response.sealed_hit import Opened

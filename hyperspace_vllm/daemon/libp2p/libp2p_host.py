@@ -24,8 +24,8 @@ from nacl.signing import SigningKey
 from ...core.peers.gossip_gate import GossipGate
 from ...core.records.ids import PeerId, peer_id
 from ...core.records.limits import STREAM_FRAME_BYTES_MAX
+from ...core.records.rank import Tier
 from ...core.records.reason import Reason
-from ...core.records.standing import Tier
 from ..peer_failed import PeerFailed
 from .libp2p_mdns import Mdns
 from .libp2p_node import Libp2pNode, NodeSettings
