@@ -53,8 +53,8 @@ from ..core.events.network_events import (
 from ..core.peers.trust import Trust
 from ..core.records.ids import NetworkId, PeerId, RequestKey, RowId
 from ..core.records.peer_record import PeerRecord
+from ..core.records.rank import Tier
 from ..core.records.reason import Reason
-from ..core.records.standing import Tier
 from ..core.records.vram_digest import approximate_count
 from ..core.response.evidence import verdict
 from . import clock

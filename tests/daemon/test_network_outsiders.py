@@ -36,8 +36,8 @@ from hyperspace_vllm.core.records.peer_wire import (
     encode,
     protocol_of,
 )
+from hyperspace_vllm.core.records.rank import Tier
 from hyperspace_vllm.core.records.signing import member_tag
-from hyperspace_vllm.core.records.standing import Tier
 from hyperspace_vllm.core.response import dht_use
 from hyperspace_vllm.core.response.cache_proof import request_hash
 from hyperspace_vllm.daemon import clock

@@ -14,7 +14,7 @@ from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate
 from hyperspace_vllm.core.records.ids import PeerId, peer_id
-from hyperspace_vllm.core.records.standing import Tier
+from hyperspace_vllm.core.records.rank import Tier
 from hyperspace_vllm.daemon.libp2p.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode, NodeSettings
 from hyperspace_vllm.daemon.peer_failed import PeerFailed

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ..records.ids import PeerId
 from ..records.peer_record import PeerRecord
 from ..records.peer_wire import PeerAnswer, PeerRequest
+from ..records.rank import Acquaintance
 from ..records.reason import Reason
-from ..records.standing import Standing
 
 # --- connections --------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ class PeersChanged:
 class AuthorsChanged:
     """Whose gossip is delivered and passed on from now on (gossip_gate.py)."""
 
-    authors: tuple[tuple[PeerId, Standing], ...]
+    authors: tuple[tuple[PeerId, Acquaintance], ...]
 
 
 @dataclass(frozen=True, slots=True)

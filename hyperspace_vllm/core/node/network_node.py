@@ -78,9 +78,9 @@ from ..records.peer_wire import (
     WantDeltas,
     WantPeers,
 )
+from ..records.rank import Acquaintance
 from ..records.reason import Reason
 from ..records.signing import NO_MEMBER_TAG, member_tag
-from ..records.standing import Standing
 from ..registry.registry import Registry
 from ..response.announcer import Inbox, Outbox
 from ..response.dht_use import ProvideQueue, SearchBudget
@@ -154,7 +154,7 @@ class NetworkNode:
             rng,
             now,
         )
-        self.registry = Registry(options.network, self._public_key, self.members.standing, rng, now)
+        self.registry = Registry(options.network, self._public_key, self.members.acquaintance, rng, now)
         self.hints = Hints(trust.has_standing)
         self._outbox = Outbox(options.network, signing_key, now)
         self._inbox = Inbox(options.network, self._public_key, self._counts)
@@ -165,7 +165,7 @@ class NetworkNode:
         self._provides = ProvideQueue(now)
         self._sync_at_ms = now.mono_ms + SYNC_MS
         self._told: tuple[object, ...] = ()  # by the last PeersChanged
-        self._authors: tuple[tuple[PeerId, Standing], ...] = ()  # by the last AuthorsChanged
+        self._authors: tuple[tuple[PeerId, Acquaintance], ...] = ()  # by the last AuthorsChanged
         self.gossip_refused: dict[str, int] = {}
 
     def start(self, now: Now) -> list[NetworkEffect]:
@@ -563,7 +563,7 @@ class NetworkNode:
 
     def _counts(self, public_key: bytes) -> bool:
         """Whether what this peer announces is heard: its record is here, or it is on this node's lists."""
-        return self.members.standing(public_key) is not None
+        return self.members.acquaintance(public_key) is not None
 
     def _ask(self, peer: PeerId, message: PeerRequest, timeout_ms: int) -> Send:
         self._requests += 1

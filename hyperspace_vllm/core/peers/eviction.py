@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from heapq import heapify, heapreplace
 from typing import Generic, TypeVar
 
-from ..records.standing import Rank, Standing
+from ..records.rank import Acquaintance, Rank
 
 T = TypeVar("T")
 
@@ -38,12 +38,12 @@ class _Source(Generic[T]):
         return holder
 
 
-def who_goes(held: Iterable[tuple[T, Standing, int]], room: int, source_room: int) -> list[T]:
+def who_goes(held: Iterable[tuple[T, Acquaintance, int]], room: int, source_room: int) -> list[T]:
     """Of holders with their sizes, the oldest first: who has to go for what is left to fit into `room`."""
     by_source: dict[str | None, list[tuple[T, Rank, int]]] = {}
-    for holder, standing, size in held:
-        source = standing.source if standing.rank < Rank.LISTED else None
-        by_source.setdefault(source, []).append((holder, standing.rank, size))
+    for holder, acquaintance, size in held:
+        source = acquaintance.source if acquaintance.rank < Rank.LISTED else None
+        by_source.setdefault(source, []).append((holder, acquaintance.rank, size))
     sources = {source: _Source(holders) for source, holders in by_source.items()}
     gone = []
     for source, each in sources.items():

@@ -30,7 +30,7 @@ from ..records.limits import (
     KiB,
 )
 from ..records.now import Now
-from ..records.standing import Rank, Standing
+from ..records.rank import Acquaintance, Rank
 from .allowance import Allowance
 
 BURST_S = 10  # an allowance may be saved up for so long
@@ -54,8 +54,8 @@ class GossipGate:
         self._of_source: dict[str, Allowance] = {}
         self._of_author: dict[PeerId, Allowance] = {}
         self._invalid_of: dict[PeerId, Allowance] = {}
-        self.authors: Mapping[PeerId, Standing] = {}
-        self._pruned: Mapping[PeerId, Standing] = self.authors
+        self.authors: Mapping[PeerId, Acquaintance] = {}
+        self._pruned: Mapping[PeerId, Acquaintance] = self.authors
 
     def judge(
         self, link: PeerId, topic: str, author: PeerId, payload: bytes, signed: Callable[[], bool], now: Now
@@ -71,9 +71,9 @@ class GossipGate:
             invalid.take(1, now)
             return Verdict.MUTE if invalid.left(now) < 1 else Verdict.REJECT
 
-    def standing(self, link: PeerId) -> Standing:
+    def acquaintance(self, link: PeerId) -> Acquaintance:
         """How well a neighbour is known: of one that isn't at all, as if it were only told of."""
-        return self.authors.get(link) or Standing(Rank.TOLD, "")
+        return self.authors.get(link) or Acquaintance(Rank.TOLD, "")
 
     def forget(self, link: PeerId) -> None:
         """The link is closed."""
@@ -85,10 +85,10 @@ class GossipGate:
         batch = decode_announcement(payload)
         if batch.topic != topic or batch.network != self._network or peer_id(batch.sender) != author:
             raise Refused("not_its_authors")
-        standing = self.authors.get(author)
+        acquaintance = self.authors.get(author)
         cost = message_cost(len(payload))
         # Who has nothing left isn't worth two signatures.
-        if standing is None or self._author(author, now).left(now) < cost:
+        if acquaintance is None or self._author(author, now).left(now) < cost:
             return Verdict.IGNORE
         if not signed():
             raise Refused("bad_signature")
@@ -98,23 +98,23 @@ class GossipGate:
             if refused.reason in ("stale", "from_the_future"):
                 return Verdict.IGNORE
             raise
-        return Verdict.ACCEPT if self._spend(author, standing, cost, now) else Verdict.IGNORE
+        return Verdict.ACCEPT if self._spend(author, acquaintance, cost, now) else Verdict.IGNORE
 
-    def _spend(self, author: PeerId, standing: Standing, cost: float, now: Now) -> bool:
-        leave = GOSSIP_OF_ALL_PER_S * BURST_S / 2 if standing.rank is Rank.TOLD else 0
+    def _spend(self, author: PeerId, acquaintance: Acquaintance, cost: float, now: Now) -> bool:
+        leave = GOSSIP_OF_ALL_PER_S * BURST_S / 2 if acquaintance.rank is Rank.TOLD else 0
         if not self._author(author, now).take(cost, now):
             return False
-        if standing.rank is Rank.LISTED:
+        if acquaintance.rank is Rank.LISTED:
             return self._all.take(cost, now)
-        of_source = self._of_source.get(standing.source)
+        of_source = self._of_source.get(acquaintance.source)
         if of_source is None:
-            of_source = self._of_source[standing.source] = _allowance(GOSSIP_OF_SOURCE_PER_S, now)
+            of_source = self._of_source[acquaintance.source] = _allowance(GOSSIP_OF_SOURCE_PER_S, now)
         return of_source.take(cost, now) and self._all.take(cost, now, leave)
 
     def _author(self, author: PeerId, now: Now) -> Allowance:
         if self._pruned is not self.authors:
             authors = self._pruned = self.authors
-            sources = {standing.source for standing in authors.values()}
+            sources = {acquaintance.source for acquaintance in authors.values()}
             self._of_author = {peer: left for peer, left in self._of_author.items() if peer in authors}
             self._of_source = {source: left for source, left in self._of_source.items() if source in sources}
         allowance = self._of_author.get(author)

@@ -30,8 +30,8 @@ from ..records.limits import (
 from ..records.now import Now
 from ..records.peer_record import PeerRecord, check_peer_record, decode_peer_record
 from ..records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
+from ..records.rank import Acquaintance, Rank
 from ..records.reason import Reason
-from ..records.standing import Rank, Standing
 from .address import may_dial, source_of
 from .dials import Dials
 from .inbound import least_useful_first, who_makes_room
@@ -135,12 +135,12 @@ class Membership:
         known = self._peers.get(peer)
         return known is not None and known.record is not None
 
-    def standing(self, public_key: bytes) -> Standing | None:
+    def acquaintance(self, public_key: bytes) -> Acquaintance | None:
         """How well a peer is known whose record is here; None: it isn't, unless it is on this node's lists."""
         known = self._peers.get(peer_id(public_key))
         if known is not None and known.record is not None:
-            return known.standing
-        return Standing(Rank.LISTED, "") if self._trust.is_listed(public_key) else None
+            return known.acquaintance
+        return Acquaintance(Rank.LISTED, "") if self._trust.is_listed(public_key) else None
 
     def endpoints(self, now: Now) -> tuple[KvEndpoint, ...]:
         """Where usable peers serve KV, as far as this node may dial it."""
@@ -154,10 +154,10 @@ class Membership:
         """Where usable peers are reached, as far as this node may dial it."""
         return tuple((known.peer, known.advertised) for known in self._usable(now) if known.advertised)
 
-    def authors(self) -> tuple[tuple[PeerId, Standing], ...]:
-        """Everybody with a standing."""
-        here = {known.peer: known.standing for known in self._peers if known.record is not None}
-        listed = {peer_id(public_key): Standing(Rank.LISTED, "") for public_key in self._trust.listed}
+    def authors(self) -> tuple[tuple[PeerId, Acquaintance], ...]:
+        """Every peer that is known, and how well."""
+        here = {known.peer: known.acquaintance for known in self._peers if known.record is not None}
+        listed = {peer_id(public_key): Acquaintance(Rank.LISTED, "") for public_key in self._trust.listed}
         return tuple({**listed, **here}.items())
 
     def usable(self, now: Now) -> tuple[PeerRecord, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from ..records.limits import PEERS_KNOWN_MAX, PEX_OF_SOURCE_MAX, PEX_RECORDS_MAX
 from ..records.peer_record import PeerRecord
 from ..records.peer_wire import KNOWN_BYTES, Peers, WantPeers
-from ..records.standing import Rank
+from ..records.rank import Rank
 from .peer_table import NEVER_MS, Peer
 
 
@@ -43,7 +43,7 @@ def _worth_telling(usable: Iterable[Peer]) -> Iterator[Peer]:
         if (
             known.met
             and known.may_all_be_dialled
-            and (known.standing.rank is Rank.LISTED or told[known.source] < PEX_OF_SOURCE_MAX)
+            and (known.acquaintance.rank is Rank.LISTED or told[known.source] < PEX_OF_SOURCE_MAX)
         ):
             told[known.source] += 1
             yield known

@@ -10,7 +10,7 @@ from ..records.ids import PeerId
 from ..records.limits import PEERS_KNOWN_MAX, PEERS_OF_SOURCE_MAX
 from ..records.now import Now
 from ..records.peer_record import PeerRecord
-from ..records.standing import Rank, Standing
+from ..records.rank import Acquaintance, Rank
 from .address import host_of, source_of
 from .eviction import who_goes
 
@@ -61,10 +61,10 @@ class Peer:
         return self.heard_at_ms > NEVER_MS
 
     @property
-    def standing(self) -> Standing:
+    def acquaintance(self) -> Acquaintance:
         """How well it is known."""
         rank = Rank.LISTED if self.listed or self.bootstrap else Rank.MET if self.met else Rank.TOLD
-        return Standing(rank, self.source)
+        return Acquaintance(rank, self.source)
 
     @property
     def address(self) -> str:
@@ -118,7 +118,7 @@ class PeerTable:
             return True
         idle = [each for each in self if not (each.connected or each.bootstrap or each.dialling)]
         room = PEERS_KNOWN_MAX - (len(self) - len(idle))
-        losers = who_goes(((each, each.standing, 1) for each in idle), max(room, 0), PEERS_OF_SOURCE_MAX)
+        losers = who_goes(((each, each.acquaintance, 1) for each in idle), max(room, 0), PEERS_OF_SOURCE_MAX)
         for loser in losers if room >= 0 else [peer]:
             del self._peers[loser.peer]
         return peer.peer in self._peers

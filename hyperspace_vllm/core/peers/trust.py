@@ -20,9 +20,9 @@ from typing import Literal
 from ..records.ids import PeerId, peer_id, public_key_of
 from ..records.limits import PEERS_KNOWN_MAX
 from ..records.now import Now
+from ..records.rank import Tier
 from ..records.reason import Reason
 from ..records.signing import NO_MEMBER_TAG, member_tag
-from ..records.standing import Tier
 from .findings import Findings
 from .patience import Patience
 from .reputation import THRESHOLD, Reputation

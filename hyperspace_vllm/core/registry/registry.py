@@ -43,9 +43,9 @@ from ..records.limits import (
 )
 from ..records.now import Now
 from ..records.peer_wire import Deltas, RegistryHead, WantDeltas
+from ..records.rank import Acquaintance
 from ..records.reason import Reason
 from ..records.registry_delta import RegistryDelta, check_delta, decode_delta
-from ..records.standing import Standing
 from .delta_intake import DeltaIntake
 from .registry_index import Owner, RegistryIndex, RegistryStats
 from .registry_log import DeltaLog
@@ -62,7 +62,7 @@ _DELTAS_MAX = 4096  # of one answer (peer_wire.Deltas)
 
 
 class Registry:
-    """The union of all owners' documents, of owners that have a `standing(public key)`.
+    """The union of all owners' documents, of owners that have a `acquaintance(public key)`.
 
     The owner of none of the methods' arguments is believed before its checks.
     """
@@ -71,13 +71,13 @@ class Registry:
         self,
         network: NetworkId,
         own_key: bytes,
-        standing: Callable[[bytes], Standing | None],
+        acquaintance: Callable[[bytes], Acquaintance | None],
         rng: random.Random,
         now: Now,
     ) -> None:
         self._network = network
         self._own_key = own_key
-        self._standing = standing
+        self._acquaintance = acquaintance
         self._rng = rng
         self._own = OwnEntries()
         self._owners: dict[bytes, Owner] = {}
@@ -150,7 +150,7 @@ class Registry:
             if owner.log.expires_at_ms <= now.wall_ms or owner.crowded_out:
                 effects += self._forget(owner)
             else:
-                owner.standing = self._standing(owner.key) or owner.standing
+                owner.acquaintance = self._acquaintance(owner.key) or owner.acquaintance
                 self._index.remove(owner, [id for id, at in owner.entries.items() if at <= now.wall_ms])
         return effects
 
@@ -183,8 +183,8 @@ class Registry:
     def on_deltas(self, peer: PeerId, deltas: Deltas, now: Now) -> list[NetworkEffect]:
         """Take what continues the logs, now and in later turns; `peer` only passed it on (unless it is the owner)."""
         self._now = now
-        standing = self._standing(public_key_of(peer))
-        self._intake.put(standing.source if standing is not None else peer, peer, deltas)
+        acquaintance = self._acquaintance(public_key_of(peer))
+        self._intake.put(acquaintance.source if acquaintance is not None else peer, peer, deltas)
         return self._take_in(now)
 
     def whom_to_ask_again(self) -> list[PeerId]:
@@ -238,21 +238,25 @@ class Registry:
         return []
 
     def _on_epoch(self, owner: Owner | None, raw: bytes, delta: RegistryDelta, now: Now) -> list[NetworkEffect]:
-        standing = self._standing(delta.owner)
-        if delta.kind != "snapshot" or standing is None or (owner is not None and owner.crowded_out):
+        acquaintance = self._acquaintance(delta.owner)
+        if delta.kind != "snapshot" or acquaintance is None or (owner is not None and owner.crowded_out):
             return []
         if owner is not None and now.mono_ms - owner.taken_at_ms < REGISTRY_EPOCH_MS:
             return []  # an owner that begins anew all the time is heard now and then
         check_delta(raw, delta, self._network, now.wall_ms)
         if owner is None:
             owner = self._owners[delta.owner] = Owner(
-                delta.owner, peer_id(delta.owner), DeltaLog(raw, delta), taken_at_ms=now.mono_ms, standing=standing
+                delta.owner,
+                peer_id(delta.owner),
+                DeltaLog(raw, delta),
+                taken_at_ms=now.mono_ms,
+                acquaintance=acquaintance,
             )
         else:
             self._log_bytes -= owner.log.size
             owner.log = DeltaLog(raw, delta)
             owner.taken_at_ms = now.mono_ms
-            owner.standing = standing
+            owner.acquaintance = acquaintance
             owner.imported = None  # its entries stay until the new ones are there
             owner.ignored = owner.equivocated = False
             owner.failures = 0
@@ -287,7 +291,7 @@ class Registry:
             owner = self._owners[key]
             if len(self._importing) >= REGISTRY_IMPORTS_MAX:
                 break
-            if not self._worker_time.begin(key, owner.standing, now):
+            if not self._worker_time.begin(key, owner.acquaintance, now):
                 continue
             del self._due[key]
             self._importing[key] = (owner, owner.log.epoch)
@@ -343,7 +347,7 @@ class Registry:
     def _rebuild(self, owner: Owner, lost: bool) -> list[NetworkEffect]:
         owner.losses += lost
         if owner.losses >= _LOSSES_MAX:
-            self._worker_time.pay(owner.standing.source, WORKER_LOST_TWICE_MS, self._now)
+            self._worker_time.pay(owner.acquaintance.source, WORKER_LOST_TWICE_MS, self._now)
             return self._ignore(owner)
         if owner.imported is not None:
             owner.imported = None  # perhaps only its document is gone
@@ -405,9 +409,9 @@ class Registry:
         """Ignore the least known owners until all fit; of owners that are ignored only so many stay."""
         heard = [owner for owner in self._owners.values() if not owner.ignored]
         for owner in heard:
-            owner.standing = self._standing(owner.key) or owner.standing
+            owner.acquaintance = self._acquaintance(owner.key) or owner.acquaintance
         effects: list[NetworkEffect] = []
-        for owner in who_goes(((owner, owner.standing, size(owner)) for owner in heard), room, source_room):
+        for owner in who_goes(((owner, owner.acquaintance, size(owner)) for owner in heard), room, source_room):
             effects += self._ignore(owner)
             owner.crowded_out = True
         too_many = len(self._owners) - (REGISTRY_OWNERS_MAX - 1)

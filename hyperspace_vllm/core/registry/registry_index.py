@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..records.ids import PeerId
-from ..records.standing import Standing
+from ..records.rank import Acquaintance
 from .registry_log import DeltaLog
 
 
@@ -16,7 +16,7 @@ class Owner:
     peer: PeerId
     log: DeltaLog
     taken_at_ms: int  # when the epoch began here
-    standing: Standing  # when it was last known
+    acquaintance: Acquaintance  # when it was last known
     imported: int | None = None  # sequence up to which `entries` has the log; None: nothing of this epoch
     entries: dict[bytes, int] = field(default_factory=dict)
     ignored: bool = False  # until the next epoch

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from ..peers.allowance import Allowance
 from ..records.limits import REGISTRY_OWNERS_MAX, WORKER_BURST_MS, WORKER_MS_PER_S
 from ..records.now import Now
-from ..records.standing import Rank, Standing
+from ..records.rank import Acquaintance, Rank
 
 
 class WorkerTime:
@@ -19,14 +19,14 @@ class WorkerTime:
         self._left: OrderedDict[str, Allowance] = OrderedDict()  # by host, those that paid longest ago first
         self._under_way: dict[bytes, str] = {}  # owner -> host
 
-    def begin(self, owner: bytes, standing: Standing, now: Now) -> bool:
+    def begin(self, owner: bytes, acquaintance: Acquaintance, now: Now) -> bool:
         """Whether to import a document of `owner` now; `ended` comes once for each that was begun."""
-        if standing.rank is Rank.LISTED:
+        if acquaintance.rank is Rank.LISTED:
             return True
-        left = self._left.get(standing.source)
-        if standing.source in self._under_way.values() or (left is not None and left.left(now) <= 0):
+        left = self._left.get(acquaintance.source)
+        if acquaintance.source in self._under_way.values() or (left is not None and left.left(now) <= 0):
             return False
-        self._under_way[owner] = standing.source
+        self._under_way[owner] = acquaintance.source
         return True
 
     def ended(self, owner: bytes, took_ms: int, now: Now) -> None:

@@ -30,7 +30,7 @@ from multiaddr import Multiaddr
 
 from ...core.records.ids import PeerId
 from ...core.records.limits import KiB
-from ...core.records.standing import Tier
+from ...core.records.rank import Tier
 from .libp2p_room import Hold, PeerRoom
 from .libp2p_swarm import ADDRESSES_PER_PEER_MAX, PEER_ENVELOPE_BYTES_MAX, PEER_ID_BYTES_MAX
 

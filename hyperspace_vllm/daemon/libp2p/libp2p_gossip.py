@@ -29,7 +29,7 @@ from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from ...core.peers.eviction import who_goes
 from ...core.peers.gossip_gate import message_cost
 from ...core.records.limits import KiB, MiB
-from ...core.records.standing import Standing
+from ...core.records.rank import Acquaintance
 from . import libp2p_time
 from .libp2p_fields import count_fields
 from .libp2p_swarm import PEER_ENVELOPE_BYTES_MAX, PEER_ID_BYTES_MAX, PEERS_KEPT_MAX
@@ -77,10 +77,10 @@ class NodeGossip(GossipSub):
     """GossipSub 1.1 on our topics only; peer exchange and adaptive features off.
 
     The library fills and thins a mesh at random, so that eight strangers take most of its places. Here peers with a
-    better `standing` are added first and stay longest; among equals, those of the host with the fewest peers.
+    better `acquaintance` are added first and stay longest; among equals, those of the host with the fewest peers.
     """
 
-    def __init__(self, topics: frozenset[str], standing: Callable[[ID], Standing]) -> None:
+    def __init__(self, topics: frozenset[str], acquaintance: Callable[[ID], Acquaintance]) -> None:
         super().__init__(
             protocols=[TProtocol("/meshsub/1.1.0")],
             # With the usual 6, 4 and 12 a network of ten sends every message eight times, at 0.4 ms a copy; the
@@ -96,7 +96,7 @@ class NodeGossip(GossipSub):
             max_pending_messages_per_peer=8,
         )
         self._topics = topics
-        self._standing = standing
+        self._acquaintance = acquaintance
         self._caught_up: set[tuple[ID, str]] = set()
 
     async def send_recent_messages(self, peer_id: ID, topic: str) -> None:
@@ -150,7 +150,7 @@ class NodeGossip(GossipSub):
 
     def _least(self, peers: Iterable[ID], room: int) -> list[ID]:
         """The peers that must leave for `room` to stay."""
-        held = [(peer_id, self._standing(peer_id), 1) for peer_id in peers]
+        held = [(peer_id, self._acquaintance(peer_id), 1) for peer_id in peers]
         random.shuffle(held)
         return who_goes(held, max(room, 0), len(held))
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import trio
 
 from ...core.records.ids import PeerId
-from ...core.records.standing import Tier
+from ...core.records.rank import Tier
 from .libp2p_node import Libp2pNode
 
 GOSSIP_MAX = 256  # messages on their way to the loop

@@ -35,8 +35,8 @@ from ...core.peers.gossip_gate import GossipGate, Verdict
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import NetworkId, PeerId, public_key_of, sha256
 from ...core.records.limits import PEER_CONNECTIONS_MAX
+from ...core.records.rank import Tier
 from ...core.records.reason import Reason
-from ...core.records.standing import Tier
 from .. import clock
 from ..peer_failed import PeerFailed
 from . import libp2p_swarm as swarm
@@ -159,7 +159,7 @@ class Libp2pNode:
         self._swarm.set_stream_handler(_guarded(self._host._swarm_stream_handler))
         self._dht = NodeDht(self._host, self._dial_told, self._tier)
         self._gate = settings.gate or GossipGate(NetworkId(bytes(32)), clock.now())
-        self._gossip = NodeGossip(topics, lambda peer_id: self._gate.standing(PeerId(peer_id.to_base58())))
+        self._gossip = NodeGossip(topics, lambda peer_id: self._gate.acquaintance(PeerId(peer_id.to_base58())))
         self._pubsub = NodePubsub(self._host, self._gossip, topics, self._judge, self._on_message)
         self._topics = settings.topics
         self._listen = settings.listen

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...core.records.ids import PeerId
-from ...core.records.standing import Tier
+from ...core.records.rank import Tier
 
 
 @dataclass(eq=False, slots=True)

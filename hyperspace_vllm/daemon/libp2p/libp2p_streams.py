@@ -20,8 +20,8 @@ from libp2p.peer.id import ID
 
 from ...core.records.ids import PeerId
 from ...core.records.limits import STREAM_FRAME_BYTES_MAX, KiB, MiB
+from ...core.records.rank import Tier
 from ...core.records.reason import Reason
-from ...core.records.standing import Tier
 from ..peer_failed import PeerFailed
 from .libp2p_room import Hold, PeerRoom
 

@@ -19,7 +19,7 @@ import trio
 from ...core.peers.address import source_of
 from ...core.peers.turns import Job, Line
 from ...core.records.ids import PeerId
-from ...core.records.standing import Tier
+from ...core.records.rank import Tier
 
 MESSAGE_S = 100e-6  # one Noise message, whatever it contains
 FRAME_S = 4e-6

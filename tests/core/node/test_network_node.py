@@ -93,9 +93,9 @@ from hyperspace_vllm.core.records.peer_wire import (
     WantDeltas,
     WantPeers,
 )
+from hyperspace_vllm.core.records.rank import Acquaintance, Rank
 from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, encode_delta
-from hyperspace_vllm.core.records.standing import Rank, Standing
 from hyperspace_vllm.core.response.lookup import RACE_MS
 from tests.support.moments import dated
 from tests.support.network_world import (
@@ -697,11 +697,11 @@ def test_in_a_network_without_a_key_only_those_who_greeted_are_heard() -> None:
 
 def test_whose_gossip_is_taken_is_told_when_it_changes() -> None:
     node = make_node(listed=(4,))
-    listed = (Identity(4).peer, Standing(Rank.LISTED, ""))
+    listed = (Identity(4).peer, Acquaintance(Rank.LISTED, ""))
     assert only(node.start(dated(NOW_MS)), AuthorsChanged) == [AuthorsChanged((listed,))]
     effects = node.handle(PeerConnected(Identity(1).peer, "192.0.2.1"), dated(NOW_MS))
     effects += node.handle(RequestReceived(1, Identity(1).peer, Greet(Identity(1).record())), dated(NOW_MS))
-    met = (Identity(1).peer, Standing(Rank.MET, "192.0.2.1"))
+    met = (Identity(1).peer, Acquaintance(Rank.MET, "192.0.2.1"))
     assert only(effects, AuthorsChanged) == [AuthorsChanged((listed, met))]
 
 

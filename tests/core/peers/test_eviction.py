@@ -4,13 +4,13 @@ import pytest
 
 from hyperspace_vllm.core.peers.address import source_of
 from hyperspace_vllm.core.peers.eviction import who_goes
-from hyperspace_vllm.core.records.standing import Rank, Standing
+from hyperspace_vllm.core.records.rank import Acquaintance, Rank
 
-Held = list[tuple[str, Standing, int]]
+Held = list[tuple[str, Acquaintance, int]]
 
 
 def held(*rows: tuple[str, Rank, str, int]) -> Held:
-    return [(name, Standing(rank, source), size) for name, rank, source, size in rows]
+    return [(name, Acquaintance(rank, source), size) for name, rank, source, size in rows]
 
 
 LISTED, MET, TOLD = Rank.LISTED, Rank.MET, Rank.TOLD

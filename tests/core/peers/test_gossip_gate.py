@@ -21,7 +21,7 @@ from hyperspace_vllm.core.records.limits import (
     RESPONSE_TTL_MS,
 )
 from hyperspace_vllm.core.records.now import Now
-from hyperspace_vllm.core.records.standing import Rank, Standing
+from hyperspace_vllm.core.records.rank import Acquaintance, Rank
 from tests.support.moments import dated
 from tests.support.network_world import NETWORK, NOW_MS, Identity
 
@@ -41,7 +41,9 @@ class Gate:
 
     def __init__(self, *known: int, rank: Rank = MET, source: str = "") -> None:
         self.gate = GossipGate(NETWORK, dated(NOW_MS))
-        self.gate.authors = {Identity(number).peer: Standing(rank, source or Identity(number).host) for number in known}
+        self.gate.authors = {
+            Identity(number).peer: Acquaintance(rank, source or Identity(number).host) for number in known
+        }
 
     def judge(
         self,
@@ -129,7 +131,7 @@ def test_an_author_has_an_allowance_whichever_way_its_words_come() -> None:
 def test_one_host_has_an_allowance_under_however_many_names() -> None:
     crowd = range(10, 40)
     gate = Gate(*crowd, source="192.0.2.1")
-    gate.gate.authors = {**gate.gate.authors, OTHER.peer: Standing(MET, "192.0.2.2")}
+    gate.gate.authors = {**gate.gate.authors, OTHER.peer: Acquaintance(MET, "192.0.2.2")}
     passed = sum(gate.accepted(number) for number in crowd)
     assert passed <= GOSSIP_OF_SOURCE_PER_S * BURST_S < len(crowd) * GOSSIP_OF_AUTHOR_PER_S * BURST_S
     assert gate.judge(2) is ACCEPT
@@ -141,8 +143,8 @@ def test_authors_that_were_only_told_of_leave_half_to_those_that_were_met_and_th
     met, listed = Identity(1), Identity(2)
     gate.gate.authors = {
         **gate.gate.authors,
-        met.peer: Standing(MET, met.host),
-        listed.peer: Standing(Rank.LISTED, met.host),
+        met.peer: Acquaintance(MET, met.host),
+        listed.peer: Acquaintance(Rank.LISTED, met.host),
     }
     assert sum(gate.accepted(number) for number in crowd) <= GOSSIP_OF_ALL_PER_S * BURST_S / 2
     full = int(GOSSIP_OF_AUTHOR_PER_S * BURST_S / message_cost(len(GOOD)))
@@ -153,7 +155,7 @@ def test_what_is_kept_of_authors_ends_with_their_being_known() -> None:
     gate = Gate(*range(1, 50))
     for number in range(1, 50):
         gate.judge(number)
-    gate.gate.authors = {ME.peer: Standing(MET, ME.host)}
+    gate.gate.authors = {ME.peer: Acquaintance(MET, ME.host)}
     gate.judge(1)
     assert len(gate.gate._of_author) == len(gate.gate._of_source) == 1
 

@@ -55,9 +55,9 @@ from hyperspace_vllm.core.records.limits import (
 from hyperspace_vllm.core.records.now import Now
 from hyperspace_vllm.core.records.peer_record import PeerRecord, decode_peer_record
 from hyperspace_vllm.core.records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
+from hyperspace_vllm.core.records.rank import Acquaintance, Rank
 from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.signing import member_tag
-from hyperspace_vllm.core.records.standing import Rank, Standing
 from tests.support.moments import BOOTED_MS, at, dated
 from tests.support.network_world import HOUR_MS, NETWORK, NETWORK_KEY, NOW_MS, SECOND_MS, Identity, only
 
@@ -439,17 +439,17 @@ def test_who_was_only_heard_of_counts_as_its_least_crowded_tellers_host() -> Non
         node.learn(number, told_by=1, network_key=None)
     node.members.changed = False
     node.learn(3, told_by=2, sequence=4, network_key=None)  # older: its signature isn't checked
-    assert node.members.standing(honest) == Standing(Rank.TOLD, "198.51.100.66")
+    assert node.members.acquaintance(honest) == Acquaintance(Rank.TOLD, "198.51.100.66")
     node.learn(3, told_by=2, sequence=5, network_key=None)
-    assert node.members.standing(honest) == Standing(Rank.TOLD, "198.51.100.5")
+    assert node.members.acquaintance(honest) == Acquaintance(Rank.TOLD, "198.51.100.5")
     assert node.members.changed
     node.learn(3, told_by=1, sequence=6, network_key=None)
-    assert node.members.standing(honest) == Standing(Rank.TOLD, "198.51.100.5")
+    assert node.members.acquaintance(honest) == Acquaintance(Rank.TOLD, "198.51.100.5")
     node.learn(100, told_by=2, sequence=6, network_key=None)
-    assert node.members.standing(Identity(100).public_key) == Standing(Rank.TOLD, "198.51.100.5")
+    assert node.members.acquaintance(Identity(100).public_key) == Acquaintance(Rank.TOLD, "198.51.100.5")
     node.members.on_connected(Identity(3).peer, "203.0.113.3", node.now)
     node.learn(3, told_by=2, sequence=7, network_key=None)
-    assert node.members.standing(honest) == Standing(Rank.MET, "203.0.113.3")
+    assert node.members.acquaintance(honest) == Acquaintance(Rank.MET, "203.0.113.3")
 
 
 def test_no_path_on_which_addresses_come_leads_from_elsewhere_into_this_network() -> None:

@@ -35,8 +35,8 @@ from hyperspace_vllm.core.records.limits import (
 )
 from hyperspace_vllm.core.records.now import Now
 from hyperspace_vllm.core.records.peer_wire import Deltas, RegistryHead, WantDeltas, decode_answer, encode
+from hyperspace_vllm.core.records.rank import Acquaintance, Rank
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, decode_delta, encode_delta
-from hyperspace_vllm.core.records.standing import Rank, Standing
 from hyperspace_vllm.core.registry import registry as registry_module
 from hyperspace_vllm.core.registry.registry import Registry
 from tests.support.moments import dated
@@ -47,12 +47,12 @@ SECOND_MS = 1_000
 RELAY = peer_id(SigningKey(bytes(32)).verify_key.encode())
 
 
-Known = Callable[[bytes], Standing | None]
+Known = Callable[[bytes], Acquaintance | None]
 
 
-def everybody(owner: bytes) -> Standing:
+def everybody(owner: bytes) -> Acquaintance:
     """All owners are met, each at a host of its own."""
-    return Standing(Rank.MET, owner.hex())
+    return Acquaintance(Rank.MET, owner.hex())
 
 
 def ids(count: int, first: int = 0) -> list[bytes]:
@@ -130,10 +130,10 @@ class Documents:
 class Node:
     """A registry with its shell; effects are performed at once unless `held`."""
 
-    def __init__(self, seed: int, standing: Known = everybody) -> None:
+    def __init__(self, seed: int, acquaintance: Known = everybody) -> None:
         self.owner = Owner(seed)
         self.peer = self.owner.peer
-        self.registry = Registry(NETWORK, self.owner.public, standing, random.Random(seed), dated(START_MS))
+        self.registry = Registry(NETWORK, self.owner.public, acquaintance, random.Random(seed), dated(START_MS))
         self.documents = Documents()
         self.charged: list[ChargePeer] = []
         self.forgotten: list[bytes] = []
@@ -361,7 +361,7 @@ def test_an_owner_that_begins_anew_all_the_time_is_heard_now_and_then() -> None:
 
 
 def test_strangers_have_no_document_here() -> None:
-    node, owner = Node(1, standing=lambda key: None), Owner(2)
+    node, owner = Node(1, acquaintance=lambda key: None), Owner(2)
     raw = owner.snapshot([(ids(1)[0], START_MS + 1000)])
     assert node.registry.on_deltas(RELAY, Deltas((raw,), ()), dated(START_MS)) == []
     assert node.registry.stats().owners == 0
@@ -436,8 +436,8 @@ def test_the_largest_owner_makes_room_for_the_others(monkeypatch: pytest.MonkeyP
 
 def told_by_one(honest: Iterable[Owner], rank: Rank = Rank.MET) -> Known:
     """The honest have `rank`, each at its own host; everybody else was told of from one host."""
-    hosts = {owner.public: Standing(rank, f"honest {owner.seed}") for owner in honest}
-    return lambda key: hosts.get(key, Standing(Rank.TOLD, "inventor"))
+    hosts = {owner.public: Acquaintance(rank, f"honest {owner.seed}") for owner in honest}
+    return lambda key: hosts.get(key, Acquaintance(Rank.TOLD, "inventor"))
 
 
 @pytest.mark.parametrize("rank", list(Rank))
@@ -462,14 +462,14 @@ def test_owners_that_one_peer_invents_push_out_no_honest_one_and_hold_a_quarter_
 
 def test_whose_document_found_no_room_is_heard_again_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry_module, "REGISTRY_INDEX_OF_SOURCE_MAX", 10)
-    known: dict[bytes, Standing] = {}
-    node, owner = Node(1, lambda key: known.get(key, Standing(Rank.TOLD, "host"))), Owner(2)
+    known: dict[bytes, Acquaintance] = {}
+    node, owner = Node(1, lambda key: known.get(key, Acquaintance(Rank.TOLD, "host"))), Owner(2)
     snapshot = owner.snapshot([(id, START_MS + REGISTRY_TTL_MS) for id in ids(11)])
     node.take([snapshot])
     assert node.registry.entries == 0
     node.take([snapshot, owner.snapshot([(ids(1)[0], START_MS + REGISTRY_TTL_MS)], START_MS + 3_000)], START_MS + 3_000)
     assert node.registry.entries == 0
-    known[owner.public] = Standing(Rank.LISTED, "")
+    known[owner.public] = Acquaintance(Rank.LISTED, "")
     node.tick(START_MS + 61_000)
     node.take([snapshot], START_MS + 61_000)
     assert node.registry.entries == 11
@@ -618,7 +618,7 @@ def test_a_worker_that_is_lost_now_and_then_costs_no_owner_its_document() -> Non
 def test_documents_that_keep_the_worker_busy_delay_each_other_and_none_of_other_hosts(outcome: str) -> None:
     """One host tells of 24 owners; the worker does one import after another."""
     attackers, honest = [Owner(n) for n in range(100, 124)], [Owner(n) for n in range(10, 14)]
-    hosts = {owner.public: Standing(Rank.TOLD, "attacker") for owner in attackers}
+    hosts = {owner.public: Acquaintance(Rank.TOLD, "attacker") for owner in attackers}
     registry = Registry(
         NETWORK, Owner(1).public, lambda key: hosts.get(key, everybody(key)), random.Random(1), dated(START_MS)
     )
@@ -650,7 +650,7 @@ def test_documents_that_keep_the_worker_busy_delay_each_other_and_none_of_other_
 
 def test_owners_on_this_nodes_own_lists_are_in_no_hosts_share_of_the_worker() -> None:
     registry = Registry(
-        NETWORK, Owner(1).public, lambda key: Standing(Rank.LISTED, "host"), random.Random(1), dated(START_MS)
+        NETWORK, Owner(1).public, lambda key: Acquaintance(Rank.LISTED, "host"), random.Random(1), dated(START_MS)
     )
     owners = [Owner(n) for n in range(10, 14)]
     raws = tuple(owner.snapshot([]) for owner in owners)

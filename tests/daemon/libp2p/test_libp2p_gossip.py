@@ -27,7 +27,7 @@ from hyperspace_vllm.core.records.announcement import (
 )
 from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import GOSSIP_OF_AUTHOR_PER_S, RESPONSE_TTL_MS
-from hyperspace_vllm.core.records.standing import Rank, Standing
+from hyperspace_vllm.core.records.rank import Acquaintance, Rank
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.libp2p import (
     libp2p_gossip,
@@ -139,7 +139,7 @@ async def test_rubbish_of_strangers_is_not_passed_on_and_costs_a_neighbour_none_
     gates = [GossipGate(NETWORK, clock.now()) for _ in range(3)]
     a, b, c = [(await members(1, topic=RESPONSE_TOPIC, gate=gate))[0] for gate in gates]
     for gate in gates:
-        gate.authors = {each.peer: Standing(Rank.MET, "127.0.0.1") for each in (a, b, c)}
+        gate.authors = {each.peer: Acquaintance(Rank.MET, "127.0.0.1") for each in (a, b, c)}
     await a.meet(b, c)
     sent = 0
 
@@ -179,7 +179,7 @@ async def test_an_authors_flood_is_cut_off_at_its_allowance_and_others_still_pas
     gate = GossipGate(NETWORK, clock.now())
     (a,) = await members(1, topic=RESPONSE_TOPIC, gate=gate)
     b, flooder = await members(2, meet=False, topic=RESPONSE_TOPIC)
-    gate.authors = {each.peer: Standing(Rank.MET, each.peer) for each in (b, flooder)}
+    gate.authors = {each.peer: Acquaintance(Rank.MET, each.peer) for each in (b, flooder)}
     await a.meet(b, flooder)
     for number in range(1, 10_000):
         flooder.host.publish(RESPONSE_TOPIC, announcement(flooder, number))
@@ -322,7 +322,7 @@ def test_the_fullest_honest_rpcs_are_within_the_bound() -> None:
 
 
 def test_of_a_neighbours_control_messages_one_of_each_topic_is_kept_and_each_id_once() -> None:
-    node = libp2p_gossip.NodeGossip(frozenset([TOPIC]), lambda peer: Standing(Rank.MET, ""))
+    node = libp2p_gossip.NodeGossip(frozenset([TOPIC]), lambda peer: Acquaintance(Rank.MET, ""))
     control = rpc_pb2.ControlMessage(
         graft=[rpc_pb2.ControlGraft(topicID=topic) for topic in (TOPIC, "another") * 20],
         prune=[rpc_pb2.ControlPrune(topicID=TOPIC)] * 20,
@@ -335,7 +335,7 @@ def test_of_a_neighbours_control_messages_one_of_each_topic_is_kept_and_each_id_
 
 
 async def test_a_back_off_ends_in_time_and_is_forgotten_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    gossip = libp2p_gossip.NodeGossip(frozenset({TOPIC}), lambda _: Standing(Rank.TOLD, ""))
+    gossip = libp2p_gossip.NodeGossip(frozenset({TOPIC}), lambda _: Acquaintance(Rank.TOLD, ""))
     peer = ID.from_base58(peer_id(SigningKey.generate().verify_key.encode()))
     control = rpc_pb2.ControlMessage(prune=[rpc_pb2.ControlPrune(topicID=TOPIC, backoff=1 << 62)])
     gossip.keep_ours(control)

@@ -3,7 +3,7 @@
 import pytest
 
 from hyperspace_vllm.core.records.ids import PeerId
-from hyperspace_vllm.core.records.standing import Tier
+from hyperspace_vllm.core.records.rank import Tier
 from hyperspace_vllm.daemon.libp2p.libp2p_room import Hold, PeerRoom
 
 STRANGER, MEMBER, PROVEN = Tier

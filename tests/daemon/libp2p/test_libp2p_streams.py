@@ -6,7 +6,7 @@ import trio.testing
 from libp2p.peer.id import ID
 
 from hyperspace_vllm.core.records.limits import STREAM_FRAME_BYTES_MAX, MiB
-from hyperspace_vllm.core.records.standing import Tier
+from hyperspace_vllm.core.records.rank import Tier
 from hyperspace_vllm.daemon.libp2p.libp2p_streams import (
     ANSWER_BYTES_MAX,
     ANSWER_BYTES_PER_PEER_MAX,

@@ -8,7 +8,7 @@ from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.records.ids import PeerId, peer_id
 from hyperspace_vllm.core.records.limits import RESPONSE_BYTES_MAX, KiB, MiB
-from hyperspace_vllm.core.records.standing import Tier
+from hyperspace_vllm.core.records.rank import Tier
 from hyperspace_vllm.daemon.libp2p import libp2p_yamux
 from hyperspace_vllm.daemon.libp2p.libp2p_streams import Answerer
 from hyperspace_vllm.daemon.libp2p.libp2p_time import (

@@ -18,8 +18,8 @@ from hyperspace_vllm.core.events.network_effects import ImportDeltas, WriteRegis
 from hyperspace_vllm.core.events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
 from hyperspace_vllm.core.records.ids import network_id, peer_id
 from hyperspace_vllm.core.records.limits import REGISTRY_DELTA_BYTES_MAX, REGISTRY_ENTRIES_MAX, MiB
+from hyperspace_vllm.core.records.rank import Acquaintance, Rank
 from hyperspace_vllm.core.records.registry_delta import check_delta, decode_delta
-from hyperspace_vllm.core.records.standing import Rank, Standing
 from hyperspace_vllm.core.registry.registry import Registry
 from hyperspace_vllm.daemon.workers import registry_documents
 from hyperspace_vllm.daemon.workers.registry_documents import RegistryDocuments
@@ -171,7 +171,7 @@ async def test_a_killed_worker_costs_its_documents_which_the_core_rebuilds(docum
     """The real core and its real shell; the worker dies between and during jobs."""
     owner_key = SigningKey.generate()
     owner = RegistryDocuments(NETWORK, owner_key, lambda: NOW_MS, nice=0)
-    met = Standing(Rank.MET, "10.0.0.1")
+    met = Acquaintance(Rank.MET, "10.0.0.1")
     registry = Registry(NETWORK, KEY.verify_key.encode(), lambda owner: met, random.Random(1), dated(NOW_MS))
     source = Registry(NETWORK, owner_key.verify_key.encode(), lambda owner: met, random.Random(2), dated(NOW_MS))
     try:

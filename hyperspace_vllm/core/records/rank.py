@@ -26,7 +26,7 @@ class Tier(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Acquaintance:
     """`source` is the host that the peer connected from, or that of a peer that told of it."""
 
     rank: Rank
