@@ -123,8 +123,6 @@ class _Node:
         self._config = config
         self._network = network_id(config.network)
         self._started_at = time.monotonic()
-        self._driver: _Prefixes | None = None
-        self._transport: _Transport | None = None
         self._metrics_endpoint = ""
 
     async def run(self, embedded: bool, stopping: Stopping) -> None:
@@ -185,8 +183,10 @@ class _Node:
             parts.callback(store.close)
         self._similar = self._open_similar(store, parts) if store else None
         staging = Staging(self._cache, self._metrics)
+        self._driver: _Prefixes | None = None
+        self._transport: _Transport | None = None
         if config.kv_cache:
-            await self._open_data_plane(parts, staging, prefix_lookups)
+            self._driver, self._transport = await self._open_data_plane(parts, staging, prefix_lookups)
         served = Served(self._network, network.served)
         parts.callback(served.close)
         audits = AuditRequests(self._network, self._identity.public_key, store, network.audited, self._metrics)
@@ -289,7 +289,9 @@ class _Node:
         parts.callback(similar.close)
         return similar
 
-    async def _open_data_plane(self, parts: AsyncExitStack, staging: Staging, clients: PrefixLookups) -> None:
+    async def _open_data_plane(
+        self, parts: AsyncExitStack, staging: Staging, clients: PrefixLookups
+    ) -> tuple[_Prefixes, _Transport]:
         from ...core.node.node import Node
         from ..kv.chunk_store import ChunkStore
         from ..kv.chunk_transport import ChunkTransport
@@ -329,7 +331,7 @@ class _Node:
             network.submit,
         )
         parts.push_async_callback(driver.close)
-        self._driver, self._transport = driver, transport
+        return driver, transport
 
     def _measure(self) -> None:
         self._metrics.rows.labels("memory").set_function(lambda: len(self._cache))
