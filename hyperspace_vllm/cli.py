@@ -79,7 +79,7 @@ def _node(config: Config, options: argparse.Namespace, origins: dict[str, str]) 
     for variable in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
         os.environ.pop(variable, None)
     try:
-        from .daemon.main import run_node
+        from .daemon.node.main import run_node
     except ImportError as error:
         print(f"hyperspace: no node: {error}; pip install hyperspace-vllm[node]", file=sys.stderr)
         return 1

@@ -29,13 +29,13 @@ from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, GiB, MiB
 from hyperspace_vllm.core.records.manifest import digest_blob
 from hyperspace_vllm.core.records.peer_record import PeerRecord
 from hyperspace_vllm.daemon import clock
-from hyperspace_vllm.daemon.driver import Driver
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv.arena import Arena
 from hyperspace_vllm.daemon.kv.chunk_store import ChunkStore
 from hyperspace_vllm.daemon.kv.chunk_transport import ChunkTransport
 from hyperspace_vllm.daemon.kv.row_cache import RowCache
 from hyperspace_vllm.daemon.metrics import Metrics
+from hyperspace_vllm.daemon.node.driver import Driver
 from hyperspace_vllm.daemon.workers.compute_pool import ComputePool
 
 NETWORK = network_id("test")

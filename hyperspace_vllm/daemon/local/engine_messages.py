@@ -32,8 +32,8 @@ from ...core.local.messages import (
 )
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import SegmentKey
-from ..served import Served
 from .prefix_lookups import PrefixLookups
+from .served import Served
 from .session import Session
 from .staging import Staging
 

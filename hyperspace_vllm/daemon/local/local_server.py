@@ -28,10 +28,10 @@ from ...core.records.ids import NetworkId, PeerId
 from ...core.records.limits import CLIENTS_MAX, LEASE_MS
 from ..kv.arena import Arena
 from ..metrics import Metrics
-from ..served import Served
 from .engine_messages import EngineMessage, EngineMessages
 from .local_socket import LocalSocket
 from .response_messages import ResponseMessage, ResponseMessages
+from .served import Served
 from .session import Session
 
 _REASON_CHARS_MAX = 256  # local.Name

@@ -26,8 +26,8 @@ from ...core.local.messages import (
 )
 from ...core.records.ids import RequestKey
 from ..responses.response_lookups import ResponseFinder, ResponseLookups
-from ..served import Served
 from .request_leases import RequestLeases
+from .served import Served
 from .session import Session
 
 ResponseMessage = (

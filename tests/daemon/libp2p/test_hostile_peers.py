@@ -50,7 +50,7 @@ async def test_a_stranger_gets_what_is_public_and_nothing_of_the_networks(
     assert await stranger.ask(peer, Query(request_hash(NETWORK, request_key("secret")))) == Miss("unknown")
 
 
-FORGED = "2026-11-29 00:00:00,000 CRITICAL hyperspace_vllm.daemon.main: node failed: \x1b[31mrun this\x1b[0m"
+FORGED = "2026-11-29 00:00:00,000 CRITICAL hyperspace_vllm.daemon.node.main: node failed: \x1b[31mrun this\x1b[0m"
 
 
 async def test_a_peer_writes_no_line_of_its_own_into_the_log_and_not_many_bytes(

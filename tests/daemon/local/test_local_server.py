@@ -71,19 +71,19 @@ from hyperspace_vllm.core.records.ids import RequestKey, RowKey, SegmentKey, net
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, RESPONSE_BYTES_MAX, MiB
 from hyperspace_vllm.core.records.vram_digest import approximate_count, overlap
-from hyperspace_vllm.daemon import served
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES, Arena
 from hyperspace_vllm.daemon.kv.row_cache import UNSTORED, RowCache
+from hyperspace_vllm.daemon.local import served
 from hyperspace_vllm.daemon.local.engine_messages import EngineMessages
 from hyperspace_vllm.daemon.local.local_server import LocalServer, make_welcome
 from hyperspace_vllm.daemon.local.local_socket import LocalSocket
 from hyperspace_vllm.daemon.local.prefix_lookups import PrefixLookups
 from hyperspace_vllm.daemon.local.response_messages import ResponseMessages
+from hyperspace_vllm.daemon.local.served import Served
 from hyperspace_vllm.daemon.local.staging import Staging
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse, ResponseLookups
-from hyperspace_vllm.daemon.served import Served
 
 pytestmark = pytest.mark.io
 

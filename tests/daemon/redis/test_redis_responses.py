@@ -28,9 +28,9 @@ from hyperspace_vllm.core.response.sealed_hit import make_hit
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.clock import wall_ms
 from hyperspace_vllm.daemon.identity import Identity
-from hyperspace_vllm.daemon.join import load_network_key, make_trust
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.network_driver import NetworkDriver
+from hyperspace_vllm.daemon.node.join import load_network_key, make_trust
+from hyperspace_vllm.daemon.node.network_driver import NetworkDriver
 from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE, AskingPeer
 from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse

@@ -26,9 +26,9 @@ from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.identity import Identity as StoredIdentity
-from hyperspace_vllm.daemon.join import make_trust
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.network_driver import NetworkDriver
+from hyperspace_vllm.daemon.node.join import make_trust
+from hyperspace_vllm.daemon.node.network_driver import NetworkDriver
 from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests
 from hyperspace_vllm.daemon.responses.response_lookups import ResponseLookups
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore

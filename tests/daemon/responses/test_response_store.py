@@ -10,6 +10,7 @@ import zstandard
 
 from hyperspace_vllm.core.records.limits import RESPONSE_BYTES_MAX, RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof, request_hash
+from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.response_db import ResponseReader, packed, unpacked
 from tests.support.response_stores import MODEL, NETWORK, NOISE, Clock, Heard, Open, Signer, fetched, key, response
 
@@ -27,6 +28,17 @@ def test_what_was_stored_is_read_in_place_with_its_proof(open_store: Open, path:
     check_proof(proof, request_hash(NETWORK, key(1)), entry.body, MODEL, signer.__eq__, clock())
     assert reader.get(key(2), clock()) is None
     assert os.stat(path).st_mode & 0o077 == 0
+
+
+def test_what_was_taken_before_the_start_is_written_then(path: Path, clock: Clock) -> None:
+    store, heard = ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, Signer(), NETWORK, clock), Heard()
+    assert store.store(response(1))
+    assert not path.exists()
+    store.start(heard)
+    assert store.flush(60)
+    store.close()
+    assert heard.numbers() == [1]
+    assert ResponseReader(path).get(key(1), clock()) is not None
 
 
 def test_a_newer_answer_replaces_the_older(open_store: Open, path: Path, clock: Clock) -> None:

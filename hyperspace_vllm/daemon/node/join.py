@@ -13,24 +13,24 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
-from ..config import Config
-from ..core.events.network_effects import KvEndpoint
-from ..core.node.network_node import NetworkNode, NetworkOptions
-from ..core.peers.dials import Dials
-from ..core.peers.gossip_gate import GossipGate
-from ..core.peers.trust import Trust
-from ..core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
-from ..core.records.ids import PeerId, network_id, public_key_of
-from ..core.records.peer_record import PeerRecord
-from ..core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
-from ..response_db import database_path
-from . import clock
+from ...config import Config
+from ...core.events.network_effects import KvEndpoint
+from ...core.node.network_node import NetworkNode, NetworkOptions
+from ...core.peers.dials import Dials
+from ...core.peers.gossip_gate import GossipGate
+from ...core.peers.trust import Trust
+from ...core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
+from ...core.records.ids import PeerId, network_id, public_key_of
+from ...core.records.peer_record import PeerRecord
+from ...core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
+from ...response_db import database_path
+from .. import clock
+from ..identity import Identity, IdentityError
+from ..responses.response_server import ResponseServer
+from ..start_error import needed
 from .address_book import AddressBook
-from .identity import Identity, IdentityError
 from .joined_network import Joined
 from .network_driver import NetworkDriver
-from .responses.response_server import ResponseServer
-from .start_error import needed
 
 _KEY_BYTES = 32
 
@@ -106,13 +106,13 @@ class Joining:
         `driver` hears what libp2p reports from now on.
         """
         await _libp2p_imported()  # seconds, in which engines are served
-        from .libp2p.libp2p_host import Libp2pHost
-        from .workers.registry_documents import RegistryDocuments
+        from ..libp2p.libp2p_host import Libp2pHost
+        from ..workers.registry_documents import RegistryDocuments
 
         config, identity = self._config, self._identity
         redis = None
         if config.registry:
-            from .redis.redis_registry import RedisRegistry
+            from ..redis.redis_registry import RedisRegistry
 
             with needed("registry", "correct its URL (HYPERSPACE_REGISTRY)"):
                 redis = RedisRegistry(config.registry, self._network, identity.peer_id, clock.wall_ms)
@@ -165,7 +165,7 @@ async def _libp2p_imported() -> None:
     def run() -> None:
         error: BaseException | None = None
         try:
-            from .libp2p import libp2p_host  # noqa: F401
+            from ..libp2p import libp2p_host  # noqa: F401
         except Exception as failure:
             error = failure
         with suppress(RuntimeError):  # the loop is closed

@@ -4,8 +4,8 @@ import fcntl
 import os
 from pathlib import Path
 
-from ..config import CHOOSE_DATA_DIR
-from .start_error import needed
+from ...config import CHOOSE_DATA_DIR
+from ..start_error import needed
 
 
 def claim_directory(data_dir: Path) -> None:

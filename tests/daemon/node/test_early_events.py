@@ -22,12 +22,12 @@ from hyperspace_vllm.core.node.network_node import NetworkNode
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RequestKey, network_id
-from hyperspace_vllm.daemon import early_events
-from hyperspace_vllm.daemon.address_book import AddressBook
-from hyperspace_vllm.daemon.early_events import EarlyEvents
-from hyperspace_vllm.daemon.joined_network import Joined, PeerHost
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.network_driver import NetworkDriver
+from hyperspace_vllm.daemon.node import early_events
+from hyperspace_vllm.daemon.node.address_book import AddressBook
+from hyperspace_vllm.daemon.node.early_events import EarlyEvents
+from hyperspace_vllm.daemon.node.joined_network import Joined, PeerHost
+from hyperspace_vllm.daemon.node.network_driver import NetworkDriver
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
 from hyperspace_vllm.daemon.responses.store_changes import ServableEntry
 
@@ -164,7 +164,7 @@ async def test_a_driver_tells_its_core_what_happened_before_it_joined(tmp_path: 
 
 
 async def test_a_port_that_is_taken_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyperspace_vllm.daemon.network_driver.JOIN_AGAIN_S", 0.01)
+    monkeypatch.setattr("hyperspace_vllm.daemon.node.network_driver.JOIN_AGAIN_S", 0.01)
     driver, _ = driver_of()
     assert driver.status() == {"state": "joining"}
     core, _ = await joined(driver, tmp_path, failures=2)

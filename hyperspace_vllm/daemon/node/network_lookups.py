@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..core.events.network_effects import AnswerResponse, FetchResponse, FindProviders, HintResponse
-from ..core.events.network_events import (
+from ...core.events.network_effects import AnswerResponse, FetchResponse, FindProviders, HintResponse
+from ...core.events.network_events import (
     NetworkEvent,
     ProvidersFound,
     ResponseFetched,
@@ -14,22 +14,22 @@ from ..core.events.network_events import (
     ResponseReleased,
     ResponseWanted,
 )
-from ..core.local.messages import Scope
-from ..core.peers.trust import Trust
-from ..core.records.errors import ProtocolViolation, Refused
-from ..core.records.ids import NetworkId, PeerId, RequestKey
-from ..core.records.limits import PROVIDERS_MAX
-from ..core.records.peer_wire import Hit, Miss, PeerAnswer, Query, Refusal
-from ..core.records.reason import Reason
-from ..core.response.cache_proof import request_hash
-from ..core.response.sealed_hit import Opened
-from . import clock
+from ...core.local.messages import Scope
+from ...core.peers.trust import Trust
+from ...core.records.errors import ProtocolViolation, Refused
+from ...core.records.ids import NetworkId, PeerId, RequestKey
+from ...core.records.limits import PROVIDERS_MAX
+from ...core.records.peer_wire import Hit, Miss, PeerAnswer, Query, Refusal
+from ...core.records.reason import Reason
+from ...core.response.cache_proof import request_hash
+from ...core.response.sealed_hit import Opened
+from .. import clock
+from ..metrics import Metrics
+from ..peer_failed import PeerFailed
+from ..responses.fetched_response import Stored, found_response, keep, open_fetched
+from ..responses.response_lookups import Clients
 from .lookup_tasks import LookupTasks
-from .metrics import Metrics
-from .peer_failed import PeerFailed
 from .peer_requests import Asks, ask_peer
-from .responses.fetched_response import Stored, found_response, keep, open_fetched
-from .responses.response_lookups import Clients
 
 
 class Providers(Asks, Protocol):

@@ -12,39 +12,39 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
-from .. import arena_size, session_lock
-from ..config import Config
-from ..core.events.kv_events import Event
-from ..core.events.network_effects import KvEndpoint
-from ..core.peers.dials import Dials
-from ..core.records.ids import PeerId, network_id
-from ..core.records.peer_record import PeerRecord
-from ..file_digests import in_progress
-from ..response_db import database_path
-from . import clock
+from ... import arena_size, session_lock
+from ...config import Config
+from ...core.events.kv_events import Event
+from ...core.events.network_effects import KvEndpoint
+from ...core.peers.dials import Dials
+from ...core.records.ids import PeerId, network_id
+from ...core.records.peer_record import PeerRecord
+from ...file_digests import in_progress
+from ...response_db import database_path
+from .. import clock
+from ..identity import Identity
+from ..kv.arena import Arena
+from ..kv.row_cache import RowCache
+from ..local.engine_messages import EngineMessages
+from ..local.local_server import LocalServer, make_welcome
+from ..local.local_socket import LocalSocket
+from ..local.prefix_lookups import PrefixLookups
+from ..local.response_messages import ResponseMessages, Similar
+from ..local.served import Served
+from ..local.staging import Staging
+from ..logs import log_to_file, log_to_stderr
+from ..metrics import Metrics
+from ..responses.audit_requests import AuditRequests
+from ..responses.response_lookups import ResponseFinder, ResponseLookups
+from ..responses.response_server import ResponseServer
+from ..responses.response_store import ResponseStore
+from ..responses.store_changes import ServableEntry
+from ..start_error import StartError, needed
+from ..stopping import Stopping
 from .directory import claim_directory, lock_directory
 from .embedded import say_all_is_well, until_unwanted, wait_in_line
-from .identity import Identity
 from .join import Joining, load_network_key, make_trust
-from .kv.arena import Arena
-from .kv.row_cache import RowCache
-from .local.engine_messages import EngineMessages
-from .local.local_server import LocalServer, make_welcome
-from .local.local_socket import LocalSocket
-from .local.prefix_lookups import PrefixLookups
-from .local.response_messages import ResponseMessages, Similar
-from .local.staging import Staging
-from .logs import log_to_file, log_to_stderr
-from .metrics import Metrics
 from .network_driver import NetworkDriver
-from .responses.audit_requests import AuditRequests
-from .responses.response_lookups import ResponseFinder, ResponseLookups
-from .responses.response_server import ResponseServer
-from .responses.response_store import ResponseStore
-from .responses.store_changes import ServableEntry
-from .served import Served
-from .start_error import StartError, needed
-from .stopping import Stopping
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +124,6 @@ class _Node:
         self._config = config
         self._network = network_id(config.network)
         self._started_at = time.monotonic()
-        self._driver: _Prefixes | None = None
-        self._transport: _Transport | None = None
         self._metrics_endpoint = ""
 
     async def run(self, embedded: bool, stopping: Stopping) -> None:
@@ -186,8 +184,10 @@ class _Node:
             parts.callback(store.close)
         self._similar = self._open_similar(store, parts) if store else None
         staging = Staging(self._cache, self._metrics)
+        self._driver: _Prefixes | None = None
+        self._transport: _Transport | None = None
         if config.kv_cache:
-            await self._open_data_plane(parts, staging, prefix_lookups)
+            self._driver, self._transport = await self._open_data_plane(parts, staging, prefix_lookups)
         served = Served(self._network, network.served)
         parts.callback(served.close)
         audits = AuditRequests(self._network, self._identity.public_key, store, network.audited, self._metrics)
@@ -248,7 +248,7 @@ class _Node:
         server = ResponseServer(database_path(config.data_dir), self._network, trust.vouch)
         parts.callback(server.close)
         try:
-            from .redis.redis_responses import RedisResponses
+            from ..redis.redis_responses import RedisResponses
 
             shared = RedisResponses(
                 config.shared_responses,
@@ -277,12 +277,12 @@ class _Node:
         if config.semantic == "off":
             return None
         try:
-            from .responses.similar import SimilarQuestions
+            from ..responses.similar import SimilarQuestions
         except ImportError as error:
             logger.error("semantic hits are off: %s; pip install hyperspace-vllm[semantic]", error)
             return None
-        from ..core.response.similar.canonical import ACRONYMS
-        from .responses.embedding import load_embedder
+        from ...core.response.similar.canonical import ACRONYMS
+        from ..responses.embedding import load_embedder
 
         acronyms = {**ACRONYMS, **config.acronym_table}
         load = partial(load_embedder, config.semantic_model)
@@ -290,12 +290,14 @@ class _Node:
         parts.callback(similar.close)
         return similar
 
-    async def _open_data_plane(self, parts: AsyncExitStack, staging: Staging, clients: PrefixLookups) -> None:
-        from ..core.node.node import Node
+    async def _open_data_plane(
+        self, parts: AsyncExitStack, staging: Staging, clients: PrefixLookups
+    ) -> tuple[_Prefixes, _Transport]:
+        from ...core.node.node import Node
+        from ..kv.chunk_store import ChunkStore
+        from ..kv.chunk_transport import ChunkTransport
+        from ..workers.compute_pool import ComputePool
         from .driver import Driver
-        from .kv.chunk_store import ChunkStore
-        from .kv.chunk_transport import ChunkTransport
-        from .workers.compute_pool import ComputePool
 
         config = self._config
         peers = tuple(PeerId(peer.partition("@")[0]) for peer in config.peers)
@@ -330,7 +332,7 @@ class _Node:
             network.submit,
         )
         parts.push_async_callback(driver.close)
-        self._driver, self._transport = driver, transport
+        return driver, transport
 
     def _measure(self) -> None:
         self._metrics.rows.labels("memory").set_function(lambda: len(self._cache))

@@ -9,11 +9,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..core.peers.address import may_dial
-from ..core.records.errors import ProtocolViolation
-from ..core.records.ids import PeerId, public_key_of
-from ..core.records.limits import KiB
-from ..regular_files import read_regular
+from ...core.peers.address import may_dial
+from ...core.records.errors import ProtocolViolation
+from ...core.records.ids import PeerId, public_key_of
+from ...core.records.limits import KiB
+from ...regular_files import read_regular
 
 ADDRESSES_MAX = 64
 WRITE_EVERY_S = 10.0

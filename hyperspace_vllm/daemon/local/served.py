@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from ..core.events.network_events import ServedChanged
-from ..core.local.messages import PrefixesInMemory
-from ..core.records.ids import NetworkId, wire_id
-from ..core.records.limits import PEER_RECORD_AGAIN_MS, VRAM_SEGMENTS_MAX
-from ..core.records.peer_record import DIGESTS_MAX
-from ..core.records.vram_digest import make_digest
+from ...core.events.network_events import ServedChanged
+from ...core.local.messages import PrefixesInMemory
+from ...core.records.ids import NetworkId, wire_id
+from ...core.records.limits import PEER_RECORD_AGAIN_MS, VRAM_SEGMENTS_MAX
+from ...core.records.peer_record import DIGESTS_MAX
+from ...core.records.vram_digest import make_digest
 
 SETTLE_S = 0.2  # an engine's layout, load and prefixes come one after the other
 

@@ -11,8 +11,8 @@ import pytest
 
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.daemon.identity import Identity, IdentityError, curve_public_of
-from hyperspace_vllm.daemon.join import load_network_key
 from hyperspace_vllm.daemon.metrics import Metrics
+from hyperspace_vllm.daemon.node.join import load_network_key
 from tests.support.node_processes import ROOT, Nodes, hyperspace
 
 pytestmark = pytest.mark.io

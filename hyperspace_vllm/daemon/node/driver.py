@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Literal, Protocol, assert_never
 
-from ..core.events.kv_effects import (
+from ...core.events.kv_effects import (
     AnswerPrefix,
     ChargePeer,
     DropStaged,
@@ -27,7 +27,7 @@ from ..core.events.kv_effects import (
     ReleaseRows,
     UnpinRows,
 )
-from ..core.events.kv_events import (
+from ...core.events.kv_events import (
     Event,
     HolderStalled,
     ManifestRefused,
@@ -43,31 +43,31 @@ from ..core.events.kv_events import (
     RowsFound,
     Tick,
 )
-from ..core.events.network_effects import KvEndpoint
-from ..core.events.network_events import RowsStored
-from ..core.local.messages import LoadedRow, Slab
-from ..core.node.node import Node
-from ..core.peers.trust import Trust
-from ..core.records.errors import Refused
-from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, row_id
-from ..core.records.limits import LOOKUP_ROWS_MAX, REGISTRY_TTL_MS
-from ..core.records.peer_record import PeerRecord
-from ..core.records.reason import Reason
-from . import clock
-from .identity import Identity
-from .kv.chunk_keeper import ChunkKeeper
-from .kv.chunk_store import ChunkStore
-from .kv.chunk_transport import ChunkTransport
-from .kv.manifests import Manifests
-from .kv.object_codec import ObjectRecord
-from .kv.object_encoder import ObjectEncoder
-from .kv.row_assembly import RowAssembly
-from .kv.row_cache import UNSTORED, RowCache
-from .kv.row_loading import RowLoading
+from ...core.events.network_effects import KvEndpoint
+from ...core.events.network_events import RowsStored
+from ...core.local.messages import LoadedRow, Slab
+from ...core.node.node import Node
+from ...core.peers.trust import Trust
+from ...core.records.errors import Refused
+from ...core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, row_id
+from ...core.records.limits import LOOKUP_ROWS_MAX, REGISTRY_TTL_MS
+from ...core.records.peer_record import PeerRecord
+from ...core.records.reason import Reason
+from .. import clock
+from ..identity import Identity
+from ..kv.chunk_keeper import ChunkKeeper
+from ..kv.chunk_store import ChunkStore
+from ..kv.chunk_transport import ChunkTransport
+from ..kv.manifests import Manifests
+from ..kv.object_codec import ObjectRecord
+from ..kv.object_encoder import ObjectEncoder
+from ..kv.row_assembly import RowAssembly
+from ..kv.row_cache import UNSTORED, RowCache
+from ..kv.row_loading import RowLoading
+from ..metrics import Metrics
+from ..peer_failed import PeerFailed
+from ..workers.compute_pool import ComputePool
 from .lookup_tasks import LookupTasks
-from .metrics import Metrics
-from .peer_failed import PeerFailed
-from .workers.compute_pool import ComputePool
 
 log = logging.getLogger(__name__)
 

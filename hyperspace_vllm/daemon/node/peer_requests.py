@@ -5,12 +5,12 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from ..core.events.network_effects import ServeResponse
-from ..core.events.network_events import NetworkEvent, PeerMisbehaved, RequestReceived
-from ..core.peers.trust import Trust
-from ..core.records.errors import ProtocolViolation
-from ..core.records.ids import PeerId, public_key_of
-from ..core.records.peer_wire import (
+from ...core.events.network_effects import ServeResponse
+from ...core.events.network_events import NetworkEvent, PeerMisbehaved, RequestReceived
+from ...core.peers.trust import Trust
+from ...core.records.errors import ProtocolViolation
+from ...core.records.ids import PeerId, public_key_of
+from ...core.records.peer_wire import (
     Hit,
     Miss,
     PeerAnswer,
@@ -21,11 +21,11 @@ from ..core.records.peer_wire import (
     encode,
     protocol_of,
 )
-from ..core.records.reason import Reason
-from .metrics import Metrics
-from .peer_failed import PeerFailed
-from .responses.answer_places import AskingPeer
-from .responses.response_server import ResponseServer
+from ...core.records.reason import Reason
+from ..metrics import Metrics
+from ..peer_failed import PeerFailed
+from ..responses.answer_places import AskingPeer
+from ..responses.response_server import ResponseServer
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Literal, assert_never
 
-from ..core.events.network_effects import (
+from ...core.events.network_effects import (
     AnswerResponse,
     AuthorsChanged,
     ChargePeer,
@@ -31,7 +31,7 @@ from ..core.events.network_effects import (
     ServeResponse,
     WriteRegistry,
 )
-from ..core.events.network_events import (
+from ...core.events.network_events import (
     AnswerAudited,
     Answered,
     ConnectFailed,
@@ -50,25 +50,25 @@ from ..core.events.network_events import (
     ResponseStored,
     ServedChanged,
 )
-from ..core.peers.trust import Trust
-from ..core.records.ids import NetworkId, PeerId, RequestKey, RowId
-from ..core.records.peer_record import PeerRecord
-from ..core.records.rank import Tier
-from ..core.records.reason import Reason
-from ..core.records.vram_digest import approximate_count
-from ..core.response.evidence import verdict
-from . import clock
+from ...core.peers.trust import Trust
+from ...core.records.ids import NetworkId, PeerId, RequestKey, RowId
+from ...core.records.peer_record import PeerRecord
+from ...core.records.rank import Tier
+from ...core.records.reason import Reason
+from ...core.records.vram_digest import approximate_count
+from ...core.response.evidence import verdict
+from .. import clock
+from ..metrics import Metrics
+from ..peer_failed import PeerFailed
+from ..responses.fetched_response import Stored
+from ..responses.response_lookups import Clients
+from ..responses.store_changes import ServableEntry
+from ..start_error import StartError
 from .early_events import EarlyEvents
 from .joined_network import Documents, Joined, PeerHost, SharedHints
 from .lookup_tasks import LookupTasks
-from .metrics import Metrics
 from .network_lookups import NetworkLookups
-from .peer_failed import PeerFailed
 from .peer_requests import PeerRequests, ask_peer
-from .responses.fetched_response import Stored
-from .responses.response_lookups import Clients
-from .responses.store_changes import ServableEntry
-from .start_error import StartError
 
 log = logging.getLogger(__name__)
 

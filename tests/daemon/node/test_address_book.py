@@ -7,7 +7,7 @@ import pytest
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.records.ids import PeerId, peer_id
-from hyperspace_vllm.daemon.address_book import ADDRESSES_MAX, AddressBook
+from hyperspace_vllm.daemon.node.address_book import ADDRESSES_MAX, AddressBook
 
 OWN = "10.0.0.1:7791"
 

@@ -41,11 +41,11 @@ from hyperspace_vllm.core.records.signing import member_tag
 from hyperspace_vllm.core.response import dht_use
 from hyperspace_vllm.core.response.cache_proof import request_hash
 from hyperspace_vllm.daemon import clock
-from hyperspace_vllm.daemon.address_book import AddressBook
-from hyperspace_vllm.daemon.joined_network import Joined
 from hyperspace_vllm.daemon.libp2p.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.network_driver import NetworkDriver
+from hyperspace_vllm.daemon.node.address_book import AddressBook
+from hyperspace_vllm.daemon.node.joined_network import Joined
+from hyperspace_vllm.daemon.node.network_driver import NetworkDriver
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
 from tests.support.network_nodes import MODEL, NetworkedNode, body_of, private_network, request_key, until
 from tests.support.network_world import OpenGate

@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from ..core.events.network_events import NetworkEvent, ResponsesGone, ResponseStored, RowsStored, ServedChanged
+from ...core.events.network_events import NetworkEvent, ResponsesGone, ResponseStored, RowsStored, ServedChanged
 
 KEPT_MAX = 20_000  # responses, and events of rows; more are not announced
 # Of connections and open requests, which libp2p bounds; without a core no author of gossip is known, and none is heard.

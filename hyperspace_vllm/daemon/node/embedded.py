@@ -11,11 +11,11 @@ import stat
 import time
 from contextlib import suppress
 
-from ..client import NodeClient
-from ..config import Config
-from ..core.records.limits import EMBEDDED_LINGER_MS
+from ...client import NodeClient
+from ...config import Config
+from ...core.records.limits import EMBEDDED_LINGER_MS
+from ..local.local_server import LocalServer
 from .directory import lock_directory
-from .local.local_server import LocalServer
 
 logger = logging.getLogger(__name__)
 

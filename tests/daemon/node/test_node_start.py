@@ -418,7 +418,7 @@ def test_a_worker_that_can_have_no_session_lock_says_so_once_and_attaches_all_th
 
 AS_ANOTHER_USER = """
 import os, sys
-import hyperspace_vllm.cli, hyperspace_vllm.daemon.main, rich.console
+import hyperspace_vllm.cli, hyperspace_vllm.daemon.node.main, rich.console
 os.setgroups([])
 os.setgid(54321)
 os.setuid(54321)

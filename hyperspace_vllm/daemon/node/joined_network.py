@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..core.events.network_effects import ImportDeltas, KvEndpoint, WriteRegistry
-from ..core.events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
-from ..core.node.network_node import NetworkNode
-from ..core.peers.gossip_gate import GossipGate
-from ..core.records.ids import PeerId
-from ..core.records.peer_record import PeerRecord
+from ...core.events.network_effects import ImportDeltas, KvEndpoint, WriteRegistry
+from ...core.events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from ...core.node.network_node import NetworkNode
+from ...core.peers.gossip_gate import GossipGate
+from ...core.records.ids import PeerId
+from ...core.records.peer_record import PeerRecord
+from ..responses.response_server import ResponseServer
 from .address_book import AddressBook
 from .network_lookups import Hints, Providers
-from .responses.response_server import ResponseServer
 
 
 class PeerHost(Providers, Protocol):
