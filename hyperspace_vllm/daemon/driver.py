@@ -229,7 +229,7 @@ class Driver:
             case AnswerPrefix():
                 self._answer(effect)
             case ChargePeer(peer, reason):
-                self._transport.charge(peer, reason)
+                self._transport.count_charge(peer, reason)
             case KeepRow(staged, row_key):
                 slab = self.server.take_staged(staged)
                 if slab is not None:

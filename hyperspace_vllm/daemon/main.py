@@ -263,7 +263,9 @@ class _Node:
         with needed(chunks, "delete it: its KV is then computed anew"):
             store = ChunkStore(chunks, config.disk_bytes)
         trust = self._joined.trust
-        node = Node(self._network, peers, config.fetch, random.Random(), self._joined.hints, trust.has_standing)
+        node = Node(
+            self._network, peers, config.fetch, random.Random(), trust.standings, self._joined.hints, trust.has_standing
+        )
         with needed(f"listen = {config.listen!r}", f"{_LISTEN} (HYPERSPACE_LISTEN)"):
             transport = ChunkTransport(
                 config,

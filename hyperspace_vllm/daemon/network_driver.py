@@ -200,8 +200,8 @@ class NetworkDriver:
             "registry_entries": registry.entries + registry.own_entries,
             "hints": len(self._node.hints),
             "provided": self._provided,
-            "suspected_peers": self._trust.suspicion.suspected(clock.now()),
-            "doubts_own_engine": self._trust.findings.doubts_itself(clock.now()),
+            "suspected_peers": self._trust.standings.suspected(clock.now()),
+            "doubts_own_engine": self._trust.standings.doubts_itself(clock.now()),
             "gossip_refused": dict(self._node.gossip_refused),
             "last_response_lookup": self.last_lookup,
         }

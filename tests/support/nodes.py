@@ -145,7 +145,7 @@ class TestNode:
         )
         self.stored: list[RowsStored] = []
         self.compute = compute or ComputePool()
-        self.node = Node(NETWORK, self.transport.peers, fetch, random.Random(1))
+        self.node = Node(NETWORK, self.transport.peers, fetch, random.Random(1), self.trust.standings)
         self.driver = Driver(
             self.node,
             self.cache,
