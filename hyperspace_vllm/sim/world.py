@@ -49,6 +49,7 @@ from ..core.events.kv_events import (
     Tick,
 )
 from ..core.node.node import Node
+from ..core.peers.standing import Standings
 from ..core.prefix.fetch import FetchMode
 from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowId, RowKey, SegmentKey, row_id, sha256
 from ..core.records.layout import Layout
@@ -124,7 +125,9 @@ class World:
 
     def add(self, name: str, peers: tuple[str, ...], fetch: FetchMode = "auto") -> Host:
         """A host called `name` that trusts `peers`."""
-        node = Node(self.network, tuple(map(PeerId, peers)), fetch, random.Random(self.rng.random()))
+        node = Node(
+            self.network, tuple(map(PeerId, peers)), fetch, random.Random(self.rng.random()), Standings(name.encode())
+        )
         host = self.hosts[PeerId(name)] = Host(PeerId(name), node)
         return host
 

@@ -226,7 +226,7 @@ async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair:
     assert b.node.peers == (a.identity.peer_id,)
     assert is_whole(b, await b.look_up(KEYS))
     assert a.failures() == b.failures() == {}
-    assert b.trust.service.score(a.identity.peer_id, clock.now()) > 0.1
+    assert b.trust.standings.service(a.identity.peer_id, clock.now()) > 0.1
     # Both can announce what they have: A its objects, B those that it keeps.
     await until(lambda: len(rows_told(a)) == ROWS_STORED)
     await until(lambda: rows_told(b) <= rows_told(a) and len(b.stored) >= 4)

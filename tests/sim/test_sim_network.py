@@ -146,7 +146,7 @@ def test_a_node_that_believes_whoever_serves_well_is_caught_serving_what_relayer
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def trusts(self: Trust, public_key: bytes, now: Now) -> bool:
-        return self.trusts_kv(public_key, now) or self.service.score(peer_id(public_key), now) >= THRESHOLD
+        return self.trusts_kv(public_key, now) or self.standings.service(peer_id(public_key), now) >= THRESHOLD
 
     monkeypatch.setattr(Trust, "trusts", trusts)
     assert "served a wrong response: b'forged'" in "\n".join(run("relayers", OPEN_NODES, 1).violations)

@@ -6,7 +6,7 @@ Time passes only when a test advances it; messages arrive at once, in order, exc
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from nacl.signing import SigningKey
@@ -105,7 +105,7 @@ def make_node(
     number: int = 0,
     bootstrap: tuple[int, ...] = (),
     network_key: bytes | None = NETWORK_KEY,
-    now_ms: int = NOW_MS,
+    now: Now | None = None,
     listed: tuple[int, ...] = (),
     registry: bool = False,
 ) -> NetworkNode:
@@ -115,7 +115,8 @@ def make_node(
     trust = Trust("members", me.public_key, known, frozenset(), network_key)
     addresses = tuple((Identity(other).peer, Identity(other).address) for other in bootstrap)
     options = NetworkOptions(NETWORK, me.address, "", addresses, network_key, registry=registry)
-    return NetworkNode(options, me.key, trust, Dials(dated(now_ms)), random.Random(number), dated(now_ms))
+    now = dated(NOW_MS) if now is None else now
+    return NetworkNode(options, me.key, trust, Dials(now), random.Random(number), now)
 
 
 def only(effects: list[NetworkEffect], kind: type) -> list:  # type: ignore[type-arg]
@@ -139,7 +140,8 @@ class OpenGate(GossipGate):
 class World:
     """Nodes by number; `cut` ones neither send nor receive, `has` lists which node serves which responses."""
 
-    now_ms: int = NOW_MS
+    now_ms: int = NOW_MS  # by a wall clock that nobody sets
+    set_by_ms: int = 0  # every wall clock, forward or back
     nodes: dict[int, NetworkNode] = field(default_factory=dict)
     cut: set[int] = field(default_factory=set)
     links: set[frozenset[int]] = field(default_factory=set)
@@ -155,11 +157,11 @@ class World:
     @property
     def now(self) -> Now:
         """This moment, for every node."""
-        return dated(self.now_ms)
+        return replace(dated(self.now_ms), wall_ms=self.now_ms + self.set_by_ms)
 
     def boot(self, number: int, bootstrap: tuple[int, ...] = (), **options: object) -> NetworkNode:
         """Start a node."""
-        node = self.nodes[number] = make_node(number, bootstrap, now_ms=self.now_ms, **options)  # type: ignore[arg-type]
+        node = self.nodes[number] = make_node(number, bootstrap, now=self.now, **options)  # type: ignore[arg-type]
         self.has.setdefault(number, set())
         self._perform_all(number, node.start(self.now))
         self._settle()
@@ -182,7 +184,7 @@ class World:
     def store(self, number: int, name: bytes) -> None:
         """A node has computed a response."""
         self.has[number].add(name)
-        self.tell(number, ResponseStored(name, self.now_ms + RESPONSE_TTL_MS, True))
+        self.tell(number, ResponseStored(name, self.now.wall_ms + RESPONSE_TTL_MS, True))
 
     def want(self, number: int, lookup: int, name: bytes, deadline_ms: int = 300) -> None:
         """A node's client wants a response."""
@@ -265,7 +267,7 @@ class World:
                 if other in self.cut or other not in self.nodes:
                     tell_me(timeout_ms, ResponseRefused(lookup, peer, Reason.TIMEOUT))
                 elif request_hash in self.has[other]:
-                    tell_me(5, ResponseFetched(lookup, peer, 100, self.now_ms + RESPONSE_TTL_MS, 16))
+                    tell_me(5, ResponseFetched(lookup, peer, 100, self.now.wall_ms + RESPONSE_TTL_MS, 16))
                 else:
                     tell_me(5, ResponseRefused(lookup, peer, Reason.MISS))
             case FindProviders(lookup):

@@ -147,7 +147,7 @@ class TestNode:
         )
         self.stored: list[RowsStored] = []
         self.compute = compute or ComputePool()
-        self.node = Node(NETWORK, self.transport.peers, fetch, random.Random(1))
+        self.node = Node(NETWORK, self.transport.peers, fetch, random.Random(1), self.trust.standings)
         self.clients = Clients(self.cache)
         self.driver = Driver(
             self.node,

@@ -54,10 +54,10 @@ from ..events.network_events import (
     RowsStored,
     ServedChanged,
 )
-from ..peers.avoidance import Avoidance
 from ..peers.dials import Dials
 from ..peers.membership import GREET_MS, Membership
 from ..peers.record_renewal import should_renew_record
+from ..peers.standing import Delivered, Failed
 from ..peers.trust import Trust
 from ..records.announcement import EvidenceEntry, PrefixEntry, ResponseEntry
 from ..records.errors import Refused
@@ -160,7 +160,7 @@ class NetworkNode:
         self._inbox = Inbox(options.network, self._public_key, self._counts)
         self._popularity = Popularity()
         self._lookups: dict[int, ResponseLookup] = {}
-        self._avoidance = Avoidance()
+        self._standings = trust.standings
         self._searches = SearchBudget(now)
         self._provides = ProvideQueue(now)
         self._sync_at_ms = now.mono_ms + SYNC_MS
@@ -203,7 +203,7 @@ class NetworkNode:
 
     def _dispatch(self, event: NetworkEvent, now: Now) -> list[NetworkEffect]:
         match event:
-            case PeerConnected(peer) if self._avoidance.is_cut_off(peer, now):
+            case PeerConnected(peer) if self._standings.is_cut_off(peer, now):
                 return [Disconnect(peer)]
             case PeerConnected(peer, host):
                 return self.members.on_connected(peer, host, now)
@@ -386,7 +386,7 @@ class NetworkNode:
         except Refused as refused:
             self._count_refused(refused)
         else:
-            self._trust.suspicion.accuse(accuser, evidence.signer, now)
+            self._standings.accuse(accuser, evidence.signer, now)
 
     def _count_refused(self, refused: Refused) -> None:
         self.gossip_refused[refused.reason] = self.gossip_refused.get(refused.reason, 0) + 1
@@ -414,10 +414,10 @@ class NetworkNode:
         return [AnswerResponse(event.lookup, None, "none", "released")]
 
     def _fetched(self, event: ResponseFetched, now: Now) -> list[NetworkEffect]:
-        self._trust.delivered(event.peer, now)
-        self._avoidance.served(event.peer)
-        self._heard(event.peer, now)
         lookup = self._lookups.get(event.lookup)
+        asked_ms = lookup.in_flight.get(event.peer, now.mono_ms) if lookup is not None else now.mono_ms
+        self._standings.note(Delivered(event.peer, event.size, now.mono_ms - asked_ms), now)
+        self._heard(event.peer, now)
         if lookup is None:
             return []
         if self._trust.is_chosen(public_key_of(event.peer)):  # others may claim what they like
@@ -430,13 +430,8 @@ class NetworkNode:
             charges.append(ChargePeer(event.peer, event.reason))
         lookup = self._lookups.get(event.lookup)
         timed_out = event.reason is Reason.TIMEOUT and self._had_time(event.peer, lookup, now)
-        silent = event.reason is Reason.UNREACHABLE or timed_out
-        if event.reason.is_guilty or silent:
-            self._trust.failed(event.peer, event.reason, now)
-        if silent:
-            self._avoidance.failed(event.peer, now)
-        elif event.reason is Reason.MISS:
-            self._avoidance.missed(event.peer, now)
+        if timed_out or event.reason in (Reason.UNREACHABLE, Reason.MISS):
+            self._standings.note(Failed(event.peer, event.reason), now)
         if lookup is None:
             return charges
         if event.reason not in (Reason.TIMEOUT, Reason.UNREACHABLE, Reason.BUSY):
@@ -461,10 +456,10 @@ class NetworkNode:
                     continue
                 self.members.used(effect.peer, now)
             elif isinstance(effect, HintResponse) and not effect.hinted:  # withdrawn; at the start none has waited
-                self._trust.patience.wasted(lookup.waited_ms(now), now)
+                self._standings.wasted(lookup.waited_ms(now), now)
             elif isinstance(effect, AnswerResponse):
                 if lookup.hinted:
-                    self._trust.patience.wasted(lookup.waited_ms(now), now)
+                    self._standings.wasted(lookup.waited_ms(now), now)
                 self._over(lookup, effect, now)
             settled.append(effect)
         return settled
@@ -481,7 +476,7 @@ class NetworkNode:
                 known = self.members.get(peer)
                 # Heartbeats say it of those that are connected.
                 if (known is None or not known.connected) and self._had_time(peer, lookup, now):
-                    self._avoidance.failed(peer, now)
+                    self._standings.note(Failed(peer, Reason.TIMEOUT), now)
         elif answer.peer is None and lookup.searched:
             self._searches.not_found(lookup.request_hash, now)
 
@@ -502,9 +497,9 @@ class NetworkNode:
         found = []
         for peer in dict.fromkeys(told):
             known = self.members.get(peer)
-            if peer == self._me or known is None or not known.may_be_asked(now) or self._avoidance.avoids(peer, now):
+            if peer == self._me or known is None or not known.may_be_asked(now) or self._standings.avoids(peer, now):
                 continue
-            score = round(self._trust.service.score(peer, now), 1)
+            score = round(self._standings.service(peer, now), 1)
             quiet = min((now.mono_ms - known.alive_at_ms) // QUIET_MS, QUIET_MAX)
             waited_for = self._trust.may_be_waited_for(peer, now)
             standing = not waited_for, known.silent, -score, not known.connected, quiet
@@ -592,21 +587,18 @@ class NetworkNode:
     def _heard(self, peer: PeerId, now: Now, rtt_ms: int | None = None) -> None:
         known = self.members.get(peer)
         if known is not None and known.silent:
-            self._avoidance.back(peer)
+            self._standings.spoke(peer)
         self.members.heard(peer, now, rtt_ms)
 
     def _charged(self, effect: NetworkEffect, now: Now) -> list[NetworkEffect]:
-        """Leave a peer alone that broke a rule; cut it off when it goes on."""
-        if not isinstance(effect, ChargePeer):
+        """Judge a peer that broke a rule; cut it off when it goes on."""
+        if not isinstance(effect, ChargePeer) or effect.reason is Reason.FALSE_RESPONSE:  # an audit has judged it
             return []
-        goes_on = self._avoidance.avoids(effect.peer, now)
-        if effect.reason is Reason.PROTOCOL:
-            self._avoidance.failed(effect.peer, now)  # a bug is as likely as malice
-        else:
-            self._avoidance.lied(effect.peer, now)
+        goes_on = self._standings.avoids(effect.peer, now)
+        self._standings.note(Failed(effect.peer, effect.reason), now)
         if not goes_on:
             return []
-        self._avoidance.cut_off(effect.peer, now)
+        self._standings.goes_on(effect.peer, now)
         return self.members.shun(effect.peer, now)
 
     def _tell_peers(self, now: Now) -> list[NetworkEffect]:

@@ -1,7 +1,6 @@
 """The core of a node: hands every event to the machine that it concerns and merges their deadlines."""
 
 import random
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import assert_never
 
@@ -27,6 +26,7 @@ from ..events.kv_events import (
     SegmentKeyKnown,
     Tick,
 )
+from ..peers.standing import Failed, Standings
 from ..prefix.cost_model import RateEstimator
 from ..prefix.fetch import FetchMode, LookupEvent, PrefixLookup
 from ..prefix.plan import leading_rows
@@ -34,14 +34,10 @@ from ..prefix.publish import Publisher
 from ..records.ids import NetworkId, PeerId, RowId
 from ..records.limits import CLIENTS_MAX, LOOKUPS_PER_CLIENT_MAX
 from ..records.now import Now
-from ..records.reason import Reason
 
 LOOKUPS_MAX = 1024  # undecided at once, of all clients; more are answered `busy`
 ANSWERED_MAX = CLIENTS_MAX * LOOKUPS_PER_CLIENT_MAX
-CHARGED_PEERS_MAX = 1024
-CHARGED_MS = 60_000
 ASKED_MAX = 8  # peers a lookup asks: what none of eight has is sooner computed than found
-STALLED_MS = 5_000  # slow is no crime, but one stall in a while is enough
 
 
 class Node:
@@ -56,6 +52,7 @@ class Node:
         peers: tuple[PeerId, ...],
         fetch: FetchMode,
         rng: random.Random,
+        standings: Standings,
         hints: Callable[[RowId], tuple[PeerId, ...]] = lambda row: (),
         has_standing: Callable[[PeerId], bool] = lambda peer: True,
     ) -> None:
@@ -69,14 +66,14 @@ class Node:
         self._rates = RateEstimator()
         self._lookups: dict[int, PrefixLookup] = {}
         self._answered: set[int] = set()
-        self._avoid_until_ms: OrderedDict[PeerId, int] = OrderedDict()
+        self._standings = standings
 
     def handle(self, event: Event, now: Now) -> list[Effect]:
         """What to do about `event`."""
         now_ms = now.mono_ms  # nothing here bears a date
         match event:
             case PrefixWanted():
-                effects = self._wanted(event, now_ms)
+                effects = self._wanted(event, now)
             case PrefixReleased():
                 effects = self._released(event)
             case (
@@ -99,7 +96,7 @@ class Node:
                 assert_never(event)
         for effect in effects:
             if isinstance(effect, ChargePeer):
-                self._avoid(effect.peer, now_ms + (STALLED_MS if effect.reason is Reason.STALLED else CHARGED_MS))
+                self._standings.note(Failed(effect.peer, effect.reason), now)
         return effects
 
     def set_peers(self, peers: tuple[PeerId, ...]) -> None:
@@ -112,18 +109,18 @@ class Node:
         times.append(self.publisher.next_deadline_ms())
         return min((time for time in times if time is not None), default=None)
 
-    def _wanted(self, event: PrefixWanted, now_ms: int) -> list[Effect]:
+    def _wanted(self, event: PrefixWanted, now: Now) -> list[Effect]:
         assert event.lookup not in self._lookups
         if len(self._lookups) >= LOOKUPS_MAX or len(self._answered) >= ANSWERED_MAX:
             return [AnswerPrefix(event.lookup, 0, (), "none", "busy")]
-        lookup = PrefixLookup(event, self.network, self._whom_to_ask(event, now_ms), self.fetch, self._rates, now_ms)
+        lookup = PrefixLookup(event, self.network, self._whom_to_ask(event, now), self.fetch, self._rates, now.mono_ms)
         self._lookups[event.lookup] = lookup
-        return self._settle(lookup, lookup.start(now_ms))
+        return self._settle(lookup, lookup.start(now.mono_ms))
 
-    def _whom_to_ask(self, event: PrefixWanted, now_ms: int) -> tuple[PeerId, ...]:
+    def _whom_to_ask(self, event: PrefixWanted, now: Now) -> tuple[PeerId, ...]:
         """At most ASKED_MAX: those with hints first, beginning with the longest prefix's."""
         peers = [
-            peer for peer in self.peers if self._avoid_until_ms.get(peer, now_ms) <= now_ms and self.has_standing(peer)
+            peer for peer in self.peers if not self._standings.avoids_for_kv(peer, now) and self.has_standing(peer)
         ]
         self.rng.shuffle(peers)  # equally good holders share the load
         if len(peers) <= ASKED_MAX or not event.may_ask_peers:
@@ -163,9 +160,3 @@ class Node:
             del self._lookups[lookup.lookup]
             self._answered.add(lookup.lookup)
         return effects
-
-    def _avoid(self, peer: PeerId, until_ms: int) -> None:
-        self._avoid_until_ms[peer] = max(until_ms, self._avoid_until_ms.get(peer, 0))
-        self._avoid_until_ms.move_to_end(peer)
-        if len(self._avoid_until_ms) > CHARGED_PEERS_MAX:
-            self._avoid_until_ms.popitem(last=False)

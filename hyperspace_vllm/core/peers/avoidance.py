@@ -1,4 +1,4 @@
-"""Whom not to ask for a while: peers that lied, kept silent, or hadn't what they had announced.
+"""For how long a peer isn't asked that lied, kept silent, or hadn't what it had announced.
 
 lied                           LIAR_MS
 silent, unreachable            SILENT_MS, doubled every time in a row, AVOID_MS_MAX at most
@@ -6,17 +6,14 @@ a rule broken again meanwhile  it is let in no more for LIAR_MS
 MISSES_MAX misses in a row     the same; an honest node's words go stale now and then, a boaster's always are
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
-from ..records.ids import PeerId
 from ..records.now import Now
 
 LIAR_MS = 60_000
 SILENT_MS = 3_000
 AVOID_MS_MAX = 30_000
 MISSES_MAX = 4
-AVOIDED_MAX = 1_024
 
 
 def avoid_ms(times: int) -> int:
@@ -25,78 +22,57 @@ def avoid_ms(times: int) -> int:
 
 
 @dataclass(slots=True)
-class _Record:
+class Avoidance:
+    """Of one peer."""
+
     until_ms: int = 0
     for_ms: int = 0
     failures: int = 0
     misses: int = 0
-    is_cut_off: bool = False
+    _is_cut_off: bool = False
 
-
-class Avoidance:
-    """Of AVOIDED_MAX peers at most: those that failed longest ago are forgotten."""
-
-    def __init__(self) -> None:
-        self._records: OrderedDict[PeerId, _Record] = OrderedDict()
-
-    def avoids(self, peer: PeerId, now: Now) -> bool:
+    def avoids(self, now: Now) -> bool:
         """Whether to leave it alone now."""
-        record = self._records.get(peer)
-        return record is not None and now.mono_ms < record.until_ms
+        return now.mono_ms < self.until_ms
 
-    def cut_off(self, peer: PeerId, now: Now) -> None:
+    def cut_off(self, now: Now) -> None:
         """It goes on breaking rules: it is let in no more for LIAR_MS."""
-        record = self._record(peer)
-        record.is_cut_off = True
-        self._avoid(record, now, LIAR_MS)
+        self._is_cut_off = True
+        self._avoid(now, LIAR_MS)
 
-    def is_cut_off(self, peer: PeerId, now: Now) -> bool:
+    def is_cut_off(self, now: Now) -> bool:
         """Whether to refuse its connections."""
-        record = self._records.get(peer)
-        if record is None or not record.is_cut_off:
-            return False
-        record.is_cut_off = self.avoids(peer, now)
-        return record.is_cut_off
+        if self._is_cut_off and not self.avoids(now):
+            self._is_cut_off = False
+        return self._is_cut_off
 
-    def lied(self, peer: PeerId, now: Now) -> None:
+    def lied(self, now: Now) -> None:
         """It said what an honest one can't."""
-        self._avoid(self._record(peer), now, LIAR_MS)
+        self._avoid(now, LIAR_MS)
 
-    def failed(self, peer: PeerId, now: Now) -> None:
+    def failed(self, now: Now) -> None:
         """It didn't answer, or not intelligibly."""
-        record = self._record(peer)
-        record.failures += 1
-        self._avoid(record, now, avoid_ms(record.failures))
+        self.failures += 1
+        self._avoid(now, avoid_ms(self.failures))
 
-    def missed(self, peer: PeerId, now: Now) -> None:
+    def missed(self, now: Now) -> None:
         """It hadn't what it was said to have."""
-        record = self._record(peer)
-        record.misses += 1
-        if record.misses >= MISSES_MAX:
-            self._avoid(record, now, avoid_ms(1 + record.misses - MISSES_MAX))
+        self.misses += 1
+        if self.misses >= MISSES_MAX:
+            self._avoid(now, avoid_ms(1 + self.misses - MISSES_MAX))
 
-    def served(self, peer: PeerId) -> None:
+    def served(self) -> None:
         """It gave a good answer: failures before it don't count any more."""
-        record = self._records.get(peer)
-        if record is not None:
-            record.failures = record.misses = 0
+        self.failures = self.misses = 0
 
-    def back(self, peer: PeerId) -> None:
+    def back(self) -> None:
         """It was silent and speaks again. Whatever it lied about stays."""
-        record = self._records.get(peer)
-        if record is not None and record.for_ms < LIAR_MS:
-            del self._records[peer]
+        if self.for_ms < LIAR_MS:
+            self.until_ms = self.for_ms = self.failures = self.misses = 0
 
-    def _record(self, peer: PeerId) -> _Record:
-        record = self._records.setdefault(peer, _Record())
-        self._records.move_to_end(peer)
-        if len(self._records) > AVOIDED_MAX:
-            self._records.popitem(last=False)
-        return record
-
-    def _avoid(self, record: _Record, now: Now, for_ms: int) -> None:
-        if now.mono_ms + for_ms >= record.until_ms:
-            record.until_ms, record.for_ms = now.mono_ms + for_ms, for_ms
+    def _avoid(self, now: Now, for_ms: int) -> None:
+        if now.mono_ms + for_ms >= self.until_ms:
+            self.until_ms, self.for_ms = now.mono_ms + for_ms, for_ms
 
 
 assert AVOID_MS_MAX < LIAR_MS

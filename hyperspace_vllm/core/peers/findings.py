@@ -12,7 +12,6 @@ likelier to err then. Rejected: weighing by how far the tokens are, which says n
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from ..records.limits import PEERS_KNOWN_MAX
 from ..records.now import Now
 
 PASS_EVERY_MS = 3_600_000
@@ -24,44 +23,29 @@ DOUBTED_MIN = 3  # signers
 
 
 @dataclass(slots=True)
-class _Signer:
+class Findings:
+    """Of one signer."""
+
     passed_ms: OrderedDict[bytes, int] = field(default_factory=OrderedDict)  # by source, when it last counted
     found_ms: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
 
-
-class Findings:
-    """Of PEERS_KNOWN_MAX signers at most: those audited longest ago are forgotten, and all when the node ends."""
-
-    def __init__(self) -> None:
-        self._signers: OrderedDict[bytes, _Signer] = OrderedDict()
-
-    def passed(self, signer: bytes, source: bytes, now: Now) -> bool:
+    def passed(self, source: bytes, now: Now) -> bool:
         """An audit held; whether it counts for the signer."""
-        return _note(self._signer(signer).passed_ms, source, now, PASS_EVERY_MS)
+        return _note(self.passed_ms, source, now, PASS_EVERY_MS)
 
-    def found(self, signer: bytes, source: bytes, now: Now) -> bool:
-        """An audit found an answer false; whether that convicts the signer."""
-        found_ms = self._signer(signer).found_ms
-        if all(_is_older(at_ms, FINDING_EVERY_MS, now) for at_ms in found_ms.values()):
-            _note(found_ms, source, now, KEPT_MS)
-        recent = [at_ms for at_ms in found_ms.values() if not _is_older(at_ms, KEPT_MS, now)]
-        return len(recent) >= FINDINGS_MIN and not self.doubts_itself(now)
+    def found(self, source: bytes, now: Now) -> bool:
+        """An audit found an answer false; whether there are enough of them to convict the signer."""
+        if all(_is_older(at_ms, FINDING_EVERY_MS, now) for at_ms in self.found_ms.values()):
+            _note(self.found_ms, source, now, KEPT_MS)
+        return sum(not _is_older(at_ms, KEPT_MS, now) for at_ms in self.found_ms.values()) >= FINDINGS_MIN
 
-    def doubts_itself(self, now: Now) -> bool:
-        """Whether this node's engine disagrees with so many that it is likelier wrong than they are."""
-        disagrees = sum(_any_since(signer.found_ms, now) for signer in self._signers.values())
-        agrees = sum(
-            _any_since(signer.passed_ms, now) and not _any_since(signer.found_ms, now)
-            for signer in self._signers.values()
-        )
-        return disagrees >= DOUBTED_MIN and disagrees > agrees
+    def disagrees(self, now: Now) -> bool:
+        """Whether any audit found against the signer."""
+        return _any_since(self.found_ms, now)
 
-    def _signer(self, signer: bytes) -> _Signer:
-        known = self._signers.setdefault(signer, _Signer())
-        self._signers.move_to_end(signer)
-        if len(self._signers) > PEERS_KNOWN_MAX:
-            self._signers.popitem(last=False)
-        return known
+    def agrees(self, now: Now) -> bool:
+        """Whether audits held, and none found against the signer."""
+        return _any_since(self.passed_ms, now) and not self.disagrees(now)
 
 
 def _note(since_ms: OrderedDict[bytes, int], source: bytes, now: Now, every_ms: int) -> bool:

@@ -47,6 +47,6 @@ def _place(known: Peer, trust: Trust) -> Place:
 def _worth(known: Peer, trust: Trust) -> int:
     if known.listed or known.bootstrap:
         return 3
-    if trust.patience.has_earned(known.peer):
+    if trust.standings.has_earned(known.peer):
         return 2
     return int(known.member)

@@ -10,8 +10,6 @@ Rejected: counting a lie as a hundred failures, which a busy liar dilutes within
 
 from dataclasses import dataclass
 
-from ..records.ids import PeerId
-from ..records.limits import PEERS_KNOWN_MAX
 from ..records.now import Now
 from ..records.reason import Reason
 
@@ -33,66 +31,50 @@ def score_of(successes: float, failures: float, lies: float) -> float:
 
 
 @dataclass(slots=True)
-class _Record:
-    at_ms: int
+class Reputation:
+    """What one peer has earned; `now` only grows."""
+
     successes: float = 0.0
     failures: float = 0.0
     lies: float = 0.0
+    _at_ms: int = 0
 
-
-class Reputation:
-    """What this node itself has seen of its peers; of PEERS_KNOWN_MAX at most."""
-
-    def __init__(self) -> None:
-        self._records: dict[PeerId, _Record] = {}
-
-    def score(self, peer: PeerId, now: Now) -> float:
+    def score(self, now: Now) -> float:
         """In [0, 1]; strangers have a newcomer's."""
-        record = self._records.get(peer)
-        if record is None:
-            return score_of(0, 0, 0)
-        left = _left(record, now)
-        return score_of(record.successes * left, record.failures * left, record.lies * left)
+        left = self._left(now)
+        return score_of(self.successes * left, self.failures * left, self.lies * left)
 
-    def served(self, peer: PeerId, now: Now) -> None:
+    def served(self, now: Now) -> None:
         """The peer delivered something, and it was verified."""
-        record = self._aged(peer, now)
-        record.successes += 1
-        _dilute(record)
+        self._age(now)
+        self.successes += 1
+        self._dilute()
 
-    def failed(self, peer: PeerId, reason: Reason, now: Now) -> None:
+    def failed(self, reason: Reason, now: Now) -> None:
         """The peer didn't deliver, or delivered what an honest one can't."""
-        record = self._aged(peer, now)
+        self._age(now)
         if reason.is_lie:
-            record.lies += 1
+            self.lies += 1
         else:
-            record.failures += reason.severity.value
-            _dilute(record)
+            self.failures += reason.severity.value
+            self._dilute()
 
-    def _aged(self, peer: PeerId, now: Now) -> _Record:
-        record = self._records.get(peer)
-        if record is None:
-            if len(self._records) >= PEERS_KNOWN_MAX:  # new identities are free: let them push out each other
-                del self._records[min(self._records, key=lambda known: self._records[known].successes)]
-            record = self._records[peer] = _Record(now.mono_ms)
-        left = _left(record, now)
-        record.successes *= left
-        record.failures *= left
-        record.lies *= left
-        record.at_ms = now.mono_ms
-        return record
+    def _age(self, now: Now) -> None:
+        left = self._left(now)
+        self.successes *= left
+        self.failures *= left
+        self.lies *= left
+        self._at_ms = now.mono_ms
 
+    def _left(self, now: Now) -> float:
+        """What time has left of the record."""
+        return float(0.5 ** ((now.mono_ms - self._at_ms) / HALF_LIFE_MS))
 
-def _left(record: _Record, now: Now) -> float:
-    """What time has left of the record."""
-    return float(0.5 ** ((now.mono_ms - record.at_ms) / HALF_LIFE_MS))
-
-
-def _dilute(record: _Record) -> None:
-    evidence = record.successes + record.failures
-    if evidence > EVIDENCE_MAX:
-        record.successes *= EVIDENCE_MAX / evidence
-        record.failures *= EVIDENCE_MAX / evidence
+    def _dilute(self) -> None:
+        evidence = self.successes + self.failures
+        if evidence > EVIDENCE_MAX:
+            self.successes *= EVIDENCE_MAX / evidence
+            self.failures *= EVIDENCE_MAX / evidence
 
 
 assert reliability(0, 0) < THRESHOLD < reliability(EVIDENCE_MAX, 0)

@@ -4,13 +4,12 @@
     reputation  these too, and for responses whoever has earned it
     allowlist   exactly those on the allowlist
 
-Two scores, which never add up: `word` is of what a peer signed, and grows by audits alone; `service` is of what it
-delivered, whoever had signed that, and says whom to ask first. A relay can serve well all day and is believed nothing.
-KV is never audited, so no peer earns belief for its manifests.
+Of the two scores of a peer (standing.py), which never add up, belief takes `word`, which grows by audits alone: a relay
+can serve well all day and is believed nothing. KV is never audited, so no peer earns belief for its manifests.
 
 Holding the network key is membership for good: a member's tag travels beside what it signed (signing.member_tag), so
 that its proofs and manifests count after it has left, in nodes that never met it. There is no revocation but a new key.
-Whom this node's own audits convicted doesn't count for a day, whatever list it is on (findings.py, suspicion.py).
+Whom this node's own audits convicted doesn't count for a day, whatever list it is on (standing.py).
 """
 
 import hmac
@@ -21,12 +20,9 @@ from ..records.ids import PeerId, peer_id, public_key_of
 from ..records.limits import PEERS_KNOWN_MAX
 from ..records.now import Now
 from ..records.rank import Tier
-from ..records.reason import Reason
 from ..records.signing import NO_MEMBER_TAG, member_tag
-from .findings import Findings
-from .patience import Patience
-from .reputation import THRESHOLD, Reputation
-from .suspicion import Suspicion
+from .reputation import THRESHOLD
+from .standing import Standings
 
 TRIAL_EVERY_MS = 10_000  # an answer of a stranger that is audited and never served, of all strangers together
 PASSED_TOKENS_MIN = 16  # a shorter answer is soon guessed, so it earns nothing
@@ -50,11 +46,7 @@ class Trust:
         """`is_public`: this node shares with everybody (`share = "public"`)."""
         self.mode: TrustMode = mode
         self._is_public = is_public
-        self.word = Reputation()
-        self.service = Reputation()
-        self.findings = Findings()
-        self.suspicion = Suspicion(own_key)
-        self.patience = Patience()
+        self.standings = Standings(own_key)
         self._next_trial_ms = 0
         self._own_key = own_key
         self._listed = listed
@@ -90,7 +82,7 @@ class Trust:
             return True
         if self.mode != "reputation" or self.is_convicted(public_key, now):
             return False
-        return self.word.score(peer_id(public_key), now) >= THRESHOLD
+        return self.standings.word(peer_id(public_key), now) >= THRESHOLD
 
     def trusts_kv(self, public_key: bytes, now: Now) -> bool:
         """Whether the manifests that this peer signed count."""
@@ -102,7 +94,7 @@ class Trust:
 
     def is_convicted(self, public_key: bytes, now: Now) -> bool:
         """Whether nothing that this peer signed counts; of nobody while this node doubts itself."""
-        return self.suspicion.is_convicted(public_key, now) and not self.findings.doubts_itself(now)
+        return self.standings.is_convicted(public_key, now) and not self.standings.doubts_itself(now)
 
     def take_trial(self, public_key: bytes, now: Now) -> bool:
         """Whether a response of this untrusted signer is audited, unserved, now; a yes lasts TRIAL_EVERY_MS."""
@@ -126,26 +118,11 @@ class Trust:
         if public_key == self._own_key:
             return False
         if verdict == "passed":
-            if tokens >= PASSED_TOKENS_MIN and self.findings.passed(public_key, source, now):
-                self.word.served(peer_id(public_key), now)
+            if tokens >= PASSED_TOKENS_MIN:
+                self.standings.passed(public_key, source, now)
             return False
-        self.suspicion.accuse(self._own_key, public_key, now)
-        if verdict == "dropped" or not self.findings.found(public_key, source, now):
-            return False
-        self.suspicion.convict(public_key, now)
-        self.word.failed(peer_id(public_key), Reason.FALSE_RESPONSE, now)
-        return True
-
-    def delivered(self, peer: PeerId, now: Now) -> None:
-        """The peer sent something that was verified, whoever had signed it."""
-        self.service.served(peer, now)
-        self.patience.delivered(peer)
-
-    def failed(self, peer: PeerId, reason: Reason, now: Now) -> None:
-        """The peer didn't deliver. A lie costs it belief as well: what it altered it may sign as well."""
-        self.service.failed(peer, reason, now)
-        if reason.is_lie:
-            self.word.failed(peer, reason, now)
+        self.standings.accuse(self._own_key, public_key, now)
+        return verdict != "dropped" and self.standings.found_false(public_key, source, now)
 
     def is_chosen(self, public_key: bytes) -> bool:
         """Whether the peer counts by the operator's choice, whatever it did: a member, or on the allowlist.
@@ -164,11 +141,11 @@ class Trust:
 
     def has_standing(self, peer: PeerId) -> bool:
         """Whether the peer was chosen, or has delivered: strangers' hints don't take its place."""
-        return self.patience.has_earned(peer) or self.is_chosen(public_key_of(peer))
+        return self.standings.has_earned(peer) or self.is_chosen(public_key_of(peer))
 
     def tier(self, peer: PeerId) -> Tier:
         """Whose needs come first: those on this node's own lists and those that have delivered, then members."""
-        if self.patience.has_earned(peer) or self.is_listed(public_key_of(peer)):
+        if self.standings.has_earned(peer) or self.is_listed(public_key_of(peer)):
             return Tier.PROVEN
         return Tier.MEMBER if self.has_standing(peer) else Tier.STRANGER
 
@@ -176,7 +153,7 @@ class Trust:
         """Whether a request may wait for what this peer says it has."""
         if self.is_convicted(public_key_of(peer), now):
             return False
-        return self.patience.has_earned(peer) or (self.has_standing(peer) and self.patience.lends(now))
+        return self.standings.has_earned(peer) or (self.has_standing(peer) and self.standings.lends(now))
 
     def vouch(self, public_key: bytes) -> bytes:
         """The member tag of a signer that is known to hold the network key; zeros for everybody else.

@@ -17,6 +17,7 @@ from zmq.utils import z85
 from ...config import Config
 from ...core.events.network_effects import KvEndpoint
 from ...core.peers.dials import Dials
+from ...core.peers.standing import Delivered, Failed
 from ...core.peers.trust import Trust
 from ...core.records import wire
 from ...core.records.errors import ProtocolViolation
@@ -127,16 +128,20 @@ class ChunkTransport:
         return link is not None and link.connected
 
     def charge(self, peer: PeerId, reason: Reason) -> None:
-        """Charge a peer with a failure."""
+        """A peer did what it is charged with, and the core has not heard of it."""
+        self._trust.standings.note(Failed(peer, reason), clock.now())
+        self.count_charge(peer, reason)
+
+    def count_charge(self, peer: PeerId, reason: Reason) -> None:
+        """A peer is charged."""
         self.charges[peer, reason] += 1
         self._metrics.failures_total.labels("l2", f"peer_{reason}").inc()
-        self._trust.failed(peer, reason, clock.now())
         if reason is Reason.PROTOCOL:
             self._on_violation(peer)
 
-    def credit(self, peer: PeerId) -> None:
-        """Credit a peer that served a part of a row that verified."""
-        self._trust.delivered(peer, clock.now())
+    def credit(self, peer: PeerId, size: int, took_ms: int) -> None:
+        """A peer served so much of a row, and it verified."""
+        self._trust.standings.note(Delivered(peer, size, took_ms), clock.now())
 
     async def find(self, peer: PeerId, row_ids: tuple[RowId, ...], timeout_s: float) -> wire.HaveReply:
         """Ask which of the rows the peer serves; the offers' indexes are within `row_ids`."""

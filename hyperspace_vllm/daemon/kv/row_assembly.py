@@ -36,6 +36,7 @@ Spawn = Callable[[Coroutine[None, None, None], Event], asyncio.Task[None]]
 @dataclass(slots=True)
 class _Row:
     slab: Slab
+    began_at: float
     reported_at: float
     chunks: dict[ManifestDigest, dict[int, memoryview]] = field(default_factory=dict)  # verified, by column
     columns: dict[PeerId, int] = field(default_factory=dict)  # verified, as bit masks
@@ -89,7 +90,7 @@ class RowAssembly:
             if slab is None:
                 self._submit(RowFailed(effect.lookup, effect.row_key, "arena_full"))
                 return
-            row = rows[effect.row_key] = _Row(slab, self._loop.time())
+            row = rows[effect.row_key] = _Row(slab, self._loop.time(), self._loop.time())
         if row.over:
             return
         asked_bytes = effect.columns.bit_count() * record.manifest.chunk_bytes
@@ -199,8 +200,9 @@ class RowAssembly:
                 self._condemn(record.digest)
             self._submit(RowFailed(effect.lookup, effect.row_key, refused.reason))
             return
-        for peer in row.columns:
-            self._transport.credit(peer)
+        took_ms = round((self._loop.time() - row.began_at) * 1000)
+        for peer, columns in row.columns.items():
+            self._transport.credit(peer, columns.bit_count() * manifest.chunk_bytes, took_ms)
         row.kept = True
         self._cache.keep(effect.row_key, row.slab)
         self._cache.lease(effect.row_key, effect.lookup)

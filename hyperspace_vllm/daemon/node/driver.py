@@ -251,7 +251,7 @@ class Driver:
             case AnswerPrefix():
                 self._answer(effect)
             case ChargePeer(peer, reason):
-                self._transport.charge(peer, reason)
+                self._transport.count_charge(peer, reason)
             case KeepRow(staged, row_key):
                 slab = self._staging.take(staged)
                 if slab is not None:

@@ -305,7 +305,9 @@ class _Node:
         with needed(chunks, "delete it: its KV is then computed anew"):
             store = ChunkStore(chunks, config.disk_bytes)
         trust, network = self._trust, self._joined
-        node = Node(self._network, peers, config.fetch, random.Random(), network.row_hints, trust.has_standing)
+        node = Node(
+            self._network, peers, config.fetch, random.Random(), trust.standings, network.row_hints, trust.has_standing
+        )
         with needed(f"listen = {config.listen!r}", f"{_LISTEN} (HYPERSPACE_LISTEN)"):
             transport = ChunkTransport(
                 config,

@@ -157,8 +157,8 @@ class NetworkDriver:
             "registry_entries": registry.entries + registry.own_entries,
             "hints": len(node.hints),
             "provided": self._provided,
-            "suspected_peers": self._trust.suspicion.suspected(now),
-            "doubts_own_engine": self._trust.findings.doubts_itself(now),
+            "suspected_peers": self._trust.standings.suspected(now),
+            "doubts_own_engine": self._trust.standings.doubts_itself(now),
             "gossip_refused": dict(node.gossip_refused),
             "last_response_lookup": self._lookups.last,
         }

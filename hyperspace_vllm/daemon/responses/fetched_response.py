@@ -70,5 +70,5 @@ def found_response(opened: Opened, source: str, trust: Trust, now: Now) -> Found
         peer_id(proof.signer),
         source,
         VERIFIED_BY,
-        trust.suspicion.suspects(proof.signer, now),
+        trust.standings.suspects(proof.signer, now),
     )

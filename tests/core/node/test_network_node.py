@@ -58,6 +58,8 @@ from hyperspace_vllm.core.node.network_node import LOOKUPS_MAX, REQUESTS_MAX, Ne
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
 from hyperspace_vllm.core.peers.membership import DIALS_MAX
 from hyperspace_vllm.core.peers.patience import LENT_MAX_MS, LENT_SHARE
+from hyperspace_vllm.core.peers.reputation import score_of
+from hyperspace_vllm.core.peers.standing import Delivered
 from hyperspace_vllm.core.records.announcement import (
     RESPONSE_TOPIC,
     Announcement,
@@ -97,7 +99,7 @@ from hyperspace_vllm.core.records.rank import Acquaintance, Rank
 from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, encode_delta
 from hyperspace_vllm.core.response.lookup import RACE_MS
-from tests.support.moments import dated
+from tests.support.moments import at, dated
 from tests.support.network_world import (
     HOUR_MS,
     NETWORK,
@@ -472,8 +474,8 @@ def test_members_that_never_delivered_waste_no_more_than_all_of_them_are_lent() 
 def test_what_a_convicted_peer_says_it_has_is_not_waited_for() -> None:
     script = Script()
     script.run("> meet 1")
-    script.node._trust.patience.delivered(Identity(1).peer)
-    script.node._trust.suspicion.convict(Identity(1).public_key, dated(NOW_MS))
+    script.node._trust.standings.note(Delivered(Identity(1).peer, 1, 1), dated(NOW_MS))
+    script.node._trust.standings.convict(Identity(1).public_key, dated(NOW_MS))
     script.run(f"> want a 1\nhint no\nfetch a from 1 for {RACE_MS}")
 
 
@@ -749,31 +751,33 @@ def test_a_peer_whose_ping_was_lost_sight_of_is_still_noticed_to_be_silent() -> 
 # --- time ---------------------------------------------------------------------------------------
 
 
-def tick(node: NetworkNode, now_ms: int) -> list[NetworkEffect]:
-    """A tick, after which the next deadline must lie ahead."""
-    effects = node.handle(NetworkTick(), dated(now_ms))
+def tick(node: NetworkNode, now_ms: int, set_by_ms: int = 0) -> list[NetworkEffect]:
+    """A tick, after which the next deadline must lie ahead; the wall clock was set by so much."""
+    now = at(dated(now_ms).mono_ms, set_by_ms)
+    effects = node.handle(NetworkTick(), now)
     due_ms = node.next_deadline_ms()
-    assert due_ms is None or due_ms > now_ms
+    assert due_ms is None or due_ms > now.mono_ms
     return effects
 
 
-@pytest.mark.parametrize("back_ms", [5, 10 * SECOND_MS, HOUR_MS, 24 * HOUR_MS])
-def test_a_clock_that_is_set_back_delays_no_deadline(back_ms: int) -> None:
+@pytest.mark.parametrize("set_by_ms", [-5, -10 * SECOND_MS, -HOUR_MS, -24 * HOUR_MS, 24 * HOUR_MS])
+def test_a_wall_clock_that_is_set_delays_no_deadline(set_by_ms: int) -> None:
     script = Script(make_node(bootstrap=(9,)))
     script.run("> meet 1\n> gossip 1 a\n> want a\nhint yes\nfetch a from 1 for 300")
     node = script.node
     now_ms = NOW_MS + 100
     tick(node, now_ms)
-    now_ms -= back_ms
-    assert only(tick(node, now_ms), AnswerResponse) == []
-    assert node.next_deadline_ms() is not None
-    assert node.next_deadline_ms() <= now_ms + 200
-    assert [answer.reason for answer in only(tick(node, now_ms + 200), AnswerResponse)] == ["deadline"]
-    sent = [send for step in range(1, 5) for send in only(tick(node, now_ms + step * SECOND_MS), Send)]
+    assert only(tick(node, now_ms, set_by_ms), AnswerResponse) == []
+    due_ms = node.next_deadline_ms()
+    assert due_ms is not None
+    assert due_ms <= dated(now_ms + 200).mono_ms
+    assert [answer.reason for answer in only(tick(node, now_ms + 200, set_by_ms), AnswerResponse)] == ["deadline"]
+    sent = [send for step in range(1, 5) for send in only(tick(node, now_ms + step * SECOND_MS, set_by_ms), Send)]
     assert any(isinstance(send.message, Ping) for send in sent)
-    assert node.handle(gossip(1, "b", 2, now_ms + 4 * SECOND_MS), dated(now_ms + 4 * SECOND_MS)) is not None
-    stored = ResponseStored(response("c"), now_ms + HOUR_MS, True)
-    effects = node.handle(stored, dated(now_ms + 5 * SECOND_MS)) + tick(node, now_ms + 6 * SECOND_MS)
+    later = at(dated(now_ms + 4 * SECOND_MS).mono_ms, set_by_ms)
+    assert node.handle(gossip(1, "b", 2, later.wall_ms), later) is not None
+    stored = ResponseStored(response("c"), later.wall_ms + HOUR_MS, True)
+    effects = node.handle(stored, later) + tick(node, now_ms + 6 * SECOND_MS, set_by_ms)
     assert only(effects, Publish)
 
 
@@ -807,19 +811,19 @@ def events_of_anybody() -> st.SearchStrategy[NetworkEvent]:
         names,
         st.integers(1, 9),
     )
-    lookups, reasons = st.integers(1, 8), st.sampled_from(["miss", "busy", "timeout", "unreachable", "protocol"])
+    lookups, reasons = st.integers(1, 8), st.sampled_from(Reason)
     build: list[st.SearchStrategy[NetworkEvent]] = [
         st.just(NetworkTick()),
         st.builds(PeerConnected, peers),
         st.builds(PeerDisconnected, peers),
         st.builds(PeerMisbehaved, peers),
-        st.builds(ConnectFailed, peers, st.just("timeout")),
+        st.builds(ConnectFailed, peers, st.just(Reason.TIMEOUT)),
         st.builds(RequestReceived, st.integers(1, 99), peers, requests),
         st.builds(Answered, st.integers(1, 40), peers, answers),
         st.builds(RequestFailed, st.integers(1, 40), peers, reasons),
         st.builds(ResponseReleased, lookups),
         st.builds(ResponseFetched, lookups, peers, st.just(1), st.just(NOW_MS + HOUR_MS), st.integers(0, 1 << 32)),
-        st.builds(ResponseRefused, lookups, peers, reasons, st.booleans()),
+        st.builds(ResponseRefused, lookups, peers, reasons),
         st.builds(ProvidersFound, lookups, st.lists(peers, max_size=3).map(tuple), st.just(5.0)),
         st.builds(ResponseStored, names, st.just(NOW_MS + HOUR_MS), st.booleans()),
         st.builds(AnswerAudited, evidence, st.sampled_from([b"", b"1", b"2"])),
@@ -842,7 +846,8 @@ def events_of_anybody() -> st.SearchStrategy[NetworkEvent]:
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.integers(0, 3_000), events_of_anybody()),
-        st.tuples(st.sampled_from([-HOUR_MS, -7, 60 * SECOND_MS, HOUR_MS]), st.just(NetworkTick())),
+        st.tuples(st.sampled_from([60 * SECOND_MS, HOUR_MS]), st.just(NetworkTick())),
+        st.tuples(st.sampled_from([-HOUR_MS, -7, 60 * SECOND_MS, HOUR_MS]), st.just("set")),  # the wall clock
         st.tuples(st.just(0), st.just("want")),
     ),
     max_size=60,
@@ -856,22 +861,26 @@ def test_whatever_comes_time_goes_on_and_every_lookup_is_hinted_and_answered_onc
 ) -> None:
     node = make_node(bootstrap=(1,), network_key=network_key)
     node.start(dated(NOW_MS))
-    now_ms, lookups = NOW_MS, 0
+    now_ms, set_by_ms, lookups = NOW_MS, 0, 0
     hinted: list[int] = []
     answered: list[int] = []
     for delay_ms, event in steps:
-        now_ms += delay_ms
+        if event == "set":
+            set_by_ms, event = set_by_ms + delay_ms, NetworkTick()
+        else:
+            now_ms += delay_ms
         if isinstance(event, str):
             lookups += 1
             event = ResponseWanted(lookups, response("a"), 300)
-        for effects in (node.handle(event, dated(now_ms)), tick(node, now_ms)):
+        now = at(dated(now_ms).mono_ms, set_by_ms)
+        for effects in (node.handle(event, now), tick(node, now_ms, set_by_ms)):
             assert len(effects) < 100
             for effect in effects:
                 if isinstance(effect, HintResponse):
                     withdrawn = effect.lookup in hinted and not effect.hinted
                     hinted += [] if withdrawn else [effect.lookup]
             answered += [effect.lookup for effect in effects if isinstance(effect, AnswerResponse)]
-    answered += [effect.lookup for effect in only(tick(node, now_ms + 10 * SECOND_MS), AnswerResponse)]
+    answered += [effect.lookup for effect in only(tick(node, now_ms + 10 * SECOND_MS, set_by_ms), AnswerResponse)]
     assert sorted(hinted) == sorted(answered) == list(range(1, lookups + 1))
 
 
@@ -947,7 +956,7 @@ def test_a_node_that_comes_back_with_its_clock_behind_is_believed_soon() -> None
     world.run(5 * SECOND_MS)
     world.stop(2)
     world.run(5 * SECOND_MS)
-    world.now_ms -= 2 * 60 * SECOND_MS  # everybody's
+    world.set_by_ms = -2 * 60 * SECOND_MS
     world.boot(2, bootstrap=(0,))
     world.run(20 * SECOND_MS)
     for number in (0, 1):
@@ -991,7 +1000,7 @@ def test_one_connection_that_brings_a_thousand_owners_takes_a_quarter_of_the_reg
         send = node._ask(Identity(number).peer, message, 1_000)
         imports = only(node.handle(Answered(send.request, send.peer, with_), dated(NOW_MS)), ImportDeltas)
         while (due_ms := node.registry._intake.next_deadline_ms()) is not None:
-            imports += only(node.registry.on_tick(dated(due_ms)), ImportDeltas)
+            imports += only(node.registry.on_tick(at(due_ms)), ImportDeltas)
         while imports:  # a document here is a hundred ids of its owner's
             imports = [new for each in imports for new in imported(each)]
 
@@ -1046,3 +1055,45 @@ def test_a_member_that_was_listed_needs_no_network_key() -> None:
     assert node.handle(gossip(1, "a", 1, NOW_MS), dated(NOW_MS)) == []
     assert node.gossip_refused == {}
     assert node.providers(response("a"), dated(NOW_MS)) == (Identity(1).peer,)
+
+
+def says_who_is_charged(node: NetworkNode, number: int, message: PeerRequest, answer: PeerAnswer) -> list[ChargePeer]:
+    """What `number` answers to a question of the node's, and whom that charges."""
+    send = node._ask(Identity(number).peer, message, 1_000)
+    charged = only(node.handle(Answered(send.request, send.peer, answer), dated(NOW_MS)), ChargePeer)
+    while (due_ms := node.registry._intake.next_deadline_ms()) is not None:
+        charged += only(node.handle(NetworkTick(), at(due_ms)), ChargePeer)
+    return charged
+
+
+def is_judged_a_liar(node: NetworkNode, number: int) -> bool:
+    """Whether it has lost belief and service, which go together when one lies."""
+    peer, newcomer = Identity(number).peer, score_of(0, 0, 0)
+    scores = node._trust.standings.word(peer, dated(NOW_MS)), node._trust.standings.service(peer, dated(NOW_MS))
+    assert scores in ((newcomer, newcomer), (newcomer / 2, newcomer / 2))
+    return scores[0] < newcomer
+
+
+def test_who_passes_on_a_forged_record_is_judged_for_it() -> None:
+    node, forged = make_node(), bytearray(Identity(3).record())
+    forged[-1] ^= 1
+    for number in (1, 2):
+        node.handle(PeerConnected(Identity(number).peer, Identity(number).host), dated(NOW_MS))
+        asked(node, Greet(Identity(number).record()), number)
+    charged = says_who_is_charged(node, 1, WantPeers(b""), Peers((bytes(forged),)))
+    assert charged == [ChargePeer(Identity(1).peer, Reason.BAD_SIGNATURE)]
+    assert [is_judged_a_liar(node, number) for number in (1, 2, 3)] == [True, False, False]
+
+
+def test_who_signs_two_documents_of_one_number_is_judged_for_it_and_no_relay() -> None:
+    node = make_node(registry=True)
+    for number in (1, 2):
+        node.handle(PeerConnected(Identity(number).peer, Identity(number).host), dated(NOW_MS))
+        asked(node, Greet(Identity(number).record()), number)
+    owner, charged = Identity(2), []
+    for payload in (b"one", b"another"):
+        delta = RegistryDelta(NETWORK, owner.public_key, NOW_MS, 0, "snapshot", NOW_MS + REGISTRY_TTL_MS, payload)
+        deltas = Deltas((encode_delta(delta, owner.key),), ())
+        charged += says_who_is_charged(node, 1, WantDeltas(()), deltas)
+    assert charged == [ChargePeer(owner.peer, Reason.REGISTRY_EQUIVOCATION)]
+    assert [is_judged_a_liar(node, number) for number in (1, 2)] == [False, True]

@@ -5,6 +5,7 @@ import random
 from hyperspace_vllm.core.events.kv_effects import FindProviders
 from hyperspace_vllm.core.events.kv_events import PrefixWanted, RowsFound
 from hyperspace_vllm.core.node.node import ASKED_MAX, Node
+from hyperspace_vllm.core.peers.standing import Standings
 from hyperspace_vllm.core.records.ids import PeerId, RowId, SegmentKey, network_id, row_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
 from tests.support.moments import at
@@ -25,7 +26,7 @@ def asked(node: Node, lookup: int = 1, may_ask_peers: bool = True) -> tuple[Peer
 
 
 def make(hints: dict[RowId, tuple[PeerId, ...]], peers: tuple[PeerId, ...] = PEERS) -> Node:
-    return Node(NETWORK, peers, "always", random.Random(1), lambda row: hints.get(row, ()))
+    return Node(NETWORK, peers, "always", random.Random(1), Standings(bytes(32)), lambda row: hints.get(row, ()))
 
 
 def test_without_hints_eight_peers_are_asked_and_not_always_the_same() -> None:
@@ -66,5 +67,7 @@ def test_peers_that_come_and_go_are_asked_and_asked_no_more() -> None:
 
 def test_strangers_are_not_asked_for_kv() -> None:
     known = PEERS[3:5]
-    node = Node(NETWORK, PEERS, "always", random.Random(1), lambda row: PEERS, lambda peer: peer in known)
+    node = Node(
+        NETWORK, PEERS, "always", random.Random(1), Standings(bytes(32)), lambda row: PEERS, lambda peer: peer in known
+    )
     assert set(asked(node)) == set(known)

@@ -11,10 +11,12 @@ from hyperspace_vllm.core.peers.findings import (
     SOURCES_MAX,
     Findings,
 )
-from hyperspace_vllm.core.records.limits import PEERS_KNOWN_MAX
+from hyperspace_vllm.core.peers.standing import Standings
+from hyperspace_vllm.core.records.ids import peer_id
 from tests.support.moments import at
 
 A, B, C, D, E = (bytes([number]) * 32 for number in range(5))
+OWN = bytes(31) + b"o"
 GAP_MS = FINDING_EVERY_MS
 
 
@@ -36,25 +38,31 @@ def test_a_conviction_takes_findings_of_different_clients_over_time(
     found: list[tuple[bytes, int]], convicted: bool
 ) -> None:
     findings = Findings()
-    *earlier, last = [findings.found(A, source, at(at_ms)) for source, at_ms in found]
+    *earlier, last = [findings.found(source, at(at_ms)) for source, at_ms in found]
     assert not any(earlier)
     assert last is convicted
 
 
 def test_findings_of_one_signer_say_nothing_of_another() -> None:
-    findings = Findings()
-    assert not any(
-        findings.found(signer, b"%d" % number, at(number * GAP_MS)) for number in range(2) for signer in (A, B)
-    )
+    standings = Standings(OWN)
+    for number in range(2):
+        assert not any(standings.found_false(signer, b"%d" % number, at(number * GAP_MS)) for signer in (A, B))
 
 
 def test_a_pass_counts_once_an_hour_for_each_client() -> None:
     findings = Findings()
-    assert findings.passed(A, b"1", at(0))
-    assert not findings.passed(A, b"1", at(PASS_EVERY_MS - 1))
-    assert findings.passed(A, b"2", at(0))
-    assert findings.passed(B, b"1", at(0))
-    assert findings.passed(A, b"1", at(PASS_EVERY_MS))
+    assert findings.passed(b"1", at(0))
+    assert not findings.passed(b"1", at(PASS_EVERY_MS - 1))
+    assert findings.passed(b"2", at(0))
+    assert findings.passed(b"1", at(PASS_EVERY_MS))
+
+
+def test_a_pass_of_one_signer_is_none_of_another() -> None:
+    standings = Standings(OWN)
+    for signer in (A, B):
+        before = standings.word(peer_id(signer), at(0))
+        standings.passed(signer, b"1", at(0))
+        assert standings.word(peer_id(signer), at(0)) > before
 
 
 @pytest.mark.parametrize(
@@ -65,47 +73,43 @@ def test_a_pass_counts_once_an_hour_for_each_client() -> None:
         ((A, B, C), (), True),
         ((A, B, C), (D,), True),
         ((A, B, C), (C, D), True),
-        ((A, B, C), (D, E, bytes(31)), False),
+        ((A, B, C), (D, E, bytes(31) + b"f"), False),
     ],
 )
 def test_a_node_suspects_itself_where_it_disagrees_with_several_and_with_most(
     disagrees: tuple[bytes, ...], agrees: tuple[bytes, ...], doubts: bool
 ) -> None:
-    findings = Findings()
+    standings = Standings(OWN)
     for signer in agrees:
-        findings.passed(signer, b"1", at(0))
+        standings.passed(signer, b"1", at(0))
     for signer in disagrees:
-        findings.found(signer, b"1", at(0))
-    assert findings.doubts_itself(at(KEPT_MS - 1)) is doubts
-    assert not findings.doubts_itself(at(KEPT_MS))
+        standings.found_false(signer, b"1", at(0))
+    assert standings.doubts_itself(at(KEPT_MS - 1)) is doubts
+    assert not standings.doubts_itself(at(KEPT_MS))
 
 
 def test_who_doubts_itself_convicts_once_others_agree_with_it_again() -> None:
-    findings = Findings()
+    standings = Standings(OWN)
     for number in range(FINDINGS_MIN):
         for signer in (A, B, C)[:DOUBTED_MIN]:
-            assert not findings.found(signer, b"%d" % number, at(number * GAP_MS)) or signer == A
-    assert findings.doubts_itself(at(FINDINGS_MIN * GAP_MS))
+            assert not standings.found_false(signer, b"%d" % number, at(number * GAP_MS)) or signer == A
+    assert standings.doubts_itself(at(FINDINGS_MIN * GAP_MS))
     for number in range(DOUBTED_MIN):
-        findings.passed(bytes([100 + number]) * 32, b"1", at(FINDINGS_MIN * GAP_MS))
-    assert findings.found(A, b"9", at(FINDINGS_MIN * GAP_MS))
+        standings.passed(bytes([100 + number]) * 32, b"1", at(FINDINGS_MIN * GAP_MS))
+    assert standings.found_false(A, b"9", at(FINDINGS_MIN * GAP_MS))
 
 
 @pytest.mark.parametrize("set_by_ms", [-1_000, -100 * KEPT_MS, 100 * KEPT_MS])
 def test_a_wall_clock_that_is_set_forgets_nothing_and_keeps_nothing_longer(set_by_ms: int) -> None:
-    findings = Findings()
+    standings = Standings(OWN)
     for signer in (A, B, C):
-        findings.found(signer, b"1", at(10 * KEPT_MS))
-    assert findings.doubts_itself(at(11 * KEPT_MS - 1, set_by_ms))
-    assert not findings.doubts_itself(at(11 * KEPT_MS, set_by_ms))
+        standings.found_false(signer, b"1", at(10 * KEPT_MS))
+    assert standings.doubts_itself(at(11 * KEPT_MS - 1, set_by_ms))
+    assert not standings.doubts_itself(at(11 * KEPT_MS, set_by_ms))
 
 
-def test_signers_and_sources_are_bounded() -> None:
+def test_sources_are_bounded() -> None:
     findings = Findings()
     for number in range(SOURCES_MAX + 10):
-        findings.passed(A, number.to_bytes(2, "big"), at(0))
-    assert len(findings._signers[A].passed_ms) == SOURCES_MAX
-    for number in range(PEERS_KNOWN_MAX):
-        findings.passed((1 + number).to_bytes(32, "big"), b"1", at(0))
-    assert len(findings._signers) == PEERS_KNOWN_MAX
-    assert A not in findings._signers
+        findings.passed(number.to_bytes(2, "big"), at(0))
+    assert len(findings.passed_ms) == SOURCES_MAX

@@ -9,7 +9,6 @@ from hyperspace_vllm.core.events.network_effects import ChargePeer, Connect, Dis
 from hyperspace_vllm.core.peers.address import may_dial
 from hyperspace_vllm.core.peers.avoidance import (
     AVOID_MS_MAX,
-    AVOIDED_MAX,
     LIAR_MS,
     MISSES_MAX,
     SILENT_MS,
@@ -36,6 +35,7 @@ from hyperspace_vllm.core.peers.membership import (
     dial_delay_ms,
 )
 from hyperspace_vllm.core.peers.peer_table import Peer, PeerTable
+from hyperspace_vllm.core.peers.standing import Delivered
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import PeerId, network_id
 from hyperspace_vllm.core.records.limits import (
@@ -559,7 +559,7 @@ def test_members_that_delivered_and_the_listed_keep_their_places_before_other_me
     node.members.on_connected(Identity(1).peer, "198.51.100.7", node.now)
     node.learn(1, own_word=True)
     arrive(node, 2, "198.51.100.7")
-    node.trust.patience.delivered(Identity(2).peer)
+    node.trust.standings.note(Delivered(Identity(2).peer, 1, 1), node.now)
     for number in range(100, 100 + 3 * GREETED_INBOUND_MAX):
         arrive(node, number, f"10.1.{number % 256}.1")
     assert peers(1, 2) <= node.neighbours()
@@ -819,49 +819,46 @@ def test_the_silent_are_avoided_longer_and_longer(times: int, wait_ms: int) -> N
     assert avoid_ms(times) == wait_ms
     avoidance = Avoidance()
     for _ in range(times):
-        avoidance.failed(PeerId("a"), dated(NOW_MS))
-    assert avoidance.avoids(PeerId("a"), dated(NOW_MS + wait_ms - 1))
-    assert not avoidance.avoids(PeerId("a"), dated(NOW_MS + wait_ms))
+        avoidance.failed(dated(NOW_MS))
+    assert avoidance.avoids(dated(NOW_MS + wait_ms - 1))
+    assert not avoidance.avoids(dated(NOW_MS + wait_ms))
 
 
 def test_a_good_answer_wipes_out_failures_before_it() -> None:
     avoidance = Avoidance()
-    avoidance.failed(PeerId("a"), dated(NOW_MS))
-    avoidance.served(PeerId("a"))
-    avoidance.failed(PeerId("a"), dated(NOW_MS + HOUR_MS))
-    assert not avoidance.avoids(PeerId("a"), dated(NOW_MS + HOUR_MS + SILENT_MS))
+    avoidance.failed(dated(NOW_MS))
+    avoidance.served()
+    avoidance.failed(dated(NOW_MS + HOUR_MS))
+    assert not avoidance.avoids(dated(NOW_MS + HOUR_MS + SILENT_MS))
 
 
 def test_who_is_back_is_forgiven_its_silence_and_not_its_lies() -> None:
     avoidance = Avoidance()
-    avoidance.failed(PeerId("a"), dated(NOW_MS))
-    avoidance.back(PeerId("a"))
-    assert not avoidance.avoids(PeerId("a"), dated(NOW_MS))
-    avoidance.lied(PeerId("a"), dated(NOW_MS))
-    avoidance.failed(PeerId("a"), dated(NOW_MS))
-    avoidance.back(PeerId("a"))
-    assert avoidance.avoids(PeerId("a"), dated(NOW_MS + LIAR_MS - 1))
-    assert not avoidance.avoids(PeerId("a"), dated(NOW_MS + LIAR_MS))
+    avoidance.failed(dated(NOW_MS))
+    avoidance.back()
+    assert not avoidance.avoids(dated(NOW_MS))
+    avoidance.lied(dated(NOW_MS))
+    avoidance.failed(dated(NOW_MS))
+    avoidance.back()
+    assert avoidance.avoids(dated(NOW_MS + LIAR_MS - 1))
+    assert not avoidance.avoids(dated(NOW_MS + LIAR_MS))
 
 
 def test_a_stale_word_is_forgiven_and_a_boaster_is_not() -> None:
     avoidance = Avoidance()
     for _ in range(MISSES_MAX - 1):
-        avoidance.missed(PeerId("a"), dated(NOW_MS))
-    assert not avoidance.avoids(PeerId("a"), dated(NOW_MS))
-    avoidance.missed(PeerId("a"), dated(NOW_MS))
-    assert avoidance.avoids(PeerId("a"), dated(NOW_MS))
+        avoidance.missed(dated(NOW_MS))
+    assert not avoidance.avoids(dated(NOW_MS))
+    avoidance.missed(dated(NOW_MS))
+    assert avoidance.avoids(dated(NOW_MS))
 
 
-def test_avoidance_is_bounded_and_lasts_as_long_whatever_the_wall_clock_shows() -> None:
+@pytest.mark.parametrize("set_by_ms", [-HOUR_MS, HOUR_MS])
+def test_avoidance_lasts_as_long_whatever_the_wall_clock_shows(set_by_ms: int) -> None:
     avoidance = Avoidance()
-    for number in range(AVOIDED_MAX + 1):
-        avoidance.lied(PeerId(str(number)), dated(NOW_MS))
-    assert not avoidance.avoids(PeerId("0"), dated(NOW_MS))
-    assert avoidance.avoids(PeerId("1"), dated(NOW_MS))
-    for set_by_ms in (-HOUR_MS, HOUR_MS):
-        assert avoidance.avoids(PeerId("1"), Now(dated(NOW_MS).mono_ms + LIAR_MS - 1, NOW_MS + set_by_ms))
-        assert not avoidance.avoids(PeerId("1"), Now(dated(NOW_MS).mono_ms + LIAR_MS, NOW_MS + set_by_ms))
+    avoidance.lied(at(0))
+    assert avoidance.avoids(at(LIAR_MS - 1, set_by_ms))
+    assert not avoidance.avoids(at(LIAR_MS, set_by_ms))
 
 
 def test_a_silent_peer_is_asked_again_once_it_was_heard_of_or_may_be_dialled() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from hyperspace_vllm.core.peers.findings import DOUBTED_MIN, FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.core.peers.reputation import THRESHOLD, score_of
-from hyperspace_vllm.core.peers.suspicion import CONVICTED_MS
+from hyperspace_vllm.core.peers.standing import CONVICTED_MS, Delivered, Failed
 from hyperspace_vllm.core.peers.trust import PASSED_TOKENS_MIN, SHOWN_MAX, TRIAL_EVERY_MS, Trust, TrustMode
 from hyperspace_vllm.core.records.ids import peer_id, sha256
 from hyperspace_vllm.core.records.reason import Reason
@@ -36,7 +36,7 @@ def make(mode: TrustMode, network_key: bytes | None = KEY, is_public: bool = Fal
     for source in SOURCES:
         trust.audited(EARNED, PASSED_TOKENS_MIN, "passed", source, at(0))
     for _ in range(10_000):
-        trust.delivered(peer_id(RELAY), at(0))
+        trust.standings.note(Delivered(peer_id(RELAY), 1, 1), at(0))
     trust.meet(MEMBER, member_tag(KEY, MEMBER))
     return trust
 
@@ -79,17 +79,17 @@ def test_a_stranger_may_be_asked_but_gets_only_what_is_for_everybody(
 def test_earned_trust_is_lost_by_a_lie() -> None:
     trust = make("reputation")
     assert trust.trusts(EARNED, at(0))
-    trust.failed(peer_id(EARNED), Reason.BAD_PROOF, at(0))
+    trust.standings.note(Failed(peer_id(EARNED), Reason.BAD_PROOF), at(0))
     assert not trust.trusts(EARNED, at(0))
 
 
 def test_who_serves_well_is_asked_first_and_waited_for_and_believed_nothing_that_it_signs() -> None:
     trust = make("reputation")
-    assert trust.service.score(peer_id(RELAY), at(0)) > THRESHOLD
+    assert trust.standings.service(peer_id(RELAY), at(0)) > THRESHOLD
     assert trust.may_be_waited_for(peer_id(RELAY), at(0))
     assert not trust.trusts(RELAY, at(0))
-    assert trust.word.score(peer_id(RELAY), at(0)) == score_of(0, 0, 0)
-    assert trust.service.score(peer_id(EARNED), at(0)) == score_of(0, 0, 0)
+    assert trust.standings.word(peer_id(RELAY), at(0)) == score_of(0, 0, 0)
+    assert trust.standings.service(peer_id(EARNED), at(0)) == score_of(0, 0, 0)
     assert not trust.may_be_waited_for(peer_id(EARNED), at(0))
 
 
@@ -114,7 +114,7 @@ def test_one_answer_of_a_stranger_at_a_time_is_tried_and_only_where_belief_can_b
     year_ms = 365 * 24 * 3_600_000
     assert not trust.take_trial(RELAY, at(1_000 + 2 * TRIAL_EVERY_MS - 1, year_ms))
     assert trust.take_trial(RELAY, at(1_000 + 2 * TRIAL_EVERY_MS, -year_ms)), "the wall clock stops no trials"
-    trust.suspicion.convict(STRANGER, at(10**9))
+    trust.standings.convict(STRANGER, at(10**9))
     assert not trust.take_trial(STRANGER, at(10**9))
     assert not make("members").take_trial(STRANGER, at(0))
     assert not make("allowlist").take_trial(STRANGER, at(0))
@@ -124,7 +124,7 @@ def test_one_answer_of_a_stranger_at_a_time_is_tried_and_only_where_belief_can_b
 def test_whom_this_nodes_own_audits_convicted_counts_on_no_list(mode: TrustMode) -> None:
     trust = make(mode)
     for key in NAMES:
-        trust.suspicion.convict(key, at(0))
+        trust.standings.convict(key, at(0))
     assert {name for key, name in NAMES.items() if trust.trusts(key, at(CONVICTED_MS - 1))} == {"own"}
     assert {name for key, name in NAMES.items() if trust.trusts_kv(key, at(CONVICTED_MS - 1))} == {"own"}
     waited_for = {name for key, name in NAMES.items() if trust.may_be_waited_for(peer_id(key), at(CONVICTED_MS - 1))}
@@ -137,13 +137,13 @@ def test_one_client_convicts_nobody_and_several_do_over_time() -> None:
     for number in range(100):
         assert not trust.audited(LISTED, 40, "lie", SOURCES[0], at(number * FINDING_EVERY_MS))
     assert trust.trusts(LISTED, at(100 * FINDING_EVERY_MS))
-    assert trust.suspicion.suspects(LISTED, at(100 * FINDING_EVERY_MS))
+    assert trust.standings.suspects(LISTED, at(100 * FINDING_EVERY_MS))
 
     trust = make("members")
     convicted = [trust.audited(LISTED, 40, "lie", source, at(index * FINDING_EVERY_MS)) for index, source in CLIENTS]
     assert convicted == [False] * (FINDINGS_MIN - 1) + [True]
     assert not trust.trusts(LISTED, at(FINDINGS_MIN * FINDING_EVERY_MS))
-    assert trust.word.score(peer_id(LISTED), at(0)) < score_of(0, 0, 0)
+    assert trust.standings.word(peer_id(LISTED), at(0)) < score_of(0, 0, 0)
 
 
 def test_a_dropped_answer_convicts_nobody_however_many_there_are() -> None:
@@ -161,7 +161,7 @@ def test_a_node_that_disagrees_with_most_convicts_nobody_and_lifts_what_it_had_d
     assert not trust.trusts(LISTED, at(now_ms))
     for number in range(DOUBTED_MIN):
         assert not trust.audited(sha256(bytes([number])), 40, "lie", SOURCES[number], at(now_ms))
-    assert trust.findings.doubts_itself(at(now_ms))
+    assert trust.standings.doubts_itself(at(now_ms))
     assert trust.trusts(LISTED, at(now_ms))
     for index, source in CLIENTS:
         assert not trust.audited(ALLOWED, 40, "lie", source, at(now_ms + index * FINDING_EVERY_MS))

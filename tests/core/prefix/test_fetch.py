@@ -709,7 +709,7 @@ def test_a_retreat_loads_the_window_rows_that_the_shorter_prefix_needs():
         > ready row=0
         > ready row=2
         > ready row=4
-        > refused A m untrusted
+        > refused A m untrusted_producer
         load 3
         load 5
         > ready row=3

@@ -39,7 +39,7 @@ from hyperspace_vllm.core.records.rank import Acquaintance, Rank
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, decode_delta, encode_delta
 from hyperspace_vllm.core.registry import registry as registry_module
 from hyperspace_vllm.core.registry.registry import Registry
-from tests.support.moments import dated
+from tests.support.moments import BOOTED_MS, dated
 
 NETWORK = network_id("test")
 START_MS = 1_790_000_000_000
@@ -316,7 +316,7 @@ def test_a_turn_checks_a_few_deltas_of_each_host_and_a_second_a_bounded_number(c
     assert len(checks) == REGISTRY_DELTAS_AT_ONCE
     turns = [len(checks)]
     for now_ms in range(START_MS, START_MS + SECOND_MS, 10):
-        if (due_ms := registry._intake.next_deadline_ms()) is not None and due_ms <= now_ms:
+        if (due_ms := registry._intake.next_deadline_ms()) is not None and due_ms <= dated(now_ms).mono_ms:
             registry.on_tick(dated(now_ms))
             turns.append(len(checks))
     assert honest.public in [delta.owner for delta in checks[: 2 * REGISTRY_DELTAS_AT_ONCE]]
@@ -630,7 +630,7 @@ def test_documents_that_keep_the_worker_busy_delay_each_other_and_none_of_other_
     now_ms = START_MS
     while now_ms < START_MS + 60 * SECOND_MS:
         if not queue:
-            now_ms = max(now_ms + 1, registry.next_deadline_ms() or 0)
+            now_ms = max(now_ms + 1, (registry.next_deadline_ms() or 0) + BOOTED_MS)
         elif (done := queue.popleft()).owner in hosts:
             now_ms += 1_000
             taken_ms[done.owner] += 1_000

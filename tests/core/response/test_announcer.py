@@ -202,7 +202,7 @@ def test_entries_travel_in_batches_one_a_topic_and_interval() -> None:
         (PREFIX_TOPIC, 1),
     ]
     assert flush(box, NOW_MS + FLUSH_MS - 1) == []
-    assert box.next_deadline_ms() == NOW_MS + FLUSH_MS
+    assert box.next_deadline_ms() == dated(NOW_MS + FLUSH_MS).mono_ms
     assert flush(box, NOW_MS + FLUSH_MS) == [(RESPONSE_TOPIC, [name(ANNOUNCEMENT_ENTRIES_MAX)])]
     assert box.next_deadline_ms() is None
 
@@ -335,9 +335,13 @@ def test_copies_grow_by_one_with_every_doubling_up_to_a_bound(requests: float, c
     assert replicas_wanted(requests) == copies
 
 
-@pytest.mark.parametrize(("age_ms", "left"), [(0, 8.0), (HALF_LIFE_MS, 4.0), (3 * HALF_LIFE_MS, 1.0), (-HOUR_MS, 8.0)])
-def test_half_of_the_requests_count_after_each_half_life(age_ms: int, left: float) -> None:
+@pytest.mark.parametrize(("age_ms", "left"), [(0, 8.0), (HALF_LIFE_MS, 4.0), (3 * HALF_LIFE_MS, 1.0)])
+@pytest.mark.parametrize("set_by_ms", [0, -HOUR_MS, HOUR_MS])
+def test_half_of_the_requests_count_after_each_half_life(age_ms: int, left: float, set_by_ms: int) -> None:
     assert decayed(8.0, age_ms) == left
+    popularity = Popularity()
+    popularity.add(name(1), at(0), 8.0)
+    assert popularity.requests(name(1), at(age_ms, set_by_ms)) == left
 
 
 def test_requests_add_up_and_a_claim_does_not() -> None:

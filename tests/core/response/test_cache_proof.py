@@ -43,8 +43,8 @@ REFUSALS = [
     ("wrong_model", {"model_digest": bytes(32)}),
     ("wrong_response", {"body": BODY + b" "}),
     ("untrusted_signer", {"trusts": frozenset({STRANGER.verify_key.encode()}).__contains__}),
-    ("from_the_future", {"now_ms": NOW_MS - CLOCK_SKEW_MS - 1}),
-    ("expired", {"now_ms": NOW_MS + RESPONSE_TTL_MS}),
+    ("from_the_future", {"wall_ms": NOW_MS - CLOCK_SKEW_MS - 1}),
+    ("expired", {"wall_ms": NOW_MS + RESPONSE_TTL_MS}),
     ("bad_signature", {"proof": replace(PROOF, computed_at_ms=NOW_MS + 1)}),
     ("bad_signature", {"proof": replace(PROOF, engine_version="vllm 0.33.0")}),
     ("bad_signature", {"proof": replace(PROOF, signature=bytes(64))}),
@@ -66,7 +66,7 @@ def test_a_refusal_names_its_reason(reason: str, change: dict[str, object]) -> N
         "body": BODY,
         "model_digest": MODEL,
         "trusts": TRUSTED,
-        "now_ms": NOW_MS,
+        "wall_ms": NOW_MS,
     }
     with pytest.raises(Refused) as refused:
         check_proof(**(arguments | change))  # type: ignore[arg-type]

@@ -10,7 +10,8 @@ from hyperspace_vllm.core.events.network_events import AnswerAudited, GossipRece
 from hyperspace_vllm.core.node.network_node import NetworkNode
 from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.core.peers.reputation import score_of
-from hyperspace_vllm.core.peers.suspicion import ACCUSED_MAX, ACCUSERS_MAX, CONVICTED_MS, SUSPECTED_MS, Suspicion
+from hyperspace_vllm.core.peers.standing import CONVICTED_MS, Standings
+from hyperspace_vllm.core.peers.suspicion import ACCUSED_MAX, ACCUSERS_MAX, SUSPECTED_MS
 from hyperspace_vllm.core.records.announcement import (
     RESPONSE_TOPIC,
     Announcement,
@@ -56,7 +57,7 @@ def listener(*listed: int, network_key: bytes | None = NETWORK_KEY) -> NetworkNo
 
 
 def suspects(node: NetworkNode, number: int = ACCUSED, now_ms: int = NOW_MS) -> bool:
-    return node._trust.suspicion.suspects(Identity(number).public_key, dated(now_ms))
+    return node._trust.standings.suspects(Identity(number).public_key, dated(now_ms))
 
 
 # --- what evidence must say ---------------------------------------------------------------------
@@ -123,21 +124,21 @@ def key(number: int) -> bytes:
 
 
 def test_suspicion_and_conviction_end_by_themselves() -> None:
-    table = Suspicion(key(ME))
-    table.accuse(key(ACCUSER), key(ACCUSED), dated(0))
-    table.convict(key(OTHER), dated(0))
-    assert table.suspects(key(ACCUSED), dated(SUSPECTED_MS - 1))
-    assert not table.suspects(key(ACCUSED), dated(SUSPECTED_MS))
-    assert not table.is_convicted(key(ACCUSED), dated(0))
-    assert table.is_convicted(key(OTHER), dated(CONVICTED_MS - 1))
-    assert table.suspects(key(OTHER), dated(CONVICTED_MS - 1))
-    assert not table.is_convicted(key(OTHER), dated(CONVICTED_MS))
-    assert [table.suspected(dated(at_ms)) for at_ms in (0, SUSPECTED_MS, CONVICTED_MS)] == [2, 1, 0]
+    table = Standings(key(ME))
+    table.accuse(key(ACCUSER), key(ACCUSED), at(0))
+    table.convict(key(OTHER), at(0))
+    assert table.suspects(key(ACCUSED), at(SUSPECTED_MS - 1))
+    assert not table.suspects(key(ACCUSED), at(SUSPECTED_MS))
+    assert not table.is_convicted(key(ACCUSED), at(0))
+    assert table.is_convicted(key(OTHER), at(CONVICTED_MS - 1))
+    assert table.suspects(key(OTHER), at(CONVICTED_MS - 1))
+    assert not table.is_convicted(key(OTHER), at(CONVICTED_MS))
+    assert [table.suspected(at(at_ms)) for at_ms in (0, SUSPECTED_MS, CONVICTED_MS)] == [2, 1, 0]
 
 
 @pytest.mark.parametrize("set_by_ms", [-1_000, -100 * CONVICTED_MS, 100 * CONVICTED_MS])
 def test_a_wall_clock_that_is_set_acquits_nobody_and_lengthens_no_sentence(set_by_ms: int) -> None:
-    table = Suspicion(key(ME))
+    table = Standings(key(ME))
     table.accuse(key(ACCUSER), key(ACCUSED), at(0))
     table.convict(key(OTHER), at(0))
     times_ms = (SUSPECTED_MS - 1, SUSPECTED_MS, CONVICTED_MS)
@@ -145,37 +146,37 @@ def test_a_wall_clock_that_is_set_acquits_nobody_and_lengthens_no_sentence(set_b
 
 
 def test_neither_this_node_nor_an_accuser_itself_is_suspected() -> None:
-    table = Suspicion(key(ME))
-    table.accuse(key(ACCUSER), key(ME), dated(0))
-    table.accuse(key(ACCUSER), key(ACCUSER), dated(0))
-    table.convict(key(ME), dated(0))
-    assert table.suspected(dated(0)) == 0
+    table = Standings(key(ME))
+    table.accuse(key(ACCUSER), key(ME), at(0))
+    table.accuse(key(ACCUSER), key(ACCUSER), at(0))
+    table.convict(key(ME), at(0))
+    assert table.suspected(at(0)) == 0
 
 
 def test_a_slanderer_pushes_out_its_own_words_and_nobody_elses() -> None:
-    table = Suspicion(key(ME))
-    table.accuse(key(OTHER), key(ACCUSED), dated(0))
-    table.accuse(key(ME), key(99), dated(0))
+    table = Standings(key(ME))
+    table.accuse(key(OTHER), key(ACCUSED), at(0))
+    table.accuse(key(ME), key(99), at(0))
     for number in range(100, 1_100):
-        table.accuse(key(ACCUSER), key(number), dated(number))
-    assert table.suspects(key(ACCUSED), dated(0))
-    assert table.suspects(key(99), dated(0))
-    assert [number for number in range(100, 1_100) if table.suspects(key(number), dated(0))] == [
+        table.accuse(key(ACCUSER), key(number), at(number))
+    assert table.suspects(key(ACCUSED), at(0))
+    assert table.suspects(key(99), at(0))
+    assert [number for number in range(100, 1_100) if table.suspects(key(number), at(0))] == [
         *range(1_100 - ACCUSED_MAX, 1_100)
     ]
 
 
 def test_accusers_and_the_convicted_are_bounded_and_this_nodes_own_doubts_stay() -> None:
-    table = Suspicion(key(ME))
-    table.accuse(key(ME), key(ACCUSED), dated(0))
+    table = Standings(key(ME))
+    table.accuse(key(ME), key(ACCUSED), at(0))
     for number in range(10, 10 + 2 * ACCUSERS_MAX):
-        table.accuse(key(number), key(OTHER), dated(0))
-    assert len(table._accused) == ACCUSERS_MAX
-    assert table.suspects(key(ACCUSED), dated(0))
+        table.accuse(key(number), key(OTHER), at(0))
+    assert len(table._accusations._said) == ACCUSERS_MAX
+    assert table.suspects(key(ACCUSED), at(0))
     for number in range(PEERS_KNOWN_MAX + 5):
-        table.convict(key(1_000 + number), dated(0))
-    assert not table.is_convicted(key(1_004), dated(0))
-    assert table.is_convicted(key(1_005), dated(0))
+        table.convict(key(1_000 + number), at(0))
+    assert not table.is_convicted(key(1_004), at(0))
+    assert table.is_convicted(key(1_005), at(0))
 
 
 # --- what hearing it does -----------------------------------------------------------------------
@@ -188,7 +189,7 @@ def test_evidence_of_a_member_makes_suspect_and_harms_nothing_else() -> None:
     assert not suspects(node, now_ms=NOW_MS + SUSPECTED_MS)
     accused = Identity(ACCUSED)
     assert node._trust.trusts(accused.public_key, dated(NOW_MS))
-    assert node._trust.word.score(accused.peer, dated(NOW_MS)) == score_of(0, 0, 0)
+    assert node._trust.standings.word(accused.peer, dated(NOW_MS)) == score_of(0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_evidence_that_does_not_hold_is_counted_and_makes_nobody_suspect(event: 
     node = listener(ACCUSER)
     assert node.handle(event, dated(NOW_MS)) == []
     assert node.gossip_refused == {reason: 1}
-    assert node._trust.suspicion.suspected(dated(NOW_MS)) == 0
+    assert node._trust.standings.suspected(dated(NOW_MS)) == 0
 
 
 def test_who_is_heard_but_not_trusted_accuses_in_vain() -> None:
@@ -258,7 +259,7 @@ def test_a_conviction_lasts_a_day_costs_belief_and_is_told() -> None:
     effects = convict(node)
     assert told(effects) == [lie()]
     assert only(effects, ChargePeer) == [ChargePeer(accused.peer, Reason.FALSE_RESPONSE)]
-    assert node._trust.word.score(accused.peer, dated(NOW_MS)) == score_of(0, 0, 1)
+    assert node._trust.standings.word(accused.peer, dated(NOW_MS)) == score_of(0, 0, 1)
     assert not node._trust.trusts(accused.public_key, dated(NOW_MS + CONVICTED_MS - 1))
     assert node._trust.trusts(accused.public_key, dated(NOW_MS + CONVICTED_MS))
 
@@ -269,7 +270,7 @@ def test_one_finding_makes_suspect_and_is_told_to_nobody(far: int) -> None:
     assert node.handle(AnswerAudited(lie(far=far), b"client"), dated(NOW_MS)) == []
     assert suspects(node)
     assert node._trust.trusts(accused.public_key, dated(NOW_MS))
-    assert node._trust.word.score(accused.peer, dated(NOW_MS)) == score_of(0, 0, 0)
+    assert node._trust.standings.word(accused.peer, dated(NOW_MS)) == score_of(0, 0, 0)
     assert node.next_deadline_ms() is not None
     assert told(node.handle(NetworkTick(), dated(NOW_MS + 10 * EVIDENCE_EVERY_MS))) == []
 

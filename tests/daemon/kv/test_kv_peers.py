@@ -212,12 +212,12 @@ async def test_good_and_bad_service_make_a_reputation_for_service_and_lies_cost_
     server, client = pair
     peer, trust = server.identity.peer_id, client.trust
     now = clock.now()
-    newcomer = trust.service.score(peer, now)
-    client.transport.credit(peer)
-    assert trust.service.score(peer, now) > newcomer
-    assert trust.word.score(peer, now) == newcomer
+    newcomer = trust.standings.service(peer, now)
+    client.transport.credit(peer, 1, 1)
+    assert trust.standings.service(peer, now) > newcomer
+    assert trust.standings.word(peer, now) == newcomer
     client.transport.charge(peer, Reason.STALLED)
-    assert trust.word.score(peer, now) == newcomer
+    assert trust.standings.word(peer, now) == newcomer
     client.transport.charge(peer, Reason.BAD_DIGEST)
-    assert trust.service.score(peer, now) < newcomer * 1.1
-    assert trust.word.score(peer, now) < newcomer
+    assert trust.standings.service(peer, now) < newcomer * 1.1
+    assert trust.standings.word(peer, now) < newcomer

@@ -106,7 +106,7 @@ class Node:
         return self.network._trust.trusts(Identity(number).public_key, dated(NOW_MS))
 
     def suspects(self, number: int) -> bool:
-        return self.network._trust.suspicion.suspects(Identity(number).public_key, dated(NOW_MS))
+        return self.network._trust.standings.suspects(Identity(number).public_key, dated(NOW_MS))
 
     def counted(self) -> dict[str, int]:
         families = self.metrics.audits_total.collect()
@@ -225,9 +225,9 @@ async def test_who_is_caught_is_suspected_or_convicted_without_a_network_too(
         monkeypatch.setattr(clock, "now", lambda later=later: later)
         audits.heard(ResponseAudited(key(number), proof_of(number), 40, far, bytes([number])))
     now = replace(now, mono_ms=now.mono_ms + FINDINGS_MIN * FINDING_EVERY_MS)
-    assert trust.suspicion.suspects(liar.public_key, now)
+    assert trust.standings.suspects(liar.public_key, now)
     assert trust.trusts(liar.public_key, now) == trusted
-    assert (trust.word.score(liar.peer, now) < score_of(0, 0, 0)) != trusted
+    assert (trust.standings.word(liar.peer, now) < score_of(0, 0, 0)) != trusted
 
 
 # --- node processes -----------------------------------------------------------------------------

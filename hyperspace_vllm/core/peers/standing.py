@@ -1,0 +1,221 @@
+"""How each peer is judged, and how long it is left alone: nothing else in a node judges one.
+
+In go facts: what a peer delivered, how it failed (records/reason.py says how much that tells against it), what this
+node's audits found of what it signed, and whom others accuse. Of each peer there is one object:
+
+    service    what it delivered, whoever had signed that, against its failures and lies: whom to ask first
+    word       what audits passed of what it signed, against its lies: who is believed
+    avoidance  until when it is asked for nothing, or for no KV; whether it is let in
+    earned     for how long requests may wait for it
+    findings   what audits found of what it signed; since when it is convicted
+
+A lie counts everywhere, whichever layer it was told to: what a peer altered it may sign as well. Being slow counts only
+where it was slow. An object is forgotten when there are PEERS_KNOWN_MAX others that say more, and when the node ends.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from ..records.ids import PeerId, peer_id
+from ..records.limits import PEERS_KNOWN_MAX
+from ..records.now import Now
+from ..records.reason import Reason, Severity
+from .avoidance import LIAR_MS, Avoidance
+from .findings import DOUBTED_MIN, Findings
+from .patience import Loan, earned_more
+from .reputation import Reputation
+from .suspicion import Accusations
+
+STALLED_MS = 5_000  # slow is no crime, but one stall in a while is enough
+CONVICTED_MS = 24 * 3_600_000  # the life of a response: what it signed before has expired by then
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """The peer sent so many bytes within so long, and they were verified."""
+
+    peer: PeerId
+    bytes: int
+    ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The peer did not deliver, or did what the reason says."""
+
+    peer: PeerId
+    reason: Reason
+
+
+@dataclass(slots=True)
+class Standing:
+    """What is known of one peer's conduct."""
+
+    service: Reputation = field(default_factory=Reputation)
+    word: Reputation = field(default_factory=Reputation)
+    avoidance: Avoidance = field(default_factory=Avoidance)
+    no_kv_until_ms: int = 0
+    earned_ms: float = 0.0
+    findings: Findings = field(default_factory=Findings)
+    convicted_at_ms: int | None = None
+    last_ms: int = 0  # when something was last noted
+
+    @property
+    def weight(self) -> tuple[bool, bool, float, int]:
+        """Those with the least are forgotten first; new identities, which are free, push out each other."""
+        is_convicted, is_found = self.convicted_at_ms is not None, bool(self.findings.found_ms)
+        return is_convicted, is_found, self.service.successes + self.word.successes, self.last_ms
+
+
+_UNKNOWN = Standing()  # never changed
+
+
+class Standings:
+    """Of all peers, as this node itself has seen them. `own_key` is never suspected."""
+
+    def __init__(self, own_key: bytes) -> None:
+        self._own_key = own_key
+        self._peers: dict[PeerId, Standing] = {}
+        self._accusations = Accusations(own_key)
+        self._loan = Loan()
+
+    # --- facts ----------------------------------------------------------------------------------
+
+    def note(self, fact: Delivered | Failed, now: Now) -> None:
+        """Something happened with a peer."""
+        match fact:
+            case Delivered(peer):
+                standing = self._of(peer, now)
+                standing.service.served(now)
+                standing.avoidance.served()
+                standing.earned_ms = earned_more(standing.earned_ms)
+            case Failed(peer, reason):
+                if reason.severity is not Severity.NONE or reason is Reason.MISS:
+                    self._failed(self._of(peer, now), reason, now)
+            case _:
+                assert_never(fact)
+
+    def spoke(self, peer: PeerId) -> None:
+        """It was silent and speaks again. Whatever it lied about stays."""
+        if (standing := self._peers.get(peer)) is not None:
+            standing.avoidance.back()
+
+    def goes_on(self, peer: PeerId, now: Now) -> None:
+        """It breaks rules again while it is avoided: it is let in no more for a while."""
+        self._of(peer, now).avoidance.cut_off(now)
+
+    def wasted(self, waited_ms: Mapping[PeerId, int], now: Now) -> None:
+        """A request waited so long for each of these at once, and they brought nothing."""
+        lent_ms = 0
+        for peer, for_ms in waited_ms.items():
+            if self.has_earned(peer):
+                standing = self._peers[peer]
+                standing.earned_ms = max(standing.earned_ms - for_ms, 0.0)
+            else:
+                lent_ms = max(lent_ms, for_ms)
+        self._loan.spend(lent_ms, now)
+
+    def passed(self, signer: bytes, source: bytes, now: Now) -> None:
+        """An audit of what it signed held."""
+        standing = self._of(peer_id(signer), now)
+        if standing.findings.passed(source, now):
+            standing.word.served(now)
+
+    def found_false(self, signer: bytes, source: bytes, now: Now) -> bool:
+        """An audit found what it signed false; whether that convicts it, which costs it as a lie does."""
+        standing = self._of(peer_id(signer), now)
+        if not standing.findings.found(source, now) or self.doubts_itself(now):
+            return False
+        self.convict(signer, now)
+        self._failed(standing, Reason.FALSE_RESPONSE, now)
+        return True
+
+    def convict(self, signer: bytes, now: Now) -> None:
+        """Nothing that it signed counts for CONVICTED_MS."""
+        if signer != self._own_key:
+            self._of(peer_id(signer), now).convicted_at_ms = now.mono_ms
+
+    def accuse(self, accuser: bytes, accused: bytes, now: Now) -> None:
+        """`accuser`, which may be this node, says that `accused` signed a false answer."""
+        self._accusations.accuse(accuser, accused, now)
+
+    # --- questions ------------------------------------------------------------------------------
+
+    def service(self, peer: PeerId, now: Now) -> float:
+        """How well it serves, in [0, 1]."""
+        return self._peers.get(peer, _UNKNOWN).service.score(now)
+
+    def word(self, peer: PeerId, now: Now) -> float:
+        """How far what it signs is believed, in [0, 1]."""
+        return self._peers.get(peer, _UNKNOWN).word.score(now)
+
+    def avoids(self, peer: PeerId, now: Now) -> bool:
+        """Whether to ask it for nothing now."""
+        return self._peers.get(peer, _UNKNOWN).avoidance.avoids(now)
+
+    def avoids_for_kv(self, peer: PeerId, now: Now) -> bool:
+        """Whether to ask it for no KV now."""
+        return now.mono_ms < self._peers.get(peer, _UNKNOWN).no_kv_until_ms
+
+    def is_cut_off(self, peer: PeerId, now: Now) -> bool:
+        """Whether to refuse its connections."""
+        return self._peers.get(peer, _UNKNOWN).avoidance.is_cut_off(now)
+
+    def has_earned(self, peer: PeerId) -> bool:
+        """Whether the peer has delivered more than it has wasted; from any thread."""
+        return self._peers.get(peer, _UNKNOWN).earned_ms > 0
+
+    def lends(self, now: Now) -> bool:
+        """Whether members that have earned nothing may make a request wait."""
+        return self._loan.left_ms(now) > 0
+
+    def is_convicted(self, signer: bytes, now: Now) -> bool:
+        """Whether this node's own audits convict it."""
+        since_ms = self._peers.get(peer_id(signer), _UNKNOWN).convicted_at_ms
+        return since_ms is not None and now.mono_ms - since_ms < CONVICTED_MS
+
+    def suspects(self, signer: bytes, now: Now) -> bool:
+        """Whether all of its answers are to be audited."""
+        return self.is_convicted(signer, now) or self._accusations.stand_against(signer, now)
+
+    def suspected(self, now: Now) -> int:
+        """How many are suspected or convicted, for status."""
+        accused = {peer_id(key) for key in self._accusations.accused(now)}
+        convicted = {
+            peer
+            for peer, standing in self._peers.items()
+            if standing.convicted_at_ms is not None and now.mono_ms - standing.convicted_at_ms < CONVICTED_MS
+        }
+        return len(accused | convicted)
+
+    def doubts_itself(self, now: Now) -> bool:
+        """Whether this node's engine disagrees with so many that it is likelier wrong than they are."""
+        found = [standing.findings for standing in self._peers.values()]
+        disagrees = sum(findings.disagrees(now) for findings in found)
+        agrees = sum(findings.agrees(now) for findings in found)
+        return disagrees >= DOUBTED_MIN and disagrees > agrees
+
+    # --- leaves ---------------------------------------------------------------------------------
+
+    def _failed(self, standing: Standing, reason: Reason, now: Now) -> None:
+        if reason is Reason.MISS:
+            standing.avoidance.missed(now)
+            return
+        standing.service.failed(reason, now)
+        if reason.is_lie:
+            standing.word.failed(reason, now)
+            standing.avoidance.lied(now)
+        elif reason.severity is not Severity.BUSY and reason is not Reason.STALLED:
+            standing.avoidance.failed(now)
+        no_kv_ms = LIAR_MS if reason.is_guilty else STALLED_MS if reason is Reason.STALLED else 0
+        standing.no_kv_until_ms = max(standing.no_kv_until_ms, now.mono_ms + no_kv_ms)
+
+    def _of(self, peer: PeerId, now: Now) -> Standing:
+        standing = self._peers.get(peer)
+        if standing is None:
+            if len(self._peers) >= PEERS_KNOWN_MAX:
+                del self._peers[min(self._peers, key=lambda each: self._peers[each].weight)]
+            standing = self._peers[peer] = Standing()
+        standing.last_ms = now.mono_ms
+        return standing
