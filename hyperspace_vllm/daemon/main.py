@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from .. import arena_size
 from ..config import Config
 from ..core.events.kv_events import Event
-from ..core.records.ids import PeerId, network_id
+from ..core.records.ids import network_id
 from ..file_digests import in_progress
 from ..response_db import database_path
 from .directory import claim_directory, lock_directory
@@ -258,7 +258,7 @@ class _Node:
         from .workers.compute_pool import ComputePool
 
         config = self._config
-        peers = tuple(PeerId(peer.partition("@")[0]) for peer in config.peers)
+        peers = tuple(address.peer for address in config.peer_addresses)
         chunks = config.data_dir / "chunks"
         with needed(chunks, "delete it: its KV is then computed anew"):
             store = ChunkStore(chunks, config.disk_bytes)
