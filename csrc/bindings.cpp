@@ -19,6 +19,7 @@ namespace rs = hyperspace::reed_solomon;
 namespace {
 
 constexpr int kThreadsMax = 64;
+constexpr int kParityChunks = rs::kTotalChunks - rs::kDataChunks;
 
 [[noreturn]] void refuse(PyObject* type, const std::string& message) {
     PyErr_SetString(type, message.c_str());
@@ -76,7 +77,7 @@ class Buffer {
 };
 
 size_t checked_chunk_bytes(Py_ssize_t chunk_bytes) {
-    if (chunk_bytes < 1 || chunk_bytes > PY_SSIZE_T_MAX / rs::kPointsMax) {
+    if (chunk_bytes < 1 || chunk_bytes > PY_SSIZE_T_MAX / rs::kTotalChunks) {
         refuse(PyExc_ValueError, "chunk_bytes is " + std::to_string(chunk_bytes) + ", expected at least 1");
     }
     return static_cast<size_t>(chunk_bytes);
@@ -90,20 +91,6 @@ int checked_threads(Py_ssize_t threads) {
     return static_cast<int>(threads);
 }
 
-// k data and m parity chunks; 32 and 32 is the network's code.
-struct Shape {
-    int data, parity;
-    int total() const { return data + parity; }
-};
-
-Shape checked_shape(Py_ssize_t data, Py_ssize_t parity) {
-    if (data < 1 || parity < 0 || data > rs::kPointsMax || parity > rs::kPointsMax - data) {
-        refuse(PyExc_ValueError, "data_chunks is " + std::to_string(data) + " and parity_chunks " +
-                                     std::to_string(parity) + ", expected at most 256 in all");
-    }
-    return {static_cast<int>(data), static_cast<int>(parity)};
-}
-
 using Isa = std::optional<std::string>;
 
 const rs::Kernels& checked_kernels(const Isa& isa) {
@@ -113,90 +100,82 @@ const rs::Kernels& checked_kernels(const Isa& isa) {
     return *kernels;
 }
 
-void encode_shape(nb::handle data, nb::handle parity, size_t chunk_bytes, const std::vector<int>& rows,
-                  Shape shape, int threads, const rs::Kernels& kernels) {
-    std::array<int, rs::kPointsMax> place;
+void encode_rows(nb::handle data, nb::handle parity, Py_ssize_t chunk, const std::vector<int>& rows,
+                 Py_ssize_t threads, const Isa& isa) {
+    const rs::Kernels& kernels = checked_kernels(isa);
+    const size_t chunk_bytes = checked_chunk_bytes(chunk);
+    const int workers = checked_threads(threads);
+    std::array<int, kParityChunks> place;
     place.fill(-1);
     for (size_t k = 0; k < rows.size(); ++k) {
         const std::string name = "rows[" + std::to_string(k) + "] is " + std::to_string(rows[k]);
-        if (rows[k] < 0 || rows[k] >= shape.parity) {
-            refuse(PyExc_ValueError, name + ", expected 0 to " + std::to_string(shape.parity - 1));
+        if (rows[k] < 0 || rows[k] >= kParityChunks) {
+            refuse(PyExc_ValueError, name + ", expected 0 to " + std::to_string(kParityChunks - 1));
         }
         if (place[rows[k]] >= 0) refuse(PyExc_ValueError, name + ", as an earlier one was");
         place[rows[k]] = static_cast<int>(k);
     }
-    const Buffer from(data, "data", shape.data * chunk_bytes, Access::kRead);
+    const Buffer from(data, "data", rs::kDataChunks * chunk_bytes, Access::kRead);
     const Buffer to(parity, "parity", rows.size() * chunk_bytes, Access::kWrite);
     if (from.overlaps(to)) refuse(PyExc_ValueError, "data and parity overlap");
 
-    const uint8_t* in[rs::kPointsMax];
-    uint8_t* out[rs::kPointsMax];
-    for (int i = 0; i < shape.data; ++i) in[i] = from.bytes() + i * chunk_bytes;
-    for (int j = 0; j < shape.parity; ++j) {
+    const uint8_t* in[rs::kDataChunks];
+    uint8_t* out[kParityChunks];
+    for (int i = 0; i < rs::kDataChunks; ++i) in[i] = from.bytes() + i * chunk_bytes;
+    for (int j = 0; j < kParityChunks; ++j) {
         out[j] = place[j] < 0 ? nullptr : to.bytes() + place[j] * chunk_bytes;
     }
     nb::gil_scoped_release release;
-    rs::encode_any(kernels, shape.data, shape.parity, in, out, chunk_bytes, threads);
+    rs::encode(kernels, in, out, chunk_bytes, workers);
 }
 
-void encode_rows(nb::handle data, nb::handle parity, Py_ssize_t chunk_bytes, const std::vector<int>& rows,
-                 Py_ssize_t data_chunks, Py_ssize_t parity_chunks, Py_ssize_t threads, const Isa& isa) {
-    const rs::Kernels& kernels = checked_kernels(isa);
-    const Shape shape = checked_shape(data_chunks, parity_chunks);
-    encode_shape(data, parity, checked_chunk_bytes(chunk_bytes), rows, shape, checked_threads(threads),
-                 kernels);
-}
-
-void encode(nb::handle data, nb::handle parity, Py_ssize_t chunk_bytes, Py_ssize_t data_chunks,
-            Py_ssize_t parity_chunks, Py_ssize_t threads, const Isa& isa) {
-    std::vector<int> all(static_cast<size_t>(checked_shape(data_chunks, parity_chunks).parity));
-    for (size_t j = 0; j < all.size(); ++j) all[j] = static_cast<int>(j);
-    encode_rows(data, parity, chunk_bytes, all, data_chunks, parity_chunks, threads, isa);
+void encode(nb::handle data, nb::handle parity, Py_ssize_t chunk_bytes, Py_ssize_t threads, const Isa& isa) {
+    std::vector<int> all(kParityChunks);
+    for (int j = 0; j < kParityChunks; ++j) all[j] = j;
+    encode_rows(data, parity, chunk_bytes, all, threads, isa);
 }
 
 // A call's buffers and the pointers into them, all checked.
 struct Decoding {
-    Decoding(nb::sequence chunks, size_t chunk_bytes, nb::handle out, Shape shape)
-        : to(out, "out", shape.data * chunk_bytes, Access::kWrite), held(shape.total()) {
+    Decoding(nb::sequence chunks, size_t chunk_bytes, nb::handle out)
+        : to(out, "out", rs::kDataChunks * chunk_bytes, Access::kWrite) {
         if (nb::len(chunks) != held.size()) {
             refuse(PyExc_ValueError, "chunks has " + std::to_string(nb::len(chunks)) + " entries, expected " +
                                          std::to_string(held.size()));
         }
-        for (int j = 0; j < shape.data; ++j) rows[j] = to.bytes() + j * chunk_bytes;
+        for (int j = 0; j < rs::kDataChunks; ++j) rows[j] = to.bytes() + j * chunk_bytes;
         int present = 0;
-        for (int i = 0; i < shape.total(); ++i) {
+        for (int i = 0; i < rs::kTotalChunks; ++i) {
             const nb::object chunk = chunks[i];
             if (chunk.is_none()) continue;
             const std::string name = "chunks[" + std::to_string(i) + "]";
             held[i] = Buffer(chunk, name, chunk_bytes, Access::kRead);
             in[i] = held[i].bytes();
-            const bool in_place = i < shape.data && in[i] == rows[i];
+            const bool in_place = i < rs::kDataChunks && in[i] == rows[i];
             if (held[i].overlaps(to) && !in_place) {
                 refuse(PyExc_ValueError, name + " overlaps out, not at its own place");
             }
             ++present;
         }
-        if (present < shape.data) {
+        if (present < rs::kDataChunks) {
             refuse(PyExc_ValueError, "chunks has " + std::to_string(present) + " present, decoding needs " +
-                                         std::to_string(shape.data));
+                                         std::to_string(rs::kDataChunks));
         }
     }
 
     Buffer to;
-    std::vector<Buffer> held;
-    const uint8_t* in[rs::kPointsMax] = {};
-    uint8_t* rows[rs::kPointsMax] = {};
+    std::array<Buffer, rs::kTotalChunks> held;
+    const uint8_t* in[rs::kTotalChunks] = {};
+    uint8_t* rows[rs::kDataChunks] = {};
 };
 
-void decode(nb::sequence chunks, Py_ssize_t chunk, nb::handle out, Py_ssize_t data_chunks,
-            Py_ssize_t parity_chunks, Py_ssize_t threads, const Isa& isa) {
+void decode(nb::sequence chunks, Py_ssize_t chunk, nb::handle out, Py_ssize_t threads, const Isa& isa) {
     const rs::Kernels& kernels = checked_kernels(isa);
     const size_t chunk_bytes = checked_chunk_bytes(chunk);
-    const Shape shape = checked_shape(data_chunks, parity_chunks);
     const int workers = checked_threads(threads);
-    const Decoding call(chunks, chunk_bytes, out, shape);
+    const Decoding call(chunks, chunk_bytes, out);
     nb::gil_scoped_release release;
-    rs::decode_any(kernels, shape.data, shape.parity, call.in, call.rows, chunk_bytes, workers);
+    rs::decode(kernels, call.in, call.rows, chunk_bytes, workers);
 }
 
 std::vector<int> decode_and_check(nb::sequence chunks, Py_ssize_t chunk, nb::handle out, Py_ssize_t threads,
@@ -204,7 +183,7 @@ std::vector<int> decode_and_check(nb::sequence chunks, Py_ssize_t chunk, nb::han
     const rs::Kernels& kernels = checked_kernels(isa);
     const size_t chunk_bytes = checked_chunk_bytes(chunk);
     const int workers = checked_threads(threads);
-    const Decoding call(chunks, chunk_bytes, out, {rs::kDataChunks, rs::kTotalChunks - rs::kDataChunks});
+    const Decoding call(chunks, chunk_bytes, out);
     uint32_t differing;
     {
         nb::gil_scoped_release release;
@@ -327,12 +306,11 @@ void scatter_blocks(nb::sequence views, const BlockIds& ids, nb::handle row) {
 NB_MODULE(_native, module) {
     rs::best_kernels();  // test the kernels now, not inside the first request
     using namespace nb::literals;
-    module.def("encode", encode, "data"_a.none(), "parity"_a.none(), "chunk_bytes"_a, "data_chunks"_a,
-               "parity_chunks"_a, "threads"_a, "isa"_a.none());
+    module.def("encode", encode, "data"_a.none(), "parity"_a.none(), "chunk_bytes"_a, "threads"_a,
+               "isa"_a.none());
     module.def("encode_rows", encode_rows, "data"_a.none(), "parity"_a.none(), "chunk_bytes"_a, "rows"_a,
-               "data_chunks"_a, "parity_chunks"_a, "threads"_a, "isa"_a.none());
-    module.def("decode", decode, "chunks"_a, "chunk_bytes"_a, "out"_a.none(), "data_chunks"_a,
-               "parity_chunks"_a, "threads"_a, "isa"_a.none());
+               "threads"_a, "isa"_a.none());
+    module.def("decode", decode, "chunks"_a, "chunk_bytes"_a, "out"_a.none(), "threads"_a, "isa"_a.none());
     module.def("decode_and_check", decode_and_check, "chunks"_a, "chunk_bytes"_a, "out"_a.none(), "threads"_a,
                "isa"_a.none());
     module.def("isas", isas);

@@ -8,8 +8,6 @@ def encode(
     data: Buffer,
     parity: Buffer,
     chunk_bytes: int,
-    data_chunks: int,
-    parity_chunks: int,
     threads: int,
     isa: str | None,
 ) -> None: ...
@@ -18,8 +16,6 @@ def encode_rows(
     parity: Buffer,
     chunk_bytes: int,
     rows: Sequence[int],
-    data_chunks: int,
-    parity_chunks: int,
     threads: int,
     isa: str | None,
 ) -> None: ...
@@ -27,8 +23,6 @@ def decode(
     chunks: Sequence[Buffer | None],
     chunk_bytes: int,
     out: Buffer,
-    data_chunks: int,
-    parity_chunks: int,
     threads: int,
     isa: str | None,
 ) -> None: ...

@@ -20,6 +20,7 @@ from typing import Annotated, Literal, TypeVar, get_args, get_origin, get_type_h
 import msgspec
 from msgspec import Meta
 
+from .core.records.endpoint import PeerAddress
 from .core.records.limits import GiB, KiB, MiB
 from .setting_forms import (
     PATH_EXPECTED,
@@ -198,6 +199,16 @@ class Config:
     def socket_path(self) -> Path:
         """The node's ipc:// socket."""
         return self.data_dir / "node.sock"
+
+    @property
+    def peer_addresses(self) -> tuple[PeerAddress, ...]:
+        """`peers`, parsed."""
+        return tuple(map(PeerAddress.of_setting, self.peers))
+
+    @property
+    def bootstrap_addresses(self) -> tuple[PeerAddress, ...]:
+        """`bootstrap`, parsed."""
+        return tuple(map(PeerAddress.of_setting, self.bootstrap))
 
     @property
     def acronym_table(self) -> dict[str, str]:

@@ -3,8 +3,7 @@
 Systematic Reed–Solomon over GF(2⁸), pinned in ``docs/protocol.md``. Every buffer is any contiguous object with the
 buffer protocol (bytes, bytearray, memoryview, mmap, NumPy array); outputs must be writable. Calls release the GIL;
 ``threads`` is how many may work on one call, the caller's included. ``isa`` forces an instruction set by name, for
-tests; ``None`` selects the fastest that works. ``data_chunks`` and ``parity_chunks`` other than 32 and 32 (up to 256 in
-all) are correct, not fast: the network's code has its own kernels.
+tests; ``None`` selects the fastest that works.
 """
 
 from collections.abc import Sequence
@@ -48,8 +47,6 @@ def encode(
     parity: Buffer,
     chunk_bytes: int,
     *,
-    data_chunks: int = DATA_CHUNKS,
-    parity_chunks: int = PARITY_CHUNKS,
     threads: int = 1,
     isa: str | None = None,
 ) -> None:
@@ -57,7 +54,7 @@ def encode(
 
     Raises ValueError for a wrong size, an overlap or a read-only buffer, TypeError for an argument that is no buffer.
     """
-    _encode(data, parity, chunk_bytes, data_chunks, parity_chunks, threads, isa)
+    _encode(data, parity, chunk_bytes, threads, isa)
 
 
 def encode_rows(
@@ -66,8 +63,6 @@ def encode_rows(
     chunk_bytes: int,
     rows: Sequence[int],
     *,
-    data_chunks: int = DATA_CHUNKS,
-    parity_chunks: int = PARITY_CHUNKS,
     threads: int = 1,
     isa: str | None = None,
 ) -> None:
@@ -75,7 +70,7 @@ def encode_rows(
 
     Raises what ``encode`` raises.
     """
-    _encode_rows(data, parity, chunk_bytes, rows, data_chunks, parity_chunks, threads, isa)
+    _encode_rows(data, parity, chunk_bytes, rows, threads, isa)
 
 
 def decode(
@@ -83,17 +78,15 @@ def decode(
     chunk_bytes: int,
     out: Buffer,
     *,
-    data_chunks: int = DATA_CHUNKS,
-    parity_chunks: int = PARITY_CHUNKS,
     threads: int = 1,
     isa: str | None = None,
 ) -> None:
-    """Fill ``out`` with the data chunks, from any ``data_chunks`` of all ``chunks``; ``None`` is a lost one.
+    """Fill ``out`` with the data chunks, from any 32 of all 64 ``chunks``; ``None`` is a lost one.
 
     Data chunk j may already be at its place in ``out``: then it isn't copied. Raises ValueError when too few are
     present, and what ``encode`` raises.
     """
-    _decode(chunks, chunk_bytes, out, data_chunks, parity_chunks, threads, isa)
+    _decode(chunks, chunk_bytes, out, threads, isa)
 
 
 def decode_and_check(

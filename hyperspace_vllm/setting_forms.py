@@ -7,6 +7,7 @@ import os
 import re
 from urllib.parse import parse_qsl, urlsplit
 
+from .core.records.endpoint import Endpoint, PeerAddress
 from .core.records.errors import ProtocolViolation
 from .core.records.ids import public_key_of
 
@@ -16,14 +17,13 @@ _TLS_OPTIONS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", 
 _REDIS_OPTIONS = {"redis": {"db"}, "rediss": {"db", *_TLS_OPTIONS}, "unix": {"db"}}  # by scheme, what may follow "?"
 
 
-def _is_host_port(text: str) -> bool:
-    host, colon, port = text.rpartition(":")
-    return bool(colon and host) and port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 65536
-
-
 def host_port(text: str) -> str | None:
     """An endpoint."""
-    return None if _is_host_port(text) else "host:port"
+    try:
+        Endpoint.of_setting(text)
+    except ValueError:
+        return "host:port"
+    return None
 
 
 def host_port_or_empty(text: str) -> str | None:
@@ -47,11 +47,11 @@ def peer_id(text: str) -> str | None:
 
 def peer(text: str) -> str | None:
     """A node and its endpoint."""
-    name, at, endpoint = text.partition("@")
-    if not at or not _is_host_port(endpoint):
-        return f"<peer id>@host:port, not {text!r}"
-    complaint = peer_id(name)
-    return complaint and f"<peer id>@host:port: {complaint}"
+    try:
+        PeerAddress.of_setting(text)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def acronym(text: str) -> str | None:

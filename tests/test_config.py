@@ -270,6 +270,15 @@ def test_a_node_process_gets_exactly_its_starters_configuration(tmp_path: Path) 
     assert load_config(config.as_environ()) == config
 
 
+def test_peers_are_named_with_names_and_with_addresses_of_either_kind(tmp_path: Path) -> None:
+    peer = PEER.partition("@")[0]
+    written = (PEER, f"{peer}@host.example:1", f"{peer}@[::1]:2", f"{peer}@::1:3")
+    config = Config(data_dir=tmp_path, peers=written, bootstrap=written[:1])
+    assert [str(each) for each in config.peer_addresses] == [*written[:3], f"{peer}@[::1]:3"]
+    assert config.bootstrap_addresses == config.peer_addresses[:1]
+    assert config.peers == written
+
+
 def test_every_setting_is_documented() -> None:
     table = (ROOT / "docs" / "operations.md").read_text()
     for setting in SETTINGS:

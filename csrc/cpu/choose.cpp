@@ -58,7 +58,7 @@ bool passes_known_answers(const Kernels& kernels) {
     encode(kernels, data, parity, TestChunks::kBytes);
     uint8_t known[kDataChunks], coefficients[kDataChunks];
     for (int i = 0; i < kDataChunks; ++i) known[i] = static_cast<uint8_t>(i);
-    const Lagrange lagrange(known, kDataChunks);
+    const Lagrange lagrange(known);
     for (int j = 0; j < kDataChunks; ++j) {
         lagrange.row(kDataChunks + j, coefficients);
         for (size_t b = 0; b < TestChunks::kBytes; b += 7) {

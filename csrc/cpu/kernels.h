@@ -16,8 +16,8 @@ struct Kernels {
     void (*data_to_parity)(const uint8_t* const in[32], uint8_t* const out[32], size_t bytes, bool stream);
     void (*parity_to_data)(const uint8_t* const in[32], uint8_t* const out[32], size_t bytes, bool stream);
 
-    // out[o] = sum over i of coefficients[o * inputs + i] * in[i].
-    void (*combine)(const uint8_t* const* in, int inputs, const uint8_t* coefficients, uint8_t* const* out,
+    // out[o] = sum over i of coefficients[o * 32 + i] * in[i].
+    void (*combine)(const uint8_t* const in[32], const uint8_t* coefficients, uint8_t* const* out,
                     int outputs, size_t bytes);
 
     // in[i] is null for exactly 32 of the 64 points, the erased ones; locator[i] is the product of

@@ -105,13 +105,13 @@ struct Body {
 
     // Count sums of the products of all inputs; factors are ordered by input, then by sum.
     template <int Count>
-    __attribute__((flatten)) static void combine_rows(const uint8_t* const* in, int inputs,
+    __attribute__((flatten)) static void combine_rows(const uint8_t* const in[32],
                                                       const typename V::Factor* factors, uint8_t* const* out,
                                                       size_t from, size_t to) {
         for (size_t column = from; column < to; column += V::kBytes) {
             const size_t ahead = column + kCombineAhead < to ? column + kCombineAhead : column;
             Register sum[Count] = {};
-            for (int i = 0; i < inputs; ++i) {
+            for (int i = 0; i < kDataChunks; ++i) {
                 const Register x = V::load(in[i] + column);
                 V::prefetch(in[i] + ahead);
                 unroll<Count>([&](auto o) { sum[o] = sum[o] ^ V::multiply(x, factors[i * Count + o]); });
@@ -122,28 +122,28 @@ struct Body {
 
     // Count sums at a time while enough are left, then fewer.
     template <int Count>
-    static void combine_most(const uint8_t* const* in, int inputs, const uint8_t* coefficients,
-                             uint8_t* const* out, int outputs, size_t from, size_t to) {
-        typename V::Factor factors[kPointsMax * Count];
+    static void combine_most(const uint8_t* const in[32], const uint8_t* coefficients, uint8_t* const* out,
+                             int outputs, size_t from, size_t to) {
+        typename V::Factor factors[kDataChunks * Count];
         for (; outputs >= Count; outputs -= Count) {
-            for (int i = 0; i < inputs; ++i) {
+            for (int i = 0; i < kDataChunks; ++i) {
                 for (int o = 0; o < Count; ++o)
-                    factors[i * Count + o] = V::factor(coefficients[o * inputs + i]);
+                    factors[i * Count + o] = V::factor(coefficients[o * kDataChunks + i]);
             }
-            combine_rows<Count>(in, inputs, factors, out, from, to);
-            coefficients += Count * inputs, out += Count;
+            combine_rows<Count>(in, factors, out, from, to);
+            coefficients += Count * kDataChunks, out += Count;
         }
         if constexpr (Count > 1) {
-            combine_most<Count / 2>(in, inputs, coefficients, out, outputs, from, to);
+            combine_most<Count / 2>(in, coefficients, out, outputs, from, to);
         }
     }
 
     // In strips, so that the inputs of the first sums are still in the L2 cache for the next.
-    static void combine(const uint8_t* const* in, int inputs, const uint8_t* coefficients,
-                        uint8_t* const* out, int outputs, size_t bytes) {
+    static void combine(const uint8_t* const in[32], const uint8_t* coefficients, uint8_t* const* out,
+                        int outputs, size_t bytes) {
         for (size_t from = 0; from < bytes; from += kCombineStrip) {
             const size_t to = from + kCombineStrip < bytes ? from + kCombineStrip : bytes;
-            combine_most<V::kSums>(in, inputs, coefficients, out, outputs, from, to);
+            combine_most<V::kSums>(in, coefficients, out, outputs, from, to);
         }
     }
 

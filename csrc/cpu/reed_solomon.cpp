@@ -1,4 +1,4 @@
-// 32 + 32: chooses a kernel for each loss pattern and shares the columns among threads.
+// Chooses a kernel for each loss pattern and shares the columns among threads.
 #include "hyperspace/reed_solomon.h"
 
 #include <atomic>
@@ -84,7 +84,7 @@ class Rebuild {
             case Way::kCombine:
                 in_blocks(in_.from(in_from), out_.from(out_from), bytes,
                           [&](auto* in, auto* out, size_t block) {
-                              kernels_.combine(in, kDataChunks, constants_, out, wanted_, block);
+                              kernels_.combine(in, constants_, out, wanted_, block);
                           });
                 break;
             case Way::kDataToParity:
@@ -114,7 +114,7 @@ class Rebuild {
     // Gathers the wanted rows; row j of the output is point first_target + j.
     void prepare_combine(const uint8_t known[kDataChunks], int first_target) {
         way_ = Way::kCombine;
-        const Lagrange lagrange(known, kDataChunks);
+        const Lagrange lagrange(known);
         DataOut wanted;
         for (int j = 0, count = 0; j < kDataChunks; ++j) {
             if (!out_.row[j]) continue;

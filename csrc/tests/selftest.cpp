@@ -6,7 +6,6 @@
 #include <cstring>
 #include <memory>
 #include <random>
-#include <utility>
 #include <vector>
 
 #include "hyperspace/gf256.h"
@@ -30,14 +29,14 @@ uint8_t inverse(uint8_t a) {
 }
 
 // The slow twin: Lagrange's formula, a row of coefficients for each parity chunk.
-std::vector<std::vector<uint8_t>> parity_matrix(int data, int parity) {
-    std::vector<std::vector<uint8_t>> rows(parity, std::vector<uint8_t>(data));
-    for (int j = 0; j < parity; ++j) {
-        for (int i = 0; i < data; ++i) {
+std::vector<std::vector<uint8_t>> parity_matrix() {
+    std::vector<std::vector<uint8_t>> rows(32, std::vector<uint8_t>(32));
+    for (int j = 0; j < 32; ++j) {
+        for (int i = 0; i < 32; ++i) {
             uint8_t above = 1, below = 1;
-            for (int m = 0; m < data; ++m) {
+            for (int m = 0; m < 32; ++m) {
                 if (m == i) continue;
-                above = multiply(above, point(data + j) ^ point(m));
+                above = multiply(above, point(32 + j) ^ point(m));
                 below = multiply(below, point(i) ^ point(m));
             }
             rows[j][i] = multiply(above, inverse(below));
@@ -53,7 +52,7 @@ void expect(bool good, const char* what, const char* isa, size_t bytes) {
 }
 
 void check(const rs::Kernels& kernels, size_t bytes, size_t shift, int patterns) {
-    static const auto matrix = parity_matrix(32, 32);
+    static const auto matrix = parity_matrix();
     std::vector<Chunk> chunks;  // each starts `shift` bytes into an allocation that ends where it ends
     const uint8_t* data[32];
     uint8_t* parity[32];
@@ -107,38 +106,6 @@ void check(const rs::Kernels& kernels, size_t bytes, size_t shift, int patterns)
     }
 }
 
-void check_any(const rs::Kernels& kernels, int k, int m, size_t bytes, int threads) {
-    const auto matrix = parity_matrix(k, m);
-    std::vector<Chunk> chunks;
-    const uint8_t *data[256], *present[256];
-    uint8_t *parity[256], *out[256];
-    for (int i = 0; i < k + m; ++i) {
-        chunks.emplace_back(new uint8_t[bytes]);
-        for (size_t b = 0; b < bytes; ++b) chunks[i][b] = static_cast<uint8_t>(rng());
-        i < k ? void(data[i] = chunks[i].get()) : void(parity[i - k] = chunks[i].get());
-        present[i] = chunks[i].get();
-    }
-    rs::encode_any(kernels, k, m, data, parity, bytes, threads);
-    for (int j = 0; j < m; ++j) {
-        for (size_t b = 0; b < bytes; b += 1 + bytes / 16) {
-            uint8_t sum = 0;
-            for (int i = 0; i < k; ++i) sum ^= multiply(matrix[j][i], data[i][b]);
-            expect(sum == parity[j][b], "parity of any k + m", rs::name_of(kernels), bytes);
-        }
-    }
-    for (int lost = 0; lost < m;) {
-        const uint8_t*& victim = present[rng() % static_cast<unsigned>(k + m)];
-        lost += victim != nullptr;
-        victim = nullptr;
-    }
-    std::vector<Chunk> rebuilt;
-    for (int j = 0; j < k; ++j) out[j] = rebuilt.emplace_back(new uint8_t[bytes]).get();
-    rs::decode_any(kernels, k, m, present, out, bytes, threads);
-    for (int j = 0; j < k; ++j) {
-        expect(!std::memcmp(out[j], data[j], bytes), "decode of any k + m", rs::name_of(kernels), bytes);
-    }
-}
-
 }  // namespace
 
 int main() {
@@ -154,11 +121,6 @@ int main() {
         for (size_t bytes : {255, 256, 257, 511, 768, 1000}) check(*kernels, bytes, bytes % 3, 99);
         check(*kernels, 65537, 1, 5);
         check(*kernels, 33 * 1024, 0, 34);  // large enough to be streamed past the caches
-        for (auto [k, m] :
-             {std::pair{1, 1}, {1, 255}, {3, 2}, {17, 40}, {32, 32}, {100, 30}, {128, 128}, {255, 1}}) {
-            check_any(*kernels, k, m, 300, 1);
-            check_any(*kernels, k, m, 5000, 2);
-        }
         std::printf("%s: ok\n", name);
     }
     std::printf("chosen: %s\n", rs::name_of(rs::best_kernels()));

@@ -2,6 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from ..core.records.endpoint import Endpoint
 from .metrics_endpoint import serve_metrics
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -81,6 +82,5 @@ class Metrics:
 
     def listen(self, address: str) -> str:
         """Serve /metrics at `address` (host:port, or a port on loopback); the bound address."""
-        host, _, port = address.rpartition(":")
-        host = host or "127.0.0.1"
-        return f"{host}:{serve_metrics(host.strip('[]'), int(port), self.registry)}"
+        wanted = Endpoint.of_setting(address if ":" in address else f"127.0.0.1:{address}")
+        return str(Endpoint(wanted.host, serve_metrics(wanted.host, wanted.port, self.registry)))

@@ -1,10 +1,10 @@
-// Systematic Reed-Solomon over GF(2^8): k data chunks, m parity chunks, any k rebuild the rest.
+// The code of docs/protocol.md, systematic Reed-Solomon over GF(2^8): 32 data chunks, 32 parity chunks, any
+// 32 rebuild the rest.
 //
-// Data chunk j holds, byte by byte, the values at point ω_j of the polynomial of degree < k through the data;
-// parity chunk j those at ω_{k+j}. 32 + 32 is the code of docs/protocol.md and has its own kernels; every
-// other k + m <= 256 is plain sums of products. Raw pointers only: callers have checked every size and
-// overlap. No call allocates, except for the first threaded one, which starts helpers. `threads` is how many
-// may work on a call, the caller included.
+// Data chunk j holds, byte by byte, the values at point ω_j of the polynomial of degree < 32 through the
+// data; parity chunk j those at ω_{32+j}. Raw pointers only: callers have checked every size and overlap. No
+// call allocates, except for the first threaded one, which starts helpers. `threads` is how many may work on
+// a call, the caller included.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,6 @@ namespace hyperspace::reed_solomon {
 
 inline constexpr int kDataChunks = 32;
 inline constexpr int kTotalChunks = 64;
-inline constexpr int kPointsMax = 256;      // k + m: a chunk for every element of the field
 inline constexpr size_t kAlignBytes = 256;  // chunks of a multiple of this need no staged tail
 
 struct Kernels;  // one instruction set's implementation
@@ -42,11 +41,5 @@ void decode(const Kernels& kernels, const uint8_t* const chunks[kTotalChunks],
 // result: parity chunk j is present beyond those 32 and contradicts them.
 uint32_t decode_and_check(const Kernels& kernels, const uint8_t* const chunks[kTotalChunks],
                           uint8_t* const out[kDataChunks], size_t chunk_bytes, int threads = 1);
-
-// The same for any k + m <= kPointsMax, 32 + 32 included.
-void encode_any(const Kernels& kernels, int data_chunks, int parity_chunks, const uint8_t* const* data,
-                uint8_t* const* parity, size_t chunk_bytes, int threads = 1);
-void decode_any(const Kernels& kernels, int data_chunks, int parity_chunks, const uint8_t* const* chunks,
-                uint8_t* const* out, size_t chunk_bytes, int threads = 1);
 
 }  // namespace hyperspace::reed_solomon

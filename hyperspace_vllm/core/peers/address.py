@@ -13,6 +13,8 @@ network, through a third one neither. Rejected: refusing private ranges, in whic
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
+from ..records.endpoint import Endpoint
+
 _BROADCAST = IPv4Address("255.255.255.255")
 _PRIVATE_4 = [IPv4Network(each) for each in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")]
 _PRIVATE_6 = [IPv6Network(each) for each in ("fc00::/7", "fec0::/10")]
@@ -51,12 +53,13 @@ def may_dial(address: str, own_address: str, told_from: str | None) -> bool:
     `told_from` is the IP address that it was told from, which counts as one of the internet where it is unknown ('');
     None where this node itself has kept the address.
     """
-    host, _, port = address.rpartition(":")
-    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+    try:
+        endpoint = Endpoint.parse(address)
+    except ValueError:
         return False
-    if host.startswith("[") != (":" in host):
+    if endpoint.port == 0:
         return False
-    scope = scope_of(host)
+    scope = scope_of(endpoint.host)
     told = Scope.MACHINE if told_from is None else _reach(told_from)
     return scope is not None and scope >= max(_reach(host_of(own_address)), told)
 

@@ -59,7 +59,7 @@ class ChunkTransport:
         self._metrics = metrics
         self._trust = trust
         self._dials = dials
-        self._configured = dict(_split_peer(peer) for peer in config.peers)
+        self._configured = {each.peer: str(each.endpoint) for each in config.peer_addresses}
         self._discovered: dict[PeerId, KvEndpoint] = {}
         self._answered: dict[PeerId, str] = {}  # discovered peers that answered, and where
         self.charges: Counter[tuple[PeerId, Reason]] = Counter()
@@ -234,11 +234,6 @@ class ChunkTransport:
             return False
         answered_at = link.address if link is not None and link.has_answered else self._answered.get(peer)
         return endpoint.own or answered_at == endpoint.address
-
-
-def _split_peer(peer: str) -> tuple[PeerId, str]:
-    peer_id, _, address = peer.partition("@")
-    return PeerId(peer_id), address
 
 
 def _curve_key(peer: PeerId) -> bytes:

@@ -15,6 +15,7 @@ import zmq
 
 from ...core.peers.address import source_of
 from ...core.peers.slots import Handshakes, Place, whom_to_evict
+from ...core.records.endpoint import Endpoint
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import PeerId
 from ...core.records.limits import (
@@ -225,16 +226,16 @@ class Door:
 
 def _listen(address: str) -> tuple[socket.socket, str]:
     """A listener at host:port, and the host:port that it is bound to."""
-    host, _, port = address.rpartition(":")
-    host = {"*": "0.0.0.0"}.get(host, host.removeprefix("[").removesuffix("]"))
-    family, kind, protocol, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+    wanted = Endpoint.of_setting(address)
+    host = "0.0.0.0" if wanted.host == "*" else wanted.host
+    family, kind, protocol, _, where = socket.getaddrinfo(host, wanted.port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
         listener.listen(BACKLOG)
-        bound, port = listener.getsockname()[:2]
+        bound = Endpoint(*listener.getsockname()[:2])
     except BaseException:
         listener.close()
         raise
-    return listener, f"[{bound}]:{port}" if family == socket.AF_INET6 else f"{bound}:{port}"
+    return listener, str(bound)

@@ -12,6 +12,7 @@ from typing import assert_never
 import zmq
 
 from ...core.records import wire
+from ...core.records.endpoint import Endpoint
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import ManifestDigest, PeerId
 from ...core.records.limits import KV_REPLY_BYTES_HELD_MAX, PEER_MESSAGE_BYTES_MAX
@@ -74,7 +75,7 @@ class PeerLink:
         may_dial: Callable[[], bool],
     ) -> None:
         self.address = address
-        self._host, self._port = _split(address)
+        self._endpoint = Endpoint.parse(address)
         self._peer = peer
         self._charge = charge
         self._may_dial = may_dial
@@ -180,7 +181,7 @@ class PeerLink:
 
     async def _dial(self) -> socket.socket:
         """A TCP connection to the peer; OSError."""
-        found = await self._loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        found = await self._loop.getaddrinfo(self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, where = found[0]
         tcp = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
         try:
@@ -236,13 +237,6 @@ class PeerLink:
         elif not isinstance(reply, wire.NotHere):
             self.useful_at = self._loop.time()
         opened.wake.set()
-
-
-def _split(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or any(each.isspace() for each in host):
-        raise ValueError("expected host:port")
-    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _accept(opened: _Open, reply: wire.PeerReply, payload: list[zmq.Frame]) -> bool:

@@ -19,9 +19,10 @@ from zeroconf import IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from ...core.peers.address import Scope, scope_of
+from ...core.records.endpoint import Endpoint
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import PeerId, public_key_of, sha256
-from .libp2p_node import reachable_hosts, split_address
+from .libp2p_node import reachable_hosts
 
 NAMES_MAX = 256  # names remembered; the oldest make room
 LOOKUPS_MAX = 8  # at once
@@ -52,12 +53,13 @@ class Mdns:
 
     async def start(self) -> None:
         """Announce and listen; on a machine without multicast it only logs that there is none."""
-        host, port = split_address(self._address)
-        hosts = [each for each in reachable_hosts(host) if ":" not in each]
+        own = Endpoint.parse(self._address)
+        hosts = [each for each in reachable_hosts(own.host) if ":" not in each]
         # zeroconf doesn't report which link an answer came from, so assume the one that reaches furthest.
         self._told_from = max(hosts, key=lambda each: scope_of(each) or Scope.MACHINE, default="")
         properties = {
-            f"dnsaddr{number or ''}": f"/ip4/{each}/tcp/{port}/p2p/{self._peer}" for number, each in enumerate(hosts)
+            f"dnsaddr{number or ''}": f"/ip4/{each}/tcp/{own.port}/p2p/{self._peer}"
+            for number, each in enumerate(hosts)
         }
         try:
             self._zeroconf = AsyncZeroconf(interfaces=hosts, ip_version=IPVersion.V4Only)
@@ -65,7 +67,7 @@ class Mdns:
                 AsyncServiceInfo(
                     self._kind,
                     self._name,
-                    port=port,
+                    port=own.port,
                     properties=properties,
                     server=f"{self._name.partition('.')[0]}.local.",
                     addresses=[socket.inet_aton(each) for each in hosts],
@@ -118,7 +120,7 @@ def peers_in(properties: dict[bytes, bytes | None]) -> list[tuple[PeerId, str]]:
             continue
         address = f"[{parts[2]}]:{parts[4]}" if parts[1] == "ip6" else f"{parts[2]}:{parts[4]}"
         with suppress(ValueError, ProtocolViolation):
-            split_address(address)
+            Endpoint.parse(address)
             public_key_of(parts[6])
             found.append((PeerId(parts[6]), address))
     return found

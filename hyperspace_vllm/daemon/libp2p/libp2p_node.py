@@ -32,6 +32,7 @@ from multiaddr import Multiaddr
 from nacl.signing import SigningKey
 
 from ...core.peers.gossip_gate import GossipGate, Verdict
+from ...core.records.endpoint import Endpoint
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import NetworkId, PeerId, public_key_of, sha256
 from ...core.records.limits import PEER_CONNECTIONS_MAX
@@ -83,18 +84,6 @@ def dht_key(key: str) -> bytes:
     return _SHA2_256 + sha256(key.encode())
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `host:port`; ValueError. IPv6 is in brackets."""
-    host, separator, port = address.rpartition(":")
-    if not separator or not port.isascii() or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"address {address!r}: expected host:port")
-    if host.startswith("[") and host.endswith("]"):
-        return str(ipaddress.IPv6Address(host[1:-1])), int(port)
-    if not host or ":" in host or "/" in host or len(host) > 253:
-        raise ValueError(f"address {address!r}: expected host:port")
-    return host, int(port)
-
-
 def reachable_hosts(host: str) -> list[str]:
     """Where a node that listens on `host` can be dialled: for a wildcard, a few of the machine's own addresses."""
     address = ipaddress.ip_address(host)
@@ -110,10 +99,10 @@ def reachable_hosts(host: str) -> list[str]:
 
 
 async def _resolve(address: str) -> list[Multiaddr]:
-    host, port = split_address(address)
-    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    endpoint = Endpoint.parse(address)
+    found = await trio.socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
     hosts = dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found)
-    return [multiaddr_of(each, port) for each in list(hosts)[: swarm.ADDRESSES_PER_PEER_MAX]]
+    return [multiaddr_of(each, endpoint.port) for each in list(hosts)[: swarm.ADDRESSES_PER_PEER_MAX]]
 
 
 class Libp2pNode:
@@ -178,15 +167,14 @@ class Libp2pNode:
                 await stack.enter_async_context(running(self._pubsub))
                 await stack.enter_async_context(running(self._gossip))
                 await stack.enter_async_context(running(self._swarm))
-                host, port = split_address(self._listen)
-                if not await self._swarm.listen(multiaddr_of(host, port)):
+                wanted = Endpoint.parse(self._listen)
+                if not await self._swarm.listen(multiaddr_of(wanted.host, wanted.port)):
                     raise self._swarm.tcp.listen_error or OSError(f"cannot listen on {self._listen}")
                 await stack.enter_async_context(running(self._dht))
                 for topic in self._topics:
                     await self._pubsub.subscribe(topic)
                 (bound,) = self._host.get_transport_addrs()
-                port = int(bound.value_for_protocol("tcp"))
-                yield f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                yield str(Endpoint(wanted.host, int(bound.value_for_protocol("tcp"))))
         finally:
             self._pubsub.seen_messages.stop()
             self._swarm.close_sockets()

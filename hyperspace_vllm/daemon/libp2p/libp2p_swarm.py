@@ -32,6 +32,7 @@ from multiaddr import Multiaddr
 
 from ...core.peers.address import may_dial
 from ...core.peers.slots import Handshakes
+from ...core.records.endpoint import Endpoint
 from ...core.records.limits import PEER_CONNECTIONS_INBOUND_MAX, PEER_HANDSHAKES_MAX, KiB
 from .libp2p_time import PeerTime
 from .libp2p_yamux import YamuxConnection
@@ -61,7 +62,7 @@ def multiaddr_of(host: str, port: int) -> Multiaddr:
 def address_of(maddr: Multiaddr) -> str:
     """host:port of /ip4|ip6/host/tcp/port/…; LookupError."""
     host, port = maddr.value_for_protocol(maddr.protocols()[0].name), maddr.value_for_protocol("tcp")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return str(Endpoint(host, int(port)))
 
 
 def may_pass_on(maddr: Multiaddr, told_from: str | None) -> bool:

@@ -20,7 +20,8 @@ from ...core.peers.dials import Dials
 from ...core.peers.gossip_gate import GossipGate
 from ...core.peers.trust import Trust
 from ...core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
-from ...core.records.ids import PeerId, network_id, public_key_of
+from ...core.records.endpoint import Endpoint
+from ...core.records.ids import network_id, public_key_of
 from ...core.records.peer_record import PeerRecord
 from ...core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
 from ...response_db import database_path
@@ -66,7 +67,7 @@ def load_network_key(config: Config) -> bytes | None:
 
 def make_trust(config: Config, identity: Identity, network_key: bytes | None) -> Trust:
     """Who counts, as the configuration says."""
-    listed = frozenset(public_key_of(entry.partition("@")[0]) for entry in (*config.peers, *config.bootstrap))
+    listed = frozenset(public_key_of(each.peer) for each in (*config.peer_addresses, *config.bootstrap_addresses))
     allowed = frozenset(public_key_of(peer) for peer in config.allowed)
     is_public = config.share == "public"
     return Trust(config.trust, identity.public_key, listed, allowed, network_key, is_public)
@@ -134,7 +135,7 @@ class Joining:
         choose = "choose an address and a free port of this machine (HYPERSPACE_P2P_LISTEN)"
         with needed(f"p2p_listen = {config.p2p_listen!r}", choose):
             await host.start()
-        bootstrap = tuple((PeerId(entry.partition("@")[0]), entry.partition("@")[2]) for entry in config.bootstrap)
+        bootstrap = tuple((each.peer, str(each.endpoint)) for each in config.bootstrap_addresses)
         book = AddressBook(config.data_dir)
         parts.callback(book.close)
         with needed(f"advertise = {config.advertise!r}", "name an address of this host (HYPERSPACE_ADVERTISE)"):
@@ -179,12 +180,11 @@ def _reachable(advertise: str, listens_at: str) -> str:
     """host:port to tell others: the configured host, else what the listener is bound to, never a wildcard."""
     if not listens_at:
         return ""
-    host, _, port = listens_at.rpartition(":")
+    bound = Endpoint.parse(listens_at)
     if advertise:
         host = str(socket.getaddrinfo(advertise, None, type=socket.SOCK_STREAM)[0][4][0])
-    elif host.strip("[]") in ("0.0.0.0", "::", "*"):
-        host = _outward_address()
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+        return str(Endpoint(host, bound.port))
+    return str(Endpoint(_outward_address(), bound.port) if bound.host in ("0.0.0.0", "::", "*") else bound)
 
 
 def _outward_address() -> str:

@@ -300,7 +300,7 @@ class _Node:
         from .driver import Driver
 
         config = self._config
-        peers = tuple(PeerId(peer.partition("@")[0]) for peer in config.peers)
+        peers = tuple(address.peer for address in config.peer_addresses)
         chunks = config.data_dir / "chunks"
         with needed(chunks, "delete it: its KV is then computed anew"):
             store = ChunkStore(chunks, config.disk_bytes)

@@ -18,13 +18,14 @@ from libp2p.utils import encode_varint_prefixed
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from nacl.signing import SigningKey
 
+from hyperspace_vllm.core.records.endpoint import Endpoint
 from hyperspace_vllm.daemon.libp2p import (
     libp2p_dht,
     libp2p_overrides,
     libp2p_swarm,
     libp2p_time,
 )
-from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode, NodeSettings, dht_key, reachable_hosts, split_address
+from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode, NodeSettings, dht_key, reachable_hosts
 from hyperspace_vllm.daemon.libp2p.libp2p_swarm import NodePeerStore
 from tests.support.libp2p_members import (
     PROTOCOL,
@@ -87,7 +88,7 @@ async def test_the_dht_passes_on_no_address_that_reaches_less_far_than_where_its
         pytest.skip("this machine has no other address than loopback")
     liar, seeker = await members(2, meet=False)
     (middle,) = await members(1, meet=False, listen="0.0.0.0:0")
-    _, port = split_address(middle.host.address)
+    port = Endpoint.parse(middle.host.address).port
     await liar.host.connect(middle.peer, f"{outward}:{port}", 5)
     await seeker.host.connect(middle.peer, f"127.0.0.1:{port}", 5)
     assert await liar.host.provide("/cache/1", 5)

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import socket
 from contextlib import suppress
+from dataclasses import astuple
 
 import pytest
 import trio
@@ -14,6 +15,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamError
 from libp2p.utils import encode_varint_prefixed
 from nacl.signing import SigningKey
 
+from hyperspace_vllm.core.records.endpoint import Endpoint
 from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import MiB
 from hyperspace_vllm.daemon.libp2p import (
@@ -23,7 +25,7 @@ from hyperspace_vllm.daemon.libp2p import (
     libp2p_yamux,
     libp2p_yamux_stream,
 )
-from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode, split_address
+from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode
 from hyperspace_vllm.daemon.libp2p.libp2p_time import PeerTime
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from tests.support.libp2p_members import PROTOCOL, Members, attack, open_stream, until, wait_closed
@@ -33,7 +35,7 @@ pytestmark = pytest.mark.io
 
 async def test_strangers_without_manners_cost_nothing(members: Members) -> None:
     a, b = await members(2)
-    host, port = split_address(a.host.address)
+    at = astuple(Endpoint.parse(a.host.address))
     multistream = b"\x13/multistream/1.0.0\n"
     openings = [
         b"",
@@ -45,7 +47,7 @@ async def test_strangers_without_manners_cost_nothing(members: Members) -> None:
         b"GET / HTTP/1.1\r\n\r\n",
     ]
     for opening in openings * 3:
-        with suppress(OSError), socket.create_connection((host, port), 5) as stranger:
+        with suppress(OSError), socket.create_connection(at, 5) as stranger:
             stranger.settimeout(0.1)
             stranger.sendall(opening)
             stranger.recv(1000)
@@ -238,7 +240,8 @@ async def test_a_few_protocol_names_are_answered_and_then_no_more(members: Membe
                 answers.extend(data)
 
     if is_raw:
-        with suppress(ConnectionError), socket.create_connection(split_address(a.host.address), 30) as stranger:
+        at = astuple(Endpoint.parse(a.host.address))
+        with suppress(ConnectionError), socket.create_connection(at, 30) as stranger:
             stranger.sendall(opening)
             while data := await asyncio.to_thread(stranger.recv, 65536):
                 answers += data

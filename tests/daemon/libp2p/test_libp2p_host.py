@@ -319,15 +319,16 @@ async def test_connections_that_come_and_go_leave_nothing_behind(members: Member
 def test_nothing_is_written_to_stderr() -> None:
     code = (
         "import asyncio, socket\n"
+        "from dataclasses import astuple\n"
         "from tests.support.libp2p_members import Member, failure\n"
-        "from hyperspace_vllm.daemon.libp2p.libp2p_node import split_address\n"
+        "from hyperspace_vllm.core.records.endpoint import Endpoint\n"
         "async def main():\n"
         "    a, b = Member(), Member()\n"
         "    await a.host.start(); await b.host.start()\n"
         "    await a.meet(b)\n"
         "    await failure(a.host.connect(Member().peer, b.host.address, 2))\n"
         "    await failure(a.host.request(b.peer, '/no/such', b'?', 2))\n"
-        "    socket.create_connection(split_address(b.host.address)).sendall(bytes(1000))\n"
+        "    socket.create_connection(astuple(Endpoint.parse(b.host.address))).sendall(bytes(1000))\n"
         "    assert await a.ask(b) == b'?'\n"
         "    await b.host.close(); await a.host.close()\n"
         "asyncio.run(main())\n"
