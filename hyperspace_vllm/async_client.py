@@ -63,6 +63,10 @@ class AsyncNodeClient:
             self._watch.end()
         self._watch = _Watch(self._client, loop, self._take)
 
+    def close(self) -> None:
+        """Say goodbye and let everything go; the client stays unconnected."""
+        self._client.close()
+
     def _take(self) -> None:
         messages = self._client.receive()
         if self._client.closed and self._watch is not None:

@@ -209,14 +209,15 @@ def test_a_client_that_another_thread_closes_leaves_the_loop_nothing_to_watch(tm
         async def close() -> None:
             for _ in range(3):
                 client = await asyncio.to_thread(connected, tmp_path)
-                lookups = NodeLookup(AsyncNodeClient(client))
+                link = AsyncNodeClient(client)
+                lookups = NodeLookup(link)
                 await answered(lookups, 1)
                 pending = started(lookups, 2)
-                await asyncio.to_thread(client.close)
+                await asyncio.to_thread(link.close)
                 async with asyncio.timeout(PATIENT_S / 2):
                     await pending.answer  # it may have come before
                 assert lookups.start(RequestKey(bytes(32)), bytes(32), PATIENT_S) is None
-                del client, lookups, pending
+                del client, link, lookups, pending
                 gc.collect()
                 await asyncio.sleep(0.1)
                 opened.append(descriptors())
