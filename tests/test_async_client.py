@@ -161,7 +161,7 @@ def test_a_loop_that_stalls_keeps_the_lease_and_hears_what_came_meanwhile(tmp_pa
 def test_a_frozen_node_ends_the_session_and_the_lookups_and_is_found_again(
     tmp_path: Path, run: Run[None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "_LEASE_S", 1.0)
+    monkeypatch.setattr(client_module, "_LEASE_S", 3.0)
     monkeypatch.setattr(client_module, "_BEAT_S", 0.2)
     with answering_node(tmp_path) as node, closing(connected(tmp_path)) as client:
 
@@ -184,7 +184,7 @@ def test_a_frozen_node_ends_the_session_and_the_lookups_and_is_found_again(
 def test_a_node_that_dies_ends_the_lookups_and_the_next_one_answers(
     tmp_path: Path, run: Run[None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "_LEASE_S", 1.0)
+    monkeypatch.setattr(client_module, "_LEASE_S", 3.0)
     monkeypatch.setattr(client_module, "_REVIVE_AFTER_S", {})
     with closing(NodeClient(Config(data_dir=tmp_path), "api", "server")) as client:
         lookups = NodeLookup(AsyncNodeClient(client))
