@@ -10,7 +10,7 @@ from ..core.records.ids import RequestKey
 from ..response_db import StoredResponse
 from .client_end import Client
 from .naming import Naming
-from .options import ApiMessage, ResponseCacheOptions
+from .options import ApiMessage
 from .request_facts import RequestFacts
 
 T = TypeVar("T")
@@ -60,8 +60,15 @@ class InputsPort(CachePort, Protocol):
         """Who asked."""
 
     @property
-    def options(self) -> ResponseCacheOptions:
-        """What the cache knows of its server."""
+    def has_node(self) -> bool:
+        """Whether a node is there to store anything."""
+
+    @property
+    def read_deadline_s(self) -> float:
+        """For the database."""
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970."""
 
     async def is_refused(self) -> bool:
         """Whether the server itself refuses the request."""

@@ -62,13 +62,13 @@ class Inputs:
             return PassedBy("bypass", "refused")
         keys = [key for key, _ in requests]
         missing = dict(requests)
-        now_ms = port.options.clock()
+        now_ms = port.now_ms()
         entries = {} if wishes.no_cache else await self._entries(list(missing), now_ms)
         found = {key: embedding for key, entry in entries.items() if (embedding := self._usable(entry, now_ms))}
         for key in found:
             port.touch(key)
             del missing[key]
-        if not found and not port.options.client.connected and not wishes.only_if_cached:
+        if not found and not port.has_node and not wishes.only_if_cached:
             return PassedBy("uri-miss", "no_node")
         if missing and wishes.only_if_cached:
             return NoneStored("partial" if found else "uri-miss")
@@ -98,7 +98,7 @@ class Inputs:
         """Those that can be had within one read's deadline."""
         entries: dict[RequestKey, StoredResponse | None] = {}
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._port.options.read_deadline_s):
+            async with asyncio.timeout(self._port.read_deadline_s):
                 for key in keys:
                     entries[key] = await self._port.entry(key, now_ms)
         return entries

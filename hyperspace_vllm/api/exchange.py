@@ -51,7 +51,7 @@ class Exchange:
         if context.facts.endpoint == "embeddings":
             return await self._choose_inputs(names)
         why, kept = "request" if wishes.no_cache else "uri-miss", False
-        now_ms = context.options.clock()
+        now_ms = context.now_ms()
         if not wishes.no_cache or context.facts.first_sample_stays:
             entry = await context.entry(key, now_ms)
             kept = context.facts.first_sample_stays and entry is not None

@@ -63,6 +63,20 @@ class RequestContext:
         self._refused: bool | None = None  # not asked yet
 
     @property
+    def has_node(self) -> bool:
+        """Whether a node is there to store anything."""
+        return self.options.client.connected
+
+    @property
+    def read_deadline_s(self) -> float:
+        """For the database."""
+        return self.options.read_deadline_s
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970, by the server's clock."""
+        return self.options.clock()
+
+    @property
     def weights_changed(self) -> bool:
         """Whether the engine's weights have begun to change since the request came."""
         return self.options.weights_changes() != self._weights_changes
@@ -157,7 +171,7 @@ class RequestContext:
             body,
             question,
         )
-        now_ms = self.options.clock()
+        now_ms = self.now_ms()
         if not self.tell_node(message):
             return "dropped"
         self.cache.recent.add(key, StoredResponse(body, b"", now_ms, now_ms + self.options.ttl_ms), now_ms)

@@ -48,7 +48,7 @@ class ComputedAnswer:
             return answer.reason
         if context.naming.names() != self.names or context.weights_changed:
             return "model_changed"
-        if facts.first_sample_stays and context.cache.recent.newer(self.key, None, context.options.clock()) is not None:
+        if facts.first_sample_stays and context.cache.recent.newer(self.key, None, context.now_ms()) is not None:
             result = "kept"  # another computation was quicker
         else:
             result = context.hand_over(self.key, answer.body, self.question)

@@ -169,7 +169,7 @@ class Computed:
             if flight is not None and await Joined(context, miss.why).answer(flight):
                 return None
             failed += 1
-            now_ms = context.options.clock()
+            now_ms = context.now_ms()
             entry = await context.entry(miss.key, now_ms)
             if entry and await Stored(context).answer(miss.key, entry, now_ms):
                 return None  # of those whom it has failed before
@@ -178,7 +178,7 @@ class Computed:
     async def _plan(self) -> Plan:
         context, facts, miss = self._context, self._context.facts, self._miss
         complete = not facts.streams or (context.options.store_streams and streams_completely(facts.body))
-        storing = complete and context.options.client.connected and not miss.kept
+        storing = complete and context.has_node and not miss.kept
         # Usage is asked for on the client's behalf, and taken out again: without it the answer could only be streamed.
         asks_usage = facts.wants_usage or (facts.chooses_usage and storing)
         # What answers one may be a stored response of a certain age, so it answers those who want it no fresher.

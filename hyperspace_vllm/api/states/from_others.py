@@ -57,7 +57,7 @@ class OtherNodes:
         """The answer from what another node had, if it is sound and fresh enough; an error of ours is none."""
         context = self._context
         try:
-            now_ms = context.options.clock()
+            now_ms = context.now_ms()
             size = len(found.body) + len(context.facts.raw)
             entry = await context.read_found(size, partial(self._judged, found, now_ms))
             if entry is None:

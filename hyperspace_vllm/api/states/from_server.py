@@ -37,7 +37,7 @@ class OtherServer:
         """What another API server has just handed to the node, once the database has it."""
         context = self._context
         for _ in range(_COMMIT_LOOKS):
-            now_ms = context.options.clock()
+            now_ms = context.now_ms()
             if (entry := await context.entry(self._key, now_ms)) is not None:
                 try:
                     answer = await context.rendered(entry, context.facts.wants_usage, now_ms, "exact")

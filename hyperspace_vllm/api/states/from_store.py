@@ -46,7 +46,7 @@ class Similar:
         if lookup is None or eligible(question.text) is not None:
             return None
         if options.max_error >= 1:  # else the node decides which matches may be served
-            same = await lookup.find_canonical(question.canonical_key, options.clock())
+            same = await lookup.find_canonical(question.canonical_key, context.now_ms())
             checked = random.randrange(CHECK_EVERY) == 0
             if same is not None and await self._replay(same, 1.0, "canonical", checked):
                 return "served"
@@ -58,7 +58,7 @@ class Similar:
         key = RequestKey(similar.request_key)
         if similar.verdict == "compute":
             context.cache.metrics.similar.labels("doubted").inc()
-            entry = await context.entry(key, options.clock())
+            entry = await context.entry(key, context.now_ms())
             return None if entry is None else self._match(key, similar.similarity, entry)
         context.cache.metrics.similar.labels("found").inc()
         detail = f"semantic; similarity={similar.similarity:.3f}"
@@ -68,7 +68,7 @@ class Similar:
     async def _replay(self, key: RequestKey, similarity: float, detail: str, checked: bool) -> bool:
         """Replay the answer to a question like this one; `checked`: and compute one as well."""
         context = self._context
-        now_ms = context.options.clock()
+        now_ms = context.now_ms()
         entry = await context.entry(key, now_ms)
         if entry is None or not await Stored(context).answer(key, entry, now_ms, detail):
             return False
