@@ -77,26 +77,30 @@ class AsyncNodeClient:
 class _Watch:
     """The client's descriptor on one loop.
 
-    It is a duplicate: the client may be closed by another thread, and a descriptor that is closed while the loop
-    watches it would break what gets its number next.
+    It is a duplicate of the socket's: the client may be closed by another thread, and a descriptor that is closed while
+    the loop watches it would break what gets its number next.
     """
 
     def __init__(self, client: NodeClient, loop: asyncio.AbstractEventLoop, take: Callable[[], None]) -> None:
         self.loop = loop
         self._take = take
-        self._descriptor = -1
-        descriptor = client.on_news(self._wake)
-        if descriptor >= 0:
-            self._descriptor = os.dup(descriptor)
-            loop.add_reader(self._descriptor, take)
+        self._ended = False
+        self._descriptor = client.on_news(self._wake)
+        if self._descriptor >= 0:
+            loop.add_reader(self._descriptor, self._fire)
 
     def end(self) -> None:
         """Watch no longer; from any thread."""
+        self._ended = True
         if self.loop.is_closed():
             self._close()
             return
         with suppress(RuntimeError):  # closed this moment
             self.loop.call_soon_threadsafe(self._close)
+
+    def _fire(self) -> None:
+        if not self._ended:  # else another loop listens
+            self._take()
 
     def _close(self) -> None:
         if self._descriptor >= 0:
@@ -107,4 +111,4 @@ class _Watch:
 
     def _wake(self) -> None:
         with suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(self._take)
+            self.loop.call_soon_threadsafe(self._fire)

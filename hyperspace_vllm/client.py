@@ -140,7 +140,7 @@ class NodeClient:
             return messages
 
     def on_news(self, wake: Callable[[], None]) -> int:
-        """The socket's descriptor, for a listener who receives each time that it is readable, or that `wake` is called.
+        """A duplicate of the socket's descriptor, for a listener who receives when it is readable or `wake` is called.
 
         `wake` is called from any thread: when a message came in while something was sent, which the descriptor then
         doesn't signal, and when the session began or ended. There is one listener; a forked child has none. -1: closed.
@@ -149,7 +149,7 @@ class NodeClient:
             link = self._current()
             link.wake = wake
             link.tell()
-            return -1 if self._closed else link.descriptor
+            return -1 if self._closed else os.dup(link.descriptor)
 
     def view(self, slab: Slab) -> memoryview:
         """The slab's bytes in the arena, writable; `LookupError` once it is no longer current."""
@@ -240,11 +240,7 @@ class _NodeSession:
     """Socket, session and mapped arena of one process. The caller holds the client's lock."""
 
     def __init__(
-        self,
-        config: Config,
-        role: Literal["api", "scheduler", "worker", "cli"],
-        name: str,
-        epoch: int,
+        self, config: Config, role: Literal["api", "scheduler", "worker", "cli"], name: str, epoch: int
     ) -> None:
         self.epoch = epoch
         self.welcome: Welcome | None = None  # None: no lease
