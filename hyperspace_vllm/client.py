@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Literal
 
 import zmq
@@ -82,6 +83,11 @@ class NodeClient:
             return self._current().welcome is not None
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called: there will be no session any more."""
+        return self._closed
+
+    @property
     def api_servers(self) -> int:
         """API servers of this node, as of the last heartbeat."""
         with self._lock:
@@ -119,7 +125,9 @@ class NodeClient:
         frame = encode(message)
         with self._lock:
             link = self._current()
-            return link.welcome is not None and len(frame) <= LOCAL_MESSAGE_BYTES_MAX and link.send(frame)
+            sent = link.welcome is not None and len(frame) <= LOCAL_MESSAGE_BYTES_MAX and link.send(frame)
+            link.tell()
+            return sent
 
     def receive(self) -> list[NodeMessage]:
         """What the node has sent since the last call, without the messages that keep the session."""
@@ -128,7 +136,20 @@ class NodeClient:
             link.drain()
             messages = list(link.inbox)
             link.inbox.clear()
+            link.has_news = False
             return messages
+
+    def on_news(self, wake: Callable[[], None]) -> int:
+        """A duplicate of the socket's descriptor, for a listener who receives when it is readable or `wake` is called.
+
+        `wake` is called from any thread: when a message came in while something was sent, which the descriptor then
+        doesn't signal, and when the session began or ended. There is one listener; a forked child has none. -1: closed.
+        """
+        with self._lock:
+            link = self._current()
+            link.wake = wake
+            link.tell()
+            return -1 if self._closed else os.dup(link.descriptor)
 
     def view(self, slab: Slab) -> memoryview:
         """The slab's bytes in the arena, writable; `LookupError` once it is no longer current."""
@@ -164,6 +185,7 @@ class NodeClient:
             self._closed = True
             if self._link is not None:
                 self._link.close()
+                self._link.tell()
 
     def _current(self) -> "_NodeSession":
         if self._link is None:
@@ -207,6 +229,7 @@ def _keep(client: "weakref.ref[NodeClient]") -> None:
                 return
             link, now = ours._current(), time.monotonic()
             pause_s = link.tick(now)
+            link.tell()
             revive = link.revival_due(now)
         if revive:
             revive_node(ours._config)
@@ -217,17 +240,15 @@ class _NodeSession:
     """Socket, session and mapped arena of one process. The caller holds the client's lock."""
 
     def __init__(
-        self,
-        config: Config,
-        role: Literal["api", "scheduler", "worker", "cli"],
-        name: str,
-        epoch: int,
+        self, config: Config, role: Literal["api", "scheduler", "worker", "cli"], name: str, epoch: int
     ) -> None:
         self.epoch = epoch
         self.welcome: Welcome | None = None  # None: no lease
         self.last_welcome: Welcome | None = None
         self.api_servers = 0
         self.inbox: deque[NodeMessage] = deque(maxlen=_QUEUED_MESSAGES_MAX)
+        self.has_news = False  # for who receives: a message, or another session
+        self.wake: Callable[[], None] | None = None
         self.arena: memoryview | None = None
         self.generations: memoryview | None = None
         self._role = role
@@ -253,6 +274,7 @@ class _NodeSession:
         ):
             self._socket.setsockopt(option, value)
         self._socket.connect(f"ipc://{config.socket_path}")
+        self.descriptor = int(self._socket.getsockopt(zmq.FD))
         # A client may be dropped, not closed: the garbage collector could take the context first, which waits for ever.
         self._dropped = weakref.finalize(self, _close_dropped, self._socket, self._context)
 
@@ -275,6 +297,15 @@ class _NodeSession:
                 self._take(decode_node_message(frame))
             except ProtocolViolation as error:
                 logger.warning("hyperspace node: %s", error)
+
+    def tell(self) -> None:
+        """Wake the listener if there is news; to be called after every use of the socket, which may consume an edge."""
+        if self.wake is None:
+            return
+        self.drain()
+        if self.has_news:
+            self.has_news = False
+            self.wake()
 
     def is_current(self, slab: Slab) -> bool:
         """Does the slab lie in the arena that is mapped now, with its generation unchanged?"""
@@ -347,6 +378,7 @@ class _NodeSession:
         self._complaints.add(complaint)
 
     def _lose(self, now: float) -> None:
+        self.has_news = True
         self.welcome = self._session = None
         self.inbox.clear()
         self._hello_at = float("-inf")
@@ -366,9 +398,13 @@ class _NodeSession:
             case Rejected(detail):
                 logger.warning("hyperspace node rejected a message: %s", detail)
                 if self.welcome is not None:
-                    self.inbox.append(message)
+                    self._put(message)
             case _:
-                self.inbox.append(message)
+                self._put(message)
+
+    def _put(self, message: NodeMessage) -> None:
+        self.has_news = True
+        self.inbox.append(message)
 
     def _begin(self, welcome: Welcome, now: float) -> None:
         if welcome.protocol != LOCAL_PROTOCOL:
@@ -391,6 +427,7 @@ class _NodeSession:
             self.generations = self.arena[: len(self.arena) // 8 * 8].cast("Q")
         self.welcome = self.last_welcome = welcome
         self.epoch += 1
+        self.has_news = True
         self.inbox.clear()
         self._heartbeat_at = self._welcomed_at = now
 

@@ -209,6 +209,15 @@ def test_only_the_adapter_imports_vllm() -> None:
     assert guilty == []
 
 
+def test_no_circle_of_the_response_cache_hides_behind_type_checking() -> None:
+    guilty = [
+        path
+        for path, tree in modules(PACKAGE / "api")
+        if any(isinstance(node, ast.Name) and node.id == "TYPE_CHECKING" for node in ast.walk(tree))
+    ]
+    assert guilty == []
+
+
 def test_trio_and_libp2p_live_behind_one_module() -> None:
     named = {path for path, tree in modules(PACKAGE) if {"trio", "libp2p"} & set(imported(tree))}
     assert all(path.startswith("hyperspace_vllm/daemon/libp2p/") for path in named)

@@ -11,7 +11,6 @@ from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from ipaddress import ip_address, ip_network
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -30,11 +29,9 @@ from ..core.response.audit import (
     scoring_request,
 )
 from ..core.response.request_fields import Endpoint
+from .cache_port import CachePort
 from .checks import OneAtATime, answer_to
 from .large_bodies import Busy
-
-if TYPE_CHECKING:
-    from .exchange import Exchange
 
 AUDIT_EVERY = 16
 AUDIT_SHARE = 0.05  # of the time: whoever has all of a signer's answers audited costs the engine no more
@@ -57,49 +54,49 @@ class Audits(OneAtATime):
         has_time = self.idle and time.monotonic() >= self._rests_until_s
         return has_time and (suspect or self._rng.randrange(AUDIT_EVERY) == 0)
 
-    async def audit(self, exchange: "Exchange", key: RequestKey, body: bytes, proof: bytes) -> None:
+    async def audit(self, port: CachePort, key: RequestKey, body: bytes, proof: bytes) -> None:
         """Have the engine score an answer, and the node hear of it."""
         began_s = time.monotonic()
         try:
             with suppress(Busy):
-                await self._audit(exchange, key, body, proof)
+                await self._audit(port, key, body, proof)
         finally:
             now_s = time.monotonic()
             self._rests_until_s = now_s + (now_s - began_s) * (1 / AUDIT_SHARE - 1)
 
-    async def _audit(self, exchange: "Exchange", key: RequestKey, body: bytes, proof: bytes) -> None:
-        said = await exchange.cache.bodies.work(len(body), partial(_said, exchange.endpoint, body))
-        prompt = await exchange.read(partial(prompt_of, exchange.endpoint, exchange.body))
-        if said is None or prompt is None or not await self._can_split(exchange):
+    async def _audit(self, port: CachePort, key: RequestKey, body: bytes, proof: bytes) -> None:
+        said = await port.read_found(len(body), partial(_said, port.facts.endpoint, body))
+        prompt = await port.read(partial(prompt_of, port.facts.endpoint, port.facts.body))
+        if said is None or prompt is None or not await self._can_split(port):
             return
-        before = await _tokens(exchange, prompt)
-        after = await _text_tokens(exchange, said.text) if said.text else []
+        before = await _tokens(port, prompt)
+        after = await _text_tokens(port, said.text) if said.text else []
         if not before or bool(after) != bool(said.text) or len(before) + len(after) > AUDIT_TOKENS_MAX:
             return
-        request = scoring_request(exchange.body.get("model"), before, after)
-        raw = await answer_to(exchange, _at(exchange, _COMPLETIONS), msgspec.json.encode(request))
+        request = scoring_request(port.facts.body.get("model"), before, after)
+        raw = await answer_to(port, _at(port, _COMPLETIONS), msgspec.json.encode(request))
         if raw is None:
             return
-        scored = score(msgspec.json.decode(raw), len(before), said, exchange.body)
+        scored = score(msgspec.json.decode(raw), len(before), said, port.facts.body)
         far = scored.far
         if scored.far_at:
-            match await _own_words(exchange, before, after, said.text, scored.far_at):
+            match await _own_words(port, before, after, said.text, scored.far_at):
                 case "agrees":
                     far = int(not scored.ends_well)
                 case "unclear":
                     far = 1
         if far:
-            exchange.cache.recent.forget(key)
-        source = source_of(exchange.scope.get("client"))
-        exchange.options.client.send(ResponseAudited(key, proof, scored.tokens, far, source))
+            port.forget(key)
+        source = source_of(port.facts.scope.get("client"))
+        port.tell_node(ResponseAudited(key, proof, scored.tokens, far, source))
 
-    async def _can_split(self, exchange: "Exchange") -> bool:
+    async def _can_split(self, port: CachePort) -> bool:
         """Whether a text that continues another has the same tokens alone.
 
         Some SentencePiece tokenizers put a space before every text, and would have honest answers begin wrongly.
         """
         if self._splits_evenly is None:
-            whole, *halves = [await _text_tokens(exchange, text) for text in ("a b", "a", " b")]
+            whole, *halves = [await _text_tokens(port, text) for text in ("a b", "a", " b")]
             if not whole or not all(halves):
                 return False  # the server doesn't tell, or not now
             self._splits_evenly = whole == halves[0] + halves[1]
@@ -119,15 +116,15 @@ def source_of(client: object) -> bytes:
 
 
 async def _own_words(
-    exchange: "Exchange", before: Sequence[int], after: Sequence[int], text: str, far_at: Sequence[int]
+    port: CachePort, before: Sequence[int], after: Sequence[int], text: str, far_at: Sequence[int]
 ) -> Comparison:
     """Whether the engine itself says something else than the answer from any of its far tokens on."""
     said: Comparison = "agrees"
     for at in far_at[:CONTINUATIONS_MAX]:
-        beginning = await _text_of(exchange, after[:at]) if at else ""
+        beginning = await _text_of(port, after[:at]) if at else ""
         rest = None if beginning is None else rest_of(text, beginning)
-        request = continuing_request(exchange.body.get("model"), [*before, *after[:at]])
-        raw = await answer_to(exchange, _at(exchange, _COMPLETIONS), msgspec.json.encode(request))
+        request = continuing_request(port.facts.body.get("model"), [*before, *after[:at]])
+        raw = await answer_to(port, _at(port, _COMPLETIONS), msgspec.json.encode(request))
         found = "unclear" if raw is None or rest is None else compare(msgspec.json.decode(raw), rest)
         if found == "departs":
             return "departs"
@@ -137,22 +134,22 @@ async def _own_words(
     return said if len(far_at) <= CONTINUATIONS_MAX else "unclear"
 
 
-async def _text_of(exchange: "Exchange", tokens: Sequence[int]) -> str | None:
-    request = {"model": exchange.body.get("model"), "tokens": list(tokens)}
-    raw = await answer_to(exchange, _at(exchange, _DETOKENIZE), msgspec.json.encode(request))
+async def _text_of(port: CachePort, tokens: Sequence[int]) -> str | None:
+    request = {"model": port.facts.body.get("model"), "tokens": list(tokens)}
+    raw = await answer_to(port, _at(port, _DETOKENIZE), msgspec.json.encode(request))
     return None if raw is None else str(msgspec.json.decode(raw)["prompt"])
 
 
-async def _text_tokens(exchange: "Exchange", text: str) -> list[int]:
-    request = {"model": exchange.body.get("model"), "prompt": text, "add_special_tokens": False}
-    return await _tokens(exchange, request)
+async def _text_tokens(port: CachePort, text: str) -> list[int]:
+    request = {"model": port.facts.body.get("model"), "prompt": text, "add_special_tokens": False}
+    return await _tokens(port, request)
 
 
-async def _tokens(exchange: "Exchange", request: dict[str, object]) -> list[int]:
+async def _tokens(port: CachePort, request: dict[str, object]) -> list[int]:
     """The token ids of a prompt; none if the server doesn't tell."""
-    body = await exchange.read(partial(msgspec.json.encode, request))
-    raw = await answer_to(exchange, _at(exchange, _TOKENIZE), body)
-    return [] if raw is None else await exchange.cache.bodies.work(len(raw), partial(_tokens_in, raw))
+    body = await port.read(partial(msgspec.json.encode, request))
+    raw = await answer_to(port, _at(port, _TOKENIZE), body)
+    return [] if raw is None else await port.read_found(len(raw), partial(_tokens_in, raw))
 
 
 def _tokens_in(raw: bytes) -> list[int]:
@@ -164,7 +161,7 @@ def _said(endpoint: Endpoint, body: bytes) -> Said | None:
     return plain_answer(endpoint, msgspec.json.decode(body))
 
 
-def _at(exchange: "Exchange", path: str) -> dict[str, object]:
+def _at(port: CachePort, path: str) -> dict[str, object]:
     """The scope of the client's request, for another path."""
-    path = exchange.scope.get("root_path", "") + path
-    return {**exchange.scope, "path": path, "raw_path": path.encode(), "query_string": b""}
+    path = port.facts.scope.get("root_path", "") + path
+    return {**port.facts.scope, "path": path, "raw_path": path.encode(), "query_string": b""}

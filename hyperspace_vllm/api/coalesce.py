@@ -12,10 +12,12 @@ read; readers that far behind hold up the others, for LAGGARD_S of a flight's ti
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
+
+from starlette.types import ASGIApp, Message, Scope
 
 from ..contained import report_error
 from ..core.records.limits import (
@@ -30,11 +32,6 @@ from .large_bodies import LargeBodies
 from .streams.collect import FrameKind
 from .streams.frames import Collector
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -137,7 +134,7 @@ class Flight:
         self._shared: asyncio.Task[Any] | None = None
         self._ending: asyncio.Task[None] | None = None
 
-    def start(self, app: App, scope: Scope, request_body: bytes) -> None:
+    def start(self, app: ASGIApp, scope: Scope, request_body: bytes) -> None:
         """Run the application on a request whose body has been read."""
         silent = drops_silently(scope)
         requests: list[Message] = [{"type": "http.request", "body": request_body, "more_body": False}]

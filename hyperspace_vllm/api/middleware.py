@@ -9,8 +9,9 @@ A request takes one of these ways, each said in `Cache-Status`:
     network    other nodes are asked first, or while vLLM computes (network_race.py): a hit if they answer in time
     miss       computed, passed on frame by frame, and handed to the node when it has finished cleanly
 
-Everything about a request lives in its `Exchange` (exchange.py); the middleware itself keeps the table of computations
-that may be joined, the database reader, and what is on its way to the node (answers, hits), all bounded.
+Everything about a request lives in its `RequestContext`; exchange.py chooses its way, and states/ has the ways. The
+middleware itself keeps the table of computations that may be joined, the database reader, and what is on its way to the
+node (answers, hits), all bounded.
 """
 
 import json
@@ -19,13 +20,15 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from ..contained import contained, report_error
 from ..core.response.request_fields import ENDPOINTS, SALTED, Endpoint
 from ..core.response.request_key import Uncacheable, parse_request
 from ..core.response.scope import api_key_of, engine_salt
 from .audits import Audits
 from .checks import OneAtATime
-from .coalesce import App, FlightTable, Message, Receive, Scope, Send
+from .coalesce import FlightTable
 from .database_lookup import DatabaseLookup, Recent, Touches
 from .exchange import Exchange
 from .http_headers import Directives, first_header, forward_status, header, parse_cache_control
@@ -34,6 +37,9 @@ from .large_bodies import Busy, LargeBodies
 from .node_lookup import NodeLookup
 from .options import ResponseCacheOptions
 from .request_body import read_body, read_rest, replayed, rewritten, with_content_length
+from .request_context import RequestContext
+from .request_facts import facts_of
+from .states.refusals import Bypass, NotCached
 from .stored_answer import Sending
 
 Answer = Callable[[], Awaitable[None]]
@@ -42,7 +48,7 @@ Answer = Callable[[], Awaitable[None]]
 class ResponseCacheMiddleware:
     """Answers repeated POSTs to `ENDPOINTS`; passes everything else by untouched."""
 
-    def __init__(self, app: App, options: ResponseCacheOptions) -> None:
+    def __init__(self, app: ASGIApp, options: ResponseCacheOptions) -> None:
         self.app = app
         self.options = options
         ttl_ms, deadline_s = options.ttl_ms, options.read_deadline_s
@@ -90,17 +96,23 @@ class ResponseCacheMiddleware:
             body, lenient = await self.bodies.work(len(raw), partial(_parsed, raw, too_large))
         except Busy:
             if _wishes(scope).only_if_cached and self.lookup is not None:
-                return partial(Exchange(self, endpoint, raw, {}, scope, receive, send).not_cached, "busy")
+                return partial(NotCached(self._context(endpoint, raw, {}, scope, receive, send)).answer, "busy")
             # What tells tenants apart, or keeps a request here, is put in all the same: as dear as vLLM's own reading.
             must = self._has_tenants or _stays_here(scope)
             body, lenient = Uncacheable("busy"), _as_vllm_reads(raw) if must else None
         if not isinstance(body, Uncacheable):
-            return Exchange(self, endpoint, raw, body, scope, receive, send).run
+            return Exchange(self._context(endpoint, raw, body, scope, receive, send)).answer
         if lenient is None:
             request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
             return partial(self._untouched, scope, request, send, body.reason)
         # It has no key, but the connector must hear all the same how far its KV may travel.
-        return partial(Exchange(self, endpoint, raw, lenient, scope, receive, send).bypass, "bypass", body.reason)
+        context = self._context(endpoint, raw, lenient, scope, receive, send)
+        return partial(Bypass(context).answer, "bypass", body.reason)
+
+    def _context(
+        self, endpoint: Endpoint, raw: bytes, body: dict[str, Any], scope: Scope, receive: Receive, send: Send
+    ) -> RequestContext:
+        return RequestContext(self, facts_of(self.options, endpoint, raw, body, scope), receive, send)
 
     async def _salted(self, scope: Scope, receive: Receive, hear: Receive, send: Send) -> Answer:
         """To an endpoint without a cache, whose requests vLLM's own prefix cache keeps apart by their salt."""
@@ -134,7 +146,7 @@ class ResponseCacheMiddleware:
 
 
 @contained(lambda app, options: app)
-def response_cache(app: App, options: ResponseCacheOptions) -> App:
+def response_cache(app: ASGIApp, options: ResponseCacheOptions) -> ASGIApp:
     """The middleware around `app`, or `app` alone if it can't be made."""
     return ResponseCacheMiddleware(app, options)
 

@@ -14,9 +14,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Literal
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from ..contained import report_error
 from ..core.local.messages import ResponseFound
-from .coalesce import ABANDONED_GRACE_S, App, Message, Receive, Scope, Send, drops_silently
+from .coalesce import ABANDONED_GRACE_S, drops_silently
 from .node_lookup import Pending
 from .stored_answer import Sending, StoredAnswer
 
@@ -41,7 +43,7 @@ class NetworkRace:
 
     def __init__(
         self,
-        engine: App,
+        engine: ASGIApp,
         lookup: Pending,
         find: Callable[[ResponseFound], Awaitable[StoredAnswer | None]],
         decided: Callable[[Outcome], None],

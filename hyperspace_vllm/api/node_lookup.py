@@ -1,8 +1,5 @@
 """Asking the node for a response that others may have, without ever costing a request more than its deadline.
 
-The node's socket can only be looked at (a heartbeat reads from it as well, so nobody would be woken), so while lookups
-are pending one task looks: each millisecond while an answer may come any moment, less often once a lookup has lasted.
-
 A node that has nobody to ask says so, and isn't asked for a second. After that, and after one that said nothing in
 time, a lookup begins without waiting for its hint: a lone or frozen node costs a request nothing.
 """
@@ -42,8 +39,6 @@ RACE_S = 3.0  # as long as the node goes on searching
 SIMILAR_S = 0.1  # an embedding takes some 5 ms, and more beside an engine that uses every core
 _USELESS_S = 1.0  # between lookups in a node that has nobody to ask
 _USELESS = ("off", "alone", "no_peers")
-_EAGER_S, _EAGER_FOR_S = 0.001, 0.03  # most answers of peers nearby come in that time
-_CALM_S = 0.003
 
 
 class Pending:
@@ -111,8 +106,6 @@ class NodeLookup:
         self._epoch = 0  # of the session that the pending ones belong to
         self._silent = False  # the last one that should have had a hint got none in time, or was useless
         self._not_before_s = 0.0
-        self._eager_until_s = 0.0
-        self._poller: asyncio.Task[None] | None = None
 
     @property
     def pending(self) -> int:
@@ -134,9 +127,7 @@ class NodeLookup:
         now_s = loop.time()
         if now_s < self._not_before_s or len(self._pending) >= RESPONSE_LOOKUPS_MAX or not self._client.connected:
             return None
-        if (epoch := self._client.epoch) != self._epoch:
-            self._end_all()
-            self._epoch = epoch
+        self._listen()
         number = next(self._numbers) % (1 << 32)
         if not self._client.send(FindResponse(number, key, model_digest, max(round(deadline_s * 1000), 1))):
             return None
@@ -146,7 +137,6 @@ class NodeLookup:
         else:
             pending.timers.append(loop.call_later(min(HINT_S, deadline_s), self._hint_overdue, pending))
         pending.timers.append(loop.call_later(deadline_s, self.overdue, pending))
-        self._look_out()
         return pending
 
     async def find_similar(
@@ -161,17 +151,17 @@ class NodeLookup:
             return "busy"
         if not self._client.connected:
             return "no_node"
+        self._listen()
         number = next(self._numbers) % (1 << 32)
         if not self._client.send(FindSimilar(number, question, mode, model_digest, max_error, round(SIMILAR_S * 1000))):
             return "no_node"
         answer = self._similar[number] = loop.create_future()
-        self._look_out()
         found: SimilarFound | str
         try:
             async with asyncio.timeout(SIMILAR_S):
                 found = await asyncio.shield(answer)
         except TimeoutError:
-            self._take(self._client.receive())  # a loop that was busy itself must not blame the node
+            self._hear(self._client.receive())  # a loop that was busy itself must not blame the node
             found = answer.result() if answer.done() else "late"
         finally:
             self._similar.pop(number, None)
@@ -185,11 +175,11 @@ class NodeLookup:
 
     async def lead_or_wait(self, key: RequestKey, deadline_s: float) -> bool:
         """Whether this process should compute a request: False once another one of the host has ended it."""
+        self._listen()
         number = next(self._numbers) % (1 << 32)
         if len(self._claims) >= RESPONSE_LOOKUPS_MAX or not self._client.send(ClaimRequest(number, key, True)):
             return True
         claim = self._claims[number] = _Claim()
-        self._look_out()
         try:
             async with asyncio.timeout(HINT_S):
                 if await claim.granted:
@@ -213,33 +203,30 @@ class NodeLookup:
             pending.end(None)
 
     def _hint_overdue(self, pending: Pending) -> None:
-        self._take(self._client.receive())  # a loop that was busy itself must not blame the node
+        self._hear(self._client.receive())  # a loop that was busy itself must not blame the node
         if not pending.hint.done():
             self._silent = True
             pending.say_hint(False)
 
     def overdue(self, pending: Pending) -> None:
         """Its time is up."""
-        self._take(self._client.receive())
+        self._hear(self._client.receive())
         if pending.number in self._pending and self._silent:
             # Not a word in all this time. Its lease will tell; until then it is asked seldom.
             self._not_before_s = asyncio.get_running_loop().time() + _USELESS_S
         self.release(pending)
 
-    def _look_out(self) -> None:
-        """An answer may come any moment."""
-        loop = asyncio.get_running_loop()
-        self._eager_until_s = loop.time() + _EAGER_FOR_S
-        if self._poller is None or self._poller.done():
-            self._poller = loop.create_task(self._poll(), name="hyperspace-node-lookup")
+    def _listen(self) -> None:
+        """Hear what the node says as soon as it does; what was asked in an earlier session has ended."""
+        self._client.listen(self._hear)
+        if (epoch := self._client.epoch) != self._epoch:
+            self._end_all()
+            self._epoch = epoch
 
-    async def _poll(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._pending or self._similar or self._claims:
-            await asyncio.sleep(_EAGER_S if loop.time() < self._eager_until_s else _CALM_S)
-            self._take(self._client.receive())
-            if not self._client.connected or self._client.epoch != self._epoch:
-                self._end_all()  # the node that knew of them is gone
+    def _hear(self, messages: Iterable[NodeMessage]) -> None:
+        self._take(messages)
+        if not self._client.connected or self._client.epoch != self._epoch:
+            self._end_all()  # the node that knew of them is gone
 
     def _take(self, messages: Iterable[NodeMessage]) -> None:
         for message in messages:

@@ -42,7 +42,7 @@ ApiMessage = (
 
 
 class NodeLink(Protocol):
-    """What the middleware needs of `client.NodeClient`: messages that may be lost, never waited for."""
+    """What the middleware needs of `AsyncNodeClient`: messages that may be lost, never waited for."""
 
     @property
     def connected(self) -> bool:
@@ -60,7 +60,10 @@ class NodeLink(Protocol):
         """Queue a message; False when it was dropped."""
 
     def receive(self) -> list[NodeMessage]:
-        """What the node has sent since the last call."""
+        """What the node has sent and the listener has not heard yet."""
+
+    def listen(self, hear: Callable[[list[NodeMessage]], None]) -> None:
+        """Have `hear` called on the running loop with what the node says, and with nothing when the session changes."""
 
 
 def wall_clock_ms() -> int:

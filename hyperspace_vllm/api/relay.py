@@ -6,7 +6,9 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 
-from .coalesce import LeaderFailed, Piece, Reader, Receive, Send
+from starlette.types import Receive, Send
+
+from .coalesce import LeaderFailed, Piece, Reader
 from .own_ids import OwnIds, nameless
 from .request_body import with_content_length
 from .streams.replay import fingerprint_of, with_fingerprint

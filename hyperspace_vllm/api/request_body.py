@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.types import Message, Receive, Scope
+
 from ..core.records.limits import REQUEST_BYTES_MAX
-from .coalesce import Message, Receive, Scope
 
 
 async def read_body(receive: Receive) -> bytes | list[Message]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import msgspec
+from starlette.types import Message
 
 from ..core.local.messages import ResponseFound
 from ..core.records.errors import ProtocolViolation
@@ -15,7 +16,6 @@ from ..core.response.admission import Admitted, admit
 from ..core.response.cache_proof import decode_proof
 from ..core.response.request_fields import Endpoint
 from ..response_db import StoredResponse
-from .coalesce import Message
 from .http_headers import RawHeaders, hit_headers, quoted
 from .own_ids import OwnIds
 from .streams.frames import frames

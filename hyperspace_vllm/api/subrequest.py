@@ -2,12 +2,13 @@
 
 import asyncio
 
+from starlette.types import ASGIApp, Message, Scope
+
 from ..core.records.limits import RESPONSE_BYTES_MAX
-from .coalesce import App, Message, Scope
 from .request_body import with_content_length
 
 
-async def ask(app: App, scope: Scope, body: bytes, gone: asyncio.Event) -> bytes | None:
+async def ask(app: ASGIApp, scope: Scope, body: bytes, gone: asyncio.Event) -> bytes | None:
     """The body of a 200 with at most RESPONSE_BYTES_MAX; None for any other answer. `gone`: nobody wants it any more.
 
     The scope is that of the client's request, so the application sees who asks.

@@ -151,6 +151,7 @@ class _Server:
 
         from ..api import aborts
         from ..api.options import ResponseCacheOptions
+        from ..async_client import AsyncNodeClient
         from ..client import NodeClient
         from ..core.records.ids import network_id
         from ..core.response.similar.canonical import ACRONYMS
@@ -188,7 +189,7 @@ class _Server:
             dates=lambda: dates(formats),
             accepts=OwnChecks(app, engine),
             parses=parses_answers(engine, args),
-            client=NodeClient(config, "api", f"{socket.gethostname()}-{os.getpid()}"),
+            client=AsyncNodeClient(NodeClient(config, "api", f"{socket.gethostname()}-{os.getpid()}")),
             served_models=frozenset(args.served_model_name or [args.model]),
             loras=adapters,
             api_keys=self._tenant_keys(args),

@@ -16,11 +16,12 @@ import pytest
 from starlette.responses import JSONResponse
 
 from hyperspace_vllm.api import database_lookup as lookup
-from hyperspace_vllm.api import exchange, large_bodies, middleware, relay
+from hyperspace_vllm.api import large_bodies, middleware, relay, request_context
 from hyperspace_vllm.api.database_lookup import Recent
 from hyperspace_vllm.api.http_headers import RawHeaders
 from hyperspace_vllm.api.large_bodies import Busy, LargeBodies
 from hyperspace_vllm.api.own_ids import OwnIds
+from hyperspace_vllm.api.states import computed_answer
 from hyperspace_vllm.api.streams.collect import CompletionCollector
 from hyperspace_vllm.core.local.messages import StoreResponse
 from hyperspace_vllm.core.records.limits import (
@@ -249,13 +250,13 @@ async def test_a_large_answer_is_made_beside_the_event_loop(
     bench.upstream.says.append("word " * INLINE_BODY_BYTES)
     first = await bench.ask(CHAT)
     threads: list[int] = []
-    render = exchange.render
+    render = request_context.render
 
     def noted(*args: Any) -> Any:
         threads.append(threading.get_ident())
         return render(*args)
 
-    monkeypatch.setattr(exchange, "render", noted)
+    monkeypatch.setattr(request_context, "render", noted)
     answer = await bench.ask(CHAT | asked_as)
     assert "; hit; " in answer.headers["cache-status"]
     assert text_of(answer) == text_of(first)
@@ -265,7 +266,7 @@ async def test_a_large_answer_is_made_beside_the_event_loop(
 
 STEPS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "the ids of a JSON answer are taken out for its followers": (relay, "nameless", {}),
-    "a JSON answer is judged": (exchange, "admit", {}),
+    "a JSON answer is judged": (computed_answer, "admit", {}),
     "a stream is taken together": (CompletionCollector, "result", STREAM),
     "a frame is taken in": (CompletionCollector, "feed", STREAM),
     "a frame gets a follower's ids": (OwnIds, "frame", STREAM),

@@ -20,6 +20,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from hyperspace_vllm.api import coalesce
 from hyperspace_vllm.api.large_bodies import LargeBodies
@@ -451,7 +452,8 @@ async def test_an_error_of_ours_is_a_bypass(
 
 @pytest.mark.parametrize("asked_as", [{}, STREAM])
 @pytest.mark.parametrize(
-    "broken", ["middleware.parse_request", "middleware.first_header", "exchange.tenant_of", "exchange.storage_scope"]
+    "broken",
+    ["middleware.parse_request", "middleware.first_header", "request_facts.tenant_of", "request_facts.storage_scope"],
 )
 async def test_an_error_before_the_way_is_known_leaves_the_request_to_the_application(
     bench: Bench, asked_as: dict[str, Any], broken: str, monkeypatch: pytest.MonkeyPatch
@@ -464,7 +466,7 @@ async def test_an_error_before_the_way_is_known_leaves_the_request_to_the_applic
 
 
 async def test_a_scope_that_cant_be_signed_is_no_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyperspace_vllm.api.exchange.changes_of", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("hyperspace_vllm.api.request_context.changes_of", lambda *_, **__: 1 / 0)
     for _ in range(2):
         answer = await bench.ask(CHAT)
         assert answer.status_code == 200
@@ -778,7 +780,7 @@ async def test_a_client_that_reads_a_little_now_and_then_holds_up_the_others_no_
 ) -> None:
     monkeypatch.setattr(coalesce, "LAGGARD_S", 1.0)
 
-    async def app(scope: coalesce.Scope, receive: coalesce.Receive, send: coalesce.Send) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         for number in range(400):

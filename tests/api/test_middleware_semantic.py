@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from hyperspace_vllm.api import checks, exchange, node_lookup
+from hyperspace_vllm.api import checks, node_lookup
+from hyperspace_vllm.api.states import from_store
 from hyperspace_vllm.core.local.messages import StoreResponse
 from hyperspace_vllm.core.response.similar import match_error
 from hyperspace_vllm.core.response.similar.semantic import COSINE_MIN
@@ -31,7 +32,7 @@ async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
 def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is computed as well by chance."""
     monkeypatch.setattr(match_error, "CHECK_EVERY", 1 << 40)
-    monkeypatch.setattr(exchange, "CHECK_EVERY", 1 << 40)
+    monkeypatch.setattr(from_store, "CHECK_EVERY", 1 << 40)
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +182,7 @@ async def test_a_match_is_now_and_then_computed_as_well_after_it_was_served(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(match_error, "CHECK_EVERY", 1)
-    monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
+    monkeypatch.setattr(from_store, "CHECK_EVERY", 1)
     bench.upstream.says = [DAILY, CHORDS]
     first = await bench.ask(GUITAR)
     await bench.stored(1)
@@ -195,7 +196,7 @@ async def test_a_match_is_now_and_then_computed_as_well_after_it_was_served(
 
 
 async def test_a_canonical_match_that_was_wrong_is_none_any_more(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
+    monkeypatch.setattr(from_store, "CHECK_EVERY", 1)
     bench.upstream.says = ["Machines that learn from data what no one wrote down.", "Boil the rice for twelve minutes."]
     await bench.ask(chat("What is ML?", temperature=0))
     await bench.stored(1)
@@ -238,7 +239,7 @@ async def test_a_bound_is_kept_for_each_tenant_whatever_others_ask(make_bench: M
 async def test_an_engine_that_fails_or_hangs_costs_the_hit_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
+    monkeypatch.setattr(from_store, "CHECK_EVERY", 1)
     monkeypatch.setattr(checks, "CHECK_S", 2.0)
     await bench.ask(chat("What is ML?"))
     await bench.stored(1)
@@ -252,7 +253,7 @@ async def test_an_engine_that_fails_or_hangs_costs_the_hit_nothing(
 
 
 async def test_who_wants_nothing_computed_has_nothing_computed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
+    monkeypatch.setattr(from_store, "CHECK_EVERY", 1)
     await bench.ask(chat("What is ML?"))
     await bench.stored(1)
     answer = await bench.ask(chat("Explain machine learning"), cache_control="only-if-cached")
@@ -281,7 +282,7 @@ async def test_a_stored_answer_that_is_no_text_is_not_compared_and_loses_nothing
 
 
 async def test_one_check_at_a_time_is_under_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "CHECK_EVERY", 1)
+    monkeypatch.setattr(from_store, "CHECK_EVERY", 1)
     bench.upstream.says = [DAILY, CHORDS]
     await bench.ask(chat("What is ML?", temperature=0))
     await bench.stored(1)

@@ -17,16 +17,18 @@ from prometheus_client import REGISTRY
 from hyperspace_vllm import contained
 from hyperspace_vllm.api import network_race, node_lookup
 from hyperspace_vllm.api.node_lookup import NodeLookup
+from hyperspace_vllm.api.options import ApiMessage
 from hyperspace_vllm.core.local.messages import (
+    ClaimEnded,
+    ClaimRequest,
     FindResponse,
     NodeMessage,
     PurgeResponses,
     ReleaseResponse,
+    RequestClaimed,
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
-    StoreResponse,
-    TouchResponses,
 )
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_LOOKUPS_MAX, RESPONSE_TTL_MS
@@ -45,6 +47,7 @@ from tests.support.cached_server import (
     text_of,
     until,
 )
+from tests.support.inbox import Hear, Inbox
 
 pytestmark = pytest.mark.io
 
@@ -605,17 +608,19 @@ class Link:
     epoch: int = 1
 
     def __post_init__(self) -> None:
-        self.sent: list[FindResponse | ReleaseResponse] = []
-        self.inbox: list[NodeMessage] = []
+        self.sent: list[ClaimRequest | FindResponse | ReleaseResponse] = []
+        self.inbox = Inbox()
 
-    def send(self, message: StoreResponse | TouchResponses | FindResponse | ReleaseResponse) -> bool:
-        assert isinstance(message, FindResponse | ReleaseResponse)
+    def send(self, message: ApiMessage) -> bool:
+        assert isinstance(message, ClaimRequest | FindResponse | ReleaseResponse)
         self.sent.append(message)
         return True
 
     def receive(self) -> list[NodeMessage]:
-        messages, self.inbox = self.inbox, []
-        return messages
+        return self.inbox.take()
+
+    def listen(self, hear: Hear) -> None:
+        self.inbox.listen(hear)
 
 
 async def answered(lookups: NodeLookup, link: Link, *messages: NodeMessage) -> None:
@@ -693,19 +698,48 @@ async def test_lookups_are_bounded_and_make_room_when_they_end() -> None:
     assert sum(isinstance(message, ReleaseResponse) for message in link.sent) == 1
     assert lookups.start(KEY, bytes(32), PATIENT_S) is not None
     link.connected = False
+    link.inbox.tell()
     await until(lambda: lookups.pending == 0)
     assert lookups.start(KEY, bytes(32), PATIENT_S) is None
 
 
-async def test_without_a_lookup_nothing_polls() -> None:
+async def test_a_lookup_is_woken_by_its_answer_and_nothing_polls() -> None:
     link = Link()
     lookups = NodeLookup(link)
     pending = lookups.start(KEY, bytes(32), PATIENT_S)
     assert pending is not None
+    assert len(asyncio.all_tasks()) == 1, "this one alone: none looks at the socket"
+    await asyncio.sleep(0.02)
+    assert link.inbox.takes == 0
     await answered(lookups, link, ResponseFound(pending.number, b"", b"", 0, 0, "", "", ""))
     assert await pending.hint is True
     assert await pending.answer is not None
-    await until(lambda: lookups._poller is not None and lookups._poller.done())
+    assert link.inbox.takes == 1
+
+
+async def test_a_session_that_ends_ends_what_was_asked_in_it() -> None:
+    link = Link()
+    lookups = NodeLookup(link)
+    pending = lookups.start(KEY, bytes(32), PATIENT_S)
+    assert pending is not None
+    link.epoch = 2
+    link.inbox.tell()
+    assert await pending.answer is None
+    assert lookups.pending == 0
+
+
+async def test_a_computation_elsewhere_is_waited_for_in_the_first_session_too() -> None:
+    """Where other nodes aren't asked, no lookup has told of the session before."""
+    link = Link()
+    lookups = NodeLookup(link)
+    waiting = asyncio.create_task(lookups.lead_or_wait(KEY, PATIENT_S))
+    await until(lambda: lookups.pending == 1)
+    (claim,) = link.sent
+    assert isinstance(claim, ClaimRequest)
+    await answered(lookups, link, RequestClaimed(claim.claim, False))
+    assert not waiting.done()
+    await answered(lookups, link, ClaimEnded(claim.claim))
+    assert await waiting is False
 
 
 async def test_a_lone_node_costs_a_miss_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bench.servers import MODELS, Server
-from hyperspace_vllm.api import exchange, node_lookup, request_body
+from hyperspace_vllm.api import node_lookup, request_body
+from hyperspace_vllm.api.states import from_store
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, SALTED, Endpoint
 from hyperspace_vllm.core.response.request_key import request_key
 from hyperspace_vllm.core.response.scope import engine_salt, tenant_of
@@ -94,7 +95,7 @@ def chat(question: str) -> dict[str, Any]:
 async def test_what_a_tenant_stored_answers_that_tenant_alone(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for sampling in (exchange, match_error):  # a match that is also computed has its own answer from then on
+    for sampling in (from_store, match_error):  # a match that is also computed has its own answer from then on
         monkeypatch.setattr(sampling, "CHECK_EVERY", 1 << 40)
     bench = await make_bench(semantic="balanced", api_keys=KEYS)
     rng = random.Random(2)

@@ -8,10 +8,10 @@ import httpx
 import msgspec
 import pytest
 from nacl.signing import SigningKey
+from starlette.types import Message, Receive, Scope, Send
 
 from bench.servers import MODELS, Server
 from hyperspace_vllm.api import audits
-from hyperspace_vllm.api.coalesce import Message, Receive, Scope, Send
 from hyperspace_vllm.core.local.messages import (
     FindResponse,
     NodeMessage,

@@ -40,6 +40,7 @@ from hyperspace_vllm.daemon.local.request_leases import RequestLeases
 from hyperspace_vllm.daemon.responses.embedding import load_embedder
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.daemon.responses.similar import SimilarQuestions
+from tests.support.inbox import Hear, Inbox
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
 TEXT = {"model": "base", "prompt": "Once"}
@@ -199,7 +200,7 @@ class Node:
     audited: list[ResponseAudited] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     sent: list[ApiMessage] = field(default_factory=list)
-    inbox: list[NodeMessage] = field(default_factory=list)
+    inbox: Inbox = field(default_factory=Inbox)
 
     def send(self, message: ApiMessage) -> bool:
         self.sent.append(message)
@@ -256,8 +257,10 @@ class Node:
         loop.call_soon_threadsafe(lambda: self.inbox.append(message))
 
     def receive(self) -> list[NodeMessage]:
-        messages, self.inbox = self.inbox, []
-        return messages
+        return self.inbox.take()
+
+    def listen(self, hear: Hear) -> None:
+        self.inbox.listen(hear)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from hyperspace_vllm.api import audits
-from hyperspace_vllm.api.coalesce import Message, Receive, Scope, Send
 from hyperspace_vllm.core.local.messages import (
     SOURCE_BYTES_MAX,
 )

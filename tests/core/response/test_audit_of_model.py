@@ -6,11 +6,12 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
 from bench.servers import Server
 from hyperspace_vllm.api import audits
-from hyperspace_vllm.api.coalesce import Message, Receive, Scope, Send
-from hyperspace_vllm.api.exchange import Exchange
+from hyperspace_vllm.api.request_context import RequestContext
+from hyperspace_vllm.api.request_facts import facts_of
 from hyperspace_vllm.core.local.messages import (
     PurgeResponses,
     ResponseAudited,
@@ -168,5 +169,6 @@ async def test_a_server_that_fails_to_split_a_text_is_asked_again(tmp_path: Path
         bench.cache.app = tokenize
         for fails, splits in (("a", False), (" b", False), ("a b", False), ("", True), ("a", True)):
             failing[:] = [fails]
-            exchange = Exchange(bench.cache, "chat", b"", CHAT, {"path": "/v1", "headers": []}, nothing, nothing)
-            assert await bench.cache.audits._can_split(exchange) is splits
+            facts = facts_of(bench.cache.options, "chat", b"", CHAT, {"path": "/v1", "headers": []})
+            context = RequestContext(bench.cache, facts, nothing, nothing)
+            assert await bench.cache.audits._can_split(context) is splits

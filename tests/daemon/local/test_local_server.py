@@ -20,6 +20,7 @@ import zmq
 import zmq.asyncio
 
 from hyperspace_vllm.api.node_lookup import HINT_S, NodeLookup
+from hyperspace_vllm.async_client import AsyncNodeClient
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.events.kv_events import (
@@ -516,7 +517,7 @@ async def test_an_api_server_learns_of_hint_and_answer_while_its_heartbeat_reads
     node: SmallNode,
 ) -> None:
     async with connected(node, "api", layout=None) as client:
-        lookups = NodeLookup(client)
+        lookups = NodeLookup(AsyncNodeClient(client))
         hints_s: list[float] = []
         for number in range(1, 101):
             began = time.perf_counter()
@@ -536,7 +537,7 @@ async def test_an_api_server_learns_of_hint_and_answer_while_its_heartbeat_reads
 
 async def test_a_node_that_dies_is_not_waited_for(tmp_path: Path) -> None:
     client = NodeClient(Config(data_dir=tmp_path), "api", "n")
-    lookups = NodeLookup(client)
+    lookups = NodeLookup(AsyncNodeClient(client))
     assert lookups.start(RequestKey(bytes(32)), bytes(32), 30.0) is None
     async with small_node(tmp_path) as node:
         await until(lambda: client.connected)

@@ -1,0 +1,89 @@
+"""What the parts of the response cache see of each other: of the whole cache, and of it on behalf of one request."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from starlette.types import Receive, Scope, Send
+
+from ..core.local.messages import Question
+from ..core.records.ids import RequestKey
+from ..response_db import StoredResponse
+from .client_end import Client
+from .naming import Naming
+from .options import ApiMessage
+from .request_facts import RequestFacts
+
+T = TypeVar("T")
+
+
+class CachePort(Protocol):
+    """What checks and audits may ask of the cache, on behalf of one request."""
+
+    @property
+    def facts(self) -> RequestFacts:
+        """The request."""
+
+    @property
+    def naming(self) -> Naming:
+        """How answers to it are named."""
+
+    async def engine(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application behind the cache."""
+
+    async def read(self, work: Callable[[], T]) -> T:
+        """What `work` makes of the request, off the event loop if that is large; raises `Busy`."""
+
+    async def read_found(self, size: int, work: Callable[[], T]) -> T:
+        """The same of something else of `size` bytes."""
+
+    async def read_computed(self, size: int, work: Callable[[], T]) -> T:
+        """The same of what the engine has answered: it takes its turn however long the line is."""
+
+    def for_engine(self, body: dict[str, Any]) -> bytes:
+        """A request of ours in the client's name: signed and salted as the client's own."""
+
+    def hand_over(self, key: RequestKey, body: bytes, question: Question | None = None) -> str:
+        """Give an answer to the node, and keep it until the database has it; "sent" or "dropped"."""
+
+    def forget(self, key: RequestKey) -> None:
+        """Serve an answer no longer that is kept until the database has it."""
+
+    def tell_node(self, message: ApiMessage) -> bool:
+        """Queue a message for the node; False when it was dropped."""
+
+
+class InputsPort(CachePort, Protocol):
+    """What a request for embeddings needs beside that, whose inputs are looked up and computed one by one."""
+
+    @property
+    def client(self) -> Client:
+        """Who asked."""
+
+    @property
+    def has_node(self) -> bool:
+        """Whether a node is there to store anything."""
+
+    @property
+    def read_deadline_s(self) -> float:
+        """For the database."""
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970."""
+
+    async def is_refused(self) -> bool:
+        """Whether the server itself refuses the request."""
+
+    async def entry(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
+        """The entry of `key` in the database, or on its way there."""
+
+    async def write(self, size: int, work: Callable[[], T]) -> T:
+        """What `work` makes of `size` bytes, on the event loop where there is no time otherwise."""
+
+    def touch(self, key: RequestKey) -> None:
+        """Note that the entry of `key` was served."""
+
+    def count_lookup(self, result: str, reason: str) -> None:
+        """Count the request, once."""
+
+    def count_stored(self, result: str) -> None:
+        """Count what became of an answer that was computed."""

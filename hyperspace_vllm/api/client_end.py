@@ -1,0 +1,32 @@
+"""The client of one request: what it sends, and what it is sent."""
+
+from starlette.types import Message, Receive, Send
+
+from .http_headers import without_proof
+from .request_body import replayed
+
+
+class Client:
+    """Its connection. `committed`: the application has the request, or the client some of an answer."""
+
+    def __init__(self, receive: Receive, send: Send, wants_proof: bool) -> None:
+        self.receive = receive
+        self.committed = False
+        self._send = send
+        self._wants_proof = wants_proof
+
+    async def send(self, message: Message) -> None:
+        """To the client, without a proof that it did not ask for."""
+        self.committed = True
+        if message["type"] == "http.response.start" and not self._wants_proof:
+            message = {**message, "headers": without_proof(message.get("headers", ()))}
+        await self._send(message)
+
+    def again(self, body: bytes) -> Receive:
+        """The request once more, with a body that may be another; then what its client does."""
+        return replayed([{"type": "http.request", "body": body, "more_body": False}], self.receive)
+
+    async def until_gone(self) -> None:
+        """Return once the client has left."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass

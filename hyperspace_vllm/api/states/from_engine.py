@@ -1,0 +1,190 @@
+"""Answers that vLLM computes, or is computing for another request."""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ...core.local.messages import Question
+from ...core.records.ids import RequestKey
+from ...core.response.admission import streams_completely
+from .. import aborts, checks
+from ..coalesce import Flight, Laggard, LeaderFailed
+from ..http_headers import forward_status
+from ..naming import Names
+from ..network_race import HITS, NetworkRace, Outcome
+from ..relay import Relay, leaving_on_disconnect
+from ..request_body import with_content_length
+from ..request_context import RequestContext
+from ..streams.frames import collector
+from .computed_answer import ComputedAnswer
+from .from_others import OtherNodes, note_time
+from .from_server import OtherServer
+from .from_store import Stored
+from .refusals import Bypass
+
+_FOLLOWED_MAX = 2  # computations of others that may fail a request before it is computed alone
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A request that nothing stored answers, and why.
+
+    `kept`: an entry stays, whatever is computed. `doubted` is one that is computed instead of served.
+    """
+
+    key: RequestKey
+    names: Names
+    why: str
+    kept: bool
+    question: Question | None
+    doubted: checks.ToCompare | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a miss is computed: what it has in common with those it is shared with, and what the engine is asked."""
+
+    shared: object
+    body: bytes
+    storing: bool
+    asks_usage: bool
+
+
+class Joined:
+    """A computation that another request has begun."""
+
+    def __init__(self, context: RequestContext, why: str) -> None:
+        self._context = context
+        self._why = why
+
+    async def answer(self, flight: Flight) -> bool:
+        """Read it; False, with nothing sent, when it came to nothing."""
+        context, facts, options = self._context, self._context.facts, self._context.options
+        strips_usage = facts.chooses_usage and not facts.wants_usage
+        follower = Relay(flight.join(), context.client.send, forward_status(self._why, collapsed=True), strips_usage)
+        try:
+            async with leaving_on_disconnect(context.client.receive, follower.reader):
+                await follower.follow(options.follow_deadline_s, options.stalled_stream_s, facts.own_ids())
+        except LeaderFailed:
+            if not follower.started:
+                flight.close()  # the first follower that it fails leads the others
+                return False
+            if flight.error is not None:
+                raise flight.error from None  # as for the leader: the server ends the connection
+        except Laggard:
+            pass  # the server ends the connection of a response that is not complete
+        context.count_lookup(*(("hit", "network") if flight.from_cache else ("collapsed", self._why)))
+        return True
+
+
+class Led:
+    """A computation that others may join, raced by other nodes, or left to another API server of this node."""
+
+    def __init__(self, context: RequestContext, miss: Miss, plan: Plan) -> None:
+        self._context = context
+        self._miss = miss
+        self._plan = plan
+        self._flight: Flight | None = None
+        self._race: NetworkRace | None = None
+        self._leased = False
+
+    async def answer(self, asks_others: bool) -> None:
+        """Have vLLM answer, unless others are quicker; `asks_others`: they haven't been asked."""
+        context, facts, miss, plan = self._context, self._context.facts, self._miss, self._plan
+        if asks_others:
+            others = OtherNodes(context, miss.key, miss.question)
+            self._race = others.ask(context.engine, plan.asks_usage, self._decided)
+            alone = plan.shared is None or any(facts.served_by())
+            self._leased = plan.storing and not alone and context.options.client.api_servers > 1
+        if self._race is None and not self._leased:
+            context.count_lookup("miss", miss.why if asks_others else "leader-failed")
+        # Whatever may raise comes before the flight is open: one that never starts would hold up who joins it.
+        taking = collector(facts.endpoint) if plan.storing else None
+        flight = self._flight = context.cache.flights.open(plan.shared, taking)
+        adds_usage = plan.asks_usage and not facts.wants_usage
+        leader = Relay(flight.join(), context.client.send, forward_status(miss.why, stored=plan.storing), adds_usage)
+        abort = aborts.watch()
+        if plan.storing:
+            end = ComputedAnswer(context, miss.key, miss.names, miss.question, miss.doubted, abort)
+            flight.on_end = partial(self._end, end, flight)
+        app: ASGIApp = self._engine if self._leased else self._race or context.engine
+        flight.start(app, with_content_length(facts.scope, len(plan.body)), plan.body)
+        try:
+            async with leaving_on_disconnect(context.client.receive, leader.reader):
+                await leader.lead(forward_status(miss.why))
+        except LeaderFailed:
+            if flight.error is not None:
+                raise flight.error from None
+        except Laggard:
+            pass
+        if self._race is not None:
+            note_time(context, self._race)
+
+    def _decided(self, outcome: Outcome) -> None:
+        if outcome not in HITS:
+            self._context.count_lookup("miss", self._miss.why)
+        elif self._flight is not None:
+            self._flight.from_cache = True  # the node stores it by itself
+
+    async def _engine(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, unless another API server of the node computes the same: then that one's answer."""
+        context = self._context
+        answer = await OtherServer(context, self._miss.key).answer()
+        if answer is not None and self._flight is not None:
+            self._flight.from_cache = True
+            context.count_lookup("collapsed", self._miss.why)
+            for message in answer.messages(context.cache.sending):
+                await send(message)
+            return
+        if self._race is None:
+            context.count_lookup("miss", self._miss.why)
+        await (self._race or context.engine)(scope, receive, send)
+
+    async def _end(self, answer: ComputedAnswer, flight: Flight) -> None:
+        try:
+            await answer.end(flight)
+        finally:
+            if self._leased:
+                self._context.cache.node.done(self._miss.key)
+
+
+class Computed:
+    """The answer of a computation, this request's or another's."""
+
+    def __init__(self, context: RequestContext, miss: Miss) -> None:
+        self._context = context
+        self._miss = miss
+
+    async def answer(self) -> None:
+        """Join a computation that is under way, or begin one."""
+        context, miss = self._context, self._miss
+        flights, plan = context.cache.flights, await self._plan()
+        failed = 0
+        while failed < _FOLLOWED_MAX and flights.find(plan.shared) is not None:
+            if await context.is_refused():
+                return await Bypass(context).answer("bypass", "refused")
+            flight = flights.find(plan.shared)  # it may have ended meanwhile
+            if flight is not None and await Joined(context, miss.why).answer(flight):
+                return None
+            failed += 1
+            now_ms = context.now_ms()
+            entry = await context.entry(miss.key, now_ms)
+            if entry and await Stored(context).answer(miss.key, entry, now_ms):
+                return None  # of those whom it has failed before
+        return await Led(context, miss, plan).answer(asks_others=not failed)  # whom it failed asked them
+
+    async def _plan(self) -> Plan:
+        context, facts, miss = self._context, self._context.facts, self._miss
+        complete = not facts.streams or (context.options.store_streams and streams_completely(facts.body))
+        storing = complete and context.has_node and not miss.kept
+        # Usage is asked for on the client's behalf, and taken out again: without it the answer could only be streamed.
+        asks_usage = facts.wants_usage or (facts.chooses_usage and storing)
+        # What answers one may be a stored response of a certain age, so it answers those who want it no fresher.
+        freshness = (facts.wishes.max_age_s, facts.wishes.min_fresh_s)
+        repeated = await context.read(partial(json.dumps, facts.repeated)) if facts.repeated else ""
+        same = (miss.key, facts.streams, asks_usage, freshness, repeated, facts.served_by())
+        # Before a flight is looked for: nothing is waited for until the next one is open.
+        body = await context.engine_body(asks_usage and not facts.wants_usage)
+        return Plan(None if facts.wishes.no_cache else same, body, storing, asks_usage)

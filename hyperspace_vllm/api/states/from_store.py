@@ -1,0 +1,80 @@
+"""Answers that this node has: to the request itself, or to its question in other words."""
+
+import random
+from typing import Literal
+
+from ...core.local.messages import Question
+from ...core.records.ids import RequestKey
+from ...core.response.similar.guards import Mode, eligible
+from ...core.response.similar.match_error import CHECK_EVERY
+from ...response_db import StoredResponse
+from .. import checks
+from ..request_context import RequestContext
+
+
+class Stored:
+    """An entry of the database, or on its way there."""
+
+    def __init__(self, context: RequestContext) -> None:
+        self._context = context
+
+    async def answer(self, key: RequestKey, entry: StoredResponse, now_ms: int, detail: str = "exact") -> bool:
+        """Replay an entry; False, with nothing sent, when it won't do."""
+        context = self._context
+        answer = await context.rendered(entry, context.facts.wants_usage, now_ms, detail)
+        if answer is None:
+            return False
+        context.count_lookup("hit", "local" if detail == "exact" else detail.partition(";")[0])
+        context.touch(key)
+        await context.send_all(answer)
+        context.cache.metrics.hit_seconds.observe(context.seconds())
+        return True
+
+
+class Similar:
+    """The answer to another wording of the question."""
+
+    def __init__(self, context: RequestContext, question: Question, mode: Mode) -> None:
+        self._context = context
+        self._question = question
+        self._mode = mode
+
+    async def answer(self) -> Literal["served"] | checks.ToCompare | None:
+        """Replay it; None, with nothing sent, when there is none, or a match that is to be computed and compared."""
+        context, question = self._context, self._question
+        lookup, options = context.cache.lookup, context.options
+        if lookup is None or eligible(question.text) is not None:
+            return None
+        if options.max_error >= 1:  # else the node decides which matches may be served
+            same = await lookup.find_canonical(question.canonical_key, context.now_ms())
+            checked = random.randrange(CHECK_EVERY) == 0
+            if same is not None and await self._replay(same, 1.0, "canonical", checked):
+                return "served"
+        digest = options.model_digest() or b""
+        similar = await context.cache.node.find_similar(question, self._mode, digest, options.max_error)
+        if isinstance(similar, str):
+            context.cache.metrics.similar.labels(similar).inc()
+            return None
+        key = RequestKey(similar.request_key)
+        if similar.verdict == "compute":
+            context.cache.metrics.similar.labels("doubted").inc()
+            entry = await context.entry(key, context.now_ms())
+            return None if entry is None else self._match(key, similar.similarity, entry)
+        context.cache.metrics.similar.labels("found").inc()
+        detail = f"semantic; similarity={similar.similarity:.3f}"
+        checked = similar.verdict == "check"
+        return "served" if await self._replay(key, similar.similarity, detail, checked) else None
+
+    async def _replay(self, key: RequestKey, similarity: float, detail: str, checked: bool) -> bool:
+        """Replay the answer to a question like this one; `checked`: and compute one as well."""
+        context = self._context
+        now_ms = context.now_ms()
+        entry = await context.entry(key, now_ms)
+        if entry is None or not await Stored(context).answer(key, entry, now_ms, detail):
+            return False
+        if checked and not context.facts.wishes.only_if_cached:
+            context.cache.checks.start(checks.compute_too(context, self._match(key, similarity, entry)))
+        return True
+
+    def _match(self, key: RequestKey, similarity: float, entry: StoredResponse) -> checks.ToCompare:
+        return checks.ToCompare(key, self._question, similarity, self._mode, entry.body)
