@@ -14,10 +14,15 @@ from hyperspace_vllm.core.records.limits import LEASE_MS, MiB
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv.arena import Arena
 from hyperspace_vllm.daemon.kv.row_cache import RowCache
-from hyperspace_vllm.daemon.local.local_server import LocalServer
+from hyperspace_vllm.daemon.local.engine_messages import EngineMessages
+from hyperspace_vllm.daemon.local.local_server import LocalServer, make_welcome
+from hyperspace_vllm.daemon.local.local_socket import LocalSocket
+from hyperspace_vllm.daemon.local.prefix_lookups import PrefixLookups
+from hyperspace_vllm.daemon.local.response_messages import ResponseMessages
+from hyperspace_vllm.daemon.local.served import Served
+from hyperspace_vllm.daemon.local.staging import Staging
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
-from hyperspace_vllm.daemon.served import Served
+from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse, ResponseLookups
 
 
 @contextmanager
@@ -34,10 +39,15 @@ def answering_node(data_dir: Path, lease_ms: int = LEASE_MS) -> Iterator["subpro
 
 async def serve(config: Config, lease_ms: int) -> None:
     """Serve until killed."""
+    config.data_dir.mkdir(exist_ok=True, mode=0o700)
+    socket, network, metrics = LocalSocket(config.socket_path), network_id("test"), Metrics()
+    lookups, prefixes = ResponseLookups(socket.send), PrefixLookups(socket.send)
+    cache = RowCache(Arena.create(config.data_dir, MiB, config.data_dir))
+    served = Served(network, lambda changed: None)
 
     class Finder:
         def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
-            server.answer_response(lookup, FoundResponse(request_key, b"", 1, 2, "peer", "gossip", "members"), "hit")
+            lookups.answer(lookup, FoundResponse(request_key, b"", 1, 2, "peer", "gossip", "members"), "hit")
 
         def release(self, lookup: int) -> None:
             pass
@@ -45,19 +55,13 @@ async def serve(config: Config, lease_ms: int) -> None:
         def purge(self, keys: Iterable[bytes]) -> None:
             pass
 
-    server = LocalServer(
-        config,
-        Identity.load(config.data_dir),
-        RowCache(Arena.create(config.data_dir, MiB, config.data_dir)),
-        submit=lambda event: None,
-        responses=None,
-        status=lambda: b"{}",
-        metrics=Metrics(),
-        finder=Finder(),
-        served=Served(network_id("test"), lambda changed: None),
-        lease_ms=lease_ms,
+    engines = EngineMessages(
+        False, config.data_dir, Staging(cache, metrics), prefixes, lambda event: None, served, socket.send
     )
-    server.bind()
+    responses = ResponseMessages(config.share, None, None, lambda audit: None, Finder(), lookups, served, socket.send)
+    welcome = make_welcome(Identity.load(config.data_dir).peer_id, network, cache.arena)
+    server = LocalServer(socket, welcome, engines, responses, served, lambda: b"{}", metrics, lease_ms)
+    socket.bind()
     await server.run()
 
 
