@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 # busy: a fault must cost only a small part of the lookup's 20 s.
 FAULT_S = 4.0
 BACK_S = 20.0
-AVOIDED_S = 90.0  # core/node/node.py: CHARGED_MS, and some more
+AVOIDED_S = 90.0  # core/peers/avoidance.py: LIAR_MS, and some more
 NUMBER_BYTES = 4 if dtype("generate") == "float32" else 2
 ROW_BYTES = NUMBER_BYTES * 256 * KiB  # the tiny model's: 256 tokens x 4 layers x 2 heads x 64 x K and V
 CHUNK_BYTES = chunk_bytes_for(ROW_BYTES)

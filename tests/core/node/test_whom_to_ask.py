@@ -2,12 +2,16 @@
 
 import random
 
+import pytest
+
 from hyperspace_vllm.core.events.kv_effects import FindProviders
 from hyperspace_vllm.core.events.kv_events import PrefixWanted, RowsFound
 from hyperspace_vllm.core.node.node import ASKED_MAX, Node
-from hyperspace_vllm.core.peers.standing import Standings
+from hyperspace_vllm.core.peers.avoidance import LIAR_MS
+from hyperspace_vllm.core.peers.standing import STALLED_MS, Failed, Standings
 from hyperspace_vllm.core.records.ids import PeerId, RowId, SegmentKey, network_id, row_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
+from hyperspace_vllm.core.records.reason import Reason
 from tests.support.moments import at
 
 NETWORK = network_id("test")
@@ -17,11 +21,11 @@ KEYS = tuple(SegmentKey(sha256(bytes([number]))) for number in range(6))
 ROWS = tuple(row_id(NETWORK, row_key(key, 1, 0)) for key in KEYS)
 
 
-def asked(node: Node, lookup: int = 1, may_ask_peers: bool = True) -> tuple[PeerId, ...]:
+def asked(node: Node, lookup: int = 1, may_ask_peers: bool = True, now_ms: int = 0) -> tuple[PeerId, ...]:
     """Whom the lookup of KEYS asks."""
     wanted = PrefixWanted(lookup, WINDOWED, KEYS, 0, 0, 5000, may_ask_peers)
     found = RowsFound(lookup, frozenset(), frozenset(), frozenset(), 1 << 62)
-    effects = node.handle(wanted, at(0)) + node.handle(found, at(0))
+    effects = node.handle(wanted, at(now_ms)) + node.handle(found, at(now_ms))
     return next((effect.peers for effect in effects if isinstance(effect, FindProviders)), ())
 
 
@@ -71,3 +75,17 @@ def test_strangers_are_not_asked_for_kv() -> None:
         NETWORK, PEERS, "always", random.Random(1), Standings(bytes(32)), lambda row: PEERS, lambda peer: peer in known
     )
     assert set(asked(node)) == set(known)
+
+
+@pytest.mark.parametrize(
+    ("reason", "for_ms"),
+    [(Reason.BAD_SIGNATURE, LIAR_MS), (Reason.PROTOCOL, LIAR_MS), (Reason.STALLED, STALLED_MS), (Reason.TIMEOUT, 0)],
+)
+def test_who_lied_anywhere_or_stalled_is_not_asked_for_kv_for_a_while(reason: Reason, for_ms: int) -> None:
+    """`Reason.TIMEOUT` is of a request for a response: another connection, which says nothing of this one."""
+    standings, guilty = Standings(bytes(32)), PEERS[0]
+    node = Node(NETWORK, PEERS[:2], "always", random.Random(1), standings)
+    standings.note(Failed(guilty, reason), at(0))
+    assert (guilty in asked(node, 1)) is (for_ms == 0)
+    assert (guilty in asked(node, 2, now_ms=max(for_ms - 1, 0))) is (for_ms == 0)
+    assert guilty in asked(node, 3, now_ms=for_ms)
