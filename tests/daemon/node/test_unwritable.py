@@ -151,7 +151,7 @@ import sys, time
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import load_config
 from hyperspace_vllm.core.local.messages import RegisterLayout, WantStaging
-from tests.daemon.test_unwritable import LAYOUT, ROW_BYTES
+from tests.daemon.node.test_unwritable import LAYOUT, ROW_BYTES
 client = NodeClient(load_config(), "worker", "other")
 assert client.wait_connected(60)
 client.send(RegisterLayout(LAYOUT, bytes(16)))
