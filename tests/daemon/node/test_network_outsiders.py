@@ -79,7 +79,7 @@ def address_of(node: NetworkedNode) -> tuple[PeerId, str]:
 class Clients:
     """Where the driver answers; one lookup at a time."""
 
-    answer: "asyncio.Future[FoundResponse | None]"
+    ended: "asyncio.Future[FoundResponse | None]"
     hinted = False
 
     def hint(self, lookup: int, hinted: bool) -> None:
@@ -88,7 +88,7 @@ class Clients:
     def let_try(self, lookup: int, body: bytes, proof: bytes) -> None: ...
 
     def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
-        self.answer.set_result(found)
+        self.ended.set_result(found)
 
 
 @asynccontextmanager
@@ -133,9 +133,9 @@ async def test_the_dht_alone_finds_what_was_provided(
         await asyncio.to_thread(until, lambda: len(connected(driver)) >= 5, 600)
         for number, name in enumerate(NAMES):
             began = time.monotonic()
-            clients.answer = asyncio.get_running_loop().create_future()
+            clients.ended = asyncio.get_running_loop().create_future()
             driver.find(number, request_key(name), MODEL, 20_000)
-            found = await asyncio.wait_for(clients.answer, 600)
+            found = await asyncio.wait_for(clients.ended, 600)
             assert not clients.hinted
             if found is not None and found.body == body_of(name):
                 took.append(time.monotonic() - began)
