@@ -52,6 +52,9 @@ async def serve(config: Config, lease_ms: int) -> None:
         def release(self, lookup: int) -> None:
             pass
 
+        def used(self, keys: Iterable[bytes]) -> None:
+            pass
+
         def purge(self, keys: Iterable[bytes]) -> None:
             pass
 

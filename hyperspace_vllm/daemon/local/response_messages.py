@@ -111,6 +111,8 @@ class ResponseMessages:
             case TouchResponses(request_keys):
                 if self._store is not None:
                     self._store.touch(request_keys)
+                if self._finder is not None:
+                    self._finder.used(request_keys)
             case PurgeResponses(request_keys):
                 if self._store is not None:
                     self._store.purge(request_keys)

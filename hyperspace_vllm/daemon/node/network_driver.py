@@ -189,6 +189,11 @@ class NetworkDriver:
         """The client no longer waits for the lookup."""
         self._lookups.release(lookup)
 
+    def used(self, keys: Iterable[bytes]) -> None:
+        """Clients of this host had hits of these RequestKeys."""
+        if self._joined is not None and self._shares:
+            self._lookups.used(keys)
+
     def purge(self, keys: Iterable[bytes]) -> None:
         """The operator wants these gone, from lookups too: what peers have fetched stays there until it expires."""
         self._lookups.purge(keys)

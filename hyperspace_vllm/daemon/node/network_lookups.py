@@ -12,6 +12,7 @@ from ...core.events.network_events import (
     ResponseFetched,
     ResponseRefused,
     ResponseReleased,
+    ResponsesUsed,
     ResponseWanted,
 )
 from ...core.local.messages import Scope
@@ -109,6 +110,10 @@ class NetworkLookups:
         """The client waits no longer; a search may go on for the next request's sake."""
         if lookup in self._lookups:
             self._submit(ResponseReleased(lookup))
+
+    def used(self, keys: Iterable[bytes]) -> None:
+        """Tell the core of hits, by their requests' hashes."""
+        self._submit(ResponsesUsed(tuple(request_hash(self._network, RequestKey(key)) for key in keys)))
 
     def purge(self, keys: Iterable[bytes]) -> None:
         """Lookups of these come to nothing at once: what is being fetched for them would be stored again."""

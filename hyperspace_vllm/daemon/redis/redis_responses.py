@@ -53,6 +53,9 @@ class Network(Protocol):
     def release(self, lookup: int) -> None:
         """The client no longer waits for the lookup."""
 
+    def used(self, keys: Iterable[bytes]) -> None:
+        """Count hits of this host's clients."""
+
     def purge(self, keys: Iterable[bytes]) -> None:
         """Delete these entries."""
 
@@ -178,6 +181,10 @@ class RedisResponses:
         self._network.heard(stored, gone)
         computed = {told.request_hash: told.expires_at_ms for told in stored if told.computed}
         self._loop.call_soon_threadsafe(self._enqueue, computed)
+
+    def used(self, keys: Iterable[bytes]) -> None:
+        """Count hits of this host's clients, which Redis counts nowhere."""
+        self._network.used(keys)
 
     def purge(self, keys: Iterable[bytes]) -> None:
         """Delete these entries from Redis too: open lookups of them end, as they would store them again."""

@@ -27,6 +27,9 @@ class ResponseFinder(Protocol):
     def release(self, lookup: int) -> None:
         """Nobody waits for the lookup any more; an answer would be ignored."""
 
+    def used(self, keys: Iterable[bytes]) -> None:
+        """Count hits of this host's clients: a popular response is fetched and kept by more nodes."""
+
     def purge(self, keys: Iterable[bytes]) -> None:
         """Delete entries wherever this node has put them."""
 

@@ -102,12 +102,16 @@ class Finder:
     wanted: list[tuple[int, bytes, bytes, int]] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     purged: list[bytes] = field(default_factory=list)
+    hits: list[bytes] = field(default_factory=list)
 
     def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
         self.wanted.append((lookup, request_key, model_digest, deadline_ms))
 
     def release(self, lookup: int) -> None:
         self.released.append(lookup)
+
+    def used(self, keys: Iterable[bytes]) -> None:
+        self.hits += keys
 
     def purge(self, keys: Iterable[bytes]) -> None:
         """What lies elsewhere has to go too."""
@@ -353,13 +357,15 @@ async def test_a_request_that_ends_is_forgotten(node: SmallNode) -> None:
         await until(lambda: RequestOver(ENGINE.hex(), "r") in node.events)
 
 
-async def test_responses_go_to_their_store(node: SmallNode) -> None:
+async def test_responses_go_to_their_store_and_hits_of_them_to_the_network(node: SmallNode) -> None:
     async with connected(node, "api", layout=None) as client:
         message = StoreResponse(bytes(32), "network", bytes(32), "0.32.0", 1000, b"{}")
         client.send(message)
         client.send(TouchResponses((bytes(32),)))
         await until(lambda: node.touched)
         assert node.stored == [message]
+    assert node.finder is not None
+    assert node.finder.hits == [bytes(32)]
 
 
 async def test_what_is_purged_or_found_false_goes_from_where_it_is_shared_too(node: SmallNode) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from hyperspace_vllm.core.events.network_effects import AnswerResponse, HintResponse
-from hyperspace_vllm.core.events.network_events import NetworkEvent, ResponseReleased, ResponseWanted
+from hyperspace_vllm.core.events.network_events import NetworkEvent, ResponseReleased, ResponsesUsed, ResponseWanted
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import PeerId, RequestKey, network_id
 from hyperspace_vllm.core.response.cache_proof import request_hash
@@ -68,6 +68,12 @@ async def test_whom_the_registry_names_is_asked_about_first() -> None:
     assert bench.events == []
     await bench.tasks.close(60)
     assert bench.events == [ResponseWanted(1, request_hash(NETWORK, KEY), 300, (PEER,))]
+
+
+async def test_hits_of_clients_are_counted_by_the_hashes_of_their_requests() -> None:
+    bench = Bench()
+    bench.lookups.used([KEY, KEY])
+    assert bench.events == [ResponsesUsed((request_hash(NETWORK, KEY),) * 2)]
 
 
 async def test_a_purged_lookup_ends_at_once_and_only_once() -> None:
