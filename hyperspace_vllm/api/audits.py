@@ -22,6 +22,8 @@ from ..core.response.audit import (
     Comparison,
     Said,
     compare,
+    confirming_request,
+    confirms,
     continuing_request,
     plain_answer,
     prompt_of,
@@ -88,6 +90,8 @@ class Audits(OneAtATime):
                     far = int(not scored.ends_well)
                 case "unclear":
                     far = 1
+        if far and not await _confirmed(exchange, before):
+            return
         if far:
             exchange.cache.recent.forget(key)
         source = source_of(exchange.scope.get("client"))
@@ -116,6 +120,13 @@ def source_of(client: object) -> bytes:
     address = getattr(address, "ipv4_mapped", None) or address
     network = ip_network((address, _OWNED_BITS[address.version]), strict=False)
     return sha256(network.network_address.packed).digest()[:SOURCE_BYTES_MAX]
+
+
+async def _confirmed(exchange: "Exchange", prompt: Sequence[int]) -> bool:
+    """Whether the route that answers the client's request makes the same ids of it as were scored."""
+    request = await exchange.read(partial(confirming_request, exchange.endpoint, exchange.body))
+    raw = await answer_to(exchange, exchange.scope, await exchange.read(partial(msgspec.json.encode, request)))
+    return raw is not None and confirms(msgspec.json.decode(raw), prompt)
 
 
 async def _own_words(
