@@ -9,13 +9,11 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from hashlib import sha256
-from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..core.local.messages import SOURCE_BYTES_MAX, ResponseAudited
+from ..core.local.messages import ResponseAudited
 from ..core.records.ids import RequestKey
 from ..core.records.limits import AUDIT_TOKENS_MAX
 from ..core.response.audit import (
@@ -33,6 +31,7 @@ from ..core.response.audit import (
 )
 from ..core.response.request_fields import Endpoint
 from .checks import OneAtATime, answer_to
+from .client_source import source_of
 from .large_bodies import Busy
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 AUDIT_EVERY = 16
 AUDIT_SHARE = 0.05  # of the time: whoever has all of a signer's answers audited costs the engine no more
 CONTINUATIONS_MAX = 3
-_OWNED_BITS = {4: 24, 6: 48}  # what one owner of addresses usually has, at least
 _TOKENIZE, _DETOKENIZE, _COMPLETIONS = "/tokenize", "/detokenize", "/v1/completions"
 
 
@@ -94,7 +92,7 @@ class Audits(OneAtATime):
             return
         if far:
             exchange.cache.recent.forget(key)
-        source = source_of(exchange.scope.get("client"))
+        source = source_of(exchange.scope, exchange.options.names_proxies)
         exchange.options.client.send(ResponseAudited(key, proof, scored.tokens, far, source))
 
     async def _can_split(self, exchange: "Exchange") -> bool:
@@ -108,18 +106,6 @@ class Audits(OneAtATime):
                 return False  # the server doesn't tell, or not now
             self._splits_evenly = whole == halves[0] + halves[1]
         return self._splits_evenly
-
-
-def source_of(client: object) -> bytes:
-    """What the client of a request can't be twice, as far as a server sees it: the network that it is in, hashed."""
-    host = str(client[0]) if isinstance(client, tuple | list) and client else ""
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return sha256(host.encode()).digest()[:SOURCE_BYTES_MAX]
-    address = getattr(address, "ipv4_mapped", None) or address
-    network = ip_network((address, _OWNED_BITS[address.version]), strict=False)
-    return sha256(network.network_address.packed).digest()[:SOURCE_BYTES_MAX]
 
 
 async def _confirmed(exchange: "Exchange", prompt: Sequence[int]) -> bool:

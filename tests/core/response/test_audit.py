@@ -8,10 +8,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from hyperspace_vllm.api import audits
+from hyperspace_vllm.api.client_source import source_of
 from hyperspace_vllm.api.coalesce import Message, Receive, Scope, Send
-from hyperspace_vllm.core.local.messages import (
-    SOURCE_BYTES_MAX,
-)
 from hyperspace_vllm.core.records.ids import RequestKey
 from hyperspace_vllm.core.response.audit import (
     Said,
@@ -223,23 +221,6 @@ def test_the_rest_of_an_answer_follows_what_its_first_tokens_say(text: str, begi
     assert rest_of(text, beginning) == rest
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        (("10.1.2.3", 1), ("10.1.2.200", 2), True),
-        (("10.1.2.3", 1), ("10.1.3.3", 1), False),
-        (("2001:db8:1:2::3", 1), ("2001:db8:1:ffff::9", 1), True),
-        (("2001:db8:1::3", 1), ("2001:db8:2::3", 1), False),
-        (("::ffff:10.1.2.3", 1), ("10.1.2.9", 1), True),
-        (("a name", 1), ("another", 1), False),
-        (None, ("", 0), True),
-    ],
-)
-def test_a_source_is_what_one_client_cannot_be_twice(one: object, other: object, same: bool) -> None:
-    assert (audits.source_of(one) == audits.source_of(other)) is same
-    assert len(audits.source_of(one)) <= SOURCE_BYTES_MAX
-
-
 PLAIN = {"object": "chat.completion", "created": 1, "model": "demo", "system_fingerprint": "fp"} | {
     "usage": {"prompt_tokens": 5, "total_tokens": 7, "completion_tokens": 2}
 }
@@ -321,9 +302,24 @@ async def test_far_tokens_count_only_where_the_engine_itself_says_something_else
         await bench.ask({**CHAT, "stop": ["ssippi"]})
         await until(lambda: bench.node.audited, 30)
     assert bench.node.audited[0].far == far
-    assert bench.node.audited[0].source == audits.source_of(("127.0.0.1", 0))
+    assert bench.node.audited[0].source == source_of({"client": ("127.0.0.1", 0), "headers": []}, False)
     assert engine.asked.count("/v1/completions") == 1 + continuations
     assert ("/v1/chat/completions" in engine.asked) is bool(far)
+
+
+@pytest.mark.io
+@pytest.mark.parametrize(("names_proxies", "named"), [(False, "127.0.0.1"), (True, "198.51.100.7")])
+async def test_an_audit_names_the_network_of_the_client_only_as_the_operator_lets_it_be_told(
+    tmp_path: Path, names_proxies: bool, named: str
+) -> None:
+    async with benches(tmp_path) as make:
+        bench = await make(served_models=frozenset({"demo"}), network_deadline_s=30.0, names_proxies=names_proxies)
+        bench.cache.app = Engine((), "", 9)
+        suspect = bench.node.others = Suspect()
+        suspect.says = PLAIN | message(content="Missi")
+        await bench.client.post("/v1/chat/completions", json=CHAT, headers={"x-forwarded-for": "198.51.100.7"})
+        await until(lambda: bench.node.audited, 30)
+    assert bench.node.audited[0].source == source_of({"client": (named, 0), "headers": []}, False)
 
 
 @pytest.mark.io
