@@ -9,18 +9,18 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from hashlib import sha256
-from ipaddress import ip_address, ip_network
 
 import msgspec
 
-from ..core.local.messages import SOURCE_BYTES_MAX, ResponseAudited
+from ..core.local.messages import ResponseAudited
 from ..core.records.ids import RequestKey
 from ..core.records.limits import AUDIT_TOKENS_MAX
 from ..core.response.audit import (
     Comparison,
     Said,
     compare,
+    confirming_request,
+    confirms,
     continuing_request,
     plain_answer,
     prompt_of,
@@ -36,7 +36,6 @@ from .large_bodies import Busy
 AUDIT_EVERY = 16
 AUDIT_SHARE = 0.05  # of the time: whoever has all of a signer's answers audited costs the engine no more
 CONTINUATIONS_MAX = 3
-_OWNED_BITS = {4: 24, 6: 48}  # what one owner of addresses usually has, at least
 _TOKENIZE, _DETOKENIZE, _COMPLETIONS = "/tokenize", "/detokenize", "/v1/completions"
 
 
@@ -85,10 +84,11 @@ class Audits(OneAtATime):
                     far = int(not scored.ends_well)
                 case "unclear":
                     far = 1
+        if far and not await _confirmed(port, before):
+            return
         if far:
             port.forget(key)
-        source = source_of(port.facts.scope.get("client"))
-        port.tell_node(ResponseAudited(key, proof, scored.tokens, far, source))
+        port.tell_node(ResponseAudited(key, proof, scored.tokens, far, port.source))
 
     async def _can_split(self, port: CachePort) -> bool:
         """Whether a text that continues another has the same tokens alone.
@@ -103,16 +103,11 @@ class Audits(OneAtATime):
         return self._splits_evenly
 
 
-def source_of(client: object) -> bytes:
-    """What the client of a request can't be twice, as far as a server sees it: the network that it is in, hashed."""
-    host = str(client[0]) if isinstance(client, tuple | list) and client else ""
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return sha256(host.encode()).digest()[:SOURCE_BYTES_MAX]
-    address = getattr(address, "ipv4_mapped", None) or address
-    network = ip_network((address, _OWNED_BITS[address.version]), strict=False)
-    return sha256(network.network_address.packed).digest()[:SOURCE_BYTES_MAX]
+async def _confirmed(port: CachePort, prompt: Sequence[int]) -> bool:
+    """Whether the route that answers the client's request makes the same ids of it as were scored."""
+    request = await port.read(partial(confirming_request, port.facts.endpoint, port.facts.body))
+    raw = await answer_to(port, port.facts.scope, await port.read(partial(msgspec.json.encode, request)))
+    return raw is not None and confirms(msgspec.json.decode(raw), prompt)
 
 
 async def _own_words(

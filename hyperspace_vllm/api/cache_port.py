@@ -27,6 +27,10 @@ class CachePort(Protocol):
     def naming(self) -> Naming:
         """How answers to it are named."""
 
+    @property
+    def source(self) -> bytes:
+        """The source that it comes from, as audits count them."""
+
     async def engine(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application behind the cache."""
 

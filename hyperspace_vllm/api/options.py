@@ -102,6 +102,7 @@ class ResponseCacheOptions:
     sees_aborts: bool = True  # False: nobody says when the engine gave up on a Response (aborts.py)
     keeps_responses: bool = False  # VLLM_ENABLE_RESPONSES_API_STORE: a client may come back for a response by its id
     audits: bool = True  # may greedy answers of other nodes be scored? Not where logits are bent, or prompts dated
+    names_proxies: bool = False  # the operator says whose X-Forwarded-For to trust (client_source.py)
     cache_sampled: bool = True  # False: requests that sample without a seed are not cached
     semantic: Semantic = "off"  # may a stored answer serve other wordings of its question, and how near must they be?
     max_error: float = 1.0  # share of semantic hits that may be wrong; 1: any

@@ -17,6 +17,7 @@ from ..response_db import StoredResponse
 from .audits import Audits
 from .checks import OneAtATime
 from .client_end import Client
+from .client_source import source_of
 from .coalesce import FlightTable
 from .database_lookup import DatabaseLookup, Recent, Touches
 from .l1_metrics import L1Metrics
@@ -61,6 +62,11 @@ class RequestContext:
         self.naming = Naming(facts, cache.options)
         self._weights_changes = self.options.weights_changes()
         self._refused: bool | None = None  # not asked yet
+
+    @property
+    def source(self) -> bytes:
+        """The source that the request comes from, as audits count them."""
+        return source_of(self.facts.scope, self.options.names_proxies)
 
     @property
     def has_node(self) -> bool:

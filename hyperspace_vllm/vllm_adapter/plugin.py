@@ -150,6 +150,7 @@ class _Server:
         from vllm import envs
 
         from ..api import aborts
+        from ..api.client_source import names_proxies
         from ..api.options import ResponseCacheOptions
         from ..async_client import AsyncNodeClient
         from ..client import NodeClient
@@ -208,6 +209,7 @@ class _Server:
                 or args.reasoning_parser  # removes tokens from answers
                 or formats != ()
             ),
+            names_proxies=names_proxies(os.environ.get("FORWARDED_ALLOW_IPS")),  # vLLM has no option for it
             cache_sampled=config.sampled == "cache",
             semantic=config.semantic,
             max_error=config.max_error,

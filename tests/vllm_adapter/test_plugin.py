@@ -148,6 +148,18 @@ async def test_the_response_cache_is_innermost_so_a_request_without_the_key_neve
     assert "cache-status" not in answer.headers
 
 
+@pytest.mark.parametrize(("allowed", "names"), [(None, False), ("*", False), ("10.0.0.1", True)])
+def test_a_server_knows_whether_the_operator_names_proxies(
+    locked_directory: Path, own_environ: None, monkeypatch: pytest.MonkeyPatch, allowed: str | None, names: bool
+) -> None:
+    monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("FORWARDED_ALLOW_IPS", allowed)
+    app = application(locked_directory)
+    (options,) = [each.kwargs["options"] for each in app.user_middleware if each.cls is response_cache]
+    assert options.names_proxies is names
+
+
 @pytest.mark.parametrize(
     ("template", "said", "tells"),
     [

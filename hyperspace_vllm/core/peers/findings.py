@@ -6,10 +6,12 @@
 A source is what one client can't be twice: the network that its requests come from. Clients choose what is audited, and
 one alone must neither have an honest signer convicted nor a stranger believed. FINDINGS_MIN findings convict, unless
 this node doubts itself: it disagrees with several signers, and with more than it agrees with. Its own engine is the
-likelier to err then. Rejected: weighing by how far the tokens are, which says nothing where an engine is broken.
+likelier to err then. Here too one source counts once: one client must not free a liar by findings against many others.
+Rejected: weighing by how far the tokens are, which says nothing where an engine is broken.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..records.now import Now
@@ -19,7 +21,7 @@ FINDINGS_MIN = 3
 FINDING_EVERY_MS = 300_000  # so that a conviction takes ten minutes
 KEPT_MS = 24 * 3_600_000
 SOURCES_MAX = 256  # of one signer: those longest unheard of are forgotten
-DOUBTED_MIN = 3  # signers
+DOUBTED_MIN = 3  # signers, or sources
 
 
 @dataclass(slots=True)
@@ -37,15 +39,29 @@ class Findings:
         """An audit found an answer false; whether there are enough of them to convict the signer."""
         if all(_is_older(at_ms, FINDING_EVERY_MS, now) for at_ms in self.found_ms.values()):
             _note(self.found_ms, source, now, KEPT_MS)
-        return sum(not _is_older(at_ms, KEPT_MS, now) for at_ms in self.found_ms.values()) >= FINDINGS_MIN
+        return len(self.against(now)) >= FINDINGS_MIN
 
-    def disagrees(self, now: Now) -> bool:
-        """Whether any audit found against the signer."""
-        return _any_since(self.found_ms, now)
+    def against(self, now: Now) -> set[bytes]:
+        """The sources whose findings count against the signer."""
+        return _since(self.found_ms, now)
 
     def agrees(self, now: Now) -> bool:
-        """Whether audits held, and none found against the signer."""
-        return _any_since(self.passed_ms, now) and not self.disagrees(now)
+        """Whether audits held, and those that found against the signer are too few to convict it."""
+        return bool(_since(self.passed_ms, now)) and len(self.against(now)) < FINDINGS_MIN
+
+
+def doubts(found: Iterable[Findings], now: Now) -> bool:
+    """Whether these, one of each signer, say that the engine of this node errs."""
+    disagrees, agrees, sources = 0, 0, set[bytes]()
+    for findings in found:
+        agrees += findings.agrees(now)
+        against = findings.against(now)
+        if len(against) >= FINDINGS_MIN:
+            disagrees += 1
+        else:
+            sources |= against
+    disagrees += len(sources)  # too few to convict a signer each, so each may be of one client
+    return disagrees >= DOUBTED_MIN and disagrees > agrees
 
 
 def _note(since_ms: OrderedDict[bytes, int], source: bytes, now: Now, every_ms: int) -> bool:
@@ -60,8 +76,8 @@ def _note(since_ms: OrderedDict[bytes, int], source: bytes, now: Now, every_ms: 
     return True
 
 
-def _any_since(since_ms: OrderedDict[bytes, int], now: Now) -> bool:
-    return any(not _is_older(at_ms, KEPT_MS, now) for at_ms in since_ms.values())
+def _since(since_ms: OrderedDict[bytes, int], now: Now) -> set[bytes]:
+    return {source for source, at_ms in since_ms.items() if not _is_older(at_ms, KEPT_MS, now)}
 
 
 def _is_older(at_ms: int, age_ms: int, now: Now) -> bool:

@@ -22,7 +22,7 @@ from ..records.limits import PEERS_KNOWN_MAX
 from ..records.now import Now
 from ..records.reason import Reason, Severity
 from .avoidance import LIAR_MS, Avoidance
-from .findings import DOUBTED_MIN, Findings
+from .findings import Findings, doubts
 from .patience import Loan, earned_more
 from .reputation import Reputation
 from .suspicion import Accusations
@@ -191,10 +191,7 @@ class Standings:
 
     def doubts_itself(self, now: Now) -> bool:
         """Whether this node's engine disagrees with so many that it is likelier wrong than they are."""
-        found = [standing.findings for standing in self._peers.values()]
-        disagrees = sum(findings.disagrees(now) for findings in found)
-        agrees = sum(findings.agrees(now) for findings in found)
-        return disagrees >= DOUBTED_MIN and disagrees > agrees
+        return doubts((standing.findings for standing in self._peers.values()), now)
 
     # --- leaves ---------------------------------------------------------------------------------
 

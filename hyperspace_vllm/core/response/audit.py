@@ -12,13 +12,18 @@ from the answer's, at a place that rounding can't have tipped, is the answer fal
 
 Only plain requests can be scored so: greedy, one choice of text, and nothing that bends the logits or hides tokens. An
 answer to one that isn't a plain answer is nobody's.
+
+The prompt is rendered by /tokenize, which reads fewer fields than the route that answers, and reads messages by other
+code, so it may make another prompt of a request, after which an honest answer looks false. Only what both render alike
+is scored, by allow-lists of fields, of keys of messages and of options of the template, and a finding holds only where
+the route itself confirms the prompt's ids (`confirming_request`).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .request_fields import Endpoint
+from .request_fields import FIELDS, Endpoint
 from .request_key import canonical_fields
 from .similar.guard_words import word_set
 
@@ -27,9 +32,15 @@ FAR_NATS = 2.0
 CONTINUED_TOKENS = 16  # enough to leave behind a word that was cut or spelt differently
 ALTERNATIVES = 20  # vLLM's own limit, --max-logprobs
 Comparison = Literal["agrees", "agrees_so_far", "departs", "unclear"]  # to the rest's end, or to that of the own words
-_FIELDS = word_set("""
-model messages prompt temperature top_p top_k min_p seed stop max_tokens max_completion_tokens chat_template_kwargs
-""")
+_FIELDS = word_set("model temperature top_p top_k min_p seed stop max_tokens max_completion_tokens")
+_PROMPT: dict[Endpoint, frozenset[str]] = {  # a field of the other route would be ignored there, and read by /tokenize
+    "completions": frozenset({"prompt"}),
+    "chat": frozenset({"messages", "chat_template_kwargs"}),
+}
+# vLLM's chat route renames `reasoning_content` and rewrites `tool_calls`; /tokenize does neither.
+_MESSAGE_KEYS = frozenset({"role", "content", "name"})  # all of them text
+_ROLES = frozenset({"system", "developer", "user", "assistant"})
+_TEMPLATE_OPTIONS = frozenset({"enable_thinking", "thinking"})  # true or false
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +80,45 @@ def plain_answer(endpoint: Endpoint, answer: object) -> Said | None:
 
 def prompt_of(endpoint: Endpoint, body: Mapping[str, Any]) -> dict[str, Any] | None:
     """The prompt of a request whose answers can be scored, as vLLM's /tokenize takes it; None for any other."""
-    if endpoint not in ("chat", "completions") or body.get("temperature") != 0:
+    fields = _PROMPT.get(endpoint)
+    if fields is None or body.get("temperature") != 0:
         return None
-    if canonical_fields(endpoint, body).keys() - _FIELDS:
+    if not (isinstance(body.get("prompt"), str) if endpoint == "completions" else _renders_alike(body)):
         return None
-    texts = [body.get("prompt")] if endpoint == "completions" else [each.get("content") for each in body["messages"]]
-    if not all(isinstance(text, str) for text in texts):
+    if canonical_fields(endpoint, body).keys() - _FIELDS - fields:
         return None
-    named = ("model", "prompt", "messages", "chat_template_kwargs")
-    return {name: body[name] for name in named if body.get(name) is not None}
+    return {name: body[name] for name in ("model", *sorted(fields)) if body.get(name) is not None}
+
+
+def _renders_alike(body: Mapping[str, Any]) -> bool:
+    """Whether /tokenize makes the same prompt of a chat as the route that answers it, in every supported vLLM."""
+    messages, options = body.get("messages"), body.get("chat_template_kwargs")
+    if not isinstance(messages, list) or not isinstance(options, dict | None):
+        return False
+    has_plain_options = all(
+        name in _TEMPLATE_OPTIONS and isinstance(value, bool) for name, value in (options or {}).items()
+    )
+    return has_plain_options and all(_is_plain(message) for message in messages)
+
+
+def _is_plain(message: object) -> bool:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys() <= _MESSAGE_KEYS:
+        return False
+    return all(isinstance(value, str) for value in message.values()) and message["role"] in _ROLES
+
+
+def confirming_request(endpoint: Endpoint, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The client's own request, for one token, that has its route tell which ids it makes of the prompt."""
+    left_out = FIELDS[endpoint].neutral.keys() | FIELDS[endpoint].forbidden | {"max_tokens", "max_completion_tokens"}
+    own = {name: value for name, value in body.items() if name not in left_out}
+    limit = "max_completion_tokens" if endpoint == "chat" else "max_tokens"
+    return own | {limit: 1, "return_token_ids": True}
+
+
+def confirms(answer: Mapping[str, Any], prompt: Sequence[int]) -> bool:
+    """Whether the answer to a confirming request tells these ids; LookupError or TypeError if it isn't vLLM's."""
+    (choice,) = answer["choices"]
+    return list(prompt) in (answer.get("prompt_token_ids"), choice.get("prompt_token_ids"))
 
 
 def scoring_request(model: object, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:

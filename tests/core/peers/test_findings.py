@@ -82,10 +82,65 @@ def test_a_node_suspects_itself_where_it_disagrees_with_several_and_with_most(
     standings = Standings(OWN)
     for signer in agrees:
         standings.passed(signer, b"1", at(0))
-    for signer in disagrees:
-        standings.found_false(signer, b"1", at(0))
+    for number, signer in enumerate(disagrees):
+        standings.found_false(signer, b"%d" % number, at(0))
     assert standings.doubts_itself(at(KEPT_MS - 1)) is doubts
     assert not standings.doubts_itself(at(KEPT_MS))
+
+
+@pytest.mark.parametrize("passed", [0, 1, 2, 3])
+def test_one_client_makes_no_node_suspect_itself_and_frees_no_convict(passed: int) -> None:
+    standings = Standings(OWN)
+    for number in range(FINDINGS_MIN):
+        standings.found_false(A, b"%d" % number, at(number * GAP_MS))
+    now = at(FINDINGS_MIN * GAP_MS)
+    honest = [bytes([100 + number]) * 32 for number in range(20)]
+    for signer in honest[:passed]:
+        standings.passed(signer, b"another", now)
+    for signer in honest:
+        assert not standings.found_false(signer, b"one client", now)
+    assert standings.is_convicted(A, now)
+    assert not standings.doubts_itself(now)
+
+
+@pytest.mark.parametrize(
+    ("found", "doubts"),
+    [
+        ({A: b"1", B: b"2", C: b"3"}, True),
+        ({A: b"1", B: b"1", C: b"2"}, False),
+        ({A: b"12", B: b"12", C: b"12", D: b"12"}, False),
+        ({A: b"123"}, False),
+        ({A: b"123", B: b"123"}, False),
+        ({A: b"123", B: b"1", C: b"1"}, False),
+        ({A: b"123", B: b"1", C: b"2"}, True),
+        ({A: b"123", B: b"123", C: b"4", D: b"4"}, True),
+        ({A: b"123", B: b"123", C: b"123"}, True),
+    ],
+)
+def test_a_source_counts_once_for_all_signers_that_would_not_be_convicted(
+    found: dict[bytes, bytes], doubts: bool
+) -> None:
+    standings = Standings(OWN)
+    for signer, sources in found.items():
+        for number, source in enumerate(sources):
+            standings.found_false(signer, bytes([source]), at(number * GAP_MS))
+    assert standings.doubts_itself(at(3 * GAP_MS)) is doubts
+
+
+def test_one_client_takes_no_agreement_away() -> None:
+    """Two liars are found, and one client has all the others found false."""
+    standings = Standings(OWN)
+    honest = [bytes([100 + number]) * 32 for number in range(DOUBTED_MIN)]
+    for signer in honest:
+        standings.passed(signer, b"another", at(0))
+    for number in range(FINDINGS_MIN):
+        for signer in (A, B):
+            standings.found_false(signer, b"%d" % number, at(number * GAP_MS))
+    now = at(FINDINGS_MIN * GAP_MS)
+    for signer in honest:
+        standings.found_false(signer, b"one client", now)
+    assert standings.is_convicted(A, now)
+    assert not standings.doubts_itself(now)
 
 
 def test_who_doubts_itself_convicts_once_others_agree_with_it_again() -> None:
@@ -102,8 +157,8 @@ def test_who_doubts_itself_convicts_once_others_agree_with_it_again() -> None:
 @pytest.mark.parametrize("set_by_ms", [-1_000, -100 * KEPT_MS, 100 * KEPT_MS])
 def test_a_wall_clock_that_is_set_forgets_nothing_and_keeps_nothing_longer(set_by_ms: int) -> None:
     standings = Standings(OWN)
-    for signer in (A, B, C):
-        standings.found_false(signer, b"1", at(10 * KEPT_MS))
+    for number, signer in enumerate((A, B, C)):
+        standings.found_false(signer, b"%d" % number, at(10 * KEPT_MS))
     assert standings.doubts_itself(at(11 * KEPT_MS - 1, set_by_ms))
     assert not standings.doubts_itself(at(11 * KEPT_MS, set_by_ms))
 

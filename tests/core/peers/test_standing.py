@@ -98,6 +98,6 @@ def test_a_flood_of_new_identities_pushes_out_only_each_other() -> None:
         assert len(judged._peers) <= PEERS_KNOWN_MAX
     assert judged.service(PEER, at(0)) == score_of(100, 0, 0)
     assert judged.is_convicted(convicted, at(0))
-    assert judged._peers[peer_id(found)].findings.disagrees(at(0))
+    assert judged._peers[peer_id(found)].findings.against(at(0))
     last = PeerId(f"sybil {3 * PEERS_KNOWN_MAX - 1}")
     assert judged.avoids(last, at(3 * PEERS_KNOWN_MAX)), "the newest is not forgotten for the older ones"

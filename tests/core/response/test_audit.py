@@ -1,26 +1,28 @@
 """Answers of other nodes, scored: which can be, what a score says, and a real model that knows its own words."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from hyperspace_vllm.api import audits
-from hyperspace_vllm.core.local.messages import (
-    SOURCE_BYTES_MAX,
-)
+from hyperspace_vllm.api.client_source import source_of
 from hyperspace_vllm.core.records.ids import RequestKey
 from hyperspace_vllm.core.response.audit import (
     Said,
     compare,
+    confirming_request,
+    confirms,
     plain_answer,
     prompt_of,
     rest_of,
     score,
     scoring_request,
 )
+from hyperspace_vllm.core.response.request_fields import FIELDS
 from tests.support.audits import CHAT, TEXT, Suspect, message
 from tests.support.cached_server import benches, until
 
@@ -72,7 +74,25 @@ def test_a_plain_answer_is_one_text_and_nothing_else(answer: object, said: Said 
         {"n": 2},
         {"continue_final_message": True},
         {"something_new": 1},
+        {"reasoning_effort": "high"},
+        {"documents": [{"text": "d"}]},
+        {"mm_processor_kwargs": {"a": 1}},
+        {"chat_template_kwargs": {"documents": [{"text": "d"}]}},
+        {"chat_template_kwargs": {"enable_thinking": {"a": 1}}},
+        {"chat_template_kwargs": []},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]},
+        {"messages": [{"role": "assistant", "content": "ok", "reasoning_content": "Hm."}]},
+        {"messages": [{"role": "assistant", "content": "ok", "reasoning": "Hm."}]},
+        {"messages": [{"role": "assistant", "content": "ok", "tool_calls": []}]},
+        {"messages": [{"role": "tool", "content": "ok", "tool_call_id": "1"}]},
+        {"messages": [{"role": "critic", "content": "ok"}]},
+        {"messages": [{"role": "user", "content": "ok", "name": None}]},
+        {"messages": [{"role": "user", "content": "ok", "something_new": 1}]},
+        {"messages": [{"role": "user"}]},
+        {"messages": ["Why?"]},
+        {"messages": "Why?"},
+        {"prompt": "Why not?"},  # ignored by the route, and /tokenize would read it
+        {"max_completion_tokens": 5, "prompt": None},
     ],
 )
 def test_what_bends_the_logits_or_the_prompt_is_not_scored(change: dict[str, object]) -> None:
@@ -84,6 +104,8 @@ def test_plain_greedy_requests_are_scored_after_their_own_prompt() -> None:
     assert prompt_of("chat", {**CHAT, **shaped}) == {"model": "demo", "messages": CHAT["messages"]}
     assert prompt_of("completions", TEXT) == {"model": "demo", "prompt": "Once"}
     assert prompt_of("completions", {**TEXT, "prompt": [1, 2]}) is None
+    assert prompt_of("completions", {**TEXT, "messages": CHAT["messages"]}) is None
+    assert prompt_of("completions", {**TEXT, "chat_template_kwargs": {"enable_thinking": True}}) is None
     assert prompt_of("messages", CHAT) is None
     assert scoring_request("demo", [1, 2], [3])["prompt"] == [1, 2, 3]
     assert "model" not in scoring_request(None, [1], [2])
@@ -199,23 +221,6 @@ def test_the_rest_of_an_answer_follows_what_its_first_tokens_say(text: str, begi
     assert rest_of(text, beginning) == rest
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        (("10.1.2.3", 1), ("10.1.2.200", 2), True),
-        (("10.1.2.3", 1), ("10.1.3.3", 1), False),
-        (("2001:db8:1:2::3", 1), ("2001:db8:1:ffff::9", 1), True),
-        (("2001:db8:1::3", 1), ("2001:db8:2::3", 1), False),
-        (("::ffff:10.1.2.3", 1), ("10.1.2.9", 1), True),
-        (("a name", 1), ("another", 1), False),
-        (None, ("", 0), True),
-    ],
-)
-def test_a_source_is_what_one_client_cannot_be_twice(one: object, other: object, same: bool) -> None:
-    assert (audits.source_of(one) == audits.source_of(other)) is same
-    assert len(audits.source_of(one)) <= SOURCE_BYTES_MAX
-
-
 PLAIN = {"object": "chat.completion", "created": 1, "model": "demo", "system_fingerprint": "fp"} | {
     "usage": {"prompt_tokens": 5, "total_tokens": 7, "completion_tokens": 2}
 }
@@ -224,7 +229,8 @@ PLAIN = {"object": "chat.completion", "created": 1, "model": "demo", "system_fin
 class Engine:
     """vLLM's routes as an audit uses them: it tokenises by characters and goes on as it is told."""
 
-    def __init__(self, far_at: tuple[int, ...], own_answer: str, goes_on_for: int) -> None:
+    def __init__(self, far_at: tuple[int, ...], own_answer: str, goes_on_for: int, prompt: str = "Why?") -> None:
+        self.prompt = prompt  # as the route that answers renders it
         self.far_at, self.own_answer, self.goes_on_for = far_at, own_answer, goes_on_for
         self.asked: list[str] = []
 
@@ -242,6 +248,9 @@ class Engine:
             return {"tokens": [ord(character) for character in text]}
         if path == "/detokenize":
             return {"prompt": "".join(map(chr, body["tokens"]))}
+        if path == "/v1/chat/completions":
+            assert (body["max_completion_tokens"], body["return_token_ids"], body["stop"]) == (1, True, ["ssippi"])
+            return message(content="M") | {"prompt_token_ids": list(map(ord, self.prompt))}
         prompt = len("Why?")
         if "logprobs" in body:
             at = len(body["prompt"]) - prompt
@@ -293,5 +302,132 @@ async def test_far_tokens_count_only_where_the_engine_itself_says_something_else
         await bench.ask({**CHAT, "stop": ["ssippi"]})
         await until(lambda: bench.node.audited, 30)
     assert bench.node.audited[0].far == far
-    assert bench.node.audited[0].source == audits.source_of(("127.0.0.1", 0))
+    assert bench.node.audited[0].source == source_of({"client": ("127.0.0.1", 0), "headers": []}, False)
     assert engine.asked.count("/v1/completions") == 1 + continuations
+    assert ("/v1/chat/completions" in engine.asked) is bool(far)
+
+
+@pytest.mark.io
+@pytest.mark.parametrize(("names_proxies", "named"), [(False, "127.0.0.1"), (True, "198.51.100.7")])
+async def test_an_audit_names_the_network_of_the_client_only_as_the_operator_lets_it_be_told(
+    tmp_path: Path, names_proxies: bool, named: str
+) -> None:
+    async with benches(tmp_path) as make:
+        bench = await make(served_models=frozenset({"demo"}), network_deadline_s=30.0, names_proxies=names_proxies)
+        bench.cache.app = Engine((), "", 9)
+        suspect = bench.node.others = Suspect()
+        suspect.says = PLAIN | message(content="Missi")
+        await bench.client.post("/v1/chat/completions", json=CHAT, headers={"x-forwarded-for": "198.51.100.7"})
+        await until(lambda: bench.node.audited, 30)
+    assert bench.node.audited[0].source == source_of({"client": (named, 0), "headers": []}, False)
+
+
+@pytest.mark.io
+@pytest.mark.parametrize(
+    ("far_at", "own_answer"), [((3, 4), "Missouri"), ((0, 1, 2, 3), "Mississippi")], ids=["false", "unclear"]
+)
+async def test_an_answer_to_another_prompt_than_the_one_scored_is_judged_in_no_way(
+    tmp_path: Path, far_at: tuple[int, ...], own_answer: str
+) -> None:
+    engine = Engine(far_at, own_answer, 1 if len(far_at) > 3 else 9, "Why? Hm.")
+    async with benches(tmp_path) as make:
+        bench = await make(served_models=frozenset({"demo"}), network_deadline_s=30.0)
+        bench.cache.app = engine
+        suspect = bench.node.others = Suspect()
+        suspect.says = PLAIN | message(content="Missi")
+        await bench.ask({**CHAT, "stop": ["ssippi"]})
+        await until(lambda: "/v1/chat/completions" in engine.asked, 30)
+        await until(lambda: bench.cache.audits.idle, 30)
+        assert bench.node.audited == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (message(content="a") | {"prompt_token_ids": [1, 2]}, True),
+        ({"choices": [{"text": "a", "prompt_token_ids": [1, 2]}]}, True),
+        (message(content="a") | {"prompt_token_ids": [1, 2, 3]}, False),
+        (message(content="a") | {"prompt_token_ids": None}, False),
+        (message(content="a"), False),
+    ],
+)
+def test_a_route_confirms_a_prompt_by_all_of_its_ids(answer: dict[str, Any], told: bool) -> None:
+    assert confirms(answer, (1, 2)) is told
+
+
+def test_a_confirming_request_is_the_clients_own_for_one_token() -> None:
+    shaped = {
+        "max_tokens": 50,
+        "max_completion_tokens": 60,
+        "stream": True,
+        "user": "ann",
+        "request_id": "1",
+        "seed": 1,
+    }
+    own_transfer = {"kv_transfer_params": {"hyperspace": 1}}
+    asks = {"return_token_ids": True}
+    assert confirming_request("chat", CHAT | shaped | own_transfer) == CHAT | asks | {
+        "seed": 1,
+        "max_completion_tokens": 1,
+    }
+    assert confirming_request("completions", TEXT | shaped) == TEXT | asks | {"seed": 1, "max_tokens": 1}
+
+
+# What vLLM's chat route reads of a message, beside what is scored: each may reach the prompt by another way there.
+OTHER_MESSAGE_KEYS = frozenset(
+    (
+        "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "function_call", "tools", "task", "refusal",
+        "audio", "author", "channel", "recipient", "content_type",
+    )
+)  # fmt: skip
+
+
+@pytest.mark.feature("every request field is judged")
+def test_every_key_of_vllms_messages_is_judged() -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    models = get_args(ChatCompletionRequest.model_fields["messages"].annotation)[0]
+    known = {name for model in get_args(models) for name in _keys_of(model)}
+    assert {"role", "content", "reasoning"} <= known
+    assert known - {"role", "content", "name"} - OTHER_MESSAGE_KEYS == set(), "keys of messages that we have not judged"
+    for key in OTHER_MESSAGE_KEYS:
+        assert prompt_of("chat", {**CHAT, "messages": [{"role": "user", "content": "Why?", key: "a"}]}) is None
+
+
+def _keys_of(model: Any) -> Iterable[str]:
+    fields: Iterable[str] = getattr(model, "model_fields", None) or get_type_hints(model)
+    return fields
+
+
+@pytest.mark.feature("every request field is judged")
+def test_every_field_of_vllms_chats_is_left_out_of_the_prompt_scored_or_not_scored() -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    scored = {
+        name for name in ChatCompletionRequest.model_fields if prompt_of("chat", {**CHAT, name: CHAT.get(name, [0])})
+    }
+    unscored = FIELDS["chat"].neutral.keys() | FIELDS["chat"].forbidden  # an answer to the latter has no key
+    # Of sampling: none changes which token is the most likely, or when the answer ends beyond what is looked at.
+    sampled = {"model", "messages", "temperature", "top_p", "top_k", "min_p", "seed", "stop"}
+    assert scored - unscored == sampled | {"max_tokens", "max_completion_tokens"}
+
+
+@pytest.mark.feature("every request field is judged")
+@pytest.mark.parametrize("options", [None, {}, {"enable_thinking": True}, {"enable_thinking": False, "thinking": True}])
+def test_vllm_reads_what_is_scored_alike_in_both_of_its_routes(options: dict[str, bool] | None) -> None:
+    from pydantic import TypeAdapter
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeRequest
+
+    roles = ("system", "developer", "user", "assistant")
+    said = [{"role": role, "content": f"{role}?"} | named for role in roles for named in ({}, {"name": "ann"})]
+    body = {**CHAT, "messages": said, "chat_template_kwargs": options}
+    prompt = prompt_of("chat", body)
+    assert prompt is not None
+    assert prompt.keys() <= TokenizeChatRequest.model_fields.keys()
+    answered = ChatCompletionRequest.model_validate(json.loads(json.dumps(body)))
+    tokenised = TypeAdapter(TokenizeRequest).validate_python(json.loads(json.dumps(prompt)))
+    assert answered.messages == tokenised.messages == said
+    ours, theirs = (each.build_chat_params(None, "auto") for each in (answered, tokenised))
+    assert ours == theirs
+    assert answered.add_special_tokens == tokenised.add_special_tokens

@@ -1,0 +1,58 @@
+"""Which requests come from one source, as audits count them (core/peers/findings.py): what one client can't be twice.
+
+The network that the client's address is in. All of this host is one source, and so is a client that has no IP address:
+one process there may use any address of 127.0.0.0/8. uvicorn puts what `X-Forwarded-For` names in the place of the
+address of the connection, by default for any client on this host, and leaves no trace of the latter. So an address that
+the header names counts only where the operator says which proxies to trust; otherwise it counts as this host.
+"""
+
+from hashlib import sha256
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+
+from starlette.types import Scope
+
+from ..core.local.messages import SOURCE_BYTES_MAX
+from .http_headers import RawHeaders
+
+_OWNED_BITS = {4: 24, 6: 48}  # what one owner of addresses usually has, at least
+
+
+def source_of(scope: Scope, names_proxies: bool) -> bytes:
+    """The source of a request, hashed; `names_proxies`: the operator says whose `X-Forwarded-For` to trust."""
+    client = scope.get("client")
+    address = _address(str(client[0])) if client else None
+    is_forwarded = address is not None and address in _forwarded_for(scope["headers"])
+    if address is None or address.is_loopback or (is_forwarded and not names_proxies):
+        return _hashed(b"")
+    network = ip_network((address, _OWNED_BITS[address.version]), strict=False)
+    return _hashed(network.network_address.packed)
+
+
+def names_proxies(allowed: str | None) -> bool:
+    """Whether this value of uvicorn's FORWARDED_ALLOW_IPS names proxies; "*" would let any client name any address."""
+    return bool(allowed) and "*" not in [each.strip() for each in (allowed or "").split(",")]
+
+
+def _forwarded_for(headers: RawHeaders) -> set[IPv4Address | IPv6Address]:
+    values = [value.decode("latin1") for name, value in headers if name == b"x-forwarded-for"]
+    named = (_address(_without_port(each.strip())) for value in values for each in value.split(","))
+    return {address for address in named if address is not None}
+
+
+def _without_port(host: str) -> str:
+    """As uvicorn reads it: an address, IPv4:port, or [IPv6]:port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0] if host.count(":") == 1 else host
+
+
+def _address(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _hashed(network: bytes) -> bytes:
+    return sha256(network).digest()[:SOURCE_BYTES_MAX]
