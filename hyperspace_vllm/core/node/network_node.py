@@ -22,7 +22,6 @@ from ..events.network_effects import (
     PeersChanged,
     Provide,
     Reply,
-    Send,
     ServeResponse,
 )
 from ..events.network_events import (
@@ -69,7 +68,6 @@ from ..records.peer_wire import (
     Deltas,
     Greet,
     Greeting,
-    PeerRequest,
     Peers,
     Ping,
     Pong,
@@ -88,12 +86,14 @@ from ..response.evidence import check_evidence, verdict
 from ..response.hints import Hints
 from ..response.lookup import ProviderCandidate, ResponseLookup
 from ..response.popularity import Popularity, replicas_wanted
+from .own_requests import Asked, Forgotten, OwnRequests
 
 LOOKUPS_MAX = 1_024
-REQUESTS_MAX = 4_096  # of ours, unanswered
 QUIET_MS, QUIET_MAX = 5_000, 4  # of who isn't connected, whoever was heard of lately is likelier to be reached
 SYNC_MS = 2_000  # the registry, with one neighbour
 SYNC_TIMEOUT_MS = 3_000
+SYNC_AGAIN_MS = 100  # from an answer that was not all to the next question
+TELL_AGAIN_MS = 100  # of the peers: 2 ms of work with a full table
 FAIR_MS = 150  # half a deadline; a handshake with somebody far away takes longer than what others left of it
 
 
@@ -109,13 +109,6 @@ class NetworkOptions:
     capacity_bytes: int = 0
     registry: bool = True  # False where a Redis registry replaces it
     remembered: tuple[tuple[PeerId, str], ...] = ()  # whom it knew when it last ran; nobody is trusted for that
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    peer: PeerId
-    message: PeerRequest
-    at_ms: int
 
 
 class NetworkNode:
@@ -138,9 +131,7 @@ class NetworkNode:
         self._rng = rng
         key = options.network_key
         self._tag = member_tag(key, self._public_key) if key else NO_MEMBER_TAG
-        self._now_ms = now.mono_ms
-        self._asked: dict[int, _Asked] = {}
-        self._requests = 0
+        self._requests = OwnRequests()
         self._served = ServedChanged((), (), 0, b"")
         self.members = Membership(
             options.network,
@@ -148,7 +139,7 @@ class NetworkNode:
             self._own_record,
             options.bootstrap,
             trust,
-            self._ask,
+            self._requests.ask,
             key is not None,
             dials,
             rng,
@@ -164,6 +155,8 @@ class NetworkNode:
         self._searches = SearchBudget(now)
         self._provides = ProvideQueue(now)
         self._sync_at_ms = now.mono_ms + SYNC_MS
+        self._sync_again: dict[PeerId, int] = {}  # when
+        self._tell_at_ms = now.mono_ms  # not before
         self._told: tuple[object, ...] = ()  # by the last PeersChanged
         self._authors: tuple[tuple[PeerId, Acquaintance], ...] = ()  # by the last AuthorsChanged
         self.gossip_refused: dict[str, int] = {}
@@ -175,18 +168,19 @@ class NetworkNode:
 
     def handle(self, event: NetworkEvent, now: Now) -> list[NetworkEffect]:
         """What to do about `event`."""
-        self._now_ms = now.mono_ms
         effects = self._dispatch(event, now)
         effects += [consequence for effect in effects for consequence in self._charged(effect, now)]
-        if self.members.changed:
+        if self.members.changed and now.mono_ms >= self._tell_at_ms:
             self.members.changed = False
+            self._tell_at_ms = now.mono_ms + TELL_AGAIN_MS
             effects += self._tell_peers(now)
         return effects
 
     def next_deadline_ms(self) -> int | None:
         """When to call `handle(NetworkTick())`, if nothing else happens before."""
         times = [lookup.next_deadline_ms() for lookup in self._lookups.values()]
-        times += [self.members.next_deadline_ms(), self._sync_at_ms]
+        times += [self.members.next_deadline_ms(), self._sync_at_ms, *self._sync_again.values()]
+        times += [self._tell_at_ms] if self.members.changed else []
         others = self._outbox.next_deadline_ms(), self.registry.next_deadline_ms(), self._provides.next_deadline_ms()
         return min([*times, *(time for time in others if time is not None)])
 
@@ -277,10 +271,11 @@ class NetworkNode:
                 effects += self._settle(lookup, lookup.on_tick(now), now)
         due_ms = self.registry.next_deadline_ms()
         if (due_ms is not None and due_ms <= now.mono_ms) or self.registry.is_misdated(now):
-            effects += self.registry.on_tick(now) + self._sync_on()
+            effects += self.registry.on_tick(now)
+        effects += self._sync_on(now)
         if now.mono_ms >= self._sync_at_ms:
             self._sync_at_ms = now.mono_ms + SYNC_MS
-            effects += self._sync()
+            effects += self._sync(now)
         key = self._provides.due(now)
         if key is not None:
             effects.append(Provide(key))
@@ -315,30 +310,41 @@ class NetworkNode:
         return [Reply(token, self.registry.answer(message, now))]
 
     def _answered(self, event: Answered, now: Now) -> list[NetworkEffect]:
-        asked = self._asked.pop(event.request, None)
+        asked = self._requests.take(event.request)
         if asked is None or asked.peer != event.peer:
             return []
         self._heard(event.peer, now, now.mono_ms - asked.at_ms)
         match asked.message, event.message:
             case Greet(), Greeting(record):
                 charges = self.members.on_record(record, event.peer, now, own_word=True)
-                effects = self.members.on_greeted(event.peer, now)
-                return charges + effects + (self._sync_with(event.peer) if self.members.greeted(event.peer) else [])
+                if not self.members.greeted(event.peer):
+                    return [*charges, Disconnect(event.peer)]
+                self._requests.greeted(event.peer)
+                return charges + self.members.on_greeted(event.peer, now) + self._sync_with(event.peer, now)
             case WantPeers(), Peers():
                 return self.members.on_peers(event.peer, event.message, now)
             case WantDeltas(), Deltas():
-                return self.registry.on_deltas(event.peer, event.message, now) + self._sync_on()
+                return self.registry.on_deltas(event.peer, event.message, now) + self._sync_on(now)
             case Ping(), Pong():
                 return []
             case WantPeers() | WantDeltas(), Refusal("stranger"):
-                return [self._ask(event.peer, Greet(self.members.own_raw), GREET_MS)]  # it has forgotten us
+                return self._forgotten(asked, now)
             case _, Refusal():
                 return []
             case _:
                 return [ChargePeer(event.peer, Reason.PROTOCOL)]
 
+    def _forgotten(self, asked: Asked, now: Now) -> list[NetworkEffect]:
+        match self._requests.forgotten(asked, now):
+            case Forgotten.GREET:
+                return [*self._requests.ask(asked.peer, Greet(self.members.own_raw), GREET_MS, now)]
+            case Forgotten.CHARGE:
+                return [ChargePeer(asked.peer, Reason.PROTOCOL)]
+            case Forgotten.WAIT:
+                return []
+
     def _failed(self, event: RequestFailed, now: Now) -> list[NetworkEffect]:
-        asked = self._asked.pop(event.request, None)
+        asked = self._requests.take(event.request)
         if asked is None:
             return []
         if event.reason is Reason.PROTOCOL:
@@ -544,28 +550,26 @@ class NetworkNode:
 
     # --- leaves ---------------------------------------------------------------------------------
 
-    def _sync(self) -> list[NetworkEffect]:
+    def _sync(self, now: Now) -> list[NetworkEffect]:
         neighbour = self.members.any_neighbour()
-        return self._sync_with(neighbour.peer) if neighbour is not None else []
+        return self._sync_with(neighbour.peer, now) if neighbour is not None else []
 
-    def _sync_on(self) -> list[NetworkEffect]:
-        return [effect for peer in self.registry.whom_to_ask_again() for effect in self._sync_with(peer)]
+    def _sync_on(self, now: Now) -> list[NetworkEffect]:
+        for peer in self.registry.whom_to_ask_again():
+            self._sync_again.setdefault(peer, now.mono_ms + SYNC_AGAIN_MS)
+        due = [peer for peer, at_ms in self._sync_again.items() if at_ms <= now.mono_ms]
+        for peer in due:
+            del self._sync_again[peer]
+        return [effect for peer in due for effect in self._sync_with(peer, now)]
 
-    def _sync_with(self, peer: PeerId) -> list[NetworkEffect]:
+    def _sync_with(self, peer: PeerId, now: Now) -> list[NetworkEffect]:
         if not self._options.registry:
             return []
-        return [self._ask(peer, self.registry.want(), SYNC_TIMEOUT_MS)]
+        return [*self._requests.ask(peer, self.registry.want(), SYNC_TIMEOUT_MS, now)]
 
     def _counts(self, public_key: bytes) -> bool:
         """Whether what this peer announces is heard: its record is here, or it is on this node's lists."""
         return self.members.acquaintance(public_key) is not None
-
-    def _ask(self, peer: PeerId, message: PeerRequest, timeout_ms: int) -> Send:
-        self._requests += 1
-        if len(self._asked) >= REQUESTS_MAX:
-            del self._asked[next(iter(self._asked))]
-        self._asked[self._requests] = _Asked(peer, message, self._now_ms)
-        return Send(self._requests, peer, message, timeout_ms)
 
     def _own_record(self, sequence: int, expires_at_ms: int) -> PeerRecord:
         options, served = self._options, self._served

@@ -15,11 +15,19 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 
 from ..records.endpoint import Endpoint
 
-_BROADCAST = IPv4Address("255.255.255.255")
-_PRIVATE_4 = [IPv4Network(each) for each in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")]
+_LINK_4 = [  # with what clouds and carriers put next to every machine
+    IPv4Network(each) for each in ("169.254.0.0/16", "192.0.0.0/24", "168.63.129.16/32")
+]
+_PRIVATE_4 = [
+    IPv4Network(each) for each in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "198.18.0.0/15")
+]
+_NOWHERE_4 = [IPv4Network(each) for each in ("0.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4")]
+_LINK_6 = IPv6Network("fe80::/10")
 _PRIVATE_6 = [IPv6Network(each) for each in ("fc00::/7", "fec0::/10")]
-_NAT64 = IPv6Network("64:ff9b::/96")
-_COMPATIBLE = IPv6Network("::/96")
+_GLOBAL_6 = IPv6Network("2000::/3")
+_NOWHERE_6 = [IPv6Network(each) for each in ("2001::/32", "2001:db8::/32")]  # Teredo wraps IPv4; documentation
+# Translators send the last 32 bits on as an IPv4 address. Those of 64:ff9b:1::/48 (RFC 8215) may have them elsewhere.
+_TRANSLATED = [IPv6Network(each) for each in ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "::/96")]
 
 
 class Scope(IntEnum):
@@ -34,17 +42,29 @@ class Scope(IntEnum):
 def scope_of(host: str) -> Scope | None:
     """How far an IP address reaches; None: it is none, or nobody can be there."""
     ip = _ip(host)
-    if ip is None or ip.is_unspecified or ip.is_multicast or ip == _BROADCAST:
+    if isinstance(ip, IPv4Address):
+        return _scope_4(ip)
+    return None if ip is None else _scope_6(ip)
+
+
+def _scope_4(ip: IPv4Address) -> Scope | None:
+    if any(ip in each for each in _NOWHERE_4):
         return None
     if ip.is_loopback:
         return Scope.MACHINE
-    if ip.is_link_local:
+    if any(ip in each for each in _LINK_4):
         return Scope.LINK
-    if isinstance(ip, IPv4Address):
-        if ip in IPv4Network("0.0.0.0/8") or ip in IPv4Network("240.0.0.0/4"):
-            return None
-        return Scope.PRIVATE if any(ip in each for each in _PRIVATE_4) else Scope.GLOBAL
-    return Scope.PRIVATE if any(ip in each for each in _PRIVATE_6) else Scope.GLOBAL
+    return Scope.PRIVATE if any(ip in each for each in _PRIVATE_4) else Scope.GLOBAL
+
+
+def _scope_6(ip: IPv6Address) -> Scope | None:
+    if ip.is_loopback:
+        return Scope.MACHINE
+    if ip in _LINK_6:
+        return Scope.LINK
+    if any(ip in each for each in _PRIVATE_6):
+        return Scope.PRIVATE
+    return Scope.GLOBAL if ip in _GLOBAL_6 and not any(ip in each for each in _NOWHERE_6) else None
 
 
 def may_dial(address: str, own_address: str, told_from: str | None) -> bool:
@@ -92,6 +112,6 @@ def _ip(host: str) -> IPv4Address | IPv6Address | None:
         return ip
     if ip.scope_id is not None and not ip.is_link_local:
         return None
-    if ip in _NAT64 or (ip in _COMPATIBLE and int(ip) > 1):  # ::1 is loopback, :: is nowhere
+    if int(ip) > 1 and any(ip in each for each in _TRANSLATED):  # ::1 is loopback, :: is nowhere
         return IPv4Address(int(ip) & 0xFFFFFFFF)
-    return ip.ipv4_mapped or ip.sixtofour or ip
+    return ip.sixtofour or ip

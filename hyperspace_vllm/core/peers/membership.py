@@ -58,7 +58,7 @@ DIAL_AGAIN_MS_MAX = 10_000  # a network that was parted finds itself again withi
 SHUN_MS = 60_000
 DIALS_MAX = 4  # at once
 
-Ask = Callable[[PeerId, PeerRequest, int], Send]
+Ask = Callable[[PeerId, PeerRequest, int, Now], list[Send]]
 
 
 def dial_delay_ms(failures: int) -> int:
@@ -67,7 +67,7 @@ def dial_delay_ms(failures: int) -> int:
 
 
 class Membership:
-    """`ask` makes a Send and remembers it; `own` signs this node's record (sequence, expiry)."""
+    """`ask` makes a Send and remembers it, unless that question is open; `own` signs a record (sequence, expiry)."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class Membership:
             known.outbound, known.connected_at_ms = known.dialling, now.mono_ms
         known.connected, known.dialling, known.dismissed = True, False, False
         self._heard(known, now)
-        return [self._greet(known, now), *self._make_room(known)]
+        return [*self._greet(known, now), *self._make_room(known)]
 
     def on_discovered(self, peer: PeerId, address: str, told_from: str, now: Now) -> list[NetworkEffect]:
         """mDNS says from `told_from` that a peer is there: dial it when its turn comes."""
@@ -317,7 +317,7 @@ class Membership:
     def on_greeted(self, peer: PeerId, now: Now) -> list[NetworkEffect]:
         """A neighbour's record has come: it may know others."""
         known = self._peers.get(peer)
-        return [self._want_peers(known, now)] if known and known.record else [Disconnect(peer)]
+        return [*self._want_peers(known, now)] if known is not None else []
 
     def answer_peers(self, want: WantPeers, now: Now) -> Peers:
         """Some records that the asker lacks."""
@@ -345,7 +345,8 @@ class Membership:
         effects: list[NetworkEffect] = []
         if now.mono_ms >= self._renew_at_ms or self._is_misdated(now):
             self._renew(now)
-            effects += [self._ask(each.peer, Greet(self._own_raw), GREET_MS) for each in self.neighbours()]
+            for each in self.neighbours():
+                effects += self._ask(each.peer, Greet(self._own_raw), GREET_MS, now)
         if now.mono_ms >= self._beat_at_ms:
             self._beat_at_ms = now.mono_ms + HEARTBEAT_MS
             effects += self._beat(now) + self._trim(now) + self._dial(now)
@@ -356,7 +357,7 @@ class Membership:
             self._exchange_at_ms = now.mono_ms + EXCHANGE_MS
             neighbours = self.neighbours()
             if neighbours:
-                effects.append(self._want_peers(whose_turn(neighbours), now))
+                effects += self._want_peers(whose_turn(neighbours), now)
         return effects
 
     def _beat(self, now: Now) -> list[NetworkEffect]:
@@ -374,7 +375,7 @@ class Membership:
         known.record, known.raw, known.advertised, known.endpoint = None, b"", "", ""
         self.changed = True
         if known.connected:
-            return [self._greet(known, now)]  # its own greeting was lost, or the clock was set
+            return [*self._greet(known, now)]  # its own greeting was lost, or the clock was set
         if not (known.dialling or known.bootstrap):
             self._peers.remove(known.peer)
         return []
@@ -391,7 +392,7 @@ class Membership:
         if now.mono_ms - known.heard_at_ms < HEARTBEAT_MS:
             return []
         known.pinged_at_ms = now.mono_ms
-        return [self._ask(known.peer, Ping(), PING_MS)]
+        return [*self._ask(known.peer, Ping(), PING_MS, now)]
 
     # --- connections of this node's choice ------------------------------------------------------
 
@@ -461,9 +462,9 @@ class Membership:
             known.dismissed = True
         return [Disconnect(known.peer) for known in peers]
 
-    def _greet(self, known: Peer, now: Now) -> Send:
+    def _greet(self, known: Peer, now: Now) -> list[Send]:
         known.asked_at_ms = now.mono_ms
-        return self._ask(known.peer, Greet(self._own_raw), GREET_MS)
+        return self._ask(known.peer, Greet(self._own_raw), GREET_MS, now)
 
     # --- leaves ---------------------------------------------------------------------------------
 
@@ -538,10 +539,10 @@ class Membership:
         left_ms = self._own.expires_at_ms - now.wall_ms
         return not PEER_RECORD_TTL_MS - RENEW_MS - CLOCK_SKEW_MS <= left_ms <= PEER_RECORD_TTL_MS + CLOCK_SKEW_MS
 
-    def _want_peers(self, neighbour: Peer, now: Now) -> Send:
+    def _want_peers(self, neighbour: Peer, now: Now) -> list[Send]:
         neighbour.exchanged_at_ms = now.mono_ms
         known = (each.record for each in self._peers if each.record is not None)
-        return self._ask(neighbour.peer, want_peers(known, self._own), GREET_MS)
+        return self._ask(neighbour.peer, want_peers(known, self._own), GREET_MS, now)
 
     def _renew(self, now: Now) -> None:
         self._sequence += 1

@@ -6,7 +6,8 @@
 into these types, bounds included; unknown fields are refused.
 """
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal, assert_never
 
 import msgspec
 from msgspec import Meta
@@ -32,6 +33,10 @@ Record = Annotated[bytes, Meta(max_length=PEER_RECORD_BYTES_MAX)]
 Delta = Annotated[bytes, Meta(max_length=REGISTRY_DELTA_BYTES_MAX)]
 SEALED_BYTES_MAX = RESPONSE_BYTES_MAX + 16  # ChaCha20-Poly1305's tag
 KNOWN_BYTES = 16  # of one known record in WantPeers
+DELTAS_MAX = 4096  # of one answer
+SMALL_ANSWER_BYTES_MAX = 64  # names and lengths: a Pong, a Refusal, what an answer holds besides records and deltas
+_LENGTH_BYTES = 5  # of a byte string in msgpack
+_HEAD_BYTES_MAX = 80  # of a RegistryHead
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
@@ -122,7 +127,7 @@ class WantDeltas(_Message, tag="deltas?", frozen=True):
 class Deltas(_Message, tag="deltas", frozen=True):
     """Signed registry deltas, each owner's in order and without gaps; `heads` is what the sender has."""
 
-    deltas: Annotated[tuple[Delta, ...], Meta(max_length=4096)]
+    deltas: Annotated[tuple[Delta, ...], Meta(max_length=DELTAS_MAX)]
     heads: Annotated[tuple[RegistryHead, ...], Meta(max_length=REGISTRY_OWNERS_MAX)]
     more: bool = False
 
@@ -141,6 +146,45 @@ _request_decoder: msgspec.msgpack.Decoder[PeerRequest] = msgspec.msgpack.Decoder
 _answer_decoder: msgspec.msgpack.Decoder[PeerAnswer] = msgspec.msgpack.Decoder(PeerAnswer)
 
 assert REGISTRY_REPLY_BYTES_MAX < STREAM_FRAME_BYTES_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """How long an answer may be, and how many records, each with a signature to check, it may hold."""
+
+    bytes_max: int
+    records_max: int = 0
+
+
+ANYTHING = Expected(STREAM_FRAME_BYTES_MAX)
+_EXPECTED_PONG = Expected(SMALL_ANSWER_BYTES_MAX)
+_EXPECTED_GREETING = Expected(SMALL_ANSWER_BYTES_MAX + PEER_RECORD_BYTES_MAX)
+_EXPECTED_PEERS = Expected(
+    SMALL_ANSWER_BYTES_MAX + PEX_RECORDS_MAX * (PEER_RECORD_BYTES_MAX + _LENGTH_BYTES), PEX_RECORDS_MAX
+)
+_EXPECTED_DELTAS = Expected(
+    SMALL_ANSWER_BYTES_MAX
+    + REGISTRY_REPLY_BYTES_MAX
+    + DELTAS_MAX * _LENGTH_BYTES
+    + REGISTRY_OWNERS_MAX * _HEAD_BYTES_MAX
+)
+
+
+def expected_answer(request: PeerRequest) -> Expected:
+    """What an honest answer to `request` is at most; a longer one is not read."""
+    match request:
+        case Query():
+            return ANYTHING
+        case Greet():
+            return _EXPECTED_GREETING
+        case Ping():
+            return _EXPECTED_PONG
+        case WantPeers():
+            return _EXPECTED_PEERS
+        case WantDeltas():
+            return _EXPECTED_DELTAS
+        case _:
+            assert_never(request)
 
 
 def protocol_of(request: PeerRequest) -> str:

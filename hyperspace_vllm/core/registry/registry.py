@@ -42,7 +42,7 @@ from ..records.limits import (
     WORKER_LOST_TWICE_MS,
 )
 from ..records.now import Now
-from ..records.peer_wire import Deltas, RegistryHead, WantDeltas
+from ..records.peer_wire import DELTAS_MAX, Deltas, RegistryHead, WantDeltas
 from ..records.rank import Acquaintance
 from ..records.reason import Reason
 from ..records.registry_delta import RegistryDelta, check_delta, decode_delta
@@ -58,7 +58,6 @@ _RETRIES_MAX = 5  # then there is no worker for it
 _LOSSES_MAX = 2  # in a row; a worker may have died of something else once
 _BLOCKED_MS = 500  # until hosts that have no worker time left are looked at again
 _EPOCH_MAX = (1 << 63) - 1  # what a RegistryHead can say
-_DELTAS_MAX = 4096  # of one answer (peer_wire.Deltas)
 
 
 class Registry:
@@ -175,7 +174,7 @@ class Registry:
                 continue
             for raw in log.after(*theirs.get(key, (-1, 0))):
                 room -= len(raw)
-                if room < 0 or len(chosen) == _DELTAS_MAX:
+                if room < 0 or len(chosen) == DELTAS_MAX:
                     return Deltas(tuple(chosen), self._held_heads(), more=True)
                 chosen.append(raw)
         return Deltas(tuple(chosen), self._held_heads())

@@ -23,6 +23,7 @@ from nacl.signing import SigningKey
 from ...core.peers.gossip_gate import GossipGate
 from ...core.records.ids import PeerId, peer_id
 from ...core.records.limits import STREAM_FRAME_BYTES_MAX
+from ...core.records.peer_wire import ANYTHING, Expected
 from ...core.records.reason import Reason
 from ..peer_failed import PeerFailed
 from .libp2p_inbox import HostHandler, Inbox, LoopEvents, ThreadRun
@@ -102,10 +103,12 @@ class Libp2pHost:
         with suppress(PeerFailed):
             await self._call(lambda node: node.disconnect(peer), CLOSE_S)
 
-    async def request(self, peer: PeerId, protocol: str, frame: bytes, timeout_s: float) -> bytes:
+    async def request(
+        self, peer: PeerId, protocol: str, frame: bytes, timeout_s: float, expected: Expected = ANYTHING
+    ) -> bytes:
         """A connected peer's answer; PeerFailed(timeout | unreachable | protocol | busy)."""
         assert len(frame) <= STREAM_FRAME_BYTES_MAX
-        return await self._call(lambda node: node.request(peer, protocol, frame), timeout_s)
+        return await self._call(lambda node: node.request(peer, protocol, frame, expected), timeout_s)
 
     def publish(self, topic: str, payload: bytes) -> bool:
         """Send to a topic's subscribers; False: dropped, because the queue is full or there is no network."""

@@ -36,6 +36,7 @@ from ...core.records.endpoint import Endpoint
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import NetworkId, PeerId, public_key_of, sha256
 from ...core.records.limits import PEER_CONNECTIONS_MAX
+from ...core.records.peer_wire import Expected
 from ...core.records.rank import Tier
 from ...core.records.reason import Reason
 from .. import clock
@@ -46,7 +47,7 @@ from .libp2p_gossip import NodeGossip, NodePubsub
 from .libp2p_overrides import patch_library, running
 from .libp2p_streams import Answerer, StreamClient
 from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeUpgrader, address_of, multiaddr_of
-from .libp2p_time import REQUEST_S, PeerTime
+from .libp2p_time import REQUEST_S, Account, PeerTime, answer_s
 from .libp2p_yamux import PROTOCOL as YAMUX
 from .libp2p_yamux import YamuxConnection
 
@@ -224,12 +225,15 @@ class Libp2pNode:
         for conn in self._swarm.drop(peer_id):
             await conn.event_closed.wait()
 
-    async def request(self, peer: PeerId, protocol: str, frame: bytes) -> bytes:
-        """A peer's answer; PeerFailed."""
+    async def request(self, peer: PeerId, protocol: str, frame: bytes, expected: Expected) -> bytes:
+        """A peer's answer, which takes of the peer's time as a request of its own does; PeerFailed."""
         peer_id = ID.from_base58(peer)
         held_s, began_s = self._held_s(peer_id), trio.current_time()
+        account = self._account(peer_id)
         try:
-            return await self._asker.ask(peer_id, protocol, frame)
+            answer = await self._asker.ask(peer_id, protocol, frame, expected.bytes_max)
+            await account.spend(answer_s(len(answer), expected.records_max))
+            return answer
         except trio.Cancelled:
             if self._held_s(peer_id) - held_s > (trio.current_time() - began_s) / 2:
                 raise PeerFailed(Reason.BUSY) from None  # busy with other peers: the answer may be here unread
@@ -294,7 +298,10 @@ class Libp2pNode:
         return self._events.tier(peer) if _is_node(peer) else Tier.STRANGER
 
     async def _wait_for_time(self, peer_id: ID) -> None:
-        await self._time.account(PeerId(peer_id.to_base58()), self._swarm.host_of(peer_id)).spend(REQUEST_S)
+        await self._account(peer_id).spend(REQUEST_S)
+
+    def _account(self, peer_id: ID) -> Account:
+        return self._time.account(PeerId(peer_id.to_base58()), self._swarm.host_of(peer_id))
 
     async def _on_request(self, peer_id: ID, protocol: str, frame: bytes) -> bytes | None:
         peer = PeerId(peer_id.to_base58())

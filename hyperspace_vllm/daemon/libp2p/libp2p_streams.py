@@ -50,8 +50,10 @@ class _BrokenRule(Exception):
     """The peer's frame is too long, or it sends too much at once."""
 
 
-async def read_frame(stream: INetStream, first_byte_s: float, frame_s: float, keep: Callable[[bytes], object]) -> None:
-    """Read one frame, passing each piece to `keep`. TooSlowError, StreamError, _BrokenRule."""
+async def read_frame(
+    stream: INetStream, first_byte_s: float, frame_s: float, bytes_max: int, keep: Callable[[bytes], object]
+) -> None:
+    """Read one frame of at most `bytes_max`, passing each piece to `keep`. TooSlowError, StreamError, _BrokenRule."""
     head = bytearray()
     with trio.fail_after(first_byte_s):
         head += await _read(stream, _LENGTH.size)
@@ -59,7 +61,7 @@ async def read_frame(stream: INetStream, first_byte_s: float, frame_s: float, ke
         while len(head) < _LENGTH.size:
             head += await _read(stream, _LENGTH.size - len(head))
         (left,) = _LENGTH.unpack(head)
-        if left > STREAM_FRAME_BYTES_MAX:
+        if left > bytes_max:
             raise _BrokenRule("frame too long")
         while left > 0:
             # Piece by piece: announcing a length costs the sender nothing, so no memory is reserved for it.
@@ -123,7 +125,7 @@ class Answerer:
         peer = PeerId(peer_id.to_base58())
         request = _Request(self._incoming, peer, self._tier(peer))
         try:
-            await read_frame(stream, IDLE_S, FRAME_S, request.keep)
+            await read_frame(stream, IDLE_S, FRAME_S, STREAM_FRAME_BYTES_MAX, request.keep)
             await self._turn(peer_id)  # before it counts among the running requests, of which others need some
             frame = request.take()
             answer = b"" if frame is None else await self._ask(peer_id, protocol, frame)
@@ -204,8 +206,8 @@ class StreamClient:
         self._spare: dict[tuple[ID, str], list[tuple[INetStream, float]]] = {}
         self._requests_of: dict[ID, int] = {}
 
-    async def ask(self, peer_id: ID, protocol: str, request: bytes) -> bytes:
-        """The answer; PeerFailed(unreachable | protocol | busy): `protocol` only for a malformed frame.
+    async def ask(self, peer_id: ID, protocol: str, request: bytes, bytes_max: int) -> bytes:
+        """The answer; PeerFailed(unreachable | protocol | busy): `protocol` only for a frame over `bytes_max`.
 
         Streams break for many reasons, this node's own load among them, so a broken stream is not charged to the peer.
         """
@@ -216,7 +218,7 @@ class StreamClient:
             raise PeerFailed(Reason.BUSY)
         self._requests_of[peer_id] = mine + 1
         try:
-            return await self._ask(peer_id, protocol, request)
+            return await self._ask(peer_id, protocol, request, bytes_max)
         finally:
             self._requests_of[peer_id] -= 1
             if not self._requests_of[peer_id]:
@@ -227,17 +229,17 @@ class StreamClient:
         for key in [key for key in self._spare if key[0] == peer_id]:
             del self._spare[key]
 
-    async def _ask(self, peer_id: ID, protocol: str, request: bytes) -> bytes:
+    async def _ask(self, peer_id: ID, protocol: str, request: bytes, bytes_max: int) -> bytes:
         spare = await self._take_spare(peer_id, protocol)
         if spare is not None:
             with suppress(*_BROKEN):  # the other side closed it in the meantime: nothing was asked
-                return await self._exchange(spare, peer_id, protocol, request)
+                return await self._exchange(spare, peer_id, protocol, request, bytes_max)
         try:
             stream = await self._host.new_stream(peer_id, [TProtocol(protocol)])
         except Exception as error:  # the library raises a dozen kinds
             raise PeerFailed(Reason.UNREACHABLE) from error
         try:
-            return await self._exchange(stream, peer_id, protocol, request)
+            return await self._exchange(stream, peer_id, protocol, request, bytes_max)
         except _BROKEN as error:
             raise PeerFailed(Reason.UNREACHABLE) from error
 
@@ -250,11 +252,11 @@ class StreamClient:
             await stream.reset()
         return None
 
-    async def _exchange(self, stream: INetStream, peer_id: ID, protocol: str, request: bytes) -> bytes:
+    async def _exchange(self, stream: INetStream, peer_id: ID, protocol: str, request: bytes, bytes_max: int) -> bytes:
         try:
             answer = bytearray()
             await write_frame(stream, request)
-            await read_frame(stream, float("inf"), float("inf"), answer.extend)
+            await read_frame(stream, float("inf"), float("inf"), bytes_max, answer.extend)
         except _BrokenRule as error:
             await stream.reset()
             raise PeerFailed(Reason.PROTOCOL) from error

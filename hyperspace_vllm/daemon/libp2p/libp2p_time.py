@@ -27,7 +27,9 @@ BYTE_S = 5e-9
 STREAM_S = 1e-3  # to agree on its protocol
 DHT_MESSAGE_S = 500e-6
 DHT_FIELD_S = 10e-6  # each field of it; of a peer without an id of ours the library makes a line of its log
-REQUEST_S = 1e-3  # to decode and answer it, in two threads
+REQUEST_S = 1e-3  # to decode and answer it, in two threads; an answer to one of this node's as well
+RECORD_S = 1e-3  # to check one in an answer, and to find whom it pushes out of a full table
+RECORD_BYTES_MIN = 160
 PING_S = 150e-6
 IDENTIFY_BYTE_S = 2e-6  # 20 us an address, of ten bytes at least
 GOSSIP_RPC_S = 200e-6  # one RPC, whatever it contains
@@ -44,6 +46,11 @@ BURST_S = 0.2  # CPU time that may be taken at once
 SLICE_S = 1e-3  # of one turn
 AHEAD_SHARE = 0.01  # for a host, and for a peer, out of turn: a few queries a second don't wait
 HOSTS_MAX = 2048  # hosts whose shares are remembered
+
+
+def answer_s(size: int, records_max: int) -> float:
+    """The price of an answer of `size` bytes that may hold so many records."""
+    return REQUEST_S + min(size // RECORD_BYTES_MIN, records_max) * RECORD_S
 
 
 class Account:

@@ -11,6 +11,7 @@ from ...core.peers.trust import Trust
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import PeerId, public_key_of
 from ...core.records.peer_wire import (
+    Expected,
     Hit,
     Miss,
     PeerAnswer,
@@ -19,6 +20,7 @@ from ...core.records.peer_wire import (
     decode_answer,
     decode_request,
     encode,
+    expected_answer,
     protocol_of,
 )
 from ...core.records.reason import Reason
@@ -35,13 +37,13 @@ REPLY_S = 5.0  # the core answers at once; serving a response reads the disk
 class Asks(Protocol):
     """What asks a connected peer (Libp2pHost)."""
 
-    async def request(self, peer: PeerId, protocol: str, frame: bytes, timeout_s: float) -> bytes:
-        """Its answer; `PeerFailed`."""
+    async def request(self, peer: PeerId, protocol: str, frame: bytes, timeout_s: float, expected: Expected) -> bytes:
+        """Its answer, refused unread if it is longer than expected; `PeerFailed`."""
 
 
 async def ask_peer(host: Asks, peer: PeerId, message: PeerRequest, timeout_s: float) -> PeerAnswer:
     """A peer's answer; `PeerFailed`, also for one that is malformed."""
-    frame = await host.request(peer, protocol_of(message), encode(message), timeout_s)
+    frame = await host.request(peer, protocol_of(message), encode(message), timeout_s, expected_answer(message))
     try:
         return decode_answer(frame)
     except ProtocolViolation as violation:

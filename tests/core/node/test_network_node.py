@@ -54,7 +54,8 @@ from hyperspace_vllm.core.events.network_events import (
     ResponseWanted,
     RowsStored,
 )
-from hyperspace_vllm.core.node.network_node import LOOKUPS_MAX, REQUESTS_MAX, NetworkNode
+from hyperspace_vllm.core.node.network_node import LOOKUPS_MAX, SYNC_AGAIN_MS, TELL_AGAIN_MS, NetworkNode
+from hyperspace_vllm.core.node.own_requests import GREET_AGAIN_MS, REQUESTS_MAX
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
 from hyperspace_vllm.core.peers.membership import DIALS_MAX
 from hyperspace_vllm.core.peers.patience import LENT_MAX_MS, LENT_SHARE
@@ -494,14 +495,17 @@ def test_usable_peers_are_told_exactly_when_they_change() -> None:
         peers 1
         > at=1 meet 1
         > at=2 meet 2
-        peers 1 2
-        > at=3 gone 1               # its record says where to dial it
+        > at=99 meet 3
+        > at=100 tick               # what changes within TELL_AGAIN_MS is told at once
+        peers 1 2 3
+        > at=101 gone 3
+        > at=103 gone 1             # its record says where to dial it
         > at=1500 tick
         > at=4000 tick
-        peers 1                     # 2 left its ping unanswered
+        peers 1 3                   # 2 left its ping unanswered
         > at=4100 gossip 2 a        # through others: it is connected, and keeps silent itself
         > at=4200 meet 2
-        peers 1 2
+        peers 1 2 3
         > at=299000 meet 2
         > at=301100 tick
         peers 2
@@ -666,6 +670,102 @@ def test_who_has_forgotten_us_is_greeted_again() -> None:
     assert node.handle(Answered(again.request, peer, Refusal("stranger")), dated(NOW_MS)) == []
 
 
+def exchange(node: NetworkNode, sends: list[Send], refused: type[PeerRequest] | tuple[type[PeerRequest], ...]) -> list:  # type: ignore[type-arg]
+    """What a node sends to peer 1, which answers at once, and those of a kind with "stranger"; and its charges."""
+    happened: list[Send | ChargePeer] = []
+    while sends and len(happened) < 1_000:
+        send, *sends = sends
+        happened.append(send)
+        answers = {
+            Greet: Greeting(Identity(1).record()),
+            WantPeers: Peers(()),
+            WantDeltas: Deltas((), ()),
+            Ping: Pong(),
+        }
+        message = Refusal("stranger") if isinstance(send.message, refused) else answers[type(send.message)]
+        effects = node.handle(Answered(send.request, send.peer, message), dated(NOW_MS))
+        sends += only(effects, Send)
+        happened += only(effects, ChargePeer)
+    return happened
+
+
+@pytest.mark.parametrize("refused", [WantDeltas, WantPeers, (WantPeers, WantDeltas)])
+def test_who_says_again_that_it_does_not_know_us_gets_no_endless_exchange_out_of_it(
+    refused: type[PeerRequest] | tuple[type[PeerRequest], ...],
+) -> None:
+    node = make_node(registry=True)
+    peer = Identity(1).peer
+    happened = exchange(node, only(node.handle(PeerConnected(peer), dated(NOW_MS)), Send), refused)
+    sent = [type(each.message) for each in only(happened, Send)]
+    assert sorted(kind.__name__ for kind in sent) == sorted(2 * ["Greet", "WantPeers", "WantDeltas"])
+    assert set(only(happened, ChargePeer)) == {ChargePeer(peer, Reason.PROTOCOL)}
+
+
+def test_who_knows_us_after_the_second_greeting_is_charged_nothing() -> None:
+    node = make_node(registry=True)
+    peer, now = Identity(1).peer, dated(NOW_MS)
+    (greet,) = only(node.handle(PeerConnected(peer), now), Send)
+    first, second = only(node.handle(Answered(greet.request, peer, Greeting(Identity(1).record())), now), Send)
+    (again,) = node.handle(Answered(first.request, peer, Refusal("stranger")), now)
+    assert isinstance(again, Send)
+    asked = only(node.handle(Answered(again.request, peer, Greeting(Identity(1).record())), now), Send)
+    assert [type(send.message) for send in asked] == [type(first.message)]  # the other question is still open
+    assert node.handle(Answered(second.request, peer, Refusal("stranger")), now) == []  # it was under way before
+
+
+def test_who_forgets_us_now_and_then_is_greeted_each_time() -> None:
+    node = make_node()
+    peer = Identity(1).peer
+    (greet,) = only(node.handle(PeerConnected(peer), dated(NOW_MS)), Send)
+    greeting = Greeting(Identity(1).record())
+    for number in range(3):
+        now = dated(NOW_MS + number * GREET_AGAIN_MS)
+        (want,) = only(node.handle(Answered(greet.request, peer, greeting), now), Send)
+        (greet,) = only(node.handle(Answered(want.request, peer, Refusal("stranger")), now), Send)
+        assert isinstance(greet.message, Greet)
+
+
+def test_one_question_of_a_kind_is_open_to_a_peer_until_its_time_is_over() -> None:
+    node = make_node(registry=True)
+    peer = Identity(1).peer
+
+    def greeted(now_ms: int) -> list[str]:
+        (greet, *_) = only(node.handle(PeerConnected(peer), dated(now_ms)), Send)
+        answer = Answered(greet.request, peer, Greeting(Identity(1).record()))
+        return [type(send.message).__name__ for send in only(node.handle(answer, dated(now_ms)), Send)]
+
+    assert greeted(NOW_MS) == ["WantPeers", "WantDeltas"]
+    assert greeted(NOW_MS + 1) == []
+    assert greeted(NOW_MS + 3 * SECOND_MS) == ["WantPeers", "WantDeltas"]
+
+
+def test_who_has_more_of_the_registry_is_asked_again_after_a_while() -> None:
+    node = make_node(registry=True)
+    Script(node).run("> meet 1")
+    peer = Identity(1).peer
+    (send,) = node._requests.ask(peer, WantDeltas(()), 1_000, dated(NOW_MS))
+    delta = RegistryDelta(NETWORK, Identity(1).public_key, 1, 0, "snapshot", NOW_MS + HOUR_MS, b"x")
+    answer = Deltas((encode_delta(delta, Identity(1).key),), (), more=True)
+    assert only(node.handle(Answered(send.request, peer, answer), dated(NOW_MS)), Send) == []
+    assert node.next_deadline_ms() is not None
+    assert only(tick(node, NOW_MS + SYNC_AGAIN_MS - 1), Send) == []
+    (again,) = only(tick(node, NOW_MS + SYNC_AGAIN_MS), Send)
+    assert isinstance(again.message, WantDeltas)
+
+
+def test_records_that_change_all_the_time_are_told_of_now_and_then() -> None:
+    node = make_node(network_key=None)
+    who = Identity(1)
+    node.handle(PeerConnected(who.peer, who.host), dated(NOW_MS))
+    told = []
+    for number in range(1_000):
+        record = who.record(number + 1, network_key=None, endpoint=f"{who.host}:{number + 1}")
+        told += only(asked(node, Greet(record), now_ms=NOW_MS + number), PeersChanged)
+    told += only(tick(node, NOW_MS + 1_000 + TELL_AGAIN_MS), PeersChanged)
+    assert len(told) <= 2 + 1_000 // TELL_AGAIN_MS
+    assert told[-1].endpoints[0].address == f"{who.host}:1000"
+
+
 def test_our_own_haste_makes_nobody_silent() -> None:
     script = Script(also="peers send")
     script.run("> meet 1\nsend 1 Greet\npeers 1")
@@ -735,7 +835,7 @@ def test_lookups_and_requests_are_bounded() -> None:
     assert [answer.reason for answer in answers] == ["deadline"] * LOOKUPS_MAX
     for number in range(REQUESTS_MAX + 10):
         script.node.handle(PeerConnected(peer), dated(NOW_MS + number))
-    assert len(script.node._asked) == REQUESTS_MAX
+    assert len(script.node._requests._open) == REQUESTS_MAX
 
 
 def test_a_peer_whose_ping_was_lost_sight_of_is_still_noticed_to_be_silent() -> None:
@@ -997,7 +1097,7 @@ def test_one_connection_that_brings_a_thousand_owners_takes_a_quarter_of_the_reg
 
     def answer(number: int, message: WantPeers | WantDeltas, with_: PeerAnswer) -> None:
         """What `number` answers when it is asked."""
-        send = node._ask(Identity(number).peer, message, 1_000)
+        (send,) = node._requests.ask(Identity(number).peer, message, 1_000, dated(NOW_MS))
         imports = only(node.handle(Answered(send.request, send.peer, with_), dated(NOW_MS)), ImportDeltas)
         while (due_ms := node.registry._intake.next_deadline_ms()) is not None:
             imports += only(node.registry.on_tick(at(due_ms)), ImportDeltas)
@@ -1059,7 +1159,7 @@ def test_a_member_that_was_listed_needs_no_network_key() -> None:
 
 def says_who_is_charged(node: NetworkNode, number: int, message: PeerRequest, answer: PeerAnswer) -> list[ChargePeer]:
     """What `number` answers to a question of the node's, and whom that charges."""
-    send = node._ask(Identity(number).peer, message, 1_000)
+    (send,) = node._requests.ask(Identity(number).peer, message, 1_000, dated(NOW_MS))
     charged = only(node.handle(Answered(send.request, send.peer, answer), dated(NOW_MS)), ChargePeer)
     while (due_ms := node.registry._intake.next_deadline_ms()) is not None:
         charged += only(node.handle(NetworkTick(), at(due_ms)), ChargePeer)

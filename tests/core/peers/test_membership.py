@@ -100,9 +100,9 @@ class Node:
         tag = member_tag(NETWORK_KEY, ME.public_key)
         return PeerRecord(NETWORK, ME.public_key, sequence, expires_at_ms, self.address, member_tag=tag).sign(ME.key)
 
-    def _ask(self, peer: PeerId, message: PeerRequest, timeout_ms: int) -> Send:
+    def _ask(self, peer: PeerId, message: PeerRequest, timeout_ms: int, now: Now) -> list[Send]:
         self.sent.append(Send(len(self.sent), peer, message, timeout_ms))
-        return self.sent[-1]
+        return self.sent[-1:]
 
     def connect(self, *numbers: int, chosen: bool = False) -> None:
         """Peers connect and greet."""
@@ -749,7 +749,7 @@ def test_a_sign_of_life_makes_a_peer_usable_that_could_not_be_dialled() -> None:
     [
         ("10.0.0.1:4001", "10.0.0.2:4001", True),
         ("203.0.113.9:65535", "10.0.0.2:4001", True),
-        ("[2001:db8::1]:4001", "10.0.0.2:4001", True),
+        ("[2a00::1]:4001", "10.0.0.2:4001", True),
         ("127.0.0.1:22", "10.0.0.2:4001", False),
         ("[::1]:22", "10.0.0.2:4001", False),
         ("[::ffff:127.0.0.1]:22", "10.0.0.2:4001", False),

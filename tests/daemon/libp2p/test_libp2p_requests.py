@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import threading
+import time
 
 import pytest
 import trio
@@ -11,10 +12,20 @@ from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 
 from hyperspace_vllm.core.records.limits import STREAM_FRAME_BYTES_MAX, MiB
+from hyperspace_vllm.core.records.peer_wire import (
+    Expected,
+    Greet,
+    PeerRequest,
+    Ping,
+    WantDeltas,
+    WantPeers,
+    expected_answer,
+)
 from hyperspace_vllm.daemon.libp2p import (
     libp2p_streams,
 )
 from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode
+from hyperspace_vllm.daemon.libp2p.libp2p_time import BURST_S, PEER_SHARE, RECORD_BYTES_MIN, RECORD_S, REQUEST_S
 from tests.support.libp2p_members import PROTOCOL, Member, Members, attack, failure, open_stream, until, wait_closed
 
 pytestmark = pytest.mark.io
@@ -95,6 +106,40 @@ async def test_a_stream_that_breaks_is_no_breach_of_the_protocol_and_a_malformed
     finally:
         asked.set()
         await serving
+
+
+@pytest.mark.parametrize(
+    "request_", [Ping(), Greet(b""), WantPeers(b""), WantDeltas(())], ids=lambda each: each.__class__
+)
+async def test_an_answer_longer_than_what_was_asked_for_is_refused_before_it_is_read(
+    members: Members, request_: PeerRequest
+) -> None:
+    a, b = await members(2)
+    expected = expected_answer(request_)
+
+    async def ask(size: int) -> bytes:
+        async def answer(frame: bytes) -> bytes:
+            return bytes(size)
+
+        b.answer = answer
+        return await a.host.request(b.peer, PROTOCOL, b"?", 20, expected)
+
+    assert len(await ask(expected.bytes_max)) == expected.bytes_max
+    assert await failure(ask(expected.bytes_max + 1)) == "protocol"
+
+
+async def test_answers_take_of_the_time_of_who_sends_them(members: Members) -> None:
+    a, b = await members(2)
+    expected = Expected(64 * RECORD_BYTES_MIN, 64)
+
+    async def answer(frame: bytes) -> bytes:
+        return bytes(expected.bytes_max)
+
+    b.answer = answer
+    count, began_s = 8, time.monotonic()
+    await asyncio.gather(*(a.host.request(b.peer, PROTOCOL, b"?", 20, expected) for _ in range(count)))
+    cost_s = count * (REQUEST_S + 64 * RECORD_S)
+    assert time.monotonic() - began_s > (cost_s - 2 * BURST_S) / PEER_SHARE
 
 
 async def test_who_sends_a_frame_that_is_too_long_is_told_of(members: Members) -> None:
