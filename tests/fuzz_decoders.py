@@ -218,7 +218,7 @@ def settings_variables(raw: bytes) -> None:
 
 
 def _manifest(rows: int = 1) -> Manifest:
-    entries = tuple(RowEntry(bytes([row]) * 32, 1000) for row in range(rows))  # type: ignore[arg-type]
+    entries = tuple(RowEntry(bytes([row]) * 32, 1000, bytes(16)) for row in range(rows))  # type: ignore[arg-type]
     return Manifest(KEY, KEY, 768, bytes(12), bytes(48), KEY, 1, entries, bytes(64))  # type: ignore[arg-type]
 
 

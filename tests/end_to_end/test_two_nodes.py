@@ -17,7 +17,7 @@ from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.events.network_effects import KvEndpoint
 from hyperspace_vllm.core.prefix import fetch, transfers
-from hyperspace_vllm.core.records.ids import ManifestDigest, row_id, row_key, sha256
+from hyperspace_vllm.core.records.ids import ManifestDigest, RowId, RowKey, row_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, KiB, MiB
 from hyperspace_vllm.core.records.manifest import Manifest, digest_blob
@@ -157,6 +157,12 @@ class Tampered(ChunkStore):
 
 def is_whole(node: TestNode, answer: Answer) -> bool:
     return answer.end_segment == len(KEYS) and len(answer.rows) == ROWS_NEEDED and node.rows_are_right(answer, KEYS)
+
+
+def keys_by_id() -> dict[RowId, RowKey]:
+    places = [(key, part, rank) for key in KEYS for part in range(2) for rank in range(2)]
+    row_keys = [row_key(*place) for place in places]
+    return {row_id(NETWORK, key): key for key in row_keys}
 
 
 def flip(data: bytes, position: int, bit: int = 1) -> bytes:
@@ -404,6 +410,7 @@ FIELDS = {
     "row length, low": 208,
     "derived": 209,
     "origin": 210,
+    "tag": 242,
     "signature": -64,
     "signature, end": -1,
 }
@@ -473,13 +480,33 @@ async def test_a_row_of_another_length_or_name_than_asked_for_is_refused(pair: P
     assert isinstance(a.store, Tampered)
 
     def shorten(record: ObjectRecord) -> ObjectRecord:
-        rows = tuple(dataclasses.replace(row, length=row.length - 1) for row in record.manifest.rows)
-        return signed_by(dataclasses.replace(record.manifest, rows=rows), a.identity.signing_key, record)
+        manifest, row_keys = record.manifest, keys_by_id()
+        rows = []
+        for number, row in enumerate(manifest.rows):
+            tag = manifest.tag_of(row_keys[row.row_id], row.length - 1, record.row_digests(number))
+            rows.append(dataclasses.replace(row, length=row.length - 1, tag=tag))
+        return signed_by(dataclasses.replace(manifest, rows=tuple(rows)), a.identity.signing_key, record)
 
     a.store.rewrite(shorten)
     answer = await b.look_up(KEYS)
     assert answer.end_segment == 0
     assert b.transport.charges[a.identity.peer_id, "false_offer"]
+
+
+async def test_a_flipped_bit_in_a_signed_tag_is_refused_and_its_producer_charged(pair: Pair) -> None:
+    a, b = await pair.start(Tampered)
+    assert isinstance(a.store, Tampered)
+
+    def mistag(record: ObjectRecord) -> ObjectRecord:
+        first, *others = record.manifest.rows
+        rows = (dataclasses.replace(first, tag=flip(first.tag, 15)), *others)
+        return signed_by(dataclasses.replace(record.manifest, rows=rows), a.identity.signing_key, record)
+
+    a.store.rewrite(mistag)
+    answer = await b.look_up(KEYS)
+    assert answer.end_segment == 0
+    assert b.transport.charges[a.identity.peer_id, "bad_tag"]
+    assert not b.metrics.bytes_total.labels("fetched")._value.get(), "no chunk was asked for"
 
 
 async def test_a_producer_that_is_not_trusted_counts_for_nothing(pair: Pair) -> None:
@@ -513,7 +540,7 @@ async def test_chunks_that_are_no_codeword_condemn_their_object(pair: Pair) -> N
         bytes(32),
         chunk_bytes,
         bytes(12),
-        ((row_id(NETWORK, row), 60_000),),
+        ((row, 60_000),),
         digests,
         commitment,
         proof,

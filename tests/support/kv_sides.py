@@ -10,7 +10,7 @@ from nacl.signing import SigningKey
 
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.peers.dials import Dials
-from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RowId, network_id, sha256
+from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RowKey, network_id, row_id, sha256
 from hyperspace_vllm.core.records.limits import (
     MiB,
 )
@@ -25,7 +25,8 @@ from tests.support.nodes import peer_of, trust_of
 CHUNK = 256 * 301  # large enough to be sent without a copy
 
 
-ROW_ID = RowId(sha256(b"row"))
+ROW_KEY = RowKey(sha256(b"row"))
+ROW_ID = row_id(network_id("test"), ROW_KEY)
 
 
 def put_object(store: ChunkStore) -> ObjectRecord:
@@ -38,7 +39,7 @@ def put_object(store: ChunkStore) -> ObjectRecord:
             bytes(32),
             CHUNK,
             nonce,
-            ((ROW_ID, len(row)),),
+            ((ROW_KEY, len(row)),),
             digests,
             bytes(48),
             bytes(48),

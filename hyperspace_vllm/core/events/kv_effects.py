@@ -4,6 +4,7 @@ The daemon performs effects with real sockets, files and threads, the simulator 
 names the events that answer it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,14 +55,16 @@ class FindProviders:
 
 @dataclass(frozen=True, slots=True)
 class FetchManifest:
-    """Get and verify a manifest with its digest table and proof. ManifestVerified or ManifestRefused.
+    """Get and verify a manifest with its digest table, proof and tags. ManifestVerified or ManifestRefused.
 
-    The driver keeps verified manifests, so a known one answers at once.
+    The driver keeps verified manifests, so a known one answers at once. `row_keys` are those of the lookup: the tags of
+    their rows are checked every time, because what one lookup needs of a manifest another may not.
     """
 
     lookup: int
     peer: PeerId
     manifest: ManifestDigest
+    row_keys: Mapping[RowId, RowKey]
     timeout_ms: int
 
 

@@ -79,7 +79,7 @@ class ProviderFailed:
 
 @dataclass(frozen=True, slots=True)
 class ManifestVerified:
-    """Answers FetchManifest: decoded, signed by a trusted producer, digest table under the KZG commitment."""
+    """Answers FetchManifest: decoded, signed by a trusted producer, digest table under the KZG commitment, tags."""
 
     lookup: int
     peer: PeerId
@@ -92,12 +92,16 @@ class ManifestVerified:
 
 @dataclass(frozen=True, slots=True)
 class ManifestRefused:
-    """Answers FetchManifest: missing, late, malformed, untrusted, forged."""
+    """Answers FetchManifest: missing, late, malformed, untrusted, forged, or not of these rows.
+
+    `producer` is set where the reason tells against the manifest's producer and not against the peer that has it.
+    """
 
     lookup: int
     peer: PeerId
     manifest: ManifestDigest
     reason: Reason
+    producer: PeerId | None = None
 
 
 @dataclass(frozen=True, slots=True)

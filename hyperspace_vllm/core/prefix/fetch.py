@@ -101,7 +101,8 @@ class PrefixLookup:
         self._due_ms: int | None = None
         self._forgiven_ms = 0
         self._effects: list[Effect] = []
-        self._transfers = Transfers(wanted.lookup, wanted.layout, self._peers, rates, self._effects.append)
+        emit = self._effects.append
+        self._transfers = Transfers(wanted.lookup, wanted.layout, self._rows.keys, self._peers, rates, emit)
         self._transfers.timeout_at_ms = self._deadline_ms
 
     def start(self, now_ms: int) -> list[Effect]:

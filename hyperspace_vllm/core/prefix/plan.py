@@ -111,6 +111,7 @@ class PrefixRows:
         self._layout, self._start_token = layout, start_token
         self.by_key = rows_of(network, layout, segment_keys, start_token)
         self.by_id = {row.id: row for row in self.by_key.values()}
+        self.keys = {row.id: row.key for row in self.by_key.values()}
         self._by_place: dict[tuple[int, int], list[Row]] = {}
         for row in self.by_key.values():
             self._by_place.setdefault((row.segment, row.part), []).append(row)

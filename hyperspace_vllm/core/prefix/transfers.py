@@ -4,12 +4,12 @@ A row is asked of the source (offers.py) that should deliver it first: 32 column
 late, other holders are asked, then another manifest, then further columns (hedging); what fails is replaced at once.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..events.kv_effects import ChargePeer, Effect, FetchManifest, FetchRow
 from ..events.kv_events import ChunksVerified, HolderStalled, ManifestRefused, ManifestVerified, ProviderAnswered
-from ..records.ids import ManifestDigest, PeerId, RowId
+from ..records.ids import ManifestDigest, PeerId, RowId, RowKey
 from ..records.layout import Layout
 from ..records.limits import DATA_CHUNKS, FETCH_STALL_MS
 from ..records.manifest import chunk_bytes_for
@@ -56,12 +56,14 @@ class Transfers:
         self,
         lookup: int,
         layout: Layout,
+        row_keys: Mapping[RowId, RowKey],
         peers: tuple[PeerId, ...],
         rates: RateEstimator,
         emit: Callable[[Effect], None],
     ) -> None:
         self.lookup = lookup
         self.layout = layout
+        self.row_keys = row_keys
         self.peers = peers
         self.rates = rates
         self.emit = emit
@@ -175,7 +177,7 @@ class Transfers:
         if manifest is None or event.peer not in manifest.asking:
             return
         manifest.asking.discard(event.peer)
-        self.judge(event.peer, event.reason)
+        self.judge(event.producer or event.peer, event.reason)
         if not manifest.asking:
             self._asking.pop(event.manifest, None)
             self._ask_manifest(event.manifest, now_ms)
@@ -399,7 +401,7 @@ class Transfers:
         self._asking[digest] = manifest
         manifest.asked_at_ms = now_ms
         timeout_ms = min(max(self.timeout_at_ms - now_ms, 1), FETCH_STALL_MS)
-        self.emit(FetchManifest(self.lookup, peer, digest, timeout_ms))
+        self.emit(FetchManifest(self.lookup, peer, digest, self.row_keys, timeout_ms))
 
     def _matches(self, source: RowSource, row: Row, contents: ManifestVerified) -> bool:
         """Whether the manifest has this row where the offers said; if not, charge the offering peers."""

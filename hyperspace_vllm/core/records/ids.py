@@ -44,7 +44,7 @@ def wire_id(network: NetworkId, key: bytes) -> bytes:
 
 def row_key(segment: SegmentKey, part: int, rank: int) -> RowKey:
     """The key of one row: a segment's KV of part number `part` (by the layout's order) on TP rank `rank`."""
-    return RowKey(sha256(b"hyperspace/row/1", segment, part.to_bytes(2, "big"), rank.to_bytes(2, "big")))
+    return RowKey(sha256(b"hyperspace/row/2", segment, part.to_bytes(2, "big"), rank.to_bytes(2, "big")))
 
 
 def row_id(network: NetworkId, key: RowKey) -> RowId:

@@ -17,7 +17,7 @@ CHUNK_BYTES_MAX = ROW_BYTES_MAX // DATA_CHUNKS + CHUNK_ALIGN_BYTES * 2  # + roun
 OBJECT_ROWS_MAX = 32  # 32 rows x 2 field elements = the 64 elements of one EIP-7594 cell
 DIGEST_BYTES = 32
 DIGEST_TABLE_BYTES_MAX = OBJECT_ROWS_MAX * TOTAL_CHUNKS * DIGEST_BYTES  # 64 KiB, 128 KiB as field elements
-MANIFEST_BYTES_MAX = 512 + OBJECT_ROWS_MAX * (32 + 8 + 1 + 32)
+MANIFEST_BYTES_MAX = 512 + OBJECT_ROWS_MAX * (32 + 8 + 1 + 32 + 16)
 
 # --- what one request may ask for ---------------------------------------------------------------
 PROMPT_SEGMENTS_MAX = 4096  # 1 Mi tokens in segments of 256

@@ -3,10 +3,15 @@
     manifest = body || signature            digest = SHA-256(manifest)
     body     = network id 32 | fingerprint 32 | chunk bytes u32 | nonce 12 | commitment 48
                | producer 32 | created at u64 ms | row count u8 | rows
-    row      = row id 32 | length u64 | derived u8 | the manifest it derives from 32
+    row      = row id 32 | length u64 | derived u8 | the manifest it derives from 32 | tag 16
 
 All integers are big-endian. The signature is Ed25519 over the tag and the body. Fixed widths make the encoding
 canonical: there is exactly one byte string per manifest, and `decode` accepts nothing else.
+
+A row's tag (sealing.row_tag) binds its digests, and so its chunks, to its key: a row id is seen by every peer that is
+asked for it, so without the tag a peer could sign rows of a prompt that it doesn't know. It is made over
+
+    network id 32 | fingerprint 32 | chunk bytes u32 | nonce 12 | producer 32 | row id 32 | length u64 | 64 digests
 """
 
 from collections.abc import Callable
@@ -16,7 +21,7 @@ from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
 from .errors import ProtocolViolation, Refused
-from .ids import ManifestDigest, NetworkId, RowId, sha256
+from .ids import ManifestDigest, NetworkId, RowId, RowKey, row_id, sha256
 from .limits import (
     CHUNK_ALIGN_BYTES,
     CHUNK_BYTES_MAX,
@@ -28,10 +33,11 @@ from .limits import (
     ROW_BYTES_MAX,
     TOTAL_CHUNKS,
 )
+from .sealing import ROW_TAG_BYTES, row_tag
 
-_TAG = b"hyperspace/manifest/1"
+_TAG = b"hyperspace/manifest/2"
 _HEAD_BYTES = 32 + 32 + 4 + 12 + 48 + 32 + 8 + 1
-_ROW_BYTES = 32 + 8 + 1 + 32
+_ROW_BYTES = 32 + 8 + 1 + 32 + ROW_TAG_BYTES
 _SIGNATURE_BYTES = 64
 
 assert _HEAD_BYTES + OBJECT_ROWS_MAX * _ROW_BYTES + _SIGNATURE_BYTES <= MANIFEST_BYTES_MAX
@@ -39,10 +45,11 @@ assert _HEAD_BYTES + OBJECT_ROWS_MAX * _ROW_BYTES + _SIGNATURE_BYTES <= MANIFEST
 
 @dataclass(frozen=True, slots=True)
 class RowEntry:
-    """One row: its wire id, true length in bytes, and the manifest it was derived from (None: computed)."""
+    """One row: its wire id, true length in bytes, tag, and the manifest it was derived from (None: computed)."""
 
     row_id: RowId
     length: int
+    tag: bytes
     derived_from: ManifestDigest | None = None
 
 
@@ -76,6 +83,20 @@ class Manifest:
         """SHA-256 of the encoded manifest: what messages about its chunks name."""
         return ManifestDigest(sha256(self.encode()))
 
+    def tag_of(self, row_key: RowKey, length: int, digests: bytes) -> bytes:
+        """The tag of a row of this manifest: `length` is its true length, `digests` those of its 64 chunks."""
+        statement = [
+            self.network,
+            self.fingerprint,
+            self.chunk_bytes.to_bytes(4, "big"),
+            self.nonce,
+            self.producer,
+            row_id(self.network, row_key),
+            length.to_bytes(8, "big"),
+            digests,
+        ]
+        return row_tag(row_key, self.network, b"".join(statement))
+
     def _body(self) -> bytes:
         head = [
             self.network,
@@ -92,6 +113,7 @@ class Manifest:
             + row.length.to_bytes(8, "big")
             + bytes([row.derived_from is not None])
             + (row.derived_from or bytes(32))
+            + row.tag
             for row in self.rows
         ]
         return b"".join(head + rows)
@@ -127,12 +149,12 @@ def decode_manifest(raw: bytes) -> Manifest:
     rows = []
     for _ in range(count):
         row, length = RowId(take(32)), int.from_bytes(take(8), "big")
-        derived, origin = take(1)[0], ManifestDigest(take(32))
+        derived, origin, tag = take(1)[0], ManifestDigest(take(32)), take(ROW_TAG_BYTES)
         if not 1 <= length <= min(ROW_BYTES_MAX, DATA_CHUNKS * chunk_bytes):
             raise ProtocolViolation(f"manifest row length {length}: more than its 32 chunks of {chunk_bytes}")
         if derived > 1 or (not derived and any(origin)):
             raise ProtocolViolation("manifest row derived flag: expected 0 with a zero origin, or 1")
-        rows.append(RowEntry(row, length, origin if derived else None))
+        rows.append(RowEntry(row, length, tag, origin if derived else None))
     return Manifest(
         network, fingerprint, chunk_bytes, nonce, commitment, producer, created_at_ms, tuple(rows), take(64)
     )

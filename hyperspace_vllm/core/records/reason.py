@@ -65,6 +65,7 @@ class Reason(StrEnum):
     BAD_PROOF = "bad_proof", Severity.LIE
     BAD_SEAL = "bad_seal", Severity.LIE
     BAD_SIGNATURE = "bad_signature", Severity.LIE
+    BAD_TAG = "bad_tag", Severity.LIE  # of the producer, whoever has the manifest
     FALSE_OFFER = "false_offer", Severity.LIE
     FALSE_RESPONSE = "false_response", Severity.LIE  # by an audit: of the signer, whoever served it
     FORGED = "forged", Severity.LIE

@@ -1,10 +1,11 @@
 """Sealing: data that leaves the node is encrypted under a key that only a node with the prompt can derive.
 
-Rows use plain ChaCha20 (RFC 8439; seekable, so a single chunk opens by itself; the signed digests authenticate),
-responses ChaCha20-Poly1305. docs/design.md says why keys never travel.
+Rows use plain ChaCha20 (RFC 8439; seekable, so a single chunk opens by itself; the signed digests authenticate, and
+`row_tag` shows that their signer had the prompt), responses ChaCha20-Poly1305. docs/design.md says why keys never
+travel.
 
 Both derive their key by the same HKDF, but no row and response share a key: row keys and request keys are SHA-256
-outputs under different tags ('hyperspace/row/1', 'hyperspace/request/3'), so an equal pair is a collision, and without
+outputs under different tags ('hyperspace/row/2', 'hyperspace/request/3'), so an equal pair is a collision, and without
 the prompt neither can be told from a random key. Every node seals its answer to one request under the same key; random
 nonces of 96 bits keep them apart (a repeat is expected after 2⁴⁸ answers to that request).
 
@@ -12,6 +13,9 @@ Context: rows are 4 to 128 MiB. Choice: ChaCha20 is `cryptography`'s (OpenSSL's 
 Rejected, measured in the same run: our own C++, 1.0-1.1 times that with AVX-512 and 0.4 with AVX2; sealing in the
 erasure code's pass, 0.8-1.0 times sealing before it. Cost: `cryptography` before 50 holds the GIL while it seals.
 """
+
+import hmac
+from hashlib import sha256
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -21,15 +25,25 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from .errors import Refused
-from .ids import NetworkId, RequestKey
+from .ids import NetworkId, RequestKey, RowKey
 
 NONCE_BYTES = 12
 SEAL_TAG_BYTES = 16  # what ChaCha20-Poly1305 appends
+ROW_TAG_BYTES = 16
 
 
 def seal_key(secret: bytes, network: NetworkId) -> bytes:
     """HKDF-SHA256(secret, salt = none, info = 'seal' || network id): 32 bytes. `secret` is a row or request key."""
     return HKDF(SHA256(), 32, None, b"seal" + network).derive(secret)
+
+
+def row_tag(row_key: RowKey, network: NetworkId, statement: bytes) -> bytes:
+    """16 bytes that only a node with the row's prompt can make: HMAC-SHA256 of `statement`, truncated.
+
+    Its key is HKDF-SHA256(row key, salt = none, info = 'row tag' || network id), and so not the one that seals.
+    """
+    key = HKDF(SHA256(), 32, None, b"row tag" + network).derive(row_key)
+    return hmac.digest(key, statement, sha256)[:ROW_TAG_BYTES]
 
 
 def seal_response(secret: RequestKey, network: NetworkId, nonce: bytes, body: bytes, associated: bytes) -> bytes:

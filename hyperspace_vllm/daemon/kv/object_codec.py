@@ -5,6 +5,7 @@ stored row-major: chunk c of row r at (r * 64 + c) * chunk_bytes. A row's last d
 length: padding is *not* sealed, so that every node pads the same way without knowing the key.
 """
 
+import hmac
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from nacl.signing import SigningKey
 
 from ... import native
 from ...core.records.errors import ProtocolViolation, Refused
-from ...core.records.ids import ManifestDigest, NetworkId, RowId
+from ...core.records.ids import ManifestDigest, NetworkId, RowId, RowKey, row_id
 from ...core.records.limits import DATA_CHUNKS, DIGEST_BYTES, TOTAL_CHUNKS
 from ...core.records.manifest import Manifest, RowEntry, decode_manifest
 from ...core.records.sealing import NONCE_BYTES, xor_stream
@@ -41,6 +42,14 @@ class ObjectRecord:
         """The 64 digests (2 KiB) of one row's chunks."""
         return self.digests[row * ROW_DIGESTS_BYTES : (row + 1) * ROW_DIGESTS_BYTES]
 
+    def has_true_tags(self, row_keys: Mapping[RowId, RowKey]) -> bool:
+        """Whether the producer knew the keys of those of its rows whose keys are given."""
+        return all(
+            hmac.compare_digest(entry.tag, self.manifest.tag_of(key, entry.length, self.row_digests(row)))
+            for row, entry in enumerate(self.manifest.rows)
+            if (key := row_keys.get(entry.row_id)) is not None
+        )
+
     @property
     def object_bytes(self) -> int:
         """Size of all rows with all their chunks."""
@@ -61,16 +70,21 @@ def sign_record(
     fingerprint: bytes,
     chunk_bytes: int,
     nonce: bytes,
-    rows: tuple[tuple[RowId, int], ...],
+    rows: tuple[tuple[RowKey, int], ...],
     digests: bytes,
     commitment: bytes,
     proof: bytes,
     wall_ms: int,
 ) -> ObjectRecord:
-    """The record of an object that this node computed; `rows` are (row id, true length), `wall_ms` wall-clock."""
-    entries = tuple(RowEntry(row_id, length) for row_id, length in rows)
+    """The record of an object that this node computed; `rows` are (key, true length), `wall_ms` wall-clock."""
     producer = key.verify_key.encode()
-    manifest = Manifest(network, fingerprint, chunk_bytes, nonce, commitment, producer, wall_ms, entries).sign(key)
+    bare = Manifest(network, fingerprint, chunk_bytes, nonce, commitment, producer, wall_ms, ())
+    tables = (digests[at : at + ROW_DIGESTS_BYTES] for at in range(0, len(digests), ROW_DIGESTS_BYTES))
+    entries = tuple(
+        RowEntry(row_id(network, row_key), length, bare.tag_of(row_key, length, table))
+        for (row_key, length), table in zip(rows, tables, strict=True)
+    )
+    manifest = replace(bare, rows=entries).sign(key)
     return ObjectRecord(manifest.digest, manifest.encode(), manifest, digests, proof)
 
 

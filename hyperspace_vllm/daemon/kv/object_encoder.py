@@ -10,7 +10,7 @@ from ...core.events.kv_effects import EncodeObject
 from ...core.events.kv_events import Event, ObjectEncoded, ObjectFailed
 from ...core.local.messages import Slab
 from ...core.records.errors import Refused
-from ...core.records.ids import NetworkId, RowKey, row_id
+from ...core.records.ids import NetworkId
 from ...core.records.limits import CLOCK_SKEW_MS
 from ...core.records.manifest import chunk_bytes_for, digest_blob
 from ...core.records.sealing import seal_key
@@ -104,7 +104,7 @@ class ObjectEncoder:
         commitment: bytes,
         proof: bytes,
     ) -> ObjectRecord:
-        rows = tuple((row_id(self._network, RowKey(key)), effect.length) for key in effect.row_keys)
+        rows = tuple((key, effect.length) for key in effect.row_keys)
         return sign_record(
             self._identity.signing_key,
             self._network,

@@ -49,7 +49,7 @@ from ...core.local.messages import LoadedRow, Slab
 from ...core.node.node import Node
 from ...core.peers.trust import Trust
 from ...core.records.errors import Refused
-from ...core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, row_id
+from ...core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, peer_id, row_id
 from ...core.records.limits import LOOKUP_ROWS_MAX, REGISTRY_TTL_MS
 from ...core.records.peer_record import PeerRecord
 from ...core.records.reason import Reason
@@ -330,6 +330,11 @@ class Driver:
             self.submit(ManifestRefused(effect.lookup, effect.peer, effect.manifest, reason))
             return
         manifest = record.manifest
+        if not record.has_true_tags(effect.row_keys):  # the digests are signed: the producer's lie, whoever has it
+            self._condemn(effect.manifest)
+            producer = peer_id(manifest.producer)
+            self.submit(ManifestRefused(effect.lookup, effect.peer, effect.manifest, Reason.BAD_TAG, producer))
+            return
         self.submit(
             ManifestVerified(
                 effect.lookup,

@@ -144,7 +144,8 @@ class Script:
                     int(options.get("chunk", chunk_bytes_for(chosen[0].length))),
                 )
             case "refused":
-                return ManifestRefused(1, peer, manifest(plain[1]), Reason(plain[2]))
+                producer = PeerId(options["producer"]) if "producer" in options else None
+                return ManifestRefused(1, peer, manifest(plain[1]), Reason(plain[2]), producer)
             case "chunks":
                 return ChunksVerified(1, row, peer, mask(options["columns"]))
             case "stalled":
@@ -842,6 +843,24 @@ def test_an_offer_that_its_manifest_contradicts_is_charged(lie):
         > manifest A m {lie}
         charge A false_offer
         fetch-manifest B n
+    """)
+
+
+def test_a_false_tag_is_charged_to_the_producer_and_not_to_who_offers_the_manifest():
+    Script().run("""
+        > want A B segments=1
+        find-rows 1
+        > found
+        find-providers A B rows=1 ms=250
+        > offer A m rows=0
+        fetch-manifest A m
+        > offer B n rows=0
+        > refused A m bad_tag producer=P
+        charge P bad_tag
+        fetch-manifest B n
+        > refused B n bad_tag producer=B
+        charge B bad_tag
+        answer 0 none failed rows=0
     """)
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
+from typing import Any
 
 import blake3
 import ckzg
@@ -28,7 +29,14 @@ from hyperspace_vllm.core.records.manifest import (
     digest_blob,
 )
 from hyperspace_vllm.core.records.sealing import seal_key, xor_stream
-from hyperspace_vllm.daemon.kv.object_codec import encode_row, good_chunks, open_row, read_record
+from hyperspace_vllm.daemon.kv.object_codec import (
+    ObjectRecord,
+    encode_row,
+    good_chunks,
+    open_row,
+    read_record,
+    sign_record,
+)
 from hyperspace_vllm.daemon.workers.kzg_worker import TRUSTED_SETUP_SHA256
 from tests.support.paths import VECTORS
 
@@ -51,12 +59,13 @@ def make_vectors() -> dict[str, object]:
         chunks.append(bytes(area))
     blob = digest_blob(digests, 2)
     commitment = ckzg.blob_to_kzg_commitment(blob, setup)
-    rows = tuple(RowEntry(row_id(NETWORK, key), LENGTH) for key in keys)
-    rows = (rows[0], replace(rows[1], derived_from=ManifestDigest(sha256(b"origin"))))
-    producer = KEY.verify_key.encode()
-    manifest = Manifest(NETWORK, sha256(b"fp"), chunk_bytes, nonce, commitment, producer, NOW_MS, rows).sign(KEY)
+    proof = ckzg.compute_blob_kzg_proof(blob, commitment, setup)
+    named = tuple((key, LENGTH) for key in keys)
+    record = sign_record(KEY, NETWORK, sha256(b"fp"), chunk_bytes, nonce, named, digests, commitment, proof, NOW_MS)
+    rows = (record.manifest.rows[0], replace(record.manifest.rows[1], derived_from=ManifestDigest(sha256(b"origin"))))
+    manifest = replace(record.manifest, rows=rows).sign(KEY)
     return {
-        "about": "A two-row object: keys, sealing, chunks (SHA-256 of all 64 of each row), digests, KZG, manifest",
+        "about": "A two-row object: keys, sealing, chunks (SHA-256 of each row's 64), digests, KZG, tags, manifest",
         "network_name": "vectors",
         "row_keys": [key.hex() for key in keys],
         "row_content_sha256": [hashlib.sha256(content).hexdigest() for content in contents],
@@ -68,7 +77,8 @@ def make_vectors() -> dict[str, object]:
         "digest_table": digests.hex(),
         "digest_blob_sha256": hashlib.sha256(blob).hexdigest(),
         "commitment": commitment.hex(),
-        "proof": ckzg.compute_blob_kzg_proof(blob, commitment, setup).hex(),
+        "proof": proof.hex(),
+        "row_tags": [row.tag.hex() for row in rows],
         "signing_seed": bytes(KEY).hex(),
         "created_at_ms": NOW_MS,
         "manifest": manifest.encode().hex(),
@@ -111,6 +121,78 @@ def test_a_record_is_read_back_as_it_was_signed() -> None:
     assert record.digest == vector("manifest_digest")
     assert record.manifest.encode() == record.raw
     assert record.manifest.rows[1].derived_from == sha256(b"origin")
+    assert [row.tag.hex() for row in record.manifest.rows] == json.loads((VECTORS / "manifest.json").read_text())[
+        "row_tags"
+    ]
+
+
+def record_and_keys() -> tuple[ObjectRecord, dict[RowId, RowKey]]:
+    text = json.loads((VECTORS / "manifest.json").read_text())["row_keys"]
+    keys = [RowKey(bytes.fromhex(key)) for key in text]
+    record = read_record(vector("manifest"), vector("digest_table"), vector("proof"))
+    return record, {row_id(NETWORK, key): key for key in keys}
+
+
+def with_manifest(record: ObjectRecord, manifest: Manifest) -> ObjectRecord:
+    return read_record(manifest.sign(KEY).encode(), record.digests, record.proof)
+
+
+def test_tags_hold_for_the_rows_whose_keys_are_known_and_others_are_not_checked() -> None:
+    record, keys = record_and_keys()
+    (_, first), (second_id, _) = keys.items()
+    assert record.has_true_tags(keys)
+    assert record.has_true_tags({})
+    other = replace(record.manifest.rows[0], row_id=RowId(bytes(32)), tag=bytes(16))
+    foreign = with_manifest(record, replace(record.manifest, rows=(other, record.manifest.rows[1])))
+    assert foreign.has_true_tags(keys)
+    assert not record.has_true_tags({second_id: first})
+
+
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("bit", range(0, 128, 7))
+def test_a_flipped_bit_in_a_tag_is_found_although_the_producer_signed_it(row: int, bit: int) -> None:
+    record, keys = record_and_keys()
+    rows = list(record.manifest.rows)
+    tag = (int.from_bytes(rows[row].tag, "big") ^ 1 << bit).to_bytes(16, "big")
+    rows[row] = replace(rows[row], tag=tag)
+    assert not with_manifest(record, replace(record.manifest, rows=tuple(rows))).has_true_tags(keys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprint": bytes(32)},
+        {"chunk_bytes": 1280},
+        {"nonce": bytes(12)},
+        {"network": network_id("other")},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_tag_is_of_everything_that_decides_what_the_row_opens_to(change: dict[str, Any]) -> None:
+    record, keys = record_and_keys()
+    assert not with_manifest(record, replace(record.manifest, **change)).has_true_tags(keys)
+
+
+def test_a_tag_is_of_its_producer_its_length_and_its_digests() -> None:
+    record, keys = record_and_keys()
+    thief = SigningKey(bytes(32))
+    stolen = replace(record.manifest, producer=thief.verify_key.encode()).sign(thief)
+    assert not read_record(stolen.encode(), record.digests, record.proof).has_true_tags(keys)
+    shorter = tuple(replace(row, length=row.length - 1) for row in record.manifest.rows)
+    assert not with_manifest(record, replace(record.manifest, rows=shorter)).has_true_tags(keys)
+    for at in (0, 2047, 2048, 4095):
+        digests = bytearray(record.digests)
+        digests[at] ^= 1
+        assert not read_record(record.raw, bytes(digests), record.proof).has_true_tags(keys)
+
+
+def test_a_manifest_of_the_first_version_does_not_decode() -> None:
+    """It had no tags; its rows had other ids, so no honest peer offers one to this version."""
+    raw = vector("manifest")
+    head, rows, signature = raw[:169], (raw[169:258], raw[258:347]), raw[347:]
+    assert b"".join((head, *rows, signature)) == raw
+    with pytest.raises(ProtocolViolation):
+        decode_manifest(b"".join((head, *(row[:73] for row in rows), signature)))
 
 
 def test_every_flipped_bit_of_a_manifest_is_refused() -> None:
@@ -158,7 +240,7 @@ def test_a_manifest_that_does_not_count_is_refused_by_name(
 
 @pytest.mark.parametrize("length", [0, DATA_CHUNKS * 768 + 1, 1 << 63, (1 << 64) - 1])
 def test_absurd_row_lengths_do_not_decode_even_if_signed(length: int) -> None:
-    raw = signed(rows=(RowEntry(RowId(bytes(32)), length),)).encode()
+    raw = signed(rows=(RowEntry(RowId(bytes(32)), length, bytes(16)),)).encode()
     with pytest.raises(ProtocolViolation, match="row length"):
         decode_manifest(raw)
 

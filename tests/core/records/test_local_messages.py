@@ -84,7 +84,9 @@ PEER_REPLIES: list[wire.PeerReply] = [
     wire.Chunk(1, 63, CHUNK_BYTES_MAX),
     wire.NotHere(1, "busy"),
 ]
-MANIFEST = Manifest(NetworkId(KEY), KEY, 768, bytes(12), bytes(48), KEY, 1, (RowEntry(RowId(KEY), 1000),), bytes(64))
+MANIFEST = Manifest(
+    NetworkId(KEY), KEY, 768, bytes(12), bytes(48), KEY, 1, (RowEntry(RowId(KEY), 1000, bytes(16)),), bytes(64)
+)
 
 Decoder = Callable[[bytes], object]
 DECODERS: dict[str, tuple[Decoder, list[bytes]]] = {
@@ -271,7 +273,7 @@ def test_peer_replies_out_of_bounds_are_violations(frame: bytes) -> None:
 
 def test_a_manifest_that_claims_more_than_its_chunks_hold_is_a_violation() -> None:
     raw = bytearray(MANIFEST.encode())
-    length_at = len(raw) - 64 - 41
+    length_at = len(raw) - 64 - 57
     raw[length_at : length_at + 8] = (1 << 63).to_bytes(8, "big")
     with pytest.raises(ProtocolViolation, match="row length"):
         decode_manifest(bytes(raw))

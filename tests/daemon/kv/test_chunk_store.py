@@ -6,11 +6,13 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+import blake3
+import msgspec
 import pytest
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.records.errors import Refused
-from hyperspace_vllm.core.records.ids import RowId, network_id, sha256
+from hyperspace_vllm.core.records.ids import RowId, RowKey, network_id, sha256
 from hyperspace_vllm.core.records.limits import DATA_CHUNKS, MiB
 from hyperspace_vllm.daemon.kv.chunk_store import SIDECAR_BYTES_MAX, ChunkStore
 from hyperspace_vllm.daemon.kv.object_codec import (
@@ -34,13 +36,13 @@ KEYS = (b"k" * 32, b"l" * 32)
 
 def store_object(store: ChunkStore, name: str, shareable: bool = True) -> tuple[ObjectRecord, list[bytes]]:
     rows = [secrets.token_bytes(ROW) for _ in KEYS]
-    row_ids = tuple((RowId(sha256(f"{name} {i}".encode())), ROW) for i in range(len(rows)))
+    row_keys = tuple((RowKey(sha256(f"{name} {i}".encode())), ROW) for i in range(len(rows)))
     nonce = new_nonce()
     with store.new_object(2, CHUNK) as writer:
         digests = b"".join(
             encode_row(memoryview(row), KEYS[i], nonce, CHUNK, writer.row(i)) for i, row in enumerate(rows)
         )
-        record = sign_record(SIGNING_KEY, NETWORK, bytes(32), CHUNK, nonce, row_ids, digests, bytes(48), bytes(48), 0)
+        record = sign_record(SIGNING_KEY, NETWORK, bytes(32), CHUNK, nonce, row_keys, digests, bytes(48), bytes(48), 0)
         store.publish(writer, record, shareable)
     return record, rows
 
@@ -138,6 +140,24 @@ def test_torn_files_are_dropped_at_start(
     assert not again.holds(row_id(torn, 0))
     assert load(again, whole, 0) == rows[0]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_object_of_the_first_manifest_version_is_deleted_at_start(store: ChunkStore, tmp_path: Path) -> None:
+    record, _ = store_object(store, "old")
+    whole, rows = store_object(store, "whole")
+    meta = tmp_path / f"{record.digest.hex()}.meta"
+    fields = msgspec.msgpack.decode(meta.read_bytes()[:-32])
+    head, entries, signature = record.raw[:169], (record.raw[169:258], record.raw[258:347]), record.raw[347:]
+    fields[1] = b"".join((head, *(entry[:73] for entry in entries), signature))  # its rows had no tags
+    body = msgspec.msgpack.encode(fields)
+    old = tmp_path / sha256(fields[1]).hex()
+    meta.unlink()
+    old.with_suffix(".meta").write_bytes(body + blake3.blake3(body).digest())
+    (tmp_path / f"{record.digest.hex()}.obj").rename(old.with_suffix(".obj"))
+    again = ChunkStore(tmp_path, 8 * MiB)
+    assert not again.holds(row_id(record, 0))
+    assert load(again, whole, 0) == rows[0]
+    assert {path.stem for path in tmp_path.iterdir()} == {whole.digest.hex()}
 
 
 def test_the_least_recently_read_object_makes_room(tmp_path: Path) -> None:
