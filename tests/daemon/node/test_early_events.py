@@ -22,6 +22,7 @@ from hyperspace_vllm.core.node.network_node import NetworkNode
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RequestKey, network_id
+from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.node import early_events
 from hyperspace_vllm.daemon.node.address_book import AddressBook
@@ -142,7 +143,9 @@ async def joined(driver: NetworkDriver, directory: Path, failures: int = 0) -> t
             handler.on_disconnected(PEER)
             raise OSError("the port is taken")
         node, host = cast(NetworkNode, core), cast(PeerHost, None)
-        return Joined(node, host, GossipGate(NETWORK, 0), AddressBook(directory), None, None, hints, lambda *_: None)
+        return Joined(
+            node, host, GossipGate(NETWORK, clock.now()), AddressBook(directory), None, None, hints, lambda *_: None
+        )
 
     running = asyncio.create_task(driver.run(join, has_joined.set))
     await asyncio.wait_for(has_joined.wait(), 60)
