@@ -174,6 +174,8 @@ class NetworkNode:
             self.members.changed = False
             self._tell_at_ms = now.mono_ms + TELL_AGAIN_MS
             effects += self._tell_peers(now)
+        elif self.members.has_new:  # whose announcements may come at once
+            effects += self._tell_authors()
         return effects
 
     def next_deadline_ms(self) -> int | None:
@@ -605,12 +607,16 @@ class NetworkNode:
         self._standings.goes_on(effect.peer, now)
         return self.members.shun(effect.peer, now)
 
-    def _tell_peers(self, now: Now) -> list[NetworkEffect]:
-        effects: list[NetworkEffect] = []
+    def _tell_authors(self) -> list[NetworkEffect]:
+        self.members.has_new = False
         authors = self.members.authors()
-        if authors != self._authors:
-            self._authors = authors
-            effects.append(AuthorsChanged(authors))
+        if authors == self._authors:
+            return []
+        self._authors = authors
+        return [AuthorsChanged(authors)]
+
+    def _tell_peers(self, now: Now) -> list[NetworkEffect]:
+        effects = self._tell_authors()
         usable = self.members.usable(now)
         endpoints = self.members.endpoints(now)
         said = ((record.peer, record.address, record.endpoint) for record in usable)

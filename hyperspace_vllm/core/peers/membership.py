@@ -98,6 +98,7 @@ class Membership:
         self._beat_at_ms = now.mono_ms + HEARTBEAT_MS
         self._dials = dials
         self.changed = False  # `usable` may differ from what it was
+        self.has_new = False  # `authors` has one more
         for peer, address in bootstrap:
             if peer != me:
                 self._peers.add(Peer(peer, configured=address))
@@ -500,6 +501,7 @@ class Membership:
         elif told_by is not None:
             self._adopt(known, told_by)
         moved = known.record is not None and known.record.address != record.address
+        self.has_new = self.has_new or known.record is None
         known.record, known.raw, known.member = record, raw, is_member
         teller = known if told_by is None else self._peers.get(told_by)
         told_from = teller.hosts[0] if teller is not None and teller.hosts else ""

@@ -753,6 +753,14 @@ def test_who_has_more_of_the_registry_is_asked_again_after_a_while() -> None:
     assert isinstance(again.message, WantDeltas)
 
 
+def test_a_new_author_is_told_of_at_once() -> None:
+    node = make_node()
+    for number in (1, 2, 3):
+        node.handle(PeerConnected(Identity(number).peer, Identity(number).host), dated(NOW_MS))
+        (told,) = only(asked(node, Greet(Identity(number).record()), number), AuthorsChanged)
+        assert len(told.authors) == number
+
+
 def test_records_that_change_all_the_time_are_told_of_now_and_then() -> None:
     node = make_node(network_key=None)
     who = Identity(1)
