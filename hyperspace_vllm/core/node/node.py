@@ -1,5 +1,6 @@
 """The core of a node: hands every event to the machine that it concerns and merges their deadlines."""
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import assert_never
@@ -34,6 +35,7 @@ from ..prefix.publish import Publisher
 from ..records.ids import NetworkId, PeerId, RowId
 from ..records.limits import CLIENTS_MAX, LOOKUPS_PER_CLIENT_MAX
 from ..records.now import Now
+from ..records.reason import Reason
 
 LOOKUPS_MAX = 1024  # undecided at once, of all clients; more are answered `busy`
 ANSWERED_MAX = CLIENTS_MAX * LOOKUPS_PER_CLIENT_MAX
@@ -43,7 +45,8 @@ ASKED_MAX = 8  # peers a lookup asks: what none of eight has is sooner computed 
 class Node:
     """Everything that a node decides about prefixes. `peers` may be asked; it draws no randomness but from `rng`.
 
-    `hints` names peers that are said to serve a row; `has_standing` says for whom a request may wait.
+    `hints` names peers that are said to serve a row; `has_standing` says for whom a request may wait, as long as they
+    have earned it or are lent it (peers/patience.py).
     """
 
     def __init__(
@@ -87,11 +90,11 @@ class Node:
                 | RowReady()
                 | RowFailed()
             ):
-                effects = self._of_lookup(event, now_ms)
+                effects = self._of_lookup(event, now)
             case RowArrived() | SegmentKeyKnown() | RequestOver() | ClientGone() | ObjectEncoded() | ObjectFailed():
                 effects = self.publisher.handle(event, now_ms)
             case Tick():
-                effects = self._tick(event, now_ms)
+                effects = self._tick(event, now)
             case _:
                 assert_never(event)
         for effect in effects:
@@ -115,13 +118,11 @@ class Node:
             return [AnswerPrefix(event.lookup, 0, (), "none", "busy")]
         lookup = PrefixLookup(event, self.network, self._whom_to_ask(event, now), self.fetch, self._rates, now.mono_ms)
         self._lookups[event.lookup] = lookup
-        return self._settle(lookup, lookup.start(now.mono_ms))
+        return self._settle(lookup, lookup.start(now.mono_ms), now)
 
     def _whom_to_ask(self, event: PrefixWanted, now: Now) -> tuple[PeerId, ...]:
         """At most ASKED_MAX: those with hints first, beginning with the longest prefix's."""
-        peers = [
-            peer for peer in self.peers if not self._standings.avoids_for_kv(peer, now) and self.has_standing(peer)
-        ]
+        peers = [peer for peer in self.peers if self._may_ask(peer, now)]
         self.rng.shuffle(peers)  # equally good holders share the load
         if len(peers) <= ASKED_MAX or not event.may_ask_peers:
             return tuple(peers)
@@ -133,30 +134,39 @@ class Node:
                 break
         return tuple(hinted | dict.fromkeys(peers))[:ASKED_MAX]
 
+    def _may_ask(self, peer: PeerId, now: Now) -> bool:
+        if self._standings.avoids_for_kv(peer, now) or not self.has_standing(peer):
+            return False
+        return self._standings.has_earned(peer) or self._standings.lends(now)
+
     def _released(self, event: PrefixReleased) -> list[Effect]:
         known = self._lookups.pop(event.lookup, None) is not None or event.lookup in self._answered
         self._answered.discard(event.lookup)
         return [EndLookup(event.lookup)] if known else []
 
-    def _of_lookup(self, event: LookupEvent, now_ms: int) -> list[Effect]:
+    def _of_lookup(self, event: LookupEvent, now: Now) -> list[Effect]:
         lookup = self._lookups.get(event.lookup)
         if lookup is None:
             return []
         if isinstance(event, RowsFound):
             self.publisher.forget(lookup.absent(event))
-        return self._settle(lookup, lookup.handle(event, now_ms))
+        return self._settle(lookup, lookup.handle(event, now.mono_ms), now)
 
-    def _tick(self, event: Tick, now_ms: int) -> list[Effect]:
+    def _tick(self, event: Tick, now: Now) -> list[Effect]:
+        now_ms = now.mono_ms
         effects = self.publisher.handle(event, now_ms)
         for lookup in list(self._lookups.values()):
             due_ms = lookup.next_deadline_ms()
             if due_ms is not None and due_ms <= now_ms:
-                effects += self._settle(lookup, lookup.handle(event, now_ms))
+                effects += self._settle(lookup, lookup.handle(event, now_ms), now)
         return effects
 
-    def _settle(self, lookup: PrefixLookup, effects: list[Effect]) -> list[Effect]:
-        """An answered lookup only waits for its release: its machine can go."""
+    def _settle(self, lookup: PrefixLookup, effects: list[Effect], now: Now) -> list[Effect]:
+        """An answered lookup only waits for its release: its machine can go. What it waited in vain is accounted."""
         if lookup.answered:
+            self._standings.wasted(lookup.waited_ms, now)
+            for peer in itertools.filterfalse(self._standings.has_earned, lookup.silent):
+                self._standings.note(Failed(peer, Reason.STALLED), now)
             del self._lookups[lookup.lookup]
             self._answered.add(lookup.lookup)
         return effects

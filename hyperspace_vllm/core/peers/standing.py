@@ -27,7 +27,8 @@ from .patience import Loan, earned_more
 from .reputation import Reputation
 from .suspicion import Accusations
 
-STALLED_MS = 5_000  # slow is no crime, but one stall in a while is enough
+STALLED_MS = 5_000  # slow is no crime, but one stall in a while is enough; doubled every time in a row
+_SLOW = (Reason.STALLED, Reason.TOO_SLOW)
 CONVICTED_MS = 24 * 3_600_000  # the life of a response: what it signed before has expired by then
 
 
@@ -56,6 +57,7 @@ class Standing:
     word: Reputation = field(default_factory=Reputation)
     avoidance: Avoidance = field(default_factory=Avoidance)
     no_kv_until_ms: int = 0
+    stalls: int = 0  # in a row
     earned_ms: float = 0.0
     findings: Findings = field(default_factory=Findings)
     convicted_at_ms: int | None = None
@@ -89,6 +91,7 @@ class Standings:
                 standing = self._of(peer, now)
                 standing.service.served(now)
                 standing.avoidance.served()
+                standing.stalls = 0
                 standing.earned_ms = earned_more(standing.earned_ms)
             case Failed(peer, reason):
                 if reason.severity is not Severity.NONE or reason is Reason.MISS:
@@ -203,9 +206,12 @@ class Standings:
         if reason.is_lie:
             standing.word.failed(reason, now)
             standing.avoidance.lied(now)
-        elif reason.severity is not Severity.BUSY and reason is not Reason.STALLED:
+        elif reason.severity is not Severity.BUSY and reason not in _SLOW:
             standing.avoidance.failed(now)
-        no_kv_ms = LIAR_MS if reason.is_guilty else STALLED_MS if reason is Reason.STALLED else 0
+        no_kv_ms = LIAR_MS if reason.is_guilty else 0
+        if reason in _SLOW:
+            no_kv_ms = min(STALLED_MS << min(standing.stalls, 10), LIAR_MS)
+            standing.stalls += 1
         standing.no_kv_until_ms = max(standing.no_kv_until_ms, now.mono_ms + no_kv_ms)
 
     def _of(self, peer: PeerId, now: Now) -> Standing:

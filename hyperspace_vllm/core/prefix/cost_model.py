@@ -1,7 +1,7 @@
 """Whether a fetch pays, how long a search may take, and when to ask another peer: formulas only, no state but rates.
 
 They share one rule: looking up never costs more than it can save (docs/design.md). A prefill estimate of 0 means
-unknown: then only the stall limit and the lookup's deadline bound a fetch, until the engine has measured one.
+unknown: then FETCH_UNKNOWN_MS bounds a fetch, until the engine has measured one.
 """
 
 import math
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from ..records.ids import PeerId
 from ..records.limits import FETCH_PREFILL_SHARE, FETCH_STALL_MS, UNHINTED_PREFILL_SHARE
 
-# Assumed of an unmeasured peer: 1 Gbit/s less overhead. Too high costs half a prefill once; too low never measures.
-RATE_BYTES_PER_MS_DEFAULT = 100_000
+# Assumed of an unmeasured peer: half of 1 Gbit/s. Too high costs half a prefill once; too low never measures.
+RATE_BYTES_PER_MS_DEFAULT = 50_000
 RATE_PEERS_MAX = 1024
 RATE_FORGET_MS = 60_000  # after this, a peer that was slow gets another chance
 RATE_SAMPLE_BYTES_MIN = 256 * 1024  # smaller transfers measure latency, not rate
@@ -70,17 +70,19 @@ class _Rate:
 
 
 class RateEstimator:
-    """What each peer delivered lately, in bytes per ms, measured by finished lookups; remembers 1,024 peers."""
+    """What each peer delivered lately, in bytes per ms, measured by finished lookups; remembers 1,024 peers.
+
+    What unmeasured peers turn out to deliver is expected of the next ones: an identity that is new costs nothing.
+    """
 
     def __init__(self) -> None:
+        self._newcomers: _Rate | None = None
         self._rates: OrderedDict[PeerId, _Rate] = OrderedDict()
 
     def rate(self, peer: PeerId, now_ms: int) -> float:
         """Bytes per ms to expect of `peer`."""
-        known = self._rates.get(peer)
-        if known is None or now_ms - known.measured_at_ms > RATE_FORGET_MS:
-            return RATE_BYTES_PER_MS_DEFAULT
-        return known.bytes_per_ms
+        known = self._fresh(self._rates.get(peer), now_ms) or self._fresh(self._newcomers, now_ms)
+        return known.bytes_per_ms if known is not None else RATE_BYTES_PER_MS_DEFAULT
 
     def measured(self, peer: PeerId, asked: int, verified: int, elapsed_ms: int, now_ms: int) -> None:
         """Record that `verified` of `asked` bytes came within `elapsed_ms`."""
@@ -88,7 +90,12 @@ class RateEstimator:
             return
         sample = max(verified / max(elapsed_ms, 1), 1.0)
         rate = RATE_WEIGHT * sample + (1 - RATE_WEIGHT) * self.rate(peer, now_ms)
+        if self._fresh(self._rates.get(peer), now_ms) is None:
+            self._newcomers = _Rate(min(rate, RATE_BYTES_PER_MS_DEFAULT), now_ms)
         self._rates[peer] = _Rate(rate, now_ms)
         self._rates.move_to_end(peer)
         if len(self._rates) > RATE_PEERS_MAX:
             self._rates.popitem(last=False)
+
+    def _fresh(self, rate: _Rate | None, now_ms: int) -> _Rate | None:
+        return rate if rate is not None and now_ms - rate.measured_at_ms <= RATE_FORGET_MS else None

@@ -9,6 +9,7 @@ lower the aim, and so does an arena without room for more; a stall or a spent bu
 """
 
 from collections import deque
+from collections.abc import Iterable
 from itertools import islice
 from typing import Literal
 
@@ -27,7 +28,7 @@ from ..events.kv_events import (
     Tick,
 )
 from ..records.ids import NetworkId, PeerId, RowId, RowKey
-from ..records.limits import FETCH_STALL_MS, MiB
+from ..records.limits import FETCH_STALL_MS, FETCH_UNKNOWN_MS, MiB
 from ..records.reason import Reason
 from .cost_model import (
     SEARCH_MS_MAX,
@@ -39,7 +40,7 @@ from .cost_model import (
 )
 from .plan import PrefixRows, Row
 from .room import AGAIN_MS, ArenaRoom
-from .transfers import Transfers
+from .transfers import GONE_REASONS, Transfers
 
 FetchMode = Literal["auto", "always", "never"]
 LookupEvent = (
@@ -58,6 +59,7 @@ LookupEvent = (
 MOVING_BYTES_MAX = 16 * MiB
 MOVING_ROWS_MAX = 16
 MOVING_ROWS_MIN = 2
+SILENT_MS_MIN = 100  # a peer on another continent answers within this, if it isn't busy
 LOAD_GRACE_MS = 50  # for this node's own rows, when a fetch was abandoned and they would still be useful
 ANSWER_MARGIN_MS = 50  # answer before the client gives up: its clock runs too
 
@@ -77,6 +79,8 @@ class PrefixLookup:
         self.lookup = wanted.lookup
         self.layout = wanted.layout
         self.answered = False
+        self.waited_ms: dict[PeerId, int] = {}  # in vain, for each of these peers at once
+        self.silent: list[PeerId] = []  # those of them that did not say what they have
         self._wanted = wanted
         self._mode = mode
         self._peers = peers if wanted.may_ask_peers and mode != "never" else ()
@@ -87,7 +91,7 @@ class PrefixLookup:
         margin_ms = min(ANSWER_MARGIN_MS, wanted.deadline_ms // 10)
         self._deadline_ms = now_ms + wanted.deadline_ms - margin_ms
         self._phase_ends_ms: int | None = None  # the search's or the fetch's budget, or a retreat's grace
-        self._search_ends_ms = now_ms
+        self._search_began_ms = self._search_ends_ms = now_ms
         self._silent: set[PeerId] = set(self._peers)
         self._local_end = 0
         self._end = 0
@@ -162,6 +166,8 @@ class PrefixLookup:
                 if self._phase == "searching" or self._fetching:
                     self._transfers.add_offers(event, self._absent())
             case ProviderFailed():
+                if event.peer in self._silent and event.reason in GONE_REASONS:
+                    self._note_silence([event.peer], now_ms)
                 self._silent.discard(event.peer)
                 self._transfers.judge(event.peer, event.reason)
             case Tick():
@@ -253,9 +259,17 @@ class PrefixLookup:
             self._get_local("too_short", now_ms)
             return
         self._phase = "searching"
+        self._search_began_ms = now_ms
         self._phase_ends_ms = self._search_ends_ms = min(now_ms + budget_ms, self._deadline_ms)
         wanted = tuple(self._absent())
         self._effects.append(FindProviders(self.lookup, wanted, self._peers, self._search_ends_ms - now_ms))
+
+    def _note_silence(self, peers: Iterable[PeerId], now_ms: int) -> None:
+        """The search has waited for these peers in vain; less than a few round trips are no fault of theirs."""
+        for_ms = min(now_ms, self._search_ends_ms) - self._search_began_ms
+        self.waited_ms |= dict.fromkeys(peers, for_ms)
+        if for_ms >= SILENT_MS_MIN and now_ms <= self._search_ends_ms + SILENT_MS_MIN:  # this node was not late itself
+            self.silent += peers
 
     def _absent(self) -> dict[RowId, Row]:
         """The rows, by id, that this node lacks and that a longer prefix than its own needs."""
@@ -289,8 +303,8 @@ class PrefixLookup:
         self._phase = "getting"
         self._fetching = True
         self._phase_ends_ms = None
-        if self._mode == "auto" and saves_ms:
-            self._phase_ends_ms = self._started_ms + fetch_budget_ms(saves_ms)
+        if self._mode == "auto":
+            self._phase_ends_ms = self._started_ms + (fetch_budget_ms(saves_ms) if saves_ms else FETCH_UNKNOWN_MS)
         self._transfers.timeout_at_ms = min(self._deadline_ms, self._phase_ends_ms or self._deadline_ms)
         self._aim_again(now_ms)
 
@@ -363,9 +377,10 @@ class PrefixLookup:
 
     def _retreat(self, cause: str, now_ms: int) -> None:
         """Abandon fetching; use what is ready and what this node can still load within a moment."""
-        for peer in self._transfers.stop(now_ms):
-            if cause == "stalled":
-                self._effects.append(ChargePeer(peer, Reason.STALLED))
+        late_ms = self._transfers.stop(now_ms)
+        self.waited_ms |= late_ms
+        if cause in ("stalled", "too_slow"):
+            self._effects += [ChargePeer(peer, Reason(cause)) for peer in late_ms]
         self._fetching = False
         self._orphans.clear()
         self._phase_ends_ms = min(now_ms + LOAD_GRACE_MS, self._deadline_ms)
@@ -376,6 +391,8 @@ class PrefixLookup:
         """Decide what to do next from the time and the state."""
         if self._phase == "searching":
             over = self._phase_ends_ms is not None and now_ms >= self._phase_ends_ms
+            if over:
+                self._note_silence(sorted(self._silent), now_ms)
             if over or not self._silent or self._found_everything():
                 self._choose(now_ms)
         if self._phase == "waiting" and self._room.look_at_ms is not None and now_ms >= self._room.look_at_ms:
@@ -471,7 +488,9 @@ class PrefixLookup:
 
     def _answer(self, end: int, reason: str, now_ms: int) -> None:
         assert not self.answered
-        self._transfers.stop(now_ms)
+        late_ms = self._transfers.stop(now_ms)
+        if reason == "deadline":
+            self.waited_ms |= late_ms
         rows = self._rows.needed(end)
         tiers = {row.tier for row in rows}
         source: Literal["none", "memory", "disk", "network"] = "none"

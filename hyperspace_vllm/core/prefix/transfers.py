@@ -11,7 +11,7 @@ from ..events.kv_effects import ChargePeer, Effect, FetchManifest, FetchRow
 from ..events.kv_events import ChunksVerified, HolderStalled, ManifestRefused, ManifestVerified, ProviderAnswered
 from ..records.ids import ManifestDigest, PeerId, RowId, RowKey
 from ..records.layout import Layout
-from ..records.limits import DATA_CHUNKS, FETCH_STALL_MS
+from ..records.limits import DATA_CHUNKS, FETCH_BYTES_PER_MS_MIN, FETCH_STALL_MS
 from ..records.manifest import chunk_bytes_for
 from ..records.reason import Reason
 from .cost_model import (
@@ -68,7 +68,7 @@ class Transfers:
         self.rates = rates
         self.emit = emit
         self.lost: list[Row] = []
-        self.progress_ms = 0  # when a byte or a manifest last verified
+        self.progress_ms = 0  # until when what has verified is enough
         self.timeout_at_ms = 0
         self._rtt_ms: dict[PeerId, int] = {}
         self._offers = Offers()
@@ -143,8 +143,9 @@ class Transfers:
             source.asked.clear()
             source.verified = 0
 
-    def stop(self, now_ms: int) -> list[PeerId]:
-        """End all fetching, update the rates; returns peers first asked FETCH_STALL_MS ago or more that still owe."""
+    def stop(self, now_ms: int) -> dict[PeerId, int]:
+        """End all fetching, update the rates; returns peers that still owe and were first asked FETCH_STALL_MS ago or
+        more, with how long ago."""
         late = {peer for t in self._moving.values() for s in self._offers.of(t.row) for peer in s.asked}
         late |= {peer for manifest in self._asking.values() for peer in manifest.asking}
         for peer, delivery in self._deliveries.items():
@@ -155,7 +156,8 @@ class Transfers:
         self._asking.clear()
         self._offers.clear()
         self._deliveries.clear()
-        return [p for p in self.peers if p in late and self._asked_at_ms[p] <= now_ms - FETCH_STALL_MS]
+        waited_ms = {peer: now_ms - self._asked_at_ms[peer] for peer in self.peers if peer in late}
+        return {peer: for_ms for peer, for_ms in waited_ms.items() if for_ms >= FETCH_STALL_MS}
 
     # --- reports of peers and of the driver -----------------------------------------------------
 
@@ -194,8 +196,9 @@ class Transfers:
         if not new:
             return
         source.verify(event.peer, new)
-        self._delivered(event.peer, new.bit_count() * row.length // DATA_CHUNKS, now_ms)
-        self.progress_ms = now_ms
+        size = new.bit_count() * row.length // DATA_CHUNKS
+        self._delivered(event.peer, size, now_ms)
+        self.progress_ms = min(self.progress_ms + size // FETCH_BYTES_PER_MS_MIN, now_ms)
         transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
 
     def holder_stalled(self, event: HolderStalled, row: Row, now_ms: int) -> None:

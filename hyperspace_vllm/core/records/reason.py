@@ -53,6 +53,7 @@ class Reason(StrEnum):
     TIMEOUT = "timeout", Severity.FAILURE
     UNREACHABLE = "unreachable", Severity.FAILURE
     STALLED = "stalled", Severity.FAILURE
+    TOO_SLOW = "too_slow", Severity.FAILURE
     IO_ERROR = "io_error", Severity.FAILURE
     EXPIRED = "expired", Severity.FAILURE  # clocks differ
     FROM_THE_FUTURE = "from_the_future", Severity.FAILURE

@@ -5,10 +5,11 @@ import random
 import pytest
 
 from hyperspace_vllm.core.events.kv_effects import FindProviders
-from hyperspace_vllm.core.events.kv_events import PrefixWanted, RowsFound
+from hyperspace_vllm.core.events.kv_events import PrefixWanted, RowsFound, Tick
 from hyperspace_vllm.core.node.node import ASKED_MAX, Node
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
-from hyperspace_vllm.core.peers.standing import STALLED_MS, Failed, Standings
+from hyperspace_vllm.core.peers.patience import EARNED_MS, LENT_MAX_MS, LENT_SHARE
+from hyperspace_vllm.core.peers.standing import STALLED_MS, Delivered, Failed, Standings
 from hyperspace_vllm.core.records.ids import PeerId, RowId, SegmentKey, network_id, row_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.reason import Reason
@@ -89,3 +90,45 @@ def test_who_lied_anywhere_or_stalled_is_not_asked_for_kv_for_a_while(reason: Re
     assert (guilty in asked(node, 1)) is (for_ms == 0)
     assert (guilty in asked(node, 2, now_ms=max(for_ms - 1, 0))) is (for_ms == 0)
     assert guilty in asked(node, 3, now_ms=for_ms)
+
+
+def silent_lookup(node: Node, lookup: int, now_ms: int) -> tuple[PeerId, ...]:
+    """A lookup that waits its search out for peers that say nothing; whom it asked."""
+    wanted = PrefixWanted(lookup, WINDOWED, KEYS, 0, 4000, 5000, True)
+    found = RowsFound(lookup, frozenset(), frozenset(), frozenset(), 1 << 62)
+    effects = node.handle(wanted, at(now_ms)) + node.handle(found, at(now_ms))
+    node.handle(Tick(), at(now_ms + 200))
+    return next((effect.peers for effect in effects if isinstance(effect, FindProviders)), ())
+
+
+def test_a_peer_that_does_not_say_what_it_has_is_avoided_for_longer_every_time() -> None:
+    node = Node(NETWORK, PEERS[:1], "auto", random.Random(1), Standings(bytes(32)))
+    asked_at = [now for now in range(0, 60_000, 1_000) if silent_lookup(node, now, now)]
+    assert asked_at == [0, 6_000, 17_000, 38_000]
+
+
+def test_a_peer_that_has_delivered_may_be_silent_for_as_long_as_that_earned_it() -> None:
+    standings = Standings(bytes(32))
+    for _ in range(2):
+        standings.note(Delivered(PEERS[0], 1, 1), at(0))
+    node = Node(NETWORK, PEERS[:1], "auto", random.Random(1), standings)
+    asked_at = [now for now in range(0, 6_000, 300) if silent_lookup(node, now, now)]
+    assert asked_at == [0, 300, 600]
+    assert 200 * len(asked_at) == EARNED_MS * 2
+
+
+def test_members_that_bring_nothing_make_requests_wait_no_longer_than_they_are_lent_however_many_they_are() -> None:
+    members = tuple(PeerId(f"member {number}") for number in range(1_000))
+    standings = Standings(bytes(32))
+    earned = PeerId("earned")
+    standings.note(Delivered(earned, 1, 1), at(0))
+    node = Node(NETWORK, (*members, earned), "auto", random.Random(1), standings)
+    waits = 0
+    for lookup in range(100):
+        peers = silent_lookup(node, lookup, 300 * lookup)
+        waits += bool(set(peers) - {earned})
+    assert 200 * waits <= LENT_MAX_MS + LENT_SHARE * 30_000 + 200
+    assert not standings.lends(at(30_000))
+    standings.note(Delivered(earned, 1, 1), at(200_000 - 1))
+    node.set_peers((*members[500:], earned))
+    assert standings.lends(at(200_000))

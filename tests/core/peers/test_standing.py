@@ -32,6 +32,7 @@ def standings(*facts: Delivered | Failed) -> Standings:
         (Reason.BUSY, score_of(0, 0.25, 0), score_of(0, 0, 0), 0, 0),
         (Reason.TIMEOUT, score_of(0, 1, 0), score_of(0, 0, 0), SILENT_MS, 0),
         (Reason.STALLED, score_of(0, 1, 0), score_of(0, 0, 0), 0, STALLED_MS),
+        (Reason.TOO_SLOW, score_of(0, 1, 0), score_of(0, 0, 0), 0, STALLED_MS),
         (Reason.PROTOCOL, score_of(0, 10, 0), score_of(0, 0, 0), SILENT_MS, LIAR_MS),
         (Reason.BAD_DIGEST, score_of(0, 0, 1), score_of(0, 0, 1), LIAR_MS, LIAR_MS),
         (Reason.BAD_SIGNATURE, score_of(0, 0, 1), score_of(0, 0, 1), LIAR_MS, LIAR_MS),
@@ -46,6 +47,17 @@ def test_what_a_failure_costs(reason: Reason, service: float, word: float, avoid
         assert avoids(PEER, at(max(for_ms - 1, 0))) is (for_ms > 0)
         assert not avoids(PEER, at(for_ms))
         assert not avoids(OTHER, at(0))
+
+
+def test_who_is_slow_again_and_again_is_asked_for_no_kv_for_longer_until_it_delivers() -> None:
+    slow = [Failed(PEER, Reason.STALLED), Failed(PEER, Reason.TOO_SLOW)]
+    for times, for_ms in ((1, STALLED_MS), (2, 2 * STALLED_MS), (3, 4 * STALLED_MS), (40, LIAR_MS)):
+        judged = standings(*(slow * 20)[:times])
+        assert judged.avoids_for_kv(PEER, at(for_ms - 1))
+        assert not judged.avoids_for_kv(PEER, at(for_ms))
+    judged = standings(*slow, Delivered(PEER, 1, 1))
+    judged.note(slow[0], at(100_000))
+    assert not judged.avoids_for_kv(PEER, at(100_000 + STALLED_MS))
 
 
 def test_a_delivery_earns_service_and_patience_and_no_belief() -> None:

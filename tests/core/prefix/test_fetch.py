@@ -49,7 +49,7 @@ from hyperspace_vllm.core.prefix.fetch import PrefixLookup
 from hyperspace_vllm.core.prefix.plan import assign_columns, needed, rows_of, usable_end
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, SegmentKey, network_id
 from hyperspace_vllm.core.records.layout import Layout, Part
-from hyperspace_vllm.core.records.limits import MiB
+from hyperspace_vllm.core.records.limits import FETCH_STALL_MS, FETCH_UNKNOWN_MS, MiB
 from hyperspace_vllm.core.records.manifest import chunk_bytes_for
 from hyperspace_vllm.core.records.reason import Reason
 
@@ -254,7 +254,7 @@ def test_rates_follow_measurements_and_are_forgotten():
     rates.measured(peer, MiB, 0, 1000, 10)
     assert rates.rate(peer, 10) < slow
     rates.measured(PeerId("B"), 1000, 0, 1000, 10)
-    assert rates.rate(PeerId("B"), 10) == RATE_BYTES_PER_MS_DEFAULT  # too small to say anything
+    assert rates.rate(PeerId("B"), 10) == rates.rate(PeerId("C"), 10)  # too small to say anything
     assert rates.rate(peer, 11 + RATE_FORGET_MS) == RATE_BYTES_PER_MS_DEFAULT
 
 
@@ -456,6 +456,88 @@ def test_holders_that_lack_32_columns_between_them_are_a_miss():
         > offer B n rows=0 columns=0..30
         answer 0 none not_found rows=0
     """)
+
+
+def test_what_newcomers_deliver_is_expected_of_the_next_newcomer():
+    rates = RateEstimator()
+    rates.measured(PeerId("proven"), MiB, MiB, 1, 0)
+    assert rates.rate(PeerId("new"), 0) == RATE_BYTES_PER_MS_DEFAULT, "a quick newcomer raises nothing"
+    expected = [rates.rate(PeerId("new"), 0)]
+    for number in range(4):
+        rates.measured(PeerId(f"identity {number}"), MiB, MiB, 1000, 0)
+        expected.append(rates.rate(PeerId("new"), 0))
+    assert expected == sorted(expected, reverse=True)
+    assert expected[-1] < RATE_BYTES_PER_MS_DEFAULT / 8
+    assert rates.rate(PeerId("proven"), 0) > RATE_BYTES_PER_MS_DEFAULT
+    rates.measured(PeerId("proven"), MiB, 0, 1000, 0)
+    assert rates.rate(PeerId("new"), 0) == expected[-1], "who is known says nothing of others"
+    assert rates.rate(PeerId("new"), 1 + RATE_FORGET_MS) == RATE_BYTES_PER_MS_DEFAULT
+
+
+def trickle(script: Script, segments: int, every_ms: int) -> list[str]:
+    """One column of one row after another comes from A, which is asked for all; how the lookup ends."""
+    for command in ("found", f"offer A m rows=0..{segments - 1}", f"manifest A m rows=0..{segments - 1}"):
+        script.act(command)
+    columns, effects = 0, []
+    while not any(isinstance(effect, AnswerPrefix) for effect in effects):
+        assert script.lookup is not None
+        due_ms, next_ms = script.lookup.next_deadline_ms(), (columns + 1) * every_ms
+        if due_ms is not None and due_ms < next_ms:
+            effects = script.act(f"tick now={due_ms}")
+            continue
+        row, column = divmod(columns, 32)
+        what = f"chunks A row={row} columns=0..{column}" if column < 31 else f"ready row={row}"
+        effects = script.act(f"{what} now={next_ms}")
+        columns += 1
+    return [script.show(effect) for effect in effects]
+
+
+def test_a_slow_link_is_no_stall():
+    script = Script()
+    script.act("want A segments=1 prefill=4000")
+    assert trickle(script, 1, 20) == ["answer 1 network hit rows=1"]
+    assert script.lookup is not None
+    assert script.lookup.waited_ms == {}
+
+
+def test_a_trickle_of_good_chunks_is_a_stall():
+    script = Script()
+    script.act("want A segments=1 prefill=4000")
+    assert trickle(script, 1, 200) == ["charge A stalled", "answer 0 none stalled rows=0"]
+    assert script.now < 2 * FETCH_STALL_MS
+    assert script.lookup is not None
+    assert script.lookup.waited_ms == {PeerId("A"): script.now}
+
+
+@pytest.mark.parametrize("prefill", [4_000, 0])
+def test_who_is_too_slow_is_charged_and_a_fetch_ends_also_where_no_prefill_was_measured(prefill):
+    script = Script()
+    script.act(f"want A segments=4 prefill={prefill}")
+    assert trickle(script, 4, 30) == ["charge A too_slow", "answer 2 network too_slow rows=2"]
+    assert script.now == FETCH_UNKNOWN_MS == fetch_budget_ms(4_000)
+    assert script.lookup is not None
+    assert script.lookup.waited_ms == {PeerId("A"): FETCH_UNKNOWN_MS}
+
+
+def test_a_lookup_that_ends_at_its_deadline_accounts_for_who_kept_it_waiting():
+    script = Script()
+    script.act("want A segments=4 fetch=always deadline=1000")
+    assert trickle(script, 4, 30) == ["answer 0 none deadline rows=0"]
+    assert script.lookup is not None
+    assert script.lookup.waited_ms == {PeerId("A"): 950}
+
+
+def test_peers_that_are_silent_for_a_whole_search_are_accounted_and_late_ones_of_a_short_search_are_not_blamed():
+    for prefill, waits_ms, silent in ((4_000, 200, ["B", "C"]), (1_000, 50, [])):
+        script = Script()
+        script.act(f"want A B C segments=1 prefill={prefill}")
+        script.act("found")
+        script.act("nothing A now=3")
+        effects = script.act(f"silent B timeout now={waits_ms}")
+        assert [script.show(effect) for effect in effects] == ["answer 0 none search_timeout rows=0"]
+        assert script.lookup is not None
+        assert script.lookup.waited_ms == {PeerId("B"): waits_ms, PeerId("C"): waits_ms}
+        assert script.lookup.silent == silent
 
 
 def test_a_slow_row_is_hedged_by_further_columns_of_its_only_holder():
