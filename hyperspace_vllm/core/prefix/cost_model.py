@@ -9,7 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from ..records.ids import PeerId
-from ..records.limits import FETCH_PREFILL_SHARE, FETCH_STALL_MS, UNHINTED_PREFILL_SHARE
+from ..records.limits import FETCH_BYTES_PER_MS_MIN, FETCH_PREFILL_SHARE, FETCH_STALL_MS, UNHINTED_PREFILL_SHARE
 
 # Assumed of an unmeasured peer: half of 1 Gbit/s. Too high costs half a prefill once; too low never measures.
 RATE_BYTES_PER_MS_DEFAULT = 50_000
@@ -45,6 +45,11 @@ def fetch_budget_ms(saves_ms: int) -> int:
 def worth_fetching(estimate_ms: int, saves_ms: int) -> bool:
     """Whether an estimated transfer fits the budget of what it saves (0: unknown, so yes)."""
     return saves_ms == 0 or estimate_ms <= fetch_budget_ms(saves_ms)
+
+
+def least_rate(size: int, left_ms: int | None) -> float:
+    """Bytes per ms below which a fetch of `size` bytes makes no progress: half of what ends it within `left_ms`."""
+    return max(size / 2 / max(left_ms, 1), FETCH_BYTES_PER_MS_MIN) if left_ms is not None else FETCH_BYTES_PER_MS_MIN
 
 
 def search_budget_ms(prefill_ms: int) -> int:

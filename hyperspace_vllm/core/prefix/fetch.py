@@ -34,6 +34,7 @@ from .cost_model import (
     SEARCH_MS_MAX,
     RateEstimator,
     fetch_budget_ms,
+    least_rate,
     saved_ms,
     search_budget_ms,
     worth_fetching,
@@ -59,7 +60,7 @@ LookupEvent = (
 MOVING_BYTES_MAX = 16 * MiB
 MOVING_ROWS_MAX = 16
 MOVING_ROWS_MIN = 2
-SILENT_MS_MIN = 100  # a peer on another continent answers within this, if it isn't busy
+SILENT_MS_MIN = 100  # shorter searches end before honest peers that are far away can answer
 LOAD_GRACE_MS = 50  # for this node's own rows, when a fetch was abandoned and they would still be useful
 ANSWER_MARGIN_MS = 50  # answer before the client gives up: its clock runs too
 
@@ -80,7 +81,7 @@ class PrefixLookup:
         self.layout = wanted.layout
         self.answered = False
         self.waited_ms: dict[PeerId, int] = {}  # in vain, for each of these peers at once
-        self.silent: list[PeerId] = []  # those of them that did not say what they have
+        self.silent: dict[PeerId, None] = {}  # those of them that did not say what they have, an ordered set
         self._wanted = wanted
         self._mode = mode
         self._peers = peers if wanted.may_ask_peers and mode != "never" else ()
@@ -265,11 +266,13 @@ class PrefixLookup:
         self._effects.append(FindProviders(self.lookup, wanted, self._peers, self._search_ends_ms - now_ms))
 
     def _note_silence(self, peers: Iterable[PeerId], now_ms: int) -> None:
-        """The search has waited for these peers in vain; less than a few round trips are no fault of theirs."""
+        """The search has waited for these peers in vain."""
+        if now_ms > self._search_ends_ms + SILENT_MS_MIN:
+            return  # this node itself did not run: their answers may be waiting behind this event
         for_ms = min(now_ms, self._search_ends_ms) - self._search_began_ms
         self.waited_ms |= dict.fromkeys(peers, for_ms)
-        if for_ms >= SILENT_MS_MIN and now_ms <= self._search_ends_ms + SILENT_MS_MIN:  # this node was not late itself
-            self.silent += peers
+        if for_ms >= SILENT_MS_MIN:
+            self.silent |= dict.fromkeys(peers)
 
     def _absent(self) -> dict[RowId, Row]:
         """The rows, by id, that this node lacks and that a longer prefix than its own needs."""
@@ -305,6 +308,8 @@ class PrefixLookup:
         self._phase_ends_ms = None
         if self._mode == "auto":
             self._phase_ends_ms = self._started_ms + (fetch_budget_ms(saves_ms) if saves_ms else FETCH_UNKNOWN_MS)
+        left_ms = self._phase_ends_ms - now_ms if self._phase_ends_ms else None
+        self._transfers.least_rate = least_rate(sum(row.length for row in remote), left_ms)
         self._transfers.timeout_at_ms = min(self._deadline_ms, self._phase_ends_ms or self._deadline_ms)
         self._aim_again(now_ms)
 

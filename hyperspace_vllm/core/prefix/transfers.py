@@ -70,6 +70,7 @@ class Transfers:
         self.lost: list[Row] = []
         self.progress_ms = 0  # until when what has verified is enough
         self.timeout_at_ms = 0
+        self.least_rate: float = FETCH_BYTES_PER_MS_MIN  # what comes more slowly is no progress
         self._rtt_ms: dict[PeerId, int] = {}
         self._offers = Offers()
         self._asking: dict[ManifestDigest, OfferedManifest] = {}  # those that a peer was asked for
@@ -198,7 +199,7 @@ class Transfers:
         source.verify(event.peer, new)
         size = new.bit_count() * row.length // DATA_CHUNKS
         self._delivered(event.peer, size, now_ms)
-        self.progress_ms = min(self.progress_ms + size // FETCH_BYTES_PER_MS_MIN, now_ms)
+        self.progress_ms = min(self.progress_ms + int(size / self.least_rate), now_ms)
         transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
 
     def holder_stalled(self, event: HolderStalled, row: Row, now_ms: int) -> None:

@@ -40,6 +40,7 @@ from hyperspace_vllm.core.prefix.cost_model import (
     RateEstimator,
     fetch_budget_ms,
     hedge_delay_ms,
+    least_rate,
     saved_ms,
     search_budget_ms,
     transfer_ms,
@@ -458,6 +459,14 @@ def test_holders_that_lack_32_columns_between_them_are_a_miss():
     """)
 
 
+@pytest.mark.parametrize(
+    ("size", "left_ms", "expected"),
+    [(4 * MiB, 1_024, 2_048), (4 * MiB, None, 250), (1, 1_000, 250), (1_000, 0, 500)],
+)
+def test_a_fetch_must_reach_half_of_the_rate_that_would_end_it_in_time(size, left_ms, expected):
+    assert least_rate(size, left_ms) == expected
+
+
 def test_what_newcomers_deliver_is_expected_of_the_next_newcomer():
     rates = RateEstimator()
     rates.measured(PeerId("proven"), MiB, MiB, 1, 0)
@@ -504,7 +513,7 @@ def test_a_trickle_of_good_chunks_is_a_stall():
     script = Script()
     script.act("want A segments=1 prefill=4000")
     assert trickle(script, 1, 200) == ["charge A stalled", "answer 0 none stalled rows=0"]
-    assert script.now < 2 * FETCH_STALL_MS
+    assert script.now < 4 * FETCH_STALL_MS
     assert script.lookup is not None
     assert script.lookup.waited_ms == {PeerId("A"): script.now}
 
@@ -537,7 +546,29 @@ def test_peers_that_are_silent_for_a_whole_search_are_accounted_and_late_ones_of
         assert [script.show(effect) for effect in effects] == ["answer 0 none search_timeout rows=0"]
         assert script.lookup is not None
         assert script.lookup.waited_ms == {PeerId("B"): waits_ms, PeerId("C"): waits_ms}
-        assert script.lookup.silent == silent
+        assert list(script.lookup.silent) == silent
+
+
+def test_peers_are_not_blamed_for_a_search_in_which_this_node_did_not_run():
+    script = Script()
+    for command in ("want A segments=1 prefill=4000", "found", "tick now=400"):  # was due at 200
+        script.act(command)
+    assert script.lookup is not None
+    assert (script.lookup.answered, script.lookup.waited_ms, script.lookup.silent) == (True, {}, {})
+
+
+def test_a_silence_that_is_reported_late_counts_once():
+    script = Script()
+    for command in (
+        "want A B segments=1 prefill=4000",
+        "found",
+        "offer A m rows=0 now=3",
+        "tick now=200",
+        "silent B timeout now=201",
+    ):
+        script.act(command)
+    assert script.lookup is not None
+    assert list(script.lookup.silent) == ["B"]
 
 
 def test_a_slow_row_is_hedged_by_further_columns_of_its_only_holder():
