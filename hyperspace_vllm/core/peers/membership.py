@@ -158,7 +158,7 @@ class Membership:
     def authors(self) -> tuple[tuple[PeerId, Acquaintance], ...]:
         """Every peer that is known, and how well."""
         here = {known.peer: known.acquaintance for known in self._peers if known.record is not None}
-        listed = {peer_id(public_key): Acquaintance(Rank.LISTED, "") for public_key in self._trust.listed}
+        listed = {peer_id(public_key): Acquaintance(Rank.LISTED, "") for public_key in sorted(self._trust.listed)}
         return tuple({**listed, **here}.items())
 
     def usable(self, now: Now) -> tuple[PeerRecord, ...]:
