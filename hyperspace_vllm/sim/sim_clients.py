@@ -67,7 +67,7 @@ class SimClients:
         self._checker = checker
         self._host = host
         self.waiting: dict[int, Request] = {}
-        self._busy: dict[bytes, None] = {}  # request hashes that somebody here asks for or computes
+        self._busy: dict[bytes, None] = {}  # request hashes that a client here asks for or the engine computes
 
     def restart(self) -> None:
         """The host starts anew: it knows of no request."""

@@ -3,7 +3,7 @@
 In go facts: what a peer delivered, how it failed (records/reason.py says how much that tells against it), what this
 node's audits found of what it signed, and whom others accuse. Of each peer there is one object:
 
-    service    what it delivered, whoever had signed that, against its failures and lies: whom to ask first
+    service    what it delivered, signed by any peer, against its failures and lies: the order of asking
     word       what audits passed of what it signed, against its lies: who is believed
     avoidance  until when it is asked for nothing, or for no KV; whether it is let in
     earned     for how long requests may wait for it

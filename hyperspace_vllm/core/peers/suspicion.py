@@ -39,7 +39,7 @@ class Accusations:
             del self._said[next(other for other in self._said if other != self._own_key)]
 
     def stand_against(self, key: bytes, now: Now) -> bool:
-        """Whether somebody accused it lately."""
+        """Whether a peer accused it lately."""
         return any(_lasts(said.get(key), now) for said in self._said.values())
 
     def accused(self, now: Now) -> set[bytes]:

@@ -66,9 +66,9 @@ class Reason(StrEnum):
     BAD_PROOF = "bad_proof", Severity.LIE
     BAD_SEAL = "bad_seal", Severity.LIE
     BAD_SIGNATURE = "bad_signature", Severity.LIE
-    BAD_TAG = "bad_tag", Severity.LIE  # of the producer, whoever has the manifest
+    BAD_TAG = "bad_tag", Severity.LIE  # of the manifest's producer, not of its holder
     FALSE_OFFER = "false_offer", Severity.LIE
-    FALSE_RESPONSE = "false_response", Severity.LIE  # by an audit: of the signer, whoever served it
+    FALSE_RESPONSE = "false_response", Severity.LIE  # found by an audit: of the signer, not of the peer that served it
     FORGED = "forged", Severity.LIE
     INVALID_GOSSIP = "invalid_gossip", Severity.LIE
     LONG_EXPIRED = "long_expired", Severity.LIE

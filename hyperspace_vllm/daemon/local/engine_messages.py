@@ -115,7 +115,7 @@ class EngineMessages:
         for lookup in self._lookups.end(session.route):
             self._submit(PrefixReleased(lookup))
         self._staging.end(session.key, vanished)
-        # Without its scheduler nobody names what an engine staged; a new one starts with new requests.
+        # Only its scheduler names what an engine staged; a new scheduler starts with new requests.
         has_others = any(other.engine == session.engine for other in others)
         if session.engine and (session.role == "scheduler" or not has_others):
             self._submit(ClientGone(session.engine))

@@ -330,7 +330,7 @@ class Driver:
             self.submit(ManifestRefused(effect.lookup, effect.peer, effect.manifest, reason))
             return
         manifest = record.manifest
-        if not record.has_true_tags(effect.row_keys):  # the digests are signed: the producer's lie, whoever has it
+        if not record.has_true_tags(effect.row_keys):  # the producer signed the digests: its lie, not the holder's
             self._condemn(effect.manifest)
             producer = peer_id(manifest.producer)
             self.submit(ManifestRefused(effect.lookup, effect.peer, effect.manifest, Reason.BAD_TAG, producer))

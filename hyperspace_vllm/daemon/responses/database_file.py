@@ -106,7 +106,7 @@ class DatabaseFile:
         return database
 
     def _move_aside(self) -> None:
-        """Keep the last damaged database for whoever wants to look at it; its WAL is of no use without it."""
+        """Keep the last damaged database for the operator to look at; its WAL is of no use without it."""
         with contextlib.suppress(FileNotFoundError):
             os.replace(self._path, self._path.with_suffix(".damaged"))
         for suffix in ("-wal", "-shm"):
