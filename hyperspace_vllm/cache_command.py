@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from .client import NodeClient
 from .config import Config
-from .core.local.messages import PURGED_KEYS_MAX, PurgeResponses
+from .core.local.response_cache_messages import PURGED_KEYS_MAX, PurgeResponses
 from .core.records.errors import ProtocolViolation, for_terminal
 from .core.records.ids import peer_id, sha256
 from .core.records.limits import RECENT_MS

@@ -12,7 +12,7 @@ from typing import Any
 from . import cache_command
 from .client import NodeClient
 from .config import SETTINGS, Config, ConfigError, load_config_with_origins
-from .core.local.messages import GetStatus, Status
+from .core.local.session_messages import GetStatus, Status
 from .core.records.errors import for_terminal
 
 _CONNECT_S = 5.0

@@ -20,21 +20,18 @@ import zmq
 
 from .config import Config
 from .contained import report_error
-from .core.local.messages import (
+from .core.local.messages import ClientMessage, NodeMessage, decode_node_message, encode
+from .core.local.session_messages import (
     LOCAL_PROTOCOL,
-    ClientMessage,
     Goodbye,
     Heartbeat,
     HeartbeatAck,
     Hello,
     LeaseLost,
-    NodeMessage,
     Rejected,
-    Slab,
     Welcome,
-    decode_node_message,
-    encode,
 )
+from .core.local.slab import Slab
 from .core.records.errors import ProtocolViolation
 from .core.records.ids import NetworkId
 from .core.records.limits import HEARTBEAT_MS, LEASE_MS, LOCAL_MESSAGE_BYTES_MAX

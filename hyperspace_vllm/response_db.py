@@ -18,7 +18,7 @@ from typing import Any
 
 import zstandard
 
-from .core.local.messages import Scope
+from .core.local.message_fields import Scope
 from .core.records.errors import ProtocolViolation
 from .core.records.ids import RequestKey, sha256
 from .core.records.limits import CLOCK_SKEW_MS, RESPONSE_BYTES_MAX, RESPONSE_TTL_MS

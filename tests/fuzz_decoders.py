@@ -29,7 +29,19 @@ from hyperspace_vllm.api.embeddings import decode as decode_embedding
 from hyperspace_vllm.api.streams.frames import collector as collector_of
 from hyperspace_vllm.api.streams.frames import frames
 from hyperspace_vllm.config import Config, ConfigError, load_config
-from hyperspace_vllm.core.local import messages as local
+from hyperspace_vllm.core.local.kv_messages import LookupPrefix, PrefixAnswer, PrefixesInMemory, RowStaged
+from hyperspace_vllm.core.local.messages import decode_client_message, decode_node_message, encode
+from hyperspace_vllm.core.local.response_cache_messages import (
+    FindResponse,
+    ResponseAudited,
+    ResponseFound,
+    ResponseHint,
+    ResponseNotFound,
+    ResponseToTry,
+    StoreResponse,
+)
+from hyperspace_vllm.core.local.session_messages import Hello, Welcome
+from hyperspace_vllm.core.local.slab import LoadedRow, Slab
 from hyperspace_vllm.core.records import peer_wire, wire
 from hyperspace_vllm.core.records.announcement import (
     Announcement,
@@ -67,12 +79,12 @@ AUTHOR = SigningKey(KEY)
 
 def client_message(raw: bytes) -> None:
     with suppress(ProtocolViolation):
-        assert local.decode_client_message(local.encode(message := local.decode_client_message(raw))) == message
+        assert decode_client_message(encode(message := decode_client_message(raw))) == message
 
 
 def node_message(raw: bytes) -> None:
     with suppress(ProtocolViolation):
-        assert local.decode_node_message(local.encode(message := local.decode_node_message(raw))) == message
+        assert decode_node_message(encode(message := decode_node_message(raw))) == message
 
 
 def peer_request(raw: bytes) -> None:
@@ -282,7 +294,7 @@ _ITEMS = [
 ]
 RESPONSE = {"id": "r", "object": "response", "created_at": 1, "model": "m", "status": "completed", "output": _ITEMS}
 SIDECAR_DIGEST = _manifest().digest.hex()
-SLAB = local.Slab(3, 65536, 4096, 7)
+SLAB = Slab(3, 65536, 4096, 7)
 CHAT = {
     "model": "m", "temperature": 0.5, "stream": True, "stream_options": {"include_usage": True},
     "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"},
@@ -293,27 +305,27 @@ TARGETS: dict[str, tuple[Target, list[bytes]]] = {
     "client_message": (
         client_message,
         [
-            local.encode(message)
+            encode(message)
             for message in (
-                local.Hello(1, "worker", bytes(16), "host-1-0"),
-                local.RowStaged("r", 0, 0, 0, SLAB),
-                local.LookupPrefix(1, "r", (KEY, KEY), 0, 100, 1000, "private"),
-                local.StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}"),
-                local.FindResponse(1, KEY, KEY, 300),
-                local.ResponseAudited(KEY, bytes(202), 40, 2, b"a client"),
-                local.PrefixesInMemory(1000, (KEY,), (KEY, KEY)),
+                Hello(1, "worker", bytes(16), "host-1-0"),
+                RowStaged("r", 0, 0, 0, SLAB),
+                LookupPrefix(1, "r", (KEY, KEY), 0, 100, 1000, "private"),
+                StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}"),
+                FindResponse(1, KEY, KEY, 300),
+                ResponseAudited(KEY, bytes(202), 40, 2, b"a client"),
+                PrefixesInMemory(1000, (KEY,), (KEY, KEY)),
             )
         ],
     ),
     "node_message": (
         node_message,
         [
-            local.encode(local.Welcome(1, 5, "12D3KooW", KEY, "/dev/shm/x", 1 << 20)),
-            local.encode(local.PrefixAnswer(1, 1, (local.LoadedRow(0, 0, 0, SLAB),), "network", "blake3", "hit")),
-            local.encode(local.ResponseHint(1, True)),
-            local.encode(local.ResponseToTry(1, b"{}", bytes(202))),
-            local.encode(local.ResponseFound(1, b"{}", bytes(202), 1, 2, "12D3KooW", "gossip", "members")),
-            local.encode(local.ResponseNotFound(1, "not_found")),
+            encode(Welcome(1, 5, "12D3KooW", KEY, "/dev/shm/x", 1 << 20)),
+            encode(PrefixAnswer(1, 1, (LoadedRow(0, 0, 0, SLAB),), "network", "blake3", "hit")),
+            encode(ResponseHint(1, True)),
+            encode(ResponseToTry(1, b"{}", bytes(202))),
+            encode(ResponseFound(1, b"{}", bytes(202), 1, 2, "12D3KooW", "gossip", "members")),
+            encode(ResponseNotFound(1, "not_found")),
         ],
     ),
     "peer_request": (

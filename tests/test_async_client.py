@@ -22,7 +22,9 @@ from hyperspace_vllm.api.node_lookup import NodeLookup, Pending
 from hyperspace_vllm.async_client import AsyncNodeClient
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.local.messages import GetStatus, NodeMessage, Status, TouchResponses
+from hyperspace_vllm.core.local.messages import NodeMessage
+from hyperspace_vllm.core.local.response_cache_messages import TouchResponses
+from hyperspace_vllm.core.local.session_messages import GetStatus, Status
 from hyperspace_vllm.core.records.ids import RequestKey
 from hyperspace_vllm.core.records.limits import LEASE_MS, RESPONSE_LOOKUPS_MAX
 

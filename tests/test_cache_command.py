@@ -14,7 +14,7 @@ import pytest
 
 from hyperspace_vllm.cli import _print_status, main
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.local.messages import StoreResponse
+from hyperspace_vllm.core.local.response_cache_messages import StoreResponse
 from hyperspace_vllm.core.records.ids import network_id, sha256
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
 from hyperspace_vllm.core.response.cache_proof import decode_proof

@@ -12,7 +12,7 @@ from functools import partial
 
 import msgspec
 
-from ..core.local.messages import ResponseAudited
+from ..core.local.response_cache_messages import ResponseAudited
 from ..core.records.ids import RequestKey
 from ..core.records.limits import AUDIT_TOKENS_MAX
 from ..core.response.audit import (

@@ -5,7 +5,7 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from ..core.local.messages import Question
+from ..core.local.similar_messages import Question
 from ..core.records.ids import RequestKey
 from ..response_db import StoredResponse
 from .client_end import Client

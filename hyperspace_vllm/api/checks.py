@@ -8,7 +8,7 @@ from functools import partial
 import msgspec
 from starlette.types import Scope
 
-from ..core.local.messages import ANSWER_CHARS_MAX, Question, SimilarChecked
+from ..core.local.similar_messages import ANSWER_CHARS_MAX, Question, SimilarChecked
 from ..core.records.ids import RequestKey
 from ..core.response.admission import Admitted, admit
 from ..core.response.request_key import Uncacheable

@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from starlette.types import Scope
 
-from ..core.local.messages import SOURCE_BYTES_MAX
+from ..core.local.response_cache_messages import SOURCE_BYTES_MAX
 from .http_headers import RawHeaders
 
 _OWNED_BITS = {4: 24, 6: 48}  # what one owner of addresses usually has, at least

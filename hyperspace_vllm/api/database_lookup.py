@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..core.local.messages import TouchResponses
+from ..core.local.response_cache_messages import TouchResponses
 from ..core.records.ids import RequestKey
 from ..core.records.limits import INLINE_BODY_BYTES, RECENT_BYTES_MAX, RECENT_MS, KiB
 from ..response_db import ResponseReader, StoredResponse, intact, unpacked_size

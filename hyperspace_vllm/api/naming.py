@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.local.messages import Question
+from ..core.local.similar_messages import Question
 from ..core.records.ids import RequestKey, sha256
 from ..core.response.answer_ids import ID_CHARS_MAX
 from ..core.response.request_key import Uncacheable, request_key

@@ -17,7 +17,7 @@ from typing import Literal
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..contained import report_error
-from ..core.local.messages import ResponseFound
+from ..core.local.response_cache_messages import ResponseFound
 from .coalesce import ABANDONED_GRACE_S, drops_silently
 from .node_lookup import Pending
 from .stored_answer import Sending, StoredAnswer

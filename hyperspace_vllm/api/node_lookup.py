@@ -9,24 +9,18 @@ import logging
 from collections.abc import Callable, Iterable
 from itertools import count
 
-from ..core.local.messages import (
-    ClaimEnded,
-    ClaimRequest,
+from ..core.local.claim_messages import ClaimEnded, ClaimRequest, RequestClaimed, RequestDone
+from ..core.local.messages import NodeMessage
+from ..core.local.response_cache_messages import (
     FindResponse,
-    FindSimilar,
-    NodeMessage,
-    Question,
-    Rejected,
     ReleaseResponse,
-    RequestClaimed,
-    RequestDone,
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
     ResponseToTry,
-    SimilarFound,
-    SimilarNotFound,
 )
+from ..core.local.session_messages import Rejected
+from ..core.local.similar_messages import FindSimilar, Question, SimilarFound, SimilarNotFound
 from ..core.records.ids import RequestKey
 from ..core.records.limits import RESPONSE_LOOKUPS_MAX, SIMILAR_LOOKUPS_MAX
 from ..core.response.similar.guards import Mode

@@ -6,20 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ..core.local.messages import (
-    ClaimRequest,
+from ..core.local.claim_messages import ClaimRequest, RequestDone
+from ..core.local.messages import NodeMessage
+from ..core.local.response_cache_messages import (
     FindResponse,
-    FindSimilar,
-    NodeMessage,
     PurgeResponses,
     ReleaseResponse,
-    RememberQuestion,
-    RequestDone,
     ResponseAudited,
-    SimilarChecked,
     StoreResponse,
     TouchResponses,
 )
+from ..core.local.similar_messages import FindSimilar, RememberQuestion, SimilarChecked
 from ..core.records.limits import RESPONSE_TTL_MS
 from ..core.response.request_fields import Endpoint
 from ..core.response.similar.canonical import ACRONYMS

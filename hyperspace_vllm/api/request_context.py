@@ -9,7 +9,8 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..core.local.messages import Question, StoreResponse
+from ..core.local.response_cache_messages import StoreResponse
+from ..core.local.similar_messages import Question
 from ..core.records.ids import RequestKey
 from ..core.response.request_fields import POOLING
 from ..core.response.scope import DEFAULT_SCOPE, sign_scope

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import msgspec
 from starlette.types import Message
 
-from ..core.local.messages import ResponseFound
+from ..core.local.response_cache_messages import ResponseFound
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import sha256
 from ..core.records.limits import REPLAY_BYTES_MAX, SENDING_BYTES_MAX

@@ -14,7 +14,7 @@ from vllm.v1.request import Request
 
 from ..client import NodeClient
 from ..contained import contained
-from ..core.local.messages import PrefixesInMemory, RegisterLayout
+from ..core.local.kv_messages import PrefixesInMemory, RegisterLayout
 from ..core.prefix.plan import segments_that_fit
 from ..core.records.ids import SegmentKey
 from ..core.records.layout import Layout

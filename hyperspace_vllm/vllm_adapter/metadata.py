@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-from ..core.local.messages import LoadedRow, RegisterLayout
+from ..core.local.kv_messages import RegisterLayout
+from ..core.local.slab import LoadedRow
 
 BlockTables = tuple[tuple[int, ...], ...]  # block ids by KV cache group; 0 is vLLM's null block
 

@@ -21,16 +21,15 @@ from vllm.v1.request import Request
 
 from ..client import NodeClient
 from ..contained import contained
-from ..core.local.messages import (
-    Heartbeat,
+from ..core.local.kv_messages import (
     LookupPrefix,
     PrefixAnswer,
     RegisterLayout,
-    Rejected,
     ReleaseLookup,
     RequestEnded,
     SegmentNamed,
 )
+from ..core.local.session_messages import Heartbeat, Rejected
 from ..core.prefix.segment import Multimodal, chain_seed, next_key
 from ..core.records.ids import SegmentKey
 from ..core.records.limits import FETCH_PREFILL_SHARE, LOOKUP_ROWS_MAX, PROMPT_SEGMENTS_MAX

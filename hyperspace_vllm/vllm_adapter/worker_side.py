@@ -13,16 +13,9 @@ from collections.abc import Mapping
 import torch
 
 from ..client import NodeClient
-from ..core.local.messages import (
-    NO_ENGINE,
-    LoadedRow,
-    RegisterLayout,
-    Rejected,
-    RowStaged,
-    Slab,
-    StagingGranted,
-    WantStaging,
-)
+from ..core.local.kv_messages import NO_ENGINE, RegisterLayout, RowStaged, StagingGranted, WantStaging
+from ..core.local.session_messages import Rejected
+from ..core.local.slab import LoadedRow, Slab
 from ..core.records.errors import Refused
 from ..session_lock import SessionLock
 from .copy_proof import prove_copies

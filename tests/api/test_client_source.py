@@ -7,7 +7,7 @@ import pytest
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from hyperspace_vllm.api.client_source import names_proxies, source_of
-from hyperspace_vllm.core.local.messages import SOURCE_BYTES_MAX
+from hyperspace_vllm.core.local.response_cache_messages import SOURCE_BYTES_MAX
 from tests.support.cached_server import served
 
 

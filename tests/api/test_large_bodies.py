@@ -23,7 +23,7 @@ from hyperspace_vllm.api.large_bodies import Busy, LargeBodies
 from hyperspace_vllm.api.own_ids import OwnIds
 from hyperspace_vllm.api.states import computed_answer
 from hyperspace_vllm.api.streams.collect import CompletionCollector
-from hyperspace_vllm.core.local.messages import StoreResponse
+from hyperspace_vllm.core.local.response_cache_messages import StoreResponse
 from hyperspace_vllm.core.records.limits import (
     INLINE_BODY_BYTES,
     LARGE_BODIES_BYTES_MAX,

@@ -26,7 +26,7 @@ from hyperspace_vllm.api import coalesce
 from hyperspace_vllm.api.large_bodies import LargeBodies
 from hyperspace_vllm.api.middleware import response_cache
 from hyperspace_vllm.api.options import ResponseCacheOptions
-from hyperspace_vllm.core.local.messages import FindResponse, StoreResponse, TouchResponses
+from hyperspace_vllm.core.local.response_cache_messages import FindResponse, StoreResponse, TouchResponses
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX, RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import decode_proof

@@ -10,7 +10,7 @@ import pytest
 
 from hyperspace_vllm.api import checks, node_lookup
 from hyperspace_vllm.api.states import from_store
-from hyperspace_vllm.core.local.messages import StoreResponse
+from hyperspace_vllm.core.local.response_cache_messages import StoreResponse
 from hyperspace_vllm.core.response.similar import match_error
 from hyperspace_vllm.core.response.similar.semantic import COSINE_MIN
 from tests.support.cached_server import CHAT_PATH, STREAM, USAGE, Bench, MakeBench, benches, text_of, until

@@ -18,14 +18,12 @@ from hyperspace_vllm import contained
 from hyperspace_vllm.api import network_race, node_lookup
 from hyperspace_vllm.api.node_lookup import NodeLookup
 from hyperspace_vllm.api.options import ApiMessage
-from hyperspace_vllm.core.local.messages import (
-    ClaimEnded,
-    ClaimRequest,
+from hyperspace_vllm.core.local.claim_messages import ClaimEnded, ClaimRequest, RequestClaimed
+from hyperspace_vllm.core.local.messages import NodeMessage
+from hyperspace_vllm.core.local.response_cache_messages import (
     FindResponse,
-    NodeMessage,
     PurgeResponses,
     ReleaseResponse,
-    RequestClaimed,
     ResponseFound,
     ResponseHint,
     ResponseNotFound,

@@ -19,7 +19,7 @@ from bench.machine import dtype
 from bench.servers import MODELS, free_port, hyperspace, introduce
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.local.messages import GetStatus, Status
+from hyperspace_vllm.core.local.session_messages import GetStatus, Status
 from hyperspace_vllm.vllm_adapter.older_vllm import FAILED_LOADS_HAVE_NAMES
 from tests.support.engines.engine_process import Engine
 

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from hyperspace_vllm.core.local.messages import FindResponse, PurgeResponses, ResponseHint, ResponseNotFound
+from hyperspace_vllm.core.local.response_cache_messages import (
+    FindResponse,
+    PurgeResponses,
+    ResponseHint,
+    ResponseNotFound,
+)
 from hyperspace_vllm.core.records.limits import MiB
 from tests.support.network_nodes import (
     MODEL,

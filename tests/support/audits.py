@@ -12,12 +12,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from bench.servers import MODELS, Server
 from hyperspace_vllm.api import audits
-from hyperspace_vllm.core.local.messages import (
-    FindResponse,
-    NodeMessage,
-    ResponseFound,
-    ResponseHint,
-)
+from hyperspace_vllm.core.local.messages import NodeMessage
+from hyperspace_vllm.core.local.response_cache_messages import FindResponse, ResponseFound, ResponseHint
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.answer_ids import without_ids

@@ -20,19 +20,16 @@ from starlette.routing import Route
 
 from hyperspace_vllm.api.middleware import ResponseCacheMiddleware
 from hyperspace_vllm.api.options import ApiMessage, ResponseCacheOptions
-from hyperspace_vllm.core.local.messages import (
-    ClaimRequest,
+from hyperspace_vllm.core.local.claim_messages import ClaimRequest, RequestDone
+from hyperspace_vllm.core.local.messages import NodeMessage
+from hyperspace_vllm.core.local.response_cache_messages import (
     FindResponse,
-    FindSimilar,
-    NodeMessage,
     PurgeResponses,
     ReleaseResponse,
-    RememberQuestion,
-    RequestDone,
     ResponseAudited,
-    SimilarChecked,
     TouchResponses,
 )
+from hyperspace_vllm.core.local.similar_messages import FindSimilar, RememberQuestion, SimilarChecked
 from hyperspace_vllm.core.records.ids import network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.similar.canonical import ACRONYMS

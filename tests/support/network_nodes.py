@@ -15,18 +15,17 @@ from typing import Any
 
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.local.messages import (
+from hyperspace_vllm.core.local.message_fields import Scope
+from hyperspace_vllm.core.local.messages import NodeMessage
+from hyperspace_vllm.core.local.response_cache_messages import (
     FindResponse,
-    GetStatus,
-    NodeMessage,
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
     ResponseToTry,
-    Scope,
-    Status,
     StoreResponse,
 )
+from hyperspace_vllm.core.local.session_messages import GetStatus, Status
 from hyperspace_vllm.core.records.ids import RequestKey, sha256
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
 

@@ -8,7 +8,8 @@ from random import Random
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.local.messages import Scope, StoreResponse
+from hyperspace_vllm.core.local.message_fields import Scope
+from hyperspace_vllm.core.local.response_cache_messages import StoreResponse
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash

@@ -6,14 +6,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
 from vllm.v1.request import Request
 
-from hyperspace_vllm.core.local.messages import (
-    ClientMessage,
-    LoadedRow,
-    LookupPrefix,
-    NodeMessage,
-    PrefixAnswer,
-    Slab,
-)
+from hyperspace_vllm.core.local.kv_messages import LookupPrefix, PrefixAnswer
+from hyperspace_vllm.core.local.messages import ClientMessage, NodeMessage
+from hyperspace_vllm.core.local.slab import LoadedRow, Slab
 from hyperspace_vllm.core.prefix.segment import chain_seed, segment_keys
 from hyperspace_vllm.core.response.scope import DEFAULT_SCOPE
 from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, LayerSlot, PartPlan

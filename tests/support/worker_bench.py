@@ -8,15 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from hyperspace_vllm.core.local.messages import (
-    ClientMessage,
-    LoadedRow,
-    NodeMessage,
-    RegisterLayout,
-    Slab,
-    StagingGranted,
-    WantStaging,
-)
+from hyperspace_vllm.core.local.kv_messages import RegisterLayout, StagingGranted, WantStaging
+from hyperspace_vllm.core.local.messages import ClientMessage, NodeMessage
+from hyperspace_vllm.core.local.slab import LoadedRow, Slab
 from hyperspace_vllm.session_lock import SessionLock
 from hyperspace_vllm.vllm_adapter.kv_copy import DeviceCopier, TorchPages
 from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, block_views, plan_kv

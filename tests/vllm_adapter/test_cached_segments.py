@@ -10,7 +10,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
-from hyperspace_vllm.core.local.messages import PrefixesInMemory, RegisterLayout
+from hyperspace_vllm.core.local.kv_messages import PrefixesInMemory, RegisterLayout
 from hyperspace_vllm.core.prefix.segment import chain_seed, segment_keys
 from hyperspace_vllm.core.records.ids import SegmentKey
 from hyperspace_vllm.core.response.scope import DEFAULT_SCOPE, RequestScope

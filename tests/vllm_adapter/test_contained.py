@@ -23,7 +23,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from hyperspace_vllm import contained
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.local.messages import Heartbeat
+from hyperspace_vllm.core.local.session_messages import Heartbeat
 from hyperspace_vllm.vllm_adapter import connector as connector_module
 from hyperspace_vllm.vllm_adapter import engine_report, plugin, worker_side
 from hyperspace_vllm.vllm_adapter.connector import HyperspaceConnector

@@ -3,12 +3,7 @@
 from vllm.lora.request import LoRARequest
 from vllm.v1.outputs import KVConnectorOutput
 
-from hyperspace_vllm.core.local.messages import (
-    LookupPrefix,
-    ReleaseLookup,
-    RequestEnded,
-    SegmentNamed,
-)
+from hyperspace_vllm.core.local.kv_messages import LookupPrefix, ReleaseLookup, RequestEnded, SegmentNamed
 from hyperspace_vllm.vllm_adapter.metadata import IDLE
 from tests.support.scheduler_bench import FINGERPRINT, Bench, admitted, keys_of, load, request
 

@@ -7,14 +7,14 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from hyperspace_vllm.core.local.messages import (
-    Heartbeat,
+from hyperspace_vllm.core.local.kv_messages import (
     LookupPrefix,
     RegisterLayout,
     ReleaseLookup,
     RequestEnded,
     SegmentNamed,
 )
+from hyperspace_vllm.core.local.session_messages import Heartbeat
 from hyperspace_vllm.core.prefix.segment import chain_seed, segment_keys
 from hyperspace_vllm.core.response.scope import RequestScope
 from hyperspace_vllm.vllm_adapter.metadata import IDLE

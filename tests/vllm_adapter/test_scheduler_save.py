@@ -2,11 +2,7 @@
 
 from vllm.v1.outputs import KVConnectorOutput
 
-from hyperspace_vllm.core.local.messages import (
-    LookupPrefix,
-    RequestEnded,
-    SegmentNamed,
-)
+from hyperspace_vllm.core.local.kv_messages import LookupPrefix, RequestEnded, SegmentNamed
 from hyperspace_vllm.core.response.scope import DEFAULT_SCOPE, RequestScope
 from hyperspace_vllm.vllm_adapter.metadata import IDLE
 from hyperspace_vllm.vllm_adapter.scheduler_side import STEP_SAVES_MAX

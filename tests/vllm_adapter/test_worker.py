@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyperspace_vllm.core.local.messages import (
-    NO_ENGINE,
-    LoadedRow,
-    RegisterLayout,
-    RowStaged,
-    Slab,
-    WantStaging,
-)
+from hyperspace_vllm.core.local.kv_messages import NO_ENGINE, RegisterLayout, RowStaged, WantStaging
+from hyperspace_vllm.core.local.slab import LoadedRow, Slab
 from hyperspace_vllm.session_lock import SessionLock, look
 from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, plan_kv
 from hyperspace_vllm.vllm_adapter.metadata import IDLE, PrefixLoad, SegmentSave, StepMetadata

@@ -6,10 +6,8 @@ import weakref
 import pytest
 import torch
 
-from hyperspace_vllm.core.local.messages import (
-    RowStaged,
-    Slab,
-)
+from hyperspace_vllm.core.local.kv_messages import RowStaged
+from hyperspace_vllm.core.local.slab import Slab
 from hyperspace_vllm.vllm_adapter.kv_copy import TorchPages
 from hyperspace_vllm.vllm_adapter.metadata import PrefixLoad, SegmentSave
 from tests.support.worker_bench import TABLES, Bench, DeviceBench

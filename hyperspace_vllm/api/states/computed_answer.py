@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ...contained import report_error
-from ...core.local.messages import Question
+from ...core.local.similar_messages import Question
 from ...core.records.ids import RequestKey
 from ...core.response.admission import Admitted, NotStored, admit
 from .. import checks

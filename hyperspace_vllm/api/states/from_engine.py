@@ -6,7 +6,7 @@ from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ...core.local.messages import Question
+from ...core.local.similar_messages import Question
 from ...core.records.ids import RequestKey
 from ...core.response.admission import streams_completely
 from .. import aborts, checks

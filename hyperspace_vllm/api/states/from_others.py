@@ -7,7 +7,8 @@ from functools import partial
 from starlette.types import ASGIApp
 
 from ...contained import contained, report_error
-from ...core.local.messages import PurgeResponses, Question, RememberQuestion, ResponseFound, ResponseToTry
+from ...core.local.response_cache_messages import PurgeResponses, ResponseFound, ResponseToTry
+from ...core.local.similar_messages import Question, RememberQuestion
 from ...core.records.ids import RequestKey
 from ...core.response.audit import plain_answer, prompt_of
 from ...response_db import StoredResponse

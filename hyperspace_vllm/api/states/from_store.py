@@ -3,7 +3,7 @@
 import random
 from typing import Literal
 
-from ...core.local.messages import Question
+from ...core.local.similar_messages import Question
 from ...core.records.ids import RequestKey
 from ...core.response.similar.guards import Mode, eligible
 from ...core.response.similar.match_error import CHECK_EVERY

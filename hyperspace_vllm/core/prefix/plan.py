@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..local.messages import pages_bytes
+from ..local.slab import pages_bytes
 from ..records.ids import NetworkId, PeerId, RowId, RowKey, SegmentKey, row_id, row_key
 from ..records.layout import Layout
 from ..records.limits import LOOKUP_ROWS_MAX, TOTAL_CHUNKS

@@ -30,7 +30,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from ...core.local.messages import PAGE_BYTES, Slab, pages_bytes
+from ...core.local.slab import PAGE_BYTES, Slab, pages_bytes
 from ...core.records.limits import MiB
 from ...regular_files import open_regular
 

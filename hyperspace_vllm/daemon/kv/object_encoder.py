@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from ...core.events.kv_effects import EncodeObject
 from ...core.events.kv_events import Event, ObjectEncoded, ObjectFailed
-from ...core.local.messages import Slab
+from ...core.local.slab import Slab
 from ...core.records.errors import Refused
 from ...core.records.ids import NetworkId
 from ...core.records.limits import CLOCK_SKEW_MS

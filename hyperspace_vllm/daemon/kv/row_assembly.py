@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ...core.events.kv_effects import FetchRow
 from ...core.events.kv_events import ChunksVerified, Event, HolderStalled, RowFailed, RowReady
-from ...core.local.messages import Slab
+from ...core.local.slab import Slab
 from ...core.records.errors import Refused
 from ...core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey
 from ...core.records.limits import DATA_CHUNKS, FETCH_STALL_MS, TOTAL_CHUNKS, MiB

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
-from ...core.local.messages import Slab, pages_bytes
+from ...core.local.slab import Slab, pages_bytes
 from ...core.records.ids import RowKey
 from .arena import Arena
 

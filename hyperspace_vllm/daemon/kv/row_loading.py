@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine
 
 from ...core.events.kv_effects import LoadRow
 from ...core.events.kv_events import Event, RowFailed, RowReady
-from ...core.local.messages import Slab
+from ...core.local.slab import Slab
 from ...core.records.errors import Refused
 from ...core.records.ids import ManifestDigest, NetworkId, row_id
 from ...core.records.sealing import seal_key

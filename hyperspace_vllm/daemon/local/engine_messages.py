@@ -15,10 +15,9 @@ from ...core.events.kv_events import (
     RowArrived,
     SegmentKeyKnown,
 )
-from ...core.local.messages import (
+from ...core.local.kv_messages import (
     NO_ENGINE,
     LookupPrefix,
-    NodeMessage,
     PrefixAnswer,
     PrefixesInMemory,
     RegisterLayout,
@@ -30,6 +29,7 @@ from ...core.local.messages import (
     StagingUnused,
     WantStaging,
 )
+from ...core.local.messages import NodeMessage
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import SegmentKey
 from .prefix_lookups import PrefixLookups

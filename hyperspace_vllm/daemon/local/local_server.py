@@ -9,9 +9,9 @@ import secrets
 from collections.abc import Callable
 from typing import assert_never
 
-from ...core.local.messages import (
+from ...core.local.messages import ClientMessage, decode_client_message
+from ...core.local.session_messages import (
     LOCAL_PROTOCOL,
-    ClientMessage,
     GetStatus,
     Goodbye,
     Heartbeat,
@@ -21,7 +21,6 @@ from ...core.local.messages import (
     Rejected,
     Status,
     Welcome,
-    decode_client_message,
 )
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import NetworkId, PeerId

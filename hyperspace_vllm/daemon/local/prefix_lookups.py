@@ -4,7 +4,9 @@ from collections.abc import Callable
 from itertools import count
 from typing import Literal
 
-from ...core.local.messages import LoadedRow, NodeMessage, PrefixAnswer
+from ...core.local.kv_messages import PrefixAnswer
+from ...core.local.messages import NodeMessage
+from ...core.local.slab import LoadedRow
 from ...core.records.errors import ProtocolViolation
 from ...core.records.limits import LOOKUPS_PER_CLIENT_MAX
 

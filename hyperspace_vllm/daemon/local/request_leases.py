@@ -7,7 +7,8 @@ its holder, with the storing of its answer or with its session; who waits has a 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ...core.local.messages import ClaimEnded, ClaimRequest, NodeMessage, RequestClaimed
+from ...core.local.claim_messages import ClaimEnded, ClaimRequest, RequestClaimed
+from ...core.local.messages import NodeMessage
 from ...core.records.limits import LOOKUPS_PER_CLIENT_MAX, REQUEST_LEASES_MAX
 
 

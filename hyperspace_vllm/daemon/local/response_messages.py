@@ -7,23 +7,18 @@ from typing import Literal, Protocol, assert_never
 
 import msgspec
 
-from ...core.local.messages import (
-    ClaimRequest,
+from ...core.local.claim_messages import ClaimRequest, RequestDone
+from ...core.local.messages import NodeMessage
+from ...core.local.response_cache_messages import (
     FindResponse,
-    FindSimilar,
-    NodeMessage,
     PurgeResponses,
     ReleaseResponse,
-    RememberQuestion,
-    RequestDone,
     ResponseAudited,
     ResponseNotFound,
-    SimilarChecked,
-    SimilarFound,
-    SimilarNotFound,
     StoreResponse,
     TouchResponses,
 )
+from ...core.local.similar_messages import FindSimilar, RememberQuestion, SimilarChecked, SimilarFound, SimilarNotFound
 from ...core.records.ids import RequestKey
 from ..responses.response_lookups import ResponseFinder, ResponseLookups
 from .request_leases import RequestLeases

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from ...core.events.network_events import ServedChanged
-from ...core.local.messages import PrefixesInMemory
+from ...core.local.kv_messages import PrefixesInMemory
 from ...core.records.ids import NetworkId, wire_id
 from ...core.records.limits import PEER_RECORD_AGAIN_MS, VRAM_SEGMENTS_MAX
 from ...core.records.peer_record import DIGESTS_MAX

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Literal
 
-from ...core.local.messages import Slab, pages_bytes
+from ...core.local.slab import Slab, pages_bytes
 from ...core.records.errors import ProtocolViolation
 from ...core.records.layout import Layout
 from ..kv.row_cache import UNSTORED, RowCache

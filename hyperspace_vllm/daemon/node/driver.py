@@ -45,7 +45,7 @@ from ...core.events.kv_events import (
 )
 from ...core.events.network_effects import KvEndpoint
 from ...core.events.network_events import RowsStored
-from ...core.local.messages import LoadedRow, Slab
+from ...core.local.slab import LoadedRow, Slab
 from ...core.node.node import Node
 from ...core.peers.trust import Trust
 from ...core.records.errors import Refused

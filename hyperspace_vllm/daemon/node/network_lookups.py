@@ -15,7 +15,7 @@ from ...core.events.network_events import (
     ResponsesUsed,
     ResponseWanted,
 )
-from ...core.local.messages import Scope
+from ...core.local.message_fields import Scope
 from ...core.peers.trust import Trust
 from ...core.records.errors import ProtocolViolation, Refused
 from ...core.records.ids import NetworkId, PeerId, RequestKey

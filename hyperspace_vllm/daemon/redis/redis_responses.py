@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from ...contained import report_error
-from ...core.local.messages import Scope
+from ...core.local.message_fields import Scope
 from ...core.peers.trust import Trust
 from ...core.records.errors import ProtocolViolation, Refused
 from ...core.records.ids import NetworkId, RequestKey

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ...core.events.network_events import AnswerAudited
-from ...core.local.messages import ResponseAudited
+from ...core.local.response_cache_messages import ResponseAudited
 from ...core.records.errors import ProtocolViolation, Refused
 from ...core.records.ids import NetworkId, RequestKey
 from ...core.response.cache_proof import CacheProof, check_signature, decode_proof, request_hash

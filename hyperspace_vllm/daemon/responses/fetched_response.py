@@ -3,7 +3,7 @@
 import asyncio
 from typing import Protocol
 
-from ...core.local.messages import Scope
+from ...core.local.message_fields import Scope
 from ...core.peers.trust import Trust
 from ...core.records.ids import NetworkId, RequestKey, peer_id
 from ...core.records.limits import KiB

@@ -5,14 +5,9 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
-from ...core.local.messages import (
-    NAME_CHARS_MAX,
-    NodeMessage,
-    ResponseFound,
-    ResponseHint,
-    ResponseNotFound,
-    ResponseToTry,
-)
+from ...core.local.message_fields import NAME_CHARS_MAX
+from ...core.local.messages import NodeMessage
+from ...core.local.response_cache_messages import ResponseFound, ResponseHint, ResponseNotFound, ResponseToTry
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import RequestKey
 from ...core.records.limits import LOOKUPS_PER_CLIENT_MAX

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from ...contained import report_error
-from ...core.local.messages import Question, Scope, StoreResponse
+from ...core.local.message_fields import Scope
+from ...core.local.response_cache_messages import StoreResponse
+from ...core.local.similar_messages import Question
 from ...core.records.ids import NetworkId, RequestKey
 from ...core.records.limits import RESPONSE_TTL_MS, STORE_QUEUE_BYTES_MAX
 from ...core.response.cache_proof import request_hash

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from ...contained import report_error
-from ...core.local.messages import (
+from ...core.local.response_cache_messages import StoreResponse
+from ...core.local.similar_messages import (
     FindSimilar,
     Question,
     RememberQuestion,
     SimilarChecked,
     SimilarFound,
     SimilarNotFound,
-    StoreResponse,
 )
 from ...core.records.ids import RequestKey, sha256
 from ...core.records.limits import SIMILAR_LOOKUPS_MAX, STORE_QUEUE_BYTES_MAX

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import assert_never
 
-from ...core.local.messages import Question, Scope, StoreResponse
+from ...core.local.message_fields import Scope
+from ...core.local.response_cache_messages import StoreResponse
+from ...core.local.similar_messages import Question
 from ...core.records.ids import RequestKey
 from ...response_db import Embedded
 

@@ -7,7 +7,7 @@ from typing import Protocol, assert_never
 
 from nacl.signing import SigningKey
 
-from ...core.local.messages import Question
+from ...core.local.similar_messages import Question
 from ...core.records.ids import NetworkId, RequestKey
 from ...core.records.limits import CLOCK_SKEW_MS
 from ...core.response.cache_proof import make_proof

@@ -8,7 +8,61 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperspace_vllm.core.local import messages as local
+from hyperspace_vllm.core.local.claim_messages import ClaimEnded, ClaimRequest, RequestClaimed, RequestDone
+from hyperspace_vllm.core.local.kv_messages import (
+    LookupPrefix,
+    PrefixAnswer,
+    PrefixesInMemory,
+    RegisterLayout,
+    ReleaseLookup,
+    RequestEnded,
+    RowStaged,
+    SegmentNamed,
+    StagingGranted,
+    StagingUnused,
+    WantStaging,
+)
+from hyperspace_vllm.core.local.message_fields import NAME_CHARS_MAX
+from hyperspace_vllm.core.local.messages import (
+    ClientMessage,
+    NodeMessage,
+    decode_client_message,
+    decode_node_message,
+    encode,
+)
+from hyperspace_vllm.core.local.response_cache_messages import (
+    SOURCE_BYTES_MAX,
+    FindResponse,
+    PurgeResponses,
+    ReleaseResponse,
+    ResponseAudited,
+    ResponseFound,
+    ResponseHint,
+    ResponseNotFound,
+    ResponseToTry,
+    StoreResponse,
+    TouchResponses,
+)
+from hyperspace_vllm.core.local.session_messages import (
+    GetStatus,
+    Goodbye,
+    Heartbeat,
+    HeartbeatAck,
+    Hello,
+    LeaseLost,
+    Rejected,
+    Status,
+    Welcome,
+)
+from hyperspace_vllm.core.local.similar_messages import (
+    FindSimilar,
+    Question,
+    RememberQuestion,
+    SimilarChecked,
+    SimilarFound,
+    SimilarNotFound,
+)
+from hyperspace_vllm.core.local.slab import LoadedRow, Slab
 from hyperspace_vllm.core.records import wire
 from hyperspace_vllm.core.records.errors import ProtocolViolation
 from hyperspace_vllm.core.records.ids import NetworkId, RowId
@@ -25,52 +79,52 @@ from hyperspace_vllm.core.records.limits import (
 from hyperspace_vllm.core.records.manifest import Manifest, RowEntry, decode_manifest
 
 KEY = bytes(range(32))
-SLAB = local.Slab(3, 65536, 4096, 7)
-QUESTION = local.Question(KEY, KEY, "What is ML?", KEY, True)
+SLAB = Slab(3, 65536, 4096, 7)
+QUESTION = Question(KEY, KEY, "What is ML?", KEY, True)
 LAYOUT = Layout(KEY, 256, (Part(0, 4096), Part(512, 2048)), 2)
 
-CLIENT_MESSAGES: list[local.ClientMessage] = [
-    local.Hello(1, "worker", bytes(16), "host-1-0"),
-    local.Heartbeat(),
-    local.Goodbye(),
-    local.RegisterLayout(LAYOUT, bytes(16)),
-    local.WantStaging(4096, 8),
-    local.RowStaged("r", 0, 0, 0, SLAB),
-    local.StagingUnused(SLAB),
-    local.SegmentNamed("r", 0, KEY, "network"),
-    local.RequestEnded("r"),
-    local.LookupPrefix(1, "r", (KEY, KEY), 0, 100, 1000, "private"),
-    local.ReleaseLookup(1),
-    local.PrefixesInMemory(1000, (KEY,), (KEY, KEY)),
-    local.StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}", QUESTION),
-    local.TouchResponses((KEY,)),
-    local.PurgeResponses((KEY, KEY)),
-    local.GetStatus(),
-    local.ClaimRequest(1, KEY, True),
-    local.RequestDone(KEY),
-    local.FindSimilar(1, QUESTION, "strict", KEY, 0.5, 100),
-    local.SimilarChecked(KEY, QUESTION, 0.95, "strict", "yes", "no"),
-    local.RememberQuestion(KEY, QUESTION),
-    local.FindResponse(1, KEY, KEY, 300),
-    local.ReleaseResponse(1),
-    local.ResponseAudited(KEY, bytes(CACHE_PROOF_BYTES_MAX), 40, 2, bytes(local.SOURCE_BYTES_MAX)),
+CLIENT_MESSAGES: list[ClientMessage] = [
+    Hello(1, "worker", bytes(16), "host-1-0"),
+    Heartbeat(),
+    Goodbye(),
+    RegisterLayout(LAYOUT, bytes(16)),
+    WantStaging(4096, 8),
+    RowStaged("r", 0, 0, 0, SLAB),
+    StagingUnused(SLAB),
+    SegmentNamed("r", 0, KEY, "network"),
+    RequestEnded("r"),
+    LookupPrefix(1, "r", (KEY, KEY), 0, 100, 1000, "private"),
+    ReleaseLookup(1),
+    PrefixesInMemory(1000, (KEY,), (KEY, KEY)),
+    StoreResponse(KEY, "public", KEY, "0.32.0", 1000, b"{}", QUESTION),
+    TouchResponses((KEY,)),
+    PurgeResponses((KEY, KEY)),
+    GetStatus(),
+    ClaimRequest(1, KEY, True),
+    RequestDone(KEY),
+    FindSimilar(1, QUESTION, "strict", KEY, 0.5, 100),
+    SimilarChecked(KEY, QUESTION, 0.95, "strict", "yes", "no"),
+    RememberQuestion(KEY, QUESTION),
+    FindResponse(1, KEY, KEY, 300),
+    ReleaseResponse(1),
+    ResponseAudited(KEY, bytes(CACHE_PROOF_BYTES_MAX), 40, 2, bytes(SOURCE_BYTES_MAX)),
 ]
-NODE_MESSAGES: list[local.NodeMessage] = [
-    local.Welcome(1, 5, "12D3KooW", KEY, "/dev/shm/x", 1 << 20),
-    local.HeartbeatAck(5, 2),
-    local.RequestClaimed(1, False),
-    local.ClaimEnded(1),
-    local.LeaseLost(),
-    local.StagingGranted(4096, (SLAB,)),
-    local.PrefixAnswer(1, 1, (local.LoadedRow(0, 0, 0, SLAB),), "network", "blake3", "hit"),
-    local.Status(b"{}"),
-    local.Rejected("no"),
-    local.SimilarFound(1, KEY, 0.95, "check"),
-    local.SimilarNotFound(1, "far"),
-    local.ResponseHint(1, True),
-    local.ResponseFound(1, b"{}", b"proof", 1, 2, "12D3KooW", "gossip", "members", True),
-    local.ResponseToTry(1, b"{}", b"proof"),
-    local.ResponseNotFound(1, "not_found"),
+NODE_MESSAGES: list[NodeMessage] = [
+    Welcome(1, 5, "12D3KooW", KEY, "/dev/shm/x", 1 << 20),
+    HeartbeatAck(5, 2),
+    RequestClaimed(1, False),
+    ClaimEnded(1),
+    LeaseLost(),
+    StagingGranted(4096, (SLAB,)),
+    PrefixAnswer(1, 1, (LoadedRow(0, 0, 0, SLAB),), "network", "blake3", "hit"),
+    Status(b"{}"),
+    Rejected("no"),
+    SimilarFound(1, KEY, 0.95, "check"),
+    SimilarNotFound(1, "far"),
+    ResponseHint(1, True),
+    ResponseFound(1, b"{}", b"proof", 1, 2, "12D3KooW", "gossip", "members", True),
+    ResponseToTry(1, b"{}", b"proof"),
+    ResponseNotFound(1, "not_found"),
 ]
 PEER_REQUESTS: list[wire.PeerRequest] = [
     wire.Have(1, (KEY,)),
@@ -90,8 +144,8 @@ MANIFEST = Manifest(
 
 Decoder = Callable[[bytes], object]
 DECODERS: dict[str, tuple[Decoder, list[bytes]]] = {
-    "client": (local.decode_client_message, [local.encode(m) for m in CLIENT_MESSAGES]),
-    "node": (local.decode_node_message, [local.encode(m) for m in NODE_MESSAGES]),
+    "client": (decode_client_message, [encode(m) for m in CLIENT_MESSAGES]),
+    "node": (decode_node_message, [encode(m) for m in NODE_MESSAGES]),
     "request": (wire.decode_request, [wire.encode(m) for m in PEER_REQUESTS]),
     "reply": (wire.decode_reply, [wire.encode(m) for m in PEER_REPLIES]),
     "manifest": (decode_manifest, [MANIFEST.encode()]),
@@ -106,19 +160,19 @@ def decodes_or_violates(decode: Decoder, raw: bytes) -> None:
 
 
 @pytest.mark.parametrize("message", CLIENT_MESSAGES, ids=lambda m: type(m).__name__)
-def test_every_client_message_survives_the_socket(message: local.ClientMessage) -> None:
-    assert local.decode_client_message(local.encode(message)) == message
+def test_every_client_message_survives_the_socket(message: ClientMessage) -> None:
+    assert decode_client_message(encode(message)) == message
 
 
 @pytest.mark.parametrize("message", NODE_MESSAGES, ids=lambda m: type(m).__name__)
-def test_every_node_message_survives_the_socket(message: local.NodeMessage) -> None:
-    assert local.decode_node_message(local.encode(message)) == message
+def test_every_node_message_survives_the_socket(message: NodeMessage) -> None:
+    assert decode_node_message(encode(message)) == message
 
 
 def test_every_message_type_is_covered() -> None:
     for union, samples in (
-        (local.ClientMessage, CLIENT_MESSAGES),
-        (local.NodeMessage, NODE_MESSAGES),
+        (ClientMessage, CLIENT_MESSAGES),
+        (NodeMessage, NODE_MESSAGES),
         (wire.PeerRequest, PEER_REQUESTS),
         (wire.PeerReply, PEER_REPLIES),
     ):
@@ -201,7 +255,7 @@ SLAB_FIELDS = {"slot": 1, "offset": 0, "length": 1, "generation": 0}
 )
 def test_client_messages_out_of_bounds_are_violations(frame: bytes) -> None:
     with pytest.raises(ProtocolViolation):
-        local.decode_client_message(frame)
+        decode_client_message(frame)
 
 
 @pytest.mark.parametrize(
@@ -219,12 +273,12 @@ def test_client_messages_out_of_bounds_are_violations(frame: bytes) -> None:
 )
 def test_node_messages_out_of_bounds_are_violations(frame: bytes) -> None:
     with pytest.raises(ProtocolViolation):
-        local.decode_node_message(frame)
+        decode_node_message(frame)
 
 
 def test_the_largest_response_that_may_be_found_fits_into_a_message() -> None:
-    name = "\N{GRINNING FACE}" * local.NAME_CHARS_MAX
-    found = local.ResponseFound(
+    name = "\N{GRINNING FACE}" * NAME_CHARS_MAX
+    found = ResponseFound(
         (1 << 32) - 1,
         bytes(RESPONSE_BYTES_MAX),
         bytes(CACHE_PROOF_BYTES_MAX),
@@ -235,7 +289,7 @@ def test_the_largest_response_that_may_be_found_fits_into_a_message() -> None:
         name,
         True,
     )
-    assert local.decode_node_message(local.encode(found)) == found
+    assert decode_node_message(encode(found)) == found
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,7 @@ from bench.servers import Server
 from hyperspace_vllm.api import audits
 from hyperspace_vllm.api.request_context import RequestContext
 from hyperspace_vllm.api.request_facts import facts_of
-from hyperspace_vllm.core.local.messages import (
-    PurgeResponses,
-    ResponseAudited,
-)
+from hyperspace_vllm.core.local.response_cache_messages import PurgeResponses, ResponseAudited
 from tests.support.audits import CHAT, TEXT, Suspect
 from tests.support.cached_server import Bench, benches, until
 

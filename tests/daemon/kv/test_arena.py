@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperspace_vllm.core.local.messages import Slab
+from hyperspace_vllm.core.local.slab import Slab
 from hyperspace_vllm.core.records.limits import MiB
 from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES, Arena, ArenaFull
 

@@ -29,7 +29,7 @@ from hyperspace_vllm.core.events.kv_events import (
     RowsFound,
     Tick,
 )
-from hyperspace_vllm.core.local.messages import PAGE_BYTES, Slab, pages_bytes
+from hyperspace_vllm.core.local.slab import PAGE_BYTES, Slab, pages_bytes
 from hyperspace_vllm.core.prefix.cost_model import RateEstimator
 from hyperspace_vllm.core.prefix.fetch import LookupEvent, PrefixLookup
 from hyperspace_vllm.core.prefix.plan import Row, needed, rows_of

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperspace_vllm.core.local.messages import Slab
+from hyperspace_vllm.core.local.slab import Slab
 from hyperspace_vllm.core.records.ids import RowKey
 from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES, Arena
 from hyperspace_vllm.daemon.kv.row_cache import RowCache

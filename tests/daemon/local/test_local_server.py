@@ -33,41 +33,42 @@ from hyperspace_vllm.core.events.kv_events import (
     SegmentKeyKnown,
 )
 from hyperspace_vllm.core.events.network_events import ServedChanged
-from hyperspace_vllm.core.local.messages import (
-    LOCAL_PROTOCOL,
+from hyperspace_vllm.core.local.kv_messages import (
     NO_ENGINE,
-    FindResponse,
-    GetStatus,
-    Hello,
-    LeaseLost,
-    LoadedRow,
     LookupPrefix,
-    NodeMessage,
     PrefixAnswer,
     PrefixesInMemory,
-    PurgeResponses,
     RegisterLayout,
-    Rejected,
     ReleaseLookup,
-    ReleaseResponse,
     RequestEnded,
+    RowStaged,
+    SegmentNamed,
+    StagingGranted,
+    StagingUnused,
+    WantStaging,
+)
+from hyperspace_vllm.core.local.messages import NodeMessage, decode_node_message, encode
+from hyperspace_vllm.core.local.response_cache_messages import (
+    FindResponse,
+    PurgeResponses,
+    ReleaseResponse,
     ResponseAudited,
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
-    RowStaged,
-    SegmentNamed,
-    Slab,
-    StagingGranted,
-    StagingUnused,
-    Status,
     StoreResponse,
     TouchResponses,
-    WantStaging,
-    Welcome,
-    decode_node_message,
-    encode,
 )
+from hyperspace_vllm.core.local.session_messages import (
+    LOCAL_PROTOCOL,
+    GetStatus,
+    Hello,
+    LeaseLost,
+    Rejected,
+    Status,
+    Welcome,
+)
+from hyperspace_vllm.core.local.slab import LoadedRow, Slab
 from hyperspace_vllm.core.records.ids import RequestKey, RowKey, SegmentKey, network_id, row_key, sha256, wire_id
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, RESPONSE_BYTES_MAX, MiB
@@ -775,7 +776,7 @@ from hyperspace_vllm.api.node_lookup import HINT_S, NodeLookup
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.layout import Layout, Part
-from hyperspace_vllm.core.local.messages import *
+from hyperspace_vllm.core.local.kv_messages import *
 
 def receive(kind):
     while True:

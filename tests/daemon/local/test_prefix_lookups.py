@@ -2,7 +2,9 @@
 
 import pytest
 
-from hyperspace_vllm.core.local.messages import LoadedRow, NodeMessage, PrefixAnswer, Slab
+from hyperspace_vllm.core.local.kv_messages import PrefixAnswer
+from hyperspace_vllm.core.local.messages import NodeMessage
+from hyperspace_vllm.core.local.slab import LoadedRow, Slab
 from hyperspace_vllm.core.records.errors import ProtocolViolation
 from hyperspace_vllm.daemon.local.prefix_lookups import PrefixLookups
 

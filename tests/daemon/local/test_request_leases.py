@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hyperspace_vllm.core.local.messages import ClaimEnded, ClaimRequest, NodeMessage, RequestClaimed
+from hyperspace_vllm.core.local.claim_messages import ClaimEnded, ClaimRequest, RequestClaimed
+from hyperspace_vllm.core.local.messages import NodeMessage
 from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, REQUEST_LEASES_MAX
 from hyperspace_vllm.daemon.local.request_leases import RequestLeases
 from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench, benches, text_of, until

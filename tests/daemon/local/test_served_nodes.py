@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hyperspace_vllm.client import NodeClient
-from hyperspace_vllm.core.local.messages import PrefixesInMemory, RegisterLayout
+from hyperspace_vllm.core.local.kv_messages import PrefixesInMemory, RegisterLayout
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
 from tests.support.network_nodes import NetworkedNode, private_network, until

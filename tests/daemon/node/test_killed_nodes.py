@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hyperspace_vllm.client import NodeClient
-from hyperspace_vllm.core.local.messages import RegisterLayout, StagingGranted, WantStaging
+from hyperspace_vllm.core.local.kv_messages import RegisterLayout, StagingGranted, WantStaging
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import KiB
 from tests.support.node_processes import Nodes, descendants, until

@@ -17,8 +17,7 @@ import pytest
 
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.local.messages import (
-    GetStatus,
+from hyperspace_vllm.core.local.kv_messages import (
     LookupPrefix,
     PrefixAnswer,
     RegisterLayout,
@@ -27,9 +26,9 @@ from hyperspace_vllm.core.local.messages import (
     RowStaged,
     SegmentNamed,
     StagingGranted,
-    Status,
     WantStaging,
 )
+from hyperspace_vllm.core.local.session_messages import GetStatus, Status
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import EMBEDDED_LINGER_MS, LEASE_MS, KiB, MiB
 from hyperspace_vllm.daemon.identity import Identity

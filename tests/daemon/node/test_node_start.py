@@ -21,7 +21,7 @@ import pytest
 
 from hyperspace_vllm.client import NodeClient, start_node
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.local.messages import GetStatus, Status
+from hyperspace_vllm.core.local.session_messages import GetStatus, Status
 from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import LEASE_MS, MiB
 from hyperspace_vllm.daemon.identity import Identity

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pytest
 
 from hyperspace_vllm.client import NodeClient
-from hyperspace_vllm.core.local.messages import (
+from hyperspace_vllm.core.local.kv_messages import (
     LookupPrefix,
     PrefixAnswer,
     RegisterLayout,
@@ -25,9 +25,9 @@ from hyperspace_vllm.core.local.messages import (
     RowStaged,
     SegmentNamed,
     StagingGranted,
-    StoreResponse,
     WantStaging,
 )
+from hyperspace_vllm.core.local.response_cache_messages import StoreResponse
 from hyperspace_vllm.core.records.ids import RequestKey
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import KiB, MiB
@@ -150,7 +150,7 @@ WORKER = """
 import sys, time
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import load_config
-from hyperspace_vllm.core.local.messages import RegisterLayout, WantStaging
+from hyperspace_vllm.core.local.kv_messages import RegisterLayout, WantStaging
 from tests.daemon.node.test_unwritable import LAYOUT, ROW_BYTES
 client = NodeClient(load_config(), "worker", "other")
 assert client.wait_connected(60)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.local.messages import ResponseNotFound
+from hyperspace_vllm.core.local.response_cache_messages import ResponseNotFound
 from hyperspace_vllm.core.records.ids import PeerId, network_id, peer_id
 from hyperspace_vllm.core.records.limits import PROVIDERS_MAX, REGISTRY_TTL_MS
 from tests.support import network_nodes, redis_server

@@ -17,7 +17,8 @@ import msgspec
 import pytest
 
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.local.messages import ResponseAudited, ResponseNotFound, Scope, StoreResponse
+from hyperspace_vllm.core.local.message_fields import Scope
+from hyperspace_vllm.core.local.response_cache_messages import ResponseAudited, ResponseNotFound, StoreResponse
 from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.core.records.ids import network_id, peer_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX, MiB

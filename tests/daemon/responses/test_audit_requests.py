@@ -10,7 +10,7 @@ from nacl.signing import SigningKey
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.events.network_effects import Publish
 from hyperspace_vllm.core.events.network_events import AnswerAudited
-from hyperspace_vllm.core.local.messages import (
+from hyperspace_vllm.core.local.response_cache_messages import (
     ResponseAudited,
     ResponseFound,
     ResponseNotFound,

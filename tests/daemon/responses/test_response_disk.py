@@ -227,7 +227,7 @@ import os, resource, sys
 from pathlib import Path
 from nacl.signing import SigningKey
 from hyperspace_vllm.core.records.ids import network_id
-from hyperspace_vllm.core.local.messages import StoreResponse
+from hyperspace_vllm.core.local.response_cache_messages import StoreResponse
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 
 class Signer:

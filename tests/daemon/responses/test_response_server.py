@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.local.messages import Scope, StoreResponse
+from hyperspace_vllm.core.local.message_fields import Scope
+from hyperspace_vllm.core.local.response_cache_messages import StoreResponse
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_BYTES_MAX, RESPONSE_TTL_MS
 from hyperspace_vllm.core.records.peer_wire import Hit, Miss

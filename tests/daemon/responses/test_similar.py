@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.local.messages import (
+from hyperspace_vllm.core.local.response_cache_messages import StoreResponse
+from hyperspace_vllm.core.local.similar_messages import (
     FindSimilar,
     Question,
     RememberQuestion,
     SimilarChecked,
     SimilarFound,
     SimilarNotFound,
-    StoreResponse,
 )
 from hyperspace_vllm.core.records.ids import RequestKey, network_id, sha256
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS

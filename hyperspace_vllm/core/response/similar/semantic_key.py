@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from ...local.messages import Question
+from ...local.similar_messages import Question
 from ...records.ids import sha256
 from ...records.limits import QUESTION_CHARS_MAX
 from ..request_fields import Endpoint

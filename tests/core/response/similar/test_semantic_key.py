@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hyperspace_vllm.core.local.messages import Question
+from hyperspace_vllm.core.local.similar_messages import Question
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import QUESTION_CHARS_MAX
 from hyperspace_vllm.core.response.similar.canonical import ACRONYMS
