@@ -1,32 +1,20 @@
-"""Who is there: PeerRecords by greeting and peer exchange, a few neighbours kept connected, heartbeats.
+"""Membership: the peers that a node knows by their PeerRecords, and which of them are alive.
 
-Choice: a node keeps TARGET_NEIGHBOURS connections and knows many more peers by their records, which neighbours
-exchange (PEX); others are dialled when they are needed. Rejected: a connection to everybody, whose heartbeats alone
-would cost a core at 100 nodes; py-libp2p's own peer exchange, which does nothing (docs/notes/py-libp2p.md).
-Cost: fetching from a stranger pays for a handshake.
+Choice: a node keeps a few connections (neighbours.py) and knows many more peers by their records, which neighbours
+exchange (PEX); it dials others when it needs them. Rejected: a connection to every peer, whose heartbeats alone would
+cost a core at 100 nodes; py-libp2p's own peer exchange, which does nothing (docs/notes/py-libp2p.md).
+Cost: fetching from a peer that is not connected pays for a handshake.
 
-A neighbour that has been silent for HEARTBEAT_MS is pinged. One ping without answer and it is not used (and not
-recommended) any more, until it is heard again; a peer that freezes is noticed within HEARTBEAT_MS + a tick + PING_MS.
-
-OUTBOUND_MIN neighbours are of this node's own choice, so that strangers who connect to it can't be all that it knows;
-and every EXPLORE_MS it dials one more, because two halves of a parted network may each have neighbours enough.
-Connections beyond NEIGHBOURS_MAX that nobody uses are closed.
+A neighbour that has been silent for HEARTBEAT_MS is pinged. After one ping without an answer it is neither used nor
+recommended until it is heard again; a peer that freezes is noticed within HEARTBEAT_MS + a tick + PING_MS.
 """
 
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 
-from ..events.network_effects import ChargePeer, Connect, Disconnect, KvEndpoint, NetworkEffect, Send
+from ..events.network_effects import ChargePeer, Disconnect, KvEndpoint, NetworkEffect, Send
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId, PeerId, peer_id, public_key_of
-from ..records.limits import (
-    CLOCK_SKEW_MS,
-    PEER_RECORD_AGAIN_MS,
-    PEER_RECORD_TTL_MS,
-    PEERS_KNOWN_MAX,
-)
 from ..records.now import Now
 from ..records.peer_record import PeerRecord, check_peer_record, decode_peer_record
 from ..records.peer_wire import Greet, PeerRequest, Peers, Ping, WantPeers
@@ -34,36 +22,23 @@ from ..records.rank import Acquaintance, Rank
 from ..records.reason import Reason
 from .address import may_dial, source_of
 from .dials import Dials
-from .inbound import least_useful_first, who_makes_room
+from .neighbours import CONNECT_MS, Neighbours
+from .own_record import OwnRecord
 from .peer_exchange import answer_peers, want_peers, whose_turn
 from .peer_table import Peer, PeerTable
 from .trust import Trust
 
-TARGET_NEIGHBOURS = 8
-OUTBOUND_MIN = 4
-NEIGHBOURS_MAX = 24
 HEARTBEAT_MS = 1_000
 PING_MS = 1_500
 SILENT_DISCONNECT_MS = 20_000
-CONNECT_MS = 3_000
 GREET_MS = 3_000
 GREET_BY_MS = 2 * GREET_MS  # a connection without a record is closed
-UNUSED_MS = 10_000  # an unused connection may be closed
-RENEW_MS = PEER_RECORD_TTL_MS // 5
 EXCHANGE_MS = 2_000  # with each neighbour in turn: none knows more than those that it has met
 EXCHANGE_SOON_MS = 1_000  # while the last exchange brought something new
 EXPLORE_MS = 10_000
-DIAL_AGAIN_MS = 2_000  # doubled for every failure
-DIAL_AGAIN_MS_MAX = 10_000  # a network that was parted finds itself again within seconds
 SHUN_MS = 60_000
-DIALS_MAX = 4  # at once
 
 Ask = Callable[[PeerId, PeerRequest, int, Now], list[Send]]
-
-
-def dial_delay_ms(failures: int) -> int:
-    """How long to leave a peer alone after so many failures in a row."""
-    return min(DIAL_AGAIN_MS << min(failures, 10), DIAL_AGAIN_MS_MAX)
 
 
 class Membership:
@@ -84,19 +59,16 @@ class Membership:
     ) -> None:
         self._network = network
         self._me = me
-        self._sign_own = own
         self._trust = trust
         self._ask = ask
         self._members_only = members_only
         self._rng = rng
         self._peers = PeerTable()
-        self._renewed_at_ms = self._renew_at_ms = now.mono_ms
-        self._sequence = now.wall_ms  # greater than in an earlier life
-        self._renew(now)
+        self._own = OwnRecord(network, own, now)
+        self._neighbours = Neighbours(self._peers, self._own, trust, dials, rng)
         self._exchange_at_ms = now.mono_ms + EXCHANGE_SOON_MS
         self._explore_at_ms = now.mono_ms + EXPLORE_MS
         self._beat_at_ms = now.mono_ms + HEARTBEAT_MS
-        self._dials = dials
         self.changed = False  # `usable` may differ from what it was
         self.has_new = False  # `authors` has one more
         for peer, address in bootstrap:
@@ -112,20 +84,20 @@ class Membership:
     @property
     def own(self) -> PeerRecord:
         """This node's record."""
-        return self._own
+        return self._own.record
 
     @property
     def own_raw(self) -> bytes:
         """This node's encoded record."""
-        return self._own_raw
+        return self._own.raw
 
     def renew_soon(self) -> None:
-        """What this node's record says has changed: renew it, if it was renewed just now a little later."""
-        self._renew_at_ms = min(self._renew_at_ms, self._renewed_at_ms + PEER_RECORD_AGAIN_MS)
+        """The contents of this node's record have changed: renew it, a little later if it was renewed just now."""
+        self._own.renew_soon()
 
     def start(self, now: Now) -> list[NetworkEffect]:
         """Dial the bootstrap list."""
-        return self._dial(now)
+        return self._neighbours.dial(now)
 
     def get(self, peer: PeerId) -> Peer | None:
         """What is known of a peer."""
@@ -197,31 +169,26 @@ class Membership:
             known.outbound, known.connected_at_ms = known.dialling, now.mono_ms
         known.connected, known.dialling, known.dismissed = True, False, False
         self._heard(known, now)
-        return [*self._greet(known, now), *self._make_room(known)]
+        return [*self._greet(known, now), *self._neighbours.make_room(known)]
 
     def on_discovered(self, peer: PeerId, address: str, told_from: str, now: Now) -> list[NetworkEffect]:
         """mDNS says from `told_from` that a peer is there: dial it when its turn comes."""
         known = self._peers.get(peer)
-        if peer != self._me and known is None and may_dial(address, self._own.address, told_from):
+        if peer != self._me and known is None and may_dial(address, self._own.record.address, told_from):
             known = self._new(peer, "mdns")
             known.advertised = address
             self._peers.add(known)
-        return self._dial(now)
+        return self._neighbours.dial(now)
 
     def on_disconnected(self, peer: PeerId, now: Now) -> list[NetworkEffect]:
         """Dial again after a while, or somebody else."""
         known = self._peers.get(peer)
         if known is None:
             return []
-        # One that takes connections only to close them is left alone for longer and longer.
-        lasted = known.connected and now.mono_ms - known.connected_at_ms >= UNUSED_MS
-        known.failures = 0 if lasted else known.failures + 1
-        known.connected = known.outbound = known.dialling = False
-        known.pinged_at_ms = None
-        self._dial_later(known, now)
+        self._neighbours.disconnected(known, now)
         if known.record is None and not known.bootstrap:
             self._peers.remove(peer)
-        return self._dial(now)
+        return self._neighbours.dial(now)
 
     def on_connect_failed(self, peer: PeerId, now: Now) -> list[NetworkEffect]:
         """Not now; try others."""
@@ -231,20 +198,15 @@ class Membership:
         self._dial_failed(known, now)
         if known.record is None and not known.bootstrap:
             self._peers.remove(peer)
-        return self._dial(now)
+        return self._neighbours.dial(now)
 
     def may_dial(self, known: Peer, now: Now) -> bool:
         """Whether to dial the peer at its address now; if so, it is counted."""
-        if known.address == known.configured:
-            return True
-        return self._dials.take(known.peer, known.address, known.owns(known.address), now)
+        return self._neighbours.may_dial(known, now)
 
     def may_dial_at(self, peer: PeerId, address: str, told_from: str, now: Now) -> bool:
-        """Whether to dial a peer where an answer of the DHT from `told_from` says that it is; if so, it is counted."""
-        known = self._peers.get(peer)
-        if not may_dial(address, self._own.address, told_from):
-            return False
-        return self._dials.take(peer, address, known is not None and known.owns(address), now)
+        """Whether to dial a peer at the address that a DHT answer from `told_from` names; if so, it is counted."""
+        return self._neighbours.may_dial_at(peer, address, told_from, now)
 
     # --- messages -------------------------------------------------------------------------------
 
@@ -300,11 +262,11 @@ class Membership:
             if own_word and record.peer != peer:
                 raise ProtocolViolation("peer record: expected the sender's own")
             if record.peer == self._me:
-                self._outbid(record, now)
+                self._own.outbid(record, now)
             elif self._is_newer(record):
                 check_peer_record(record, self._network, now.wall_ms)
                 known = self._accept(record, raw, None if own_word else peer, now)
-                return self._make_room(known) if own_word and known is not None else []
+                return self._neighbours.make_room(known) if own_word and known is not None else []
             elif (known := self._peers.get(record.peer)) is not None and known.raw == raw:
                 self._adopt(known, peer)
         except ProtocolViolation:
@@ -333,27 +295,27 @@ class Membership:
                 return charge
         if any(known.peer not in before for known in self._peers):
             self._exchange_at_ms = min(self._exchange_at_ms, now.mono_ms + EXCHANGE_SOON_MS)
-        return self._dial(now)
+        return self._neighbours.dial(now)
 
     # --- time -----------------------------------------------------------------------------------
 
     def next_deadline_ms(self) -> int:
         """When `on_tick` has something to do."""
-        return min(self._beat_at_ms, self._exchange_at_ms, self._explore_at_ms, self._renew_at_ms)
+        return min(self._beat_at_ms, self._exchange_at_ms, self._explore_at_ms, self._own.renew_at_ms)
 
     def on_tick(self, now: Now) -> list[NetworkEffect]:
         """Heartbeats, dials, exchange, renewal."""
         effects: list[NetworkEffect] = []
-        if now.mono_ms >= self._renew_at_ms or self._is_misdated(now):
-            self._renew(now)
+        if self._own.must_renew(now):
+            self._own.renew(now)
             for each in self.neighbours():
-                effects += self._ask(each.peer, Greet(self._own_raw), GREET_MS, now)
+                effects += self._ask(each.peer, Greet(self._own.raw), GREET_MS, now)
         if now.mono_ms >= self._beat_at_ms:
             self._beat_at_ms = now.mono_ms + HEARTBEAT_MS
-            effects += self._beat(now) + self._trim(now) + self._dial(now)
+            effects += self._beat(now) + self._neighbours.trim(now) + self._neighbours.dial(now)
         if now.mono_ms >= self._explore_at_ms:
             self._explore_at_ms = now.mono_ms + EXPLORE_MS
-            effects += self._explore(now)
+            effects += self._neighbours.explore(now)
         if now.mono_ms >= self._exchange_at_ms:
             self._exchange_at_ms = now.mono_ms + EXCHANGE_MS
             neighbours = self.neighbours()
@@ -395,77 +357,13 @@ class Membership:
         known.pinged_at_ms = now.mono_ms
         return [*self._ask(known.peer, Ping(), PING_MS, now)]
 
-    # --- connections of this node's choice ------------------------------------------------------
-
-    def _dial(self, now: Now) -> list[NetworkEffect]:
-        """Connect to as many more as are wanted; the bootstrap list first, then members and those once heard."""
-        linked = [known for known in self._peers if known.connected and not known.silent]
-        dialling = sum(known.dialling for known in self._peers)
-        lacking = max(TARGET_NEIGHBOURS - len(linked), OUTBOUND_MIN - sum(known.outbound for known in linked))
-        wanted = min(lacking - dialling, DIALS_MAX - dialling)
-        if wanted <= 0:
-            return []
-        ready = self._ready(now)
-        self._rng.shuffle(ready)
-        ready.sort(key=lambda each: (not each.bootstrap, each.failures, not each.member, not each.met))
-        within_budget = (known for known in ready if self.may_dial(known, now))
-        return [self._connect(known, now) for known in islice(within_budget, wanted)]
-
-    def _explore(self, now: Now) -> list[NetworkEffect]:
-        ready = self._ready(now)
-        if not ready or sum(known.dialling for known in self._peers) >= DIALS_MAX:
-            return []
-        known = self._rng.choice(ready)
-        return [self._connect(known, now)] if self.may_dial(known, now) else []
-
-    def _ready(self, now: Now) -> list[Peer]:
-        return [
-            known
-            for known in self._peers
-            if known.address and not known.connected and not known.dialling and known.dial_at_ms <= now.mono_ms
-        ]
-
-    def _connect(self, known: Peer, now: Now) -> Connect:
-        known.dialling, known.dialled_at_ms = True, now.mono_ms
-        return Connect(known.peer, known.address, CONNECT_MS)
-
     def _dial_failed(self, known: Peer, now: Now) -> None:
-        known.dialling = False
-        known.failures += 1
-        self._dial_later(known, now)
+        self._neighbours.dial_failed(known, now)
         self._set_silent(known, now)
-
-    def _dial_later(self, known: Peer, now: Now) -> None:
-        delay_ms = dial_delay_ms(known.failures)  # less a little, so that not all who lost a peer come back at once
-        known.dial_at_ms = max(known.dial_at_ms, now.mono_ms + round(delay_ms * self._rng.uniform(0.5, 1.0)))
-
-    def _trim(self, now: Now) -> list[NetworkEffect]:
-        connected = [known for known in self._peers if known.connected]
-        excess = min(len(connected) - NEIGHBOURS_MAX, DIALS_MAX)
-        if excess <= 0:
-            return []
-        hosts = Counter(known.source for known in connected)
-        spare = [
-            known
-            for known in connected
-            if not known.bootstrap
-            and now.mono_ms - known.connected_at_ms > UNUSED_MS
-            and (now.mono_ms - known.used_at_ms > UNUSED_MS or (hosts[known.source] > 1 and not known.outbound))
-        ]
-        return self._dismiss(least_useful_first(spare, self._trust)[:excess])
-
-    def _make_room(self, newcomer: Peer) -> list[NetworkEffect]:
-        evicted = who_makes_room(self._peers, newcomer, self._trust)
-        return [] if evicted is None else self._dismiss([evicted])
-
-    def _dismiss(self, peers: list[Peer]) -> list[NetworkEffect]:
-        for known in peers:
-            known.dismissed = True
-        return [Disconnect(known.peer) for known in peers]
 
     def _greet(self, known: Peer, now: Now) -> list[Send]:
         known.asked_at_ms = now.mono_ms
-        return self._ask(known.peer, Greet(self._own_raw), GREET_MS, now)
+        return self._ask(known.peer, Greet(self._own.raw), GREET_MS, now)
 
     # --- leaves ---------------------------------------------------------------------------------
 
@@ -505,20 +403,13 @@ class Membership:
         known.record, known.raw, known.member = record, raw, is_member
         teller = known if told_by is None else self._peers.get(told_by)
         told_from = teller.hosts[0] if teller is not None and teller.hosts else ""
-        known.advertised = record.address if may_dial(record.address, self._own.address, told_from) else ""
-        known.endpoint = record.endpoint if may_dial(record.endpoint, self._own.address, told_from) else ""
+        known.advertised = record.address if may_dial(record.address, self._own.record.address, told_from) else ""
+        known.endpoint = record.endpoint if may_dial(record.endpoint, self._own.record.address, told_from) else ""
         if moved and not known.connected:
             known.failures, known.dial_at_ms = 0, now.mono_ms
         self.changed = True
         self.is_alive(record.peer, now)
         return known
-
-    def _outbid(self, record: PeerRecord, now: Now) -> None:
-        """Of an earlier life, with a clock that was ahead: say something that counts as newer."""
-        if record.sequence > self._sequence:
-            check_peer_record(record, self._network, record.expires_at_ms - 1)  # whatever its date
-            self._sequence = record.sequence
-            self._renew_at_ms = min(self._renew_at_ms, now.mono_ms + HEARTBEAT_MS)
 
     def _is_newer(self, record: PeerRecord) -> bool:
         known = self._peers.get(record.peer)
@@ -536,21 +427,7 @@ class Membership:
             known.silent, known.silent_at_ms = True, now.mono_ms
             self.changed = True
 
-    def _is_misdated(self, now: Now) -> bool:
-        """Whether the clock was set since the own record was signed, so far that others may not believe its date."""
-        left_ms = self._own.expires_at_ms - now.wall_ms
-        return not PEER_RECORD_TTL_MS - RENEW_MS - CLOCK_SKEW_MS <= left_ms <= PEER_RECORD_TTL_MS + CLOCK_SKEW_MS
-
     def _want_peers(self, neighbour: Peer, now: Now) -> list[Send]:
         neighbour.exchanged_at_ms = now.mono_ms
         known = (each.record for each in self._peers if each.record is not None)
-        return self._ask(neighbour.peer, want_peers(known, self._own), GREET_MS, now)
-
-    def _renew(self, now: Now) -> None:
-        self._sequence += 1
-        self._renewed_at_ms, self._renew_at_ms = now.mono_ms, now.mono_ms + RENEW_MS
-        self._own = self._sign_own(self._sequence, now.wall_ms + PEER_RECORD_TTL_MS)
-        self._own_raw = self._own.encode()
-
-
-assert OUTBOUND_MIN <= TARGET_NEIGHBOURS < NEIGHBOURS_MAX < PEERS_KNOWN_MAX
+        return self._ask(neighbour.peer, want_peers(known, self._own.record), GREET_MS, now)

@@ -57,7 +57,7 @@ from hyperspace_vllm.core.events.network_events import (
 from hyperspace_vllm.core.node.network_node import LOOKUPS_MAX, SYNC_AGAIN_MS, TELL_AGAIN_MS, NetworkNode
 from hyperspace_vllm.core.node.own_requests import GREET_AGAIN_MS, REQUESTS_MAX
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
-from hyperspace_vllm.core.peers.membership import DIALS_MAX
+from hyperspace_vllm.core.peers.neighbours import DIALS_MAX
 from hyperspace_vllm.core.peers.patience import LENT_MAX_MS, LENT_SHARE
 from hyperspace_vllm.core.peers.reputation import score_of
 from hyperspace_vllm.core.peers.standing import Delivered

@@ -17,23 +17,25 @@ from hyperspace_vllm.core.peers.avoidance import (
 )
 from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.membership import (
-    CONNECT_MS,
-    DIAL_AGAIN_MS,
-    DIAL_AGAIN_MS_MAX,
-    DIALS_MAX,
     EXCHANGE_MS,
     EXPLORE_MS,
     GREET_BY_MS,
     HEARTBEAT_MS,
+    PING_MS,
+    SILENT_DISCONNECT_MS,
+    Membership,
+)
+from hyperspace_vllm.core.peers.neighbours import (
+    CONNECT_MS,
+    DIAL_AGAIN_MS,
+    DIAL_AGAIN_MS_MAX,
+    DIALS_MAX,
     NEIGHBOURS_MAX,
     OUTBOUND_MIN,
-    PING_MS,
-    RENEW_MS,
-    SILENT_DISCONNECT_MS,
     TARGET_NEIGHBOURS,
-    Membership,
     dial_delay_ms,
 )
+from hyperspace_vllm.core.peers.own_record import RENEW_MS
 from hyperspace_vllm.core.peers.peer_table import Peer, PeerTable
 from hyperspace_vllm.core.peers.standing import Delivered
 from hyperspace_vllm.core.peers.trust import Trust

@@ -6,7 +6,7 @@ import pytest
 
 from hyperspace_vllm.core.events.network_effects import Send
 from hyperspace_vllm.core.events.network_events import ServedChanged
-from hyperspace_vllm.core.peers.membership import RENEW_MS
+from hyperspace_vllm.core.peers.own_record import RENEW_MS
 from hyperspace_vllm.core.peers.record_renewal import LOAD_STEP_PERMILLE, should_renew_record
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import PEER_RECORD_AGAIN_MS, PEER_RECORD_BYTES_MAX, VRAM_SEGMENTS_MAX
