@@ -8,12 +8,9 @@ lower the aim, and so does an arena without room for more; a stall or a spent bu
 (*retreat*). Where nothing fits at all, the lookup releases everything and waits a moment for room.
 """
 
-from collections import deque
-from collections.abc import Iterable
-from itertools import islice
 from typing import Literal
 
-from ..events.kv_effects import AnswerPrefix, ChargePeer, Effect, FindProviders, FindRows, LoadRow, ReleaseRows
+from ..events.kv_effects import AnswerPrefix, ChargePeer, Effect, FindProviders, FindRows, ReleaseRows
 from ..events.kv_events import (
     ChunksVerified,
     HolderStalled,
@@ -27,8 +24,8 @@ from ..events.kv_events import (
     RowsFound,
     Tick,
 )
-from ..records.ids import NetworkId, PeerId, RowId, RowKey
-from ..records.limits import FETCH_STALL_MS, FETCH_UNKNOWN_MS, MiB
+from ..records.ids import NetworkId, PeerId, RowKey
+from ..records.limits import FETCH_STALL_MS, FETCH_UNKNOWN_MS
 from ..records.reason import Reason
 from .cost_model import (
     SEARCH_MS_MAX,
@@ -40,7 +37,9 @@ from .cost_model import (
     worth_fetching,
 )
 from .plan import PrefixRows, Row
+from .provider_search import ProviderSearch
 from .room import AGAIN_MS, ArenaRoom
+from .row_window import RowWindow
 from .transfers import GONE_REASONS, Transfers
 
 FetchMode = Literal["auto", "always", "never"]
@@ -56,11 +55,6 @@ LookupEvent = (
     | RowFailed
 )
 
-# What may be in flight at once: 16 MiB keep 1 Gbit/s busy over 100 ms, and two rows always overlap.
-MOVING_BYTES_MAX = 16 * MiB
-MOVING_ROWS_MAX = 16
-MOVING_ROWS_MIN = 2
-SILENT_MS_MIN = 100  # shorter searches end before honest peers that are far away can answer
 LOAD_GRACE_MS = 50  # for this node's own rows, when a fetch was abandoned and they would still be useful
 ANSWER_MARGIN_MS = 50  # answer before the client gives up: its clock runs too
 
@@ -81,7 +75,6 @@ class PrefixLookup:
         self.layout = wanted.layout
         self.answered = False
         self.waited_ms: dict[PeerId, int] = {}  # in vain, for each of these peers at once
-        self.silent: dict[PeerId, None] = {}  # those of them that did not say what they have, an ordered set
         self._wanted = wanted
         self._mode = mode
         self._peers = peers if wanted.may_ask_peers and mode != "never" else ()
@@ -92,14 +85,10 @@ class PrefixLookup:
         margin_ms = min(ANSWER_MARGIN_MS, wanted.deadline_ms // 10)
         self._deadline_ms = now_ms + wanted.deadline_ms - margin_ms
         self._phase_ends_ms: int | None = None  # the search's or the fetch's budget, or a retreat's grace
-        self._search_began_ms = self._search_ends_ms = now_ms
-        self._silent: set[PeerId] = set(self._peers)
+        self._search = ProviderSearch(self._peers, now_ms)
         self._local_end = 0
         self._end = 0
         self._missing: set[Row] = set()
-        self._queue: deque[Row] = deque()
-        self._loading: set[Row] = set()
-        self._orphans: list[Row] = []  # no known peer can complete them, but some peers may still answer
         self._cause = ""  # what went wrong
         self._not_fetched = ""  # why no peer's rows were wanted; not a failure
         self._fetching = False
@@ -109,6 +98,12 @@ class PrefixLookup:
         emit = self._effects.append
         self._transfers = Transfers(wanted.lookup, wanted.layout, self._rows.keys, self._peers, rates, emit)
         self._transfers.timeout_at_ms = self._deadline_ms
+        self._window = RowWindow(wanted.lookup, wanted.layout, self._transfers, emit)
+
+    @property
+    def silent(self) -> dict[PeerId, None]:
+        """The peers that were asked and did not say what they have, an ordered set."""
+        return self._search.silent
 
     def start(self, now_ms: int) -> list[Effect]:
         """The first effects."""
@@ -140,8 +135,8 @@ class PrefixLookup:
         if self._phase == "waiting":
             return min(self._deadline_ms, self._room.look_at_ms or self._deadline_ms)
         times = [self._deadline_ms]
-        if self._orphans:
-            times.append(self._search_ends_ms)
+        if self._window.orphans:
+            times.append(self._search.ends_ms)
         if self._phase_ends_ms is not None:
             times.append(self._phase_ends_ms)
         if self._fetching and self._transfers.busy:
@@ -163,13 +158,13 @@ class PrefixLookup:
                 if self._phase in ("local", "waiting"):
                     self._rows_found(event, now_ms)
             case ProviderAnswered():
-                self._silent.discard(event.peer)
+                self._search.answered(event.peer)
                 if self._phase == "searching" or self._fetching:
-                    self._transfers.add_offers(event, self._absent())
+                    self._transfers.add_offers(event, self._rows.absent(self._local_end))
             case ProviderFailed():
-                if event.peer in self._silent and event.reason in GONE_REASONS:
-                    self._note_silence([event.peer], now_ms)
-                self._silent.discard(event.peer)
+                if event.peer in self._search.outstanding and event.reason in GONE_REASONS:
+                    self.waited_ms |= self._search.waited_ms([event.peer], now_ms)
+                self._search.answered(event.peer)
                 self._transfers.judge(event.peer, event.reason)
             case Tick():
                 pass
@@ -204,11 +199,7 @@ class PrefixLookup:
 
     def _rows_found(self, event: RowsFound, now_ms: int) -> None:
         self._room.found(event)
-        for key, row in self._rows.by_key.items():
-            if key in event.in_memory or key in event.on_disk:
-                row.tier = "memory" if key in event.in_memory else "disk"
-            elif row.tier != "network":
-                row.tier = "none"
+        self._rows.found(event.in_memory, event.on_disk)
         if self._phase == "waiting":
             self._phase = "getting"
             self._transfers.forgive(AGAIN_MS)
@@ -216,7 +207,7 @@ class PrefixLookup:
             return
         self._local_end = self._fitting()
         if self._rows.usable(_is_to_be_had) < self._rows.end_max:
-            self._search(now_ms)
+            self._ask_peers(now_ms)
         else:
             self._get_local("", now_ms)
 
@@ -225,10 +216,7 @@ class PrefixLookup:
             self._release([row])  # it was in flight when the aim was lowered
         if row is None or row.state in ("ready", "idle"):
             return
-        if row.state == "orphan":  # a peer delivered after all
-            self._orphans.remove(row)
-        row.state = "ready"
-        self._loading.discard(row)
+        self._window.arrived(row)
         self._missing.discard(row)
         if self._fetching:
             self._transfers.finish(row, now_ms)
@@ -237,7 +225,7 @@ class PrefixLookup:
         if reason == "arena_full":
             self._make_do(row, now_ms)
         elif row.tier != "network":
-            self._loading.discard(row)
+            self._window.not_loaded(row)
             self._lose([row], reason, now_ms)
         elif reason == "condemned":
             self._transfers.condemned(row, now_ms)
@@ -247,7 +235,7 @@ class PrefixLookup:
 
     # --- searching ------------------------------------------------------------------------------
 
-    def _search(self, now_ms: int) -> None:
+    def _ask_peers(self, now_ms: int) -> None:
         """Ask all peers for the missing rows, unless that can't pay."""
         if not self._peers:
             reason = "no_peers" if self._wanted.may_ask_peers and self._mode != "never" else "local_only"
@@ -260,29 +248,10 @@ class PrefixLookup:
             self._get_local("too_short", now_ms)
             return
         self._phase = "searching"
-        self._search_began_ms = now_ms
-        self._phase_ends_ms = self._search_ends_ms = min(now_ms + budget_ms, self._deadline_ms)
-        wanted = tuple(self._absent())
-        self._effects.append(FindProviders(self.lookup, wanted, self._peers, self._search_ends_ms - now_ms))
-
-    def _note_silence(self, peers: Iterable[PeerId], now_ms: int) -> None:
-        """The search has waited for these peers in vain."""
-        if now_ms > self._search_ends_ms + SILENT_MS_MIN:
-            return  # this node itself did not run: their answers may be waiting behind this event
-        for_ms = min(now_ms, self._search_ends_ms) - self._search_began_ms
-        self.waited_ms |= dict.fromkeys(peers, for_ms)
-        if for_ms >= SILENT_MS_MIN:
-            self.silent |= dict.fromkeys(peers)
-
-    def _absent(self) -> dict[RowId, Row]:
-        """The rows, by id, that this node lacks and that a longer prefix than its own needs."""
-        start = self._wanted.start_token
-        firsts = [self.layout.first_segment(part, start, self._local_end + 1) for part in range(len(self.layout.parts))]
-        return {
-            i: row
-            for i, row in self._rows.by_id.items()
-            if row.tier in ("none", "network") and row.segment >= firsts[row.part]
-        }
+        self._phase_ends_ms = min(now_ms + budget_ms, self._deadline_ms)
+        self._search.begin(now_ms, self._phase_ends_ms)
+        wanted = tuple(self._rows.absent(self._local_end))
+        self._effects.append(FindProviders(self.lookup, wanted, self._peers, self._phase_ends_ms - now_ms))
 
     def _choose(self, now_ms: int) -> None:
         """The search is over: aim at the longest prefix that the offers complete, if fetching it pays."""
@@ -292,7 +261,7 @@ class PrefixLookup:
         usable, end = self._rows.usable(_is_to_be_had), self._fitting()
         offered = usable > self._rows.usable(lambda row: row.tier in ("memory", "disk"))
         if end <= self._local_end and (end or not offered):
-            not_found = "search_timeout" if self._silent else "not_found"
+            not_found = "search_timeout" if self._search.outstanding else "not_found"
             self._get_local("arena_full" if offered else not_found, now_ms)
             return
         remote = [row for row in self._rows.needed(end) if row.tier == "network"]
@@ -336,9 +305,7 @@ class PrefixLookup:
             self._cause = "arena_full"
         rows = self._rows.needed(self._end)
         self._missing = {row for row in rows if row.state != "ready"}
-        # Rows in memory are leased first: making room for the others must not evict them.
-        idle = sorted((row for row in rows if row.state == "idle"), key=lambda row: row.tier != "memory")
-        self._queue = deque(idle)
+        self._window.queue(rows)
         if self._end == 0:
             self._wait_or_give_up(usable, now_ms)
 
@@ -351,7 +318,7 @@ class PrefixLookup:
 
     def _make_do(self, row: Row, now_ms: int) -> None:
         """There is no gap for the row: leases and fragmentation leave less room than was counted."""
-        self._drop(row)
+        self._window.drop(row)
         self._room.shrink(row for row in self._rows.needed(self._end) if row.state in ("moving", "ready"))
         self._aim_again(now_ms)
         self._release_unneeded()
@@ -360,14 +327,8 @@ class PrefixLookup:
         needed = set(self._rows.needed(self._end))
         held = [row for row in self._rows.by_key.values() if row.state in ("moving", "ready") and row not in needed]
         for row in held:
-            self._drop(row)
+            self._window.drop(row)
         self._release(held)
-
-    def _drop(self, row: Row) -> None:
-        row.state = "idle"
-        self._loading.discard(row)
-        if row.tier == "network":
-            self._transfers.drop(row)
 
     def _release(self, rows: list[Row]) -> None:
         if rows:
@@ -387,7 +348,7 @@ class PrefixLookup:
         if cause in ("stalled", "too_slow"):
             self._effects += [ChargePeer(peer, Reason(cause)) for peer in late_ms]
         self._fetching = False
-        self._orphans.clear()
+        self._window.orphans.clear()
         self._phase_ends_ms = min(now_ms + LOAD_GRACE_MS, self._deadline_ms)
         remote = [r for r in self._rows.by_key.values() if r.tier in ("none", "network") and r.state != "ready"]
         self._lose(remote, cause, now_ms)
@@ -397,8 +358,8 @@ class PrefixLookup:
         if self._phase == "searching":
             over = self._phase_ends_ms is not None and now_ms >= self._phase_ends_ms
             if over:
-                self._note_silence(sorted(self._silent), now_ms)
-            if over or not self._silent or self._found_everything():
+                self.waited_ms |= self._search.waited_ms(sorted(self._search.outstanding), now_ms)
+            if over or not self._search.outstanding or self._found_everything():
                 self._choose(now_ms)
         if self._phase == "waiting" and self._room.look_at_ms is not None and now_ms >= self._room.look_at_ms:
             self._room.look_at_ms = None
@@ -433,58 +394,12 @@ class PrefixLookup:
 
     def _get_more(self, now_ms: int) -> None:
         while not self.answered:  # ends: every turn but the last loses a row
-            self._readmit_orphans()
-            self._fill_window(now_ms)
-            self._adopt_lost()
-            if not self._orphans or (self._silent and now_ms < self._search_ends_ms):
+            self._window.fill(now_ms)
+            if not self._window.orphans or self._search.may_bring_more(now_ms):
                 break
-            lost, self._orphans = self._orphans, []
-            self._lose(lost, "failed", now_ms)
+            self._lose(self._window.take_orphans(), "failed", now_ms)
         if not self.answered and not self._missing:
             self._answer(self._end, self._cause or "hit", now_ms)
-
-    def _adopt_lost(self) -> None:
-        """Set aside rows that no known holder can complete: a peer that hasn't answered yet may have them."""
-        if not self._transfers.lost:
-            return
-        for row in self._transfers.lost:
-            if row.state in ("idle", "moving"):
-                row.state = "orphan"
-                self._orphans.append(row)
-        self._transfers.lost.clear()
-        self._queue = deque(row for row in self._queue if row.state == "idle")
-
-    def _readmit_orphans(self) -> None:
-        back = [row for row in self._orphans if self._transfers.fetchable(row)]
-        for row in back:
-            row.state = "idle"
-            self._orphans.remove(row)
-        self._queue.extendleft(reversed(back))
-
-    def _fill_window(self, now_ms: int) -> None:
-        """Start the next rows; look a little further ahead, so that manifests arrive before their rows' turn."""
-        ahead = max(MOVING_ROWS_MAX, 2 * len(self.layout.parts) * self.layout.ranks)
-        for row in list(islice(self._queue, ahead)):
-            room = self._has_room(row)
-            if not room and row.announced and row.tier != "memory":
-                continue
-            row.announced = True
-            if row.tier != "network":
-                if room or row.tier == "memory":
-                    self._queue.remove(row)
-                    row.state = "moving"
-                    self._loading.add(row)
-                    self._effects.append(LoadRow(self.lookup, row.key))
-            elif self._transfers.begin(row, room, now_ms):
-                self._queue.remove(row)
-                row.state = "moving"
-
-    def _has_room(self, row: Row) -> bool:
-        count = len(self._loading) + self._transfers.moving_rows
-        if count < MOVING_ROWS_MIN or count >= MOVING_ROWS_MAX:
-            return count < MOVING_ROWS_MIN
-        size = sum(r.length for r in self._loading) + self._transfers.moving_bytes
-        return size + row.length <= MOVING_BYTES_MAX
 
     # --- answering ------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Which rows a prefix needs, how far the available rows reach, and which columns to ask of which peers. No state."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from ..local.slab import pages_bytes
@@ -116,6 +116,24 @@ class PrefixRows:
         for row in self.by_key.values():
             self._by_place.setdefault((row.segment, row.part), []).append(row)
         self.end_max = max((row.segment + 1 for row in self.by_key.values()), default=0)
+
+    def found(self, in_memory: Set[RowKey], on_disk: Set[RowKey]) -> None:
+        """This node has these rows, and no others."""
+        for key, row in self.by_key.items():
+            if key in in_memory or key in on_disk:
+                row.tier = "memory" if key in in_memory else "disk"
+            elif row.tier != "network":
+                row.tier = "none"
+
+    def absent(self, local_end: int) -> dict[RowId, Row]:
+        """The rows, by id, that this node lacks and that a prefix of more than `local_end` segments needs."""
+        layout = self._layout
+        firsts = [layout.first_segment(part, self._start_token, local_end + 1) for part in range(len(layout.parts))]
+        return {
+            i: row
+            for i, row in self.by_id.items()
+            if row.tier in ("none", "network") and row.segment >= firsts[row.part]
+        }
 
     def needed(self, end: int) -> list[Row]:
         """The rows to continue after `end` segments, by segment; none for 0."""
