@@ -7,11 +7,11 @@ late, other holders are asked, then another manifest, then further columns (hedg
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..events.kv_effects import ChargePeer, Effect, FetchManifest, FetchRow
+from ..events.kv_effects import ChargePeer, Effect, FetchRow
 from ..events.kv_events import ChunksVerified, HolderStalled, ManifestRefused, ManifestVerified, ProviderAnswered
 from ..records.ids import ManifestDigest, PeerId, RowId, RowKey
 from ..records.layout import Layout
-from ..records.limits import DATA_CHUNKS, FETCH_BYTES_PER_MS_MIN, FETCH_STALL_MS
+from ..records.limits import DATA_CHUNKS, FETCH_BYTES_PER_MS_MIN
 from ..records.manifest import chunk_bytes_for
 from ..records.reason import Reason
 from .cost_model import (
@@ -20,13 +20,13 @@ from .cost_model import (
     MANIFEST_HEDGE_MS,
     RateEstimator,
     hedge_delay_ms,
-    transfer_ms,
 )
-from .offers import OfferedManifest, Offers, RowSource
+from .deliveries import Deliveries
+from .manifest_requests import ManifestRequests
+from .offers import Offers, RowSource
 from .plan import Row, assign_columns
 
 GONE_REASONS = frozenset({Reason.TIMEOUT, Reason.UNREACHABLE})  # no proof of bad faith, but this lookup asks no more
-MANIFESTS_IN_FLIGHT_MAX = 4  # each costs 70 KiB and a KZG verification before it can be used
 
 _DATA = (1 << DATA_CHUNKS) - 1
 
@@ -37,16 +37,6 @@ class _Transfer:
 
     row: Row
     hedge_at_ms: int | None
-
-
-@dataclass(slots=True)
-class _Delivery:
-    """What one peer was asked for and delivered, in bytes and ms."""
-
-    asked: int = 0
-    verified: int = 0
-    first_ms: int = 0
-    last_ms: int = 0
 
 
 class Transfers:
@@ -63,28 +53,24 @@ class Transfers:
     ) -> None:
         self.lookup = lookup
         self.layout = layout
-        self.row_keys = row_keys
         self.peers = peers
-        self.rates = rates
         self.emit = emit
         self.lost: list[Row] = []
         self.progress_ms = 0  # until when what has verified is enough
         self.timeout_at_ms = 0
         self.least_rate: float = FETCH_BYTES_PER_MS_MIN  # what comes more slowly is no progress
-        self._rtt_ms: dict[PeerId, int] = {}
         self._offers = Offers()
-        self._asking: dict[ManifestDigest, OfferedManifest] = {}  # those that a peer was asked for
+        self._deliveries = Deliveries(rates)
+        self._manifests = ManifestRequests(lookup, row_keys, self._offers, self._deliveries, emit)
         self._moving: dict[RowId, _Transfer] = {}
-        self._asked_at_ms: dict[PeerId, int] = {}
-        self._deliveries: dict[PeerId, _Delivery] = {}
         self._unsettled = False  # a source may have lost the columns it was waiting for
 
     # --- offers ---------------------------------------------------------------------------------
 
     def add_offers(self, event: ProviderAnswered, rows: dict[RowId, Row]) -> None:
         """Record what a peer offers of `rows`, once per peer."""
-        if event.peer in self.peers and event.peer not in self._rtt_ms:
-            self._rtt_ms[event.peer] = event.rtt_ms
+        if event.peer in self.peers and event.peer not in self._deliveries.rtt_ms:
+            self._deliveries.rtt_ms[event.peer] = event.rtt_ms
             self._offers.add(event, rows)
 
     def fetchable(self, row: Row) -> bool:
@@ -93,12 +79,13 @@ class Transfers:
 
     def estimate_ms(self, rows: Iterable[Row], now_ms: int) -> int:
         """Time until `rows` are here when each comes from the peer that would deliver it first."""
+        cost_ms = self._deliveries.cost_ms
         queued: dict[PeerId, int] = {}
         for row in rows:
             holders = [peer for source in self._offers.of(row) for peer in source.holders]
-            best = min(holders, key=lambda peer: self._cost_ms(peer, queued.get(peer, 0) + row.length, now_ms))
+            best = min(holders, key=lambda peer: cost_ms(peer, queued.get(peer, 0) + row.length, now_ms))
             queued[best] = queued.get(best, 0) + row.length
-        waits = (self._cost_ms(peer, size, now_ms) + self._rtt_ms[peer] for peer, size in queued.items())
+        waits = (cost_ms(peer, size, now_ms) + self._deliveries.rtt_ms[peer] for peer, size in queued.items())
         return max(waits, default=0)
 
     # --- rows -----------------------------------------------------------------------------------
@@ -106,7 +93,7 @@ class Transfers:
     @property
     def busy(self) -> bool:
         """Whether an answer from a peer is outstanding."""
-        return bool(self._moving or self._asking)
+        return bool(self._moving or self._manifests)
 
     @property
     def moving_rows(self) -> int:
@@ -134,7 +121,7 @@ class Transfers:
             for peer, columns in source.asked.items():
                 # The last columns come without an event of their own: the peer that was asked for them delivered them.
                 if 0 < missing <= (columns & ~source.verified).bit_count():
-                    self._delivered(peer, missing * row.length // DATA_CHUNKS, now_ms)
+                    self._deliveries.delivered(peer, missing * row.length // DATA_CHUNKS, now_ms)
                     break
 
     def drop(self, row: Row) -> None:
@@ -148,23 +135,18 @@ class Transfers:
         """End all fetching, update the rates; returns peers that still owe and were first asked FETCH_STALL_MS ago or
         more, with how long ago."""
         late = {peer for t in self._moving.values() for s in self._offers.of(t.row) for peer in s.asked}
-        late |= {peer for manifest in self._asking.values() for peer in manifest.asking}
-        for peer, delivery in self._deliveries.items():
-            end_ms = now_ms if peer in late else delivery.last_ms
-            elapsed_ms = end_ms - delivery.first_ms - self._rtt_ms[peer]
-            self.rates.measured(peer, delivery.asked, delivery.verified, elapsed_ms, now_ms)
+        late |= self._manifests.peers
+        self._deliveries.end(late, now_ms)
         self._moving.clear()
-        self._asking.clear()
+        self._manifests.clear()
         self._offers.clear()
-        self._deliveries.clear()
-        waited_ms = {peer: now_ms - self._asked_at_ms[peer] for peer in self.peers if peer in late}
-        return {peer: for_ms for peer, for_ms in waited_ms.items() if for_ms >= FETCH_STALL_MS}
+        return self._deliveries.waited_ms((peer for peer in self.peers if peer in late), now_ms)
 
     # --- reports of peers and of the driver -----------------------------------------------------
 
     def manifest_verified(self, event: ManifestVerified, now_ms: int) -> None:
         """Use the manifest for its rows; peers that offered other rows under it are charged when those are asked."""
-        manifest = self._asking.pop(event.manifest, None)
+        manifest = self._manifests.take(event.manifest)
         if manifest is None:
             return
         manifest.contents = event
@@ -176,13 +158,10 @@ class Transfers:
 
     def manifest_refused(self, event: ManifestRefused, now_ms: int) -> None:
         """Ask the next peer that offers the same manifest, or give the manifest up."""
-        manifest = self._asking.get(event.manifest)
-        if manifest is None or event.peer not in manifest.asking:
+        if not self._manifests.refused(event.manifest, event.peer):
             return
-        manifest.asking.discard(event.peer)
         self.judge(event.producer or event.peer, event.reason)
-        if not manifest.asking:
-            self._asking.pop(event.manifest, None)
+        if not self._offers.manifests[event.manifest].asking:
             self._ask_manifest(event.manifest, now_ms)
         self._unsettled = True
         self._settle(now_ms)
@@ -198,7 +177,7 @@ class Transfers:
             return
         source.verify(event.peer, new)
         size = new.bit_count() * row.length // DATA_CHUNKS
-        self._delivered(event.peer, size, now_ms)
+        self._deliveries.delivered(event.peer, size, now_ms)
         self.progress_ms = min(self.progress_ms + int(size / self.least_rate), now_ms)
         transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
 
@@ -238,9 +217,8 @@ class Transfers:
 
     def hedge(self, now_ms: int) -> None:
         """Ask further for every row and manifest that has been waiting too long."""
-        for digest, manifest in list(self._asking.items()):
-            if not manifest.slow and now_ms >= manifest.asked_at_ms + MANIFEST_HEDGE_MS:
-                self._ask_manifest(digest, now_ms)
+        for digest in self._manifests.late(now_ms):
+            self._ask_manifest(digest, now_ms)
         for transfer in list(self._moving.values()):
             if transfer.hedge_at_ms is not None and now_ms >= transfer.hedge_at_ms:
                 self._hedge_row(transfer, now_ms)
@@ -249,8 +227,7 @@ class Transfers:
     def forgive(self, late_ms: int) -> None:
         """This node itself did not run for `late_ms`: no peer is at fault, and hedging would not help."""
         self.progress_ms += late_ms
-        for manifest in self._asking.values():
-            manifest.asked_at_ms += late_ms
+        self._manifests.forgive(late_ms)
         for transfer in self._moving.values():
             if transfer.hedge_at_ms is not None:
                 transfer.hedge_at_ms += late_ms
@@ -260,7 +237,7 @@ class Transfers:
 
         A row that is late while others arrive can wait for their events: it has no timer of its own.
         """
-        times = [m.asked_at_ms + MANIFEST_HEDGE_MS for m in self._asking.values() if not m.slow]
+        times = self._manifests.hedge_times_ms()
         rows = [t.hedge_at_ms for t in self._moving.values() if t.hedge_at_ms is not None]
         if rows:
             times.append(max(min(rows), self.progress_ms + HEDGE_MS_MIN))
@@ -286,7 +263,8 @@ class Transfers:
         for source in self._offers.wanted(row):
             contents = self._offers.manifests[source.manifest].contents
             if contents is None:
-                self._ask_manifest_once(source.manifest, now_ms)
+                if self._manifests.may_ask(source.manifest):
+                    self._ask_manifest(source.manifest, now_ms)
             elif self._offers.alive(source) and self._matches(source, row, contents):
                 if row.id not in self._moving:
                     if not room:
@@ -315,9 +293,7 @@ class Transfers:
 
     def _fetch(self, source: RowSource, row: Row, peer: PeerId, columns: int, now_ms: int) -> None:
         source.asked[peer] = source.asked.get(peer, 0) | columns
-        self._asked_at_ms.setdefault(peer, now_ms)
-        delivery = self._deliveries.setdefault(peer, _Delivery(first_ms=now_ms, last_ms=now_ms))
-        delivery.asked += columns.bit_count() * row.length // DATA_CHUNKS
+        self._deliveries.asked(peer, columns.bit_count() * row.length // DATA_CHUNKS, now_ms)
         timeout_ms = max(self.timeout_at_ms - now_ms, 1)
         self.emit(FetchRow(self.lookup, peer, source.manifest, source.row, row.key, row.length, columns, timeout_ms))
 
@@ -383,29 +359,10 @@ class Transfers:
             self._fetch(source, row, peer, columns, now_ms)
         return bool(assigned)
 
-    def _ask_manifest_once(self, digest: ManifestDigest, now_ms: int) -> None:
-        manifest = self._offers.manifests[digest]
-        in_flight = sum(1 for asked in self._asking.values() if not asked.slow)
-        if not manifest.asking and not manifest.dead and in_flight < MANIFESTS_IN_FLIGHT_MAX:
-            self._ask_manifest(digest, now_ms)
-
     def _ask_manifest(self, digest: ManifestDigest, now_ms: int) -> None:
-        """Ask the next peer that offers the manifest; if there is none, it is late, or dead."""
-        manifest = self._offers.manifests[digest]
-        peer = next((p for p in manifest.holders if p not in manifest.tried and p not in self._offers.banned), None)
-        if peer is None:
-            manifest.slow = bool(manifest.asking)
-            manifest.dead = not manifest.asking
-            return
-        if not self.busy:
+        was_busy = self.busy
+        if self._manifests.ask(digest, self.timeout_at_ms, now_ms) and not was_busy:
             self.progress_ms = now_ms
-        self._asked_at_ms.setdefault(peer, now_ms)
-        manifest.tried.add(peer)
-        manifest.asking.add(peer)
-        self._asking[digest] = manifest
-        manifest.asked_at_ms = now_ms
-        timeout_ms = min(max(self.timeout_at_ms - now_ms, 1), FETCH_STALL_MS)
-        self.emit(FetchManifest(self.lookup, peer, digest, self.row_keys, timeout_ms))
 
     def _matches(self, source: RowSource, row: Row, contents: ManifestVerified) -> bool:
         """Whether the manifest has this row where the offers said; if not, charge the offering peers."""
@@ -433,10 +390,7 @@ class Transfers:
         """Don't use the peer again in this lookup; columns of it that still verify count all the same."""
         self._offers.banned.add(peer)
         self._unsettled = True
-        for digest, manifest in list(self._asking.items()):
-            manifest.asking.discard(peer)
-            if not manifest.asking:
-                del self._asking[digest]
+        self._manifests.ban(peer)
         for transfer in self._moving.values():
             for source in self._offers.of(transfer.row):
                 source.asked.pop(peer, None)
@@ -459,8 +413,10 @@ class Transfers:
             manifest = self._offers.manifests[source.manifest]
             settled = manifest.contents is not None or bool(manifest.asking)
             peer = holders[0][0]
-            wait_ms = self._cost_ms(peer, self._queued_bytes(peer) + row.length, now_ms)
-            return columns & _DATA != _DATA, wait_ms + (0 if settled else self._rtt_ms[peer] + MANIFEST_HEDGE_MS // 2)
+            wait_ms = self._deliveries.cost_ms(peer, self._queued_bytes(peer) + row.length, now_ms)
+            if not settled:
+                wait_ms += self._deliveries.rtt_ms[peer] + MANIFEST_HEDGE_MS // 2
+            return columns & _DATA != _DATA, wait_ms
 
         idle = [s for s in self._offers.of(row) if not s.wanted and self._offers.alive(s)]
         return min(idle, key=cost, default=None)
@@ -469,12 +425,9 @@ class Transfers:
         """The peers that may be asked under the source, soonest first."""
 
         def cost(holder: tuple[PeerId, int]) -> int:
-            return self._cost_ms(holder[0], self._queued_bytes(holder[0]) + row.length, now_ms)
+            return self._deliveries.cost_ms(holder[0], self._queued_bytes(holder[0]) + row.length, now_ms)
 
         return sorted(self._offers.holders(source), key=cost)
-
-    def _cost_ms(self, peer: PeerId, size: int, now_ms: int) -> int:
-        return transfer_ms(size, self.rates.rate(peer, now_ms), self._rtt_ms[peer])
 
     def _queued_bytes(self, peer: PeerId) -> int:
         return sum(
@@ -485,11 +438,5 @@ class Transfers:
         )
 
     def _hedge_delay_ms(self, row: Row, now_ms: int) -> int:
-        peers = [peer for source in self._offers.of(row) for peer in source.asked] or list(self._rtt_ms)
-        return hedge_delay_ms(max(self._cost_ms(peer, row.length, now_ms) for peer in peers))
-
-    def _delivered(self, peer: PeerId, size: int, now_ms: int) -> None:
-        delivery = self._deliveries.get(peer)
-        if delivery is not None:
-            delivery.verified += size
-            delivery.last_ms = now_ms
+        peers = [peer for source in self._offers.of(row) for peer in source.asked] or list(self._deliveries.rtt_ms)
+        return hedge_delay_ms(max(self._deliveries.cost_ms(peer, row.length, now_ms) for peer in peers))
