@@ -102,7 +102,7 @@ class EngineMessages:
             case LookupPrefix():
                 self._look_up(session, message)
             case ReleaseLookup(client_lookup):
-                lookup = self._lookups.release(session.route, client_lookup)
+                lookup = self._lookups.numbers.release(session.route, client_lookup)
                 if lookup is not None:
                     self._submit(PrefixReleased(lookup))
             case PrefixesInMemory():
@@ -112,7 +112,7 @@ class EngineMessages:
 
     def ended(self, session: Session, others: Iterable[Session], vanished: bool) -> None:
         """A session is over; `others` are still here. One that `vanished` may yet write what it was granted."""
-        for lookup in self._lookups.end(session.route):
+        for lookup in self._lookups.numbers.end(session.route):
             self._submit(PrefixReleased(lookup))
         self._staging.end(session.key, vanished)
         # Only its scheduler names what an engine staged; a new scheduler starts with new requests.
@@ -169,7 +169,7 @@ class EngineMessages:
 
     def _look_up(self, session: Session, want: LookupPrefix) -> None:
         layout = session.registered_layout()
-        lookup = self._lookups.begin(session.route, want.lookup) if self._kv_cache else None
+        lookup = self._lookups.numbers.begin(session.route, want.lookup) if self._kv_cache else None
         if lookup is None:
             reason = "busy" if self._kv_cache else "off"
             self._send(session.route, PrefixAnswer(want.lookup, 0, (), "none", "", reason))

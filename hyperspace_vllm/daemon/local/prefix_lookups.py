@@ -1,57 +1,23 @@
-"""The lookups of prefixes that schedulers of this host wait for: their numbers, their bound, their answers."""
+"""The answers to lookups of prefixes that schedulers of this host wait for."""
 
 from collections.abc import Callable
-from itertools import count
 from typing import Literal
 
 from ...core.local.kv_messages import PrefixAnswer
+from ...core.local.message_fields import NAME_CHARS_MAX
 from ...core.local.messages import NodeMessage
 from ...core.local.slab import LoadedRow
-from ...core.records.errors import ProtocolViolation
-from ...core.records.limits import LOOKUPS_PER_CLIENT_MAX
-
-_REASON_CHARS_MAX = 256  # local.Name
+from ..lookup_numbers import LookupNumbers
 
 Source = Literal["none", "memory", "disk", "network"]
 
 
 class PrefixLookups:
-    """From a client's number of a lookup to ours, and back. `send` queues a message for the client at a route."""
+    """Answers lookups. `send` queues a message for the client at a route."""
 
     def __init__(self, send: Callable[[bytes, NodeMessage], bool]) -> None:
         self._send = send
-        self._numbers = count(1)
-        self._open: dict[int, tuple[bytes, int]] = {}  # our number -> whose, and its number there
-        self._clients: dict[bytes, dict[int, int]] = {}  # route -> the client's number -> ours
-
-    def begin(self, route: bytes, client_lookup: int) -> int | None:
-        """Our number of a client's new lookup; None if it has too many."""
-        theirs = self._clients.get(route, {})
-        if client_lookup in theirs:
-            raise ProtocolViolation(f"lookup {client_lookup}: under way already")
-        if len(theirs) >= LOOKUPS_PER_CLIENT_MAX:
-            return None
-        lookup = next(self._numbers)
-        self._open[lookup] = route, client_lookup
-        self._clients.setdefault(route, theirs)[client_lookup] = lookup
-        return lookup
-
-    def release(self, route: bytes, client_lookup: int) -> int | None:
-        """End a client's lookup; our number of it.
-
-        None for an unknown one, which is fine: a miss ends by itself, and its answer may have crossed the release.
-        """
-        lookup = self._clients.get(route, {}).get(client_lookup)
-        if lookup is not None:
-            self._forget(lookup)
-        return lookup
-
-    def end(self, route: bytes) -> list[int]:
-        """The client has gone: our numbers of what it had open."""
-        lookups = list(self._clients.get(route, {}).values())
-        for lookup in lookups:
-            self._forget(lookup)
-        return lookups
+        self.numbers = LookupNumbers()
 
     def answer(
         self,
@@ -66,18 +32,11 @@ class PrefixLookups:
 
         False: the client can't be told, and will not release what it was to be told of.
         """
-        if (opened := self._open.get(lookup)) is None:
+        if (client := self.numbers.client(lookup)) is None:
             return True
-        route, client_lookup = opened
-        verified_by, reason = verified_by[:_REASON_CHARS_MAX], reason[:_REASON_CHARS_MAX]
+        route, client_lookup = client
+        verified_by, reason = verified_by[:NAME_CHARS_MAX], reason[:NAME_CHARS_MAX]
         sent = self._send(route, PrefixAnswer(client_lookup, end_segment, rows, source, verified_by, reason))
         if end_segment == 0 or not sent:
-            self._forget(lookup)
+            self.numbers.forget(lookup)
         return sent
-
-    def _forget(self, lookup: int) -> None:
-        route, client_lookup = self._open.pop(lookup)
-        theirs = self._clients[route]
-        del theirs[client_lookup]
-        if not theirs:
-            del self._clients[route]

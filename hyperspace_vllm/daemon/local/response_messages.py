@@ -132,13 +132,13 @@ class ResponseMessages:
                 self._served.model(session.key, message.model_digest)
                 self._find(session.route, message)
             case ReleaseResponse(lookup):
-                self._release(self._lookups.release(session.route, lookup))
+                self._release(self._lookups.numbers.release(session.route, lookup))
             case _:
                 assert_never(message)
 
     def ended(self, session: Session) -> None:
         """A session is over: release what it waits for, and what others wait for from it."""
-        for lookup in self._lookups.end(session.route):
+        for lookup in self._lookups.numbers.end(session.route):
             self._release(lookup)
         self._leases.end(session.route)
 
@@ -151,7 +151,7 @@ class ResponseMessages:
             self._store.store(message)
 
     def _find(self, route: bytes, want: FindResponse) -> None:
-        lookup = self._lookups.begin(route, want.lookup) if self._finder is not None else None
+        lookup = self._lookups.numbers.begin(route, want.lookup) if self._finder is not None else None
         if self._finder is None or lookup is None:
             self._send(route, ResponseNotFound(want.lookup, "busy" if self._finder else "off"))
         else:

@@ -1,16 +1,14 @@
-"""The lookups of other nodes' responses that clients of this host wait for: their numbers, their bound, their end."""
+"""The answers to lookups of other nodes' responses that clients of this host wait for."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import count
 from typing import Protocol
 
 from ...core.local.message_fields import NAME_CHARS_MAX
 from ...core.local.messages import NodeMessage
 from ...core.local.response_cache_messages import ResponseFound, ResponseHint, ResponseNotFound, ResponseToTry
-from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import RequestKey
-from ...core.records.limits import LOOKUPS_PER_CLIENT_MAX
+from ..lookup_numbers import LookupNumbers
 
 
 class ResponseFinder(Protocol):
@@ -57,61 +55,30 @@ class Clients(Protocol):
 
 
 class ResponseLookups:
-    """From a client's number of a lookup to ours, and back. `send` queues a message for the client at a route."""
+    """Answers lookups. `send` queues a message for the client at a route."""
 
     def __init__(self, send: Callable[[bytes, NodeMessage], bool]) -> None:
         self._send = send
-        self._numbers = count(1)
-        self._waiting: dict[int, tuple[bytes, int]] = {}  # our number -> whose, and its number there
-        self._clients: dict[bytes, dict[int, int]] = {}  # route -> the client's number -> ours
-
-    def begin(self, route: bytes, client_lookup: int) -> int | None:
-        """Our number of a client's new lookup; None if it has too many."""
-        theirs = self._clients.get(route, {})
-        if client_lookup in theirs:
-            raise ProtocolViolation(f"response lookup {client_lookup}: under way already")
-        if len(theirs) >= LOOKUPS_PER_CLIENT_MAX:
-            return None
-        lookup = next(self._numbers)
-        self._waiting[lookup] = (route, client_lookup)
-        self._clients.setdefault(route, theirs)[client_lookup] = lookup
-        return lookup
-
-    def release(self, route: bytes, client_lookup: int) -> int | None:
-        """End a client's lookup; our number of it.
-
-        None for an unknown one, which is fine: its answer may have crossed the release.
-        """
-        lookup = self._clients.get(route, {}).get(client_lookup)
-        if lookup is not None:
-            self._forget(lookup)
-        return lookup
-
-    def end(self, route: bytes) -> list[int]:
-        """The client has gone: our numbers of what it waited for."""
-        lookups = list(self._clients.get(route, {}).values())
-        for lookup in lookups:
-            self._forget(lookup)
-        return lookups
+        self.numbers = LookupNumbers()
 
     def hint(self, lookup: int, hinted: bool) -> None:
         """Tell the client whether there is a hint; one that waits no more is ignored."""
-        if (waiting := self._waiting.get(lookup)) is not None:
-            route, client_lookup = waiting
+        if (client := self.numbers.client(lookup)) is not None:
+            route, client_lookup = client
             self._send(route, ResponseHint(client_lookup, hinted))
 
     def let_try(self, lookup: int, body: bytes, proof: bytes) -> None:
         """Have the client audit a response that it won't get; one that waits no more is ignored."""
-        if (waiting := self._waiting.get(lookup)) is not None:
-            route, client_lookup = waiting
+        if (client := self.numbers.client(lookup)) is not None:
+            route, client_lookup = client
             self._send(route, ResponseToTry(client_lookup, body, proof))
 
     def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
         """End the lookup with what was found, or with the reason why nothing was; one that waits no more is ignored."""
-        if (waiting := self._waiting.get(lookup)) is None:
+        if (client := self.numbers.client(lookup)) is None:
             return
-        route, client_lookup = waiting
-        self._forget(lookup)
+        route, client_lookup = client
+        self.numbers.forget(lookup)
         if found is None:
             self._send(route, ResponseNotFound(client_lookup, reason[:NAME_CHARS_MAX]))
             return
@@ -129,10 +96,3 @@ class ResponseLookups:
                 found.suspect,
             ),
         )
-
-    def _forget(self, lookup: int) -> None:
-        route, client_lookup = self._waiting.pop(lookup)
-        theirs = self._clients[route]
-        del theirs[client_lookup]
-        if not theirs:
-            del self._clients[route]

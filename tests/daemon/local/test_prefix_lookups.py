@@ -35,38 +35,38 @@ def lookups(socket: Socket) -> PrefixLookups:
 
 
 def test_clients_that_number_alike_are_told_apart(lookups: PrefixLookups, socket: Socket) -> None:
-    first, second = lookups.begin(b"a", 7), lookups.begin(b"b", 7)
+    first, second = lookups.numbers.begin(b"a", 7), lookups.numbers.begin(b"b", 7)
     assert None not in (first, second)
     assert first != second
     assert lookups.answer(second or 0, 0, (), "none", "", "miss")
     assert socket.sent == [(b"b", PrefixAnswer(7, 0, (), "none", "", "miss"))]
     with pytest.raises(ProtocolViolation):
-        lookups.begin(b"a", 7)
-    assert lookups.begin(b"b", 7) is not None  # a miss has ended it
+        lookups.numbers.begin(b"a", 7)
+    assert lookups.numbers.begin(b"b", 7) is not None  # a miss has ended it
 
 
 def test_a_hit_is_the_clients_to_release(lookups: PrefixLookups) -> None:
-    lookup = lookups.begin(b"a", 7)
+    lookup = lookups.numbers.begin(b"a", 7)
     assert lookup is not None
     assert lookups.answer(lookup, 1, ROWS, "memory", "memory", "hit")
-    assert lookups.release(b"a", 7) == lookup
-    assert lookups.release(b"a", 7) is None
+    assert lookups.numbers.release(b"a", 7) == lookup
+    assert lookups.numbers.release(b"a", 7) is None
 
 
 def test_an_answer_that_cannot_be_sent_leaves_the_client_nothing_to_release(
     lookups: PrefixLookups, socket: Socket
 ) -> None:
-    lookup = lookups.begin(b"a", 7)
+    lookup = lookups.numbers.begin(b"a", 7)
     assert lookup is not None
     socket.is_full = True
     assert not lookups.answer(lookup, 1, ROWS, "memory", "memory", "hit")
-    assert lookups.release(b"a", 7) is None
-    assert lookups.end(b"a") == []
+    assert lookups.numbers.release(b"a", 7) is None
+    assert lookups.numbers.end(b"a") == []
 
 
 def test_an_answer_to_a_client_that_has_gone_is_no_failure(lookups: PrefixLookups, socket: Socket) -> None:
-    lookup = lookups.begin(b"a", 7)
+    lookup = lookups.numbers.begin(b"a", 7)
     assert lookup is not None
-    assert lookups.end(b"a") == [lookup]
+    assert lookups.numbers.end(b"a") == [lookup]
     assert lookups.answer(lookup, 1, ROWS, "memory", "memory", "hit")
     assert socket.sent == []
