@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.events.kv_events import PrefixReleased, PrefixWanted, RequestOver, RowArrived, SegmentKeyKnown
-from hyperspace_vllm.core.events.network_events import RowsStored
+from hyperspace_vllm.core.events.prefix_reading import PrefixReleased, PrefixWanted
+from hyperspace_vllm.core.events.prefix_writing import RequestOver, RowArrived, RowsStored, SegmentKeyKnown
 from hyperspace_vllm.core.local.messages import LoadedRow, Slab
 from hyperspace_vllm.core.node.node import Node
 from hyperspace_vllm.core.peers.dials import Dials

@@ -18,7 +18,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-from ..events.network_effects import ChargePeer, Connect, Disconnect, KvEndpoint, NetworkEffect, Send
+from ..events.conduct import ChargePeer
+from ..events.connections import Connect, Disconnect
+from ..events.known_peers import KvEndpoint
+from ..events.peer_requests import Send
+from ..events.vocabulary import NetworkEffect
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId, PeerId, peer_id, public_key_of
 from ..records.limits import (

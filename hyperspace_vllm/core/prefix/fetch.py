@@ -13,20 +13,26 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Literal
 
-from ..events.kv_effects import AnswerPrefix, ChargePeer, Effect, FindProviders, FindRows, LoadRow, ReleaseRows
-from ..events.kv_events import (
+from ..events.conduct import ChargePeer
+from ..events.node_state import Tick
+from ..events.prefix_reading import (
+    AnswerPrefix,
     ChunksVerified,
+    FindRowHolders,
+    FindRows,
     HolderStalled,
+    LoadRow,
     ManifestRefused,
     ManifestVerified,
     PrefixWanted,
     ProviderAnswered,
     ProviderFailed,
+    ReleaseRows,
     RowFailed,
     RowReady,
     RowsFound,
-    Tick,
 )
+from ..events.vocabulary import PrefixEffect
 from ..records.ids import NetworkId, PeerId, RowId, RowKey
 from ..records.limits import FETCH_STALL_MS, FETCH_UNKNOWN_MS, MiB
 from ..records.reason import Reason
@@ -105,12 +111,12 @@ class PrefixLookup:
         self._fetching = False
         self._due_ms: int | None = None
         self._forgiven_ms = 0
-        self._effects: list[Effect] = []
+        self._effects: list[PrefixEffect] = []
         emit = self._effects.append
         self._transfers = Transfers(wanted.lookup, wanted.layout, self._rows.keys, self._peers, rates, emit)
         self._transfers.timeout_at_ms = self._deadline_ms
 
-    def start(self, now_ms: int) -> list[Effect]:
+    def start(self, now_ms: int) -> list[PrefixEffect]:
         """The first effects."""
         if self._rows.by_key:
             self._effects.append(FindRows(self.lookup, tuple(self._rows.by_key)))
@@ -118,7 +124,7 @@ class PrefixLookup:
             self._answer(0, "nothing_beyond", now_ms)
         return self._take_effects()
 
-    def handle(self, event: LookupEvent | Tick, now_ms: int) -> list[Effect]:
+    def handle(self, event: LookupEvent | Tick, now_ms: int) -> list[PrefixEffect]:
         """The effects of `event`; none once answered."""
         if self.answered:
             return []
@@ -263,7 +269,7 @@ class PrefixLookup:
         self._search_began_ms = now_ms
         self._phase_ends_ms = self._search_ends_ms = min(now_ms + budget_ms, self._deadline_ms)
         wanted = tuple(self._absent())
-        self._effects.append(FindProviders(self.lookup, wanted, self._peers, self._search_ends_ms - now_ms))
+        self._effects.append(FindRowHolders(self.lookup, wanted, self._peers, self._search_ends_ms - now_ms))
 
     def _note_silence(self, peers: Iterable[PeerId], now_ms: int) -> None:
         """The search has waited for these peers in vain."""
@@ -521,7 +527,7 @@ class PrefixLookup:
         saved = max(to_end * tokens_each - max(start, from_end * tokens_each), 0)
         return saved_ms(self._wanted.prefill_ms, saved, len(self._wanted.segment_keys) * tokens_each - start)
 
-    def _take_effects(self) -> list[Effect]:
+    def _take_effects(self) -> list[PrefixEffect]:
         effects = list(self._effects)
         self._effects.clear()
         return effects

@@ -7,8 +7,17 @@ late, other holders are asked, then another manifest, then further columns (hedg
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..events.kv_effects import ChargePeer, Effect, FetchManifest, FetchRow
-from ..events.kv_events import ChunksVerified, HolderStalled, ManifestRefused, ManifestVerified, ProviderAnswered
+from ..events.conduct import ChargePeer
+from ..events.prefix_reading import (
+    ChunksVerified,
+    FetchManifest,
+    FetchRow,
+    HolderStalled,
+    ManifestRefused,
+    ManifestVerified,
+    ProviderAnswered,
+)
+from ..events.vocabulary import PrefixEffect
 from ..records.ids import ManifestDigest, PeerId, RowId, RowKey
 from ..records.layout import Layout
 from ..records.limits import DATA_CHUNKS, FETCH_BYTES_PER_MS_MIN, FETCH_STALL_MS
@@ -59,7 +68,7 @@ class Transfers:
         row_keys: Mapping[RowId, RowKey],
         peers: tuple[PeerId, ...],
         rates: RateEstimator,
-        emit: Callable[[Effect], None],
+        emit: Callable[[PrefixEffect], None],
     ) -> None:
         self.lookup = lookup
         self.layout = layout

@@ -23,16 +23,10 @@ from hyperspace_vllm.api.node_lookup import HINT_S, NodeLookup
 from hyperspace_vllm.async_client import AsyncNodeClient
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.events.kv_events import (
-    ClientGone,
-    Event,
-    PrefixReleased,
-    PrefixWanted,
-    RequestOver,
-    RowArrived,
-    SegmentKeyKnown,
-)
-from hyperspace_vllm.core.events.network_events import ServedChanged
+from hyperspace_vllm.core.events.node_state import ServedChanged
+from hyperspace_vllm.core.events.prefix_reading import PrefixReleased, PrefixWanted
+from hyperspace_vllm.core.events.prefix_writing import ClientGone, RequestOver, RowArrived, SegmentKeyKnown
+from hyperspace_vllm.core.events.vocabulary import PrefixEvent
 from hyperspace_vllm.core.local.messages import (
     LOCAL_PROTOCOL,
     NO_ENGINE,
@@ -125,7 +119,7 @@ class SmallNode:
     config: Config
     cache: RowCache
     metrics: Metrics = field(default_factory=Metrics)
-    events: list[Event] = field(default_factory=list)
+    events: list[PrefixEvent] = field(default_factory=list)
     stored: list[StoreResponse] = field(default_factory=list)
     touched: list[bytes] = field(default_factory=list)
     answers: bool = True
@@ -162,7 +156,7 @@ class SmallNode:
     def purge(self, keys: Iterable[bytes]) -> bool:
         return True
 
-    def submit(self, event: Event) -> None:
+    def submit(self, event: PrefixEvent) -> None:
         self.events.append(event)
         match event:
             case RowArrived():
@@ -185,7 +179,7 @@ class SmallNode:
                     self.staging.drop(arrived.staged, "client_gone")
                 self._staged.clear()
 
-    def count(self, kind: type[Event]) -> int:
+    def count(self, kind: type[PrefixEvent]) -> int:
         return sum(isinstance(event, kind) for event in self.events)
 
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from hyperspace_vllm.core.events.network_effects import Send
-from hyperspace_vllm.core.events.network_events import ServedChanged
+from hyperspace_vllm.core.events.node_state import ServedChanged
+from hyperspace_vllm.core.events.peer_requests import Send
 from hyperspace_vllm.core.peers.membership import RENEW_MS
 from hyperspace_vllm.core.peers.record_renewal import LOAD_STEP_PERMILLE, should_renew_record
 from hyperspace_vllm.core.records.ids import sha256
