@@ -17,8 +17,7 @@ from dataclasses import asdict, dataclass
 
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.events.network_effects import WriteRegistry
-from hyperspace_vllm.core.events.network_events import OwnDeltaWritten
+from hyperspace_vllm.core.events.owner_documents import OwnDeltaWritten, WriteRegistry
 from hyperspace_vllm.core.records.ids import network_id
 from hyperspace_vllm.core.records.limits import REGISTRY_TTL_MS, REGISTRY_WRITE_MS
 from hyperspace_vllm.core.records.now import Now

@@ -11,8 +11,9 @@ SILENT_MAX that were asked and could not help (fleet.py): they cost half of the 
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Protocol
 
-from ..core.events.network_effects import AnswerResponse, FetchResponse, NetworkEffect
-from ..core.events.network_events import NetworkEvent
+from ..core.events.node_state import Tick
+from ..core.events.response_reading import AnswerResponse, FetchResponse
+from ..core.events.vocabulary import NetworkEffect, NetworkEvent
 from ..core.node.network_node import NetworkNode
 from ..core.peers.trust import Trust
 from ..core.records.ids import RequestKey
@@ -99,7 +100,7 @@ class Checker:
         if expires_at_ms <= host.wall_ms:
             self.violated(host.number, f"served a response that expired {host.wall_ms - expires_at_ms} ms ago")
 
-    def on_effects(self, host: CheckedHost, event: NetworkEvent, effects: list[NetworkEffect]) -> None:
+    def on_effects(self, host: CheckedHost, event: NetworkEvent | Tick, effects: list[NetworkEffect]) -> None:
         """A core has handled an event."""
         if len(effects) > EFFECTS_MAX + EFFECTS_PER_PEER_MAX * len(self._network):
             self.violated(host.number, f"{len(effects)} effects of one {type(event).__name__}")

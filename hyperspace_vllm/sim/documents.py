@@ -7,8 +7,7 @@ nothing to merge and the last word counts.
 import msgspec
 from nacl.signing import SigningKey
 
-from ..core.events.network_effects import ImportDeltas, WriteRegistry
-from ..core.events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from ..core.events.owner_documents import DeltasImported, DeltasRefused, ImportDeltas, OwnDeltaWritten, WriteRegistry
 from ..core.records.ids import NetworkId
 from ..core.records.limits import REGISTRY_TTL_MS
 from ..core.records.registry_delta import RegistryDelta, encode_delta

@@ -10,42 +10,17 @@ from typing import Protocol, assert_never
 
 from nacl.signing import SigningKey
 
-from ..core.events.network_effects import (
-    AnswerResponse,
-    AuthorsChanged,
-    ChargePeer,
-    Connect,
-    Disconnect,
-    FetchResponse,
-    FindProviders,
-    ForgetOwner,
-    HintResponse,
-    ImportDeltas,
-    NetworkEffect,
-    PeersChanged,
-    Provide,
-    Publish,
-    Reply,
-    Send,
-    ServeResponse,
-    WriteRegistry,
-)
-from ..core.events.network_events import (
-    Answered,
-    ConnectFailed,
-    GossipReceived,
-    GossipSpoiled,
-    NetworkEvent,
-    NetworkTick,
-    PeerConnected,
-    PeerDisconnected,
-    PeerMisbehaved,
-    ProvidersFound,
-    RequestFailed,
-    RequestReceived,
-    ResponsesGone,
-    ResponseStored,
-)
+from ..core.events.conduct import ChargePeer, PeerMisbehaved
+from ..core.events.connections import Connect, ConnectFailed, Disconnect, PeerConnected, PeerDisconnected
+from ..core.events.dht import Provide, ProvidersFound, SearchDht
+from ..core.events.gossip import AuthorsChanged, GossipReceived, GossipSpoiled, Publish
+from ..core.events.known_peers import PeersChanged
+from ..core.events.node_state import Tick
+from ..core.events.owner_documents import ForgetOwner, ImportDeltas, WriteRegistry
+from ..core.events.peer_requests import Answered, Reply, RequestFailed, RequestReceived, Send, ServeResponse
+from ..core.events.response_reading import AnswerResponse, FetchResponse, HintResponse
+from ..core.events.stored_responses import ResponsesGone, ResponseStored
+from ..core.events.vocabulary import NetworkEffect, NetworkEvent
 from ..core.node.network_node import NetworkNode, NetworkOptions
 from ..core.peers.dials import Dials
 from ..core.peers.gossip_gate import GossipGate, Verdict
@@ -201,7 +176,7 @@ class SimHost:
         """In this life, not while frozen."""
         self._network.on(self.number, delay_ms, act)
 
-    def tell(self, event: NetworkEvent) -> None:
+    def tell(self, event: NetworkEvent | Tick) -> None:
         """Hand an event to the core and perform what it decides."""
         self._setting.trace.add(self._setting.agenda.now_ms, self.number, event)
         effects = self.core.handle(event, self.now)
@@ -307,7 +282,7 @@ class SimHost:
                 self._setting.gossip.publish(self.number, topic, payload)
             case Provide(key):
                 self._setting.dht.provide(self.number, key)
-            case FindProviders():
+            case SearchDht():
                 self._find(effect)
             case HintResponse():
                 self.clients.hinted(effect)
@@ -397,7 +372,7 @@ class SimHost:
         )
         self._reply(effect.token, hit)
 
-    def _find(self, effect: FindProviders) -> None:
+    def _find(self, effect: SearchDht) -> None:
         takes_ms, found = self._setting.dht.search(self.number, f"/cache/{effect.request_hash.hex()}")
         if takes_ms >= effect.timeout_ms:
             takes_ms, found = effect.timeout_ms, ()
@@ -426,7 +401,7 @@ class SimHost:
     def _tick(self, due_ms: int) -> None:
         if self._tick_at_ms == due_ms:
             self._tick_at_ms = None
-            self.tell(NetworkTick())
+            self.tell(Tick())
             self._checker.on_tick(self, self._tick_at_ms)
 
     def next_number(self) -> int:

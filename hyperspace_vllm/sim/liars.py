@@ -15,7 +15,8 @@ from typing import Literal, Protocol, get_args
 
 from nacl.signing import SigningKey
 
-from ..core.events.network_events import NetworkEvent, ResponseStored
+from ..core.events.stored_responses import ResponseStored
+from ..core.events.vocabulary import NetworkEvent
 from ..core.records.announcement import (
     RESPONSE_TOPIC,
     Announcement,

@@ -8,14 +8,10 @@ from typing import Protocol
 
 from nacl.signing import SigningKey
 
-from ..core.events.network_effects import AnswerResponse, HintResponse
-from ..core.events.network_events import (
-    AnswerAudited,
-    NetworkEvent,
-    ResponseReleased,
-    ResponsesUsed,
-    ResponseWanted,
-)
+from ..core.events.conduct import AnswerAudited
+from ..core.events.response_reading import AnswerResponse, HintResponse, ResponseReleased, ResponseWanted
+from ..core.events.stored_responses import ResponsesUsed
+from ..core.events.vocabulary import NetworkEvent
 from ..core.records.ids import RequestKey
 from ..core.response.cache_proof import request_hash
 from ..core.response.evidence import evidence_of

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from ..core.events.network_effects import FetchResponse
-from ..core.events.network_events import NetworkEvent, ResponseFetched, ResponseRefused
+from ..core.events.response_reading import FetchResponse, ResponseFetched, ResponseRefused
+from ..core.events.vocabulary import NetworkEvent
 from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import PeerId
 from ..core.records.peer_wire import Hit, Miss, Query, Refusal, decode_answer, encode

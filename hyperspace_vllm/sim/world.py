@@ -11,43 +11,42 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import assert_never
 
-from ..core.events.kv_effects import (
+from ..core.events.conduct import ChargePeer
+from ..core.events.node_state import Tick
+from ..core.events.prefix_reading import (
     AnswerPrefix,
-    ChargePeer,
-    DropStaged,
-    Effect,
-    EncodeObject,
+    ChunksVerified,
     EndLookup,
     FetchManifest,
     FetchRow,
-    FindProviders,
+    FindRowHolders,
     FindRows,
-    KeepRow,
-    LoadRow,
-    ReleaseRows,
-    UnpinRows,
-)
-from ..core.events.kv_events import (
-    ChunksVerified,
-    Event,
     HolderStalled,
+    LoadRow,
     ManifestRefused,
     ManifestVerified,
-    ObjectEncoded,
-    ObjectFailed,
     PrefixReleased,
     PrefixWanted,
     ProviderAnswered,
     ProviderFailed,
-    RequestOver,
-    RowArrived,
+    ReleaseRows,
     RowFailed,
     RowOffer,
     RowReady,
     RowsFound,
-    SegmentKeyKnown,
-    Tick,
 )
+from ..core.events.prefix_writing import (
+    DropStaged,
+    EncodeObject,
+    KeepRow,
+    ObjectEncoded,
+    ObjectFailed,
+    RequestOver,
+    RowArrived,
+    SegmentKeyKnown,
+    UnpinRows,
+)
+from ..core.events.vocabulary import PrefixEffect, PrefixEvent
 from ..core.node.node import Node
 from ..core.peers.standing import Standings
 from ..core.prefix.fetch import FetchMode
@@ -181,7 +180,7 @@ class World:
         """The client is done with a lookup."""
         self.tell(host, PrefixReleased(lookup))
 
-    def tell(self, host: Host, event: Event) -> None:
+    def tell(self, host: Host, event: PrefixEvent | Tick) -> None:
         """Hand an event to a host's core and perform what it decides."""
         host.events += 1
         for effect in host.node.handle(event, Now(self.now_ms, 0)):
@@ -190,7 +189,7 @@ class World:
 
     # --- performing effects ---------------------------------------------------------------------
 
-    def _perform(self, host: Host, effect: Effect) -> None:
+    def _perform(self, host: Host, effect: PrefixEffect) -> None:
         match effect:
             case FindRows():
                 keys = set(effect.row_keys)
@@ -204,7 +203,7 @@ class World:
                 released = {(effect.lookup, key) for key in effect.row_keys}
                 host.ready -= released
                 host.arrived = {at: columns for at, columns in host.arrived.items() if at[:2] not in released}
-            case FindProviders():
+            case FindRowHolders():
                 for peer in effect.peers:
                     self._ask_providers(host, self.hosts[peer], effect)
             case FetchManifest():
@@ -240,7 +239,7 @@ class World:
         else:
             self._report(host, effect.lookup, RowFailed(effect.lookup, effect.row_key, "evicted"), 0)
 
-    def _ask_providers(self, host: Host, peer: Host, effect: FindProviders) -> None:
+    def _ask_providers(self, host: Host, peer: Host, effect: FindRowHolders) -> None:
         rtt_ms = self._rtt_ms(host, peer)
         if peer.frozen or rtt_ms > effect.timeout_ms:
             failed = ProviderFailed(effect.lookup, peer.peer, Reason.TIMEOUT)
@@ -361,7 +360,7 @@ class World:
 
     # --- leaves ---------------------------------------------------------------------------------
 
-    def _report(self, host: Host, lookup: int, event: Event, delay_ms: float) -> None:
+    def _report(self, host: Host, lookup: int, event: PrefixEvent, delay_ms: float) -> None:
         """Tell the core what came of an effect, unless the lookup was ended meanwhile."""
 
         def act() -> None:

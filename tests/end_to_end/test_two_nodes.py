@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.events.network_effects import KvEndpoint
+from hyperspace_vllm.core.events.known_peers import KvEndpoint
 from hyperspace_vllm.core.prefix import fetch, transfers
 from hyperspace_vllm.core.records.ids import ManifestDigest, RowId, RowKey, row_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from hyperspace_vllm.core.events.kv_effects import AnswerPrefix
+from hyperspace_vllm.core.events.prefix_reading import AnswerPrefix
 from hyperspace_vllm.core.prefix.segment import chain_seed, segment_keys
 from hyperspace_vllm.core.records.ids import SegmentKey, network_id
 from hyperspace_vllm.core.records.layout import Layout, Part

@@ -14,8 +14,11 @@ from functools import partial
 import pytest
 
 from hyperspace_vllm.cli import main
-from hyperspace_vllm.core.events.network_effects import AnswerResponse, ChargePeer, NetworkEffect, PeersChanged, Reply
-from hyperspace_vllm.core.events.network_events import NetworkEvent
+from hyperspace_vllm.core.events.conduct import ChargePeer
+from hyperspace_vllm.core.events.known_peers import PeersChanged
+from hyperspace_vllm.core.events.peer_requests import Reply
+from hyperspace_vllm.core.events.response_reading import AnswerResponse
+from hyperspace_vllm.core.events.vocabulary import NetworkEffect, NetworkEvent
 from hyperspace_vllm.core.node.network_node import NetworkNode
 from hyperspace_vllm.core.peers.findings import Findings
 from hyperspace_vllm.core.peers.gossip_gate import BURST_S, message_cost

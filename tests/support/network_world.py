@@ -11,35 +11,28 @@ from functools import partial
 
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.events.network_effects import (
-    AnswerResponse,
-    Connect,
-    Disconnect,
-    FetchResponse,
-    FindProviders,
-    NetworkEffect,
-    PeersChanged,
-    Publish,
+from hyperspace_vllm.core.events.connections import Connect, ConnectFailed, Disconnect, PeerConnected, PeerDisconnected
+from hyperspace_vllm.core.events.dht import ProvidersFound, SearchDht
+from hyperspace_vllm.core.events.gossip import GossipReceived, Publish
+from hyperspace_vllm.core.events.known_peers import PeersChanged
+from hyperspace_vllm.core.events.node_state import Tick
+from hyperspace_vllm.core.events.peer_requests import (
+    Answered,
     Reply,
+    RequestFailed,
+    RequestReceived,
     Send,
     ServeResponse,
 )
-from hyperspace_vllm.core.events.network_events import (
-    Answered,
-    ConnectFailed,
-    GossipReceived,
-    NetworkEvent,
-    NetworkTick,
-    PeerConnected,
-    PeerDisconnected,
-    ProvidersFound,
-    RequestFailed,
-    RequestReceived,
+from hyperspace_vllm.core.events.response_reading import (
+    AnswerResponse,
+    FetchResponse,
     ResponseFetched,
     ResponseRefused,
-    ResponseStored,
     ResponseWanted,
 )
+from hyperspace_vllm.core.events.stored_responses import ResponseStored
+from hyperspace_vllm.core.events.vocabulary import NetworkEffect, NetworkEvent
 from hyperspace_vllm.core.node.network_node import NetworkNode, NetworkOptions
 from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate, Verdict
@@ -205,7 +198,7 @@ class World:
                 break
             self.now_ms = max(self.now_ms, at_ms)
             for number in [number for at, number in due if at is not None and at <= self.now_ms and number >= 0]:
-                self._queue.append((number, NetworkTick()))
+                self._queue.append((number, Tick()))
             ready = [each for each in self._pending if each[0] <= self.now_ms]
             self._pending = [each for each in self._pending if each[0] > self.now_ms]
             self._queue.extend((number, event) for _, number, event in ready)
@@ -270,7 +263,7 @@ class World:
                     tell_me(5, ResponseFetched(lookup, peer, 100, self.now.wall_ms + RESPONSE_TTL_MS, 16))
                 else:
                     tell_me(5, ResponseRefused(lookup, peer, Reason.MISS))
-            case FindProviders(lookup):
+            case SearchDht(lookup):
                 tell_me(50, ProvidersFound(lookup, (), 20.0))
             case AnswerResponse(lookup):
                 assert (number, lookup) not in self.answers, "answered twice"

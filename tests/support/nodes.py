@@ -8,22 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.events.kv_events import PrefixReleased, PrefixWanted, RequestOver, RowArrived, SegmentKeyKnown
-from hyperspace_vllm.core.events.network_events import RowsStored
+from hyperspace_vllm.core.events.prefix_reading import PrefixReleased, PrefixWanted
+from hyperspace_vllm.core.events.prefix_writing import RequestOver, RowArrived, RowsStored, SegmentKeyKnown
 from hyperspace_vllm.core.local.slab import LoadedRow, Slab
 from hyperspace_vllm.core.node.node import Node
 from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.prefix.fetch import FetchMode
-from hyperspace_vllm.core.records.ids import (
-    PeerId,
-    RowKey,
-    SegmentKey,
-    network_id,
-    public_key_of,
-    row_key,
-    sha256,
-)
+from hyperspace_vllm.core.records.ids import PeerId, RowKey, SegmentKey, network_id, public_key_of, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, GiB, MiB
 from hyperspace_vllm.core.records.manifest import digest_blob

@@ -1,5 +1,9 @@
-"""What the machines hear and what they want done: events and effects, as frozen dataclasses.
+"""What the machines hear and what they want done: events and effects, as frozen dataclasses, by domain.
 
-`kv_events` and `kv_effects` belong to `Node` (KV of this host), `network_events` and `network_effects` to
-`NetworkNode`. The room holds no logic.
+An effect and the events that answer it are in one file, and its docstring names them. An effect that starts work is
+answered by exactly one of them, unless it is cancelled; one that is not answered is done as well as possible, and the
+core never learns how it ended. Events for a lookup that has ended are ignored. Payload bytes never appear here: the
+core sees keys, ids, sizes and verdicts. RequestKeys stay in the shell that knows a lookup's number.
+
+`vocabulary` has all of them as two unions, Event and Effect. The room holds no logic.
 """

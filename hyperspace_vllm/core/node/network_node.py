@@ -11,48 +11,26 @@ from typing import assert_never
 
 from nacl.signing import SigningKey
 
-from ..events.network_effects import (
+from ..events.conduct import AnswerAudited, ChargePeer, PeerMisbehaved
+from ..events.connections import ConnectFailed, Disconnect, PeerConnected, PeerDisconnected, PeerDiscovered
+from ..events.dht import NotProvided, Provide, ProvidersFound
+from ..events.gossip import AuthorsChanged, GossipReceived, GossipSpoiled
+from ..events.known_peers import PeersChanged
+from ..events.node_state import ServedChanged, Tick
+from ..events.owner_documents import DeltasImported, DeltasRefused, OwnDeltaWritten
+from ..events.peer_requests import Answered, Reply, RequestFailed, RequestReceived, ServeResponse
+from ..events.prefix_writing import RowsStored
+from ..events.response_reading import (
     AnswerResponse,
-    AuthorsChanged,
-    ChargePeer,
-    Disconnect,
     FetchResponse,
     HintResponse,
-    NetworkEffect,
-    PeersChanged,
-    Provide,
-    Reply,
-    ServeResponse,
-)
-from ..events.network_events import (
-    AnswerAudited,
-    Answered,
-    ConnectFailed,
-    DeltasImported,
-    DeltasRefused,
-    GossipReceived,
-    GossipSpoiled,
-    NetworkEvent,
-    NetworkTick,
-    NotProvided,
-    OwnDeltaWritten,
-    PeerConnected,
-    PeerDisconnected,
-    PeerDiscovered,
-    PeerMisbehaved,
-    ProvidersFound,
-    RequestFailed,
-    RequestReceived,
     ResponseFetched,
     ResponseRefused,
     ResponseReleased,
-    ResponsesGone,
-    ResponseStored,
-    ResponsesUsed,
     ResponseWanted,
-    RowsStored,
-    ServedChanged,
 )
+from ..events.stored_responses import ResponsesGone, ResponseStored, ResponsesUsed
+from ..events.vocabulary import NetworkEffect, NetworkEvent
 from ..peers.dials import Dials
 from ..peers.membership import GREET_MS, Membership
 from ..peers.record_renewal import should_renew_record
@@ -166,7 +144,7 @@ class NetworkNode:
         self.members.remember(self._options.remembered)
         return self.members.start(now) + self._tell_peers(now)
 
-    def handle(self, event: NetworkEvent, now: Now) -> list[NetworkEffect]:
+    def handle(self, event: NetworkEvent | Tick, now: Now) -> list[NetworkEffect]:
         """What to do about `event`."""
         effects = self._dispatch(event, now)
         effects += [consequence for effect in effects for consequence in self._charged(effect, now)]
@@ -179,7 +157,7 @@ class NetworkNode:
         return effects
 
     def next_deadline_ms(self) -> int | None:
-        """When to call `handle(NetworkTick())`, if nothing else happens before."""
+        """When to call `handle(Tick())`, if nothing else happens before."""
         times = [lookup.next_deadline_ms() for lookup in self._lookups.values()]
         times += [self.members.next_deadline_ms(), self._sync_at_ms, *self._sync_again.values()]
         times += [self._tell_at_ms] if self.members.changed else []
@@ -197,7 +175,7 @@ class NetworkNode:
 
     # --- events ---------------------------------------------------------------------------------
 
-    def _dispatch(self, event: NetworkEvent, now: Now) -> list[NetworkEffect]:
+    def _dispatch(self, event: NetworkEvent | Tick, now: Now) -> list[NetworkEffect]:
         match event:
             case PeerConnected(peer) if self._standings.is_cut_off(peer, now):
                 return [Disconnect(peer)]
@@ -261,7 +239,7 @@ class NetworkNode:
                 return self.registry.on_refused(event)
             case PeerMisbehaved(peer):
                 return [ChargePeer(peer, Reason.PROTOCOL)]
-            case NetworkTick():
+            case Tick():
                 return self._tick(now)
             case _:
                 assert_never(event)

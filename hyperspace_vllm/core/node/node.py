@@ -5,28 +5,25 @@ import random
 from collections.abc import Callable
 from typing import assert_never
 
-from ..events.kv_effects import AnswerPrefix, ChargePeer, Effect, EndLookup
-from ..events.kv_events import (
+from ..events.conduct import ChargePeer
+from ..events.node_state import Tick
+from ..events.prefix_reading import (
+    AnswerPrefix,
     ChunksVerified,
-    ClientGone,
-    Event,
+    EndLookup,
     HolderStalled,
     ManifestRefused,
     ManifestVerified,
-    ObjectEncoded,
-    ObjectFailed,
     PrefixReleased,
     PrefixWanted,
     ProviderAnswered,
     ProviderFailed,
-    RequestOver,
-    RowArrived,
     RowFailed,
     RowReady,
     RowsFound,
-    SegmentKeyKnown,
-    Tick,
 )
+from ..events.prefix_writing import ClientGone, ObjectEncoded, ObjectFailed, RequestOver, RowArrived, SegmentKeyKnown
+from ..events.vocabulary import PrefixEffect, PrefixEvent
 from ..peers.standing import Failed, Standings
 from ..prefix.cost_model import RateEstimator
 from ..prefix.fetch import FetchMode, LookupEvent, PrefixLookup
@@ -71,7 +68,7 @@ class Node:
         self._answered: set[int] = set()
         self._standings = standings
 
-    def handle(self, event: Event, now: Now) -> list[Effect]:
+    def handle(self, event: PrefixEvent | Tick, now: Now) -> list[PrefixEffect]:
         """What to do about `event`."""
         now_ms = now.mono_ms  # nothing here bears a date
         match event:
@@ -112,7 +109,7 @@ class Node:
         times.append(self.publisher.next_deadline_ms())
         return min((time for time in times if time is not None), default=None)
 
-    def _wanted(self, event: PrefixWanted, now: Now) -> list[Effect]:
+    def _wanted(self, event: PrefixWanted, now: Now) -> list[PrefixEffect]:
         assert event.lookup not in self._lookups
         if len(self._lookups) >= LOOKUPS_MAX or len(self._answered) >= ANSWERED_MAX:
             return [AnswerPrefix(event.lookup, 0, (), "none", "busy")]
@@ -139,12 +136,12 @@ class Node:
             return False
         return self._standings.has_earned(peer) or self._standings.lends(now)
 
-    def _released(self, event: PrefixReleased) -> list[Effect]:
+    def _released(self, event: PrefixReleased) -> list[PrefixEffect]:
         known = self._lookups.pop(event.lookup, None) is not None or event.lookup in self._answered
         self._answered.discard(event.lookup)
         return [EndLookup(event.lookup)] if known else []
 
-    def _of_lookup(self, event: LookupEvent, now: Now) -> list[Effect]:
+    def _of_lookup(self, event: LookupEvent, now: Now) -> list[PrefixEffect]:
         lookup = self._lookups.get(event.lookup)
         if lookup is None:
             return []
@@ -152,7 +149,7 @@ class Node:
             self.publisher.forget(lookup.absent(event))
         return self._settle(lookup, lookup.handle(event, now.mono_ms), now)
 
-    def _tick(self, event: Tick, now: Now) -> list[Effect]:
+    def _tick(self, event: Tick, now: Now) -> list[PrefixEffect]:
         now_ms = now.mono_ms
         effects = self.publisher.handle(event, now_ms)
         for lookup in list(self._lookups.values()):
@@ -161,7 +158,7 @@ class Node:
                 effects += self._settle(lookup, lookup.handle(event, now_ms), now)
         return effects
 
-    def _settle(self, lookup: PrefixLookup, effects: list[Effect], now: Now) -> list[Effect]:
+    def _settle(self, lookup: PrefixLookup, effects: list[PrefixEffect], now: Now) -> list[PrefixEffect]:
         """An answered lookup only waits for its release: its machine can go. What it waited in vain is accounted."""
         if lookup.answered:
             self._standings.wasted(lookup.waited_ms, now)

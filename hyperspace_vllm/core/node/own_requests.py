@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from ..events.network_effects import Send
+from ..events.peer_requests import Send
 from ..records.ids import PeerId
 from ..records.limits import PEERS_KNOWN_MAX
 from ..records.now import Now

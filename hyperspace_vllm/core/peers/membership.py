@@ -12,7 +12,11 @@ recommended until it is heard again; a peer that freezes is noticed within HEART
 import random
 from collections.abc import Callable, Iterable, Iterator
 
-from ..events.network_effects import ChargePeer, Disconnect, KvEndpoint, NetworkEffect, Send
+from ..events.conduct import ChargePeer
+from ..events.connections import Disconnect
+from ..events.known_peers import KvEndpoint
+from ..events.peer_requests import Send
+from ..events.vocabulary import NetworkEffect
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId, PeerId, peer_id, public_key_of
 from ..records.now import Now

@@ -9,7 +9,8 @@ import random
 from collections import Counter
 from itertools import islice
 
-from ..events.network_effects import Connect, Disconnect, NetworkEffect
+from ..events.connections import Connect, Disconnect
+from ..events.vocabulary import NetworkEffect
 from ..records.ids import PeerId
 from ..records.limits import PEERS_KNOWN_MAX
 from ..records.now import Now

@@ -1,6 +1,6 @@
 """What a node serves, and when a change of it is worth a new PeerRecord."""
 
-from ..events.network_events import ServedChanged
+from ..events.node_state import ServedChanged
 from ..records.peer_record import PeerRecord
 from ..records.vram_digest import difference
 

@@ -10,20 +10,25 @@ lower the aim, and so does an arena without room for more; a stall or a spent bu
 
 from typing import Literal
 
-from ..events.kv_effects import AnswerPrefix, ChargePeer, Effect, FindProviders, FindRows, ReleaseRows
-from ..events.kv_events import (
+from ..events.conduct import ChargePeer
+from ..events.node_state import Tick
+from ..events.prefix_reading import (
+    AnswerPrefix,
     ChunksVerified,
+    FindRowHolders,
+    FindRows,
     HolderStalled,
     ManifestRefused,
     ManifestVerified,
     PrefixWanted,
     ProviderAnswered,
     ProviderFailed,
+    ReleaseRows,
     RowFailed,
     RowReady,
     RowsFound,
-    Tick,
 )
+from ..events.vocabulary import PrefixEffect
 from ..records.ids import NetworkId, PeerId, RowKey
 from ..records.limits import FETCH_STALL_MS, FETCH_UNKNOWN_MS
 from ..records.reason import Reason
@@ -94,7 +99,7 @@ class PrefixLookup:
         self._fetching = False
         self._due_ms: int | None = None
         self._forgiven_ms = 0
-        self._effects: list[Effect] = []
+        self._effects: list[PrefixEffect] = []
         emit = self._effects.append
         self._transfers = Transfers(wanted.lookup, wanted.layout, self._rows.keys, self._peers, rates, emit)
         self._transfers.timeout_at_ms = self._deadline_ms
@@ -105,7 +110,7 @@ class PrefixLookup:
         """The peers that were asked and did not say what they have, an ordered set."""
         return self._search.silent
 
-    def start(self, now_ms: int) -> list[Effect]:
+    def start(self, now_ms: int) -> list[PrefixEffect]:
         """The first effects."""
         if self._rows.by_key:
             self._effects.append(FindRows(self.lookup, tuple(self._rows.by_key)))
@@ -113,7 +118,7 @@ class PrefixLookup:
             self._answer(0, "nothing_beyond", now_ms)
         return self._take_effects()
 
-    def handle(self, event: LookupEvent | Tick, now_ms: int) -> list[Effect]:
+    def handle(self, event: LookupEvent | Tick, now_ms: int) -> list[PrefixEffect]:
         """The effects of `event`; none once answered."""
         if self.answered:
             return []
@@ -251,7 +256,7 @@ class PrefixLookup:
         self._phase_ends_ms = min(now_ms + budget_ms, self._deadline_ms)
         self._search.begin(now_ms, self._phase_ends_ms)
         wanted = tuple(self._rows.absent(self._local_end))
-        self._effects.append(FindProviders(self.lookup, wanted, self._peers, self._phase_ends_ms - now_ms))
+        self._effects.append(FindRowHolders(self.lookup, wanted, self._peers, self._phase_ends_ms - now_ms))
 
     def _choose(self, now_ms: int) -> None:
         """The search is over: aim at the longest prefix that the offers complete, if fetching it pays."""
@@ -436,7 +441,7 @@ class PrefixLookup:
         saved = max(to_end * tokens_each - max(start, from_end * tokens_each), 0)
         return saved_ms(self._wanted.prefill_ms, saved, len(self._wanted.segment_keys) * tokens_each - start)
 
-    def _take_effects(self) -> list[Effect]:
+    def _take_effects(self) -> list[PrefixEffect]:
         effects = list(self._effects)
         self._effects.clear()
         return effects

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from ..events.kv_effects import Effect, FetchManifest
+from ..events.prefix_reading import FetchManifest
+from ..events.vocabulary import PrefixEffect
 from ..records.ids import ManifestDigest, PeerId, RowId, RowKey
 from ..records.limits import FETCH_STALL_MS
 from .cost_model import MANIFEST_HEDGE_MS
@@ -21,7 +22,7 @@ class ManifestRequests:
         row_keys: Mapping[RowId, RowKey],
         offers: Offers,
         deliveries: Deliveries,
-        emit: Callable[[Effect], None],
+        emit: Callable[[PrefixEffect], None],
     ) -> None:
         self._lookup = lookup
         self._row_keys = row_keys

@@ -6,7 +6,7 @@ other sources are alternatives.
 
 from dataclasses import dataclass, field
 
-from ..events.kv_events import ManifestVerified, ProviderAnswered
+from ..events.prefix_reading import ManifestVerified, ProviderAnswered
 from ..records.ids import ManifestDigest, PeerId, RowId
 from ..records.limits import DATA_CHUNKS
 from .plan import Row

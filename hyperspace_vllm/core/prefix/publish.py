@@ -12,8 +12,20 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ..events.kv_effects import DropStaged, Effect, EncodeObject, KeepRow, UnpinRows
-from ..events.kv_events import ClientGone, ObjectEncoded, ObjectFailed, RequestOver, RowArrived, SegmentKeyKnown, Tick
+from ..events.node_state import Tick
+from ..events.prefix_writing import (
+    ClientGone,
+    DropStaged,
+    EncodeObject,
+    KeepRow,
+    ObjectEncoded,
+    ObjectFailed,
+    RequestOver,
+    RowArrived,
+    SegmentKeyKnown,
+    UnpinRows,
+)
+from ..events.vocabulary import PrefixEffect
 from ..records.ids import RowKey, SegmentKey, row_key
 from ..records.layout import Layout
 from ..records.limits import LOOKUP_ROWS_MAX, OBJECT_ROWS_MAX
@@ -75,9 +87,9 @@ class Publisher:
         self._encoding: dict[int, tuple[EncodeObject, int]] = {}
         self._next_object = 1
         self._sweep_at_ms: int | None = None  # no deadline of any request or encoding is earlier
-        self._effects: list[Effect] = []
+        self._effects: list[PrefixEffect] = []
 
-    def handle(self, event: PublishEvent, now_ms: int) -> list[Effect]:
+    def handle(self, event: PublishEvent, now_ms: int) -> list[PrefixEffect]:
         """The effects of `event`."""
         match event:
             case RowArrived():

@@ -6,7 +6,7 @@ several lookups share it; it releases what it can't use, and one that got nothin
 
 from collections.abc import Iterable
 
-from ..events.kv_events import RowsFound
+from ..events.prefix_reading import RowsFound
 from ..local.slab import pages_bytes
 from ..records.ids import RowKey
 from ..records.limits import FETCH_STALL_MS

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
 
-from ..events.kv_effects import Effect, LoadRow
+from ..events.prefix_reading import LoadRow
+from ..events.vocabulary import PrefixEffect
 from ..records.layout import Layout
 from ..records.limits import MiB
 from .plan import Row
@@ -23,7 +24,7 @@ MOVING_ROWS_MIN = 2
 class RowWindow:
     """Effects go to `emit`; `orphans` are the rows that no known peer can complete."""
 
-    def __init__(self, lookup: int, layout: Layout, transfers: Transfers, emit: Callable[[Effect], None]) -> None:
+    def __init__(self, lookup: int, layout: Layout, transfers: Transfers, emit: Callable[[PrefixEffect], None]) -> None:
         self._lookup = lookup
         self._emit = emit
         self._transfers = transfers

@@ -7,20 +7,22 @@ late, other holders are asked, then another manifest, then further columns (hedg
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..events.kv_effects import ChargePeer, Effect, FetchRow
-from ..events.kv_events import ChunksVerified, HolderStalled, ManifestRefused, ManifestVerified, ProviderAnswered
+from ..events.conduct import ChargePeer
+from ..events.prefix_reading import (
+    ChunksVerified,
+    FetchRow,
+    HolderStalled,
+    ManifestRefused,
+    ManifestVerified,
+    ProviderAnswered,
+)
+from ..events.vocabulary import PrefixEffect
 from ..records.ids import ManifestDigest, PeerId, RowId, RowKey
 from ..records.layout import Layout
 from ..records.limits import DATA_CHUNKS, FETCH_BYTES_PER_MS_MIN
 from ..records.manifest import chunk_bytes_for
 from ..records.reason import Reason
-from .cost_model import (
-    HEDGE_MS_MAX,
-    HEDGE_MS_MIN,
-    MANIFEST_HEDGE_MS,
-    RateEstimator,
-    hedge_delay_ms,
-)
+from .cost_model import HEDGE_MS_MAX, HEDGE_MS_MIN, MANIFEST_HEDGE_MS, RateEstimator, hedge_delay_ms
 from .deliveries import Deliveries
 from .manifest_requests import ManifestRequests
 from .offers import Offers, RowSource
@@ -49,7 +51,7 @@ class Transfers:
         row_keys: Mapping[RowId, RowKey],
         peers: tuple[PeerId, ...],
         rates: RateEstimator,
-        emit: Callable[[Effect], None],
+        emit: Callable[[PrefixEffect], None],
     ) -> None:
         self.lookup = lookup
         self.layout = layout

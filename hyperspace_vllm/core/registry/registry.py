@@ -20,8 +20,9 @@ checking deltas and importing documents may take of the node's time say delta_in
 import random
 from collections.abc import Callable, Iterable
 
-from ..events.network_effects import ChargePeer, ForgetOwner, ImportDeltas, NetworkEffect
-from ..events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from ..events.conduct import ChargePeer
+from ..events.owner_documents import DeltasImported, DeltasRefused, ForgetOwner, ImportDeltas, OwnDeltaWritten
+from ..events.vocabulary import NetworkEffect
 from ..peers.eviction import who_goes
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId, PeerId, peer_id, public_key_of

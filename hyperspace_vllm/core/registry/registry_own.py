@@ -6,7 +6,7 @@ outgrown the snapshot; half-way to the snapshot's expiry; and after a write that
 the document holds.
 """
 
-from ..events.network_effects import WriteRegistry
+from ..events.owner_documents import WriteRegistry
 from ..records.limits import (
     CLOCK_SKEW_MS,
     REGISTRY_CHANGES_MAX,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from nacl.signing import SigningKey
 
-from ..events.network_effects import NetworkEffect, Publish
+from ..events.gossip import Publish
+from ..events.vocabulary import NetworkEffect
 from ..peers.allowance import Allowance
 from ..records.announcement import (
     Announcement,

@@ -14,8 +14,16 @@ after the engine has won is stored for the next request.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..events.network_effects import AnswerResponse, FetchResponse, FindProviders, HintResponse, NetworkEffect
-from ..events.network_events import ProvidersFound, ResponseFetched, ResponseRefused, ResponseWanted
+from ..events.dht import ProvidersFound, SearchDht
+from ..events.response_reading import (
+    AnswerResponse,
+    FetchResponse,
+    HintResponse,
+    ResponseFetched,
+    ResponseRefused,
+    ResponseWanted,
+)
+from ..events.vocabulary import NetworkEffect
 from ..records.ids import PeerId
 from ..records.limits import PROVIDERS_MAX
 from ..records.now import Now
@@ -141,7 +149,7 @@ class ResponseLookup:
         worth_it = not self.searched and self._attempts < ATTEMPTS_MAX and left_ms >= SEARCH_MS_MIN
         if worth_it and self._may_search(now):
             self._searching = True
-            return [FindProviders(self.number, self.request_hash, min(left_ms, DHT_MS))]
+            return [SearchDht(self.number, self.request_hash, min(left_ms, DHT_MS))]
         return self._end(None, self._reason)
 
     def _ask(self, now: Now) -> list[NetworkEffect]:

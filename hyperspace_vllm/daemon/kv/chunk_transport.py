@@ -15,7 +15,7 @@ import zmq
 from zmq.utils import z85
 
 from ...config import Config
-from ...core.events.network_effects import KvEndpoint
+from ...core.events.known_peers import KvEndpoint
 from ...core.peers.dials import Dials
 from ...core.peers.standing import Delivered, Failed
 from ...core.peers.trust import Trust

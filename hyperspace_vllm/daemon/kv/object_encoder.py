@@ -6,8 +6,8 @@ A row is a separate job so that a fetch's checks, in the same two threads, wait 
 import asyncio
 from contextlib import ExitStack
 
-from ...core.events.kv_effects import EncodeObject
-from ...core.events.kv_events import Event, ObjectEncoded, ObjectFailed
+from ...core.events.prefix_writing import EncodeObject, ObjectEncoded, ObjectFailed
+from ...core.events.vocabulary import PrefixEvent
 from ...core.local.slab import Slab
 from ...core.records.errors import Refused
 from ...core.records.ids import NetworkId
@@ -53,7 +53,7 @@ class ObjectEncoder:
         self._cache.end_leases(holder)
         return None
 
-    async def encode(self, effect: EncodeObject, slabs: list[Slab]) -> Event:
+    async def encode(self, effect: EncodeObject, slabs: list[Slab]) -> PrefixEvent:
         """Encode, commit, sign and store the leased rows."""
         try:
             async with self._turn:

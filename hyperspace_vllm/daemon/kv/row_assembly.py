@@ -9,8 +9,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from ...core.events.kv_effects import FetchRow
-from ...core.events.kv_events import ChunksVerified, Event, HolderStalled, RowFailed, RowReady
+from ...core.events.prefix_reading import ChunksVerified, FetchRow, HolderStalled, RowFailed, RowReady
+from ...core.events.vocabulary import PrefixEvent
 from ...core.local.slab import Slab
 from ...core.records.errors import Refused
 from ...core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey
@@ -30,7 +30,7 @@ PROGRESS_S = FETCH_STALL_MS / 1000 / 4
 
 Keep = Callable[[ObjectRecord, int, dict[int, memoryview]], None]
 Condemn = Callable[[ManifestDigest], None]
-Spawn = Callable[[Coroutine[None, None, None], Event], asyncio.Task[None]]
+Spawn = Callable[[Coroutine[None, None, None], PrefixEvent], asyncio.Task[None]]
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class RowAssembly:
         transport: ChunkTransport,
         compute: ComputePool,
         metrics: Metrics,
-        submit: Callable[[Event], None],
+        submit: Callable[[PrefixEvent], None],
         spawn: Spawn,
         keep: Keep,
         condemn: Condemn,

@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 
-from ...core.events.kv_effects import LoadRow
-from ...core.events.kv_events import Event, RowFailed, RowReady
+from ...core.events.prefix_reading import LoadRow, RowFailed, RowReady
+from ...core.events.vocabulary import PrefixEvent
 from ...core.local.slab import Slab
 from ...core.records.errors import Refused
 from ...core.records.ids import ManifestDigest, NetworkId, row_id
@@ -15,7 +15,7 @@ from .chunk_store import ChunkStore
 from .object_codec import ObjectRecord
 from .row_cache import RowCache
 
-Start = Callable[[int, Coroutine[None, None, None], Event], asyncio.Task[None]]  # (lookup, work, event of a bug)
+Start = Callable[[int, Coroutine[None, None, None], PrefixEvent], asyncio.Task[None]]  # (lookup, work, event of a bug)
 
 
 class RowLoading:
@@ -28,7 +28,7 @@ class RowLoading:
         store: ChunkStore,
         compute: ComputePool,
         metrics: Metrics,
-        submit: Callable[[Event], None],
+        submit: Callable[[PrefixEvent], None],
         start: Start,
         discard: Callable[[ManifestDigest], None],
     ) -> None:

@@ -6,15 +6,9 @@ from pathlib import Path
 from typing import assert_never
 
 from ... import session_lock
-from ...core.events.kv_events import (
-    ClientGone,
-    Event,
-    PrefixReleased,
-    PrefixWanted,
-    RequestOver,
-    RowArrived,
-    SegmentKeyKnown,
-)
+from ...core.events.prefix_reading import PrefixReleased, PrefixWanted
+from ...core.events.prefix_writing import ClientGone, RequestOver, RowArrived, SegmentKeyKnown
+from ...core.events.vocabulary import PrefixEvent
 from ...core.local.kv_messages import (
     NO_ENGINE,
     LookupPrefix,
@@ -59,7 +53,7 @@ class EngineMessages:
         data_dir: Path,
         staging: Staging,
         lookups: PrefixLookups,
-        submit: Callable[[Event], None],
+        submit: Callable[[PrefixEvent], None],
         served: Served,
         send: Callable[[bytes, NodeMessage], bool],
     ) -> None:

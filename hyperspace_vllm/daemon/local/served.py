@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from ...core.events.network_events import ServedChanged
+from ...core.events.node_state import ServedChanged
 from ...core.local.kv_messages import PrefixesInMemory
 from ...core.records.ids import NetworkId, wire_id
 from ...core.records.limits import PEER_RECORD_AGAIN_MS, VRAM_SEGMENTS_MAX

@@ -11,40 +11,39 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Literal, Protocol, assert_never
 
-from ...core.events.kv_effects import (
+from ...core.events.conduct import ChargePeer
+from ...core.events.known_peers import KvEndpoint
+from ...core.events.node_state import Tick
+from ...core.events.prefix_reading import (
     AnswerPrefix,
-    ChargePeer,
-    DropStaged,
-    Effect,
-    EncodeObject,
     EndLookup,
     FetchManifest,
     FetchRow,
-    FindProviders,
+    FindRowHolders,
     FindRows,
-    KeepRow,
-    LoadRow,
-    ReleaseRows,
-    UnpinRows,
-)
-from ...core.events.kv_events import (
-    Event,
     HolderStalled,
+    LoadRow,
     ManifestRefused,
     ManifestVerified,
-    ObjectEncoded,
-    ObjectFailed,
     PrefixReleased,
     PrefixWanted,
     ProviderAnswered,
     ProviderFailed,
+    ReleaseRows,
     RowFailed,
     RowOffer,
     RowsFound,
-    Tick,
 )
-from ...core.events.network_effects import KvEndpoint
-from ...core.events.network_events import RowsStored
+from ...core.events.prefix_writing import (
+    DropStaged,
+    EncodeObject,
+    KeepRow,
+    ObjectEncoded,
+    ObjectFailed,
+    RowsStored,
+    UnpinRows,
+)
+from ...core.events.vocabulary import PrefixEffect, PrefixEvent
 from ...core.local.slab import LoadedRow, Slab
 from ...core.node.node import Node
 from ...core.peers.trust import Trust
@@ -143,7 +142,7 @@ class Driver:
         )
         self._loading = RowLoading(network, cache, store, compute, metrics, self.submit, self._start, self._discard)
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[Event] = deque()
+        self._queue: deque[PrefixEvent | Tick] = deque()
         self._handling = False
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
@@ -156,7 +155,7 @@ class Driver:
         metrics.rows.labels("disk").set_function(lambda: store.rows)
         metrics.store_bytes.labels("disk").set_function(lambda: store.used_bytes)
 
-    def submit(self, event: Event) -> None:
+    def submit(self, event: PrefixEvent | Tick) -> None:
         """Let the core handle an event and perform what it decides, before anything else happens on the loop."""
         self._queue.append(event)
         if self._handling or self._closed:
@@ -208,7 +207,7 @@ class Driver:
 
     # --- events in, effects out -----------------------------------------------------------------
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: PrefixEvent | Tick) -> None:
         self.events += 1
         match event:
             case PrefixWanted():
@@ -228,7 +227,7 @@ class Driver:
         for effect in self._node.handle(event, clock.now()):
             self._perform(effect)
 
-    def _perform(self, effect: Effect) -> None:
+    def _perform(self, effect: PrefixEffect) -> None:
         match effect:
             case FindRows():
                 self._find_rows(effect)
@@ -237,7 +236,7 @@ class Driver:
             case ReleaseRows(lookup, row_keys):
                 self._assembly.end_some(lookup, row_keys)
                 self._cache.end_some(lookup, row_keys)
-            case FindProviders():
+            case FindRowHolders():
                 for peer in effect.peers:
                     failed = ProviderFailed(effect.lookup, peer, Reason.BUG)
                     self._start(effect.lookup, self._ask_provider(effect, peer), failed)
@@ -277,11 +276,11 @@ class Driver:
 
     # --- tasks ----------------------------------------------------------------------------------
 
-    def _start(self, lookup: int, work: Coroutine[None, None, None], if_bug: Event) -> asyncio.Task[None]:
+    def _start(self, lookup: int, work: Coroutine[None, None, None], if_bug: PrefixEvent) -> asyncio.Task[None]:
         """Run a lookup's work until it ends or the lookup does."""
         return self._tasks.start(lookup, work, partial(self.submit, if_bug))
 
-    def _spawn(self, work: Coroutine[None, None, None], if_bug: Event) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[None, None, None], if_bug: PrefixEvent) -> asyncio.Task[None]:
         return self._tasks.spawn(work, partial(self.submit, if_bug))
 
     def _end_lookup(self, lookup: int, keep: frozenset[RowKey] = frozenset()) -> None:
@@ -299,7 +298,7 @@ class Driver:
         leased = frozenset(filter(self._cache.is_leased, in_memory))
         self.submit(RowsFound(effect.lookup, in_memory, on_disk, leased, self._cache.room_bytes))
 
-    async def _ask_provider(self, effect: FindProviders, peer: PeerId) -> None:
+    async def _ask_provider(self, effect: FindRowHolders, peer: PeerId) -> None:
         row_ids = effect.row_ids[:LOOKUP_ROWS_MAX]
         began = self._loop.time()
         try:

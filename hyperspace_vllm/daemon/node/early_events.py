@@ -2,7 +2,10 @@
 
 from collections import deque
 
-from ...core.events.network_events import NetworkEvent, ResponsesGone, ResponseStored, RowsStored, ServedChanged
+from ...core.events.node_state import ServedChanged, Tick
+from ...core.events.prefix_writing import RowsStored
+from ...core.events.stored_responses import ResponsesGone, ResponseStored
+from ...core.events.vocabulary import NetworkEvent
 
 KEPT_MAX = 20_000  # responses, and events of rows; more are not announced
 # Of connections and open requests, which libp2p bounds; without a core no author of gossip is known, and none is heard.
@@ -16,9 +19,9 @@ class EarlyEvents:
         self._responses: dict[bytes, ResponseStored] = {}
         self._rows: list[RowsStored] = []
         self._served: list[ServedChanged] = []
-        self._of_peers: deque[NetworkEvent] = deque(maxlen=PEER_EVENTS_MAX)
+        self._of_peers: deque[NetworkEvent | Tick] = deque(maxlen=PEER_EVENTS_MAX)
 
-    def add(self, event: NetworkEvent) -> None:
+    def add(self, event: NetworkEvent | Tick) -> None:
         """Keep an event, if there is room."""
         match event:
             case ResponseStored(name):
@@ -35,7 +38,7 @@ class EarlyEvents:
             case _:
                 self._of_peers.append(event)
 
-    def take(self) -> list[NetworkEvent]:
+    def take(self) -> list[NetworkEvent | Tick]:
         """All of them; none is kept any more."""
         events = [*self._responses.values(), *self._rows, *self._served, *self._of_peers]
         for kept in (self._responses, self._rows, self._served, self._of_peers):

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from ...config import Config
-from ...core.events.network_effects import KvEndpoint
+from ...core.events.known_peers import KvEndpoint
 from ...core.node.network_node import NetworkNode, NetworkOptions
 from ...core.peers.dials import Dials
 from ...core.peers.gossip_gate import GossipGate

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ...core.events.network_effects import ImportDeltas, KvEndpoint, WriteRegistry
-from ...core.events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from ...core.events.known_peers import KvEndpoint
+from ...core.events.owner_documents import DeltasImported, DeltasRefused, ImportDeltas, OwnDeltaWritten, WriteRegistry
 from ...core.node.network_node import NetworkNode
 from ...core.peers.gossip_gate import GossipGate
 from ...core.records.ids import PeerId

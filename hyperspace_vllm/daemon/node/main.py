@@ -14,8 +14,8 @@ from typing import Protocol
 
 from ... import arena_size, session_lock
 from ...config import Config
-from ...core.events.kv_events import Event
-from ...core.events.network_effects import KvEndpoint
+from ...core.events.known_peers import KvEndpoint
+from ...core.events.vocabulary import PrefixEvent
 from ...core.peers.dials import Dials
 from ...core.records.ids import PeerId, network_id
 from ...core.records.peer_record import PeerRecord
@@ -86,7 +86,7 @@ def run_node(config: Config, embedded: bool, stopping: Stopping) -> int:
 class _Prefixes(Protocol):
     """The shell of the KV core (Driver), built only where KV is cached: it needs native code."""
 
-    def submit(self, event: Event, /) -> None: ...
+    def submit(self, event: PrefixEvent, /) -> None: ...
     def set_peers(self, records: tuple[PeerRecord, ...], endpoints: tuple[KvEndpoint, ...], /) -> None: ...
     def report_stored(self) -> None: ...
     def status(self) -> dict[str, object]: ...

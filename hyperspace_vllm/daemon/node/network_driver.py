@@ -11,45 +11,24 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Literal, assert_never
 
-from ...core.events.network_effects import (
-    AnswerResponse,
-    AuthorsChanged,
-    ChargePeer,
+from ...core.events.conduct import AnswerAudited, ChargePeer, PeerMisbehaved
+from ...core.events.connections import (
     Connect,
-    Disconnect,
-    FetchResponse,
-    FindProviders,
-    ForgetOwner,
-    HintResponse,
-    ImportDeltas,
-    NetworkEffect,
-    PeersChanged,
-    Provide,
-    Publish,
-    Reply,
-    Send,
-    ServeResponse,
-    WriteRegistry,
-)
-from ...core.events.network_events import (
-    AnswerAudited,
-    Answered,
     ConnectFailed,
-    DeltasRefused,
-    GossipReceived,
-    GossipSpoiled,
-    NetworkEvent,
-    NetworkTick,
-    NotProvided,
+    Disconnect,
     PeerConnected,
     PeerDisconnected,
     PeerDiscovered,
-    PeerMisbehaved,
-    RequestFailed,
-    ResponsesGone,
-    ResponseStored,
-    ServedChanged,
 )
+from ...core.events.dht import NotProvided, Provide, SearchDht
+from ...core.events.gossip import AuthorsChanged, GossipReceived, GossipSpoiled, Publish
+from ...core.events.known_peers import PeersChanged
+from ...core.events.node_state import ServedChanged, Tick
+from ...core.events.owner_documents import DeltasRefused, ForgetOwner, ImportDeltas, WriteRegistry
+from ...core.events.peer_requests import Answered, Reply, RequestFailed, Send, ServeResponse
+from ...core.events.response_reading import AnswerResponse, FetchResponse, HintResponse
+from ...core.events.stored_responses import ResponsesGone, ResponseStored
+from ...core.events.vocabulary import NetworkEffect, NetworkEvent
 from ...core.peers.trust import Trust
 from ...core.records.ids import NetworkId, PeerId, RequestKey, RowId
 from ...core.records.peer_record import PeerRecord
@@ -68,7 +47,7 @@ from .early_events import EarlyEvents
 from .joined_network import Documents, Joined, PeerHost, SharedHints
 from .lookup_tasks import LookupTasks
 from .network_lookups import NetworkLookups
-from .peer_requests import PeerRequests, ask_peer
+from .open_requests import PeerRequests, ask_peer
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +104,7 @@ class NetworkDriver:
                     await asyncio.Event().wait()
             await asyncio.sleep(JOIN_AGAIN_S)
 
-    def submit(self, event: NetworkEvent) -> None:
+    def submit(self, event: NetworkEvent | Tick) -> None:
         """Let the core handle an event, and perform what it decides; before the network is joined, keep it."""
         if self._closed:
             return
@@ -285,7 +264,7 @@ class NetworkDriver:
             self._timer.cancel()
         await self._tasks.close(patience_s=0)
 
-    def _handle(self, joined: Joined, event: NetworkEvent) -> None:
+    def _handle(self, joined: Joined, event: NetworkEvent | Tick) -> None:
         if joined.hints is not None:
             _note(joined.hints, event)
         self._perform_all(joined, joined.node.handle(event, clock.now()))
@@ -322,7 +301,7 @@ class NetworkDriver:
                 self._lookups.hint(effect)
             case FetchResponse():
                 self._lookups.fetch(effect, joined.host)
-            case FindProviders():
+            case SearchDht():
                 self._lookups.search(effect, joined.host)
             case AnswerResponse():
                 self._lookups.answer(effect)
@@ -380,10 +359,10 @@ class NetworkDriver:
         deadline_ms = joined.node.next_deadline_ms()
         if deadline_ms is not None and not self._closed:
             delay_s = max(deadline_ms - clock.now().mono_ms, 1) / 1000
-            self._timer = self._loop.call_later(delay_s, self.submit, NetworkTick())
+            self._timer = self._loop.call_later(delay_s, self.submit, Tick())
 
 
-def _note(hints: SharedHints, event: NetworkEvent) -> None:
+def _note(hints: SharedHints, event: NetworkEvent | Tick) -> None:
     """Write into Redis what this node can serve."""
     match event:
         case ResponseStored(name, expires_at_ms):

@@ -5,16 +5,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ...core.events.network_effects import AnswerResponse, FetchResponse, FindProviders, HintResponse
-from ...core.events.network_events import (
-    NetworkEvent,
-    ProvidersFound,
+from ...core.events.dht import ProvidersFound, SearchDht
+from ...core.events.response_reading import (
+    AnswerResponse,
+    FetchResponse,
+    HintResponse,
     ResponseFetched,
     ResponseRefused,
     ResponseReleased,
-    ResponsesUsed,
     ResponseWanted,
 )
+from ...core.events.stored_responses import ResponsesUsed
+from ...core.events.vocabulary import NetworkEvent
 from ...core.local.message_fields import Scope
 from ...core.peers.trust import Trust
 from ...core.records.errors import ProtocolViolation, Refused
@@ -30,7 +32,7 @@ from ..peer_failed import PeerFailed
 from ..responses.fetched_response import Stored, found_response, keep, open_fetched
 from ..responses.response_lookups import Clients
 from .lookup_tasks import LookupTasks
-from .peer_requests import Asks, ask_peer
+from .open_requests import Asks, ask_peer
 
 
 class Providers(Asks, Protocol):
@@ -133,7 +135,7 @@ class NetworkLookups:
         """Ask a provider."""
         self._tasks.start(effect.lookup, self._fetch(effect, host))
 
-    def search(self, effect: FindProviders, host: Providers) -> None:
+    def search(self, effect: SearchDht, host: Providers) -> None:
         """Ask the DHT for providers."""
         self._tasks.start(effect.lookup, self._search(effect, host))
 
@@ -201,7 +203,7 @@ class NetworkLookups:
             self._metrics.failures_total.labels("l1", reason).inc()
         self._submit(ResponseRefused(effect.lookup, effect.peer, reason))
 
-    async def _search(self, effect: FindProviders, host: Providers) -> None:
+    async def _search(self, effect: SearchDht, host: Providers) -> None:
         key = f"/cache/{effect.request_hash.hex()}"
         try:
             peers, cost_ms = await host.find_providers(key, PROVIDERS_MAX, effect.timeout_ms / 1000)

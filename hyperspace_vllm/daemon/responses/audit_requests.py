@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from ...core.events.network_events import AnswerAudited
+from ...core.events.conduct import AnswerAudited
 from ...core.local.response_cache_messages import ResponseAudited
 from ...core.records.errors import ProtocolViolation, Refused
 from ...core.records.ids import NetworkId, RequestKey

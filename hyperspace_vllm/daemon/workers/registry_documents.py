@@ -21,8 +21,7 @@ from collections.abc import Callable
 import msgspec
 from nacl.signing import SigningKey
 
-from ...core.events.network_effects import ImportDeltas, WriteRegistry
-from ...core.events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from ...core.events.owner_documents import DeltasImported, DeltasRefused, ImportDeltas, OwnDeltaWritten, WriteRegistry
 from ...core.records.errors import Refused
 from ...core.records.ids import NetworkId
 from ...core.records.limits import REGISTRY_DELTA_BYTES_MAX, REGISTRY_ENTRIES_MAX, REGISTRY_TTL_MS, KiB

@@ -10,50 +10,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperspace_vllm.core.events.network_effects import (
-    AnswerResponse,
-    AuthorsChanged,
-    ChargePeer,
-    Connect,
-    Disconnect,
-    FetchResponse,
-    FindProviders,
-    HintResponse,
-    ImportDeltas,
-    NetworkEffect,
-    PeersChanged,
-    Provide,
-    Publish,
+from hyperspace_vllm.core.events.conduct import AnswerAudited, ChargePeer, PeerMisbehaved
+from hyperspace_vllm.core.events.connections import Connect, ConnectFailed, Disconnect, PeerConnected, PeerDisconnected
+from hyperspace_vllm.core.events.dht import NotProvided, Provide, ProvidersFound, SearchDht
+from hyperspace_vllm.core.events.gossip import AuthorsChanged, GossipReceived, GossipSpoiled, Publish
+from hyperspace_vllm.core.events.known_peers import PeersChanged
+from hyperspace_vllm.core.events.node_state import Tick
+from hyperspace_vllm.core.events.owner_documents import DeltasImported, DeltasRefused, ImportDeltas
+from hyperspace_vllm.core.events.peer_requests import (
+    Answered,
     Reply,
+    RequestFailed,
+    RequestReceived,
     Send,
     ServeResponse,
 )
-from hyperspace_vllm.core.events.network_events import (
-    AnswerAudited,
-    Answered,
-    ConnectFailed,
-    DeltasImported,
-    DeltasRefused,
-    GossipReceived,
-    GossipSpoiled,
-    NetworkEvent,
-    NetworkTick,
-    NotProvided,
-    PeerConnected,
-    PeerDisconnected,
-    PeerMisbehaved,
-    ProvidersFound,
-    RequestFailed,
-    RequestReceived,
+from hyperspace_vllm.core.events.prefix_writing import RowsStored
+from hyperspace_vllm.core.events.response_reading import (
+    AnswerResponse,
+    FetchResponse,
+    HintResponse,
     ResponseFetched,
     ResponseRefused,
     ResponseReleased,
-    ResponsesGone,
-    ResponseStored,
-    ResponsesUsed,
     ResponseWanted,
-    RowsStored,
 )
+from hyperspace_vllm.core.events.stored_responses import ResponsesGone, ResponseStored, ResponsesUsed
+from hyperspace_vllm.core.events.vocabulary import NetworkEffect, NetworkEvent
 from hyperspace_vllm.core.node.network_node import LOOKUPS_MAX, SYNC_AGAIN_MS, TELL_AGAIN_MS, NetworkNode
 from hyperspace_vllm.core.node.own_requests import GREET_AGAIN_MS, REQUESTS_MAX
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
@@ -183,7 +166,7 @@ class Script:
                 peers = tuple(Identity(int(number)).peer for number in numbers)
                 return [ProvidersFound(ord(letter), peers, 10.0)]
             case ["tick"]:
-                return [NetworkTick()]
+                return [Tick()]
             case _:
                 raise ValueError(words)
 
@@ -198,7 +181,7 @@ class Script:
                 return f"hint {'yes' if hinted else 'no'}"
             case FetchResponse(lookup, peer, _, _, timeout_ms):
                 return f"fetch {chr(lookup)} from {number_of(peer)} for {timeout_ms}"
-            case FindProviders(lookup):
+            case SearchDht(lookup):
                 return f"search {chr(lookup)}"
             case AnswerResponse(lookup, peer, source, reason):
                 return f"answer {chr(lookup)} {number_of(peer) if peer else 'none'} {source} {reason}"
@@ -532,7 +515,7 @@ def test_an_object_is_provided_in_the_dht_by_its_first_row() -> None:
     node = Script().node
     rows = tuple(bytes([number]) * 32 for number in range(3))
     node.handle(RowsStored(bytes(32), b"f" * 32, bytes(48), rows, NOW_MS + HOUR_MS), dated(NOW_MS))
-    effects = [effect for at_ms in (NOW_MS, NOW_MS + 60_000) for effect in node.handle(NetworkTick(), dated(at_ms))]
+    effects = [effect for at_ms in (NOW_MS, NOW_MS + 60_000) for effect in node.handle(Tick(), dated(at_ms))]
     keys = [effect.key for effect in effects if isinstance(effect, Provide)]
     assert keys == [f"/kv-prefix/{(b'f' * 32).hex()}/{rows[0].hex()}"]
 
@@ -540,7 +523,7 @@ def test_an_object_is_provided_in_the_dht_by_its_first_row() -> None:
 def test_what_no_peer_took_is_provided_again_in_its_turn() -> None:
     node = Script().node
     node.handle(NotProvided("/cache/ab"), dated(NOW_MS))
-    effects = [effect for at_ms in (NOW_MS, NOW_MS + 60_000) for effect in node.handle(NetworkTick(), dated(at_ms))]
+    effects = [effect for at_ms in (NOW_MS, NOW_MS + 60_000) for effect in node.handle(Tick(), dated(at_ms))]
     assert [effect.key for effect in effects if isinstance(effect, Provide)] == ["/cache/ab"]
 
 
@@ -839,7 +822,7 @@ def test_lookups_and_requests_are_bounded() -> None:
         assert isinstance(effects[1], FetchResponse)
     busy = script.node.handle(ResponseWanted(LOOKUPS_MAX, response("a"), 300, (peer,)), dated(NOW_MS))
     assert busy == [HintResponse(LOOKUPS_MAX, False), AnswerResponse(LOOKUPS_MAX, None, "none", "busy")]
-    answers = only(script.node.handle(NetworkTick(), dated(NOW_MS + 300)), AnswerResponse)
+    answers = only(script.node.handle(Tick(), dated(NOW_MS + 300)), AnswerResponse)
     assert [answer.reason for answer in answers] == ["deadline"] * LOOKUPS_MAX
     for number in range(REQUESTS_MAX + 10):
         script.node.handle(PeerConnected(peer), dated(NOW_MS + number))
@@ -849,7 +832,7 @@ def test_lookups_and_requests_are_bounded() -> None:
 def test_a_peer_whose_ping_was_lost_sight_of_is_still_noticed_to_be_silent() -> None:
     node = make_node()
     Script(node).run("> meet 1")
-    node.handle(NetworkTick(), dated(NOW_MS + SECOND_MS))
+    node.handle(Tick(), dated(NOW_MS + SECOND_MS))
     for number in range(REQUESTS_MAX):
         node.handle(PeerConnected(Identity(2).peer), dated(NOW_MS + SECOND_MS + number))
     tick(node, NOW_MS + SECOND_MS + REQUESTS_MAX)
@@ -862,7 +845,7 @@ def test_a_peer_whose_ping_was_lost_sight_of_is_still_noticed_to_be_silent() -> 
 def tick(node: NetworkNode, now_ms: int, set_by_ms: int = 0) -> list[NetworkEffect]:
     """A tick, after which the next deadline must lie ahead; the wall clock was set by so much."""
     now = at(dated(now_ms).mono_ms, set_by_ms)
-    effects = node.handle(NetworkTick(), now)
+    effects = node.handle(Tick(), now)
     due_ms = node.next_deadline_ms()
     assert due_ms is None or due_ms > now.mono_ms
     return effects
@@ -921,7 +904,7 @@ def events_of_anybody() -> st.SearchStrategy[NetworkEvent]:
     )
     lookups, reasons = st.integers(1, 8), st.sampled_from(Reason)
     build: list[st.SearchStrategy[NetworkEvent]] = [
-        st.just(NetworkTick()),
+        st.just(Tick()),
         st.builds(PeerConnected, peers),
         st.builds(PeerDisconnected, peers),
         st.builds(PeerMisbehaved, peers),
@@ -954,7 +937,7 @@ def events_of_anybody() -> st.SearchStrategy[NetworkEvent]:
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.integers(0, 3_000), events_of_anybody()),
-        st.tuples(st.sampled_from([60 * SECOND_MS, HOUR_MS]), st.just(NetworkTick())),
+        st.tuples(st.sampled_from([60 * SECOND_MS, HOUR_MS]), st.just(Tick())),
         st.tuples(st.sampled_from([-HOUR_MS, -7, 60 * SECOND_MS, HOUR_MS]), st.just("set")),  # the wall clock
         st.tuples(st.just(0), st.just("want")),
     ),
@@ -974,7 +957,7 @@ def test_whatever_comes_time_goes_on_and_every_lookup_is_hinted_and_answered_onc
     answered: list[int] = []
     for delay_ms, event in steps:
         if event == "set":
-            set_by_ms, event = set_by_ms + delay_ms, NetworkTick()
+            set_by_ms, event = set_by_ms + delay_ms, Tick()
         else:
             now_ms += delay_ms
         if isinstance(event, str):
@@ -1170,7 +1153,7 @@ def says_who_is_charged(node: NetworkNode, number: int, message: PeerRequest, an
     (send,) = node._requests.ask(Identity(number).peer, message, 1_000, dated(NOW_MS))
     charged = only(node.handle(Answered(send.request, send.peer, answer), dated(NOW_MS)), ChargePeer)
     while (due_ms := node.registry._intake.next_deadline_ms()) is not None:
-        charged += only(node.handle(NetworkTick(), at(due_ms)), ChargePeer)
+        charged += only(node.handle(Tick(), at(due_ms)), ChargePeer)
     return charged
 
 

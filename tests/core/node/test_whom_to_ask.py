@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from hyperspace_vllm.core.events.kv_effects import FindProviders
-from hyperspace_vllm.core.events.kv_events import PrefixWanted, RowsFound, Tick
+from hyperspace_vllm.core.events.node_state import Tick
+from hyperspace_vllm.core.events.prefix_reading import FindRowHolders, PrefixWanted, RowsFound
 from hyperspace_vllm.core.node.node import ASKED_MAX, Node
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
 from hyperspace_vllm.core.peers.patience import EARNED_MS, LENT_MAX_MS, LENT_SHARE
@@ -27,7 +27,7 @@ def asked(node: Node, lookup: int = 1, may_ask_peers: bool = True, now_ms: int =
     wanted = PrefixWanted(lookup, WINDOWED, KEYS, 0, 0, 5000, may_ask_peers)
     found = RowsFound(lookup, frozenset(), frozenset(), frozenset(), 1 << 62)
     effects = node.handle(wanted, at(now_ms)) + node.handle(found, at(now_ms))
-    return next((effect.peers for effect in effects if isinstance(effect, FindProviders)), ())
+    return next((effect.peers for effect in effects if isinstance(effect, FindRowHolders)), ())
 
 
 def make(hints: dict[RowId, tuple[PeerId, ...]], peers: tuple[PeerId, ...] = PEERS) -> Node:
@@ -98,7 +98,7 @@ def silent_lookup(node: Node, lookup: int, now_ms: int) -> tuple[PeerId, ...]:
     found = RowsFound(lookup, frozenset(), frozenset(), frozenset(), 1 << 62)
     effects = node.handle(wanted, at(now_ms)) + node.handle(found, at(now_ms))
     node.handle(Tick(), at(now_ms + 200))
-    return next((effect.peers for effect in effects if isinstance(effect, FindProviders)), ())
+    return next((effect.peers for effect in effects if isinstance(effect, FindRowHolders)), ())
 
 
 def test_a_peer_that_does_not_say_what_it_has_is_avoided_for_longer_every_time() -> None:

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from hyperspace_vllm.core.events.network_effects import ChargePeer, Connect, Disconnect, NetworkEffect, Send
+from hyperspace_vllm.core.events.conduct import ChargePeer
+from hyperspace_vllm.core.events.connections import Connect, Disconnect
+from hyperspace_vllm.core.events.peer_requests import Send
+from hyperspace_vllm.core.events.vocabulary import NetworkEffect
 from hyperspace_vllm.core.peers.address import may_dial
 from hyperspace_vllm.core.peers.avoidance import (
     AVOID_MS_MAX,

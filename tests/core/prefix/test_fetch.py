@@ -9,31 +9,29 @@ import textwrap
 
 import pytest
 
-from hyperspace_vllm.core.events.kv_effects import (
+from hyperspace_vllm.core.events.conduct import ChargePeer
+from hyperspace_vllm.core.events.node_state import Tick
+from hyperspace_vllm.core.events.prefix_reading import (
     AnswerPrefix,
-    ChargePeer,
-    Effect,
+    ChunksVerified,
     FetchManifest,
     FetchRow,
-    FindProviders,
+    FindRowHolders,
     FindRows,
-    LoadRow,
-    ReleaseRows,
-)
-from hyperspace_vllm.core.events.kv_events import (
-    ChunksVerified,
     HolderStalled,
+    LoadRow,
     ManifestRefused,
     ManifestVerified,
     PrefixWanted,
     ProviderAnswered,
     ProviderFailed,
+    ReleaseRows,
     RowFailed,
     RowOffer,
     RowReady,
     RowsFound,
-    Tick,
 )
+from hyperspace_vllm.core.events.vocabulary import PrefixEffect
 from hyperspace_vllm.core.prefix.cost_model import (
     RATE_BYTES_PER_MS_DEFAULT,
     RATE_FORGET_MS,
@@ -84,7 +82,7 @@ class Script:
             effects = [self.show(effect) for effect in self.act(command)]
             assert effects == expected, f"after `{command}`"
 
-    def act(self, command: str) -> list[Effect]:
+    def act(self, command: str) -> list[PrefixEffect]:
         verb, *words = command.split()
         options = dict(word.split("=", 1) for word in words if "=" in word)
         plain = [word for word in words if "=" not in word]
@@ -95,7 +93,7 @@ class Script:
         assert self.lookup is not None
         return self.lookup.handle(self._event(verb, plain, options), self.now)
 
-    def _want(self, peers: list[str], options: dict[str, str]) -> list[Effect]:
+    def _want(self, peers: list[str], options: dict[str, str]) -> list[PrefixEffect]:
         wanted = PrefixWanted(
             1,
             self.layout,
@@ -163,7 +161,7 @@ class Script:
                 return Tick()
         raise AssertionError(verb)
 
-    def show(self, effect: Effect) -> str:
+    def show(self, effect: PrefixEffect) -> str:
         match effect:
             case FindRows():
                 return f"find-rows {len(effect.row_keys)}"
@@ -171,7 +169,7 @@ class Script:
                 return f"load {self.numbers[effect.row_key]}"
             case ReleaseRows():
                 return f"release {','.join(str(self.numbers[key]) for key in effect.row_keys)}"
-            case FindProviders():
+            case FindRowHolders():
                 return f"find-providers {' '.join(effect.peers)} rows={len(effect.row_ids)} ms={effect.timeout_ms}"
             case FetchManifest():
                 return f"fetch-manifest {effect.peer} {effect.manifest[:1].decode()}"

@@ -2,16 +2,20 @@
 
 import pytest
 
-from hyperspace_vllm.core.events.kv_effects import DropStaged, Effect, EncodeObject, KeepRow, UnpinRows
-from hyperspace_vllm.core.events.kv_events import (
+from hyperspace_vllm.core.events.node_state import Tick
+from hyperspace_vllm.core.events.prefix_writing import (
     ClientGone,
+    DropStaged,
+    EncodeObject,
+    KeepRow,
     ObjectEncoded,
     ObjectFailed,
     RequestOver,
     RowArrived,
     SegmentKeyKnown,
-    Tick,
+    UnpinRows,
 )
+from hyperspace_vllm.core.events.vocabulary import PrefixEffect
 from hyperspace_vllm.core.prefix import publish
 from hyperspace_vllm.core.prefix.publish import (
     ENCODE_QUEUE_MAX,
@@ -46,7 +50,7 @@ class Engine:
         self.pinned: set[bytes] = set()
         self.next_staged = 0
 
-    def tell(self, event: publish.PublishEvent) -> list[Effect]:
+    def tell(self, event: publish.PublishEvent) -> list[PrefixEffect]:
         effects = self.publisher.handle(event, self.now)
         for effect in effects:
             match effect:

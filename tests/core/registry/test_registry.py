@@ -10,14 +10,16 @@ import msgspec
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.events.network_effects import (
-    ChargePeer,
+from hyperspace_vllm.core.events.conduct import ChargePeer
+from hyperspace_vllm.core.events.owner_documents import (
+    DeltasImported,
+    DeltasRefused,
     ForgetOwner,
     ImportDeltas,
-    NetworkEffect,
+    OwnDeltaWritten,
     WriteRegistry,
 )
-from hyperspace_vllm.core.events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from hyperspace_vllm.core.events.vocabulary import NetworkEffect
 from hyperspace_vllm.core.records.ids import NetworkId, PeerId, network_id, peer_id, sha256
 from hyperspace_vllm.core.records.limits import (
     REGISTRY_COMPACT_MS,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.events.network_effects import Publish
+from hyperspace_vllm.core.events.gossip import Publish
 from hyperspace_vllm.core.records.announcement import (
     PREFIX_TOPIC,
     RESPONSE_TOPIC,

@@ -5,8 +5,10 @@ from itertools import pairwise
 
 import pytest
 
-from hyperspace_vllm.core.events.network_effects import ChargePeer, NetworkEffect, Publish
-from hyperspace_vllm.core.events.network_events import AnswerAudited, GossipReceived, NetworkTick
+from hyperspace_vllm.core.events.conduct import AnswerAudited, ChargePeer
+from hyperspace_vllm.core.events.gossip import GossipReceived, Publish
+from hyperspace_vllm.core.events.node_state import Tick
+from hyperspace_vllm.core.events.vocabulary import NetworkEffect
 from hyperspace_vllm.core.node.network_node import NetworkNode
 from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.core.peers.reputation import score_of
@@ -272,14 +274,14 @@ def test_one_finding_makes_suspect_and_is_told_to_nobody(far: int) -> None:
     assert node._trust.trusts(accused.public_key, dated(NOW_MS))
     assert node._trust.standings.word(accused.peer, dated(NOW_MS)) == score_of(0, 0, 0)
     assert node.next_deadline_ms() is not None
-    assert told(node.handle(NetworkTick(), dated(NOW_MS + 10 * EVIDENCE_EVERY_MS))) == []
+    assert told(node.handle(Tick(), dated(NOW_MS + 10 * EVIDENCE_EVERY_MS))) == []
 
 
 def test_a_lie_is_told_once() -> None:
     node = listener()
     assert told(convict(node)) == [lie()]
     again = node.handle(AnswerAudited(lie(far=9), b"client 9"), dated(NOW_MS + 1))
-    assert told(again + node.handle(NetworkTick(), dated(NOW_MS + 10 * EVIDENCE_EVERY_MS))) == []
+    assert told(again + node.handle(Tick(), dated(NOW_MS + 10 * EVIDENCE_EVERY_MS))) == []
 
 
 def test_many_lies_are_told_at_one_a_second_the_newest_first_to_survive() -> None:
@@ -291,7 +293,7 @@ def test_many_lies_are_told_at_one_a_second_the_newest_first_to_survive() -> Non
         effects = node.handle(AnswerAudited(lie(number=1_000 + number), b"client"), dated(NOW_MS))
         spoken.append((0, told(effects)))
     for at_ms in range(0, 100 * SECOND_MS, 100):
-        spoken.append((at_ms, told(node.handle(NetworkTick(), dated(NOW_MS + at_ms)))))
+        spoken.append((at_ms, told(node.handle(Tick(), dated(NOW_MS + at_ms)))))
     times = [at_ms for at_ms, entries in spoken if entries]
     assert all(later - earlier >= EVIDENCE_EVERY_MS for earlier, later in pairwise(times))
     assert max(len(entries) for _, entries in spoken) == EVIDENCE_ENTRIES_MAX
@@ -305,9 +307,9 @@ def test_a_clock_that_is_set_back_delays_no_evidence() -> None:
     convict(node)
     node.handle(AnswerAudited(lie(number=1), b"client"), dated(NOW_MS))
     mono_ms, set_by_ms = dated(NOW_MS).mono_ms, -3_600 * SECOND_MS
-    node.handle(NetworkTick(), at(mono_ms, set_by_ms))
+    node.handle(Tick(), at(mono_ms, set_by_ms))
     assert node._outbox.next_deadline_ms() == mono_ms + EVIDENCE_EVERY_MS
-    assert told(node.handle(NetworkTick(), at(mono_ms + EVIDENCE_EVERY_MS, set_by_ms))) == [lie(number=1)]
+    assert told(node.handle(Tick(), at(mono_ms + EVIDENCE_EVERY_MS, set_by_ms))) == [lie(number=1)]
 
 
 def test_whom_one_node_convicts_all_others_audit() -> None:

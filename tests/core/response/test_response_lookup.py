@@ -10,22 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperspace_vllm.core.events.network_effects import (
+from hyperspace_vllm.core.events.dht import ProvidersFound, SearchDht
+from hyperspace_vllm.core.events.response_reading import (
     AnswerResponse,
     FetchResponse,
-    FindProviders,
     HintResponse,
-    NetworkEffect,
+    ResponseFetched,
+    ResponseRefused,
+    ResponseWanted,
 )
-from hyperspace_vllm.core.events.network_events import ProvidersFound, ResponseFetched, ResponseRefused, ResponseWanted
+from hyperspace_vllm.core.events.vocabulary import NetworkEffect
+from hyperspace_vllm.core.prefix.cost_model import HEDGE_MS_MAX, HEDGE_MS_MIN
 from hyperspace_vllm.core.records.ids import PeerId
 from hyperspace_vllm.core.records.now import Now
 from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.response.lookup import (
     ATTEMPTS_MAX,
     DHT_MS,
-    HEDGE_MS_MAX,
-    HEDGE_MS_MIN,
     IN_FLIGHT_MAX,
     RACE_MS,
     ProviderCandidate,
@@ -99,7 +100,7 @@ class Script:
                 return "hinted" if hinted else "unhinted"
             case FetchResponse(_, peer, _, request_hash, timeout_ms) if request_hash == WANTED:
                 return f"fetch {peer} for {timeout_ms}"
-            case FindProviders(_, request_hash, timeout_ms) if request_hash == WANTED:
+            case SearchDht(_, request_hash, timeout_ms) if request_hash == WANTED:
                 return f"search for {timeout_ms}"
             case AnswerResponse(_, peer, source, reason):
                 return f"answer {peer} {source} {reason}"

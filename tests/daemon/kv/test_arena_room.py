@@ -9,26 +9,24 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from hyperspace_vllm.core.events.kv_effects import (
+from hyperspace_vllm.core.events.node_state import Tick
+from hyperspace_vllm.core.events.prefix_reading import (
     AnswerPrefix,
-    Effect,
     FetchManifest,
     FetchRow,
-    FindProviders,
+    FindRowHolders,
     FindRows,
     LoadRow,
-    ReleaseRows,
-)
-from hyperspace_vllm.core.events.kv_events import (
     ManifestVerified,
     PrefixWanted,
     ProviderAnswered,
+    ReleaseRows,
     RowFailed,
     RowOffer,
     RowReady,
     RowsFound,
-    Tick,
 )
+from hyperspace_vllm.core.events.vocabulary import PrefixEffect
 from hyperspace_vllm.core.local.slab import PAGE_BYTES, Slab, pages_bytes
 from hyperspace_vllm.core.prefix.cost_model import RateEstimator
 from hyperspace_vllm.core.prefix.fetch import LookupEvent, PrefixLookup
@@ -98,7 +96,7 @@ class Bench:
                 self.cache.lease(event.row_key, number)
             self._perform(self.lookups[number].handle(event, self.now_ms))
 
-    def _perform(self, effects: list[Effect]) -> None:
+    def _perform(self, effects: list[PrefixEffect]) -> None:
         for effect in effects:
             number = effect.lookup  # type: ignore[union-attr]
             match effect:
@@ -121,7 +119,7 @@ class Bench:
                     for key in keys:
                         self._cancel(number, key)
                     self.cache.end_some(number, keys)
-                case FindProviders():
+                case FindRowHolders():
                     offers = [
                         RowOffer(row.id, manifest, place, (1 << 64) - 1)
                         for manifest, rows in self._offered().items()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.events.network_effects import KvEndpoint
+from hyperspace_vllm.core.events.known_peers import KvEndpoint
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, peer_id
 from hyperspace_vllm.core.records.limits import (
     DIALS_BURST_S,

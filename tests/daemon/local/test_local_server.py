@@ -23,16 +23,10 @@ from hyperspace_vllm.api.node_lookup import HINT_S, NodeLookup
 from hyperspace_vllm.async_client import AsyncNodeClient
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.events.kv_events import (
-    ClientGone,
-    Event,
-    PrefixReleased,
-    PrefixWanted,
-    RequestOver,
-    RowArrived,
-    SegmentKeyKnown,
-)
-from hyperspace_vllm.core.events.network_events import ServedChanged
+from hyperspace_vllm.core.events.node_state import ServedChanged
+from hyperspace_vllm.core.events.prefix_reading import PrefixReleased, PrefixWanted
+from hyperspace_vllm.core.events.prefix_writing import ClientGone, RequestOver, RowArrived, SegmentKeyKnown
+from hyperspace_vllm.core.events.vocabulary import PrefixEvent
 from hyperspace_vllm.core.local.kv_messages import (
     NO_ENGINE,
     LookupPrefix,
@@ -68,13 +62,13 @@ from hyperspace_vllm.core.local.session_messages import (
     Status,
     Welcome,
 )
-from hyperspace_vllm.core.local.slab import LoadedRow, Slab
+from hyperspace_vllm.core.local.slab import PAGE_BYTES, LoadedRow, Slab
 from hyperspace_vllm.core.records.ids import RequestKey, RowKey, SegmentKey, network_id, row_key, sha256, wire_id
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, RESPONSE_BYTES_MAX, MiB
 from hyperspace_vllm.core.records.vram_digest import approximate_count, overlap
 from hyperspace_vllm.daemon.identity import Identity
-from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES, Arena
+from hyperspace_vllm.daemon.kv.arena import Arena
 from hyperspace_vllm.daemon.kv.row_cache import UNSTORED, RowCache
 from hyperspace_vllm.daemon.local import served
 from hyperspace_vllm.daemon.local.engine_messages import EngineMessages
@@ -126,7 +120,7 @@ class SmallNode:
     config: Config
     cache: RowCache
     metrics: Metrics = field(default_factory=Metrics)
-    events: list[Event] = field(default_factory=list)
+    events: list[PrefixEvent] = field(default_factory=list)
     stored: list[StoreResponse] = field(default_factory=list)
     touched: list[bytes] = field(default_factory=list)
     answers: bool = True
@@ -163,7 +157,7 @@ class SmallNode:
     def purge(self, keys: Iterable[bytes]) -> bool:
         return True
 
-    def submit(self, event: Event) -> None:
+    def submit(self, event: PrefixEvent) -> None:
         self.events.append(event)
         match event:
             case RowArrived():
@@ -186,7 +180,7 @@ class SmallNode:
                     self.staging.drop(arrived.staged, "client_gone")
                 self._staged.clear()
 
-    def count(self, kind: type[Event]) -> int:
+    def count(self, kind: type[PrefixEvent]) -> int:
         return sum(isinstance(event, kind) for event in self.events)
 
 

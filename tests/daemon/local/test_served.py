@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from hyperspace_vllm.core.events.network_effects import Send
-from hyperspace_vllm.core.events.network_events import ServedChanged
+from hyperspace_vllm.core.events.node_state import ServedChanged
+from hyperspace_vllm.core.events.peer_requests import Send
 from hyperspace_vllm.core.peers.own_record import RENEW_MS
 from hyperspace_vllm.core.peers.record_renewal import LOAD_STEP_PERMILLE, should_renew_record
 from hyperspace_vllm.core.records.ids import sha256
@@ -13,7 +13,8 @@ from hyperspace_vllm.core.records.limits import PEER_RECORD_AGAIN_MS, PEER_RECOR
 from hyperspace_vllm.core.records.peer_record import DIGESTS_MAX, PeerRecord, decode_peer_record
 from hyperspace_vllm.core.records.peer_wire import Greet
 from hyperspace_vllm.core.records.vram_digest import make_digest, overlap
-from tests.support.network_world import NOW_MS, SECOND_MS, Identity, World
+from tests.core.registry.test_registry import SECOND_MS
+from tests.support.network_world import NOW_MS, Identity, World
 
 
 def ids(count: int) -> list[bytes]:

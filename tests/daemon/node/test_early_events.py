@@ -8,16 +8,11 @@ from typing import cast
 
 import pytest
 
-from hyperspace_vllm.core.events.network_effects import NetworkEffect
-from hyperspace_vllm.core.events.network_events import (
-    NetworkEvent,
-    PeerConnected,
-    PeerDisconnected,
-    ResponsesGone,
-    ResponseStored,
-    RowsStored,
-    ServedChanged,
-)
+from hyperspace_vllm.core.events.connections import PeerConnected, PeerDisconnected
+from hyperspace_vllm.core.events.node_state import ServedChanged
+from hyperspace_vllm.core.events.prefix_writing import RowsStored
+from hyperspace_vllm.core.events.stored_responses import ResponsesGone, ResponseStored
+from hyperspace_vllm.core.events.vocabulary import NetworkEffect, NetworkEvent
 from hyperspace_vllm.core.node.network_node import NetworkNode
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate
 from hyperspace_vllm.core.peers.trust import Trust

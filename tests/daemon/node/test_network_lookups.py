@@ -2,8 +2,9 @@
 
 import pytest
 
-from hyperspace_vllm.core.events.network_effects import AnswerResponse, HintResponse
-from hyperspace_vllm.core.events.network_events import NetworkEvent, ResponseReleased, ResponsesUsed, ResponseWanted
+from hyperspace_vllm.core.events.response_reading import AnswerResponse, HintResponse, ResponseReleased, ResponseWanted
+from hyperspace_vllm.core.events.stored_responses import ResponsesUsed
+from hyperspace_vllm.core.events.vocabulary import NetworkEvent
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import PeerId, RequestKey, network_id
 from hyperspace_vllm.core.response.cache_proof import request_hash

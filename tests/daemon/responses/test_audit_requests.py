@@ -8,8 +8,8 @@ import pytest
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.events.network_effects import Publish
-from hyperspace_vllm.core.events.network_events import AnswerAudited
+from hyperspace_vllm.core.events.conduct import AnswerAudited
+from hyperspace_vllm.core.events.gossip import Publish
 from hyperspace_vllm.core.local.response_cache_messages import (
     ResponseAudited,
     ResponseFound,

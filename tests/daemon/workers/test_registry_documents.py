@@ -14,8 +14,13 @@ import pytest
 from nacl.signing import SigningKey
 
 from bench.registry_growth import measure
-from hyperspace_vllm.core.events.network_effects import ImportDeltas, WriteRegistry
-from hyperspace_vllm.core.events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
+from hyperspace_vllm.core.events.owner_documents import (
+    DeltasImported,
+    DeltasRefused,
+    ImportDeltas,
+    OwnDeltaWritten,
+    WriteRegistry,
+)
 from hyperspace_vllm.core.records.ids import network_id, peer_id
 from hyperspace_vllm.core.records.limits import REGISTRY_DELTA_BYTES_MAX, REGISTRY_ENTRIES_MAX, MiB
 from hyperspace_vllm.core.records.rank import Acquaintance, Rank

@@ -1,17 +1,12 @@
-"""What happens to a node: everything that `Node.handle` takes.
+"""L2: prefixes that engines of this node want. Every event of a lookup carries its `lookup` number."""
 
-Payload bytes never appear here; the core sees keys, ids, sizes and verdicts. Every event of a lookup carries its
-`lookup` number; events for a lookup that has ended are ignored. Every effect that starts work is answered by exactly
-one of the events named in its docstring (effects.py), unless it is cancelled.
-"""
-
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from ..records.ids import ManifestDigest, PeerId, RowId, RowKey, SegmentKey
 from ..records.layout import Layout
 from ..records.reason import Reason
-
-# --- L2: reading a prefix -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +23,11 @@ class PrefixWanted:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixReleased:
-    """The client no longer wants the lookup or its rows."""
+class FindRows:
+    """Which of these rows does this node hold? Answered by RowsFound, at once."""
 
     lookup: int
+    row_keys: tuple[RowKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +45,27 @@ class RowsFound:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadRow:
+    """Lease a row of this node's own in the arena (from disk if need be). Answered by RowReady or RowFailed."""
+
+    lookup: int
+    row_key: RowKey
+
+
+@dataclass(frozen=True, slots=True)
+class FindRowHolders:
+    """Ask each of these peers which of the rows it serves. Answered by ProviderAnswered or ProviderFailed, one a peer.
+
+    `timeout_ms` bounds each peer.
+    """
+
+    lookup: int
+    row_ids: tuple[RowId, ...]
+    peers: tuple[PeerId, ...]
+    timeout_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class RowOffer:
     """One peer serves one row: row number `row` of `manifest`, `columns` a bit mask of its 64 chunks."""
 
@@ -60,7 +77,7 @@ class RowOffer:
 
 @dataclass(frozen=True, slots=True)
 class ProviderAnswered:
-    """One peer answered FindProviders (offers may be empty); `rtt_ms` is how long it took."""
+    """One peer answered FindRowHolders (offers may be empty); `rtt_ms` is how long it took."""
 
     lookup: int
     peer: PeerId
@@ -70,11 +87,26 @@ class ProviderAnswered:
 
 @dataclass(frozen=True, slots=True)
 class ProviderFailed:
-    """One peer did not answer FindProviders in time, or answered garbage."""
+    """One peer did not answer FindRowHolders in time, or answered garbage."""
 
     lookup: int
     peer: PeerId
     reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class FetchManifest:
+    """Get and verify a manifest with its digest table, proof and tags. Answered by ManifestVerified or ManifestRefused.
+
+    The driver keeps verified manifests, so a known one answers at once. `row_keys` are those of the lookup: the tags of
+    their rows are checked every time, because what one lookup needs of a manifest another may not.
+    """
+
+    lookup: int
+    peer: PeerId
+    manifest: ManifestDigest
+    row_keys: Mapping[RowId, RowKey]
+    timeout_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +134,27 @@ class ManifestRefused:
     manifest: ManifestDigest
     reason: Reason
     producer: PeerId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FetchRow:
+    """Get `columns` (bit mask) of one row from one peer, verify each by digest, and open the row into the arena.
+
+    Several may run for one row (hedging): under one manifest they share the row's chunks, under different manifests
+    they race. ChunksVerified as they come; when any 32 of one manifest have verified, the driver reconstructs and
+    answers RowReady (or RowFailed) and ends the row's others by itself, unanswered. A FetchRow that ends without all
+    its columns is answered by HolderStalled.
+    After RowFailed(condemned) nothing of the row runs on: a FetchRow under another manifest starts afresh.
+    """
+
+    lookup: int
+    peer: PeerId
+    manifest: ManifestDigest
+    row: int
+    row_key: RowKey
+    length: int
+    columns: int
+    timeout_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,91 +202,38 @@ class RowFailed:
     reason: str  # arena_full | io_error | evicted | condemned
 
 
-# --- L2: writing a prefix -----------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class ReleaseRows:
+    """End the lookup's leases on these rows, and their fetching. They may be asked for again. Not answered."""
+
+    lookup: int
+    row_keys: tuple[RowKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class RowArrived:
-    """A worker staged one row. `staged` is the node's number for the slab; (client, request_id) scopes the rest.
+class AnswerPrefix:
+    """Tell the client: segments [.., end_segment) are usable through these leased rows (0: none, with a reason).
 
-    `client` is an engine, by the token that no other start of an engine has (local.RegisterLayout).
+    `rows` lists (segment, part, rank, row_key), all of them ready. The driver cancels what still runs for the lookup
+    and ends the leases of its other rows. Not answered.
     """
 
-    client: str
-    request_id: str
-    segment: int
-    part: int
-    rank: int
-    staged: int
-    length: int
-    layout: Layout
+    lookup: int
+    end_segment: int
+    rows: tuple[tuple[int, int, int, RowKey], ...]
+    source: Literal["none", "memory", "disk", "network"]
+    reason: str  # hit | miss | deadline | stalled | too_slow | no_peers | failed | …; a metric label
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentKeyKnown:
-    """The scheduler named a segment."""
+class PrefixReleased:
+    """The client no longer wants the lookup or its rows."""
 
-    client: str
-    request_id: str
-    segment: int
-    segment_key: SegmentKey
-    layout: Layout
-    shareable: bool  # False: keep it in this node, offer it to nobody
+    lookup: int
 
 
 @dataclass(frozen=True, slots=True)
-class RequestOver:
-    """No more segments of this request will be named; rows of unnamed segments are dropped."""
+class EndLookup:
+    """Cancel whatever still runs for the lookup and end its leases. Not answered."""
 
-    client: str
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class ClientGone:
-    """The engine's last session ended: forget its requests."""
-
-    client: str
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectEncoded:
-    """Answers EncodeObject: sealed, coded, committed, signed and stored."""
-
-    object_id: int
-    manifest: ManifestDigest
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectFailed:
-    """Answers EncodeObject: it could not be stored (disk full, quota, a row was evicted first)."""
-
-    object_id: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Nothing happened; the deadline that `next_deadline_ms` named has come."""
-
-
-Event = (
-    PrefixWanted
-    | PrefixReleased
-    | RowsFound
-    | ProviderAnswered
-    | ProviderFailed
-    | ManifestVerified
-    | ManifestRefused
-    | ChunksVerified
-    | HolderStalled
-    | RowReady
-    | RowFailed
-    | RowArrived
-    | SegmentKeyKnown
-    | RequestOver
-    | ClientGone
-    | ObjectEncoded
-    | ObjectFailed
-    | Tick
-)
+    lookup: int

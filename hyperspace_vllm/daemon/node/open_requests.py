@@ -5,8 +5,9 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from ...core.events.network_effects import ServeResponse
-from ...core.events.network_events import NetworkEvent, PeerMisbehaved, RequestReceived
+from ...core.events.conduct import PeerMisbehaved
+from ...core.events.peer_requests import RequestReceived, ServeResponse
+from ...core.events.vocabulary import NetworkEvent
 from ...core.peers.trust import Trust
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import PeerId, public_key_of
