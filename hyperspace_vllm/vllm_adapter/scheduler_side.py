@@ -11,7 +11,6 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from vllm.config.kv_transfer import KVRole
@@ -30,7 +29,7 @@ from ..core.local.kv_messages import (
     SegmentNamed,
 )
 from ..core.local.session_messages import Heartbeat, Rejected
-from ..core.prefix.segment import Multimodal, chain_seed, next_key
+from ..core.prefix.segment import chain_seed
 from ..core.records.ids import SegmentKey
 from ..core.records.limits import FETCH_PREFILL_SHARE, LOOKUP_ROWS_MAX, PROMPT_SEGMENTS_MAX
 from ..core.response.scope import RequestScope
@@ -41,6 +40,7 @@ from .metadata import IDLE, BlockTables, PrefixLoad, SegmentSave, StepMetadata
 from .older_vllm import CacheHitSource, block_tables, has_failed
 from .prefill_rate import PrefillRate
 from .stats import HyperspaceStats
+from .tracked_request import TrackedLookup, TrackedRequest
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -55,40 +55,6 @@ PROBE_S = 0.1  # while something waits: sending to a dead node fails at once, it
 ANSWER_GRACE_MS = 100  # the node enforces the deadline; we give up this much later if its answer doesn't come
 
 _HIT_SOURCES = {"memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "network": CacheHitSource.P2P}
-
-
-@dataclass(slots=True)
-class _PrefixLookup:
-    number: int
-    epoch: int
-    start_token: int
-    asked_s: float
-    deadline_s: float
-    answer: PrefixAnswer | None = None
-
-
-@dataclass(slots=True)
-class _Tracked:
-    request: Request
-    name: str  # to the node: a client may reuse a request id while the earlier one's rows are still in flight
-    seed: bytes
-    scope: RequestScope
-    multimodal: tuple[Multimodal, ...]
-    lora: bytes
-    keys: list[SegmentKey] = field(default_factory=list)
-    waiting_since_s: float | None = None
-    promised_from: int = 0  # token from which the last promise counts
-    lookup: _PrefixLookup | None = None
-    loading: bool = False
-    settled: bool = False
-    load_failed: bool = False
-    preemptions: int = 0
-    done_segments: int = 0  # segments before this one were loaded, saved or skipped
-    filled_segments: int = 0  # segments before this one are complete in its blocks
-    unnamed: list[int] = field(default_factory=list)  # saved, but their last token isn't known yet
-    spoilt: set[int] = field(default_factory=set)  # saved with tokens that were dropped: never named
-    noted: int = 0  # segments before this one are in `CachedSegments`, or have left it since
-    node_knows: bool = False  # the node keeps state for this request id
 
 
 class SchedulerSide:
@@ -117,8 +83,8 @@ class SchedulerSide:
         self._fetch, self._deadline_ms = fetch, lookup_deadline_ms
         self._loading, self._saving = role != "kv_producer", role != "kv_consumer"
         self._segments_max = min(PROMPT_SEGMENTS_MAX, LOOKUP_ROWS_MAX // (len(plan.parts) * plan.ranks))
-        self._tracked: dict[str, _Tracked | None] = {}  # None: declined for good
-        self._lookups: dict[int, _Tracked] = {}
+        self._tracked: dict[str, TrackedRequest | None] = {}  # None: declined for good
+        self._lookups: dict[int, TrackedRequest] = {}
         self._unreleased: list[int] = []  # lookups that could not be released because the node's queue was full
         self._numbers = itertools.count(1)
         self._loads: list[PrefixLoad] = []
@@ -148,7 +114,7 @@ class SchedulerSide:
         tracked = self._track(request)
         if tracked is None or not self._loading:
             return 0, False
-        self._notice_preemption(tracked)
+        tracked.notice_preemption()
         tokens = self._matched(tracked, start_token)
         return tokens, bool(tokens)
 
@@ -193,7 +159,7 @@ class SchedulerSide:
                 self._remember(tracked, range(answer.end_segment))
             self._release(tracked)
 
-    def _matched(self, tracked: _Tracked, start_token: int) -> int | None:
+    def _matched(self, tracked: TrackedRequest, start_token: int) -> int | None:
         if tracked.settled:
             return 0
         self._receive()
@@ -212,7 +178,7 @@ class SchedulerSide:
         tracked.promised_from = start_token
         return end_token - start_token
 
-    def _ask(self, tracked: _Tracked, start_token: int) -> int | None:
+    def _ask(self, tracked: TrackedRequest, start_token: int) -> int | None:
         request, segment = tracked.request, self._plan.segment_tokens
         count = min((request.num_tokens - 1) // segment, self._segments_max)
         if count * segment <= start_token or request.skip_reading_prefix_cache:
@@ -233,7 +199,7 @@ class SchedulerSide:
         deadline_ms = self._deadline_ms
         if self._fetch == "auto" and prefill_ms:
             deadline_ms = min(deadline_ms, max(int(prefill_ms * FETCH_PREFILL_SHARE), DEADLINE_MS_MIN))
-        self._extend_keys(tracked, count)
+        tracked.extend_keys(count, self._plan.segment_tokens)
         number = next(self._numbers) & 0xFFFFFFFF
         message = LookupPrefix(
             number,
@@ -248,13 +214,13 @@ class SchedulerSide:
             self._settle(tracked, "node_busy")
             return 0
         deadline_s = now_s + (deadline_ms + ANSWER_GRACE_MS) / 1000
-        tracked.lookup = _PrefixLookup(number, self._epoch, start_token, now_s, deadline_s)
+        tracked.lookup = TrackedLookup(number, self._epoch, start_token, now_s, deadline_s)
         tracked.node_knows = True
         self._lookups[number] = tracked
         self.stats.count("hyperspace_l2_tokens_total", "asked", by=count * segment - start_token)
         return None
 
-    def _lost(self, lookup: _PrefixLookup) -> str | None:
+    def _lost(self, lookup: TrackedLookup) -> str | None:
         """Why this lookup's answer can't be used or waited for any longer; None if it can."""
         if not self._client.connected or self._client.epoch != lookup.epoch:
             return "node_gone"
@@ -280,13 +246,13 @@ class SchedulerSide:
             elif isinstance(message, Rejected):
                 logger.error("hyperspace: the node rejected a message of the scheduler: %s", message.detail)
 
-    def _settle(self, tracked: _Tracked, reason: str) -> None:
+    def _settle(self, tracked: TrackedRequest, reason: str) -> None:
         """This admission computes its own prefill."""
         self.stats.count("hyperspace_l2_lookups_total", "miss", reason)
         tracked.settled = True
         self._release(tracked)
 
-    def _release(self, tracked: _Tracked) -> None:
+    def _release(self, tracked: TrackedRequest) -> None:
         lookup, tracked.lookup = tracked.lookup, None
         if lookup is None:
             return
@@ -333,7 +299,7 @@ class SchedulerSide:
             tracked = self._tracked.get(request_id)
             if tracked is None:
                 continue
-            self._notice_preemption(tracked)
+            tracked.notice_preemption()
             if tracked.unnamed:
                 self._name_known(tracked)
             end_token = tracked.request.num_computed_tokens + scheduled
@@ -359,20 +325,19 @@ class SchedulerSide:
                     planned += 1
                     yield save
 
-    def _note_cached(self, cached: CachedSegments, tracked: _Tracked, end_segment: int) -> None:
+    def _note_cached(self, cached: CachedSegments, tracked: TrackedRequest, end_segment: int) -> None:
         """Note the step's segments: vLLM has already put its blocks into its cache, as far as it knows their tokens."""
         if tracked.scope.scope == "private" or tracked.scope.tenant:
             tracked.noted = PROMPT_SEGMENTS_MAX
             return
-        self._extend_keys(tracked, end_segment)
+        tracked.extend_keys(end_segment, self._plan.segment_tokens)
         tracked.noted = cached.note(tracked.keys[:end_segment], tracked.noted, tracked.request.block_hashes)
 
-    def _save(self, tracked: _Tracked, segment: int, tables: tuple[list[int], ...]) -> SegmentSave | None:
+    def _save(self, tracked: TrackedRequest, segment: int, tables: tuple[list[int], ...]) -> SegmentSave | None:
         if segment in tracked.spoilt:
             return None
-        named = self._extend_keys(tracked, segment + 1)
-        shareable = tracked.scope.scope != "private"
-        if named and (known := self._known.get(tracked.keys[segment])) is not None and (known or not shareable):
+        named = tracked.extend_keys(segment + 1, self._plan.segment_tokens)
+        if named and self._node_has(tracked, tracked.keys[segment]):
             return None
         start, end = segment * self._plan.segment_tokens, (segment + 1) * self._plan.segment_tokens
         parts, blocks = [], [()] * len(tables)  # type: list[int], list[tuple[int, ...]]
@@ -394,22 +359,25 @@ class SchedulerSide:
             self._name_known(tracked)
         return SegmentSave(tracked.name, segment, tuple(parts), tuple(blocks))
 
-    def _name_known(self, tracked: _Tracked) -> None:
+    def _node_has(self, tracked: TrackedRequest, key: SegmentKey) -> bool:
+        """Whether the node has the segment, and shares it with other nodes if this request's scope allows that."""
+        is_shared = self._known.get(key)
+        return is_shared is not None and (is_shared or not tracked.may_leave_node)
+
+    def _name_known(self, tracked: TrackedRequest) -> None:
         """Name the saved segments whose last token is known (under async scheduling it lags a step)."""
         # vLLM may have read an adapter's files again since this request arrived.
         if tracked.unnamed and tracked.lora and self._adapter(tracked.request) != tracked.lora:
-            tracked.spoilt.update(tracked.unnamed)
-            tracked.unnamed.clear()
-        while tracked.unnamed and self._extend_keys(tracked, tracked.unnamed[0] + 1):
+            tracked.spoil_unnamed()
+        while tracked.unnamed and tracked.extend_keys(tracked.unnamed[0] + 1, self._plan.segment_tokens):
             segment = tracked.unnamed.pop(0)
             scope = tracked.scope.scope
             self._client.send(SegmentNamed(tracked.name, segment, tracked.keys[segment], scope))
             self._remember(tracked, range(segment, segment + 1))
 
-    def _remember(self, tracked: _Tracked, segments: range) -> None:
-        shareable = tracked.scope.scope != "private"
+    def _remember(self, tracked: TrackedRequest, segments: range) -> None:
         for key in tracked.keys[segments.start : segments.stop]:
-            self._known[key] = shareable or self._known.get(key, False)
+            self._known[key] = tracked.may_leave_node or self._known.get(key, False)
             self._known.move_to_end(key)
         while len(self._known) > KNOWN_KEYS_MAX:
             self._known.popitem(last=False)
@@ -438,13 +406,13 @@ class SchedulerSide:
                 self._release(tracked)
                 self._tracked[request_id] = None
 
-    def _track(self, request: Request) -> _Tracked | None:
+    def _track(self, request: Request) -> TrackedRequest | None:
         if request.request_id not in self._tracked:
             self._tracked[request.request_id] = self._admit(request)
         return self._tracked[request.request_id]
 
     @contained()  # a client's or a file's data must not affect other requests: this request is left to vLLM
-    def _admit(self, request: Request) -> _Tracked | None:
+    def _admit(self, request: Request) -> TrackedRequest | None:
         """None for requests whose KV isn't a function of their tokens (embeddings), or doesn't stay so (sessions)."""
         if request.prompt_embeds is not None or request.pooling_params is not None or request.resumable:
             return None
@@ -462,30 +430,9 @@ class SchedulerSide:
             # it saves.
             scope = RequestScope("private", scope.tenant)
         multimodal = tuple((name.encode(), offset) for name, offset in items)
-        return _Tracked(request, str(next(self._numbers)), seed, scope, multimodal, lora)
+        return TrackedRequest(request, str(next(self._numbers)), seed, scope, multimodal, lora)
 
     def _adapter(self, request: Request) -> bytes | None:
         """The digest of the request's LoRA adapter, b"" without one; None: its files are unknown, or were replaced."""
         lora = request.lora_request
         return b"" if lora is None else self._adapters.digest(lora.lora_int_id, lora.lora_path)
-
-    def _notice_preemption(self, tracked: _Tracked) -> None:
-        """A preempted request starts from token 0: it may look up again, and resamples what was in flight."""
-        if tracked.request.num_preemptions == tracked.preemptions:
-            return
-        tracked.preemptions = tracked.request.num_preemptions
-        tracked.spoilt.update(tracked.unnamed)
-        tracked.unnamed.clear()
-        tracked.done_segments = tracked.filled_segments = tracked.noted = 0
-        tracked.settled = tracked.load_failed
-        tracked.waiting_since_s = None
-
-    def _extend_keys(self, tracked: _Tracked, count: int) -> bool:
-        """Compute keys up to `count` segments, as far as tokens are known; True if all were computed."""
-        size, request = self._plan.segment_tokens, tracked.request
-        while len(tracked.keys) < count and (len(tracked.keys) + 1) * size <= request.num_tokens:
-            start = len(tracked.keys) * size
-            items = [item for item in tracked.multimodal if start <= item[1] < start + size]
-            previous = tracked.keys[-1] if tracked.keys else tracked.seed
-            tracked.keys.append(next_key(previous, request.all_token_ids[start : start + size], items))
-        return len(tracked.keys) >= count

@@ -47,6 +47,15 @@ class Deliveries:
         """Expected time of a transfer of `size` bytes from the peer."""
         return transfer_ms(size, self._rates.rate(peer, now_ms), self.rtt_ms[peer])
 
+    def estimate_ms(self, sizes: Iterable[tuple[int, list[PeerId]]], now_ms: int) -> int:
+        """Expected time of transfers of these sizes, each from the one of its peers that would deliver it first."""
+        queued: dict[PeerId, int] = {}
+        for size, peers in sizes:
+            best = min(peers, key=lambda peer: self.cost_ms(peer, queued.get(peer, 0) + size, now_ms))
+            queued[best] = queued.get(best, 0) + size
+        waits = (self.cost_ms(peer, size, now_ms) + self.rtt_ms[peer] for peer, size in queued.items())
+        return max(waits, default=0)
+
     def end(self, late: set[PeerId], now_ms: int) -> None:
         """Update the rates; `late` peers have not delivered everything."""
         for peer, delivery in self._of_peer.items():

@@ -41,7 +41,7 @@ from .cost_model import (
     search_budget_ms,
     worth_fetching,
 )
-from .plan import PrefixRows, Row
+from .plan import PrefixRows, Row, slowest_tier
 from .provider_search import ProviderSearch
 from .room import AGAIN_MS, ArenaRoom
 from .row_window import RowWindow
@@ -260,9 +260,7 @@ class PrefixLookup:
 
     def _choose(self, now_ms: int) -> None:
         """The search is over: aim at the longest prefix that the offers complete, if fetching it pays."""
-        for row in self._rows.by_key.values():
-            if row.tier == "none" and self._transfers.fetchable(row):
-                row.tier = "network"
+        self._rows.offered(self._transfers.fetchable)
         usable, end = self._rows.usable(_is_to_be_had), self._fitting()
         offered = usable > self._rows.usable(lambda row: row.tier in ("memory", "disk"))
         if end <= self._local_end and (end or not offered):
@@ -294,9 +292,7 @@ class PrefixLookup:
         self._not_fetched = not_fetched
         self._phase = "getting"
         self._phase_ends_ms = None
-        for row in self._rows.by_key.values():
-            if row.tier == "network":
-                row.tier = "none"
+        self._rows.offered(lambda row: False)
         saves_ms = self._saves_ms(0, self._rows.usable(_is_to_be_had))
         if self._mode == "auto" and saves_ms:
             self._phase_ends_ms = self._started_ms + max(fetch_budget_ms(saves_ms), LOAD_GRACE_MS)
@@ -417,13 +413,8 @@ class PrefixLookup:
         if reason == "deadline":
             self.waited_ms |= late_ms
         rows = self._rows.needed(end)
-        tiers = {row.tier for row in rows}
-        source: Literal["none", "memory", "disk", "network"] = "none"
-        for tier in ("memory", "disk", "network"):
-            if tier in tiers:
-                source = tier
         places = tuple((row.segment, row.part, row.rank, row.key) for row in rows)
-        self._effects.append(AnswerPrefix(self.lookup, end, places, source, reason))
+        self._effects.append(AnswerPrefix(self.lookup, end, places, slowest_tier(rows), reason))
         self.answered = True
 
     # --- leaves ---------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ..events.prefix_reading import ManifestVerified, ProviderAnswered
 from ..records.ids import ManifestDigest, PeerId, RowId
 from ..records.limits import DATA_CHUNKS
+from ..records.manifest import chunk_bytes_for
 from .plan import Row
 
 
@@ -36,6 +37,16 @@ class RowSource:
     verified: int = 0
     wanted: bool = False
     dead: bool = False
+
+    def is_in(self, contents: ManifestVerified, row: Row, fingerprint: bytes) -> bool:
+        """Whether the manifest has the row where it was offered."""
+        return (
+            contents.fingerprint == fingerprint
+            and self.row < len(contents.row_ids)
+            and contents.row_ids[self.row] == row.id
+            and contents.row_lengths[self.row] == row.length
+            and contents.chunk_bytes == chunk_bytes_for(row.length)  # else a small row takes a large one's memory
+        )
 
     def under_way(self) -> int:
         """Columns that have verified or may still come."""

@@ -1,7 +1,8 @@
 """Which rows a prefix needs, how far the available rows reach, and which columns to ask of which peers. No state."""
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from typing import Literal
 
 from ..local.slab import pages_bytes
 from ..records.ids import NetworkId, PeerId, RowId, RowKey, SegmentKey, row_id, row_key
@@ -125,6 +126,12 @@ class PrefixRows:
             elif row.tier != "network":
                 row.tier = "none"
 
+    def offered(self, by_peers: Callable[[Row], bool]) -> None:
+        """Of the rows that this node lacks, peers offer these, and no others."""
+        for row in self.by_key.values():
+            if row.tier in ("none", "network"):
+                row.tier = "network" if by_peers(row) else "none"
+
     def absent(self, local_end: int) -> dict[RowId, Row]:
         """The rows, by id, that this node lacks and that a prefix of more than `local_end` segments needs."""
         layout = self._layout
@@ -150,6 +157,16 @@ class PrefixRows:
             lambda segment, part: sum(map(cost, self._by_place[segment, part])),
             room,
         )
+
+
+def slowest_tier(rows: Iterable[Row]) -> Literal["none", "memory", "disk", "network"]:
+    """Where the slowest of the rows comes from; "none" without rows."""
+    tiers = {row.tier for row in rows}
+    slowest: Literal["none", "memory", "disk", "network"] = "none"
+    for tier in ("memory", "disk", "network"):
+        if tier in tiers:
+            slowest = tier
+    return slowest
 
 
 def assign_columns(count: int, exclude: int, holders: Sequence[tuple[PeerId, int]]) -> dict[PeerId, int]:

@@ -20,7 +20,6 @@ from ..events.vocabulary import PrefixEffect
 from ..records.ids import ManifestDigest, PeerId, RowId, RowKey
 from ..records.layout import Layout
 from ..records.limits import DATA_CHUNKS, FETCH_BYTES_PER_MS_MIN
-from ..records.manifest import chunk_bytes_for
 from ..records.reason import Reason
 from .cost_model import HEDGE_MS_MAX, HEDGE_MS_MIN, MANIFEST_HEDGE_MS, RateEstimator, hedge_delay_ms
 from .deliveries import Deliveries
@@ -81,14 +80,8 @@ class Transfers:
 
     def estimate_ms(self, rows: Iterable[Row], now_ms: int) -> int:
         """Time until `rows` are here when each comes from the peer that would deliver it first."""
-        cost_ms = self._deliveries.cost_ms
-        queued: dict[PeerId, int] = {}
-        for row in rows:
-            holders = [peer for source in self._offers.of(row) for peer in source.holders]
-            best = min(holders, key=lambda peer: cost_ms(peer, queued.get(peer, 0) + row.length, now_ms))
-            queued[best] = queued.get(best, 0) + row.length
-        waits = (cost_ms(peer, size, now_ms) + self._deliveries.rtt_ms[peer] for peer, size in queued.items())
-        return max(waits, default=0)
+        sizes = ((row.length, [peer for source in self._offers.of(row) for peer in source.holders]) for row in rows)
+        return self._deliveries.estimate_ms(sizes, now_ms)
 
     # --- rows -----------------------------------------------------------------------------------
 
@@ -370,18 +363,12 @@ class Transfers:
         """Whether the manifest has this row where the offers said; if not, charge the offering peers."""
         if source.verified or source.asked:
             return True
-        honest = (
-            contents.fingerprint == self.layout.fingerprint
-            and source.row < len(contents.row_ids)
-            and contents.row_ids[source.row] == row.id
-            and contents.row_lengths[source.row] == row.length
-            and contents.chunk_bytes == chunk_bytes_for(row.length)  # else a small row takes a large one's memory
-        )
-        if not honest:
+        is_true = source.is_in(contents, row, self.layout.fingerprint)
+        if not is_true:
             source.dead = True
             for peer in source.holders:
                 self._charge(peer, Reason.FALSE_OFFER)
-        return honest
+        return is_true
 
     def _charge(self, peer: PeerId, reason: Reason) -> None:
         if peer not in self._offers.banned:
