@@ -1,18 +1,13 @@
 """The response cache in front of a real server, on real sockets, over frames shaped like vLLM's."""
 
-import asyncio
 import base64
 import json
 import os
-import socket
 import statistics
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from prometheus_client import REGISTRY
 from starlette.middleware import Middleware
@@ -20,15 +15,10 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
-from hyperspace_vllm.api import coalesce
-from hyperspace_vllm.api.large_bodies import LargeBodies
-from hyperspace_vllm.api.middleware import response_cache
-from hyperspace_vllm.api.options import ResponseCacheOptions
-from hyperspace_vllm.core.local.response_cache_messages import FindResponse, StoreResponse, TouchResponses
+from hyperspace_vllm.core.local.messages import FindResponse, StoreResponse, TouchResponses
 from hyperspace_vllm.core.records.ids import sha256
-from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX, RESPONSE_TTL_MS
+from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import decode_proof
 from hyperspace_vllm.core.response.scope import RequestScope, tenant_of, verify_scope
 from hyperspace_vllm.daemon.clock import wall_ms
@@ -41,7 +31,6 @@ from tests.support.cached_server import (
     USAGE,
     Bench,
     MakeBench,
-    benches,
     data_of,
     said,
     text_of,
@@ -51,17 +40,6 @@ from tests.support.cached_server import (
 pytestmark = pytest.mark.io
 
 GREEDY = CHAT | {"temperature": 0}
-
-
-@pytest.fixture
-async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
-    async with benches(tmp_path) as make:
-        yield make
-
-
-@pytest.fixture
-async def bench(make_bench: MakeBench) -> Bench:
-    return await make_bench()
 
 
 # --- hits ---------------------------------------------------------------------------------------
@@ -319,232 +297,6 @@ async def test_private_requests_are_stored_for_this_node_alone(bench: Bench) -> 
     assert bench.node.scopes == ["private", "private", "network"]
 
 
-# --- what passes by -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("raw", "content_type", "reason"),
-    [
-        (b"{not json", "application/json", "not_json"),
-        (b'{"prompt": "a", "prompt": "b"}', "application/json", "duplicate_key"),
-        (json.dumps(TEXT).encode(), "text/plain", "not_json"),
-        (json.dumps(TEXT | {"prompt": "x" * REQUEST_BYTES_MAX}).encode(), "application/json", "too_large"),
-        (json.dumps(TEXT | {"prompt_logprobs": 1, "stream": True}).encode(), "application/json", "stream_conflict"),
-        (json.dumps(TEXT | {"model": "unknown"}).encode(), "application/json", "unknown_model"),
-        (b' {"kv_transfer_params": {"do_remote_decode": true}}', "application/json", "kv_transfer_params"),
-    ],
-)
-async def test_what_cannot_be_cached_reaches_the_server_byte_for_byte(
-    bench: Bench, raw: bytes, content_type: str, reason: str
-) -> None:
-    async def chunks() -> AsyncIterator[bytes]:
-        for at in range(0, len(raw), 100_000):
-            yield raw[at : at + 100_000]
-
-    for content in (raw, chunks()):
-        answer = await bench.client.post(TEXT_PATH, content=content, headers={"content-type": content_type})
-        assert answer.headers["cache-status"] == f"hyperspace; fwd=bypass; detail={reason}"
-    assert bench.upstream.bodies == [raw, raw]
-    assert bench.node.scopes == []
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        [("content-type", "application/json")],
-        [("content-type", "Application/JSON; charset=utf-8")],
-        [("content-type", "application/json ;a=b")],
-        [("content-type", "application/json"), ("content-type", "text/plain")],
-        [("content-type", "text/plain"), ("content-type", "application/json")],
-        [("content-type", "application/vnd.api+json")],
-        [("content-type", "text/plain")],
-        [("content-type", "")],
-        [],
-    ],
-)
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32-le"])
-async def test_a_scope_that_a_client_made_up_reaches_no_server_whatever_it_calls_its_body(
-    bench: Bench, headers: list[tuple[str, str]], encoding: str
-) -> None:
-    forged = {"scope": "public", "tenant": "", "mac": "00"}
-    raw = json.dumps(TEXT | {"kv_transfer_params": {"hyperspace": forged, "other": 1}}).encode(encoding)
-    await bench.client.post(TEXT_PATH, content=raw, headers=headers)
-    (body,) = bench.upstream.bodies
-    params = json.loads(body)["kv_transfer_params"]
-    assert params["other"] == 1
-    assert params.get("hyperspace") != forged
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        json.dumps(TEXT | {"prompt": "x" * REQUEST_BYTES_MAX}).encode(),
-        b'{"prompt": "a", "prompt": "b", "model": "base"}',
-    ],
-    ids=["too large", "two prompts"],
-)
-async def test_what_cannot_be_cached_still_stays_in_the_node_when_its_client_says_so(bench: Bench, raw: bytes) -> None:
-    headers = {"content-type": "application/json", "cache-control": "private"}
-    assert "fwd=bypass" in (await bench.client.post(TEXT_PATH, content=raw, headers=headers)).headers["cache-status"]
-    received = json.loads(bench.upstream.bodies[0])
-    signed = received.pop("kv_transfer_params")["hyperspace"]
-    assert verify_scope(b"process", signed, None) == RequestScope("private", "")
-    assert received == json.loads(raw)
-
-
-async def test_a_server_that_wants_fresh_samples_caches_only_what_cannot_differ(make_bench: MakeBench) -> None:
-    bench = await make_bench(cache_sampled=False)
-    sampled = (CHAT, CHAT | {"temperature": 0.7}, CHAT | {"temperature": None, "seed": None})
-    for body in sampled:
-        answer = await bench.ask(body)
-        assert answer.headers["cache-status"] == "hyperspace; fwd=bypass; detail=sampled"
-    for body in (CHAT | {"temperature": 0}, CHAT | {"temperature": 0.0}, CHAT | {"seed": 0}):
-        assert "fwd=bypass" not in (await bench.ask(body)).headers["cache-status"]
-
-
-async def test_a_model_that_is_no_name_is_the_servers_to_refuse(bench: Bench) -> None:
-    answer = await bench.ask(CHAT | {"model": ["base"]})
-    assert (answer.status_code, len(bench.upstream.bodies)) == (200, 1)
-    assert answer.headers["cache-status"] == "hyperspace; fwd=bypass; detail=unknown_model"
-
-
-async def test_a_request_for_a_route_of_weights_changes_nothing_by_itself(bench: Bench) -> None:
-    await bench.ask(CHAT)
-    await bench.stored(1)
-    for route in ("/update_weights", "/collective_rpc", "/start_weight_update"):
-        await bench.client.post(route, json={})
-    assert "hit" in (await bench.ask(CHAT)).headers["cache-status"]
-
-
-async def test_what_was_computed_while_the_weights_changed_is_not_stored(make_bench: MakeBench) -> None:
-    changes = 0
-    bench = await make_bench(weights_changes=lambda: changes)
-    bench.upstream.gate.clear()
-    asked = asyncio.create_task(bench.ask(CHAT))
-    await until(lambda: len(bench.upstream.bodies) == 1)
-    changes = 1  # and back again: the digest is the same as before
-    bench.upstream.gate.set()
-    await asked
-    await bench.ask(CHAT)
-    await bench.stored(1)
-    assert len(bench.node.scopes) == 1
-
-
-async def test_other_routes_and_methods_are_not_ours(bench: Bench) -> None:
-    for answer in (await bench.client.get(CHAT_PATH), await bench.client.post("/v1/audio/speech", json={})):
-        assert answer.status_code in (404, 405)
-        assert "cache-status" not in answer.headers
-
-
-@pytest.mark.parametrize("asked_as", [{}, STREAM])
-async def test_an_error_of_ours_is_a_bypass(
-    bench: Bench, asked_as: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: object) -> None:
-        raise KeyError("a bug")
-
-    monkeypatch.setattr(bench.cache.recent, "newer", broken)
-    for _ in range(2):
-        answer = await bench.ask(CHAT | asked_as)
-        assert answer.status_code == 200
-        assert answer.headers["cache-status"] == "hyperspace; fwd=bypass; detail=error"
-
-
-@pytest.mark.parametrize("asked_as", [{}, STREAM])
-@pytest.mark.parametrize(
-    "broken",
-    ["middleware.parse_request", "middleware.first_header", "request_facts.tenant_of", "request_facts.storage_scope"],
-)
-async def test_an_error_before_the_way_is_known_leaves_the_request_to_the_application(
-    bench: Bench, asked_as: dict[str, Any], broken: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(f"hyperspace_vllm.api.{broken}", lambda *_: 1 / 0)
-    answer = await bench.ask(CHAT | asked_as)
-    assert answer.status_code == 200
-    assert "cache-status" not in answer.headers
-    assert json.loads(bench.upstream.bodies[0]) == CHAT | asked_as
-
-
-async def test_a_scope_that_cant_be_signed_is_no_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyperspace_vllm.api.request_context.changes_of", lambda *_, **__: 1 / 0)
-    for _ in range(2):
-        answer = await bench.ask(CHAT)
-        assert answer.status_code == 200
-        assert answer.headers["cache-status"] == "hyperspace; fwd=bypass; detail=error"
-
-
-@pytest.mark.parametrize("broken", ["CompletionCollector.feed", "CompletionCollector.result"])
-async def test_a_collector_that_raises_breaks_no_stream(
-    bench: Bench, broken: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    body = CHAT | STREAM | USAGE
-    expected = await bench.ask(body, cache_control="no-store")
-    monkeypatch.setattr(f"hyperspace_vllm.api.streams.collect.{broken}", lambda *_: 1 / 0)
-    for _ in range(2):
-        answer = await bench.ask(body)
-        assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
-        assert len(data_of(answer)) == len(data_of(expected))
-
-
-def test_a_cache_that_cant_be_made_leaves_the_application_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def application(*_: object) -> None: ...
-
-    monkeypatch.setattr("hyperspace_vllm.api.middleware.l1_metrics", lambda: 1 / 0)
-    options = ResponseCacheOptions(None, lambda: None, None)  # type: ignore[arg-type]
-    assert response_cache(application, options) is application
-
-
-async def test_without_a_node_bodies_pass_unchanged_and_nothing_claims_to_be_stored(bench: Bench) -> None:
-    bench.node.connected = False
-    answer = await bench.ask(CHAT | STREAM)
-    assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss"
-    assert json.loads(bench.upstream.bodies[0]) == CHAT | STREAM
-
-
-async def test_switched_off_the_cache_leaves_no_trace(make_bench: MakeBench) -> None:
-    bench = await make_bench(db_path=None)
-    for headers in ({}, {"cache_control": "only-if-cached"}, {"cache_control": "no-store"}):
-        answer = await bench.ask(CHAT, **headers)
-        assert answer.status_code == 200
-        assert "cache-status" not in answer.headers
-    assert "cache-status" not in (await bench.ask("not an object")).headers
-    assert bench.node.scopes == []
-
-
-async def test_errors_are_passed_on_and_not_stored(bench: Bench) -> None:
-    for body, failure in ((CHAT, "refuse"), (CHAT | STREAM, "error frame"), (CHAT | STREAM, "refuse")):
-        bench.upstream.failures = [failure]
-        answer = await bench.ask(body)
-        assert "hit" not in answer.headers["cache-status"]
-        assert "error" in answer.text
-    assert (await bench.ask(CHAT)).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
-
-
-async def test_a_stream_that_breaks_off_breaks_off_for_the_client_and_is_not_stored(bench: Bench) -> None:
-    bench.upstream.failures = ["raise"]
-    with pytest.raises(httpx.RemoteProtocolError):
-        await bench.ask(CHAT | STREAM)
-    bench.upstream.failures = ["raise"]
-    assert (await bench.ask(CHAT)).status_code == 500
-    assert bench.node.scopes == []
-
-
-async def test_a_model_that_changed_meanwhile_is_not_blamed_for_the_answer(make_bench: MakeBench) -> None:
-    digest: bytes | None = bytes(32)
-    bench = await make_bench(model_digest=lambda: digest)
-    bench.upstream.gate.clear()
-    asked = asyncio.create_task(bench.ask(CHAT))
-    await until(lambda: len(bench.upstream.bodies) == 1)
-    digest = bytes([1]) * 32
-    bench.upstream.gate.set()
-    await asked
-    await bench.ask(CHAT)
-    await bench.stored(1)
-    assert len(bench.node.scopes) == 1
-    digest = None
-    assert (await bench.ask(CHAT)).headers["cache-status"] == "hyperspace; fwd=bypass; detail=no_model_digest"
-
-
 async def test_adapters_have_answers_of_their_own(make_bench: MakeBench) -> None:
     loras = {"l": bytes([1]) * 32}
     bench = await make_bench(loras=loras)
@@ -593,212 +345,6 @@ async def test_a_scope_that_a_client_made_up_is_removed(bench: Bench) -> None:
     await bench.ask(CHAT | {"kv_transfer_params": forged | {"do_remote_decode": True}})
     received = [json.loads(body)["kv_transfer_params"] for body in bench.upstream.bodies]
     assert received == [None, {"do_remote_decode": True}]
-
-
-# --- one computation for many -------------------------------------------------------------------
-
-
-async def open_stream(bench: Bench, stack: AsyncExitStack, body: object) -> tuple[httpx.Response, AsyncIterator[str]]:
-    response = await stack.enter_async_context(bench.client.stream("POST", CHAT_PATH, json=body))
-    return response, response.aiter_lines()
-
-
-async def rest_of(lines: AsyncIterator[str]) -> str:
-    return "\n".join([line async for line in lines])
-
-
-async def test_the_first_frame_is_there_before_the_second_is_computed(bench: Bench) -> None:
-    bench.upstream.gate.clear()
-    async with AsyncExitStack() as stack:
-        _, lines = await open_stream(bench, stack, CHAT | STREAM)
-        frames = [line for line in [await anext(lines) for _ in range(3)] if line]
-        assert "w1.0" in frames[1]
-        bench.upstream.gate.set()
-        assert "[DONE]" in await rest_of(lines)
-
-
-@pytest.mark.parametrize("asked_as", [{}, STREAM])
-async def test_fifty_identical_requests_are_computed_once(bench: Bench, asked_as: dict[str, Any]) -> None:
-    bench.upstream.gate.clear()
-    asked = [asyncio.create_task(bench.ask(CHAT | asked_as)) for _ in range(50)]
-    await until(lambda: bench.cache.flights.readers == 50)
-    bench.upstream.gate.set()
-    answers = await asyncio.gather(*asked)
-    assert {text_of(answer) for answer in answers} == {"w1.0 w1.1 w1.2 "}
-    assert len(bench.upstream.bodies) == 1
-    statuses = sorted(answer.headers["cache-status"] for answer in answers)
-    assert statuses == ["hyperspace; fwd=uri-miss; collapsed"] * 49 + ["hyperspace; fwd=uri-miss; stored"]
-    await bench.stored(1)
-    assert bench.cache.flights.bytes == 0
-    assert bench.cache.flights.readers == 0
-
-
-async def test_followers_get_usage_if_and_only_if_they_asked_for_it(bench: Bench) -> None:
-    bench.upstream.gate.clear()
-    bodies = [CHAT | STREAM, CHAT | STREAM | USAGE, CHAT | STREAM]
-    asked = [asyncio.create_task(bench.ask(body)) for body in bodies]
-    await until(lambda: bench.cache.flights.readers == 3)
-    bench.upstream.gate.set()
-    usages = [sum("usage" in chunk for chunk in data_of(answer)) for answer in await asyncio.gather(*asked)]
-    assert usages == [0, 1, 0]
-    assert len(bench.upstream.bodies) == 1
-
-
-@pytest.mark.parametrize("asked_as", [{}, STREAM])
-async def test_the_leaders_disconnect_is_nothing_to_its_followers(bench: Bench, asked_as: dict[str, Any]) -> None:
-    bench.upstream.gate.clear()
-    leader = asyncio.create_task(bench.ask(CHAT | asked_as))
-    await until(lambda: len(bench.upstream.bodies) == 1)
-    follower = asyncio.create_task(bench.ask(CHAT | asked_as))
-    await until(lambda: bench.cache.flights.readers == 2)
-    leader.cancel()
-    await until(lambda: bench.cache.flights.readers == 1)
-    bench.upstream.gate.set()
-    answer = await follower
-    assert text_of(answer) == "w1.0 w1.1 w1.2 "
-    assert bench.upstream.disconnects == 0
-    await bench.stored(1)
-
-
-@pytest.mark.parametrize("asked_as", [{}, STREAM])
-async def test_the_server_hears_of_it_when_the_last_client_leaves(bench: Bench, asked_as: dict[str, Any]) -> None:
-    bench.upstream.gate.clear()
-    asked = [asyncio.create_task(bench.ask(CHAT | asked_as)) for _ in range(3)]
-    await until(lambda: bench.cache.flights.readers == 3)
-    for task in asked:
-        task.cancel()
-    await until(lambda: bench.upstream.disconnects == 1)
-    await until(lambda: bench.cache.flights.readers == 0)
-    assert bench.node.scopes == []
-    bench.upstream.gate.set()
-    assert (await bench.ask(CHAT | asked_as)).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
-
-
-@pytest.mark.parametrize(
-    ("asked_as", "failure"),
-    [({}, "refuse"), ({}, "raise"), (STREAM, "refuse"), (STREAM, "error frame")],
-)
-async def test_followers_share_another_computation_when_the_leader_fails(
-    bench: Bench, asked_as: dict[str, Any], failure: str
-) -> None:
-    bench.upstream.failures = [failure]
-    held = asyncio.Event()
-
-    async def hold_the_first(scope: Any, receive: Any, send: Any) -> None:
-        if not bench.upstream.bodies:
-            await held.wait()
-        await inner(scope, receive, send)
-
-    inner, bench.cache.app = bench.cache.app, hold_the_first
-    asked = [asyncio.create_task(bench.ask(CHAT | asked_as)) for _ in range(3)]
-    await until(lambda: bench.cache.flights.readers == 3)
-    held.set()
-    answers = await asyncio.gather(*asked)
-    good = [answer for answer in answers if answer.status_code == 200 and "error" not in answer.text]
-    assert len(good) == 2
-    assert {text_of(answer)[:2] for answer in good} == {"w2"}
-    assert len(bench.upstream.bodies) == 2
-
-
-async def test_followers_compute_for_themselves_when_the_leader_stalls(make_bench: MakeBench) -> None:
-    bench = await make_bench(follow_deadline_s=0.1)
-    bench.upstream.failures = ["stall"]
-    leader = asyncio.create_task(bench.ask(CHAT | STREAM))
-    await until(lambda: len(bench.upstream.bodies) == 1)
-    answer = await bench.ask(CHAT | STREAM)
-    assert text_of(answer) == "w2.0 w2.1 w2.2 "
-    assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
-    leader.cancel()
-    await until(lambda: bench.upstream.disconnects == 1)
-
-
-# --- slow readers -------------------------------------------------------------------------------
-
-
-def ask_and_not_read(bench: Bench, body: object) -> socket.socket:
-    """A client whose receive buffer is small and that reads nothing for now."""
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.connect(("127.0.0.1", bench.port))
-    raw = json.dumps(body).encode()
-    head = f"POST {CHAT_PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n"
-    sock.sendall(head.encode() + b"connection: close\r\n\r\n" + raw)
-    return sock
-
-
-def read_all(sock: socket.socket) -> bytes:
-    received = bytearray()
-    while part := sock.recv(1 << 16):
-        received += part
-    return bytes(received)
-
-
-async def test_a_slow_client_slows_its_own_computation_as_without_a_cache(bench: Bench) -> None:
-    bench.upstream.words, bench.upstream.filler = 4000, "x" * 10_000  # 40 MB, more than any buffer on the way
-    with ask_and_not_read(bench, CHAT | STREAM) as sock:
-        await until(lambda: bench.upstream.frames_sent > 10)
-        before = -1
-        while bench.upstream.frames_sent != before:
-            before = bench.upstream.frames_sent
-            await asyncio.sleep(0.2)  # long enough for many frames, had they not stopped
-        assert before < 2000
-        received = await asyncio.to_thread(read_all, sock)
-    assert received.count(b"data: ") == 4000 + 3
-
-
-async def test_a_slow_client_does_not_slow_those_who_share_its_computation(bench: Bench) -> None:
-    bench.upstream.words, bench.upstream.filler = 500, "x" * 10_000  # 5 MB
-    bench.upstream.gate.clear()
-    with ask_and_not_read(bench, CHAT | STREAM) as sock:
-        await until(lambda: len(bench.upstream.bodies) == 1)
-        follower = asyncio.create_task(bench.ask(CHAT | STREAM))
-        await until(lambda: bench.cache.flights.readers == 2)
-        bench.upstream.gate.set()
-        answer = await follower
-        assert len(data_of(answer)) == 500 + 2
-        received = await asyncio.to_thread(read_all, sock)
-        assert received.count(b"data: ") == 500 + 3
-
-
-async def test_a_client_that_holds_up_the_others_for_too_long_is_cut_off(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(coalesce, "LAGGARD_S", 1.0)
-    bench.upstream.words, bench.upstream.filler = 4000, "x" * 10_000  # 40 MB
-    bench.upstream.gate.clear()
-    with ask_and_not_read(bench, CHAT | STREAM) as sock:
-        await until(lambda: len(bench.upstream.bodies) == 1)
-        follower = asyncio.create_task(bench.ask(CHAT | STREAM))
-        await until(lambda: bench.cache.flights.readers == 2)
-        bench.upstream.gate.set()
-        assert len(data_of(await follower)) == 4000 + 2
-        assert b"[DONE]" not in await asyncio.to_thread(read_all, sock)
-
-
-async def test_a_client_that_reads_a_little_now_and_then_holds_up_the_others_no_longer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(coalesce, "LAGGARD_S", 1.0)
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for number in range(400):
-            frame = b"data: " + bytes(100_000) + b"\n\n"
-            await send({"type": "http.response.body", "body": frame, "more_body": number < 399})
-
-    async def read(reader: coalesce.Reader, pause_s: float) -> None:
-        while await reader.next() is not None:  # noqa: ASYNC110  # the pause itself
-            await asyncio.sleep(pause_s)
-
-    flight = coalesce.Flight(LargeBodies(1.0), None)
-    slow, quick = flight.join(), flight.join()
-    flight.start(app, {"type": "http", "headers": []}, b"")
-    held_up = asyncio.create_task(read(slow, 0.3))
-    async with asyncio.timeout(30):
-        await read(quick, 0)
-        with pytest.raises(coalesce.Laggard):
-            await held_up
 
 
 # --- a cache that is ill is a miss --------------------------------------------------------------

@@ -1,8 +1,6 @@
 """Questions in other words, answered by the response cache in front of a real server, with the real embedder."""
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,19 +11,13 @@ from hyperspace_vllm.api.states import from_store
 from hyperspace_vllm.core.local.response_cache_messages import StoreResponse
 from hyperspace_vllm.core.response.similar import match_error
 from hyperspace_vllm.core.response.similar.semantic import COSINE_MIN
-from tests.support.cached_server import CHAT_PATH, STREAM, USAGE, Bench, MakeBench, benches, text_of, until
+from tests.support.cached_server import CHAT_PATH, STREAM, USAGE, Bench, MakeBench, text_of, until
 
 pytestmark = pytest.mark.io
 
 
 def chat(question: str, **more: object) -> dict[str, Any]:
     return {"model": "base", "messages": [{"role": "user", "content": question}], **more}
-
-
-@pytest.fixture
-async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
-    async with benches(tmp_path) as make:
-        yield make
 
 
 @pytest.fixture(autouse=True)

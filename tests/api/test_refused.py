@@ -1,8 +1,6 @@
 """What the server itself refuses is not answered from the cache, whatever the cache has for it."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +8,7 @@ import pytest
 from hyperspace_vllm.api.http_headers import RawHeaders
 from hyperspace_vllm.core.response.request_fields import Endpoint
 from tests.api.test_network_race import PATIENT_S, Says, found
-from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench, benches, until
+from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench, until
 
 pytestmark = pytest.mark.io
 
@@ -20,12 +18,6 @@ BYPASSED = "hyperspace; fwd=bypass; detail=refused"
 
 def accepts(endpoint: Endpoint, body: bytes, headers: RawHeaders) -> bool:
     return b'"refused"' not in body
-
-
-@pytest.fixture
-async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
-    async with benches(tmp_path) as make:
-        yield make
 
 
 @pytest.mark.parametrize("asked_as", [{}, STREAM])

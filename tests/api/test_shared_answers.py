@@ -1,30 +1,17 @@
 """Clients that share an answer: none slows the others, and none chooses what they get."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from hyperspace_vllm.daemon.clock import wall_ms
-from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench, benches, text_of, until
+from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench, text_of, until
 
 pytestmark = pytest.mark.io
 
 GREEDY, SEEDED = {"temperature": 0}, {"seed": 7}
-
-
-@pytest.fixture
-async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
-    async with benches(tmp_path) as make:
-        yield make
-
-
-@pytest.fixture
-async def bench(make_bench: MakeBench) -> Bench:
-    return await make_bench()
 
 
 # --- computations -------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from hyperspace_vllm.core.records.manifest import chunk_bytes_for
 from hyperspace_vllm.core.records.sealing import xor_stream
 from hyperspace_vllm.daemon.kv.object_codec import chunk_digest, encode_row, open_row
 from hyperspace_vllm.native_cuda import KVPages, LayerPages
-from tests.native.test_native_codec import galois_parity
+from tests.native.galois_code import galois_parity
 
 KEY, NONCE = bytes(range(32)), bytes(range(100, 112))
 BLOCKS = 12

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz_decoders import TARGETS, mutated, run
+from tests.fuzz_decoders import mutated
+from tests.support.fuzz.decoders import TARGETS, run
 
 decoders = pytest.mark.parametrize("name", TARGETS)
 few = settings(deadline=None, max_examples=60)  # a busy machine is no bug of a decoder

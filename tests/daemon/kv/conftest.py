@@ -1,5 +1,5 @@
 """Fixtures of this room."""
 
-from tests.support.kv_sides import pair
+from tests.support.daemons.kv_sides import pair
 
 __all__ = ["pair"]

@@ -22,7 +22,7 @@ from hyperspace_vllm.core.records.limits import (
 from hyperspace_vllm.daemon.identity import Identity, curve_public_of
 from hyperspace_vllm.daemon.kv import chunk_server, kv_door
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
-from tests.support.kv_sides import CHUNK, ROW_ID, Side, fetch, put_object
+from tests.support.daemons.kv_sides import CHUNK, ROW_ID, Side, fetch, put_object
 from tests.support.nodes import peer_of, until
 
 pytestmark = pytest.mark.io

@@ -21,7 +21,7 @@ from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from hyperspace_vllm.daemon.zmq_pump import HANDSHAKE_MS
-from tests.support.kv_sides import CHUNK, ROW_ID, Side, fetch, put_object
+from tests.support.daemons.kv_sides import CHUNK, ROW_ID, Side, fetch, put_object
 from tests.support.nodes import until
 
 pytestmark = pytest.mark.io

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,12 @@ from nacl.signing import SigningKey
 from hyperspace_vllm.core.local.response_cache_messages import ResponseNotFound
 from hyperspace_vllm.core.records.ids import PeerId, network_id, peer_id
 from hyperspace_vllm.core.records.limits import PROVIDERS_MAX, REGISTRY_TTL_MS
-from tests.support import network_nodes, redis_server
+from hyperspace_vllm.daemon.redis import redis_link, redis_registry
+from tests.support import network_nodes
+from tests.support.daemons import redis_server
+from tests.support.daemons.redis_server import RedisServer
 from tests.support.network_nodes import NetworkedNode, body_of, private_network
-from tests.support.redis_server import RedisServer
 
-redis_link = pytest.importorskip("hyperspace_vllm.daemon.redis.redis_link")
-redis_registry = pytest.importorskip("hyperspace_vllm.daemon.redis.redis_registry")
 pytestmark = [
     pytest.mark.io,
     redis_server.NEEDED,
@@ -43,20 +43,14 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_registry, "READ_S", 10.0)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    with redis_server.running(tmp_path) as made:
-        yield made
-
-
-MakeRegistry = Callable[[], "redis_registry.RedisRegistry"]
+MakeRegistry = Callable[[], redis_registry.RedisRegistry]
 
 
 @pytest.fixture
 async def registry(server: RedisServer) -> AsyncIterator[MakeRegistry]:
     made = []
 
-    def make() -> "redis_registry.RedisRegistry":
+    def make() -> redis_registry.RedisRegistry:
         made.append(redis_registry.RedisRegistry(server.url, NETWORK, new_peer(), now_ms))
         return made[-1]
 
@@ -71,7 +65,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.02)
 
 
-def found(registry: "redis_registry.RedisRegistry", id: bytes) -> Callable[[], Awaitable[bool]]:
+def found(registry: redis_registry.RedisRegistry, id: bytes) -> Callable[[], Awaitable[bool]]:
     async def condition() -> bool:
         return await registry.providers(id) != ()
 

@@ -1,197 +1,36 @@
-"""Responses in a fleet's Redis, with a real redis-server: filled with lies, killed, frozen, full and restarted."""
+"""Responses in a fleet's Redis: what is written and read, whose word counts, and lies that Redis may hold."""
 
 import asyncio
 import os
 import re
 import secrets
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import pytest
+from redis.asyncio import Redis
 
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.local.message_fields import Scope
-from hyperspace_vllm.core.local.response_cache_messages import ResponseAudited, ResponseNotFound, StoreResponse
-from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
-from hyperspace_vllm.core.records.ids import network_id, peer_id
+from hyperspace_vllm.core.local.messages import ResponseNotFound
+from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX, MiB
 from hyperspace_vllm.core.records.peer_wire import Hit, Miss, decode_answer, encode
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG
-from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
+from hyperspace_vllm.core.response.cache_proof import make_proof
 from hyperspace_vllm.core.response.sealed_hit import make_hit
-from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.clock import wall_ms
-from hyperspace_vllm.daemon.identity import Identity
-from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.node.join import load_network_key, make_trust
-from hyperspace_vllm.daemon.node.network_driver import NetworkDriver
-from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE, AskingPeer
-from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests
-from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
-from hyperspace_vllm.daemon.responses.response_server import ResponseServer
-from hyperspace_vllm.daemon.responses.response_store import ResponseStore
-from hyperspace_vllm.response_db import ResponseReader, database_path
-from tests.support import network_nodes, redis_server
+from hyperspace_vllm.daemon.redis import redis_responses
+from tests.support import network_nodes
+from tests.support.daemons import redis_server
+from tests.support.daemons.redis_fleet import NETWORK, FleetNode, MakeNode, redis_key, until
+from tests.support.daemons.redis_server import RedisServer
 from tests.support.network_nodes import MODEL, NetworkedNode, body_of, config_of, private_network, request_key
-from tests.support.redis_server import RedisServer
 
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
-redis_link = pytest.importorskip("hyperspace_vllm.daemon.redis.redis_link")
-redis_responses = pytest.importorskip("hyperspace_vllm.daemon.redis.redis_responses")
-pytestmark = [pytest.mark.io, redis_server.NEEDED]
-
-NETWORK = network_id("default")
-WAIT_S = 60.0
-DEADLINE_S = 30.0  # of a lookup
-
-
-def redis_key(name: object) -> str:
-    return f"hyperspace:{NETWORK.hex()[:16]}:response:{request_hash(NETWORK, request_key(name)).hex()}"
-
-
-class FleetNode:
-    """All of a node that has to do with Redis, without p2p; it is its own client."""
-
-    def __init__(self, directory: Path, url: str, key_file: Path | None, **settings: object) -> None:
-        directory.mkdir(mode=0o700, exist_ok=True)
-        self.config = Config(
-            data_dir=directory,
-            p2p_listen="",
-            network_key_file=str(key_file or ""),
-            shared_responses=url,
-            **settings,  # type: ignore[arg-type]
-        )
-        self.identity = Identity.load(directory)
-        self.metrics = Metrics()
-        self.path = database_path(directory)
-        self.trust = trust = make_trust(self.config, self.identity, load_network_key(self.config))
-        self.store = ResponseStore(self.path, self.config.response_bytes, RESPONSE_TTL_MS, self.identity, NETWORK)
-        self.network = NetworkDriver(NETWORK, trust, self, self.store, self.metrics, "network", listens=False)
-        self.server = ResponseServer(self.path, NETWORK, trust.vouch)
-        self.shared = redis_responses.RedisResponses(
-            url, NETWORK, "network", self.server, trust, self.metrics, self.network, self, self.store
-        )
-        self.answers: dict[int, tuple[FoundResponse | None, str]] = {}
-        self.lookups = 0
-
-    def start(self) -> None:
-        self.store.start(self.shared.heard)
-
-    async def close(self) -> None:
-        self.store.close()
-        await self.shared.close()
-        self.server.close()
-
-    def hint(self, lookup: int, hinted: bool) -> None:
-        """Without p2p there is none."""
-
-    def let_try(self, lookup: int, body: bytes, proof: bytes) -> None: ...
-
-    def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
-        self.answers[lookup] = found, reason
-
-    def compute(self, name: object, scope: Scope = "network", ttl_ms: int = RESPONSE_TTL_MS) -> None:
-        assert self.store.store(StoreResponse(request_key(name), scope, MODEL, "vllm test", ttl_ms, body_of(name)))
-
-    async def share(self, name: object) -> None:
-        """Compute it, and wait until it lies in Redis."""
-        before = self.written
-        self.compute(name)
-        await until(lambda: self.written > before)
-
-    def begin(self, name: object) -> int:
-        self.lookups += 1
-        self.shared.find(self.lookups, request_key(name), MODEL, round(DEADLINE_S * 1000))
-        return self.lookups
-
-    async def find(self, name: object) -> FoundResponse | None:
-        lookup = self.begin(name)
-        await until(lambda: lookup in self.answers)
-        return self.answers[lookup][0]
-
-    def stored(self, name: object) -> bytes | None:
-        """The proof of what lies in its own database."""
-        assert self.store.flush(60)
-        reader = ResponseReader(self.path)
-        entry = reader.get(request_key(name), wall_ms())
-        reader.close()
-        return entry.proof if entry else None
-
-    @property
-    def written(self) -> int:
-        return int(self.shared.status()["written"])
-
-    def failures(self, reason: str) -> float:
-        return (
-            self.metrics.registry.get_sample_value("hyperspace_failures_total", {"layer": "l1", "reason": reason})
-            or 0.0
-        )
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():  # noqa: ASYNC110  (what changes is another process)
-            await asyncio.sleep(0.002)
-
-
-async def until_found(node: FleetNode, name: object) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while await node.find(name) is None:  # noqa: ASYNC110  (what changes is another process)
-            await asyncio.sleep(0.02)
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Redis that is there may be as slow as the machine is busy."""
-    monkeypatch.setattr(redis_link, "READ_S", 10.0)
-    monkeypatch.setattr(redis_responses, "READ_S", 10.0)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    with redis_server.running(tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
-async def client(server: RedisServer) -> "AsyncIterator[Redis]":
-    client = server.client()
-    yield client
-    await client.aclose()
-
-
-@pytest.fixture
-def key_file(tmp_path: Path) -> Path:
-    path = tmp_path / "network.key"
-    path.touch(0o600)
-    path.write_text(secrets.token_hex(32))
-    return path
-
-
-MakeNode = Callable[..., Awaitable[FleetNode]]
-
-
-@pytest.fixture
-async def node(tmp_path: Path, server: RedisServer, key_file: Path) -> AsyncIterator[MakeNode]:
-    made: list[FleetNode] = []
-
-    async def make(name: str, key: Path | None = key_file, url: str = server.url, **settings: object) -> FleetNode:
-        made.append(FleetNode(tmp_path / name, url, key, **settings))
-        made[-1].start()
-        return made[-1]
-
-    yield make
-    for each in made:
-        await each.close()
+pytestmark = [pytest.mark.io, redis_server.NEEDED, pytest.mark.usefixtures("patience")]
 
 
 async def test_what_one_node_computed_another_has_from_redis_alone_under_the_same_proof(
@@ -337,200 +176,6 @@ async def test_whose_word_counts_is_each_nodes_own_choice(node: MakeNode, tmp_pa
         assert reader.failures("untrusted_signer") == (not expected)
 
 
-async def test_a_killed_redis_is_a_quick_miss_and_its_return_brings_what_was_computed_meanwhile(
-    node: MakeNode, server: RedisServer
-) -> None:
-    a, b = await node("a"), await node("b")
-    await a.share("before")
-    server.kill()
-    assert [await b.find("before") for _ in range(100)] == [None] * 100
-    assert b.shared._link._failures < 10  # it isn't asked each time
-    assert b.shared.status()["state"] == "away"
-    a.compute("meanwhile")
-    server.start()
-    await until(lambda: a.written == 2)
-    await until_found(b, "meanwhile")
-    assert b.shared.status()["state"] == "on"
-
-
-async def test_what_a_busy_disk_could_not_read_is_shared_later(node: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = await node("a"), await node("b")
-    asked: list[bytes] = []
-    answer = a.server.answer
-
-    async def counted(request_hash: bytes, popularity: int, asker: AskingPeer) -> Hit | Miss:
-        asked.append(request_hash)
-        return await answer(request_hash, popularity, asker)
-
-    monkeypatch.setattr(a.server, "answer", counted)
-    for _ in range(ANSWERS_MAX):
-        await a.server._places.take(OWN_NODE)
-    a.compute("x")
-    await until(lambda: len(asked) >= 1)
-    for _ in range(ANSWERS_MAX):
-        a.server._places.free(OWN_NODE)
-    await until(lambda: a.written == 1)
-    assert await b.find("x") is not None
-
-
-async def test_a_frozen_redis_costs_one_lookup_its_deadline_and_the_next_ones_nothing(
-    node: MakeNode, server: RedisServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    a, b = await node("a"), await node("b")
-    await a.share("x")
-    assert await b.find("nothing") is None  # it is connected
-    await until(lambda: not b.shared._reading)
-    monkeypatch.setattr(redis_responses, "READ_S", 0.1)
-    server.signal(signal.SIGSTOP)
-    began = time.monotonic()
-    lookups = [b.begin("x") for _ in range(50)]
-    passed_by = [lookup for lookup in lookups if lookup in b.answers]
-    assert len(passed_by) == 50 - redis_responses.READS_MAX
-    await until(lambda: b.answers.keys() >= set(lookups))
-    assert time.monotonic() - began < DEADLINE_S
-    assert b.begin("x") in b.answers  # at once
-    monkeypatch.setattr(redis_responses, "READ_S", 10.0)
-    server.signal(signal.SIGCONT)
-    await until_found(b, "x")
-
-
-async def test_only_a_redis_that_is_away_lets_the_api_server_stop_asking(node: MakeNode, server: RedisServer) -> None:
-    b = await node("b")
-    lookup = b.begin("x")
-    await until(lambda: lookup in b.answers)
-    assert b.answers[lookup] == (None, "not_found")
-    server.kill()
-    lookup = b.begin("x")
-    await until(lambda: lookup in b.answers)
-    assert b.answers[lookup] == (None, "off")
-
-
-async def test_a_released_lookup_is_over_and_mixes_no_answers(node: MakeNode) -> None:
-    a, b = await node("a"), await node("b")
-    await a.share("x")
-    await a.share("y")
-    for turn in range(50):
-        lookup = b.begin("x")
-        for _ in range(turn % 5):
-            await asyncio.sleep(0)
-        was_answered = lookup in b.answers
-        b.shared.release(lookup)
-        found = await b.find("y")
-        assert found is not None
-        assert found.body == body_of("y")
-        assert (lookup in b.answers) == was_answered
-    assert b.shared.status()["state"] == "on"
-
-
-async def test_without_redis_the_queue_is_bounded_and_the_newest_stay(
-    node: MakeNode, server: RedisServer, client: "Redis", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(redis_responses, "QUEUE_MAX", 10)
-    server.kill()
-    a = await node("a")
-    for number in range(50):
-        a.compute(number)
-    await until(lambda: a.shared.status()["dropped"] == 40)
-    assert a.shared.status()["queued"] == 10
-    server.start()
-    await until(lambda: a.shared.status()["queued"] == 0)
-    await until(lambda: a.written == 10)
-    assert set(await client.keys()) == {redis_key(number).encode() for number in range(40, 50)}
-
-
-async def test_a_purged_entry_leaves_redis_too_and_an_evicted_one_stays(node: MakeNode, client: "Redis") -> None:
-    a = await node("a", response_bytes=4096)
-    await a.share("purged")
-    await a.share("evicted")
-    a.store.purge([request_key("purged")])
-    a.shared.purge([request_key("purged")])
-    for number in range(4):
-        await a.share(number)
-    assert a.stored("evicted") is None
-    assert await client.exists(redis_key("purged")) == 0
-    assert await client.exists(redis_key("evicted")) == 1
-
-
-@pytest.mark.parametrize("turns", [0, 1, 2, 4, 8, 16])
-async def test_a_read_under_way_brings_back_nothing_that_is_purged(node: MakeNode, turns: int) -> None:
-    a, b = await node("a"), await node("b")
-    await a.share("x")
-    await a.share("y")
-    assert await b.find("y") is not None  # it is connected
-    lookup = b.begin("x")
-    for _ in range(turns):
-        await asyncio.sleep(0)
-    was_answered = lookup in b.answers
-    b.store.purge([request_key("x")])
-    b.shared.purge([request_key("x")])
-    after = b.begin("x")
-    await until(lambda: {lookup, after} <= b.answers.keys())
-    assert b.answers[after] == (None, "not_found")
-    assert was_answered or b.answers[lookup] == (None, "not_found")
-    await until(lambda: b.shared.status()["queued"] == 0)
-    assert await b.find("x") is None
-    assert b.stored("x") is None
-    assert b.stored("y") is not None
-
-
-async def test_what_is_purged_while_redis_is_frozen_is_not_brought_back(node: MakeNode, server: RedisServer) -> None:
-    a, b = await node("a"), await node("b")
-    await a.share("x")
-    assert await b.find("nothing") is None  # it is connected
-    server.signal(signal.SIGSTOP)
-    lookup = b.begin("x")
-    await asyncio.sleep(0)
-    b.store.purge([request_key("x")])
-    b.shared.purge([request_key("x")])
-    assert b.answers[lookup] == (None, "not_found")
-    server.signal(signal.SIGCONT)
-    await until(lambda: b.shared.status()["queued"] == 0)
-    assert await b.find("x") is None
-    assert b.stored("x") is None
-
-
-@pytest.mark.parametrize("busy", [False, True])
-async def test_what_is_computed_after_a_purge_takes_the_place_of_what_was_purged(
-    node: MakeNode, server: RedisServer, client: "Redis", busy: bool
-) -> None:
-    a = await node("a")
-    await a.share("x")
-    purged = await client.get(redis_key("x"))
-    server.signal(signal.SIGSTOP)
-    if busy:  # the deletion has to wait
-        a.compute("y")
-        await until(lambda: a.shared.status()["queued"] == 1)
-    a.store.purge([request_key("x")])
-    a.shared.purge([request_key("x")])
-    a.compute("x")
-    assert a.stored("x") is not None
-    await asyncio.sleep(0)  # it has been told
-    server.signal(signal.SIGCONT)
-    await until(lambda: a.shared.status()["queued"] == 0)
-    await until(lambda: a.written == 2 + busy)
-    assert await client.get(redis_key("x")) not in (None, purged)
-
-
-async def test_whom_a_node_that_has_only_redis_convicts_is_believed_no_more(
-    node: MakeNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    a, b = await node("a"), await node("b")
-    await a.share("x")
-    await a.share("y")
-    found = await b.find("x")
-    assert found is not None
-    audits = AuditRequests(NETWORK, b.identity.public_key, b.store, b.network.audited, b.metrics)
-    now = clock.now()
-    for number in range(FINDINGS_MIN):
-        ago_ms = (FINDINGS_MIN - 1 - number) * FINDING_EVERY_MS
-        earlier = replace(now, mono_ms=now.mono_ms - ago_ms)
-        monkeypatch.setattr(clock, "now", lambda earlier=earlier: earlier)
-        audits.heard(ResponseAudited(request_key("x"), found.proof, 40, 40, bytes([number])))
-    assert await b.find("y") is None
-    assert b.failures("untrusted_signer") == 1
-    assert b.stored("x") is None
-
-
 async def test_a_node_that_starts_again_writes_only_what_redis_lacks(node: MakeNode, client: "Redis") -> None:
     a = await node("a")
     await a.share("kept")
@@ -554,47 +199,6 @@ async def test_a_newer_answer_replaces_the_older_one(
     first = await client.get(redis_key("x"))
     await a.share("x")
     assert await client.get(redis_key("x")) != first
-
-
-async def test_a_full_redis_takes_nothing_and_is_read_on(node: MakeNode, client: "Redis") -> None:
-    a, b = await node("a"), await node("b")
-    await a.share("x")
-    await client.config_set("maxmemory", 1)
-    a.compute("y")
-    await until(lambda: a.failures("redis_error") == 1)
-    assert a.shared.status()["state"] == "on"
-    assert await b.find("x") is not None
-    await client.config_set("maxmemory", 0)
-    await a.share("z")
-
-
-NONSENSE = [
-    b"$abc\r\n",
-    b"$-7\r\n",
-    b"*1\r\n" * 5000,
-    b"hello\r\n",
-    b"*99999999999\r\n",
-    b":5\r\n" * 99,
-    b"\xff" * 100_000,
-]
-
-
-@pytest.mark.parametrize("nonsense", NONSENSE, ids=range(len(NONSENSE)))
-async def test_what_speaks_no_redis_is_a_miss(node: MakeNode, nonsense: bytes) -> None:
-    async def on_connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.read(65536):
-            writer.write(nonsense)
-        writer.close()
-
-    async with await asyncio.start_server(on_connected, "127.0.0.1", 0) as listener:
-        a = await node("a", url=f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}/0")
-        a.compute("x")
-        for name in ("y", "z"):
-            began = time.monotonic()
-            assert await a.find(name) is None
-            assert time.monotonic() - began < DEADLINE_S
-        assert not a.shared._writer.done()
-        await a.close()
 
 
 LISTED = f"{peer_id(bytes(32))}@127.0.0.1:1"

@@ -14,7 +14,7 @@ from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import make_proof
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.response_db import ResponseReader
-from tests.support.response_stores import MODEL, NETWORK, Clock, Heard, Open, Signer, key, response
+from tests.support.daemons.response_stores import MODEL, NETWORK, Clock, Heard, Open, Signer, key, response
 
 
 @pytest.mark.parametrize("gone", [("", "-wal", "-shm"), ("",)])

@@ -12,7 +12,18 @@ from hyperspace_vllm.core.records.limits import RESPONSE_BYTES_MAX, RESPONSE_TTL
 from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof, request_hash
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.response_db import ResponseReader, packed, unpacked
-from tests.support.response_stores import MODEL, NETWORK, NOISE, Clock, Heard, Open, Signer, fetched, key, response
+from tests.support.daemons.response_stores import (
+    MODEL,
+    NETWORK,
+    NOISE,
+    Clock,
+    Heard,
+    Open,
+    Signer,
+    fetched,
+    key,
+    response,
+)
 
 
 def test_what_was_stored_is_read_in_place_with_its_proof(open_store: Open, path: Path, clock: Clock) -> None:

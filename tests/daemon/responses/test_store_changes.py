@@ -10,7 +10,7 @@ from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import request_hash
 from hyperspace_vllm.daemon.responses.store_changes import ServableEntry
 from hyperspace_vllm.response_db import ResponseReader, Shareable, StoredResponse
-from tests.support.response_stores import NETWORK, NOISE, Clock, Heard, Open, fetched, key, response
+from tests.support.daemons.response_stores import NETWORK, NOISE, Clock, Heard, Open, fetched, key, response
 
 
 def test_what_a_peer_computed_is_served_on_with_its_own_proof_and_time(

@@ -1,0 +1,1 @@
+"""Parts of a node's daemon as tests run them: real sockets and stores, with the rest played by the test."""

@@ -1,0 +1,1 @@
+"""What `make fuzz` and the tests of decoders feed to decoders."""
