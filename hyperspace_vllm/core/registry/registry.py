@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 
 from ..events.network_effects import ChargePeer, ForgetOwner, ImportDeltas, NetworkEffect
 from ..events.network_events import DeltasImported, DeltasRefused, OwnDeltaWritten
-from ..peers.eviction import who_goes
+from ..peers.eviction import select_evicted
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId, PeerId, peer_id, public_key_of
 from ..records.limits import (
@@ -410,7 +410,7 @@ class Registry:
         for owner in heard:
             owner.acquaintance = self._acquaintance(owner.key) or owner.acquaintance
         effects: list[NetworkEffect] = []
-        for owner in who_goes(((owner, owner.acquaintance, size(owner)) for owner in heard), room, source_room):
+        for owner in select_evicted(((owner, owner.acquaintance, size(owner)) for owner in heard), room, source_room):
             effects += self._ignore(owner)
             owner.crowded_out = True
         too_many = len(self._owners) - (REGISTRY_OWNERS_MAX - 1)
