@@ -1,13 +1,13 @@
-"""Which of the addresses that others tell of may be dialled.
+"""Which of the addresses that peers report may be dialled.
 
-An address is somebody's claim, and every node that believes it dials it. So it has to be an IP address (an honest node
-resolves its own name; whoever's name server decides where a name leads can lead it anywhere), and to mean as much here
-as where it comes from. Addresses have scopes: this machine, this link (where clouds keep their metadata service), a
-private network, everywhere. A node dials nothing of a narrower scope than it is reached in itself, nor of a narrower
-one than it is told from, whichever way it comes (PeerRecords, answers of the DHT, mDNS), and passes on no record with
-an address that it would not dial: peers that hear it from this node judge it by where this node is. So a fleet's nodes
-in 10.0.0.0/8 dial each other, none of them dials its own loopback, and peers of the internet lead no node to a private
-network, through a third one neither. Rejected: refusing private ranges, in which fleets live.
+An address in a peer's message is a claim, and every node that believes it dials it. So it must be an IP address (an
+honest node resolves its own name; the owner of a name server could lead a name anywhere), and its scope must suit this
+node and the peer that reported it. Addresses have scopes: this machine, this link (where clouds keep their metadata
+service), a private network, everywhere. A node dials no address of a narrower scope than that of its own address, nor
+of a narrower scope than that of the peer that reported it (in a PeerRecord, a DHT answer or mDNS). It passes on no
+record with an address that it would not dial, because its peers judge the record by this node's scope. So the nodes of
+a fleet in 10.0.0.0/8 dial each other, none of them dials its own loopback, and peers from the internet cannot lead a
+node to a private network, not even through a third node. Rejected: refusing private ranges, which fleets use.
 """
 
 from enum import IntEnum
@@ -40,7 +40,7 @@ class Scope(IntEnum):
 
 
 def scope_of(host: str) -> Scope | None:
-    """How far an IP address reaches; None: it is none, or nobody can be there."""
+    """How far an IP address reaches; None: it is not an IP address, or no machine can have it."""
     ip = _ip(host)
     if isinstance(ip, IPv4Address):
         return _scope_4(ip)
@@ -70,8 +70,8 @@ def _scope_6(ip: IPv6Address) -> Scope | None:
 def may_dial(address: str, own_address: str, told_from: str | None) -> bool:
     """Whether a node reached at `own_address` should dial `address` (both host:port).
 
-    `told_from` is the IP address that it was told from, which counts as one of the internet where it is unknown ('');
-    None where this node itself has kept the address.
+    `told_from` is the IP address of the peer that reported it; an unknown one ('') counts as one of the internet.
+    None: this node itself has kept the address.
     """
     try:
         endpoint = Endpoint.parse(address)
@@ -85,7 +85,7 @@ def may_dial(address: str, own_address: str, told_from: str | None) -> bool:
 
 
 def _reach(host: str) -> Scope:
-    """How far `host` reaches; everywhere, where that can't be told."""
+    """How far `host` reaches; everywhere if that is unknown."""
     scope = scope_of(host)
     return Scope.GLOBAL if scope is None else scope
 
@@ -97,13 +97,13 @@ def host_of(address: str) -> str:
 
 
 def source_of(host: str) -> str:
-    """What stands for the machine at an IP address: the address itself, of IPv6 the /64 that one machine may fill."""
+    """The name of the machine at an IP address: the address itself, or for IPv6 its /64, which one machine may fill."""
     ip = _ip(host)
     return str(ip_network((ip, 64), strict=False)) if isinstance(ip, IPv6Address) else str(ip or host)
 
 
 def _ip(host: str) -> IPv4Address | IPv6Address | None:
-    """The address that a packet to `host` reaches: what an IPv6 address wraps, if it does."""
+    """The address that a packet to `host` reaches: the IPv4 address inside an IPv6 address, if there is one."""
     try:
         ip = ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
     except ValueError:

@@ -1,4 +1,4 @@
-"""How much of something a peer, a host or everybody may do: a token bucket."""
+"""A token bucket: how much a peer, a host or all peers together may use."""
 
 from ..records.now import Now
 
@@ -20,11 +20,11 @@ class Allowance:
         return self._left
 
     def spend(self, amount: float, now: Now) -> None:
-        """Take `amount` even if there is less: what is owed is earned first."""
+        """Take `amount` even if there is less: the debt is paid off first."""
         self._left = self.left(now) - amount
 
     def take(self, amount: float, now: Now, leave: float = 0.0) -> bool:
-        """Take `amount`, unless less than `leave` would be left; whether it was taken."""
+        """Take `amount` unless less than `leave` would be left; returns whether it was taken."""
         if self.left(now) - amount < leave:
             return False
         self._left -= amount

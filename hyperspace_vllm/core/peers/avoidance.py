@@ -1,9 +1,10 @@
-"""For how long a peer isn't asked that lied, kept silent, or hadn't what it had announced.
+"""For how long a node does not ask a peer that lied, did not answer, or lacked what it had announced.
 
 lied                           LIAR_MS
-silent, unreachable            SILENT_MS, doubled every time in a row, AVOID_MS_MAX at most
-a rule broken again meanwhile  it is let in no more for LIAR_MS
-MISSES_MAX misses in a row     the same; an honest node's words go stale now and then, a boaster's always are
+silent, unreachable            SILENT_MS, doubled every time in a row, at most AVOID_MS_MAX
+a rule broken again meanwhile  its connections are refused for LIAR_MS
+MISSES_MAX misses in a row     as for silence: an honest node's announcements are out of date now and then, not always
+
 """
 
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ MISSES_MAX = 4
 
 
 def avoid_ms(times: int) -> int:
-    """For how long, after failing so often in a row."""
+    """For how long, after so many failures in a row."""
     return min(SILENT_MS << min(times - 1, 10), AVOID_MS_MAX)
 
 
 @dataclass(slots=True)
 class Avoidance:
-    """Of one peer."""
+    """The avoidance of one peer."""
 
     until_ms: int = 0
     for_ms: int = 0
@@ -32,11 +33,11 @@ class Avoidance:
     _is_cut_off: bool = False
 
     def avoids(self, now: Now) -> bool:
-        """Whether to leave it alone now."""
+        """Whether the peer is not asked now."""
         return now.mono_ms < self.until_ms
 
     def cut_off(self, now: Now) -> None:
-        """It goes on breaking rules: it is let in no more for LIAR_MS."""
+        """The peer keeps breaking rules: its connections are refused for LIAR_MS."""
         self._is_cut_off = True
         self._avoid(now, LIAR_MS)
 
@@ -47,26 +48,26 @@ class Avoidance:
         return self._is_cut_off
 
     def lied(self, now: Now) -> None:
-        """It said what an honest one can't."""
+        """The peer sent what an honest peer cannot send."""
         self._avoid(now, LIAR_MS)
 
     def failed(self, now: Now) -> None:
-        """It didn't answer, or not intelligibly."""
+        """The peer did not answer, or its answer broke the protocol."""
         self.failures += 1
         self._avoid(now, avoid_ms(self.failures))
 
     def missed(self, now: Now) -> None:
-        """It hadn't what it was said to have."""
+        """The peer lacked what it was said to have."""
         self.misses += 1
         if self.misses >= MISSES_MAX:
             self._avoid(now, avoid_ms(1 + self.misses - MISSES_MAX))
 
     def served(self) -> None:
-        """It gave a good answer: failures before it don't count any more."""
+        """The peer gave a good answer: earlier failures no longer count."""
         self.failures = self.misses = 0
 
     def back(self) -> None:
-        """It was silent and speaks again. Whatever it lied about stays."""
+        """The peer was silent and answers again. Its lies still count."""
         if self.for_ms < LIAR_MS:
             self.until_ms = self.for_ms = self.failures = self.misses = 0
 

@@ -1,12 +1,12 @@
-"""How often this node dials where others say that somebody is: one budget for every path that dials.
+"""How often this node dials addresses that peers report: one budget for every path that dials.
 
-Those paths are neighbours to be, fetches of responses, chunks of KV, searches of the DHT and mDNS. What an address may
-be says address.py. Each dial is counted for the peer in whose name it is made, for the host that it goes to, and for
-all together. An address is the peer's *own* when this node has met the peer at its host: dialling it harms nobody
-else, so there it may dial often. Any other address is a claim, and dialling it is how the claim is tried: seldom, so
-that whoever signs records with a third party's address makes no weapon of this node.
+Those paths are new neighbours, fetches of responses, chunks of KV, DHT lookups and mDNS. address.py decides which
+addresses are allowed. Each dial is counted for the peer that it is meant for, for the host that it goes to, and for all
+together. An address is the peer's *own* when this node has met the peer at its host: dialling it harms no third party,
+so it may be dialled often. Any other address is a claim that only a dial can check. It is dialled seldom, so that a
+peer that signs records with a third party's address cannot use this node to attack it.
 
-What the operator configured (`bootstrap`, `peers`) is dialled without asking here.
+Addresses that the operator configured (`bootstrap`, `peers`) are dialled without this budget.
 """
 
 from collections import OrderedDict
@@ -27,7 +27,7 @@ from .allowance import Allowance
 
 
 class Dials:
-    """One node's."""
+    """The budget of one node."""
 
     def __init__(self, now: Now) -> None:
         self._all = _allowance(DIALS_PER_S, now)
@@ -38,22 +38,22 @@ class Dials:
 
     def take(self, peer: PeerId, address: str, own: bool, now: Now) -> bool:
         """Whether to dial `peer` at host:port now; if so, it is counted."""
-        everybody = self._all_own if own else self._all
+        total = self._all_own if own else self._all
         if own:
             to, host, per_s = self._own_to_host, source_of(host_of(address)), DIALS_OWN_TO_HOST_PER_S
         else:
             to, host, per_s = self._to_host, host_of(address), DIALS_TO_HOST_PER_S
-        spent = (everybody, self._of_peer.get(peer), to.get(host))
+        spent = (total, self._of_peer.get(peer), to.get(host))
         if any(count is not None and count.left(now) < 1 for count in spent):
             return False
-        everybody.take(1, now)
+        total.take(1, now)
         _counted(self._of_peer, peer, DIALS_OF_PEER_PER_S, now).take(1, now)
         _counted(to, host, per_s, now).take(1, now)
         return True
 
 
 def _counted(counts: OrderedDict[str, Allowance], name: str, per_s: float, now: Now) -> Allowance:
-    """The allowance of that name; those longest not dialled are forgotten, when nothing of theirs is spent any more."""
+    """The allowance of that name; the least recently dialled are forgotten, when they are full again."""
     count = counts.get(name)
     if count is None:
         count = counts[name] = _allowance(per_s, now)

@@ -1,12 +1,12 @@
-"""Who goes first where peers want more room than there is.
+"""Which peers are evicted first from a full table.
 
-New identities cost nothing, machines do. So what is counted together is what one machine brings: the peers that
-connected from its address, and those that such peers told of. One machine (a `source`) may hold a quarter of any table;
-in a table that is full TOLD peers go before MET ones and those of the largest source first, the newest of them before
-the older ones. LISTED peers are no part of a source's quarter and go last.
+New identities cost nothing, machines do. So everything that one machine brings is counted together: the peers that
+connected from its address, and those that such peers reported. One machine (a `source`) may hold a quarter of any
+table. In a full table TOLD peers are evicted before MET ones, peers of the largest source first, and the newest before
+the older ones. LISTED peers are not part of a source's quarter and are evicted last.
 
 Rejected: bounds by identity alone (a peer that invents a thousand others has a thousand times the bound); the largest
-document first (many small invented ones push out a few honest ones that say more).
+document first (many small invented ones push out a few honest ones with more content).
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class _Source(Generic[T]):
-    """What one source holds, the first to go last."""
+    """What one source holds; the first to be evicted is at the end."""
 
     def __init__(self, holders: list[tuple[T, Rank, int]]) -> None:
         self._holders = sorted(holders, key=lambda holder: (-holder[1], holder[2]))  # of equals the newest is last
@@ -38,8 +38,8 @@ class _Source(Generic[T]):
         return holder
 
 
-def who_goes(held: Iterable[tuple[T, Acquaintance, int]], room: int, source_room: int) -> list[T]:
-    """Of holders with their sizes, the oldest first: who has to go for what is left to fit into `room`."""
+def select_evicted(held: Iterable[tuple[T, Acquaintance, int]], room: int, source_room: int) -> list[T]:
+    """Of holders with their sizes, oldest first: those to evict so that the rest fit into `room`."""
     by_source: dict[str | None, list[tuple[T, Rank, int]]] = {}
     for holder, acquaintance, size in held:
         source = acquaintance.source if acquaintance.rank < Rank.LISTED else None

@@ -1,13 +1,14 @@
-"""What this node's own audits found of those that signed answers, and what follows: belief, conviction, or self-doubt.
+"""Results of this node's own audits of signers, and what follows: trust, conviction, or self-doubt.
 
-    pass       earns belief, once PASS_EVERY_MS for each source of requests
-    finding    counts against the signer, once for each source and once FINDING_EVERY_MS at most
+    pass       earns trust, once per PASS_EVERY_MS for each source of requests
+    finding    counts against the signer, once for each source and at most once per FINDING_EVERY_MS
 
-A source is what one client can't be twice: the network that its requests come from. Clients choose what is audited, and
-one alone must neither have an honest signer convicted nor a stranger believed. FINDINGS_MIN findings convict, unless
-this node doubts itself: it disagrees with several signers, and with more than it agrees with. Its own engine is the
-likelier to err then. Here too one source counts once: one client must not free a liar by findings against many others.
-Rejected: weighing by how far the tokens are, which says nothing where an engine is broken.
+A source is the network that a client's requests come from: one client cannot be two sources. Clients choose what is
+audited, and one client alone must not get an honest signer convicted or a new one trusted. FINDINGS_MIN findings
+convict, unless this node doubts itself: it disagrees with several signers, and with more than it agrees with. Then its
+own engine is more likely to be wrong. Here too each source counts once: one client must not clear a liar by findings
+against many other signers. Rejected: weighing findings by the tokens' distance, which means nothing if an engine is
+broken.
 """
 
 from collections import OrderedDict
@@ -20,23 +21,23 @@ PASS_EVERY_MS = 3_600_000
 FINDINGS_MIN = 3
 FINDING_EVERY_MS = 300_000  # so that a conviction takes ten minutes
 KEPT_MS = 24 * 3_600_000
-SOURCES_MAX = 256  # of one signer: those longest unheard of are forgotten
+SOURCES_MAX = 256  # of one signer: the least recent are forgotten
 DOUBTED_MIN = 3  # signers, or sources
 
 
 @dataclass(slots=True)
 class Findings:
-    """Of one signer."""
+    """The findings on one signer."""
 
     passed_ms: OrderedDict[bytes, int] = field(default_factory=OrderedDict)  # by source, when it last counted
     found_ms: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
 
     def passed(self, source: bytes, now: Now) -> bool:
-        """An audit held; whether it counts for the signer."""
+        """An answer passed an audit; returns whether that counts for the signer."""
         return _note(self.passed_ms, source, now, PASS_EVERY_MS)
 
     def found(self, source: bytes, now: Now) -> bool:
-        """An audit found an answer false; whether there are enough of them to convict the signer."""
+        """An audit found an answer false; returns whether there are enough findings to convict the signer."""
         if all(_is_older(at_ms, FINDING_EVERY_MS, now) for at_ms in self.found_ms.values()):
             _note(self.found_ms, source, now, KEPT_MS)
         return len(self.against(now)) >= FINDINGS_MIN
@@ -46,7 +47,7 @@ class Findings:
         return _since(self.found_ms, now)
 
     def agrees(self, now: Now) -> bool:
-        """Whether audits held, and those that found against the signer are too few to convict it."""
+        """Whether answers passed audits, and the findings are too few to convict the signer."""
         return bool(_since(self.passed_ms, now)) and len(self.against(now)) < FINDINGS_MIN
 
 
@@ -65,7 +66,7 @@ def doubts(found: Iterable[Findings], now: Now) -> bool:
 
 
 def _note(since_ms: OrderedDict[bytes, int], source: bytes, now: Now, every_ms: int) -> bool:
-    """Whether it is the source's first for so long; noted if it is."""
+    """Whether it is the source's first within that time; if so, it is noted."""
     last_ms = since_ms.get(source)
     if last_ms is not None and not _is_older(last_ms, every_ms, now):
         return False

@@ -1,17 +1,17 @@
-"""Which gossip is delivered and passed on: judged by its author, not by the neighbour that it came by.
+"""Which gossip is delivered and passed on: judged by its author, not by the neighbour that relays it.
 
-    REJECT  no honest node passes it on: it doesn't decode, is of another network, or isn't its author's
-    IGNORE  good or bad, this node makes no use of it: of an author that it doesn't know, of a clock too far off, or
-            more than its author, the author's host, or all together may say
+    REJECT  no honest node passes it on: it does not decode, is of another network, or is not signed by its author
+    IGNORE  of no use to this node: of an unknown author, with a date too far off, or beyond the allowance of its
+            author, of the author's host, or of all authors together
     ACCEPT  delivered, and passed on
 
-What is rejected is held against the link, which after INVALID_BURST such messages is not listened to (MUTE). What is
-ignored is held against nobody: neighbours differ in whom they know and in what has come to them. An author's allowance
-is spent by what it has signed alone, so nobody spends another's. Of what all may say peers that were only told of get
-half: an inventor of authors leaves the other half to those that this node has met.
+A rejected message counts against the link; after INVALID_BURST of them the link's messages are dropped (MUTE). An
+ignored message counts against no peer: neighbours know different peers and have received different messages. Only
+messages that an author has signed use up its allowance, so no peer can use up another's. Peers that this node was only
+told of share half of the total, so a peer that invents authors leaves the other half to peers that this node has met.
 
-Rejected: an allowance for each link, as it was. A neighbour that relays a stranger's rubbish, which it can't tell from
-what we could use, then has none left for its own announcements.
+Rejected: an allowance for each link. A neighbour that relays useless messages, which it cannot recognise as such, then
+has none left for its own announcements.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,16 +37,16 @@ BURST_S = 10  # an allowance may be saved up for so long
 
 
 class Verdict(Enum):
-    """What becomes of a message."""
+    """What is done with a message."""
 
     ACCEPT = auto()
     IGNORE = auto()
     REJECT = auto()
-    MUTE = auto()  # rejected, and the link is not listened to from now on
+    MUTE = auto()  # rejected, and so is everything else that comes over the link
 
 
 class GossipGate:
-    """One node's. `authors` may be set from another thread than the one that judges."""
+    """The gate of one node. `authors` may be set from another thread than the one that judges."""
 
     def __init__(self, network: NetworkId, now: Now) -> None:
         self._network = network
@@ -60,7 +60,7 @@ class GossipGate:
     def judge(
         self, link: PeerId, topic: str, author: PeerId, payload: bytes, signed: Callable[[], bool], now: Now
     ) -> Verdict:
-        """Judge what came over `link`; `signed()` says whether GossipSub's own signature is `author`'s."""
+        """Judge a message from `link`; `signed()` says whether GossipSub's own signature is `author`'s."""
         invalid = self._invalid_of.get(link)
         if invalid is not None and invalid.left(now) < 1:
             return Verdict.IGNORE
@@ -72,7 +72,7 @@ class GossipGate:
             return Verdict.MUTE if invalid.left(now) < 1 else Verdict.REJECT
 
     def acquaintance(self, link: PeerId) -> Acquaintance:
-        """How well a neighbour is known: of one that isn't at all, as if it were only told of."""
+        """How well a neighbour is known; an unknown one counts as one that was only told of."""
         return self.authors.get(link) or Acquaintance(Rank.TOLD, "")
 
     def forget(self, link: PeerId) -> None:
@@ -87,7 +87,7 @@ class GossipGate:
             raise Refused("not_its_authors")
         acquaintance = self.authors.get(author)
         cost = message_cost(len(payload))
-        # Who has nothing left isn't worth two signatures.
+        # Two signatures are not checked for an author without allowance.
         if acquaintance is None or self._author(author, now).left(now) < cost:
             return Verdict.IGNORE
         if not signed():
@@ -124,7 +124,7 @@ class GossipGate:
 
 
 def message_cost(size: int) -> float:
-    """What a message of `size` bytes takes of an allowance: 1, and 1 more for every GOSSIP_KIB_A_MESSAGE."""
+    """How much of an allowance a message of `size` bytes uses: 1, and 1 more for every GOSSIP_KIB_A_MESSAGE."""
     return 1 + size / (GOSSIP_KIB_A_MESSAGE * KiB)
 
 

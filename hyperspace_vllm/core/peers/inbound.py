@@ -1,21 +1,22 @@
-"""Which inbound connections a node keeps when it has too many: of peers on its own lists, of those that have delivered,
-of members, of the rest; slots.py says which of equals.
+"""Which inbound connections a node keeps when it has too many: those of peers on its own lists, then of peers that have
+delivered, then of members, then the rest. slots.py decides among equals.
 
-Being asked is no merit: 48 identities that ask a query now and then would otherwise keep every newcomer out. A peer is
-judged when it has greeted; those that have not yet have a few places of their own, so that neither kind can take the
-other's. libp2p's own bound (PEER_CONNECTIONS_INBOUND_MAX) is above the sum, so that there is always room to be judged.
+A peer that sends queries gains nothing by them: otherwise 48 identities with an occasional query would keep every new
+peer out. A peer is judged once it has greeted. Peers that have not greeted have a few places of their own, so that
+neither kind can take the other's places. libp2p's own bound (PEER_CONNECTIONS_INBOUND_MAX) is above the sum, so that a
+new connection can always be judged.
 """
 
 from collections.abc import Iterable
 
 from ..records.limits import GREETED_INBOUND_MAX, UNGREETED_INBOUND_MAX
 from .peer_table import Peer
-from .slots import Place, by_value, whom_to_evict
+from .slots import Place, by_value, evicted_for
 from .trust import Trust
 
 
-def who_makes_room(peers: Iterable[Peer], newcomer: Peer, trust: Trust) -> Peer | None:
-    """Whose connection closes for that of `newcomer`, who may be it; None: there is room for all."""
+def select_replaced(peers: Iterable[Peer], newcomer: Peer, trust: Trust) -> Peer | None:
+    """The peer whose connection closes for that of `newcomer`, possibly `newcomer` itself; None: there is room."""
     if newcomer.outbound or not newcomer.connected:
         return None
     greeted = newcomer.record is not None
@@ -26,12 +27,12 @@ def who_makes_room(peers: Iterable[Peer], newcomer: Peer, trust: Trust) -> Peer 
     }
     if len(rivals) < (GREETED_INBOUND_MAX if greeted else UNGREETED_INBOUND_MAX):
         return None
-    evicted = whom_to_evict({peer: _place(known, trust) for peer, known in rivals.items()}, _place(newcomer, trust))
+    evicted = evicted_for({peer: _place(known, trust) for peer, known in rivals.items()}, _place(newcomer, trust))
     return newcomer if evicted is None else rivals[evicted]
 
 
 def least_useful_first(peers: list[Peer], trust: Trust) -> list[Peer]:
-    """Connected peers, those that this node chose last."""
+    """Connected peers by usefulness; those that this node chose come last."""
     order = by_value({at: _place(known, trust) for at, known in enumerate(peers)})
     return sorted((peers[at] for at in order), key=lambda known: known.outbound)
 

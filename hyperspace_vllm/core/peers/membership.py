@@ -28,7 +28,7 @@ from .address import may_dial, source_of
 from .dials import Dials
 from .neighbours import CONNECT_MS, Neighbours
 from .own_record import OwnRecord
-from .peer_exchange import answer_peers, want_peers, whose_turn
+from .peer_exchange import answer_peers, next_to_ask, want_peers
 from .peer_table import Peer, PeerTable
 from .trust import Trust
 
@@ -37,7 +37,7 @@ PING_MS = 1_500
 SILENT_DISCONNECT_MS = 20_000
 GREET_MS = 3_000
 GREET_BY_MS = 2 * GREET_MS  # a connection without a record is closed
-EXCHANGE_MS = 2_000  # with each neighbour in turn: none knows more than those that it has met
+EXCHANGE_MS = 2_000  # with each neighbour in turn: a neighbour passes on only peers that it has met
 EXCHANGE_SOON_MS = 1_000  # while the last exchange brought something new
 EXPLORE_MS = 10_000
 SHUN_MS = 60_000
@@ -80,7 +80,7 @@ class Membership:
                 self._peers.add(Peer(peer, configured=address))
 
     def remember(self, peers: Iterable[tuple[PeerId, str]]) -> None:
-        """Addresses from an earlier life: dialled like any other, forgotten when nobody is there any more."""
+        """Addresses from an earlier run: dialled like any other, forgotten when the peer is not there any more."""
         for peer, address in peers:
             if peer != self._me and self._peers.get(peer) is None:
                 self._peers.add(Peer(peer, advertised=address))
@@ -113,14 +113,14 @@ class Membership:
         return known is not None and known.record is not None
 
     def acquaintance(self, public_key: bytes) -> Acquaintance | None:
-        """How well a peer is known whose record is here; None: it isn't, unless it is on this node's lists."""
+        """How well a peer is known; None: its record is not here, and it is not on this node's lists."""
         known = self._peers.get(peer_id(public_key))
         if known is not None and known.record is not None:
             return known.acquaintance
         return Acquaintance(Rank.LISTED, "") if self._trust.is_listed(public_key) else None
 
     def endpoints(self, now: Now) -> tuple[KvEndpoint, ...]:
-        """Where usable peers serve KV, as far as this node may dial it."""
+        """The KV endpoints of usable peers, as far as this node may dial them."""
         return tuple(
             KvEndpoint(known.peer, known.endpoint, known.owns(known.endpoint))
             for known in self._usable(now)
@@ -128,7 +128,7 @@ class Membership:
         )
 
     def addresses(self, now: Now) -> tuple[tuple[PeerId, str], ...]:
-        """Where usable peers are reached, as far as this node may dial it."""
+        """The addresses of usable peers, as far as this node may dial them."""
         return tuple((known.peer, known.advertised) for known in self._usable(now) if known.advertised)
 
     def authors(self) -> tuple[tuple[PeerId, Acquaintance], ...]:
@@ -138,19 +138,19 @@ class Membership:
         return tuple({**listed, **here}.items())
 
     def usable(self, now: Now) -> tuple[PeerRecord, ...]:
-        """Valid records of peers that don't keep silent, in the order in which they were met."""
+        """Valid records of peers that are not silent, in the order in which they were met."""
         return tuple(known.record for known in self._usable(now) if known.record is not None)
 
     def any_usable(self, now: Now) -> bool:
-        """Whether there is one."""
+        """Whether there is a usable peer."""
         return next(self._usable(now), None) is not None
 
     def neighbours(self) -> list[Peer]:
-        """Connected peers that have greeted and don't keep silent."""
+        """Connected peers that have greeted and are not silent."""
         return [known for known in self._peers if known.connected and known.record and not known.silent]
 
     def any_neighbour(self) -> Peer | None:
-        """One of them at random, each host as likely as another: one host may be most of them."""
+        """A random neighbour, of a random host: one host may have most of the neighbours."""
         neighbours = self.neighbours()
         if not neighbours:
             return None
@@ -160,7 +160,7 @@ class Membership:
     # --- connections ----------------------------------------------------------------------------
 
     def on_connected(self, peer: PeerId, host: str, now: Now) -> list[NetworkEffect]:
-        """Greet it; it is met at `host`."""
+        """Greet the peer, which is met at `host`."""
         known = self._peers.get(peer)
         if known is None:
             known = self._new(peer, source_of(host))
@@ -176,7 +176,7 @@ class Membership:
         return [*self._greet(known, now), *self._neighbours.make_room(known)]
 
     def on_discovered(self, peer: PeerId, address: str, told_from: str, now: Now) -> list[NetworkEffect]:
-        """mDNS says from `told_from` that a peer is there: dial it when its turn comes."""
+        """mDNS reports a peer from the IP address `told_from`: dial it when its turn comes."""
         known = self._peers.get(peer)
         if peer != self._me and known is None and may_dial(address, self._own.record.address, told_from):
             known = self._new(peer, "mdns")
@@ -185,7 +185,7 @@ class Membership:
         return self._neighbours.dial(now)
 
     def on_disconnected(self, peer: PeerId, now: Now) -> list[NetworkEffect]:
-        """Dial again after a while, or somebody else."""
+        """Dial the peer again after a while, and another one now."""
         known = self._peers.get(peer)
         if known is None:
             return []
@@ -195,7 +195,7 @@ class Membership:
         return self._neighbours.dial(now)
 
     def on_connect_failed(self, peer: PeerId, now: Now) -> list[NetworkEffect]:
-        """Not now; try others."""
+        """Dial the peer later, and another one now."""
         known = self._peers.get(peer)
         if known is None or known.connected:
             return []
@@ -215,7 +215,7 @@ class Membership:
     # --- messages -------------------------------------------------------------------------------
 
     def heard(self, peer: PeerId, now: Now, rtt_ms: int | None = None) -> None:
-        """Anything came from the peer; `rtt_ms` if it was an answer."""
+        """A message came from the peer; `rtt_ms` if it was an answer."""
         known = self._peers.get(peer)
         if known is not None:
             self._heard(known, now)
@@ -223,7 +223,7 @@ class Membership:
                 known.rtt_ms = rtt_ms if not known.rtt_ms else 0.8 * known.rtt_ms + 0.2 * rtt_ms
 
     def is_alive(self, peer: PeerId, now: Now) -> None:
-        """Something fresh of the peer's came through others: if it couldn't be dialled, it can perhaps now."""
+        """Another peer relayed something recent of this peer's: if a dial failed before, the next one may succeed."""
         known = self._peers.get(peer)
         if known is None:
             return
@@ -246,13 +246,13 @@ class Membership:
             self._set_silent(known, now)
 
     def unread(self, peer: PeerId) -> None:
-        """This node has had no time for the peer, whose answer may have come: that makes it not silent."""
+        """This node was too busy to read the peer's answer, which may have come: the peer does not count as silent."""
         known = self._peers.get(peer)
         if known is not None:
             known.pinged_at_ms = None
 
     def shun(self, peer: PeerId, now: Now) -> list[NetworkEffect]:
-        """The peer goes on breaking rules: have nothing to do with it for a while."""
+        """The peer keeps breaking rules: disconnect, and do not dial it for a while."""
         known = self._peers.get(peer)
         if known is None:
             return []
@@ -260,7 +260,7 @@ class Membership:
         return [Disconnect(peer)] if known.connected else []
 
     def on_record(self, raw: bytes, peer: PeerId, now: Now, own_word: bool) -> list[NetworkEffect]:
-        """A record from `peer`; `own_word`: it must be the peer's own (a greeting), as against one passed on."""
+        """A record from `peer`; `own_word`: it must be the peer's own (a greeting), not one that it passes on."""
         try:
             record = decode_peer_record(raw)
             if own_word and record.peer != peer:
@@ -276,7 +276,7 @@ class Membership:
         except ProtocolViolation:
             return [ChargePeer(peer, Reason.PROTOCOL)]
         except Refused as refused:
-            # Clocks differ, and who passes a record on has checked it by its own; but not even it can forge one.
+            # Clocks differ, and the relay has checked the record by its own clock; but it cannot forge a record.
             reason = Reason.of(refused)
             return [ChargePeer(peer, reason)] if reason.is_lie else []
         return []
@@ -324,7 +324,7 @@ class Membership:
             self._exchange_at_ms = now.mono_ms + EXCHANGE_MS
             neighbours = self.neighbours()
             if neighbours:
-                effects += self._want_peers(whose_turn(neighbours), now)
+                effects += self._want_peers(next_to_ask(neighbours), now)
         return effects
 
     def _beat(self, now: Now) -> list[NetworkEffect]:
@@ -384,7 +384,7 @@ class Membership:
         return teller.source if teller is not None and teller.source else str(peer)
 
     def _adopt(self, known: Peer, told_by: PeerId) -> None:
-        """Let a peer that was only heard of count as its least crowded teller's: the first may have meant it harm."""
+        """Count a peer that was never met as brought by the smallest source that reports it: one may be hostile."""
         source = self._source_told_by(told_by)
         if known.met or source == known.source:
             return

@@ -16,7 +16,7 @@ from ..records.limits import PEERS_KNOWN_MAX
 from ..records.now import Now
 from .address import may_dial
 from .dials import Dials
-from .inbound import least_useful_first, who_makes_room
+from .inbound import least_useful_first, select_replaced
 from .own_record import OwnRecord
 from .peer_table import Peer, PeerTable
 from .trust import Trust
@@ -114,7 +114,7 @@ class Neighbours:
 
     def make_room(self, newcomer: Peer) -> list[NetworkEffect]:
         """Close the connection that the newcomer's replaces, or the newcomer's."""
-        evicted = who_makes_room(self._peers, newcomer, self._trust)
+        evicted = select_replaced(self._peers, newcomer, self._trust)
         return [] if evicted is None else _dismiss([evicted])
 
     def _ready(self, now: Now) -> list[Peer]:

@@ -18,12 +18,12 @@ def want_peers(known: Iterable[PeerRecord], own: PeerRecord) -> WantPeers:
 
 
 def answer_peers(want: WantPeers, usable: Iterable[Peer], rng: random.Random) -> Peers:
-    """Some records that the asker lacks."""
+    """Some records that the requester lacks."""
     size = KNOWN_BYTES
     theirs = {want.known[at : at + 8]: want.known[at + 8 : at + size] for at in range(0, len(want.known), size)}
     lacking = [
         known.raw
-        for known in _worth_telling(usable)
+        for known in _shareable(usable)
         if known.record is not None
         and theirs.get(known.record.public_key[:8], b"") < known.record.sequence.to_bytes(8, "big")
     ]
@@ -32,11 +32,11 @@ def answer_peers(want: WantPeers, usable: Iterable[Peer], rng: random.Random) ->
     return Peers(tuple(lacking))
 
 
-def _worth_telling(usable: Iterable[Peer]) -> Iterator[Peer]:
-    """Peers that this node has met itself: what a peer invents gets no further than to those who asked it.
+def _shareable(usable: Iterable[Peer]) -> Iterator[Peer]:
+    """Peers that this node has met itself, so that an invented peer spreads no further than one hop.
 
-    Only records whose addresses it may dial: the asker judges them by where this node is, not by where the peer is.
-    Of those met at one host, which may be one machine under many names, the few that were known first.
+    Only records whose addresses this node may dial: the requester judges them by this node's address, not by the
+    peer's. Of the peers met at one host, which may be one machine with many identities, the few that were known first.
     """
     told: Counter[str] = Counter()
     for known in usable:
@@ -49,8 +49,8 @@ def _worth_telling(usable: Iterable[Peer]) -> Iterator[Peer]:
             yield known
 
 
-def whose_turn(neighbours: list[Peer]) -> Peer:
-    """Whom to ask for records: of the host that was asked longest ago, for one host may be most of the neighbours."""
+def next_to_ask(neighbours: list[Peer]) -> Peer:
+    """The neighbour to ask for records: of the host asked longest ago, as one host may have most of the neighbours."""
     asked_ms: dict[str, int] = {}
     for known in neighbours:
         asked_ms[known.source] = max(asked_ms.get(known.source, NEVER_MS), known.exchanged_at_ms)

@@ -1,4 +1,4 @@
-"""The peers that a node knows, and who has to go when there are too many (eviction.py).
+"""The peers that a node knows; when there are too many, eviction.py chooses which to forget.
 
 Connected and configured peers, and those that are being dialled, stay.
 """
@@ -12,7 +12,7 @@ from ..records.now import Now
 from ..records.peer_record import PeerRecord
 from ..records.rank import Acquaintance, Rank
 from .address import host_of, source_of
-from .eviction import who_goes
+from .eviction import select_evicted
 
 NEVER_MS = -(1 << 62)
 HOSTS_MAX = 2  # a machine may be dialled at one address, and dial from another
@@ -34,14 +34,14 @@ class Peer:
     member: bool = False
     connected: bool = False
     outbound: bool = False  # this node chose it
-    dismissed: bool = False  # this node hung up: what it hears no more says nothing of the peer
+    dismissed: bool = False  # this node closed the connection: unanswered requests do not count against the peer
     connected_at_ms: int = NEVER_MS
     asked_at_ms: int = NEVER_MS  # for its record
     exchanged_at_ms: int = NEVER_MS  # when it was last asked for others' records
     silent: bool = False  # it left a ping or a dial unanswered
     silent_at_ms: int = NEVER_MS
     heard_at_ms: int = NEVER_MS
-    alive_at_ms: int = NEVER_MS  # when something fresh of it last came, through others too
+    alive_at_ms: int = NEVER_MS  # when something recent of it last came, also through others
     pinged_at_ms: int | None = None  # the ping is unanswered
     used_at_ms: int = NEVER_MS  # for something other than staying in touch
     dialling: bool = False
@@ -57,7 +57,7 @@ class Peer:
 
     @property
     def met(self) -> bool:
-        """Whether it has ever shown over a connection who it is."""
+        """Whether it has ever proved its identity over a connection."""
         return self.heard_at_ms > NEVER_MS
 
     @property
@@ -68,14 +68,14 @@ class Peer:
 
     @property
     def address(self) -> str:
-        """Where to dial it: as it says itself, or after a failure as configured. '' if nowhere."""
+        """Where to dial it: the advertised address, or after a failure the configured one. '' if there is none."""
         if self.configured and (self.failures % 2 or not self.advertised):
             return self.configured
         return self.advertised
 
     @property
     def may_all_be_dialled(self) -> bool:
-        """Whether there is no address in its record that may not be dialled."""
+        """Whether every address in its record may be dialled."""
         return self.record is None or (self.advertised, self.endpoint) == (self.record.address, self.record.endpoint)
 
     def owns(self, address: str) -> bool:
@@ -83,12 +83,12 @@ class Peer:
         return host_of(address) in self.hosts
 
     def meet(self, host: str) -> None:
-        """It is connected from, or at, this IP address."""
+        """The peer is connected from, or at, this IP address."""
         self.source = source_of(host)
         self.hosts = tuple(dict.fromkeys((host_of(f"{host}:0"), *self.hosts)))[:HOSTS_MAX]
 
     def may_be_asked(self, now: Now) -> bool:
-        """Over its connection, or over a new one; a silent one, when it was heard of since or may be dialled."""
+        """Whether to send it a request; a silent peer only if it was reported alive since, or may be dialled."""
         if self.connected:
             return not self.silent
         was_heard_of = self.alive_at_ms > self.silent_at_ms
@@ -118,13 +118,13 @@ class PeerTable:
             return True
         idle = [each for each in self if not (each.connected or each.bootstrap or each.dialling)]
         room = PEERS_KNOWN_MAX - (len(self) - len(idle))
-        losers = who_goes(((each, each.acquaintance, 1) for each in idle), max(room, 0), PEERS_OF_SOURCE_MAX)
+        losers = select_evicted(((each, each.acquaintance, 1) for each in idle), max(room, 0), PEERS_OF_SOURCE_MAX)
         for loser in losers if room >= 0 else [peer]:
             del self._peers[loser.peer]
         return peer.peer in self._peers
 
     def of_source(self, source: str) -> int:
-        """How many peers count as one machine's."""
+        """How many peers count as brought by one machine."""
         return sum(each.source == source for each in self._peers.values())
 
     def remove(self, peer: PeerId) -> None:

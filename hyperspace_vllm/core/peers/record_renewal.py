@@ -1,4 +1,4 @@
-"""What a node serves, and when a change of it is worth a new PeerRecord."""
+"""When a change of what a node serves requires a new PeerRecord."""
 
 from ..events.node_state import ServedChanged
 from ..records.peer_record import PeerRecord
@@ -9,10 +9,10 @@ DIGEST_STEP = 0.1  # share of the bits
 
 
 def should_renew_record(told: PeerRecord, served: ServedChanged) -> bool:
-    """Whether others should hear of it before the record is renewed anyway, within a minute.
+    """Whether the record is renewed at once, and not only within a minute as usual.
 
-    A record of up to 8 KiB goes to every neighbour, and through them to everybody: a few more segments, or another
-    request on top of many, can wait.
+    A record of up to 8 KiB goes to every neighbour, and through them to all peers. A small change of the segments or of
+    the load can wait.
     """
     return (
         told.models != served.models

@@ -1,8 +1,8 @@
-"""Who has to go when all places for inbound connections are taken.
+"""Which connection is closed when all places for inbound connections are taken.
 
-If newcomers were refused, 48 invented identities would keep every other node out. So a newcomer takes the place of the
-connection that is worth least; of equals, of one from the host that holds most places, then from the address prefix
-that does, and there of the one that has been idle for longest. A host that opens many connections displaces its own.
+If new connections were refused, 48 invented identities would keep every other node out. So a new connection takes the
+place of the one that is worth least; among equals, of one from the host that holds most places, then from the address
+prefix that does, and there of the one that has been idle longest. A host that opens many connections replaces its own.
 """
 
 from collections import Counter, OrderedDict
@@ -17,10 +17,10 @@ from .address import source_of
 
 IPV4_PREFIX_BITS = 24
 IPV6_PREFIX_BITS = 48  # what a provider gives one customer, who has 2^80 addresses in it
-FAIR_S = 0.5  # in which most handshakes are over, also when a whole fleet arrives at once
+FAIR_S = 0.5  # most handshakes end within this time, also when a whole fleet connects at once
 ARRIVALS_PER_S = 20.0  # of one host
 ARRIVALS_BURST = 100.0
-PREFIX_HOSTS = 8  # as many hosts' arrivals are those of their prefix
+PREFIX_HOSTS = 8  # a prefix may open as many as this number of hosts
 ORIGINS_MAX = 2048  # hosts and prefixes whose arrivals are counted; 400 KiB
 
 K = TypeVar("K", bound=Hashable)
@@ -28,7 +28,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(slots=True)
 class Place:
-    """One inbound connection. `worth`: the more, the later it goes; `used_at`: in whatever unit all of them have."""
+    """One inbound connection. `worth`: the lowest is closed first; `used_at`: in any unit, the same for all."""
 
     host: str
     used_at: float
@@ -37,7 +37,7 @@ class Place:
 
 @lru_cache(4096)
 def address_prefix(host: str) -> str:
-    """The network that an IP address belongs to; loopback addresses are no exception. '' for what is no address."""
+    """The network that an IP address belongs to, also for loopback addresses; '' if it is not an address."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:
@@ -49,7 +49,7 @@ def address_prefix(host: str) -> str:
 
 
 def by_value(places: Mapping[K, Place], *newcomers: Place) -> list[K]:
-    """Those that should go first first; `newcomers` count where hosts are counted."""
+    """The order in which connections are closed; `newcomers` count where hosts are counted."""
     hosts = Counter(place.host for place in (*places.values(), *newcomers))
     prefixes = Counter(address_prefix(place.host) for place in (*places.values(), *newcomers))
 
@@ -60,26 +60,26 @@ def by_value(places: Mapping[K, Place], *newcomers: Place) -> list[K]:
     return sorted(places, key=value)
 
 
-def whom_to_evict(places: Mapping[K, Place], newcomer: Place) -> K | None:
-    """Whose place a newcomer takes; None: every other is worth more than the newcomer."""
+def evicted_for(places: Mapping[K, Place], newcomer: Place) -> K | None:
+    """The place that a newcomer takes; None: every other is worth more than the newcomer."""
     rivals = {key: place for key, place in places.items() if place.worth <= newcomer.worth}
     return next(iter(by_value(rivals, newcomer)), None)
 
 
 @dataclass(slots=True)
 class _Arrivals:
-    """A token bucket: what a host or a prefix may still open now."""
+    """A token bucket: how many connections a host or a prefix may still open now."""
 
     left: float
     at_s: float
 
 
 class Handshakes:
-    """Inbound connections of which nobody has proved yet whose they are, by a number that `begin` gives.
+    """Inbound connections whose peer has not proved its identity yet, by a number that `begin` returns.
 
-    At most `places_max`; a newcomer ends the oldest one of the most crowded host, unless that is its own, or no more
-    crowded, and has not had FAIR_S. What a host opens beyond ARRIVALS_BURST and ARRIVALS_PER_S, and its prefix beyond
-    PREFIX_HOSTS times that, is not even begun, so that a flood costs an `accept` each and no cryptography.
+    At most `places_max`. A new one ends the oldest of the host with the most, unless that is its own host, or has no
+    more, and the oldest has not had FAIR_S. Connections of a host beyond ARRIVALS_BURST and ARRIVALS_PER_S, and of its
+    prefix beyond PREFIX_HOSTS times that, do not begin, so that a flood costs an `accept` each and no cryptography.
     """
 
     def __init__(self, places_max: int) -> None:
@@ -93,12 +93,12 @@ class Handshakes:
         return len(self._places)
 
     def begin(self, host: str, now_s: float, end: Callable[[], None]) -> int | None:
-        """A place for a connection from `host`; `end` is called when it must close early. None: close it now."""
+        """Take a place for a connection from `host`; `end` is called if it must close early. None: close it now."""
         place = Place(source_of(host), now_s)
         if not (self._may_arrive(place.host, 1, now_s) and self._may_arrive(address_prefix(host), PREFIX_HOSTS, now_s)):
             return None
         if len(self._places) >= self._places_max:
-            evicted = whom_to_evict(self._places, place)
+            evicted = evicted_for(self._places, place)
             assert evicted is not None  # all are worth the same
             if self._is_fair(self._places[evicted], place):
                 return None
@@ -110,12 +110,12 @@ class Handshakes:
         return number
 
     def end(self, number: int) -> None:
-        """It is over, or has proved whose it is; doing so twice is fine."""
+        """The connection is closed, or its peer has proved its identity; may be called twice."""
         self._places.pop(number, None)
         self._ends.pop(number, None)
 
     def _is_fair(self, place: Place, newcomer: Place) -> bool:
-        """Whether `place` may go on rather than the newcomer begin: it is young, and its host has no more places."""
+        """Whether `place` stays and the newcomer is refused: it is recent, and its host has no more places."""
         hosts = Counter(each.host for each in (*self._places.values(), newcomer))
         return newcomer.used_at - place.used_at < FAIR_S and hosts[place.host] <= hosts[newcomer.host]
 

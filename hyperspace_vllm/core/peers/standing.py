@@ -1,16 +1,16 @@
-"""How each peer is judged, and how long it is left alone: nothing else in a node judges one.
+"""The standing of each peer: how much it is trusted, and how long it is not asked. No other module judges peers.
 
-In go facts: what a peer delivered, how it failed (records/reason.py says how much that tells against it), what this
-node's audits found of what it signed, and whom others accuse. Of each peer there is one object:
+Input: what a peer delivered, how it failed (records/reason.py says how serious that is), what this node's audits found,
+and accusations by other nodes. Output, one object for each peer:
 
-    service    what it delivered, signed by any peer, against its failures and lies: the order of asking
-    word       what audits passed of what it signed, against its lies: who is believed
-    avoidance  until when it is asked for nothing, or for no KV; whether it is let in
+    service    what it delivered, signed by any peer, against its failures and lies: the order in which peers are asked
+    word       what audits passed of what it signed, against its lies: whether its signatures are trusted
+    avoidance  until when it is asked for nothing, or for no KV; whether its connections are refused
     earned     for how long requests may wait for it
     findings   what audits found of what it signed; since when it is convicted
 
-A lie counts everywhere, whichever layer it was told to: what a peer altered it may sign as well. Being slow counts only
-where it was slow. An object is forgotten when there are PEERS_KNOWN_MAX others that say more, and when the node ends.
+A lie counts in every layer: a peer that alters data may also sign false data. Being slow counts only in the layer where
+the peer was slow. An object is forgotten when PEERS_KNOWN_MAX others hold more, and when the node ends.
 """
 
 from collections.abc import Mapping
@@ -27,14 +27,14 @@ from .patience import Loan, earned_more
 from .reputation import Reputation
 from .suspicion import Accusations
 
-STALLED_MS = 5_000  # slow is no crime, but one stall in a while is enough; doubled every time in a row
+STALLED_MS = 5_000  # a stall is not a lie, but it costs a request its budget; doubled every time in a row
 _SLOW = (Reason.STALLED, Reason.TOO_SLOW)
 CONVICTED_MS = 24 * 3_600_000  # the life of a response: what it signed before has expired by then
 
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """The peer sent so many bytes within so long, and they were verified."""
+    """The peer sent verified bytes within this time."""
 
     peer: PeerId
     bytes: int
@@ -43,7 +43,7 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The peer did not deliver, or did what the reason says."""
+    """The peer did not deliver, or broke a rule; the reason says which."""
 
     peer: PeerId
     reason: Reason
@@ -65,7 +65,7 @@ class Standing:
 
     @property
     def weight(self) -> tuple[bool, bool, float, int]:
-        """Those with the least are forgotten first; new identities, which are free, push out each other."""
+        """Objects with the least weight are forgotten first; new identities, which cost nothing, replace each other."""
         is_convicted, is_found = self.convicted_at_ms is not None, bool(self.findings.found_ms)
         return is_convicted, is_found, self.service.successes + self.word.successes, self.last_ms
 
@@ -74,7 +74,7 @@ _UNKNOWN = Standing()  # never changed
 
 
 class Standings:
-    """Of all peers, as this node itself has seen them. `own_key` is never suspected."""
+    """The standings of all peers, by this node's own experience. `own_key` is never suspected."""
 
     def __init__(self, own_key: bytes) -> None:
         self._own_key = own_key
@@ -100,16 +100,16 @@ class Standings:
                 assert_never(fact)
 
     def spoke(self, peer: PeerId) -> None:
-        """It was silent and speaks again. Whatever it lied about stays."""
+        """The peer was silent and answers again. Its lies still count."""
         if (standing := self._peers.get(peer)) is not None:
             standing.avoidance.back()
 
     def goes_on(self, peer: PeerId, now: Now) -> None:
-        """It breaks rules again while it is avoided: it is let in no more for a while."""
+        """The peer breaks rules again while it is avoided: its connections are refused for a while."""
         self._of(peer, now).avoidance.cut_off(now)
 
     def wasted(self, waited_ms: Mapping[PeerId, int], now: Now) -> None:
-        """A request waited so long for each of these at once, and they brought nothing."""
+        """A request waited for each of these peers at once, for this time, and they delivered nothing."""
         lent_ms = 0
         for peer, for_ms in waited_ms.items():
             if self.has_earned(peer):
@@ -120,13 +120,13 @@ class Standings:
         self._loan.spend(lent_ms, now)
 
     def passed(self, signer: bytes, source: bytes, now: Now) -> None:
-        """An audit of what it signed held."""
+        """A response that the peer signed has passed an audit."""
         standing = self._of(peer_id(signer), now)
         if standing.findings.passed(source, now):
             standing.word.served(now)
 
     def found_false(self, signer: bytes, source: bytes, now: Now) -> bool:
-        """An audit found what it signed false; whether that convicts it, which costs it as a lie does."""
+        """An audit found a response that the peer signed false; whether that convicts it, which counts as a lie."""
         standing = self._of(peer_id(signer), now)
         if not standing.findings.found(source, now) or self.doubts_itself(now):
             return False
@@ -135,7 +135,7 @@ class Standings:
         return True
 
     def convict(self, signer: bytes, now: Now) -> None:
-        """Nothing that it signed counts for CONVICTED_MS."""
+        """Nothing that the peer signed counts for CONVICTED_MS."""
         if signer != self._own_key:
             self._of(peer_id(signer), now).convicted_at_ms = now.mono_ms
 
@@ -150,7 +150,7 @@ class Standings:
         return self._peers.get(peer, _UNKNOWN).service.score(now)
 
     def word(self, peer: PeerId, now: Now) -> float:
-        """How far what it signs is believed, in [0, 1]."""
+        """How far its signatures are trusted, in [0, 1]."""
         return self._peers.get(peer, _UNKNOWN).word.score(now)
 
     def avoids(self, peer: PeerId, now: Now) -> bool:
@@ -170,7 +170,7 @@ class Standings:
         return self._peers.get(peer, _UNKNOWN).earned_ms > 0
 
     def lends(self, now: Now) -> bool:
-        """Whether members that have earned nothing may make a request wait."""
+        """Whether a request may wait for members that have earned nothing."""
         return self._loan.left_ms(now) > 0
 
     def is_convicted(self, signer: bytes, now: Now) -> bool:
@@ -183,7 +183,7 @@ class Standings:
         return self.is_convicted(signer, now) or self._accusations.stand_against(signer, now)
 
     def suspected(self, now: Now) -> int:
-        """How many are suspected or convicted, for status."""
+        """The number of suspected or convicted peers, for status."""
         accused = {peer_id(key) for key in self._accusations.accused(now)}
         convicted = {
             peer
@@ -193,7 +193,7 @@ class Standings:
         return len(accused | convicted)
 
     def doubts_itself(self, now: Now) -> bool:
-        """Whether this node's engine disagrees with so many that it is likelier wrong than they are."""
+        """Whether this node's engine disagrees with so many signers that it is more likely wrong than they are."""
         return doubts((standing.findings for standing in self._peers.values()), now)
 
     # --- leaves ---------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"""Who is said to sign false answers, and who was caught at it.
+"""Accusations: which peers are said to sign false answers.
 
     convicted   by this node's own audits (findings.py): its proofs and manifests don't count for CONVICTED_MS
-    suspected   by one such audit, or by another's word: its answers are all audited for SUSPECTED_MS
+    suspected   by one such audit, or by another node's accusation: all of its answers are audited for SUSPECTED_MS
 
-Nobody but the node that had the prompt can tell whether an answer was false, so another's word is worth audits and
-nothing else: no reputation is lost by it, and slander costs the slandered nothing. Each accuser has ACCUSED_MAX places,
-in which its newest accusations push out its own oldest. Rejected: conviction once several accuse, which whoever holds
-the network key could arrange alone, under as many names as it likes.
+Only the node that had the prompt can tell whether an answer was false, so an accusation by another node causes audits
+and nothing else: the accused peer loses no reputation by it. Each accuser has ACCUSED_MAX places, in which its newest
+accusations replace its own oldest ones. Rejected: conviction by several accusers, which one holder of the network key
+can be alone, with any number of identities.
 """
 
 from collections import OrderedDict
@@ -39,11 +39,11 @@ class Accusations:
             del self._said[next(other for other in self._said if other != self._own_key)]
 
     def stand_against(self, key: bytes, now: Now) -> bool:
-        """Whether a peer accused it lately."""
+        """Whether a peer has accused it recently."""
         return any(_lasts(said.get(key), now) for said in self._said.values())
 
     def accused(self, now: Now) -> set[bytes]:
-        """Everybody who was."""
+        """Every accused peer."""
         return {key for said in self._said.values() for key, since_ms in said.items() if _lasts(since_ms, now)}
 
 

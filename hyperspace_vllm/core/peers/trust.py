@@ -1,15 +1,15 @@
-"""Whose proofs and manifests count (docs/design.md). A signature only proves who said it; this says who is believed.
+"""Which signers' proofs and manifests count (docs/design.md). A signature only proves which key made a statement.
 
-    members     those in this node's own lists, and everybody who was shown to hold the network key
-    reputation  these too, and for responses whoever has earned it
-    allowlist   exactly those on the allowlist
+    members     peers on this node's own lists, and peers that were shown to hold the network key
+    reputation  these too, and for responses peers that have earned trust
+    allowlist   only peers on the allowlist
 
-Of the two scores of a peer (standing.py), which never add up, belief takes `word`, which grows by audits alone: a relay
-can serve well all day and is believed nothing. KV is never audited, so no peer earns belief for its manifests.
+Of a peer's two separate scores (standing.py), trust uses `word`, which only audits raise: a peer that only relays earns
+none, however well it serves. KV is never audited, so a peer cannot earn trust for its manifests.
 
-Holding the network key is membership for good: a member's tag travels beside what it signed (signing.member_tag), so
-that its proofs and manifests count after it has left, in nodes that never met it. There is no revocation but a new key.
-Whom this node's own audits convicted doesn't count for a day, whatever list it is on (standing.py).
+Membership by the network key has no end: a member's tag travels beside what it signed (signing.member_tag), so that its
+proofs and manifests count after it has left, also in nodes that never met it. Only a new key revokes it. A peer that
+this node's own audits convicted does not count for a day, even if it is on a list (standing.py).
 """
 
 import hmac
@@ -24,15 +24,15 @@ from ..records.signing import NO_MEMBER_TAG, member_tag
 from .reputation import THRESHOLD
 from .standing import Standings
 
-TRIAL_EVERY_MS = 10_000  # an answer of a stranger that is audited and never served, of all strangers together
-PASSED_TOKENS_MIN = 16  # a shorter answer is soon guessed, so it earns nothing
+TRIAL_EVERY_MS = 10_000  # between untrusted signers' answers that are audited and never served, all together
+PASSED_TOKENS_MIN = 16  # a shorter answer can be guessed, so it earns nothing
 TrustMode = Literal["members", "reputation", "allowlist"]
 Verdict = Literal["passed", "dropped", "lie"]  # of an audit (response/evidence.py)
-SHOWN_MAX = PEERS_KNOWN_MAX * 8  # those who have left count too; their tags come again with what they signed
+SHOWN_MAX = PEERS_KNOWN_MAX * 8  # includes members that have left; their tags come again with what they signed
 
 
 class Trust:
-    """Who counts. Keys are Ed25519 public keys: `listed` of the static lists, `allowed` of the allowlist."""
+    """Which signers count. Keys are Ed25519 public keys: `listed` of the static lists, `allowed` of the allowlist."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Trust:
         network_key: bytes | None,
         is_public: bool = False,
     ) -> None:
-        """`is_public`: this node shares with everybody (`share = "public"`)."""
+        """`is_public`: this node shares with every peer (`share = "public"`)."""
         self.mode: TrustMode = mode
         self._is_public = is_public
         self.standings = Standings(own_key)
@@ -55,7 +55,7 @@ class Trust:
         self._shown: OrderedDict[bytes, None] = OrderedDict()  # to hold the network key; longest not met first
 
     def meet(self, public_key: bytes, tag: bytes) -> bool:
-        """Take note of a member tag, if it is one of this network's; whether the peer is a member."""
+        """Take note of a member tag if it is one of this network; returns whether the peer is a member."""
         if self._is_ours(public_key, tag):
             self._shown[public_key] = None
             self._shown.move_to_end(public_key)
@@ -64,7 +64,7 @@ class Trust:
         return self.is_member(public_key)
 
     def is_member(self, public_key: bytes) -> bool:
-        """This node itself, on its static lists, or shown to hold the network key."""
+        """Whether it is this node, on its static lists, or was shown to hold the network key."""
         return public_key == self._own_key or public_key in self._listed or public_key in self._shown
 
     def is_listed(self, public_key: bytes) -> bool:
@@ -93,11 +93,11 @@ class Trust:
         return public_key in self._allowed or (self.mode != "allowlist" and self.is_member(public_key))
 
     def is_convicted(self, public_key: bytes, now: Now) -> bool:
-        """Whether nothing that this peer signed counts; of nobody while this node doubts itself."""
+        """Whether nothing that this peer signed counts; no peer is convicted while this node doubts itself."""
         return self.standings.is_convicted(public_key, now) and not self.standings.doubts_itself(now)
 
     def take_trial(self, public_key: bytes, now: Now) -> bool:
-        """Whether a response of this untrusted signer is audited, unserved, now; a yes lasts TRIAL_EVERY_MS."""
+        """Whether a response of this untrusted signer is audited now, and not served; once per TRIAL_EVERY_MS."""
         if self.mode != "reputation" or self.is_convicted(public_key, now):
             return False
         if now.mono_ms < self._next_trial_ms:
@@ -106,14 +106,14 @@ class Trust:
         return True
 
     def may_trust_others(self) -> bool:
-        """Whether anybody but this node can ever count."""
+        """Whether any signer but this node can count."""
         by_membership = self.mode == "members" and bool(self._listed or self._network_key)
         return self.mode == "reputation" or by_membership or bool(self._allowed)
 
     def audited(self, public_key: bytes, tokens: int, verdict: Verdict, source: bytes, now: Now) -> bool:
-        """Take in this node's own audit of a response that this peer signed; whether the peer is convicted by it.
+        """Take in this node's own audit of a response that this peer signed; returns whether that convicts the peer.
 
-        `source` is what the client that asked for the response can't be twice.
+        `source` is the source of the client that asked for the response (findings.py).
         """
         if public_key == self._own_key:
             return False
@@ -125,40 +125,40 @@ class Trust:
         return verdict != "dropped" and self.standings.found_false(public_key, source, now)
 
     def is_chosen(self, public_key: bytes) -> bool:
-        """Whether the peer counts by the operator's choice, whatever it did: a member, or on the allowlist.
+        """Whether the peer counts by the operator's choice: a member, or on the allowlist.
 
-        It gets what is shared with the network, and nobody else does.
+        Only such peers get what is shared with the network.
         """
         return self.is_member(public_key) or public_key in self._allowed
 
     def serves_kv(self, public_key: bytes) -> bool:
-        """Whether this peer is served KV: a stranger only by `reputation`, from a node that shares with everybody."""
+        """Whether this peer is served KV: a chosen one, or any by `reputation` if this node shares with every peer."""
         return self.is_chosen(public_key) or (self.mode == "reputation" and self._is_public)
 
     def asks_for_kv(self, public_key: bytes) -> bool:
-        """Whether KV is asked of this peer: by `reputation` of strangers too, if `has_standing`."""
+        """Whether KV is asked of this peer: a chosen one, or any by `reputation`."""
         return self.is_chosen(public_key) or self.mode == "reputation"
 
     def has_standing(self, peer: PeerId) -> bool:
-        """Whether the peer was chosen, or has delivered: strangers' hints don't take its place."""
+        """Whether the peer was chosen, or has delivered: other peers' hints do not replace its own."""
         return self.standings.has_earned(peer) or self.is_chosen(public_key_of(peer))
 
     def tier(self, peer: PeerId) -> Tier:
-        """Whose needs come first: those on this node's own lists and those that have delivered, then members."""
+        """The order of service: peers on this node's own lists and peers that have delivered, then members."""
         if self.standings.has_earned(peer) or self.is_listed(public_key_of(peer)):
             return Tier.PROVEN
         return Tier.MEMBER if self.has_standing(peer) else Tier.STRANGER
 
     def may_be_waited_for(self, peer: PeerId, now: Now) -> bool:
-        """Whether a request may wait for what this peer says it has."""
+        """Whether a request may wait for what this peer announced."""
         if self.is_convicted(public_key_of(peer), now):
             return False
         return self.standings.has_earned(peer) or (self.has_standing(peer) and self.standings.lends(now))
 
     def vouch(self, public_key: bytes) -> bytes:
-        """The member tag of a signer that is known to hold the network key; zeros for everybody else.
+        """The member tag of a signer that is known to hold the network key; zeros for any other.
 
-        Peers that are merely on this node's own lists get none: those lists are this node's opinion, not the network's.
+        Peers that are only on this node's own lists get none: the lists are this node's, not the network's.
         """
         if self._network_key is None or (public_key != self._own_key and public_key not in self._shown):
             return NO_MEMBER_TAG

@@ -1,16 +1,16 @@
-"""Which work is next, where time is bounded in all, for a group, and for each line of a group.
+"""Fair queueing: which job is next, where time is bounded in all, for a group, and for each line of a group.
 
 Lines form a tree: its leaves hold jobs, each line has a rate, and the lines in one take turns (start-time fair
-queueing): the line that has taken least goes next. A line that comes after a pause has saved nothing up and starts
-level with the others, so it waits for one job of each of them at most, however many jobs they have waiting.
+queueing): the line that has used least time is next. A line that was idle has no credit and starts level with the
+others, so it waits for at most one job of each of them, however many jobs they have waiting.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-AHEAD_SAVED_S = 2.0  # for so long a line saves up what it may take out of turn
-AHEAD_DEBT_S = 0.5  # by so much other lines may wait longer for it
+AHEAD_SAVED_S = 2.0  # for how long a line saves up work that it may do out of turn
+AHEAD_DEBT_S = 0.5  # by how much other lines may wait longer because of that
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -24,7 +24,7 @@ class Job:
 class Line:
     """Waits in its parent, with jobs of its own or with the lines in it.
 
-    `rate` is in seconds of work a second, of which it saves up `burst_s` of work. `ahead` of it is done out of turn.
+    `rate` is in seconds of work a second; it saves up `burst_s` of work. The share `ahead` of it is done out of turn.
     """
 
     def __init__(self, rate: float, burst_s: float, parent: "Line | None" = None, ahead: float = 0.0) -> None:
@@ -49,7 +49,7 @@ class Line:
             line, parent = parent, parent.parent
 
     def goes_ahead(self, cost_s: float, now_s: float) -> bool:
-        """Whether work of a line at the end may begin out of turn, because it and its parent take so little."""
+        """Whether work of a leaf may begin out of turn, because the leaf and its parent use so little time."""
         both = [line for line in (self, self.parent) if line is not None]
         if self._jobs or self.free_at_s > now_s or any(not line._ahead or line._ahead_at_s > now_s for line in both):
             return False
@@ -67,13 +67,14 @@ class Line:
         return True
 
     def remove(self, job: Job) -> None:
-        """A job is given up, unless it has begun."""
+        """Remove a job, unless it has begun."""
         if job in self._jobs:
             self._jobs.remove(job)
             self._leave()
 
     def take(self, now_s: float) -> Job | float:
-        """The next job, which begins now; else the time when to ask again, infinite while no job waits."""
+        """The next job, which begins now; otherwise the time to ask again, infinite while no job waits."""
+
         if self.free_at_s > now_s:
             return self.free_at_s
         found = self._jobs.popleft() if self._jobs else self._take_from_lines(now_s)

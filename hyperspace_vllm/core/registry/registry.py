@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from ..events.conduct import ChargePeer
 from ..events.owner_documents import DeltasImported, DeltasRefused, ForgetOwner, ImportDeltas, OwnDeltaWritten
 from ..events.vocabulary import NetworkEffect
-from ..peers.eviction import who_goes
+from ..peers.eviction import select_evicted
 from ..records.errors import ProtocolViolation, Refused
 from ..records.ids import NetworkId, PeerId, peer_id, public_key_of
 from ..records.limits import (
@@ -411,7 +411,7 @@ class Registry:
         for owner in heard:
             owner.acquaintance = self._acquaintance(owner.key) or owner.acquaintance
         effects: list[NetworkEffect] = []
-        for owner in who_goes(((owner, owner.acquaintance, size(owner)) for owner in heard), room, source_room):
+        for owner in select_evicted(((owner, owner.acquaintance, size(owner)) for owner in heard), room, source_room):
             effects += self._ignore(owner)
             owner.crowded_out = True
         too_many = len(self._owners) - (REGISTRY_OWNERS_MAX - 1)

@@ -14,7 +14,7 @@ from itertools import count
 import zmq
 
 from ...core.peers.address import source_of
-from ...core.peers.slots import Handshakes, Place, whom_to_evict
+from ...core.peers.slots import Handshakes, Place, evicted_for
 from ...core.records.endpoint import Endpoint
 from ...core.records.errors import ProtocolViolation
 from ...core.records.ids import PeerId
@@ -211,7 +211,7 @@ class Door:
         mine = {domain: others[domain] for domain, each in self._connections.items() if each.peer == peer}
         rivals = mine if len(mine) >= CONNECTIONS_PER_PEER_MAX else others
         if rivals is mine or len(others) >= KV_CONNECTIONS_MAX:
-            evicted = whom_to_evict(rivals, connection.place)
+            evicted = evicted_for(rivals, connection.place)
             assert evicted is not None  # none is worth more than 1
             self._connections.pop(evicted).hang_up()
         self._connections[domain] = connection

@@ -26,7 +26,7 @@ from libp2p.pubsub.rpc_queue import RpcQueue
 from libp2p.pubsub.utils import maybe_consume_signed_record
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
-from ...core.peers.eviction import who_goes
+from ...core.peers.eviction import select_evicted
 from ...core.peers.gossip_gate import message_cost
 from ...core.records.limits import KiB, MiB
 from ...core.records.rank import Acquaintance
@@ -152,7 +152,7 @@ class NodeGossip(GossipSub):
         """The peers that must leave for `room` to stay."""
         held = [(peer_id, self._acquaintance(peer_id), 1) for peer_id in peers]
         random.shuffle(held)
-        return who_goes(held, max(room, 0), len(held))
+        return select_evicted(held, max(room, 0), len(held))
 
     def keep_ours(self, control: Any) -> int:
         """Drop control messages that exceed the bounds or aren't about our topics; returns how many are left."""

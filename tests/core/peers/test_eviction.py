@@ -3,7 +3,7 @@
 import pytest
 
 from hyperspace_vllm.core.peers.address import source_of
-from hyperspace_vllm.core.peers.eviction import who_goes
+from hyperspace_vllm.core.peers.eviction import select_evicted
 from hyperspace_vllm.core.records.rank import Acquaintance, Rank
 
 Held = list[tuple[str, Acquaintance, int]]
@@ -39,7 +39,7 @@ LISTED, MET, TOLD = Rank.LISTED, Rank.MET, Rank.TOLD
     ],
 )
 def test_what_one_source_holds_makes_room_first(rows: Held, room: int, source_room: int, gone: list[str]) -> None:
-    assert who_goes(rows, room, source_room) == gone
+    assert select_evicted(rows, room, source_room) == gone
 
 
 @pytest.mark.parametrize(

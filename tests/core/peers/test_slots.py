@@ -11,7 +11,7 @@ from hyperspace_vllm.core.peers.slots import (
     Handshakes,
     Place,
     address_prefix,
-    whom_to_evict,
+    evicted_for,
 )
 
 
@@ -53,7 +53,7 @@ CROWD, NEAR, ALONE, NEW = "203.0.113.1", "203.0.113.2", "198.51.100.1", "192.0.2
 def test_a_newcomer_displaces_the_least_of_the_most_crowded(
     places: dict[int, Place], newcomer: Place, evicted: int | None
 ) -> None:
-    assert whom_to_evict(places, newcomer) == evicted
+    assert evicted_for(places, newcomer) == evicted
 
 
 @pytest.mark.parametrize("honest_hosts", ["10.0.{}.1", "10.0.0.{}"])  # spread, or one network
@@ -62,7 +62,7 @@ def test_a_host_with_any_number_of_connections_displaces_only_its_own(honest_hos
     places: dict[int, Place] = dict(honest)
     for number in range(100, 1_000):
         if len(places) >= 24:
-            evicted = whom_to_evict(places, Place(CROWD, number))
+            evicted = evicted_for(places, Place(CROWD, number))
             assert evicted is not None
             del places[evicted]
         places[number] = Place(CROWD, number)
