@@ -21,7 +21,8 @@ from hyperspace_vllm.core.response.cache_proof import decode_proof
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.response_db import database_path
 from tests.support.cached_server import Signer
-from tests.support.network_nodes import NetworkedNode, body_of, request_key, until
+from tests.support.network_nodes import NetworkedNode, body_of, request_key
+from tests.support.until import until
 
 pytestmark = pytest.mark.io
 
@@ -36,7 +37,7 @@ def node(tmp_path: Path) -> Iterator[NetworkedNode]:
 def stored(node: NetworkedNode, count: int) -> None:
     for name in range(count):
         node.store(name, "private" if name % 2 else "network")
-    until(lambda: node.status()["responses"]["entries"] == count, 60)
+    until(lambda: node.status()["responses"]["entries"] == count)
 
 
 def run(node: NetworkedNode, *arguments: str) -> int:
@@ -74,7 +75,7 @@ def test_nothing_that_a_terminal_obeys_is_shown_and_other_scripts_stay_readable(
     body = json.dumps({"text": HOSTILE}, ensure_ascii=False).encode()
     assert node.client.wait_connected(60)
     assert node.client.send(StoreResponse(request_key(1), "network", bytes(32), HOSTILE, RESPONSE_TTL_MS, body))
-    until(lambda: node.status()["responses"]["entries"] == 1, 60)
+    until(lambda: node.status()["responses"]["entries"] == 1)
     assert run(node, "show", request_key(1).hex()) == 0
     shown = capsys.readouterr().out
     assert "漢字" in shown
@@ -123,11 +124,11 @@ def test_everything_is_exported_into_a_private_file_that_is_never_overwritten(
 def test_what_is_purged_is_gone_and_the_rest_stays(node: NetworkedNode) -> None:
     stored(node, 5)
     assert run(node, "purge", request_key(0).hex(), request_key(3).hex()[:16]) == 0
-    until(lambda: node.status()["responses"]["purged"] == 2, 60)
+    until(lambda: node.status()["responses"]["purged"] == 2)
     assert node.status()["responses"]["entries"] == 3
     assert run(node, "purge") == 1
     assert run(node, "purge", "--all") == 0
-    until(lambda: node.status()["responses"]["entries"] == 0, 60)
+    until(lambda: node.status()["responses"]["entries"] == 0)
 
 
 def test_without_a_node_entries_are_read_and_the_way_to_delete_them_is_said(

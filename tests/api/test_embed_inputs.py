@@ -16,7 +16,8 @@ from starlette.responses import JSONResponse, Response
 from hyperspace_vllm.api.embeddings import INPUTS_MAX
 from hyperspace_vllm.api.request_body import replayed
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX
-from tests.support.cached_server import Bench, benches, said, until
+from tests.support.cached_server import Bench, benches, said
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -153,7 +154,7 @@ async def test_tokens_are_one_input_and_lists_of_them_are_several(bench: Bench, 
 async def test_missing_inputs_are_computed_at_the_same_time(bench: Bench, engine: Engine) -> None:
     engine.gate.clear()
     asking = asyncio.create_task(embed(bench, [str(number) for number in range(8)]))
-    await until(lambda: engine.together == 8)
+    await until_async(lambda: engine.together == 8)
     engine.gate.set()
     assert (await asking).status_code == 200
 
@@ -187,7 +188,7 @@ async def test_a_refused_input_ends_what_is_computed_of_the_others(bench: Bench,
     async def refuse_at_once(scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
         if json.loads(message["body"])["input"] == "bad":
-            await until(lambda: engine.together == 3)
+            await until_async(lambda: engine.together == 3)
             await send({"type": "http.response.start", "status": 400, "headers": []})
             return await send({"type": "http.response.body", "body": b"{}"})
         if "bad" in json.loads(message["body"])["input"]:
@@ -249,4 +250,4 @@ async def test_a_client_that_leaves_ends_what_is_computed_for_it(bench: Bench, e
     engine.gate.clear()
     with pytest.raises(httpx.ReadTimeout):
         await bench.client.post(PATH, json=body(["a", "b"]), timeout=0.2)
-    await until(lambda: engine.disconnects >= 2)
+    await until_async(lambda: engine.disconnects >= 2)

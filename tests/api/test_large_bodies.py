@@ -29,19 +29,9 @@ from hyperspace_vllm.core.records.limits import (
     USUAL_BODY_BYTES,
 )
 from hyperspace_vllm.core.response.request_fields import Endpoint
-from tests.support.cached_server import (
-    CHAT,
-    CHAT_PATH,
-    STREAM,
-    TEXT,
-    TEXT_PATH,
-    Bench,
-    MakeBench,
-    benches,
-    text_of,
-    until,
-)
+from tests.support.cached_server import CHAT, CHAT_PATH, STREAM, TEXT, TEXT_PATH, Bench, MakeBench, benches, text_of
 from tests.support.large_requests import AS_JSON, LARGE, LARGEST, PATIENT_S, emptied, taken
+from tests.support.until import until_async
 
 # --- the line -----------------------------------------------------------------------------------
 
@@ -83,7 +73,7 @@ async def test_work_that_no_request_waits_for_any_more_is_not_begun(leaves: str)
     begun: list[str] = []
     async with taken(bodies, LARGE):
         late = asyncio.ensure_future(bodies.work(LARGE, lambda: begun.append("late")))
-        await until(lambda: bodies.waiting > LARGE)
+        await until_async(lambda: bodies.waiting > LARGE)
         if leaves == "by itself":
             late.cancel()
         with pytest.raises(asyncio.CancelledError if leaves == "by itself" else Busy):
@@ -262,7 +252,7 @@ async def test_the_steps_of_a_large_answer_are_made_beside_the_event_loop_and_th
     gate = bench.upstream.first if asked_as else bench.upstream.gate
     gate.clear()
     asked = [asyncio.create_task(bench.ask(CHAT | asked_as)) for _ in range(3)]
-    await until(lambda: bench.cache.flights.readers == 3)
+    await until_async(lambda: bench.cache.flights.readers == 3)
     gate.set()
     assert [text_of(answer) for answer in await asyncio.gather(*asked)] == [text] * 3
     await bench.stored(1)
@@ -292,10 +282,10 @@ async def test_followers_get_a_large_answer_with_ids_inside_under_ids_of_their_o
 
     bench.cache.app = engine
     asked = [asyncio.create_task(bench.ask(CHAT)) for _ in range(8)]
-    await until(lambda: bench.cache.flights.readers == 8)
+    await until_async(lambda: bench.cache.flights.readers == 8)
     async with taken(bench.cache.bodies, USUAL_BODY_BYTES):  # they wait for their turns, and not for the engine
         gate.set()
-        await until(lambda: bench.cache.bodies.waiting > USUAL_BODY_BYTES)
+        await until_async(lambda: bench.cache.bodies.waiting > USUAL_BODY_BYTES)
     answers = [answer.json() for answer in await asyncio.gather(*asked)]
     calls = [answer["choices"][0]["message"]["tool_calls"][0] for answer in answers]
     assert len({answer["id"] for answer in answers}) == len({each["id"] for each in calls}) == 8

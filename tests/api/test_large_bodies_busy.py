@@ -11,8 +11,9 @@ from hyperspace_vllm.api.http_headers import RawHeaders
 from hyperspace_vllm.core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_BYTES_MAX
 from hyperspace_vllm.core.response.request_fields import Endpoint
 from hyperspace_vllm.core.response.scope import RequestScope, engine_salt, verify_scope
-from tests.support.cached_server import CHAT, CHAT_PATH, MakeBench, text_of, until
+from tests.support.cached_server import CHAT, CHAT_PATH, MakeBench, text_of
 from tests.support.large_requests import AS_JSON, BYPASSED, LARGEST, LONG_CHAT, PATIENT_S, emptied, taken
+from tests.support.until import until_async
 
 
 @pytest.mark.io
@@ -47,7 +48,7 @@ async def test_large_requests_that_are_alike_are_computed_once(make_bench: MakeB
     bench = await make_bench(api_keys=("one", "two"))  # whose salt is put into each of them
     bench.upstream.gate.clear()
     asked = [asyncio.create_task(bench.ask(LONG_CHAT, authorization="Bearer one")) for _ in range(20)]
-    await until(lambda: bench.cache.flights.readers == 20)
+    await until_async(lambda: bench.cache.flights.readers == 20)
     bench.upstream.gate.set()
     answers = await asyncio.gather(*asked)
     assert len(bench.upstream.bodies) == 1
@@ -113,11 +114,11 @@ async def test_a_client_that_leaves_while_its_request_is_read_leaves_nothing_beh
     bench.upstream.gate.clear()
     async with taken(bench.cache.bodies, LARGEST):
         asked = asyncio.create_task(bench.ask(LONG_CHAT))
-        await until(lambda: bench.cache.bodies.waiting > LARGEST)
+        await until_async(lambda: bench.cache.bodies.waiting > LARGEST)
         asked.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asked
-    await until(lambda: bench.requests.running == 0)
+    await until_async(lambda: bench.requests.running == 0)
     await emptied(bench.cache.bodies)
     assert bench.cache.flights.readers == 0
     bench.upstream.gate.set()

@@ -34,8 +34,8 @@ from tests.support.cached_server import (
     data_of,
     said,
     text_of,
-    until,
 )
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -233,7 +233,7 @@ async def test_an_answer_that_is_computed_over_midnight_is_not_stored(make_bench
     changed = {"result": "model_changed"}
     before = REGISTRY.get_sample_value("hyperspace_l1_stored_total", changed) or 0.0
     await bench.ask(CHAT)
-    await until(lambda: REGISTRY.get_sample_value("hyperspace_l1_stored_total", changed) == before + 1)
+    await until_async(lambda: REGISTRY.get_sample_value("hyperspace_l1_stored_total", changed) == before + 1)
     assert bench.node.scopes == []
 
 
@@ -378,7 +378,7 @@ async def test_hits_are_counted_and_reported(bench: Bench) -> None:
     assert count("hyperspace_l1_lookups_total", result="hit", reason="local") == hits + 1
     assert count("hyperspace_l1_hit_seconds_count") == timed + 1
     assert count("hyperspace_l1_stored_total", result="sent") == sent + 1
-    await until(lambda: bench.node.store.stats()["hits"] == 1)
+    await until_async(lambda: bench.node.store.stats()["hits"] == 1)
 
 
 async def test_a_hit_takes_about_a_millisecond(bench: Bench) -> None:

@@ -12,18 +12,8 @@ from hyperspace_vllm.api.middleware import response_cache
 from hyperspace_vllm.api.options import ResponseCacheOptions
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX
 from hyperspace_vllm.core.response.scope import RequestScope, verify_scope
-from tests.support.cached_server import (
-    CHAT,
-    CHAT_PATH,
-    STREAM,
-    TEXT,
-    TEXT_PATH,
-    USAGE,
-    Bench,
-    MakeBench,
-    data_of,
-    until,
-)
+from tests.support.cached_server import CHAT, CHAT_PATH, STREAM, TEXT, TEXT_PATH, USAGE, Bench, MakeBench, data_of
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -127,7 +117,7 @@ async def test_what_was_computed_while_the_weights_changed_is_not_stored(make_be
     bench = await make_bench(weights_changes=lambda: changes)
     bench.upstream.gate.clear()
     asked = asyncio.create_task(bench.ask(CHAT))
-    await until(lambda: len(bench.upstream.bodies) == 1)
+    await until_async(lambda: len(bench.upstream.bodies) == 1)
     changes = 1  # and back again: the digest is the same as before
     bench.upstream.gate.set()
     await asked
@@ -240,7 +230,7 @@ async def test_a_model_that_changed_meanwhile_is_not_blamed_for_the_answer(make_
     bench = await make_bench(model_digest=lambda: digest)
     bench.upstream.gate.clear()
     asked = asyncio.create_task(bench.ask(CHAT))
-    await until(lambda: len(bench.upstream.bodies) == 1)
+    await until_async(lambda: len(bench.upstream.bodies) == 1)
     digest = bytes([1]) * 32
     bench.upstream.gate.set()
     await asked

@@ -13,7 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from hyperspace_vllm.api import coalesce
 from hyperspace_vllm.api.large_bodies import LargeBodies
-from tests.support.cached_server import CHAT, CHAT_PATH, STREAM, USAGE, Bench, MakeBench, data_of, text_of, until
+from tests.support.cached_server import CHAT, CHAT_PATH, STREAM, USAGE, Bench, MakeBench, data_of, text_of
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -44,7 +45,7 @@ async def test_the_first_frame_is_there_before_the_second_is_computed(bench: Ben
 async def test_fifty_identical_requests_are_computed_once(bench: Bench, asked_as: dict[str, Any]) -> None:
     bench.upstream.gate.clear()
     asked = [asyncio.create_task(bench.ask(CHAT | asked_as)) for _ in range(50)]
-    await until(lambda: bench.cache.flights.readers == 50)
+    await until_async(lambda: bench.cache.flights.readers == 50)
     bench.upstream.gate.set()
     answers = await asyncio.gather(*asked)
     assert {text_of(answer) for answer in answers} == {"w1.0 w1.1 w1.2 "}
@@ -60,7 +61,7 @@ async def test_followers_get_usage_if_and_only_if_they_asked_for_it(bench: Bench
     bench.upstream.gate.clear()
     bodies = [CHAT | STREAM, CHAT | STREAM | USAGE, CHAT | STREAM]
     asked = [asyncio.create_task(bench.ask(body)) for body in bodies]
-    await until(lambda: bench.cache.flights.readers == 3)
+    await until_async(lambda: bench.cache.flights.readers == 3)
     bench.upstream.gate.set()
     usages = [sum("usage" in chunk for chunk in data_of(answer)) for answer in await asyncio.gather(*asked)]
     assert usages == [0, 1, 0]
@@ -71,11 +72,11 @@ async def test_followers_get_usage_if_and_only_if_they_asked_for_it(bench: Bench
 async def test_the_leaders_disconnect_is_nothing_to_its_followers(bench: Bench, asked_as: dict[str, Any]) -> None:
     bench.upstream.gate.clear()
     leader = asyncio.create_task(bench.ask(CHAT | asked_as))
-    await until(lambda: len(bench.upstream.bodies) == 1)
+    await until_async(lambda: len(bench.upstream.bodies) == 1)
     follower = asyncio.create_task(bench.ask(CHAT | asked_as))
-    await until(lambda: bench.cache.flights.readers == 2)
+    await until_async(lambda: bench.cache.flights.readers == 2)
     leader.cancel()
-    await until(lambda: bench.cache.flights.readers == 1)
+    await until_async(lambda: bench.cache.flights.readers == 1)
     bench.upstream.gate.set()
     answer = await follower
     assert text_of(answer) == "w1.0 w1.1 w1.2 "
@@ -87,11 +88,11 @@ async def test_the_leaders_disconnect_is_nothing_to_its_followers(bench: Bench, 
 async def test_the_server_hears_of_it_when_the_last_client_leaves(bench: Bench, asked_as: dict[str, Any]) -> None:
     bench.upstream.gate.clear()
     asked = [asyncio.create_task(bench.ask(CHAT | asked_as)) for _ in range(3)]
-    await until(lambda: bench.cache.flights.readers == 3)
+    await until_async(lambda: bench.cache.flights.readers == 3)
     for task in asked:
         task.cancel()
-    await until(lambda: bench.upstream.disconnects == 1)
-    await until(lambda: bench.cache.flights.readers == 0)
+    await until_async(lambda: bench.upstream.disconnects == 1)
+    await until_async(lambda: bench.cache.flights.readers == 0)
     assert bench.node.scopes == []
     bench.upstream.gate.set()
     assert (await bench.ask(CHAT | asked_as)).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
@@ -114,7 +115,7 @@ async def test_followers_share_another_computation_when_the_leader_fails(
 
     inner, bench.cache.app = bench.cache.app, hold_the_first
     asked = [asyncio.create_task(bench.ask(CHAT | asked_as)) for _ in range(3)]
-    await until(lambda: bench.cache.flights.readers == 3)
+    await until_async(lambda: bench.cache.flights.readers == 3)
     held.set()
     answers = await asyncio.gather(*asked)
     good = [answer for answer in answers if answer.status_code == 200 and "error" not in answer.text]
@@ -127,12 +128,12 @@ async def test_followers_compute_for_themselves_when_the_leader_stalls(make_benc
     bench = await make_bench(follow_deadline_s=0.1)
     bench.upstream.failures = ["stall"]
     leader = asyncio.create_task(bench.ask(CHAT | STREAM))
-    await until(lambda: len(bench.upstream.bodies) == 1)
+    await until_async(lambda: len(bench.upstream.bodies) == 1)
     answer = await bench.ask(CHAT | STREAM)
     assert text_of(answer) == "w2.0 w2.1 w2.2 "
     assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
     leader.cancel()
-    await until(lambda: bench.upstream.disconnects == 1)
+    await until_async(lambda: bench.upstream.disconnects == 1)
 
 
 # --- slow readers -------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def read_all(sock: socket.socket) -> bytes:
 async def test_a_slow_client_slows_its_own_computation_as_without_a_cache(bench: Bench) -> None:
     bench.upstream.words, bench.upstream.filler = 4000, "x" * 10_000  # 40 MB, more than any buffer on the way
     with ask_and_not_read(bench, CHAT | STREAM) as sock:
-        await until(lambda: bench.upstream.frames_sent > 10)
+        await until_async(lambda: bench.upstream.frames_sent > 10)
         before = -1
         while bench.upstream.frames_sent != before:
             before = bench.upstream.frames_sent
@@ -173,9 +174,9 @@ async def test_a_slow_client_does_not_slow_those_who_share_its_computation(bench
     bench.upstream.words, bench.upstream.filler = 500, "x" * 10_000  # 5 MB
     bench.upstream.gate.clear()
     with ask_and_not_read(bench, CHAT | STREAM) as sock:
-        await until(lambda: len(bench.upstream.bodies) == 1)
+        await until_async(lambda: len(bench.upstream.bodies) == 1)
         follower = asyncio.create_task(bench.ask(CHAT | STREAM))
-        await until(lambda: bench.cache.flights.readers == 2)
+        await until_async(lambda: bench.cache.flights.readers == 2)
         bench.upstream.gate.set()
         answer = await follower
         assert len(data_of(answer)) == 500 + 2
@@ -190,9 +191,9 @@ async def test_a_client_that_holds_up_the_others_for_too_long_is_cut_off(
     bench.upstream.words, bench.upstream.filler = 4000, "x" * 10_000  # 40 MB
     bench.upstream.gate.clear()
     with ask_and_not_read(bench, CHAT | STREAM) as sock:
-        await until(lambda: len(bench.upstream.bodies) == 1)
+        await until_async(lambda: len(bench.upstream.bodies) == 1)
         follower = asyncio.create_task(bench.ask(CHAT | STREAM))
-        await until(lambda: bench.cache.flights.readers == 2)
+        await until_async(lambda: bench.cache.flights.readers == 2)
         bench.upstream.gate.set()
         assert len(data_of(await follower)) == 4000 + 2
         assert b"[DONE]" not in await asyncio.to_thread(read_all, sock)

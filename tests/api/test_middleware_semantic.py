@@ -11,7 +11,8 @@ from hyperspace_vllm.api.states import from_store
 from hyperspace_vllm.core.local.response_cache_messages import StoreResponse
 from hyperspace_vllm.core.response.similar import match_error
 from hyperspace_vllm.core.response.similar.semantic import COSINE_MIN
-from tests.support.cached_server import CHAT_PATH, STREAM, USAGE, Bench, MakeBench, text_of, until
+from tests.support.cached_server import CHAT_PATH, STREAM, USAGE, Bench, MakeBench, text_of
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -166,7 +167,7 @@ CHORDS = "Practise your chords daily, slowly, for half an hour."
 async def checked(bench: Bench, count: int) -> dict[str, object]:
     similar = bench.node.similar
     assert similar is not None
-    await until(lambda: similar.stats()["checked"] == count)
+    await until_async(lambda: similar.stats()["checked"] == count)
     return similar.stats()
 
 
@@ -238,8 +239,8 @@ async def test_an_engine_that_fails_or_hangs_costs_the_hit_nothing(
     bench.upstream.failures = ["stall", "refuse", "raise"]
     for number in range(3):
         assert await detail_of(bench, chat("Explain machine learning")) == "hit; detail=canonical"
-        await until(lambda number=number: len(bench.upstream.bodies) == number + 2)
-        await until(lambda: bench.cache.checks.idle)
+        await until_async(lambda number=number: len(bench.upstream.bodies) == number + 2)
+        await until_async(lambda: bench.cache.checks.idle)
     assert bench.upstream.disconnects == 1
     assert bench.node.checked == []
 

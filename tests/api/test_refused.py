@@ -8,7 +8,8 @@ import pytest
 from hyperspace_vllm.api.http_headers import RawHeaders
 from hyperspace_vllm.core.response.request_fields import Endpoint
 from tests.api.test_network_race import PATIENT_S, Says, found
-from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench, until
+from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -34,9 +35,9 @@ async def test_no_computation_is_shared_with_a_request_that_is_refused(make_benc
     bench = await make_bench(accepts=accepts)
     bench.upstream.gate.clear()
     leader = asyncio.create_task(bench.ask(CHAT))
-    await until(lambda: bench.cache.flights.readers == 1)
+    await until_async(lambda: bench.cache.flights.readers == 1)
     refused = asyncio.create_task(bench.ask(CHAT | REFUSED))
-    await until(lambda: len(bench.upstream.bodies) == 2)
+    await until_async(lambda: len(bench.upstream.bodies) == 2)
     bench.upstream.gate.set()
     assert (await refused).headers["cache-status"] == BYPASSED
     assert (await leader).headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"

@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from hyperspace_vllm.daemon.clock import wall_ms
-from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench, text_of, until
+from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench, text_of
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -32,11 +33,11 @@ async def test_who_asks_to_be_served_otherwise_computes_apart(
 ) -> None:
     bench.upstream.gate.clear()
     leading = asyncio.create_task(bench.ask(CHAT | asked_as | fields, **headers))
-    await until(lambda: len(bench.upstream.bodies) == 1)
+    await until_async(lambda: len(bench.upstream.bodies) == 1)
     following = asyncio.create_task(bench.ask(CHAT | asked_as))
-    await until(lambda: len(bench.upstream.bodies) == 2)
+    await until_async(lambda: len(bench.upstream.bodies) == 2)
     likewise = asyncio.create_task(bench.ask(CHAT | asked_as | fields, **headers))
-    await until(lambda: bench.cache.flights.readers == 3)
+    await until_async(lambda: bench.cache.flights.readers == 3)
     bench.upstream.gate.set()
     answers = await asyncio.gather(leading, following, likewise)
     assert [text_of(answer)[:2] for answer in answers] == ["w1", "w2", "w1"]
@@ -45,7 +46,7 @@ async def test_who_asks_to_be_served_otherwise_computes_apart(
 async def test_the_default_priority_is_no_wish(bench: Bench) -> None:
     bench.upstream.gate.clear()
     asked = [asyncio.create_task(bench.ask(CHAT | more)) for more in ({}, {"priority": 0})]
-    await until(lambda: bench.cache.flights.readers == 2)
+    await until_async(lambda: bench.cache.flights.readers == 2)
     bench.upstream.gate.set()
     assert {text_of(answer)[:2] for answer in await asyncio.gather(*asked)} == {"w1"}
 
@@ -57,28 +58,28 @@ async def test_followers_of_a_leader_that_stalls_share_one_computation(
     bench = await make_bench(follow_deadline_s=0.5)
     bench.upstream.failures = ["stall"]
     leading = asyncio.create_task(bench.ask(CHAT | asked_as))
-    await until(lambda: len(bench.upstream.bodies) == 1)
+    await until_async(lambda: len(bench.upstream.bodies) == 1)
     answers = await asyncio.gather(*(bench.ask(CHAT | asked_as) for _ in range(5)))
     assert {text_of(answer)[:2] for answer in answers} == {"w2"}
     assert len(bench.upstream.bodies) == 2
     leading.cancel()
-    await until(lambda: bench.cache.flights.readers == 0)
+    await until_async(lambda: bench.cache.flights.readers == 0)
 
 
 async def test_whom_a_leader_fails_late_gets_what_was_computed_meanwhile(make_bench: MakeBench) -> None:
     bench = await make_bench(follow_deadline_s=2.0)
     bench.upstream.failures = ["stall"]
     asked = [asyncio.create_task(bench.ask(CHAT))]
-    await until(lambda: len(bench.upstream.bodies) == 1)
+    await until_async(lambda: len(bench.upstream.bodies) == 1)
     for readers in (2, 3):
         asked.append(asyncio.create_task(bench.ask(CHAT)))
-        await until(lambda readers=readers: bench.cache.flights.readers == readers)  # type: ignore[misc]
+        await until_async(lambda readers=readers: bench.cache.flights.readers == readers)  # type: ignore[misc]
         await asyncio.sleep(0.5)  # between their deadlines: the second of them finds an answer
     answers = await asyncio.gather(*asked[1:])
     assert [text_of(answer)[:2] for answer in answers] == ["w2", "w2"]
     assert "; hit; " in answers[1].headers["cache-status"]
     asked[0].cancel()
-    await until(lambda: bench.cache.flights.readers == 0)
+    await until_async(lambda: bench.cache.flights.readers == 0)
 
 
 @pytest.mark.parametrize("asked_as", [{}, STREAM])
@@ -88,20 +89,20 @@ async def test_a_request_that_two_leaders_have_failed_is_computed_alone(
     bench = await make_bench(follow_deadline_s=0.3)
     bench.upstream.failures = ["stall", "stall"]
     asked = [asyncio.create_task(bench.ask(CHAT | asked_as))]
-    await until(lambda: len(bench.upstream.bodies) == 1)
+    await until_async(lambda: len(bench.upstream.bodies) == 1)
     asked += [asyncio.create_task(bench.ask(CHAT | asked_as)) for _ in range(3)]
-    await until(lambda: sum(task.done() for task in asked) == 2)
+    await until_async(lambda: sum(task.done() for task in asked) == 2)
     assert {text_of(await task)[:2] for task in asked if task.done()} <= {"w3", "w4"}
     for task in asked:
         task.cancel()
-    await until(lambda: bench.cache.flights.readers == 0)
+    await until_async(lambda: bench.cache.flights.readers == 0)
 
 
 async def test_a_stream_that_stops_is_ended_for_those_who_follow_it(make_bench: MakeBench) -> None:
     bench = await make_bench(stalled_stream_s=0.3)
     bench.upstream.gate.clear()
     leading = asyncio.create_task(bench.ask(CHAT | STREAM))
-    await until(lambda: bench.upstream.frames_sent == 2)
+    await until_async(lambda: bench.upstream.frames_sent == 2)
     with pytest.raises(httpx.RemoteProtocolError):
         await bench.ask(CHAT | STREAM)
     bench.upstream.gate.set()
@@ -147,10 +148,10 @@ async def test_a_sample_that_nobody_has_yet_is_stored(bench: Bench) -> None:
 async def test_of_samples_computed_at_one_time_the_first_stays(bench: Bench) -> None:
     bench.upstream.gate.clear()
     late = asyncio.create_task(bench.ask(CHAT | STREAM, cache_control="no-cache"))
-    await until(lambda: bench.upstream.frames_sent == 2)
+    await until_async(lambda: bench.upstream.frames_sent == 2)
     asked = asyncio.create_task(bench.ask({**CHAT, "seed": None}))
-    await until(lambda: len(bench.upstream.bodies) == 2)
+    await until_async(lambda: len(bench.upstream.bodies) == 2)
     bench.upstream.gate.set()
     await asyncio.gather(late, asked)
-    await until(lambda: bench.node.store.stats()["stored"] >= 1)
+    await until_async(lambda: bench.node.store.stats()["stored"] >= 1)
     assert len(bench.node.scopes) == 1

@@ -33,7 +33,7 @@ from tests.support.engines.official_clients import (
     unstreamed,
 )
 from tests.support.frozen_engine import frozen_engine
-from tests.support.network_nodes import until
+from tests.support.until import until
 
 pytestmark = [
     pytest.mark.vllm,
@@ -240,7 +240,7 @@ def test_headers_say_what_became_of_a_request(
         assert asked(server, before.format("boxer"), {}, **salt).headers["cache-status"] == COMPUTED
         until(lambda: questions_known(server) > known, timeout_s=60)
         if "max-age=0" in headers.values():  # ages are whole seconds
-            until(lambda: asked(server, before.format("boxer"), {}, **salt).headers["age"] != "0", 60)
+            until(lambda: asked(server, before.format("boxer"), {}, **salt).headers["age"] != "0")
     answer = asked(server, question.format("boxer"), headers, **salt)
     assert answer.status_code == code
     assert re.fullmatch(status, answer.headers["cache-status"]), answer.headers["cache-status"]
@@ -294,7 +294,7 @@ def test_equal_requests_at_one_time_are_computed_once(server: Server) -> None:
     assert len({re.sub(r"chatcmpl-[0-9a-f]{16}", "", answer) for answer in answers}) == 1
     statuses = [each.headers["cache-status"] for each in (first, *others)]
     assert statuses == [COMPUTED, *["hyperspace; fwd=uri-miss; collapsed"] * 7]
-    until(lambda: server.metric("vllm:request_success_total") > finished, 60)
+    until(lambda: server.metric("vllm:request_success_total") > finished)
     assert server.metric("vllm:request_success_total") == finished + 1
 
 

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,16 @@ import pytest
 
 from tests.support.engines.step_probe import SteppedEngine
 from tests.support.paths import MODELS
+from tests.support.until import until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-WAIT_S = 30.0
 LOOKUPS = "hyperspace_l2_lookups_total"
 
 
 def prompt(tokens: int, seed: int = 0) -> list[int]:
     """Ids of the byte tokenizer; prompts with different seeds share no segment."""
     return [(i * 7 + seed * 31 + i // 250) % 250 for i in range(tokens)]
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} didn't happen within {WAIT_S} s"
-        time.sleep(0.05)
 
 
 class Node:
@@ -44,7 +36,7 @@ class Node:
         kept = {k: v for k, v in os.environ.items() if "HYPERSPACE" not in k}
         self._env = kept | {"HYPERSPACE_DATA_DIR": str(directory), "HYPERSPACE_ARENA_BYTES": "256MiB"}
         self.process = subprocess.Popen([sys.executable, "-m", "hyperspace_vllm.cli", "node"], env=self._env)
-        until(lambda: bool(self.metrics()), "starting")
+        until(lambda: bool(self.metrics()), what="starting")
 
     def status(self) -> dict[str, Any]:
         """The node's own status; empty while it isn't there."""
@@ -91,7 +83,7 @@ def test_what_vllm_forgot_comes_back_from_the_nodes_memory(engine: SteppedEngine
     tokens = prompt(1000, seed=1)
     before = node.rows()
     first = engine.generate(tokens)
-    until(lambda: node.rows() > before, "staging")
+    until(lambda: node.rows() > before, what="staging")
     engine.ask("reset", connector=False)
     second = engine.generate(tokens)
     assert second["cached"] == [768]
@@ -119,7 +111,7 @@ def test_an_abort_after_any_step_leaves_nothing_and_the_engine_serves_on(
 def test_after_a_reset_of_the_connector_the_same_weights_share_again(engine: SteppedEngine, node: Node) -> None:
     tokens, before = prompt(1000, seed=4), node.rows()
     engine.generate(tokens)
-    until(lambda: node.rows() > before, "staging")
+    until(lambda: node.rows() > before, what="staging")
     assert engine.ask("reset", connector=True)["ok"]
     assert engine.generate(tokens)["cached"] == [768]
 
@@ -127,9 +119,9 @@ def test_after_a_reset_of_the_connector_the_same_weights_share_again(engine: Ste
 def test_a_prompt_is_in_memory_with_sliding_windows_too(engine: SteppedEngine) -> None:
     tokens = prompt(1000, seed=6)
     engine.generate(tokens)
-    until(lambda: engine.ask("in_memory", tokens=tokens)["of_prompt"] == [True] * 3, "the report")
+    until(lambda: engine.ask("in_memory", tokens=tokens)["of_prompt"] == [True] * 3, what="the report")
     engine.ask("reset", connector=False)
-    until(lambda: engine.ask("in_memory", tokens=tokens)["told"] == 0, "the report of a reset")
+    until(lambda: engine.ask("in_memory", tokens=tokens)["told"] == 0, what="the report of a reset")
 
 
 def test_prompts_that_share_a_prefix_in_one_batch_are_each_right(engine: SteppedEngine) -> None:
@@ -147,7 +139,7 @@ def test_a_frozen_node_costs_its_deadline_and_a_killed_one_does_not(engine: Step
     assert reason == "deadline"
     assert 3 < waited_s < 6  # and the lease, which would end the wait too, lasts 5 s
 
-    until(lambda: _reconnected(engine, node), "a new session")
+    until(lambda: _reconnected(engine, node), what="a new session")
     node.process.send_signal(signal.SIGSTOP)
     killer = threading.Timer(1.0, node.process.kill)
     killer.start()
@@ -172,7 +164,7 @@ def test_an_error_of_ours_while_a_prefix_is_loaded_costs_a_miss_and_switches_bot
     ):
         first, second = prompt(1000, seed=1), prompt(1000, seed=2)
         expected = [running.generate(each)["tokens"] for each in (first, second)]
-        until(lambda: node.rows() >= 6, "staging")
+        until(lambda: node.rows() >= 6, what="staging")
         running.ask("reset", connector=False)
         running.ask("spoil", method="_load")
         for number, each in enumerate((first, second)):
@@ -204,14 +196,14 @@ def test_the_record_says_what_is_in_memory_and_no_more_what_was_evicted_or_reset
     node, engine = cramped
     first, second = prompt(600, seed=1), prompt(900, seed=2)  # the second evicts the end of the first
     engine.generate(first)
-    until(lambda: engine.ask("in_memory", tokens=first)["of_prompt"] == [True] * 2, "the report")
-    until(lambda: node.in_memory() == 2, "a record with two segments")
+    until(lambda: engine.ask("in_memory", tokens=first)["of_prompt"] == [True] * 2, what="the report")
+    until(lambda: node.in_memory() == 2, what="a record with two segments")
     engine.generate(second)
-    until(lambda: engine.ask("in_memory", tokens=second)["of_prompt"] == [True] * 3, "the next report")
+    until(lambda: engine.ask("in_memory", tokens=second)["of_prompt"] == [True] * 3, what="the next report")
     assert engine.ask("in_memory", tokens=first)["of_prompt"] != [True] * 2
     assert engine.ask("reset", connector=False)["ok"]
-    until(lambda: engine.ask("in_memory", tokens=second)["told"] == 0, "the report of a reset")
-    until(lambda: node.in_memory() == 0, "a record with none")
+    until(lambda: engine.ask("in_memory", tokens=second)["told"] == 0, what="the report of a reset")
+    until(lambda: node.in_memory() == 0, what="a record with none")
 
 
 def test_preempted_requests_end_as_they_would_have(cramped: tuple[Node, SteppedEngine]) -> None:

@@ -48,7 +48,6 @@ from tests.support.engines.fault_servers import (
     reset,
     small_disk,
     status,
-    until,
     wait_connected,
     wait_granted,
     wait_hit,
@@ -56,6 +55,7 @@ from tests.support.engines.fault_servers import (
     wait_quiet,
 )
 from tests.support.slow_link import SlowLink
+from tests.support.until import until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -157,7 +157,7 @@ def test_a_peer_that_dies_in_the_middle_costs_a_stall_and_comes_back(pair: Serve
     assert fetch_through(pair, lambda: os.kill(killed, signal.SIGKILL)) < FAULT_S
     died_at_s = time.monotonic()
     assert failures(pair.b)["peer_stalled"] > stalled
-    until(lambda: status(pair.a).get("pid") not in (None, killed), "A's node")
+    until(lambda: status(pair.a).get("pid") not in (None, killed), what="A's node")
     wait_connected(pair.b)
     print(f"A's node was back within {time.monotonic() - died_at_s:.1f} s of the answer")
 
@@ -183,7 +183,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(pair: Servers) ->
             wait_quiet(pair.b)
     assert pair.b.metric("vllm:request_success_total") == finished  # every one was aborted
     wait_idle(pair.b)
-    until(lambda: leased_bytes(pair.b) <= leased, f"the leases: {leased_bytes(pair.b)} bytes, {leased} before", 20)
+    until(lambda: leased_bytes(pair.b) <= leased, 20, f"the leases: {leased_bytes(pair.b)} bytes, {leased} before")
     prompt, expected = clear_question(pair.b, texts[-1])
     reset(pair.b, reset_external=False)
     assert ask(pair.b, prompt).answer.tokens == expected.tokens
@@ -206,7 +206,7 @@ def test_a_peer_whose_disk_lies_is_refused(pair: Servers) -> None:
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask, pair.b, prompt)
         # Columns go in order: ten good chunks come before the first lie, so the fault isn't earlier than this.
-        until(lambda: pair.link.delivered_bytes > before_bytes + 10 * CHUNK_BYTES, "the first lie")
+        until(lambda: pair.link.delivered_bytes > before_bytes + 10 * CHUNK_BYTES, what="the first lie")
         fault_at_s = time.monotonic()
         answered = asked.result(120)
     after_s = answered.prefill_at_s - fault_at_s
@@ -223,7 +223,7 @@ def test_a_node_that_dies_in_the_middle_costs_no_wait_and_comes_back(pair: Serve
     # A lied in the test before: B's next node doesn't know that.
     killed = node_pid(pair.b)
     os.kill(killed, signal.SIGKILL)
-    until(lambda: status(pair.b).get("pid") not in (None, killed), "B's node")
+    until(lambda: status(pair.b).get("pid") not in (None, killed), what="B's node")
     wait_connected(pair.b)
     killed = node_pid(pair.b)
     gone = lookups(pair.b, "miss", "node_gone")
@@ -231,7 +231,7 @@ def test_a_node_that_dies_in_the_middle_costs_no_wait_and_comes_back(pair: Serve
     assert fetch_through(pair, lambda: os.kill(killed, signal.SIGKILL)) < FAULT_S
     died_at_s = time.monotonic()
     assert lookups(pair.b, "miss", "node_gone") == gone + 1
-    until(lambda: status(pair.b).get("pid") not in (None, killed), "B's node")
+    until(lambda: status(pair.b).get("pid") not in (None, killed), what="B's node")
     wait_connected(pair.b)
     print(f"B's node was back within {time.monotonic() - died_at_s:.1f} s of the answer")
     pair.link.rate_bytes_s = 0
@@ -285,7 +285,7 @@ def test_a_full_disk_leaves_prefixes_in_memory(cramped: Server) -> None:
     wait_granted(cramped)
     full = failures(cramped).get("disk_full", 0)
     cramped.complete(text, max_tokens=1)
-    until(lambda: failures(cramped).get("disk_full", 0) > full, "a full disk")
+    until(lambda: failures(cramped).get("disk_full", 0) > full, what="a full disk")
     wait_idle(cramped)
     reset(cramped, reset_external=False)
     hits = lookups(cramped, "hit", "memory")

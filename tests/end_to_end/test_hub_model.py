@@ -1,6 +1,5 @@
 """A model that is served by its hub id, as most are: cached like any other, and shared with its copy in a directory."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from bench.servers import MODELS, Server, free_port, introduce
 from tests.support.hub import hub
+from tests.support.until import until
 
 pytestmark = [
     pytest.mark.vllm,
@@ -38,20 +38,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
             yield by_id.ready(), by_path.ready()
 
 
-def until(condition: object, what: str) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen"
-        time.sleep(0.1)
-
-
 def test_the_second_request_is_a_hit_in_every_api_server(servers: tuple[Server, Server]) -> None:
     by_id, _ = servers
     first = by_id.complete(PROMPT, max_tokens=4)
     assert "miss" in first.headers["cache-status"]
     # Each connection may reach either of the two API servers.
-    until(lambda: "hit" in by_id.complete(PROMPT, max_tokens=4).headers["cache-status"], "a hit")
+    until(lambda: "hit" in by_id.complete(PROMPT, max_tokens=4).headers["cache-status"], what="a hit")
     again = [by_id.complete(PROMPT, max_tokens=4) for _ in range(12)]
     assert [answer.text for answer in again] == [first.text] * 12
     assert all("hit" in answer.headers["cache-status"] for answer in again)
@@ -72,8 +64,8 @@ def test_another_node_that_serves_the_same_files_by_their_path_loads_its_kv(serv
         assert isinstance(peers, list)
         return any(peer["connected"] for peer in peers)
 
-    until(published, "publishing")
-    until(connected, "finding the other node")
+    until(published, what="publishing")
+    until(connected, what="finding the other node")
     answer = by_path.complete(prompt, max_tokens=5)
     assert answer.cached_tokens >= 1024
     assert by_path.metric("hyperspace_l2_lookups_total", 'result="hit"', 'reason="network"') == 1

@@ -25,9 +25,9 @@ from tests.support.network_nodes import (
     memory_bytes,
     private_network,
     request_key,
-    until,
     workers_of,
 )
+from tests.support.until import until
 
 pytestmark = [pytest.mark.io, pytest.mark.timeout(2_400)]
 

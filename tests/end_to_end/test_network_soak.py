@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from hyperspace_vllm.core.records.limits import MiB
-from tests.support.network_nodes import NetworkedNode, body_of, memory_bytes, private_network, until, workers_of
+from tests.support.network_nodes import NetworkedNode, body_of, memory_bytes, private_network, workers_of
+from tests.support.until import until
 
 pytestmark = [pytest.mark.io, pytest.mark.soak, pytest.mark.timeout(1_500)]
 
@@ -18,8 +19,8 @@ GROWTH_BYTES_MAX = 24 * MiB  # between the third minute, when every table has be
 @pytest.fixture
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[NetworkedNode]]:
     started = private_network(tmp_path_factory.mktemp("soak"), NODES)
-    until(lambda: all(node.card().get("p2p") for node in started), 60)
-    until(lambda: all(node.status()["p2p"].get("known_peers") == NODES - 1 for node in started), 60)
+    until(lambda: all(node.card().get("p2p") for node in started))
+    until(lambda: all(node.status()["p2p"].get("known_peers") == NODES - 1 for node in started))
     yield started
     for node in started:
         node.stop()

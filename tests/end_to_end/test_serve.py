@@ -6,7 +6,7 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from bench.servers import MODELS, Server
+from tests.support.until import until
 
 pytestmark = [
     pytest.mark.vllm,
@@ -86,13 +87,6 @@ def said(body: bytes) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(body)
     assert answer.pop("id")
     return answer
-
-
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
-        time.sleep(0.1)
 
 
 def test_the_same_request_again_is_a_hit_with_its_age(server: Server, prompt: str) -> None:
@@ -200,18 +194,18 @@ def test_servers_of_one_node_compute_a_request_once(servers: tuple[Server, Serve
         return True
 
     # A server learns of the other by heartbeats, and waits 10 ms for a node, which may be late on a busy machine.
-    until(collapsed, "a request that one server computed for both", timeout_s=120)
+    until(collapsed, what="a request that one server computed for both", timeout_s=120)
 
 
 def test_servers_of_one_node_share_answers(servers: tuple[Server, Server], prompt: str) -> None:
     cached_only = {"Cache-Control": "only-if-cached"}
     _, _, body = post(servers[0], completion(prompt))
-    until(lambda: post(servers[1], completion(prompt), cached_only)[0] == 200, "the second server's hit")
+    until(lambda: post(servers[1], completion(prompt), cached_only)[0] == 200, what="the second server's hit")
     assert said(post(servers[1], completion(prompt), cached_only)[2]) == said(body)
 
 
 def test_another_wording_of_a_question_is_answered_by_every_server(servers: tuple[Server, Server]) -> None:
-    until(lambda: servers[0].node_status()["similar"]["state"] == "on", "the embedder's start")  # type: ignore[call-overload,index]
+    until(lambda: servers[0].node_status()["similar"]["state"] == "on", what="the embedder's start")  # type: ignore[call-overload,index]
 
     seed = time.time_ns() >> 8
 
@@ -239,7 +233,7 @@ def test_another_wording_of_a_question_is_answered_by_every_server(servers: tupl
                 found.append(body)  # noqa: B023
                 return want in told
 
-            until(is_found, question)
+            until(is_found, what=question)
             assert said(found[-1]) == said(answer)
     assert cached(servers[0], "How can I learn to play guitar?", "off")[0] == "hyperspace; detail=uri-miss"
     assert cached(servers[0], "How can I learn to play the violin?")[0] == "hyperspace; detail=uri-miss"
@@ -255,7 +249,7 @@ def test_servers_of_one_node_share_prefixes(servers: tuple[Server, Server], prom
     long = prompt + "".join(f"{n} bottles of beer on the wall. " for n in range(40))
     answer = servers[0].complete(long + "A", headers={"Authorization": f"Bearer {KEY}"})
     assert answer.cached_tokens == 0
-    until(lambda: servers[0].node_status()["publish"]["waiting_rows"] == 0, "publishing")  # type: ignore[index]
+    until(lambda: servers[0].node_status()["publish"]["waiting_rows"] == 0, what="publishing")  # type: ignore[index]
     shared = servers[1].complete(long + "B", headers={"Authorization": f"Bearer {KEY}"})
     assert shared.cached_tokens >= 1024
     assert servers[1].metric("hyperspace_l2_lookups_total", 'result="hit"', 'reason="memory"') >= 1
@@ -265,7 +259,7 @@ def test_a_salted_prompt_is_not_shared_with_an_unsalted_one(servers: tuple[Serve
     long = prompt + "".join(f"{n} green bottles hanging on the wall. " for n in range(30))
     key = {"Authorization": f"Bearer {KEY}"}
     servers[0].complete(long, headers=key, cache_salt="mine")
-    until(lambda: servers[0].node_status()["publish"]["waiting_rows"] == 0, "publishing")  # type: ignore[index]
+    until(lambda: servers[0].node_status()["publish"]["waiting_rows"] == 0, what="publishing")  # type: ignore[index]
     assert servers[1].complete(long + ".", headers=key).cached_tokens == 0
     assert servers[1].complete(long + "!", headers=key, cache_salt="mine").cached_tokens >= 512
 
@@ -278,7 +272,7 @@ def test_a_disconnected_client_leaves_nothing_behind(server: Server, prompt: str
     )  # fmt: skip
     with urllib.request.urlopen(request, timeout=60) as response:
         response.readline()
-    until(lambda: server.metric("vllm:num_requests_running") == 0, "the abort")
+    until(lambda: server.metric("vllm:num_requests_running") == 0, what="the abort")
     status, _, _ = post(server, body, {"Cache-Control": "only-if-cached"})
     assert status == 504
 
@@ -291,7 +285,7 @@ def test_a_killed_server_leaves_no_node_behind(tmp_path: Path) -> None:
         node = int(str(doomed.node_status()["pid"]))
         arena = Path(str(doomed.node_status()["arena"]["path"]))  # type: ignore[index]
         doomed.signal_group(signal.SIGKILL)
-        until(lambda: not alive(node), "the node's end")
+        until(lambda: not alive(node), what="the node's end")
         assert not arena.exists()
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from bench.machine import dtype
 from bench.servers import MODELS, Server, free_port, have_machine, introduce
-from tests.end_to_end.test_serve import completion, hit, post, until
+from tests.end_to_end.test_serve import completion, hit, post
+from tests.support.until import until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.topology, pytest.mark.timeout(1200)]
 
@@ -99,7 +100,7 @@ def check(topology: Topology, producer: Server, environment: dict[str, str], dir
     keys = [{"Authorization": f"Bearer {key}"} for key in topology.keys or ("",)]
     shared = long_prompt(topology.name)
     producer.complete(shared + "A")
-    until(lambda: producer.node_status()["publish"]["waiting_rows"] == 0, "publishing")  # type: ignore[index]
+    until(lambda: producer.node_status()["publish"]["waiting_rows"] == 0, what="publishing")  # type: ignore[index]
     with started(topology, environment, directory) as server:
         server.ready(900)
 
@@ -118,7 +119,7 @@ def check(topology: Topology, producer: Server, environment: dict[str, str], dir
             assert status == 200, body
             assert not hit(headers), "of another tenant"
         for key in keys:
-            until(lambda key=key: all_hit(key), "the response in every API server")
+            until(lambda key=key: all_hit(key), what="the response in every API server")
             assert not hit(post(server, completion(topology.name, cache_salt="s"), key)[1])
         assert server.metric("hyperspace_l1_lookups_total", 'result="hit"', 'reason="local"') == hits
 
@@ -128,7 +129,7 @@ def check(topology: Topology, producer: Server, environment: dict[str, str], dir
             return server.complete(prompt, headers=headers, **fields).cached_tokens  # type: ignore[arg-type]
 
         if topology.keys:
-            until(lambda: cached(shared + "own", keys[0]) >= 1024, "the tenant's own KV")
+            until(lambda: cached(shared + "own", keys[0]) >= 1024, what="the tenant's own KV")
             assert cached(shared + "own", keys[1]) == 0
         else:
             engines = range(topology.engines)
@@ -179,7 +180,7 @@ def test_an_engine_on_another_host_keeps_tenants_apart_and_says_what_is_off(tmp_
             def cached(key: dict[str, str], end: str, shared: str = shared) -> int:
                 return head.complete(shared + end, headers=key).cached_tokens
 
-            until(lambda key=keys[0], cached=cached: cached(key, "own") >= 1024, "the tenant's own KV")
+            until(lambda key=keys[0], cached=cached: cached(key, "own") >= 1024, what="the tenant's own KV")
             assert cached(keys[1], "own") == 0
         assert head.metric("hyperspace_l2_lookups_total", 'engine="1"', 'result="hit"') >= 1
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.servers import MODELS, Completion, Server
+from tests.support.until import until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -88,11 +88,7 @@ def is_hit(answer: Completion) -> bool:
 
 def published(server: Server, at_least: int) -> int:
     """Rows in the node's memory, once there are `at_least`."""
-    deadline = time.monotonic() + 60
-    while (rows := rows_of(server)) < at_least:
-        assert time.monotonic() < deadline, f"{rows} rows, of {at_least}"
-        time.sleep(0.1)
-    return rows
+    return until(lambda: rows if (rows := rows_of(server)) >= at_least else 0, what=f"{at_least} rows")
 
 
 def rows_of(server: Server) -> int:

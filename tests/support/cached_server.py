@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from hyperspace_vllm.daemon.responses.embedding import load_embedder
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.daemon.responses.similar import SimilarQuestions
 from tests.support.inbox import Hear, Inbox
+from tests.support.until import until_async
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
 TEXT = {"model": "base", "prompt": "Once"}
@@ -296,16 +296,10 @@ class Bench:
         return await self.client.post(path, json=body, headers=named)
 
     async def stored(self, count: int) -> None:
-        await until(lambda: self.node.store.stats()["stored"] >= count)
+        await until_async(lambda: self.node.store.stats()["stored"] >= count)
 
 
-async def until(true: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "did not happen in time"
-        await asyncio.sleep(0.002)
-
-
+until = until_async  # test_network_race.py, which is being split, imports it from here
 MakeBench = Callable[..., Awaitable[Bench]]
 Answer = Callable[[Request], Awaitable[Response]]
 
@@ -326,7 +320,7 @@ async def benches(tmp_path: Path) -> AsyncIterator[MakeBench]:
                 node.similar = SimilarQuestions(path, load_embedder, ACRONYMS, node.store)
                 stack.callback(node.similar.close)
                 similar = node.similar
-                await until(lambda: similar.stats()["state"] == "on")
+                await until_async(lambda: similar.stats()["state"] == "on")
             upstream = Upstream()
             defaults = {
                 "db_path": path,
@@ -362,7 +356,7 @@ async def benches(tmp_path: Path) -> AsyncIterator[MakeBench]:
 async def served(app: Any) -> AsyncIterator[int]:
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
     running = asyncio.create_task(server.serve())
-    await until(lambda: server.started)
+    await until_async(lambda: server.started)
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = server.force_exit = True
     await running

@@ -34,7 +34,8 @@ from hyperspace_vllm.core.records.rank import Tier
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG, member_tag
 from hyperspace_vllm.daemon.identity import curve_public_of
 from hyperspace_vllm.daemon.libp2p.libp2p_host import Libp2pHost
-from tests.support.network_nodes import NetworkedNode, memory_bytes, until
+from tests.support.network_nodes import NetworkedNode, memory_bytes
+from tests.support.until import until
 
 NETWORK = NetworkId(network_id("default"))
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from hyperspace_vllm.api.large_bodies import LargeBodies
 from hyperspace_vllm.core.records.limits import INLINE_BODY_BYTES, USUAL_BODY_BYTES
-from tests.support.cached_server import until
+from tests.support.until import until_async
 
 LARGE = INLINE_BODY_BYTES + 1
 LARGEST = USUAL_BODY_BYTES + 1
@@ -23,7 +23,7 @@ async def taken(bodies: LargeBodies, size: int) -> AsyncIterator[None]:
     """The thread of `bodies` at work, and `size` bytes in its line, those included."""
     done = threading.Event()
     task = asyncio.create_task(bodies.work(size, partial(done.wait, 2 * PATIENT_S)))
-    await until(lambda: bodies.waiting == size)
+    await until_async(lambda: bodies.waiting == size)
     try:
         yield
     finally:
@@ -32,4 +32,4 @@ async def taken(bodies: LargeBodies, size: int) -> AsyncIterator[None]:
 
 
 async def emptied(bodies: LargeBodies) -> None:
-    await until(lambda: bodies.waiting == 0)
+    await until_async(lambda: bodies.waiting == 0)

@@ -19,6 +19,7 @@ from hyperspace_vllm.daemon.libp2p.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode, NodeSettings
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from tests.support.network_world import OpenGate
+from tests.support.until import until_async
 
 PROTOCOL = "/hyperspace/cache/1.0.0"
 
@@ -116,17 +117,11 @@ async def members() -> AsyncIterator[Members]:
             for number, member in enumerate(started):
                 await member.meet(*started[:number])
             # Who dials is through a moment before who is dialled.
-            await until(lambda: all(len(member.host.connected) >= count - 1 for member in started))
+            await until_async(lambda: all(len(member.host.connected) >= count - 1 for member in started))
         return started
 
     yield start
     await asyncio.gather(*(member.host.close() for member in all_of_them))
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 (what is waited for is in other threads and processes)
-            await asyncio.sleep(0.02)
 
 
 async def failure(call: Awaitable[object]) -> str:

@@ -28,6 +28,7 @@ from hyperspace_vllm.core.local.response_cache_messages import (
 from hyperspace_vllm.core.local.session_messages import GetStatus, Status
 from hyperspace_vllm.core.records.ids import RequestKey, sha256
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, MiB
+from tests.support.until import until
 
 MODEL = sha256(b"a model")
 
@@ -98,7 +99,7 @@ class NetworkedNode:
     def store(self, name: object, scope: Scope = "network") -> None:
         assert self.client.wait_connected(60)
         message = StoreResponse(request_key(name), scope, MODEL, "vllm test", RESPONSE_TTL_MS, body_of(name))
-        until(lambda: self.client.send(message), 60)
+        until(lambda: self.client.send(message))
 
     def find(self, name: object, deadline_ms: int = 5_000) -> Lookup:
         """Ask as the middleware does, with more time than its 300 ms, which a busy machine may need for itself."""
@@ -169,11 +170,3 @@ def workers_of(pid: int) -> list[int]:
     """The child processes of a process."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
-def until(condition: Callable[[], object], timeout_s: float) -> None:
-    """Poll until `condition()` holds."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "not within the deadline"
-        time.sleep(0.02)

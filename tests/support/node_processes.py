@@ -5,21 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.limits import MiB
 from tests.support.paths import ROOT
-
-
-def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
+from tests.support.until import until
 
 
 def hyperspace(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":

@@ -29,6 +29,7 @@ from hyperspace_vllm.daemon.kv.row_cache import RowCache
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.node.driver import Driver
 from hyperspace_vllm.daemon.workers.compute_pool import ComputePool
+from tests.support.until import until_async
 
 NETWORK = network_id("test")
 # A full-attention part and one with a window of two segments, on two ranks.
@@ -105,7 +106,7 @@ class SharedPool(ComputePool):
         pool = cls()
         try:
             await pool.commit(digest_blob(bytes(TOTAL_CHUNKS * 32), 1))
-            await until(lambda: pool.can_verify)
+            await until_async(lambda: pool.can_verify)
             yield pool
         finally:
             await pool.end()
@@ -235,13 +236,6 @@ class TestNode:
     async def close(self) -> None:
         await self.driver.close()
         self.arena.close()
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    """Poll until `condition()` holds; TimeoutError."""
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 (the condition changes in threads and other processes)
-            await asyncio.sleep(0.01)
 
 
 def peer_of(identity: Identity, address: str = "127.0.0.1:1") -> str:

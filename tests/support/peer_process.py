@@ -11,7 +11,8 @@ from pathlib import Path
 
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import GiB
-from tests.support.nodes import TestNode, keys, until
+from tests.support.nodes import TestNode, keys
+from tests.support.until import until_async
 
 
 def layout_of(row_bytes: int) -> Layout:
@@ -23,7 +24,7 @@ async def main(directory: Path, peer: str, segments: int, row_bytes: int) -> Non
     """See the module."""
     node = TestNode(directory, (peer,), arena_bytes=GiB // 4)
     node.stage(keys("process", segments), layout_of(row_bytes))
-    await until(lambda: node.store.rows == segments, 60)
+    await until_async(lambda: node.store.rows == segments)
     print(node.address, flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await node.close()

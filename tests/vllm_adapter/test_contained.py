@@ -3,7 +3,6 @@
 import fcntl
 import inspect
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from hyperspace_vllm.vllm_adapter.connector import HyperspaceConnector
 from hyperspace_vllm.vllm_adapter.metadata import IDLE, PrefixLoad, SegmentSave, StepMetadata, WorkerOff
 from tests.support.paths import TINY
 from tests.support.scheduler_bench import request
+from tests.support.until import until
 from tests.vllm_adapter.test_kv_layout import caches, hybrid_cache
 from tests.vllm_adapter.test_plugin import HANDED_DOWN
 
@@ -204,10 +204,7 @@ def test_the_report_to_the_node_goes_on_after_an_error(
 def test_a_client_whose_heartbeat_fails_is_without_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hyperspace_vllm.client._NodeSession.tick", lambda *_: 1 / 0)
     client = NodeClient(Config(data_dir=tmp_path), "scheduler", "engine")
-    deadline = time.monotonic() + 60
-    while not client._closed:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: client._closed)
     assert not client.connected
     assert not client.send(Heartbeat())
 

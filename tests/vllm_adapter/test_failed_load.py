@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from hyperspace_vllm.vllm_adapter.older_vllm import FAILED_LOADS_HAVE_NAMES
-from tests.end_to_end.test_engine import MODELS, Node, prompt, until
+from tests.end_to_end.test_engine import MODELS, Node, prompt
 from tests.support.engines.step_probe import SteppedEngine
+from tests.support.until import until
 
 pytestmark = [
     pytest.mark.vllm,
@@ -39,7 +40,7 @@ def test_a_node_that_dies_after_its_promise_costs_nothing_but_the_prefill(
 ) -> None:
     tokens, before = prompt(1000, seed=7), node.rows()
     expected = engine.generate(tokens)
-    until(lambda: node.rows() >= before + 3, "staging")
+    until(lambda: node.rows() >= before + 3, what="staging")
     engine.ask("reset", connector=False)
     if local_tokens:
         engine.generate(tokens[: local_tokens + 1])

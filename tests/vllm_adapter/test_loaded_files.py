@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from hyperspace_vllm.vllm_adapter.loaded_files import LoadedFiles, LoadedIdentit
 from hyperspace_vllm.vllm_adapter.model_files import FileSource, model_source, source_of
 from tests.support.hub import COMMIT, hub
 from tests.support.paths import ROOT
+from tests.support.until import until
 
 TINY = ROOT / ".models" / "tiny"
 
@@ -322,10 +322,3 @@ def test_reading_that_takes_long_is_told_and_nothing_waits_for_it(
     may_read.set()
     until(lambda: files.digest() is not None)
     until(lambda: "hyperspace: it is on, after" in caplog.text)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

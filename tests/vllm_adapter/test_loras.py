@@ -1,13 +1,13 @@
 """LoRA adapters by the files that were loaded, for as long as those lie there."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hyperspace_vllm.vllm_adapter import adapters
 from hyperspace_vllm.vllm_adapter.adapters import Adapters, NamedAdapters
+from tests.support.until import until
 
 
 @pytest.fixture
@@ -31,13 +31,6 @@ def digest(known: Adapters, key: object, path: Path) -> bytes:
 
     until(there)
     return found[0]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_copies_are_one_adapter_and_every_byte_counts(tmp_path: Path, lora: Path) -> None:

@@ -1,6 +1,5 @@
 """A worker's half on a device: copies that end later, on a thread, or never."""
 
-import time
 import weakref
 
 import pytest
@@ -10,6 +9,7 @@ from hyperspace_vllm.core.local.kv_messages import RowStaged
 from hyperspace_vllm.core.local.slab import Slab
 from hyperspace_vllm.vllm_adapter.kv_copy import TorchPages
 from hyperspace_vllm.vllm_adapter.metadata import PrefixLoad, SegmentSave
+from tests.support.until import until
 from tests.support.worker_bench import TABLES, Bench, DeviceBench
 
 
@@ -131,7 +131,4 @@ def test_a_loads_memory_is_kept_while_the_device_reads_it_and_let_go_when_idle(
     assert all(reference() is not None for reference in staged)
     device.lane.open.set()
     device.settled()
-    deadline = time.monotonic() + 5
-    while any(reference() is not None for reference in staged) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert all(reference() is None for reference in staged)
+    until(lambda: all(reference() is None for reference in staged), 5)

@@ -24,7 +24,8 @@ from hyperspace_vllm.core.response.admission import Admitted, admit
 from hyperspace_vllm.core.response.answer_ids import ID_CHARS_MAX, answer_id, named_by, without_ids
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, POOLING, Endpoint
 from tests.support.answers import MARK, canaries, events, ids_in
-from tests.support.cached_server import CHAT, CHAT_PATH, STREAM, TEXT, TEXT_PATH, MakeBench, benches, text_of, until
+from tests.support.cached_server import CHAT, CHAT_PATH, STREAM, TEXT, TEXT_PATH, MakeBench, benches, text_of
+from tests.support.until import until_async
 
 Json = dict[str, Any]
 
@@ -234,7 +235,7 @@ async def test_those_who_share_a_computation_have_ids_of_their_own(make_bench: M
     for name in names:
         named = {} if name is None else {"request_id": name}
         asked.append(asyncio.create_task(bench.ask(CHAT | asked_as | named)))
-        await until(lambda: bench.cache.flights.readers == len(asked))
+        await until_async(lambda: bench.cache.flights.readers == len(asked))
     bench.upstream.gate.set()
     leader, *others = await asyncio.gather(*asked)
     assert ids_of(leader) == {f"chatcmpl-{MARK}"}
@@ -358,15 +359,15 @@ async def test_hits_that_clients_do_not_read_take_a_bounded_amount_of_memory(
         writers.append(writer)
 
     await ask_and_never_read()
-    await until(lambda: bench.cache.sending.bytes > 6e6)
+    await until_async(lambda: bench.cache.sending.bytes > 6e6)
     await ask_and_never_read()
-    await until(lambda: bench.cache.sending.bytes > 12e6)
+    await until_async(lambda: bench.cache.sending.bytes > 12e6)
     await ask_and_never_read()
-    await until(lambda: len(bench.upstream.bodies) == 2)  # vLLM has to
+    await until_async(lambda: len(bench.upstream.bodies) == 2)  # vLLM has to
     assert bench.cache.sending.bytes < 15e6
     for writer in writers:
         writer.transport.abort()
-    await until(lambda: bench.cache.sending.bytes == 0)
+    await until_async(lambda: bench.cache.sending.bytes == 0)
 
 
 async def test_a_hit_counts_what_its_request_holds(make_bench: MakeBench) -> None:

@@ -24,7 +24,8 @@ from hyperspace_vllm.core.response.audit import (
 )
 from hyperspace_vllm.core.response.request_fields import FIELDS
 from tests.support.audits import CHAT, TEXT, Suspect, message
-from tests.support.cached_server import benches, until
+from tests.support.cached_server import benches
+from tests.support.until import until_async
 
 
 @pytest.mark.parametrize(
@@ -300,7 +301,7 @@ async def test_far_tokens_count_only_where_the_engine_itself_says_something_else
         suspect = bench.node.others = Suspect()
         suspect.says = PLAIN | message(content="Missi")
         await bench.ask({**CHAT, "stop": ["ssippi"]})
-        await until(lambda: bench.node.audited, 30)
+        await until_async(lambda: bench.node.audited, 30)
     assert bench.node.audited[0].far == far
     assert bench.node.audited[0].source == source_of({"client": ("127.0.0.1", 0), "headers": []}, False)
     assert engine.asked.count("/v1/completions") == 1 + continuations
@@ -318,7 +319,7 @@ async def test_an_audit_names_the_network_of_the_client_only_as_the_operator_let
         suspect = bench.node.others = Suspect()
         suspect.says = PLAIN | message(content="Missi")
         await bench.client.post("/v1/chat/completions", json=CHAT, headers={"x-forwarded-for": "198.51.100.7"})
-        await until(lambda: bench.node.audited, 30)
+        await until_async(lambda: bench.node.audited, 30)
     assert bench.node.audited[0].source == source_of({"client": (named, 0), "headers": []}, False)
 
 
@@ -336,8 +337,8 @@ async def test_an_answer_to_another_prompt_than_the_one_scored_is_judged_in_no_w
         suspect = bench.node.others = Suspect()
         suspect.says = PLAIN | message(content="Missi")
         await bench.ask({**CHAT, "stop": ["ssippi"]})
-        await until(lambda: "/v1/chat/completions" in engine.asked, 30)
-        await until(lambda: bench.cache.audits.idle, 30)
+        await until_async(lambda: "/v1/chat/completions" in engine.asked, 30)
+        await until_async(lambda: bench.cache.audits.idle, 30)
         assert bench.node.audited == []
 
 

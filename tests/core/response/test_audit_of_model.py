@@ -14,7 +14,8 @@ from hyperspace_vllm.api.request_context import RequestContext
 from hyperspace_vllm.api.request_facts import facts_of
 from hyperspace_vllm.core.local.response_cache_messages import PurgeResponses, ResponseAudited
 from tests.support.audits import CHAT, TEXT, Suspect
-from tests.support.cached_server import Bench, benches, until
+from tests.support.cached_server import Bench, benches
+from tests.support.until import until_async
 
 
 def computed(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +78,7 @@ async def audited(bench: Bench, path: str, body: dict[str, Any], answer: dict[st
     count = len(bench.node.audited)
     reply = await bench.ask({**body, "seed": len(bench.node.asked)}, path)
     assert "detail=peer" in reply.headers["cache-status"]
-    await until(lambda: len(bench.node.audited) > count, 60)
+    await until_async(lambda: len(bench.node.audited) > count)
     return bench.node.audited[-1]
 
 
@@ -109,7 +110,7 @@ async def test_what_can_not_be_scored_or_is_too_long_is_left_alone(
     suspect = bench.node.others = Suspect()
     suspect.says = computed(server, "/v1/chat/completions", {**CHAT, "max_tokens": 8})
     assert "detail=peer" in (await bench.ask({**CHAT, "max_tokens": 8, **change})).headers["cache-status"]
-    await until(lambda: bench.cache.audits.idle)
+    await until_async(lambda: bench.cache.audits.idle)
     assert bench.node.audited == []
 
 
@@ -142,7 +143,7 @@ async def test_where_a_text_has_other_tokens_alone_nobody_is_audited(
     suspect = bench.node.others = Suspect()
     suspect.says = computed(server, "/v1/chat/completions", {**CHAT, "max_tokens": 8})
     assert "detail=peer" in (await bench.ask({**CHAT, "max_tokens": 8})).headers["cache-status"]
-    await until(lambda: bench.cache.audits.idle, 60)
+    await until_async(lambda: bench.cache.audits.idle)
     assert len(bench.node.audited) == audits_it
     assert ("/v1/completions" in asked) is audits_it
 

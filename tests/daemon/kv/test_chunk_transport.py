@@ -23,7 +23,8 @@ from hyperspace_vllm.daemon.identity import Identity, curve_public_of
 from hyperspace_vllm.daemon.kv import chunk_server, kv_door
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from tests.support.daemons.kv_sides import CHUNK, ROW_ID, Side, fetch, put_object
-from tests.support.nodes import peer_of, until
+from tests.support.nodes import peer_of
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -173,7 +174,7 @@ async def test_a_peer_has_a_bounded_number_of_requests_open(pair: tuple[Side, Si
     for number in range(asked):  # nobody reads the answers: they fill every queue
         await socket.send(wire.encode(wire.GetChunks(number, record.digest, 0, tuple(range(64)))))
     busy = server.metrics.failures_total.labels("l2", "peer_busy")._value
-    await until(lambda: busy.get() >= asked - 2 * PEER_REQUESTS_MAX)
+    await until_async(lambda: busy.get() >= asked - 2 * PEER_REQUESTS_MAX)
     held = server.metrics.bytes_total.labels("served")._value.get()
     assert held < 200 * MiB  # its own queue, both sockets' and the kernel's
     context.destroy(linger=0)
@@ -201,7 +202,7 @@ async def test_chunks_that_nobody_takes_are_bounded_for_one_peer_and_for_all(
     def held() -> list[int]:
         return [peer.bytes_in_flight() for peer in peers.values()]
 
-    await until(lambda: sum(held()) > 4 * MiB)
+    await until_async(lambda: sum(held()) > 4 * MiB)
     most = [0, 0]
     while any(held()):  # each is cut off after SEND_STALL_S
         most = [max(most[0], *held()), max(most[1], sum(held()))]
@@ -238,7 +239,7 @@ async def test_the_newest_connections_of_a_peer_and_of_all_peers_stay(
     for number, identity in enumerate(order):
         before = set(places)
         sockets.append(raw_client(context, identity, server, reconnects=False))
-        await until(lambda: places.keys() - before)  # noqa: B023 (it has ended when `before` changes)
+        await until_async(lambda: places.keys() - before)  # noqa: B023 (it has ended when `before` changes)
         assert len(places) <= (2 if number < 4 else 5)
     assert [connection.peer for connection in places.values()] == [identity.peer_id for identity in order[-5:]]
     context.destroy(linger=0)

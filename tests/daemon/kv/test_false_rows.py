@@ -16,7 +16,8 @@ from hyperspace_vllm.core.records.manifest import chunk_bytes_for, digest_blob
 from hyperspace_vllm.core.records.wire import Offer
 from hyperspace_vllm.daemon.kv.chunk_store import ChunkStore
 from hyperspace_vllm.daemon.kv.object_codec import ObjectRecord, chunk_digest, new_nonce, sign_record
-from tests.support.nodes import NETWORK, SharedPool, TestNode, keys, peer_of, until
+from tests.support.nodes import NETWORK, SharedPool, TestNode, keys, peer_of
+from tests.support.until import until_async
 
 pytestmark = [pytest.mark.io, pytest.mark.asyncio(loop_scope="module")]
 
@@ -90,9 +91,9 @@ class Network:
         self.victim = self._node("victim", *known)
         if held:
             self.honest.stage(held, LAYOUT)
-            await until(lambda: self.honest.store.rows == len(held))
+            await until_async(lambda: self.honest.store.rows == len(held))
         for each in (self.liar, self.honest):
-            await until(lambda each=each: self.victim.transport.is_connected(each.identity.peer_id))
+            await until_async(lambda each=each: self.victim.transport.is_connected(each.identity.peer_id))
 
     def _node(self, name: str, *peers: str) -> TestNode:
         node = TestNode(self._at(name), peers, arena_bytes=8 * MiB, compute=self._pool)
@@ -163,4 +164,4 @@ async def test_one_false_row_spoils_a_manifest_that_an_earlier_lookup_had_verifi
     assert victim.transport.charges == {}
     assert (await victim.look_up(document, LAYOUT)).end_segment == 1, "what is here already"
     assert victim.transport.charges == {(network.liar.identity.peer_id, "bad_tag"): 1}
-    await until(lambda: victim.store.record(ManifestDigest(offer.manifest)) is None)
+    await until_async(lambda: victim.store.record(ManifestDigest(offer.manifest)) is None)

@@ -22,7 +22,7 @@ from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from hyperspace_vllm.daemon.zmq_pump import HANDSHAKE_MS
 from tests.support.daemons.kv_sides import CHUNK, ROW_ID, Side, fetch, put_object
-from tests.support.nodes import until
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -53,7 +53,7 @@ async def test_a_discovered_peer_is_asked_and_served_like_a_configured_one(stran
     record = put_object(server.store)
     peer = introduce(server, client)
     assert client.transport.peers == (peer,)
-    await until(lambda: client.transport.is_connected(peer))
+    await until_async(lambda: client.transport.is_connected(peer))
     assert len((await client.transport.find(peer, (ROW_ID,), 5.0)).offers) == 1
     assert len(await fetch(client, server, record.digest, tuple(range(64)))) == 64
 
@@ -63,10 +63,10 @@ async def test_a_peer_that_dials_before_it_is_admitted_gets_in_soon_after(strang
     peer = server.identity.peer_id
     client.transport.set_peers([own(peer, server.transport.endpoint)])
     refused = server.metrics.failures_total.labels("l2", "unknown_peer")._value
-    await until(lambda: refused.get() >= 1)
+    await until_async(lambda: refused.get() >= 1)
     assert not client.transport.is_connected(peer)
     server.transport.admit([client.identity.peer_id])
-    await until(lambda: client.transport.is_connected(peer), 2 * HANDSHAKE_MS / 1000)
+    await until_async(lambda: client.transport.is_connected(peer), 2 * HANDSHAKE_MS / 1000)
     await client.transport.find(peer, (ROW_ID,), 1.0)
 
 
@@ -186,7 +186,7 @@ async def test_an_endpoint_elsewhere_is_the_peers_once_it_has_answered_there(str
     await client.transport.find(peer, (ROW_ID,), 5.0)
     client.transport._drop_link()
     client.transport.set_peers(elsewhere)
-    await until(lambda: client.transport.is_connected(peer))
+    await until_async(lambda: client.transport.is_connected(peer))
 
 
 async def test_links_are_bounded_and_the_least_recently_useful_makes_room(strangers: tuple[Side, Side]) -> None:

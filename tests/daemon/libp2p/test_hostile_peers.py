@@ -15,7 +15,8 @@ from hyperspace_vllm.core.records.peer_wire import PEERS_PROTOCOL, Greeting, Hit
 from hyperspace_vllm.core.response.cache_proof import request_hash
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from tests.support.hostile import NETWORK, Flood, Stranger, address_of, growth_bytes, victim, write_network_key
-from tests.support.network_nodes import NetworkedNode, request_key, until
+from tests.support.network_nodes import NetworkedNode, request_key
+from tests.support.until import until
 
 pytestmark = [pytest.mark.io, pytest.mark.timeout(600)]
 
@@ -45,7 +46,7 @@ async def test_a_stranger_gets_what_is_public_and_nothing_of_the_networks(
     node.store("open", "public")
     assert isinstance(await stranger.join(node), Greeting)
     peer, _ = address_of(node)
-    until(lambda: node.status()["responses"]["entries"] == 2, 60)
+    until(lambda: node.status()["responses"]["entries"] == 2)
     assert isinstance(await stranger.ask(peer, Query(request_hash(NETWORK, request_key("open")))), Hit)
     assert await stranger.ask(peer, Query(request_hash(NETWORK, request_key("secret")))) == Miss("unknown")
 

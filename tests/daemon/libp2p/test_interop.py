@@ -15,8 +15,9 @@ import pytest
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.records.ids import peer_id, public_key_of, sha256
 from hyperspace_vllm.core.records.limits import MiB
-from tests.support.network_nodes import MODEL, NetworkedNode, body_of, request_key, until
+from tests.support.network_nodes import MODEL, NetworkedNode, body_of, request_key
 from tests.support.paths import ROOT
+from tests.support.until import until
 
 pytestmark = pytest.mark.io
 PROGRAM = ROOT / "tests" / "interop"
@@ -96,7 +97,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., NetworkedNode]]:
         known = (f"{bootstrap.card()['peer_id']}@{bootstrap.card()['p2p']}",) if bootstrap else ()
         config = Config(data_dir=directory, kv_cache=False, arena_bytes=MiB, bootstrap=known, **settings)
         nodes.append(NetworkedNode(config))
-        until(lambda: nodes[-1].card().get("p2p"), 60)
+        until(lambda: nodes[-1].card().get("p2p"))
         return nodes[-1]
 
     yield start_one

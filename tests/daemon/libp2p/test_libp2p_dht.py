@@ -27,17 +27,8 @@ from hyperspace_vllm.daemon.libp2p import (
 )
 from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode, NodeSettings, dht_key, reachable_hosts
 from hyperspace_vllm.daemon.libp2p.libp2p_swarm import NodePeerStore
-from tests.support.libp2p_members import (
-    PROTOCOL,
-    TOPIC,
-    Member,
-    Members,
-    Silent,
-    attack,
-    open_stream,
-    until,
-    wait_closed,
-)
+from tests.support.libp2p_members import PROTOCOL, TOPIC, Member, Members, Silent, attack, open_stream, wait_closed
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -93,7 +84,9 @@ async def test_the_dht_passes_on_no_address_that_reaches_less_far_than_where_its
     await seeker.host.connect(middle.peer, f"127.0.0.1:{port}", 5)
     assert await liar.host.provide("/cache/1", 5)
     store = middle.host._link.node._host.get_peerstore()  # type: ignore[union-attr]
-    await until(lambda: all(PROTOCOL in _protocols(store, each) for each in (liar, seeker)))  # they are identified
+    await until_async(
+        lambda: all(PROTOCOL in _protocols(store, each) for each in (liar, seeker))
+    )  # they are identified
     assert await seeker.host.find_providers("/cache/1", 2, 5) == ((liar.peer,), ANY)
     assert seeker.asked_to_dial == []
     told = [store.addrs(ID.from_base58(each.peer)) for each in (seeker, liar)]
@@ -112,7 +105,7 @@ def _protocols(store: NodePeerStore, member: Member) -> list[str]:
 async def test_nobody_is_dialled_because_a_stream_to_it_is_wanted(members: Members) -> None:
     a, b = await members(2)
     await a.host.disconnect(b.peer)
-    await until(lambda: not b.host.connected)
+    await until_async(lambda: not b.host.connected)
     link = a.host._link
     assert link is not None
     opened: list[BaseException | None] = []
@@ -125,7 +118,7 @@ async def test_nobody_is_dialled_because_a_stream_to_it_is_wanted(members: Membe
             opened.append(error)
 
     link.spawn(open_stream)
-    await until(lambda: opened)
+    await until_async(lambda: opened)
     assert opened != [None]
     assert a.host.connected == b.host.connected == frozenset()
 
@@ -139,7 +132,7 @@ async def test_providers_are_renewed_and_expire(members: Members, monkeypatch: p
     assert (await b.host.find_providers("/cache/1", 1, 5))[0] == (a.peer,)  # a itself still says so
     renewing = a.host._link.node._dht.provider_store  # type: ignore[union-attr]
     assert await a.host._call(lambda node: _renew(renewing), 5)
-    await until(lambda: store.get_providers(dht_key("/cache/1")))
+    await until_async(lambda: store.get_providers(dht_key("/cache/1")))
     monkeypatch.setattr(provider_module, "PROVIDER_RECORD_EXPIRATION_INTERVAL", 0)
     store.cleanup_expired()
     assert not store.providers
@@ -271,7 +264,7 @@ async def test_a_message_of_the_dht_that_no_node_sends_ends_the_connection_and_i
             await conn.event_closed.wait()
 
     await attack(a, ask)
-    await until(lambda: len(a.violations) == 1)
+    await until_async(lambda: len(a.violations) == 1)
     assert await b.ask(a) == b"?"
 
 

@@ -28,7 +28,8 @@ from hyperspace_vllm.daemon.libp2p import (
 from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode
 from hyperspace_vllm.daemon.libp2p.libp2p_time import PeerTime
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
-from tests.support.libp2p_members import PROTOCOL, Members, attack, open_stream, until, wait_closed
+from tests.support.libp2p_members import PROTOCOL, Members, attack, open_stream, wait_closed
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -107,7 +108,7 @@ async def test_garbage_below_the_streams_ends_only_that_connection(members: Memb
 
         await attack(a, mangle)
         assert await b.ask(a) == b"?"
-    await until(lambda: a.host.connected == {b.peer})
+    await until_async(lambda: a.host.connected == {b.peer})
 
 
 @pytest.mark.parametrize(("kind", "is_open", "length"), [(0, False, 0), (1, False, 7), (0, True, 0), (1, True, 0)])
@@ -133,7 +134,7 @@ async def test_who_sends_frames_for_nothing_is_let_go_and_told_of(
             await conn.event_closed.wait()
 
     await attack(a, send)
-    await until(lambda: len(a.violations) == 1)
+    await until_async(lambda: len(a.violations) == 1)
     assert await b.ask(a) == b"?"
 
 

@@ -36,8 +36,9 @@ from hyperspace_vllm.daemon.libp2p import (
 from hyperspace_vllm.daemon.libp2p.libp2p_fields import count_fields
 from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode
 from hyperspace_vllm.daemon.token_bucket import TokenBucket
-from tests.support.libp2p_members import TOPIC, Member, Members, attack, meshed, open_stream, until
+from tests.support.libp2p_members import TOPIC, Member, Members, attack, meshed, open_stream
 from tests.support.network_world import NETWORK, OpenGate
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -50,7 +51,7 @@ async def test_gossip_reaches_everybody_once(members: Members) -> None:
     payloads = [secrets.token_bytes(30_000) for _ in range(5)]
     for payload in payloads:
         assert group[0].host.publish(TOPIC, payload)
-    await until(lambda: all(len(each.gossip) == 5 for each in group[1:]))
+    await until_async(lambda: all(len(each.gossip) == 5 for each in group[1:]))
     assert sorted(payload for _, payload in group[4].gossip) == sorted(payloads)
     assert {relay for relay, _ in group[4].gossip} == {group[3].peer}  # the neighbour, not the author
     assert group[0].gossip == []
@@ -63,7 +64,7 @@ async def test_a_neighbour_that_lost_its_place_in_a_mesh_is_told_of_messages(mem
     gossip._add_back_off(ID.from_base58(b.peer), TOPIC, False)
     gossip.mesh[TOPIC].clear()
     assert a.host.publish(TOPIC, b"hello")
-    await until(lambda: b.gossip == [(a.peer, b"hello")])
+    await until_async(lambda: b.gossip == [(a.peer, b"hello")])
     assert not gossip.mesh[TOPIC]
 
 
@@ -105,7 +106,7 @@ async def test_a_message_that_cannot_be_sent_is_told_with_its_traceback_and_take
     (a,) = await members(1, meet=False)
     monkeypatch.setattr(Libp2pNode, "publish", broken)
     assert a.host.publish(TOPIC, b"hello")
-    await until(lambda: "a message of gossip was not sent" in caplog.text and a.host._publishing == 0)
+    await until_async(lambda: "a message of gossip was not sent" in caplog.text and a.host._publishing == 0)
     assert "ZeroDivisionError" in caplog.text
 
 
@@ -116,7 +117,7 @@ async def test_a_burst_is_not_lost(members: Members) -> None:
     while sent < 100:
         sent += a.host.publish(TOPIC, sent.to_bytes(4, "big"))
         await asyncio.sleep(0)
-    await until(lambda: len(b.gossip) == 100)
+    await until_async(lambda: len(b.gossip) == 100)
 
 
 def announcement(author: Member, number: int) -> bytes:
@@ -154,19 +155,19 @@ async def test_rubbish_of_strangers_is_not_passed_on_and_costs_a_neighbour_none_
             stranger.host.publish(RESPONSE_TOPIC, secrets.token_bytes(100))
             await asyncio.sleep(1 / 40)
 
-    await until(speak)
+    await until_async(speak)
     strangers = await members(8, meet=False, topic=RESPONSE_TOPIC)
     for stranger in strangers:
         await stranger.meet(b)
     floods = [asyncio.create_task(flood(stranger)) for stranger in strangers]
     try:
-        await until(lambda: len(set(b.spoilers)) >= 3)  # the mesh takes no more of them
+        await until_async(lambda: len(set(b.spoilers)) >= 3)  # the mesh takes no more of them
         first = sent + 1
         for _ in range(40):
             speak()
             await asyncio.sleep(0.1)
         for listener in (a, c):
-            await until(lambda: set(range(first, first + 40)) <= set(numbers_heard(listener, b)))  # noqa: B023
+            await until_async(lambda: set(range(first, first + 40)) <= set(numbers_heard(listener, b)))  # noqa: B023
             assert len(listener.gossip) == len(numbers_heard(listener, b))
             assert listener.spoilers == []
         assert set(b.spoilers) <= {stranger.peer for stranger in strangers}
@@ -189,9 +190,9 @@ async def test_an_authors_flood_is_cut_off_at_its_allowance_and_others_still_pas
             break
     began = time.monotonic()
     for number in range(10_000, 12_000):
-        await until(lambda: flooder.host.publish(RESPONSE_TOPIC, announcement(flooder, number)))  # noqa: B023
+        await until_async(lambda: flooder.host.publish(RESPONSE_TOPIC, announcement(flooder, number)))  # noqa: B023
     b.host.publish(RESPONSE_TOPIC, announcement(b, 20_000))
-    await until(lambda: 20_000 in numbers_heard(a, b))
+    await until_async(lambda: 20_000 in numbers_heard(a, b))
     took_s = time.monotonic() - began
     allowed = GOSSIP_OF_AUTHOR_PER_S * (BURST_S + took_s) + 100
     assert len([number for number in numbers_heard(a, flooder) if number >= 10_000]) <= allowed < 2_000
@@ -294,7 +295,7 @@ async def test_who_sends_an_rpc_that_is_malformed_or_of_too_many_entries_is_let_
             await conn.event_closed.wait()
 
     await attack(a, gossip)
-    await until(lambda: len(a.violations) == 1)
+    await until_async(lambda: len(a.violations) == 1)
     assert await b.ask(a) == b"?"
 
 

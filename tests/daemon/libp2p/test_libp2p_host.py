@@ -25,7 +25,8 @@ from hyperspace_vllm.daemon.libp2p import (
 )
 from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
-from tests.support.libp2p_members import PROTOCOL, TOPIC, Member, Members, attack, failure, meshed, until
+from tests.support.libp2p_members import PROTOCOL, TOPIC, Member, Members, attack, failure, meshed
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -57,7 +58,7 @@ async def test_each_side_knows_the_address_at_the_other_end(members: Members, ne
     assert a.hosts == {b.peer: "127.0.0.1"}
     assert b.hosts == {a.peer: "127.0.0.1"}
     await a.host.disconnect(b.peer)
-    await until(lambda: not b.host.connected)
+    await until_async(lambda: not b.host.connected)
 
 
 async def test_connect_fails_within_its_deadline(members: Members) -> None:
@@ -96,9 +97,9 @@ async def test_connections_are_told_exactly_when_both_sides_dial(members: Member
     for turn in range(5):
         await asyncio.gather(a.meet(b), b.meet(a), a.meet(b))
         # A dial that only one side has finished would survive the disconnecting.
-        await until(lambda: connections(a, b) == connections(b, a) > 0)
+        await until_async(lambda: connections(a, b) == connections(b, a) > 0)
         await (a if turn % 2 else b).host.disconnect((b if turn % 2 else a).peer)
-        await until(lambda: not a.host.connected and not b.host.connected)
+        await until_async(lambda: not a.host.connected and not b.host.connected)
     assert a.changes == [(b.peer, True), (b.peer, False)] * 5
     assert b.changes == [(a.peer, True), (a.peer, False)] * 5
 
@@ -108,7 +109,7 @@ async def test_a_closed_host_is_noticed_and_gives_its_port_back(members: Members
     began = time.monotonic()
     await b.host.close()
     assert time.monotonic() - began < 10
-    await until(lambda: not a.host.connected)
+    await until_async(lambda: not a.host.connected)
     assert b.changes == [(a.peer, True), (a.peer, False)]
     assert await failure(a.ask(b)) == "unreachable"
     assert await failure(b.ask(a)) == "unreachable"
@@ -141,13 +142,13 @@ async def test_connections_are_bounded_by_peer_and_in_all(members: Members, monk
         assert len(node._swarm.live(victim)) <= libp2p_swarm.CONNECTIONS_PER_PEER_MAX
 
     await attack(a, dial_again)
-    await until(lambda: not a.host.connected)
+    await until_async(lambda: not a.host.connected)
     others = await members(6, meet=False)
     for other in others:  # one after another: of those that come at once fewer may be left
         with suppress(Exception):
             await other.meet(a)
         assert len(a.host.connected) <= 4
-    await until(lambda: sum(bool(other.host.connected) for other in others) == len(a.host.connected) == 4)
+    await until_async(lambda: sum(bool(other.host.connected) for other in others) == len(a.host.connected) == 4)
 
 
 async def test_second_connections_of_a_peer_make_room_for_others(
@@ -169,7 +170,7 @@ async def test_second_connections_of_a_peer_make_room_for_others(
     await asyncio.to_thread(dialled.wait, 30)
     for other in others:
         await other.meet(a)
-    await until(lambda: len(a.host.connected) == 3)
+    await until_async(lambda: len(a.host.connected) == 3)
     met.set()
     await attacking
 
@@ -239,13 +240,13 @@ async def test_a_frozen_peer_costs_its_callers_their_deadline_and_nobody_else_an
             a.host.publish(TOPIC, number.to_bytes(4, "big") + bytes(20_000))
         assert worst < 4
         assert {await failure(call) for call in pending} == {"timeout"}
-        await until(lambda: len(b.gossip) == 50)
+        await until_async(lambda: len(b.gossip) == 50)
         assert await a.host.provide("/cache/2", 30)
         at = time.monotonic()
         assert (await b.host.find_providers("/cache/2", 1, 30))[0] == (a.peer,)
         assert (await b.host.find_providers("/cache/3", 1, 30))[0] == ()
         assert time.monotonic() - at < 20
-        await until(lambda: all((PeerId(peer), False) in member.changes for member in group))
+        await until_async(lambda: all((PeerId(peer), False) in member.changes for member in group))
     finally:
         process.send_signal(signal.SIGCONT)
         process.stdin.close()
@@ -268,18 +269,19 @@ async def test_a_host_whose_thread_died_comes_back_at_its_address(
 
     a.answer = wait
     waiting = asyncio.create_task(b.ask(a, timeout_s=30))
-    await until(lambda: a.answering)
+    await until_async(lambda: a.answering)
     assert b.host._link is not None
     b.host._link.spawn(die)
     assert await failure(waiting) == "unreachable"
-    await until(lambda: not a.host.connected and not b.host.connected)
+    await until_async(lambda: not a.host.connected and not b.host.connected)
     assert b.changes == [(a.peer, True), (a.peer, False)]
 
-    async with asyncio.timeout(60):
-        while b.peer not in a.host.connected:
-            with suppress(PeerFailed):
-                await a.host.connect(b.peer, address, 5)
-            await asyncio.sleep(0.1)
+    async def connected() -> bool:
+        with suppress(PeerFailed):
+            await a.host.connect(b.peer, address, 5)
+        return b.peer in a.host.connected
+
+    await until_async(connected)
     assert await a.ask(b) == b"?"
     assert b.host.address == address
 
@@ -300,14 +302,14 @@ async def test_connections_that_come_and_go_leave_nothing_behind(members: Member
         a.host.publish(TOPIC, secrets.token_bytes(8))
         await asyncio.sleep(0.05)
         await a.host.disconnect(b.peer)
-        await until(lambda: not a.host.connected and not connections(b, a))
+        await until_async(lambda: not a.host.connected and not connections(b, a))
 
     for _ in range(3):
         await come_and_go()
     before = left(a), left(b)
     for _ in range(12):
         await come_and_go()
-    await until(
+    await until_async(
         lambda: all(
             now <= was + 2
             for pair in zip((left(a), left(b)), before, strict=True)

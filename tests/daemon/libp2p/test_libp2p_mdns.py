@@ -4,7 +4,8 @@ import pytest
 
 from hyperspace_vllm.daemon.libp2p.libp2p_mdns import peers_in
 from hyperspace_vllm.daemon.libp2p.libp2p_node import reachable_hosts
-from tests.support.libp2p_members import Member, Members, until
+from tests.support.libp2p_members import Member, Members
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -13,7 +14,7 @@ async def test_nodes_on_one_network_discover_each_other(members: Members) -> Non
     a, b = await members(2, meet=False, mdns=True, network_key=bytes(32))
     (other,) = await members(1, meet=False, mdns=True)
     try:
-        await until(lambda: b.peer in a.discovered and a.peer in b.discovered, 20)
+        await until_async(lambda: b.peer in a.discovered and a.peer in b.discovered, 20)
     except TimeoutError:
         pytest.skip("no multicast on this machine's loopback")
     assert a.discovered == {b.peer: b.host.address}

@@ -26,7 +26,8 @@ from hyperspace_vllm.daemon.libp2p import (
 )
 from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode
 from hyperspace_vllm.daemon.libp2p.libp2p_time import BURST_S, PEER_SHARE, RECORD_BYTES_MIN, RECORD_S, REQUEST_S
-from tests.support.libp2p_members import PROTOCOL, Member, Members, attack, failure, open_stream, until, wait_closed
+from tests.support.libp2p_members import PROTOCOL, Member, Members, attack, failure, open_stream, wait_closed
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -99,7 +100,7 @@ async def test_a_stream_that_breaks_is_no_breach_of_the_protocol_and_a_malformed
         await trio.to_thread.run_sync(asked.wait)
 
     serving = asyncio.create_task(attack(a, serve))
-    await until(lambda: a.host.connected)
+    await until_async(lambda: a.host.connected)
     (peer,) = a.host.connected
     try:
         assert await failure(a.host.request(peer, PROTOCOL, b"?", 5)) == reason
@@ -151,7 +152,7 @@ async def test_who_sends_a_frame_that_is_too_long_is_told_of(members: Members) -
         await wait_closed(stream, 10)
 
     await attack(a, announce)
-    await until(lambda: len(a.violations) == 1)
+    await until_async(lambda: len(a.violations) == 1)
 
 
 async def test_more_requests_than_a_peer_may_have_are_refused_as_busy(members: Members) -> None:
@@ -164,7 +165,7 @@ async def test_more_requests_than_a_peer_may_have_are_refused_as_busy(members: M
 
     b.answer = wait
     asked = [asyncio.create_task(a.ask(b, timeout_s=10)) for _ in range(libp2p_streams.REQUESTS_PER_PEER_MAX)]
-    await until(lambda: b.answering == libp2p_streams.REQUESTS_PER_PEER_MAX)
+    await until_async(lambda: b.answering == libp2p_streams.REQUESTS_PER_PEER_MAX)
     assert await failure(a.ask(b)) == "busy"
 
     async def ask_too_much(node: Libp2pNode, victim: ID) -> None:  # one who doesn't count his own

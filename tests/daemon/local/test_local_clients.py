@@ -30,8 +30,8 @@ from tests.support.daemons.small_node import (
     granted,
     next_message,
     small_node,
-    until,
 )
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -127,7 +127,7 @@ async def test_a_client_frozen_past_its_lease_corrupts_nobody_and_notices(
 ) -> None:
     arena = strict.cache.arena
     os.kill(child.process.pid, signal.SIGSTOP)
-    await until(lambda: strict.server.engine_leases == 0)
+    await until_async(lambda: strict.server.engine_leases == 0)
     assert arena.quarantined_bytes == 2 * ROW_BYTES
     assert strict.count(PrefixReleased) == 1
     assert strict.events[-1] == ClientGone(b"the childs token".hex())
@@ -145,7 +145,7 @@ async def test_a_client_frozen_past_its_lease_corrupts_nobody_and_notices(
     await asyncio.sleep(strict.lease_ms / 2000)
     assert arena.quarantined_bytes == 2 * ROW_BYTES
     child.go_on()
-    await until(lambda: arena.free_bytes == 2 * ROW_BYTES)
+    await until_async(lambda: arena.free_bytes == 2 * ROW_BYTES)
     assert arena.quarantined_bytes == 0
 
 
@@ -153,8 +153,8 @@ async def test_a_killed_client_loses_its_lease_and_its_slabs_are_used_again(
     strict: SmallNode, child: ClientProcess
 ) -> None:
     child.kill()
-    await until(lambda: strict.server.engine_leases == 0)
-    await until(lambda: strict.cache.arena.quarantined_bytes == 0)
+    await until_async(lambda: strict.server.engine_leases == 0)
+    await until_async(lambda: strict.cache.arena.quarantined_bytes == 0)
     assert strict.metrics.quarantined_bytes._value.get() == 0
     assert list((strict.config.data_dir / "sessions").iterdir()) == []
 
@@ -175,9 +175,9 @@ async def test_a_forked_child_has_a_session_of_its_own(node: SmallNode) -> None:
             fine = not client.connected and client.wait_connected(60) and client.send(GetStatus())
             client.close()
             os._exit(0 if fine else 1)
-        await until(lambda: node.server.engine_leases == 2)
+        await until_async(lambda: node.server.engine_leases == 2)
         waited: list[tuple[int, int]] = []
-        await until(lambda: waited.append(os.waitpid(child, os.WNOHANG)) or waited[-1][0])  # type: ignore[func-returns-value]
+        await until_async(lambda: waited.append(os.waitpid(child, os.WNOHANG)) or waited[-1][0])  # type: ignore[func-returns-value]
         assert os.waitstatus_to_exitcode(waited[-1][1]) == 0
         assert client.connected
         client.send(GetStatus())
@@ -210,7 +210,7 @@ async def test_a_client_finds_the_next_node_and_drops_what_the_last_one_leased(
     slabs: list[Slab] = []
     for epoch in (1, 2):
         async with small_node(tmp_path, shared_memory=Path(arena_lies_in)):
-            await until(lambda e=epoch: client.connected and client.epoch == e)  # type: ignore[misc]
+            await until_async(lambda e=epoch: client.connected and client.epoch == e)  # type: ignore[misc]
             assert not any(client.is_current(slab) for slab in slabs)
             client.send(RegisterLayout(LAYOUT, ENGINE))
             slabs = list(await granted(client, 2))

@@ -35,9 +35,9 @@ from tests.support.daemons.small_node import (
     next_message,
     raw_socket,
     small_node,
-    until,
     wanted,
 )
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -91,7 +91,7 @@ async def test_a_released_lookup_is_neither_hinted_nor_answered(node: SmallNode)
         client.send(ReleaseResponse(1))
         client.send(ReleaseResponse(1))
         finder = await wanted(node)
-        await until(lambda: finder.released == [finder.wanted[0][0]])
+        await until_async(lambda: finder.released == [finder.wanted[0][0]])
         node.responses.hint(finder.wanted[0][0], True)
         node.responses.answer(finder.wanted[0][0], FOUND, "late")
         client.send(GetStatus())
@@ -111,8 +111,8 @@ async def test_a_client_that_goes_releases_its_lookups(strict: SmallNode, goes: 
             for number in (1, 2):
                 await socket.send(encode(find(number)))
             finder = await wanted(strict, 2)
-            await until(lambda: strict.server.engine_leases == 0)
-    await until(lambda: sorted(finder.released) == [lookup for lookup, *_ in finder.wanted])
+            await until_async(lambda: strict.server.engine_leases == 0)
+    await until_async(lambda: sorted(finder.released) == [lookup for lookup, *_ in finder.wanted])
     for lookup in finder.released:
         strict.responses.answer(lookup, FOUND, "late")
 
@@ -120,7 +120,7 @@ async def test_a_client_that_goes_releases_its_lookups(strict: SmallNode, goes: 
 async def test_response_lookups_beyond_the_bound_are_answered_busy(node: SmallNode) -> None:
     async with connected(node, "api", layout=None) as client:
         for number in range(LOOKUPS_PER_CLIENT_MAX + 1):
-            await until(lambda n=number: client.send(find(n)))  # type: ignore[misc]
+            await until_async(lambda n=number: client.send(find(n)))  # type: ignore[misc]
         assert await next_message(client, ResponseNotFound) == ResponseNotFound(LOOKUPS_PER_CLIENT_MAX, "busy")
         client.send(ReleaseResponse(0))
         client.send(find(LOOKUPS_PER_CLIENT_MAX))
@@ -162,7 +162,7 @@ async def test_a_node_that_dies_is_not_waited_for(tmp_path: Path) -> None:
     lookups = NodeLookup(AsyncNodeClient(client))
     assert lookups.start(RequestKey(bytes(32)), bytes(32), 30.0) is None
     async with small_node(tmp_path) as node:
-        await until(lambda: client.connected)
+        await until_async(lambda: client.connected)
         pending = lookups.start(RequestKey(bytes(32)), bytes(32), 60.0)
         assert pending is not None
         await wanted(node)

@@ -53,8 +53,8 @@ from tests.support.daemons.small_node import (
     next_message,
     raw_socket,
     small_node,
-    until,
 )
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -71,7 +71,7 @@ async def test_a_client_learns_who_its_node_is(node: SmallNode) -> None:
         assert client.network_id == network_id("default")
         assert node.metrics.clients._value.get() == 1
         assert node.server.engine_leases == 1
-    await until(lambda: node.server.engine_leases == 0)
+    await until_async(lambda: node.server.engine_leases == 0)
 
 
 async def test_status_needs_no_engine_lease(node: SmallNode) -> None:
@@ -93,7 +93,7 @@ async def test_only_a_private_lookup_stays_inside_the_node(tmp_path: Path, scope
 async def test_a_request_that_ends_is_forgotten(node: SmallNode) -> None:
     async with connected(node, "scheduler") as scheduler:
         scheduler.send(RequestEnded("r"))
-        await until(lambda: RequestOver(ENGINE.hex(), "r") in node.events)
+        await until_async(lambda: RequestOver(ENGINE.hex(), "r") in node.events)
 
 
 async def test_responses_go_to_their_store_and_hits_of_them_to_the_network(node: SmallNode) -> None:
@@ -101,7 +101,7 @@ async def test_responses_go_to_their_store_and_hits_of_them_to_the_network(node:
         message = StoreResponse(bytes(32), "network", bytes(32), "0.32.0", 1000, b"{}")
         client.send(message)
         client.send(TouchResponses((bytes(32),)))
-        await until(lambda: node.touched)
+        await until_async(lambda: node.touched)
         assert node.stored == [message]
     assert node.finder is not None
     assert node.finder.hits == [bytes(32)]
@@ -112,7 +112,7 @@ async def test_what_is_purged_or_found_false_goes_from_where_it_is_shared_too(no
         client.send(ResponseAudited(b"passed".ljust(32), b"proof", 9, 0))
         client.send(ResponseAudited(b"false".ljust(32), b"proof", 9, 1))
         client.send(PurgeResponses((b"purged".ljust(32),)))
-        await until(lambda: len(node.finder.purged) == 2 if node.finder else False)
+        await until_async(lambda: len(node.finder.purged) == 2 if node.finder else False)
     assert node.finder is not None
     assert node.finder.purged == [b"false".ljust(32), b"purged".ljust(32)]
 
@@ -121,12 +121,12 @@ async def test_lookups_beyond_the_bound_are_answered_busy_and_a_release_makes_ro
     node.answers = False
     async with connected(node, "scheduler") as scheduler:
         for number in range(LOOKUPS_PER_CLIENT_MAX + 1):
-            await until(lambda n=number: scheduler.send(lookup(n)))  # type: ignore[misc]
+            await until_async(lambda n=number: scheduler.send(lookup(n)))  # type: ignore[misc]
         answer = await next_message(scheduler, PrefixAnswer)
         assert (answer.lookup, answer.end_segment, answer.reason) == (LOOKUPS_PER_CLIENT_MAX, 0, "busy")
         scheduler.send(ReleaseLookup(0))
         scheduler.send(lookup(LOOKUPS_PER_CLIENT_MAX))
-        await until(lambda: node.count(PrefixWanted) == LOOKUPS_PER_CLIENT_MAX + 1)
+        await until_async(lambda: node.count(PrefixWanted) == LOOKUPS_PER_CLIENT_MAX + 1)
         assert not scheduler.receive()
 
 
@@ -135,7 +135,7 @@ async def test_an_answer_after_the_release_is_ignored(node: SmallNode) -> None:
     async with connected(node, "scheduler") as scheduler:
         scheduler.send(lookup(1))
         scheduler.send(ReleaseLookup(1))
-        await until(lambda: node.count(PrefixReleased) == 1)
+        await until_async(lambda: node.count(PrefixReleased) == 1)
         wanted = next(e for e in node.events if isinstance(e, PrefixWanted))
         node.prefixes.answer(wanted.lookup, 0, (), "none", "", "late")
         scheduler.send(GetStatus())
@@ -160,7 +160,7 @@ async def test_goodbye_frees_what_was_granted_and_drops_what_was_not_named(node:
     async with connected(node) as worker:
         first, _second = await granted(worker, 2)
         worker.send(RowStaged("r", 0, 0, 0, first))
-    await until(lambda: node.count(ClientGone) == 1)
+    await until_async(lambda: node.count(ClientGone) == 1)
     assert node.cache.arena.free_bytes == node.cache.arena.capacity_bytes
     assert node.metrics.staged_dropped_total.labels("client_gone")._value.get() == 1
 
@@ -176,34 +176,34 @@ async def test_the_network_hears_what_all_engines_serve_and_no_more_of_those_tha
     async with connected(node, "scheduler") as stays, connected(node, "api", layout=None) as api:
         assert stays.send(PrefixesInMemory(400, (keys[0], keys[1]), ()))
         assert api.send(FindResponse(1, KEY, model, 100))
-        await until(lambda: node.told)
+        await until_async(lambda: node.told)
         both = node.told[-1]
         assert (both.models, both.fingerprints, both.load_permille) == ((model,), (LAYOUT.fingerprint,), 400)
         assert overlap(both.vram_digest, ids) == 2
         async with connected(node, "scheduler", layout=other) as goes:
             assert goes.send(PrefixesInMemory(1000, (keys[0], keys[2]), ()))
-            await until(lambda: node.told[-1] != both)
+            await until_async(lambda: node.told[-1] != both)
             assert node.told[-1].fingerprints == (LAYOUT.fingerprint, other.fingerprint)
             assert node.told[-1].load_permille == 700
             assert overlap(node.told[-1].vram_digest, ids) == 3
             assert stays.send(PrefixesInMemory(400, (), (keys[1],)))
-        await until(lambda: node.told[-1].fingerprints == (LAYOUT.fingerprint,))
+        await until_async(lambda: node.told[-1].fingerprints == (LAYOUT.fingerprint,))
         assert node.told[-1].load_permille == 400
         assert overlap(node.told[-1].vram_digest, ids) == approximate_count(node.told[-1].vram_digest) == 1
-    await until(lambda: node.told[-1] == ServedChanged((), (), 0, b""))
+    await until_async(lambda: node.told[-1] == ServedChanged((), (), 0, b""))
 
 
 async def test_an_engine_is_gone_with_its_last_worker_or_its_scheduler(node: SmallNode) -> None:
     async with connected(node, "worker") as first:
         async with connected(node, "worker"):
             pass
-        await until(lambda: node.server.engine_leases == 1)
+        await until_async(lambda: node.server.engine_leases == 1)
         assert not node.count(ClientGone)
         async with connected(node, "scheduler"):
             pass
-        await until(lambda: node.count(ClientGone) == 1)
+        await until_async(lambda: node.count(ClientGone) == 1)
         first.close()
-        await until(lambda: node.count(ClientGone) == 2)
+        await until_async(lambda: node.count(ClientGone) == 2)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ async def test_a_clients_mistake_is_rejected_and_harms_nobody(tmp_path: Path, wr
         assert not node.count(RowArrived)
         client.send(RowStaged("r", 0, 0, 0, slab))
         other.send(RowStaged("r", 1, 0, 0, others))
-        await until(lambda: node.count(RowArrived) == 2)
+        await until_async(lambda: node.count(RowArrived) == 2)
 
 
 async def test_nothing_that_depends_on_the_layout_comes_before_it(node: SmallNode) -> None:

@@ -31,8 +31,8 @@ from tests.support.daemons.small_node import (
     lookup,
     next_message,
     small_node,
-    until,
 )
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -42,7 +42,7 @@ async def test_a_staged_and_named_row_is_read_back_through_shared_memory(node: S
         (slab,) = await granted(worker)
         worker.view(slab)[:] = b"K" * ROW_BYTES
         assert worker.send(RowStaged("r", 0, 0, 0, slab))
-        await until(lambda: node.count(RowArrived) == 1)
+        await until_async(lambda: node.count(RowArrived) == 1)
         assert scheduler.send(SegmentNamed("r", 0, KEY, "private"))
         assert scheduler.send(lookup(7))
         answer = await next_message(scheduler, PrefixAnswer)
@@ -51,7 +51,7 @@ async def test_a_staged_and_named_row_is_read_back_through_shared_memory(node: S
         assert bytes(worker.view(row.slab)) == b"K" * ROW_BYTES
         assert worker.is_current(row.slab)
         scheduler.send(ReleaseLookup(7))
-        await until(lambda: node.count(PrefixReleased) == 1)
+        await until_async(lambda: node.count(PrefixReleased) == 1)
         named = next(e for e in node.events if isinstance(e, SegmentKeyKnown))
         arrived = next(e for e in node.events if isinstance(e, RowArrived))
         assert (named.client, named.shareable, arrived.client, arrived.length) == (
@@ -75,12 +75,12 @@ async def test_engines_of_one_name_never_get_each_others_rows(node: SmallNode) -
             assert client.send(RowStaged("1", 0, 0, 0, slab))
         for client in (scheduler, other_scheduler):
             assert client.send(SegmentNamed("1", 0, KEY, "private"))
-        await until(lambda: node.count(RowArrived) == node.count(SegmentKeyKnown) == 2)
+        await until_async(lambda: node.count(RowArrived) == node.count(SegmentKeyKnown) == 2)
         rows = {event.client for event in node.events if isinstance(event, RowArrived)}
         names = {event.client for event in node.events if isinstance(event, SegmentKeyKnown)}
         assert rows == names == {ENGINE.hex(), others.hex()}
         scheduler.close()
-        await until(lambda: ClientGone(ENGINE.hex()) in node.events)
+        await until_async(lambda: ClientGone(ENGINE.hex()) in node.events)
         assert ClientGone(others.hex()) not in node.events
 
 
@@ -142,7 +142,7 @@ async def test_a_thousand_cycles_of_staging_and_leasing_leak_nothing(tmp_path: P
                     continue
                 worker.view(slab)[:8] = cycle.to_bytes(8, "big")
                 worker.send(RowStaged(f"r{cycle}", 0, 0, 0, slab))
-                await until(lambda n=f"r{cycle}": (ENGINE.hex(), n, 0) in node._staged)  # type: ignore[misc]
+                await until_async(lambda n=f"r{cycle}": (ENGINE.hex(), n, 0) in node._staged)  # type: ignore[misc]
                 scheduler.send(SegmentNamed(f"r{cycle}", 0, key, "network"))
                 scheduler.send(lookup(cycle, key))
                 (row,) = (await next_message(scheduler, PrefixAnswer)).rows
@@ -152,9 +152,9 @@ async def test_a_thousand_cycles_of_staging_and_leasing_leak_nothing(tmp_path: P
                 read += 1
                 scheduler.send(ReleaseLookup(cycle))
             assert read == 800
-            await until(lambda: node.count(PrefixReleased) == read)
+            await until_async(lambda: node.count(PrefixReleased) == read)
             arena = node.cache.arena
-            await until(lambda: arena.free_bytes + len(node.cache) * ROW_BYTES == capacity)
+            await until_async(lambda: arena.free_bytes + len(node.cache) * ROW_BYTES == capacity)
             assert node.cache.arena.quarantined_bytes == 0
             assert node.cache.allocate(capacity) is not None, "no row is pinned"
     assert not node.cache.arena.path.exists()

@@ -10,7 +10,8 @@ from hyperspace_vllm.core.local.claim_messages import ClaimEnded, ClaimRequest, 
 from hyperspace_vllm.core.local.messages import NodeMessage
 from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, REQUEST_LEASES_MAX
 from hyperspace_vllm.daemon.local.request_leases import RequestLeases
-from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench, benches, text_of, until
+from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench, benches, text_of
+from tests.support.until import until_async
 
 KEY, OTHER = bytes(32), bytes([1]) * 32
 
@@ -116,9 +117,9 @@ async def test_a_server_waits_for_the_answer_of_another(pair: tuple[Bench, Bench
     first, second = pair
     first.upstream.gate.clear()
     leading = asyncio.create_task(first.ask(CHAT | led_by))
-    await until(lambda: len(first.upstream.bodies) == 1)
+    await until_async(lambda: len(first.upstream.bodies) == 1)
     waiting = [asyncio.create_task(second.ask(CHAT)) for _ in range(3)]
-    await until(lambda: second.cache.node.pending == 1 and second.cache.flights.readers == 3)
+    await until_async(lambda: second.cache.node.pending == 1 and second.cache.flights.readers == 3)
     first.upstream.gate.set()
     answers = await asyncio.gather(leading, *waiting)
     assert {text_of(answer) for answer in answers} == {text_of(answers[0])}
@@ -134,7 +135,7 @@ async def test_who_streams_does_not_wait(pair: tuple[Bench, Bench]) -> None:
     first, second = pair
     first.upstream.gate.clear()
     leading = asyncio.create_task(first.ask(CHAT))
-    await until(lambda: len(first.upstream.bodies) == 1)
+    await until_async(lambda: len(first.upstream.bodies) == 1)
     answer = await second.ask(CHAT | STREAM)
     assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
     first.upstream.gate.set()
@@ -148,10 +149,10 @@ async def test_when_the_other_fails_it_computes_itself(pair: tuple[Bench, Bench]
     first.upstream.failures.append(failure)
     first.upstream.gate.clear()
     leading = asyncio.create_task(first.ask(CHAT))
-    await until(lambda: len(first.upstream.bodies) == 1)
+    await until_async(lambda: len(first.upstream.bodies) == 1)
     waiting = asyncio.create_task(second.ask(CHAT))
     if failure == "raise":
-        await until(lambda: second.cache.node.pending == 1)
+        await until_async(lambda: second.cache.node.pending == 1)
         first.upstream.gate.set()
     assert (await leading).status_code in (500, 503)
     answer = await waiting
@@ -165,9 +166,9 @@ async def test_a_client_that_leaves_frees_the_lease(pair: tuple[Bench, Bench]) -
     first, second = pair
     first.upstream.gate.clear()
     leading = asyncio.create_task(first.ask(CHAT))
-    await until(lambda: len(first.upstream.bodies) == 1)
+    await until_async(lambda: len(first.upstream.bodies) == 1)
     waiting = asyncio.create_task(second.ask(CHAT))
-    await until(lambda: second.cache.node.pending == 1)
+    await until_async(lambda: second.cache.node.pending == 1)
     leading.cancel()
     answer = await waiting
     assert answer.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"

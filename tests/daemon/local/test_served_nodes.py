@@ -9,7 +9,8 @@ from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.core.local.kv_messages import PrefixesInMemory, RegisterLayout
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
-from tests.support.network_nodes import NetworkedNode, private_network, until
+from tests.support.network_nodes import NetworkedNode, private_network
+from tests.support.until import until
 
 pytestmark = [pytest.mark.io, pytest.mark.timeout(120)]
 
@@ -32,7 +33,7 @@ def shown(asked: NetworkedNode, of: NetworkedNode) -> dict[str, object]:
 
 def test_status_shows_what_a_peer_serves_until_its_engine_goes(nodes: list[NetworkedNode]) -> None:
     first, second = nodes
-    until(lambda: shown(second, first), 60)
+    until(lambda: shown(second, first))
     first.store("x")
     engine = NodeClient(first.config, "scheduler", "engine")
     assert engine.wait_connected(60)
@@ -45,8 +46,8 @@ def test_status_shows_what_a_peer_serves_until_its_engine_goes(nodes: list[Netwo
         "load_permille": 300,
         "segments_in_memory": 20,
     }
-    until(lambda: shown(second, first) == serving, 60)
+    until(lambda: shown(second, first) == serving)
     assert first.status()["p2p"]["serves"] == serving
     engine.close()
     gone = serving | {"fingerprints": 0, "load_permille": 0, "segments_in_memory": 0}
-    until(lambda: shown(second, first) == gone, 60)
+    until(lambda: shown(second, first) == gone)

@@ -10,7 +10,8 @@ import pytest
 
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv import object_encoder
-from tests.support.nodes import Answer, SharedPool, TestNode, keys, peer_of, until
+from tests.support.nodes import Answer, SharedPool, TestNode, keys, peer_of
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -46,14 +47,14 @@ async def test_prefixes_signed_by_a_clock_ahead_are_fetched_once_it_is_right(
     reader_id = peer_of(Identity.load(tmp_path / "reader"))
     writer = TestNode(tmp_path / "writer", (reader_id,), compute=pool)
     writer.stage(KEYS)
-    await until(lambda: writer.store.rows == 12)
+    await until_async(lambda: writer.store.rows == 12)
     dated_ahead = {stored.manifest for stored in writer.stored}
     if restarted:
         await writer.close()
         clock(monkeypatch, 0)
         writer = TestNode(tmp_path / "writer", (reader_id,), compute=pool)
     reader = TestNode(tmp_path / "reader", (writer.address,), compute=pool)
-    await until(lambda: reader.transport.is_connected(writer.identity.peer_id))
+    await until_async(lambda: reader.transport.is_connected(writer.identity.peer_id))
     if not restarted:
         assert (await reader.look_up(KEYS)).end_segment == 0
         assert reader.failures() == {"from_the_future": 1}
@@ -62,7 +63,7 @@ async def test_prefixes_signed_by_a_clock_ahead_are_fetched_once_it_is_right(
         writer.stored.clear()
         clock(monkeypatch, 0)
     # Peers hear of as many new ones; the last of the old ones may be told of late.
-    await until(lambda: len({stored.manifest for stored in writer.stored} - dated_ahead) >= len(dated_ahead))
+    await until_async(lambda: len({stored.manifest for stored in writer.stored} - dated_ahead) >= len(dated_ahead))
     for node in (reader, writer):
         assert node.rows_are_right(await found(node), KEYS)
         node.release()

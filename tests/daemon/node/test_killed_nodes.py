@@ -13,7 +13,8 @@ from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.core.local.kv_messages import RegisterLayout, StagingGranted, WantStaging
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import KiB
-from tests.support.node_processes import Nodes, descendants, until
+from tests.support.node_processes import Nodes, descendants
+from tests.support.until import until
 
 pytestmark = pytest.mark.io
 

@@ -47,8 +47,9 @@ from hyperspace_vllm.daemon.node.address_book import AddressBook
 from hyperspace_vllm.daemon.node.joined_network import Joined
 from hyperspace_vllm.daemon.node.network_driver import NetworkDriver
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
-from tests.support.network_nodes import MODEL, NetworkedNode, body_of, private_network, request_key, until
+from tests.support.network_nodes import MODEL, NetworkedNode, body_of, private_network, request_key
 from tests.support.network_world import OpenGate
+from tests.support.until import until
 
 pytestmark = [pytest.mark.io, pytest.mark.timeout(2_400)]
 

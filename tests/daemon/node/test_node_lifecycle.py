@@ -33,7 +33,8 @@ from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import EMBEDDED_LINGER_MS, LEASE_MS, KiB, MiB
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.node_process import revive_node
-from tests.support.node_processes import ROOT, Nodes, alive, hyperspace, until
+from tests.support.node_processes import ROOT, Nodes, alive, hyperspace
+from tests.support.until import until
 
 pytestmark = pytest.mark.io
 
@@ -189,7 +190,7 @@ def test_status_does_not_keep_an_embedded_node_alive(nodes: Nodes) -> None:
     until(lambda: answers.extend(watcher.receive()) or answers)
     assert isinstance(answers[0], Status)
     process.kill()
-    until(lambda: not alive(pid), 60)
+    until(lambda: not alive(pid))
     watcher.close()
 
 
@@ -229,8 +230,8 @@ def test_a_killed_embedded_node_is_started_again_by_its_engine(nodes: Nodes) -> 
     assert engine.wait_connected(60)
     epoch = engine.epoch
     first.kill()
-    until(lambda: nodes.card()["pid"] != first.pid, 60)
-    until(lambda: engine.connected and engine.epoch != epoch, 60)
+    until(lambda: nodes.card()["pid"] != first.pid)
+    until(lambda: engine.connected and engine.epoch != epoch)
     successor = nodes.card()["pid"]
     engine.close()
     until(lambda: not alive(successor))
@@ -260,7 +261,7 @@ def free_port() -> int:
 
 def receive(client: NodeClient, kind: type[M]) -> M:
     found: list[object] = []
-    until(lambda: found.extend(client.receive()) or found, 60)
+    until(lambda: found.extend(client.receive()) or found)
     assert isinstance(found[0], kind), found
     return found[0]
 
@@ -318,7 +319,7 @@ def test_a_prefix_that_one_node_was_given_is_read_whole_from_another(pair: tuple
         return answer
 
     answers: list[PrefixAnswer] = []
-    until(lambda: answers.extend(filter(None, [look_up()])) or answers, 60)
+    until(lambda: answers.extend(filter(None, [look_up()])) or answers)
     assert answers[0].source == "network"
     for row in answers[0].rows:
         assert bytes(worker_b.view(row.slab)) == payload[row.segment]

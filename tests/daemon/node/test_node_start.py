@@ -26,7 +26,8 @@ from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import LEASE_MS, MiB
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.session_lock import look
-from tests.support.node_processes import ROOT, Nodes, alive, descendants, hyperspace, until
+from tests.support.node_processes import ROOT, Nodes, alive, descendants, hyperspace
+from tests.support.until import until
 
 pytestmark = pytest.mark.io
 NODE = [sys.executable, "-m", "hyperspace_vllm.cli", "node"]

@@ -9,7 +9,8 @@ from hyperspace_vllm.core.records.ids import row_key
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import MiB
 from hyperspace_vllm.daemon.identity import Identity
-from tests.support.nodes import SharedPool, TestNode, keys, peer_of, until
+from tests.support.nodes import SharedPool, TestNode, keys, peer_of
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 
@@ -31,8 +32,8 @@ async def stored(node: TestNode, layout: Layout = LAYOUT, step: int = 3) -> None
     per_segment = len(layout.parts)
     for first in range(0, len(KEYS), step):
         node.stage(KEYS[first : first + step], layout)
-        await until(lambda: not node.node.publisher.waiting_rows)
-    await until(lambda: node.store.rows == len(KEYS) * per_segment)
+        await until_async(lambda: not node.node.publisher.waiting_rows)
+    await until_async(lambda: node.store.rows == len(KEYS) * per_segment)
 
 
 async def test_the_beginning_of_a_prompt_longer_than_the_arena_is_served(tmp_path: Path, pool: SharedPool) -> None:
@@ -70,7 +71,7 @@ async def test_a_peer_fills_a_small_arena_as_far_as_it_goes(tmp_path: Path, pool
     large = TestNode(tmp_path / "large", (peer_of(identity),), compute=pool)
     small = TestNode(tmp_path / "small", (large.address,), arena_bytes=ARENA_BYTES, compute=pool)
     await stored(large, step=len(KEYS))
-    await until(lambda: small.transport.is_connected(large.identity.peer_id))
+    await until_async(lambda: small.transport.is_connected(large.identity.peer_id))
     answer = await small.look_up(KEYS, LAYOUT)
     assert (answer.end_segment, answer.source, answer.reason) == (15, "network", "arena_full"), small.failures()
     assert small.rows_are_right(answer, KEYS)
@@ -84,8 +85,8 @@ async def test_rows_are_stored_however_much_is_written_after_them(tmp_path: Path
     node.stage(KEYS[:7], LAYOUT)
     while node.cache.allocate(ROW_BYTES) is not None:
         pass  # another engine's rows
-    await until(lambda: not node.node.publisher.waiting_rows)
-    await until(lambda: node.store.rows == 7)
+    await until_async(lambda: not node.node.publisher.waiting_rows)
+    await until_async(lambda: node.store.rows == 7)
     assert "evicted" not in node.failures()
     assert node.cache.allocate(ROW_BYTES) is not None  # nothing stays for longer
     await node.close()
@@ -104,8 +105,8 @@ async def test_engines_of_several_layouts_share_a_small_arena(tmp_path: Path, po
     for first in range(0, 8, 2):
         for prompt, layout in zip(prompts, layouts, strict=True):
             node.stage(prompt[first : first + 2], layout)
-        await until(lambda: not node.node.publisher.waiting_rows)
-    await until(lambda: node.store.rows == 8 * sum(len(layout.parts) * layout.ranks for layout in layouts))
+        await until_async(lambda: not node.node.publisher.waiting_rows)
+    await until_async(lambda: node.store.rows == 8 * sum(len(layout.parts) * layout.ranks for layout in layouts))
     for _ in range(2):
         answers = []
         for prompt, layout in zip(prompts, layouts, strict=True):

@@ -33,7 +33,8 @@ from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import KiB, MiB
 from hyperspace_vllm.daemon.kv.chunk_store import SIDECAR_BYTES_MAX
 from hyperspace_vllm.response_db import ResponseReader
-from tests.support.node_processes import ROOT, Nodes, hyperspace, until
+from tests.support.node_processes import ROOT, Nodes, hyperspace
+from tests.support.until import until
 
 pytestmark = pytest.mark.io
 

@@ -11,9 +11,10 @@ from hyperspace_vllm.core.records.peer_wire import Hit, Miss
 from hyperspace_vllm.daemon.redis import redis_responses
 from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE, AskingPeer
 from tests.support.daemons import redis_server
-from tests.support.daemons.redis_fleet import DEADLINE_S, MakeNode, redis_key, until, until_found
+from tests.support.daemons.redis_fleet import DEADLINE_S, MakeNode, redis_key, until_found
 from tests.support.daemons.redis_server import RedisServer
 from tests.support.network_nodes import body_of
+from tests.support.until import until_async
 
 pytestmark = [pytest.mark.io, redis_server.NEEDED, pytest.mark.usefixtures("patience")]
 
@@ -29,7 +30,7 @@ async def test_a_killed_redis_is_a_quick_miss_and_its_return_brings_what_was_com
     assert b.shared.status()["state"] == "away"
     a.compute("meanwhile")
     server.start()
-    await until(lambda: a.written == 2)
+    await until_async(lambda: a.written == 2)
     await until_found(b, "meanwhile")
     assert b.shared.status()["state"] == "on"
 
@@ -47,10 +48,10 @@ async def test_what_a_busy_disk_could_not_read_is_shared_later(node: MakeNode, m
     for _ in range(ANSWERS_MAX):
         await a.server._places.take(OWN_NODE)
     a.compute("x")
-    await until(lambda: len(asked) >= 1)
+    await until_async(lambda: len(asked) >= 1)
     for _ in range(ANSWERS_MAX):
         a.server._places.free(OWN_NODE)
-    await until(lambda: a.written == 1)
+    await until_async(lambda: a.written == 1)
     assert await b.find("x") is not None
 
 
@@ -60,14 +61,14 @@ async def test_a_frozen_redis_costs_one_lookup_its_deadline_and_the_next_ones_no
     a, b = await node("a"), await node("b")
     await a.share("x")
     assert await b.find("nothing") is None  # it is connected
-    await until(lambda: not b.shared._reading)
+    await until_async(lambda: not b.shared._reading)
     monkeypatch.setattr(redis_responses, "READ_S", 0.1)
     server.signal(signal.SIGSTOP)
     began = time.monotonic()
     lookups = [b.begin("x") for _ in range(50)]
     passed_by = [lookup for lookup in lookups if lookup in b.answers]
     assert len(passed_by) == 50 - redis_responses.READS_MAX
-    await until(lambda: b.answers.keys() >= set(lookups))
+    await until_async(lambda: b.answers.keys() >= set(lookups))
     assert time.monotonic() - began < DEADLINE_S
     assert b.begin("x") in b.answers  # at once
     monkeypatch.setattr(redis_responses, "READ_S", 10.0)
@@ -78,11 +79,11 @@ async def test_a_frozen_redis_costs_one_lookup_its_deadline_and_the_next_ones_no
 async def test_only_a_redis_that_is_away_lets_the_api_server_stop_asking(node: MakeNode, server: RedisServer) -> None:
     b = await node("b")
     lookup = b.begin("x")
-    await until(lambda: lookup in b.answers)
+    await until_async(lambda: lookup in b.answers)
     assert b.answers[lookup] == (None, "not_found")
     server.kill()
     lookup = b.begin("x")
-    await until(lambda: lookup in b.answers)
+    await until_async(lambda: lookup in b.answers)
     assert b.answers[lookup] == (None, "off")
 
 
@@ -111,11 +112,11 @@ async def test_without_redis_the_queue_is_bounded_and_the_newest_stay(
     a = await node("a")
     for number in range(50):
         a.compute(number)
-    await until(lambda: a.shared.status()["dropped"] == 40)
+    await until_async(lambda: a.shared.status()["dropped"] == 40)
     assert a.shared.status()["queued"] == 10
     server.start()
-    await until(lambda: a.shared.status()["queued"] == 0)
-    await until(lambda: a.written == 10)
+    await until_async(lambda: a.shared.status()["queued"] == 0)
+    await until_async(lambda: a.written == 10)
     assert set(await client.keys()) == {redis_key(number).encode() for number in range(40, 50)}
 
 
@@ -124,7 +125,7 @@ async def test_a_full_redis_takes_nothing_and_is_read_on(node: MakeNode, client:
     await a.share("x")
     await client.config_set("maxmemory", 1)
     a.compute("y")
-    await until(lambda: a.failures("redis_error") == 1)
+    await until_async(lambda: a.failures("redis_error") == 1)
     assert a.shared.status()["state"] == "on"
     assert await b.find("x") is not None
     await client.config_set("maxmemory", 0)

@@ -13,7 +13,7 @@ from hyperspace_vllm.core.records.ids import PeerId, network_id
 from hyperspace_vllm.core.records.limits import REDIS_REPLY_BYTES_MAX, REDIS_REPLY_ITEMS_MAX, MiB
 from hyperspace_vllm.daemon.redis.redis_link import AWAY, BoundedParser, RedisLink
 from hyperspace_vllm.daemon.redis.redis_registry import RedisRegistry
-from tests.support.nodes import until
+from tests.support.until import until_async
 
 
 async def parse(data: bytes) -> object:
@@ -163,9 +163,9 @@ async def test_replies_of_another_type_are_misses_and_what_was_to_be_written_is_
         url = f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
         registry = RedisRegistry(url, network_id("test"), PeerId("peer"), lambda: 1)
         registry.note_stored(id, 1_000)
-        await until(lambda: bool(odd.asked))
+        await until_async(lambda: bool(odd.asked))
         for _ in range(5):
             assert await registry.providers(id) == ()
         odd.reply = None
-        await until(lambda: b"ZADD" in odd.asked and not registry._queue)
+        await until_async(lambda: b"ZADD" in odd.asked and not registry._queue)
         await registry.close()

@@ -12,9 +12,10 @@ from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests
 from tests.support.daemons import redis_server
-from tests.support.daemons.redis_fleet import NETWORK, MakeNode, redis_key, until
+from tests.support.daemons.redis_fleet import NETWORK, MakeNode, redis_key
 from tests.support.daemons.redis_server import RedisServer
 from tests.support.network_nodes import request_key
+from tests.support.until import until_async
 
 pytestmark = [pytest.mark.io, redis_server.NEEDED, pytest.mark.usefixtures("patience")]
 
@@ -45,10 +46,10 @@ async def test_a_read_under_way_brings_back_nothing_that_is_purged(node: MakeNod
     b.store.purge([request_key("x")])
     b.shared.purge([request_key("x")])
     after = b.begin("x")
-    await until(lambda: {lookup, after} <= b.answers.keys())
+    await until_async(lambda: {lookup, after} <= b.answers.keys())
     assert b.answers[after] == (None, "not_found")
     assert was_answered or b.answers[lookup] == (None, "not_found")
-    await until(lambda: b.shared.status()["queued"] == 0)
+    await until_async(lambda: b.shared.status()["queued"] == 0)
     assert await b.find("x") is None
     assert b.stored("x") is None
     assert b.stored("y") is not None
@@ -65,7 +66,7 @@ async def test_what_is_purged_while_redis_is_frozen_is_not_brought_back(node: Ma
     b.shared.purge([request_key("x")])
     assert b.answers[lookup] == (None, "not_found")
     server.signal(signal.SIGCONT)
-    await until(lambda: b.shared.status()["queued"] == 0)
+    await until_async(lambda: b.shared.status()["queued"] == 0)
     assert await b.find("x") is None
     assert b.stored("x") is None
 
@@ -80,15 +81,15 @@ async def test_what_is_computed_after_a_purge_takes_the_place_of_what_was_purged
     server.signal(signal.SIGSTOP)
     if busy:  # the deletion has to wait
         a.compute("y")
-        await until(lambda: a.shared.status()["queued"] == 1)
+        await until_async(lambda: a.shared.status()["queued"] == 1)
     a.store.purge([request_key("x")])
     a.shared.purge([request_key("x")])
     a.compute("x")
     assert a.stored("x") is not None
     await asyncio.sleep(0)  # it has been told
     server.signal(signal.SIGCONT)
-    await until(lambda: a.shared.status()["queued"] == 0)
-    await until(lambda: a.written == 2 + busy)
+    await until_async(lambda: a.shared.status()["queued"] == 0)
+    await until_async(lambda: a.written == 2 + busy)
     assert await client.get(redis_key("x")) not in (None, purged)
 
 

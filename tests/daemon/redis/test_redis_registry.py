@@ -18,6 +18,7 @@ from tests.support import network_nodes
 from tests.support.daemons import redis_server
 from tests.support.daemons.redis_server import RedisServer
 from tests.support.network_nodes import NetworkedNode, body_of, private_network
+from tests.support.until import until, until_async
 
 pytestmark = [
     pytest.mark.io,
@@ -25,7 +26,6 @@ pytestmark = [
 ]
 
 NETWORK = network_id("test")
-WAIT_S = 60.0
 
 
 def new_peer() -> PeerId:
@@ -59,12 +59,6 @@ async def registry(server: RedisServer) -> AsyncIterator[MakeRegistry]:
         await each.close()
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not await condition():  # noqa: ASYNC110  (what changes is another process)
-            await asyncio.sleep(0.02)
-
-
 def found(registry: redis_registry.RedisRegistry, id: bytes) -> Callable[[], Awaitable[bool]]:
     async def condition() -> bool:
         return await registry.providers(id) != ()
@@ -76,8 +70,8 @@ async def test_what_one_node_can_serve_the_others_find_until_it_is_gone(registry
     a, b, id, other = registry(), registry(), secrets.token_bytes(32), secrets.token_bytes(32)
     a.note_stored(id, now_ms() + 60_000)
     a.note_stored(other, now_ms() + 60_000)
-    await until(found(b, id))
-    await until(found(b, other))
+    await until_async(found(b, id))
+    await until_async(found(b, other))
     assert await a.providers(id) == ()  # not itself
     assert await b.providers(secrets.token_bytes(32)) == ()
     a.note_gone([id])
@@ -85,7 +79,7 @@ async def test_what_one_node_can_serve_the_others_find_until_it_is_gone(registry
     async def is_gone() -> bool:
         return await b.providers(id) == ()
 
-    await until(is_gone)
+    await until_async(is_gone)
     assert await b.providers(other) != ()
 
 
@@ -98,15 +92,15 @@ async def test_entries_expire_and_the_longest_lasting_come_first(registry: MakeR
     async def all_there() -> bool:
         return len(await reader.providers(id)) == PROVIDERS_MAX
 
-    await until(all_there)
+    await until_async(all_there)
     short = secrets.token_bytes(32)
     writers[0].note_stored(short, now_ms() + 400)
-    await until(found(reader, short))
+    await until_async(found(reader, short))
 
     async def expired() -> bool:
         return await reader.providers(short) == ()
 
-    await until(expired)
+    await until_async(expired)
     assert len(await reader.providers(id)) == PROVIDERS_MAX
 
 
@@ -133,7 +127,7 @@ async def test_a_set_is_bounded_and_redis_forgets_it_by_itself(registry: MakeReg
     async def bounded() -> bool:
         return int(await client.zcard(key)) == redis_registry.PEERS_MAX
 
-    await until(bounded)
+    await until_async(bounded)
     assert 0 < await client.pttl(key) <= REGISTRY_TTL_MS
     await client.aclose()
 
@@ -145,7 +139,7 @@ async def test_a_killed_redis_is_a_quick_miss_and_its_return_without_data_brings
     before, meanwhile = [secrets.token_bytes(32) for _ in range(600)], secrets.token_bytes(32)
     for id in before:
         a.note_stored(id, now_ms() + 60_000)
-    await until(found(b, before[-1]))
+    await until_async(found(b, before[-1]))
     server.kill()
     for id in before[:200]:
         assert await b.providers(id) == ()
@@ -153,9 +147,9 @@ async def test_a_killed_redis_is_a_quick_miss_and_its_return_without_data_brings
     a.note_stored(meanwhile, now_ms() + 60_000)
     a.note_gone([before[0]])
     server.start()
-    await until(found(b, meanwhile))
-    await until(found(b, before[1]))
-    await until(found(b, before[-1]))
+    await until_async(found(b, meanwhile))
+    await until_async(found(b, before[1]))
+    await until_async(found(b, before[-1]))
     assert await b.providers(before[0]) == ()
 
 
@@ -165,10 +159,10 @@ async def test_a_redis_that_lost_its_data_unnoticed_is_filled_again(
     monkeypatch.setattr(redis_registry, "CHECK_S", 0.2)
     a, b, id, client = registry(), registry(), secrets.token_bytes(32), server.client()
     a.note_stored(id, now_ms() + 60_000)
-    await until(found(b, id))
+    await until_async(found(b, id))
     await client.flushall()
     await client.aclose()
-    await until(found(b, id))
+    await until_async(found(b, id))
 
 
 async def test_a_frozen_redis_costs_its_deadline_once_and_mixes_no_answers(
@@ -178,8 +172,8 @@ async def test_a_frozen_redis_costs_its_deadline_once_and_mixes_no_answers(
     first, second = secrets.token_bytes(32), secrets.token_bytes(32)
     a.note_stored(first, now_ms() + 60_000)
     b.note_stored(second, now_ms() + 60_000)
-    await until(found(c, first))
-    await until(found(c, second))
+    await until_async(found(c, first))
+    await until_async(found(c, second))
     expected = (await c.providers(first), await c.providers(second))
     server.signal(signal.SIGSTOP)
     with monkeypatch.context() as impatient:
@@ -188,7 +182,7 @@ async def test_a_frozen_redis_costs_its_deadline_once_and_mixes_no_answers(
         assert await asyncio.gather(*(c.providers(first) for _ in range(50))) == [()] * 50
         assert time.monotonic() - started < 5
     server.signal(signal.SIGCONT)
-    await until(found(c, second))
+    await until_async(found(c, second))
     for _ in range(20):
         assert (await c.providers(first), await c.providers(second)) == expected
 
@@ -206,8 +200,8 @@ async def test_without_redis_the_queue_stays_bounded(
     assert len(a._queue) <= 300
     assert len(a._own) == 100
     server.start()
-    await until(found(b, every[-1]))
-    await until(found(b, every[-100]))
+    await until_async(found(b, every[-1]))
+    await until_async(found(b, every[-100]))
     assert await b.providers(every[0]) == ()
 
 
@@ -217,23 +211,23 @@ def test_whole_nodes_find_each_others_responses_through_redis_and_do_without_it(
     nodes = private_network(tmp_path, 2, registry=server.url)
     try:
         first, second = nodes
-        network_nodes.until(lambda: second.card().get("p2p") and first.status()["p2p"]["known_peers"] == 1, 60)
+        until(lambda: second.card().get("p2p") and first.status()["p2p"]["known_peers"] == 1)
         names = [f"early {number}" for number in range(20)]
         for name in names:
             first.store(name)
-        network_nodes.until(lambda: first.find("nothing").answer is not None, 60)
+        until(lambda: first.find("nothing").answer is not None)
         directory = tmp_path / "late"
         directory.mkdir(mode=0o700)
         key = Path(first.config.network_key_file)
         nodes.append(NetworkedNode(network_nodes.config_of(directory, key, nodes, registry=server.url)))
         late = nodes[-1]  # it has heard no gossip of it
-        network_nodes.until(lambda: late.card().get("p2p") and late.status()["p2p"]["known_peers"] == 2, 60)
+        until(lambda: late.card().get("p2p") and late.status()["p2p"]["known_peers"] == 2)
         found = ((late.find(name), body_of(name)) for name in names)  # Redis has 100 ms for a hint
         assert any(lookup.hinted and lookup.body == body for lookup, body in found)
 
         server.kill()
         second.store("without Redis")
-        network_nodes.until(lambda: first.find("without Redis").body == body_of("without Redis"), 60)
+        until(lambda: first.find("without Redis").body == body_of("without Redis"))
         assert isinstance(late.find("nobody has this").answer, ResponseNotFound)
     finally:
         for node in nodes:

@@ -24,11 +24,11 @@ from hyperspace_vllm.core.response.cache_proof import make_proof
 from hyperspace_vllm.core.response.sealed_hit import make_hit
 from hyperspace_vllm.daemon.clock import wall_ms
 from hyperspace_vllm.daemon.redis import redis_responses
-from tests.support import network_nodes
 from tests.support.daemons import redis_server
-from tests.support.daemons.redis_fleet import NETWORK, FleetNode, MakeNode, redis_key, until
+from tests.support.daemons.redis_fleet import NETWORK, FleetNode, MakeNode, redis_key
 from tests.support.daemons.redis_server import RedisServer
 from tests.support.network_nodes import MODEL, NetworkedNode, body_of, config_of, private_network, request_key
+from tests.support.until import until, until_async
 
 pytestmark = [pytest.mark.io, redis_server.NEEDED, pytest.mark.usefixtures("patience")]
 
@@ -185,7 +185,7 @@ async def test_a_node_that_starts_again_writes_only_what_redis_lacks(node: MakeN
     kept = await client.get(redis_key("kept"))
     again = await node("a")
     await again.share("new")
-    await until(lambda: again.written == 2)
+    await until_async(lambda: again.written == 2)
     assert await client.exists(redis_key("lost")) == 1
     assert await client.get(redis_key("kept")) == kept
 
@@ -261,18 +261,18 @@ def test_whole_nodes_share_through_redis_and_ask_peers_for_the_rest(tmp_path: Pa
         for each in (alone, mute):
             each.store("x")
             each.store(f"of {each.config.data_dir.name}")
-        network_nodes.until(lambda: alone.status()["shared_responses"]["written"] == 2, 60)
+        until(lambda: alone.status()["shared_responses"]["written"] == 2)
         assert mute.status()["shared_responses"] is None
-        network_nodes.until(lambda: joined.find("x").body == body_of("x"), 60)  # Redis has 100 ms each time
+        until(lambda: joined.find("x").body == body_of("x"))  # Redis has 100 ms each time
         assert joined.find("of mute").body is None
         # What Redis doesn't have comes from peers.
-        network_nodes.until(lambda: joined.card().get("p2p") and joined.status()["p2p"]["known_peers"] >= 1, 60)
+        until(lambda: joined.card().get("p2p") and joined.status()["p2p"]["known_peers"] >= 1)
         peer.store("at the peer")
-        network_nodes.until(lambda: joined.find("at the peer").body == body_of("at the peer"), 60)
+        until(lambda: joined.find("at the peer").body == body_of("at the peer"))
 
         assert re.search(r"responses in Redis: hits\W+[1-9]", hyperspace(joined, "status"))
         hyperspace(alone, "cache", "purge", "--all")
-        network_nodes.until(lambda: joined.find("of alone").body is None, 60)
+        until(lambda: joined.find("of alone").body is None)
         server.kill()
         assert isinstance(alone.find("x, again").answer, ResponseNotFound)
     finally:

@@ -35,8 +35,9 @@ from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.daemon.responses.store_changes import ServableEntry
 from hyperspace_vllm.response_db import ResponseReader, database_path
 from tests.support.moments import dated
-from tests.support.network_nodes import NetworkedNode, body_of, private_network, request_key, until
+from tests.support.network_nodes import NetworkedNode, body_of, private_network, request_key
 from tests.support.network_world import NETWORK, NOW_MS, Identity, make_node, only
+from tests.support.until import until
 
 ME, LIAR, HONEST = range(3)
 MODEL = sha256(b"a model")
@@ -249,7 +250,7 @@ def found(node: NetworkedNode, name: str) -> ResponseFound:
         answers.append(node.find(name).answer)
         return isinstance(answers[-1], ResponseFound)
 
-    until(is_there, 60)
+    until(is_there)
     assert isinstance(answers[-1], ResponseFound)
     return answers[-1]
 
@@ -259,19 +260,19 @@ def test_a_finding_deletes_the_answer_and_has_its_signer_audited_here_and_nowher
     network: list[NetworkedNode],
 ) -> None:
     signer, auditor, third = network
-    until(lambda: all(node.card().get("p2p") for node in network), 60)
-    until(lambda: all(node.status()["p2p"].get("known_peers") == 2 for node in network), 60)
+    until(lambda: all(node.card().get("p2p") for node in network))
+    until(lambda: all(node.status()["p2p"].get("known_peers") == 2 for node in network))
     for name in ("one", "two", "three"):
         signer.store(name)
     false = found(auditor, "one")
     assert not false.suspect
     reader = ResponseReader(database_path(auditor.config.data_dir))
-    until(lambda: reader.get(request_key("one"), false.computed_at_ms), 60)
+    until(lambda: reader.get(request_key("one"), false.computed_at_ms))
 
     assert auditor.client.send(ResponseAudited(request_key("one"), false.proof, 40, 2, b"a client"))
 
-    until(lambda: auditor.status()["p2p"]["suspected_peers"] == 1, 60)
-    until(lambda: reader.get(request_key("one"), false.computed_at_ms) is None, 60)
+    until(lambda: auditor.status()["p2p"]["suspected_peers"] == 1)
+    until(lambda: reader.get(request_key("one"), false.computed_at_ms) is None)
     audited = found(auditor, "two")
     assert audited.suspect
     assert audited.body == body_of("two")
@@ -290,7 +291,7 @@ def to_try(node: NetworkedNode, name: str) -> ResponseToTry:
         assert isinstance(node.find(name).answer, ResponseNotFound | None)
         return bool(node.tried)
 
-    until(is_there, 60)
+    until(is_there)
     return node.tried[0]
 
 
@@ -300,7 +301,7 @@ def open_node(directory: Path, *bootstrap: str) -> NetworkedNode:
     node = NetworkedNode(
         Config(data_dir=directory, kv_cache=False, arena_bytes=MiB, trust="reputation", bootstrap=bootstrap)
     )
-    until(lambda: node.card().get("p2p"), 60)
+    until(lambda: node.card().get("p2p"))
     return node
 
 
@@ -310,7 +311,7 @@ def test_a_strangers_answers_are_tried_and_neither_served_nor_stored_until_enoug
     card = node.card()
     stranger = open_node(tmp_path / "stranger", f"{card['peer_id']}@{card['p2p']}")
     try:
-        until(lambda: node.status()["p2p"].get("known_peers") == 1, 60)
+        until(lambda: node.status()["p2p"].get("known_peers") == 1)
         stranger.store("one")
         stranger.store("two")
         tried = to_try(node, "one")
@@ -319,7 +320,7 @@ def test_a_strangers_answers_are_tried_and_neither_served_nor_stored_until_enoug
             assert node.client.send(ResponseAudited(request_key("one"), tried.proof, 40, 0, b"client %d" % number))
         served = found(node, "two")
         assert served.body == body_of("two")
-        until(lambda: reader.get(request_key("two"), served.computed_at_ms), 60)
+        until(lambda: reader.get(request_key("two"), served.computed_at_ms))
         assert reader.get(request_key("one"), served.computed_at_ms) is None
     finally:
         stranger.stop()

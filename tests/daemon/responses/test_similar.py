@@ -2,7 +2,7 @@
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from unittest.mock import ANY
@@ -30,14 +30,10 @@ from hyperspace_vllm.daemon.responses.embedding import Embedder, EmbedderMissing
 from hyperspace_vllm.daemon.responses.question_index import QuestionIndex, quantized
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.daemon.responses.similar import SimilarQuestions
-from tests.support.network_nodes import until
+from tests.support.until import until
 
 DIMENSIONS = 384
 ENDED, HAMMER = "It ended in 1945, on the second of September.", "Use a hammer, two nails and a piece of wood."
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    until(true, timeout_s=30)
 
 
 def key(number: int) -> RequestKey:
@@ -144,13 +140,13 @@ class Place:
         self.store = ResponseStore(self.path, 1 << 30, RESPONSE_TTL_MS, Signer(), network_id("test"))
         self.store.start()
         self.similar = SimilarQuestions(self.path, load_embedder, ACRONYMS, self.store)
-        eventually(lambda: self.similar.stats()["state"] == "on")
+        until(lambda: self.similar.stats()["state"] == "on")
 
     def remember(self, text: str, number: int, partition: bytes = bytes(32)) -> None:
         question = asked(text, partition)
         stored = self.store.stats()["stored"]
         self.similar.remember(StoreResponse(key(number), "network", bytes(32), "v", RESPONSE_TTL_MS, b"{}", question))
-        eventually(lambda: self.store.stats()["stored"] > stored)
+        until(lambda: self.store.stats()["stored"] > stored)
 
     def find(
         self,
@@ -164,7 +160,7 @@ class Place:
         self.similar.find(
             FindSimilar(7, asked(text, partition, tenant), mode, bytes(32), max_error, 60_000), answers.append
         )
-        eventually(lambda: bool(answers))
+        until(lambda: bool(answers))
         (answer,) = answers
         assert answer.lookup == 7
         return answer
@@ -182,7 +178,7 @@ class Place:
         question = asked(f"Why is the number {self.questions} odd?", tenant=tenant)
         checked = self.similar.stats()["checked"]
         self.similar.check(SimilarChecked(key(number), question, similarity, mode, stored, computed))
-        eventually(lambda: self.similar.stats()["checked"] != checked)
+        until(lambda: self.similar.stats()["checked"] != checked)
 
     def close(self) -> None:
         self.similar.close()
@@ -241,7 +237,7 @@ def test_an_entry_that_has_gone_is_no_answer_any_more(place: Place) -> None:
     place.remember("How do I cook rice?", 1)
     assert isinstance(place.find("How can I cook rice?"), SimilarFound)
     place.store.purge([key(1)])
-    eventually(lambda: place.store.stats()["purged"] == 1)
+    until(lambda: place.store.stats()["purged"] == 1)
     assert place.find("How can I cook rice?") == SimilarNotFound(7, "far")
     assert place.similar.stats()["questions"] == 0
 
@@ -253,7 +249,7 @@ def test_a_response_from_elsewhere_answers_other_wordings_once_its_question_is_k
     proof = make_proof(Signer.signing_key, network_id("test"), key(1), body, bytes(32), "v", now_ms)
     place.store.store_fetched(key(1), body, proof.encode(), now_ms, now_ms + 60_000, "network")
     place.similar.remember_question(RememberQuestion(key(1), question))
-    eventually(lambda: place.similar.stats()["questions"] == 1)
+    until(lambda: place.similar.stats()["questions"] == 1)
     for _ in range(2):
         found = place.find("How can I cook rice?")
         assert isinstance(found, SimilarFound)
@@ -265,7 +261,7 @@ def test_a_response_from_elsewhere_answers_other_wordings_once_its_question_is_k
     assert place.store.flush(60)
     assert place.store.stats()["bytes"] == size > len(body) + 2 * DIMENSIONS
     place.store.purge([key(1)])
-    eventually(lambda: place.store.stats()["purged"] == 1)
+    until(lambda: place.store.stats()["purged"] == 1)
     assert place.store.stats()["bytes"] == 0
 
 
@@ -411,10 +407,10 @@ def test_without_its_packages_responses_are_stored_all_the_same(tmp_path: Path) 
     question = asked("What is ML?")
     for number in range(2):
         similar.remember(StoreResponse(key(number), "network", bytes(32), "v", RESPONSE_TTL_MS, b"{}", question))
-    eventually(lambda: store.stats()["stored"] == 2)
+    until(lambda: store.stats()["stored"] == 2)
     similar.remember_question(RememberQuestion(key(0), question))
     answers: list[SimilarFound | SimilarNotFound] = []
-    eventually(lambda: similar.stats()["state"] == "off")
+    until(lambda: similar.stats()["state"] == "off")
     similar.find(FindSimilar(1, question, "strict", bytes(32), 1.0, 1000), answers.append)
     assert answers == [SimilarNotFound(1, "off")]
     similar.close()

@@ -11,6 +11,7 @@ from hyperspace_vllm.core.response.cache_proof import request_hash
 from hyperspace_vllm.daemon.responses.store_changes import ServableEntry
 from hyperspace_vllm.response_db import ResponseReader, Shareable, StoredResponse
 from tests.support.daemons.response_stores import NETWORK, NOISE, Clock, Heard, Open, fetched, key, response
+from tests.support.until import until
 
 
 def test_what_a_peer_computed_is_served_on_with_its_own_proof_and_time(
@@ -142,9 +143,7 @@ def test_a_node_that_starts_again_tells_of_all_it_has_bit_by_bit(open_store: Ope
     store = open_store(listener=heard)
     store.store(response(700))
     expected = [number for number in range(600) if number % 3] + [600, 700]
-    while heard.numbers() != expected and time.monotonic() < began_s + 60:
-        time.sleep(0.02)
-    assert heard.numbers() == expected
+    until(lambda: heard.numbers() == expected)
     assert time.monotonic() - began_s >= 0.25
     assert max(len(stored) for stored, _ in heard.calls) <= 256
     assert [entry.computed for entry in heard.servable.values()].count(False) == 1

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hyperspace_vllm.core.records.errors import Refused
 from hyperspace_vllm.core.records.manifest import digest_blob
 from hyperspace_vllm.daemon.workers import compute_pool, worker_process
 from hyperspace_vllm.daemon.workers.compute_pool import ComputePool
+from tests.support.until import until_async
 
 pytestmark = pytest.mark.io
 BLOB = digest_blob(secrets.token_bytes(2 * 64 * 32), 2)
@@ -28,13 +30,13 @@ async def pool() -> AsyncIterator[ComputePool]:
     await pool.close()
 
 
-async def commit(pool: ComputePool, deadline_s: float = 60.0) -> tuple[bytes, bytes]:
-    async with asyncio.timeout(deadline_s):
-        while True:
-            try:
-                return await pool.commit(BLOB)
-            except Refused:
-                await asyncio.sleep(0.05)
+async def commit(pool: ComputePool) -> tuple[bytes, bytes]:
+    async def committed() -> tuple[bytes, bytes] | None:
+        with suppress(Refused):
+            return await pool.commit(BLOB)
+        return None
+
+    return await until_async(committed)
 
 
 async def test_a_proof_verifies_and_only_for_its_blob(pool: ComputePool) -> None:

@@ -23,7 +23,8 @@ from tests.support.daemons.node_pair import (
     is_whole,
     refused,
 )
-from tests.support.nodes import TestNode, keys, peer_of, until
+from tests.support.nodes import TestNode, keys, peer_of
+from tests.support.until import until_async
 
 pytestmark = [pytest.mark.io, pytest.mark.asyncio(loop_scope="module")]
 
@@ -63,7 +64,7 @@ async def test_after_a_restart_b_is_served_from_its_own_disk_and_serves_others(p
     assert is_whole(b, answer)
     # C trusts A, which made the rows, and gets them from B: A's manifest vouches for them.
     c = pair.node("c", (b.address, peer_of(a.identity)))
-    await until(lambda: c.transport.is_connected(b.identity.peer_id))
+    await until_async(lambda: c.transport.is_connected(b.identity.peer_id))
     assert is_whole(c, await c.look_up(KEYS))
 
 
@@ -76,8 +77,8 @@ async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair:
     assert a.failures() == b.failures() == {}
     assert b.trust.standings.service(a.identity.peer_id, clock.now()) > 0.1
     # Both can announce what they have: A its objects, B those that it keeps.
-    await until(lambda: len(rows_told(a)) == ROWS_STORED)
-    await until(lambda: rows_told(b) <= rows_told(a) and len(b.stored) >= 4)
+    await until_async(lambda: len(rows_told(a)) == ROWS_STORED)
+    await until_async(lambda: rows_told(b) <= rows_told(a) and len(b.stored) >= 4)
     assert {event.manifest for event in b.stored} <= {event.manifest for event in a.stored}
     b.driver.set_peers((), ())
     assert b.node.peers == ()
@@ -88,7 +89,7 @@ async def test_what_the_disk_kept_is_reported_again_and_private_rows_never_are(p
     a = pair.node("a", ())
     a.stage(keys("secret", 2), shareable=False)
     await has_document_besides(a, 2 * 2 * 2)
-    await until(lambda: len(rows_told(a)) == ROWS_STORED)
+    await until_async(lambda: len(rows_told(a)) == ROWS_STORED)
     await pair.stop(a)
     assert len(rows_told(a)) == ROWS_STORED
     a = pair.node("a", ())
@@ -104,7 +105,7 @@ def rows_told(node: TestNode) -> set[bytes]:
 
 async def has_document_besides(node: TestNode, rows: int) -> None:
     node.stage(KEYS)
-    await until(lambda: node.store.rows == ROWS_STORED + rows)
+    await until_async(lambda: node.store.rows == ROWS_STORED + rows)
 
 
 async def test_a_stranger_is_neither_served_nor_asked(pair: Pair) -> None:
@@ -128,7 +129,7 @@ async def test_a_manifest_outlives_its_producer_where_the_network_key_vouches_fo
     await has_document(a)
     introduce(a, b)
     assert is_whole(b, await b.look_up(KEYS))
-    await until(lambda: b.store.rows == ROWS_NEEDED)
+    await until_async(lambda: b.store.rows == ROWS_NEEDED)
     await pair.stop(a)
     c = pair.node("c", (), network_key=NETWORK_KEY)
     introduce(b, c)
@@ -137,13 +138,13 @@ async def test_a_manifest_outlives_its_producer_where_the_network_key_vouches_fo
     assert is_whole(c, answer)
     assert answer.source == "network"
     # After a restart, with no peer to vouch for A, its rows still count: the tag is stored with them.
-    await until(lambda: c.store.rows == ROWS_NEEDED)
+    await until_async(lambda: c.store.rows == ROWS_NEEDED)
     await pair.stop(c)
     c = pair.node("c", (), network_key=NETWORK_KEY)
     assert is_whole(c, await c.look_up(KEYS))
     # Under another key the tag is worthless, on the wire and on the disk.
     d = pair.node("d", (b.address,), network_key=sha256(b"another network's key"))
-    await until(lambda: d.transport.is_connected(b.identity.peer_id))
+    await until_async(lambda: d.transport.is_connected(b.identity.peer_id))
     await refused(b, d, "untrusted_producer")
     await pair.stop(c)
     c = pair.node("c", (), network_key=sha256(b"another network's key"))
@@ -158,7 +159,7 @@ async def test_a_peer_that_is_dropped_in_the_middle_costs_no_more_than_a_stall(p
     assert isinstance(a.store, Tampered)
     a.store.stall_after = 40
     looking = asyncio.create_task(b.look_up(KEYS))
-    await until(lambda: isinstance(a.store, Tampered) and a.store.stalled_at)
+    await until_async(lambda: isinstance(a.store, Tampered) and a.store.stalled_at)
     dropped_at = time.monotonic()
     b.driver.set_peers((), ())
     answer = await looking
@@ -167,7 +168,7 @@ async def test_a_peer_that_is_dropped_in_the_middle_costs_no_more_than_a_stall(p
     assert answer.end_segment < len(KEYS)
     assert "stalled" not in {reason for _, reason in b.transport.charges}
     b.release()
-    await until(lambda: len(b.cache) * 64 * KiB <= b.arena.capacity_bytes - b.arena.free_bytes)
+    await until_async(lambda: len(b.cache) * 64 * KiB <= b.arena.capacity_bytes - b.arena.free_bytes)
 
 
 # --- what stays on the node ----------------------------------------------------------------------
@@ -191,9 +192,9 @@ async def test_64_mib_cost_the_core_at_most_200_events(pair: Pair) -> None:
     wanted = keys("long", 16)
     a = pair.node("a", (peer_of(pair.b_identity),), arena_bytes=80 * MiB)
     a.stage(wanted, layout)
-    await until(lambda: a.store.rows == len(wanted))
+    await until_async(lambda: a.store.rows == len(wanted))
     b = pair.node("b", (a.address,), arena_bytes=80 * MiB)
-    await until(lambda: b.transport.is_connected(a.identity.peer_id))
+    await until_async(lambda: b.transport.is_connected(a.identity.peer_id))
     answer = await b.look_up(wanted, layout, deadline_ms=30_000)
     assert answer.end_segment == len(wanted)
     assert b.rows_are_right(answer, wanted)

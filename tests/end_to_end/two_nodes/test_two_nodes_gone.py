@@ -12,9 +12,10 @@ import pytest
 from hyperspace_vllm.core.records.limits import KiB, MiB
 from hyperspace_vllm.daemon.identity import Identity
 from tests.support.daemons.node_pair import FAULT_S, KEYS, ROWS_NEEDED, ROWS_STORED, Pair, Tampered, is_whole
-from tests.support.nodes import keys, peer_of, until
+from tests.support.nodes import keys, peer_of
 from tests.support.paths import ROOT
 from tests.support.peer_process import layout_of
+from tests.support.until import until_async
 
 pytestmark = [pytest.mark.io, pytest.mark.asyncio(loop_scope="module")]
 
@@ -32,7 +33,7 @@ async def test_a_peer_that_freezes_in_the_middle_costs_a_stall(pair: Pair, chunk
     assert after_s < FAULT_S
     assert b.transport.charges[a.identity.peer_id, "stalled"]
     b.release()
-    await until(lambda: len(b.cache) * 64 * KiB <= b.arena.capacity_bytes - b.arena.free_bytes)
+    await until_async(lambda: len(b.cache) * 64 * KiB <= b.arena.capacity_bytes - b.arena.free_bytes)
 
 
 @pytest.mark.parametrize("signal_sent", [signal.SIGSTOP, signal.SIGKILL])
@@ -47,9 +48,9 @@ async def test_a_process_that_stops_in_the_middle_costs_a_stall(pair: Pair, sign
     try:
         address = (await process.stdout.readline()).decode().strip()
         b = pair.node("b", (address,))
-        await until(lambda: b.transport.is_connected(b.transport.peers[0]))
+        await until_async(lambda: b.transport.is_connected(b.transport.peers[0]))
         looking = asyncio.create_task(b.look_up(wanted, layout))
-        await until(lambda: len(b.cache) >= 3)
+        await until_async(lambda: len(b.cache) >= 3)
         process.send_signal(signal_sent)
         stopped_at = time.monotonic()
         answer = await looking
@@ -71,13 +72,13 @@ async def test_a_second_holder_finishes_what_the_first_left(pair: Pair) -> None:
     c_identity = Identity.load(pair._at("c"))
     a = pair.node("a", (peer_of(pair.b_identity), peer_of(c_identity)), store=Tampered)
     a.stage(KEYS)
-    await until(lambda: a.store.rows == ROWS_STORED)
+    await until_async(lambda: a.store.rows == ROWS_STORED)
     c = pair.node("c", (a.address, peer_of(pair.b_identity)))
-    await until(lambda: c.transport.is_connected(a.identity.peer_id))
+    await until_async(lambda: c.transport.is_connected(a.identity.peer_id))
     assert is_whole(c, await c.look_up(KEYS))
-    await until(lambda: c.store.rows == ROWS_NEEDED)
+    await until_async(lambda: c.store.rows == ROWS_NEEDED)
     b = pair.node("b", (a.address, c.address))
-    await until(lambda: all(b.transport.is_connected(peer) for peer in b.transport.peers))
+    await until_async(lambda: all(b.transport.is_connected(peer) for peer in b.transport.peers))
     assert isinstance(a.store, Tampered)
     a.store.stall_after = 10
     answer = await b.look_up(KEYS)
@@ -90,13 +91,13 @@ async def test_a_full_arena_is_a_miss(pair: Pair) -> None:
     answer = await b.look_up(KEYS)
     assert (answer.end_segment, answer.reason) == (0, "arena_full")
     assert b.failures()["arena_full"]
-    await until(lambda: b.arena.free_bytes + len(b.cache) * 128 * KiB >= b.arena.capacity_bytes)
+    await until_async(lambda: b.arena.free_bytes + len(b.cache) * 128 * KiB >= b.arena.capacity_bytes)
 
 
 async def test_a_full_disk_leaves_the_rows_in_memory(pair: Pair) -> None:
     a = pair.node("a", (), disk_bytes=1000)
     a.stage(KEYS)
-    await until(lambda: a.failures().get("disk_full"))
+    await until_async(lambda: a.failures().get("disk_full"))
     answer = await a.look_up(KEYS)
     assert answer.source == "memory"
     assert is_whole(a, answer)
@@ -105,27 +106,27 @@ async def test_a_full_disk_leaves_the_rows_in_memory(pair: Pair) -> None:
 async def test_a_fetcher_with_a_full_disk_uses_what_it_fetched(pair: Pair) -> None:
     _, b = await pair.start(b_disk_bytes=1000)
     assert is_whole(b, await b.look_up(KEYS))
-    await until(lambda: b.failures().get("disk_full"))
+    await until_async(lambda: b.failures().get("disk_full"))
     assert b.store.rows == 0
 
 
 async def test_damage_on_the_own_disk_is_noticed_and_removed(pair: Pair) -> None:
     a = pair.node("a", ())
     a.stage(KEYS)
-    await until(lambda: a.store.rows == ROWS_STORED)
+    await until_async(lambda: a.store.rows == ROWS_STORED)
     await pair.stop(a)
     for path in (pair.directory / "a" / "chunks").glob("*.obj"):
         path.write_bytes(bytes(path.stat().st_size))
     a = pair.node("a", ())
     assert (await a.look_up(KEYS)).end_segment == 0
     assert a.failures()["damaged"]
-    await until(lambda: a.store.rows < ROWS_STORED)
+    await until_async(lambda: a.store.rows < ROWS_STORED)
 
 
 async def test_a_few_bad_chunks_on_the_own_disk_are_rebuilt(pair: Pair) -> None:
     a = pair.node("a", ())
     a.stage(KEYS)
-    await until(lambda: a.store.rows == ROWS_STORED)
+    await until_async(lambda: a.store.rows == ROWS_STORED)
     await pair.stop(a)
     for path in (pair.directory / "a" / "chunks").glob("*.obj"):
         with path.open("r+b") as file:

@@ -19,7 +19,8 @@ from hyperspace_vllm.core.records.wire import Offer
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv.chunk_store import ChunkStore
 from hyperspace_vllm.daemon.kv.object_codec import ObjectRecord
-from tests.support.nodes import NETWORK, Answer, SharedPool, TestNode, keys, peer_of, until
+from tests.support.nodes import NETWORK, Answer, SharedPool, TestNode, keys, peer_of
+from tests.support.until import until_async
 
 KEYS = keys("document", 3)
 NETWORK_KEY = sha256(b"network key")
@@ -61,9 +62,9 @@ class Pair:
         """A has the document on its disk, B is connected to A."""
         a = self.node("a", (peer_of(self.b_identity),), store=store)
         a.stage(KEYS, shareable=shareable)
-        await until(lambda: a.store.rows == ROWS_STORED)
+        await until_async(lambda: a.store.rows == ROWS_STORED)
         b = self.node("b", (a.address,), arena_bytes=arena_bytes, disk_bytes=b_disk_bytes)
-        await until(lambda: b.transport.is_connected(a.identity.peer_id))
+        await until_async(lambda: b.transport.is_connected(a.identity.peer_id))
         return a, b
 
     def node(self, name: str, peers: tuple[str, ...], **options: object) -> TestNode:
@@ -172,7 +173,7 @@ def introduce(*nodes: TestNode) -> None:
 
 async def has_document(node: TestNode) -> None:
     node.stage(KEYS)
-    await until(lambda: node.store.rows == ROWS_STORED)
+    await until_async(lambda: node.store.rows == ROWS_STORED)
 
 
 def signed_by(manifest: Manifest, key: SigningKey, record: ObjectRecord) -> ObjectRecord:

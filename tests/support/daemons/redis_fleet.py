@@ -1,6 +1,5 @@
 """The part of a node that has to do with Redis, without p2p, for tests with a real redis-server."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from hyperspace_vllm.daemon.responses.response_server import ResponseServer
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.response_db import ResponseReader, database_path
 from tests.support.network_nodes import MODEL, body_of, request_key
+from tests.support.until import until_async
 
 NETWORK = network_id("default")
 WAIT_S = 60.0
@@ -79,7 +79,7 @@ class FleetNode:
         """Compute it, and wait until it lies in Redis."""
         before = self.written
         self.compute(name)
-        await until(lambda: self.written > before)
+        await until_async(lambda: self.written > before)
 
     def begin(self, name: object) -> int:
         self.lookups += 1
@@ -88,7 +88,7 @@ class FleetNode:
 
     async def find(self, name: object) -> FoundResponse | None:
         lookup = self.begin(name)
-        await until(lambda: lookup in self.answers)
+        await until_async(lambda: lookup in self.answers)
         return self.answers[lookup][0]
 
     def stored(self, name: object) -> bytes | None:
@@ -110,16 +110,8 @@ class FleetNode:
         )
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():  # noqa: ASYNC110  (what changes is another process)
-            await asyncio.sleep(0.002)
-
-
 async def until_found(node: FleetNode, name: object) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while await node.find(name) is None:  # noqa: ASYNC110  (what changes is another process)
-            await asyncio.sleep(0.02)
+    await until_async(lambda: node.find(name))
 
 
 MakeNode = Callable[..., Awaitable[FleetNode]]

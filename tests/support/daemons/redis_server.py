@@ -3,13 +3,14 @@
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.support.until import until
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -51,10 +52,7 @@ class RedisServer:
             executable=REDIS,
             stdout=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + WAIT_S
-        while not self._answers():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(self._answers, WAIT_S)
 
     def client(self) -> "Redis":
         """A client with full access to it."""

@@ -1,8 +1,7 @@
 """A LocalServer on its socket over a core that keeps every row in memory, and clients of it."""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +42,7 @@ from hyperspace_vllm.daemon.local.served import Served
 from hyperspace_vllm.daemon.local.staging import Staging
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse, ResponseLookups
+from tests.support.until import until_async
 
 ROW_BYTES = 2 * PAGE_BYTES
 LAYOUT = Layout(bytes(32), 256, (Part(0, ROW_BYTES), Part(512, PAGE_BYTES)), 1)
@@ -183,16 +183,9 @@ async def strict(tmp_path: Path) -> AsyncIterator[SmallNode]:
         yield started
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        await asyncio.sleep(0.002)
-
-
 async def next_message(client: NodeClient, kind: type[M]) -> M:
     found: list[NodeMessage] = []
-    await until(lambda: found.extend(client.receive()) or found)
+    await until_async(lambda: found.extend(client.receive()) or found)
     assert len(found) == 1, found
     assert isinstance(found[0], kind), found
     return found[0]
@@ -204,7 +197,7 @@ async def connected(
 ) -> AsyncIterator[NodeClient]:
     client = NodeClient(node.config, role, "engine")  # type: ignore[arg-type]
     try:
-        await until(lambda: client.connected)
+        await until_async(lambda: client.connected)
         if layout:
             assert client.send(RegisterLayout(layout, engine))
         yield client
@@ -233,7 +226,7 @@ def find(number: int) -> FindResponse:
 async def wanted(node: SmallNode, count: int = 1) -> Finder:
     finder = node.finder
     assert finder is not None
-    await until(lambda: len(finder.wanted) >= count)
+    await until_async(lambda: len(finder.wanted) >= count)
     return finder
 
 

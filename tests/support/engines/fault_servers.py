@@ -19,6 +19,7 @@ from bench.servers import Completion, Server
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, KiB
 from hyperspace_vllm.core.records.manifest import chunk_bytes_for
 from tests.support.slow_link import SlowLink
+from tests.support.until import until
 
 # The core's tests check the stall limit of 250 ms on a simulated clock. Here the clock is that of a machine that may be
 # busy: a fault must cost only a small part of the lookup's 20 s.
@@ -57,13 +58,6 @@ class Answered:
     prefill_at_s: float
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:.0f} s"
-        time.sleep(0.02)
-
-
 def logs(server: Server) -> list[Path]:
     return [path for name in ("vllm.log", "node.log") if (path := server.data_dir / name).exists()]
 
@@ -97,11 +91,11 @@ def requests(server: Server) -> float:
 
 
 def wait_quiet(server: Server) -> None:
-    until(lambda: requests(server) == 0, "the end of every request")
+    until(lambda: requests(server) == 0, what="the end of every request")
 
 
 def wait_connected(server: Server) -> None:
-    until(lambda: any(peer["connected"] for peer in status(server).get("peers", ())), "the link to A's node")
+    until(lambda: any(peer["connected"] for peer in status(server).get("peers", ())), what="the link to A's node")
 
 
 def wait_hit(pair: Servers, timeout_s: float = 60) -> None:
@@ -118,12 +112,12 @@ def wait_hit(pair: Servers, timeout_s: float = 60) -> None:
         pair.b.complete(f"{text} .", max_tokens=1)
         return lookups(pair.b, "hit", "network") > hits
 
-    until(hit, "a hit", timeout_s)
+    until(hit, timeout_s, "a hit")
 
 
 def wait_idle(server: Server) -> None:
     """Wait until the node has coded and kept everything that it was given."""
-    until(lambda: status(server).get("publish", {}).get("waiting_rows", 1) == 0, "the node's writing")
+    until(lambda: status(server).get("publish", {}).get("waiting_rows", 1) == 0, what="the node's writing")
 
 
 def document(size: int) -> str:
@@ -168,7 +162,7 @@ def ask(server: Server, prompt: str) -> Answered:
     before_s, before = server.metric(prefill), server.metric(count)
     sent_at_s = time.monotonic()
     answer = server.complete(prompt, **LOGPROBS)
-    until(lambda: server.metric(count) == before + 1, "the request's metrics")
+    until(lambda: server.metric(count) == before + 1, what="the request's metrics")
     return Answered(answer, sent_at_s + answer.ttft_ms / 1000 - (server.metric(prefill) - before_s))
 
 
@@ -183,7 +177,7 @@ def fetch_through(pair: Servers, fault: Callable[[], object]) -> float:
         middle = pair.link.delivered_bytes + 4 * ROW_BYTES
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(ask, pair.b, prompt)
-            until(lambda: asked.done() or pair.link.delivered_bytes > middle, "the middle of the fetch")  # noqa: B023
+            until(lambda: asked.done() or pair.link.delivered_bytes > middle, what="the middle of the fetch")  # noqa: B023
             if asked.done():
                 pair.link.rate_bytes_s = 0
                 continue
@@ -249,9 +243,9 @@ def reset(server: Server, reset_external: bool) -> None:
         with urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=30) as response:
             return bool(json.loads(response.read())["success"])
 
-    until(done, "the reset")
+    until(done, what="the reset")
 
 
 def wait_granted(server: Server) -> None:
     """Wait until the worker holds its maximum of 5 slabs, three quarters of half the arena: writing left it fewer."""
-    until(lambda: leased_bytes(server) == 5 * ROW_BYTES, "5 slabs for the worker")
+    until(lambda: leased_bytes(server) == 5 * ROW_BYTES, what="5 slabs for the worker")
