@@ -138,7 +138,7 @@ class NetworkDriver:
             "provided": self._provided,
             "suspected_peers": self._trust.standings.suspected(now),
             "doubts_own_engine": self._trust.standings.doubts_itself(now),
-            "gossip_refused": dict(node.gossip_refused),
+            "gossip_refused": dict(node.gossip.refused),
             "last_response_lookup": self._lookups.last,
         }
 
@@ -198,7 +198,7 @@ class NetworkDriver:
 
     def row_hints(self, row_id: RowId) -> tuple[PeerId, ...]:
         """Who says that it serves a KV row."""
-        return self._joined.node.providers(row_id, clock.now()) if self._joined else ()
+        return self._joined.node.providers.of(row_id, clock.now()) if self._joined else ()
 
     def _heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
         if not self._shares:

@@ -37,9 +37,10 @@ from hyperspace_vllm.core.events.response_reading import (
 )
 from hyperspace_vllm.core.events.stored_responses import ResponsesGone, ResponseStored, ResponsesUsed
 from hyperspace_vllm.core.events.vocabulary import NetworkEffect, NetworkEvent
-from hyperspace_vllm.core.node.network_node import LOOKUPS_MAX, SYNC_AGAIN_MS, TELL_AGAIN_MS, NetworkNode
+from hyperspace_vllm.core.node.network_node import NetworkNode
 from hyperspace_vllm.core.node.own_requests import GREET_AGAIN_MS, REQUESTS_MAX
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
+from hyperspace_vllm.core.peers.introductions import TELL_AGAIN_MS
 from hyperspace_vllm.core.peers.neighbours import DIALS_MAX
 from hyperspace_vllm.core.peers.patience import LENT_MAX_MS, LENT_SHARE
 from hyperspace_vllm.core.peers.reputation import score_of
@@ -82,19 +83,13 @@ from hyperspace_vllm.core.records.peer_wire import (
 from hyperspace_vllm.core.records.rank import Acquaintance, Rank
 from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.registry_delta import RegistryDelta, encode_delta
+from hyperspace_vllm.core.registry.registry_sync import SYNC_AGAIN_MS
 from hyperspace_vllm.core.response.lookup import RACE_MS
+from hyperspace_vllm.core.response.open_lookups import LOOKUPS_MAX
+from tests.core.response.test_announcer import HOUR_MS
+from tests.support.machines.registry_node import SECOND_MS
 from tests.support.moments import at, dated
-from tests.support.network_world import (
-    HOUR_MS,
-    NETWORK,
-    NETWORK_KEY,
-    NOW_MS,
-    SECOND_MS,
-    Identity,
-    World,
-    make_node,
-    only,
-)
+from tests.support.network_world import NETWORK, NETWORK_KEY, NOW_MS, Identity, World, make_node, only
 
 
 def response(letter: str) -> bytes:
@@ -768,7 +763,7 @@ def test_an_announcement_of_a_clock_a_little_ahead_counts() -> None:
     node = make_node()
     Script(node).run("> meet 1")
     node.handle(gossip(1, "a", 1, NOW_MS + CLOCK_SKEW_MS), dated(NOW_MS))
-    assert node.providers(response("a"), dated(NOW_MS)) == (Identity(1).peer,)
+    assert node.providers.of(response("a"), dated(NOW_MS)) == (Identity(1).peer,)
 
 
 def test_announcements_that_promise_too_much_are_no_hints() -> None:
@@ -782,10 +777,10 @@ def test_announcements_that_promise_too_much_are_no_hints() -> None:
 def test_in_a_network_without_a_key_only_those_who_greeted_are_heard() -> None:
     node = make_node(network_key=None)
     assert node.handle(gossip(1, "a", 1, NOW_MS), dated(NOW_MS)) == []
-    assert node.gossip_refused == {"stranger": 1}
+    assert node.gossip.refused == {"stranger": 1}
     asked(node, Greet(Identity(1).record(network_key=None)))
     node.handle(gossip(1, "a", 2, NOW_MS), dated(NOW_MS))
-    assert node.providers(response("a"), dated(NOW_MS)) == (Identity(1).peer,)
+    assert node.providers.of(response("a"), dated(NOW_MS)) == (Identity(1).peer,)
 
 
 def test_whose_gossip_is_taken_is_told_when_it_changes() -> None:
@@ -810,7 +805,7 @@ def test_a_neighbour_that_passes_on_rubbish_is_charged_and_disconnected() -> Non
 def test_gossip_that_is_garbage_harms_nobody() -> None:
     node = make_node()
     assert node.handle(GossipReceived(RESPONSE_TOPIC, Identity(1).peer, b"garbage"), dated(NOW_MS)) == []
-    assert node.gossip_refused == {"malformed": 1}
+    assert node.gossip.refused == {"malformed": 1}
 
 
 def test_lookups_and_requests_are_bounded() -> None:
@@ -1107,7 +1102,7 @@ def test_one_connection_that_brings_a_thousand_owners_takes_a_quarter_of_the_reg
 
     def is_provider(number: int) -> bool:
         who = Identity(number)
-        return node.providers(sha256(who.public_key, bytes(1)), dated(NOW_MS)) == (who.peer,)
+        return node.providers.of(sha256(who.public_key, bytes(1)), dated(NOW_MS)) == (who.peer,)
 
     for honest in (1, 2):
         meet(honest)
@@ -1144,8 +1139,8 @@ def test_the_same_events_have_the_same_effects() -> None:
 def test_a_member_that_was_listed_needs_no_network_key() -> None:
     node = make_node(network_key=None, listed=(1,))
     assert node.handle(gossip(1, "a", 1, NOW_MS), dated(NOW_MS)) == []
-    assert node.gossip_refused == {}
-    assert node.providers(response("a"), dated(NOW_MS)) == (Identity(1).peer,)
+    assert node.gossip.refused == {}
+    assert node.providers.of(response("a"), dated(NOW_MS)) == (Identity(1).peer,)
 
 
 def says_who_is_charged(node: NetworkNode, number: int, message: PeerRequest, answer: PeerAnswer) -> list[ChargePeer]:

@@ -207,7 +207,7 @@ def test_evidence_of_a_member_makes_suspect_and_harms_nothing_else() -> None:
 def test_evidence_that_does_not_hold_is_counted_and_makes_nobody_suspect(event: GossipReceived, reason: str) -> None:
     node = listener(ACCUSER)
     assert node.handle(event, dated(NOW_MS)) == []
-    assert node.gossip_refused == {reason: 1}
+    assert node.gossip.refused == {reason: 1}
     assert node._trust.standings.suspected(dated(NOW_MS)) == 0
 
 
@@ -218,12 +218,12 @@ def test_who_is_heard_but_not_trusted_accuses_in_vain() -> None:
     world.boot(ACCUSER, bootstrap=(ME,), network_key=None)
     world.run(5 * SECOND_MS)
     node.handle(batch(lie(), now_ms=world.now_ms), world.now)
-    assert node.gossip_refused.get("untrusted_accuser") == 1
+    assert node.gossip.refused.get("untrusted_accuser") == 1
 
     node = listener(ACCUSER)
     convict(node, ACCUSER)
     node.handle(batch(lie()), dated(NOW_MS))
-    assert node.gossip_refused == {"untrusted_accuser": 1}
+    assert node.gossip.refused == {"untrusted_accuser": 1}
     assert not suspects(node)
 
 
@@ -233,7 +233,7 @@ def test_a_flood_of_evidence_is_cut_off() -> None:
     burst = ENTRIES_BURST // (EVIDENCE_WEIGHT * EVIDENCE_ENTRIES_MAX)
     for sequence in range(burst + 3):
         node.handle(batch(*[lie()] * EVIDENCE_ENTRIES_MAX, sequence=sequence), dated(NOW_MS))
-    assert node.gossip_refused == {"rate": 3}
+    assert node.gossip.refused == {"rate": 3}
 
 
 # --- what our own audits do ---------------------------------------------------------------------
@@ -326,4 +326,4 @@ def test_whom_one_node_convicts_all_others_audit() -> None:
         assert suspects(world.nodes[number], now_ms=world.now_ms)
         assert world.nodes[number]._trust.trusts(Identity(ACCUSED).public_key, world.now)
     assert not world.nodes[ACCUSER]._trust.trusts(Identity(ACCUSED).public_key, world.now)
-    assert world.nodes[ACCUSED].gossip_refused == {"about_us": 1}
+    assert world.nodes[ACCUSED].gossip.refused == {"about_us": 1}
