@@ -16,7 +16,7 @@ from hyperspace_vllm.core.peers.gossip_gate import GossipGate
 from hyperspace_vllm.core.records.ids import PeerId, peer_id
 from hyperspace_vllm.core.records.rank import Tier
 from hyperspace_vllm.daemon.libp2p.libp2p_host import Libp2pHost
-from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode, NodeSettings
+from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode, NodeSettings, dht_key
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
 from tests.support.network_world import OpenGate
 from tests.support.until import until_async
@@ -95,6 +95,17 @@ class Member:
     async def meet(self, *others: "Member") -> None:
         for other in others:
             await self.host.connect(other.peer, other.host.address, 5)
+
+    async def provide(self, key: str, *keepers: "Member") -> None:
+        """Provide a key until the keepers hold the record; the host itself does not wait for what peers do with it."""
+        assert await self.host.provide(key, 5)
+        await until_async(lambda: all(self.peer in keeper.providers_kept(key) for keeper in keepers))
+
+    def providers_kept(self, key: str) -> list[str]:
+        """The providers of a key in this host's own store."""
+        link = self.host._link
+        assert link is not None
+        return [str(info.peer_id) for info in link.node._dht.provider_store.get_providers(dht_key(key))]
 
     async def ask(self, other: "Member", frame: bytes = b"?", timeout_s: float = 5) -> bytes:
         return await self.host.request(other.peer, PROTOCOL, frame, timeout_s)

@@ -53,7 +53,7 @@ async def test_a_search_dials_whom_it_is_led_to_only_where_it_may(members: Membe
     """The seeker knows one peer, which knows the one that keeps the record."""
     provider, keeper, middle, seeker = await members(4, meet=False)
     await provider.meet(keeper)
-    assert await provider.host.provide("/cache/1", 5)
+    await provider.provide("/cache/1", keeper)
     await provider.host.disconnect(keeper.peer)
     await middle.meet(keeper)
     await seeker.meet(middle)
@@ -82,7 +82,7 @@ async def test_the_dht_passes_on_no_address_that_reaches_less_far_than_where_its
     port = Endpoint.parse(middle.host.address).port
     await liar.host.connect(middle.peer, f"{outward}:{port}", 5)
     await seeker.host.connect(middle.peer, f"127.0.0.1:{port}", 5)
-    assert await liar.host.provide("/cache/1", 5)
+    await liar.provide("/cache/1", middle)
     store = middle.host._link.node._host.get_peerstore()  # type: ignore[union-attr]
     await until_async(
         lambda: all(PROTOCOL in _protocols(store, each) for each in (liar, seeker))
