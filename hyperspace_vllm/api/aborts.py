@@ -1,6 +1,6 @@
-"""Whether the engine gave up on an answer that vLLM calls complete all the same: Responses don't say.
+"""Whether the engine aborted an answer that vLLM marks as complete: the Responses API does not report it.
 
-Whoever computes an answer watches; vLLM's code, which runs in the same task, says so where it learns of it.
+The code that computes an answer watches; vLLM's code, which runs in the same task, reports the abort.
 """
 
 from contextvars import ContextVar
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Abort:
-    """Of the answer that is computed in this context."""
+    """Whether the engine aborted the answer that is computed in this context."""
 
     happened: bool = False
 
@@ -18,13 +18,13 @@ _watched: ContextVar[Abort | None] = ContextVar("hyperspace_abort", default=None
 
 
 def watch() -> Abort:
-    """What will tell of the tasks that are started from here."""
+    """Watch the tasks that are started from here."""
     abort = Abort()
     _watched.set(abort)
     return abort
 
 
 def note() -> None:
-    """The engine has given up on the answer that is being made; where nobody watches, nothing happens."""
+    """The engine has aborted the current answer; without a watch nothing happens."""
     if (abort := _watched.get()) is not None:
         abort.happened = True

@@ -1,7 +1,7 @@
-"""Answers of other nodes, scored by this server's engine (core/response/audit.py), after they were served.
+"""Audits: this server's engine scores answers of other nodes after they were served (core/response/audit.py).
 
-One in AUDIT_EVERY, and all of those suspected or on trial; one at a time, for AUDIT_SHARE of the time at most, and what
-comes meanwhile is not scored.
+It scores one in AUDIT_EVERY, and all answers of suspected signers or on trial; one at a time, for at most AUDIT_SHARE
+of the time. Answers that arrive meanwhile are not scored.
 """
 
 import random
@@ -34,13 +34,13 @@ from .checks import OneAtATime, answer_to
 from .large_bodies import Busy
 
 AUDIT_EVERY = 16
-AUDIT_SHARE = 0.05  # of the time: whoever has all of a signer's answers audited costs the engine no more
+AUDIT_SHARE = 0.05  # of the time: accusing a signer, so that all of its answers are audited, costs no more
 CONTINUATIONS_MAX = 3
 _TOKENIZE, _DETOKENIZE, _COMPLETIONS = "/tokenize", "/detokenize", "/v1/completions"
 
 
 class Audits(OneAtATime):
-    """Of one server; they belong to one event loop."""
+    """The audits of one server; they belong to one event loop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Audits(OneAtATime):
         return has_time and (suspect or self._rng.randrange(AUDIT_EVERY) == 0)
 
     async def audit(self, port: CachePort, key: RequestKey, body: bytes, proof: bytes) -> None:
-        """Have the engine score an answer, and the node hear of it."""
+        """Have the engine score an answer, and send the result to the node."""
         began_s = time.monotonic()
         try:
             with suppress(Busy):
@@ -91,20 +91,20 @@ class Audits(OneAtATime):
         port.tell_node(ResponseAudited(key, proof, scored.tokens, far, port.source))
 
     async def _can_split(self, port: CachePort) -> bool:
-        """Whether a text that continues another has the same tokens alone.
+        """Whether a text that continues another has the same tokens when it is tokenised alone.
 
-        Some SentencePiece tokenizers put a space before every text, and would have honest answers begin wrongly.
+        Some SentencePiece tokenizers put a space before every text, so that honest answers would begin wrongly.
         """
         if self._splits_evenly is None:
             whole, *halves = [await _text_tokens(port, text) for text in ("a b", "a", " b")]
             if not whole or not all(halves):
-                return False  # the server doesn't tell, or not now
+                return False  # the server does not answer, or not now
             self._splits_evenly = whole == halves[0] + halves[1]
         return self._splits_evenly
 
 
 async def _confirmed(port: CachePort, prompt: Sequence[int]) -> bool:
-    """Whether the route that answers the client's request makes the same ids of it as were scored."""
+    """Whether the route that answers the client's request has the same prompt ids as were scored."""
     request = await port.read(partial(confirming_request, port.facts.endpoint, port.facts.body))
     raw = await answer_to(port, port.facts.scope, await port.read(partial(msgspec.json.encode, request)))
     return raw is not None and confirms(msgspec.json.decode(raw), prompt)
@@ -113,7 +113,7 @@ async def _confirmed(port: CachePort, prompt: Sequence[int]) -> bool:
 async def _own_words(
     port: CachePort, before: Sequence[int], after: Sequence[int], text: str, far_at: Sequence[int]
 ) -> Comparison:
-    """Whether the engine itself says something else than the answer from any of its far tokens on."""
+    """Whether the engine's own text differs from the answer's after any of its far tokens."""
     said: Comparison = "agrees"
     for at in far_at[:CONTINUATIONS_MAX]:
         beginning = await _text_of(port, after[:at]) if at else ""
@@ -141,7 +141,7 @@ async def _text_tokens(port: CachePort, text: str) -> list[int]:
 
 
 async def _tokens(port: CachePort, request: dict[str, object]) -> list[int]:
-    """The token ids of a prompt; none if the server doesn't tell."""
+    """The token ids of a prompt; none if the server does not return them."""
     body = await port.read(partial(msgspec.json.encode, request))
     raw = await answer_to(port, _at(port, _TOKENIZE), body)
     return [] if raw is None else await port.read_found(len(raw), partial(_tokens_in, raw))

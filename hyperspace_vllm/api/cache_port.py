@@ -1,4 +1,4 @@
-"""What the parts of the response cache see of each other: of the whole cache, and of it on behalf of one request."""
+"""Ports: what checks, audits and embeddings use of the response cache, on behalf of one request."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class CachePort(Protocol):
-    """What checks and audits may ask of the cache, on behalf of one request."""
+    """The part of the cache that checks and audits use, on behalf of one request."""
 
     @property
     def facts(self) -> RequestFacts:
@@ -25,43 +25,43 @@ class CachePort(Protocol):
 
     @property
     def naming(self) -> Naming:
-        """How answers to it are named."""
+        """The naming of its answers."""
 
     @property
     def source(self) -> bytes:
-        """The source that it comes from, as audits count them."""
+        """The request's source, as audits count sources."""
 
     async def engine(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application behind the cache."""
 
     async def read(self, work: Callable[[], T]) -> T:
-        """What `work` makes of the request, off the event loop if that is large; raises `Busy`."""
+        """The result of `work` on the request, off the event loop if that is large; raises `Busy`."""
 
     async def read_found(self, size: int, work: Callable[[], T]) -> T:
-        """The same of something else of `size` bytes."""
+        """The same for other data of `size` bytes."""
 
     async def read_computed(self, size: int, work: Callable[[], T]) -> T:
-        """The same of what the engine has answered: it takes its turn however long the line is."""
+        """The same for the engine's answer: it waits for its turn however long the queue is."""
 
     def for_engine(self, body: dict[str, Any]) -> bytes:
-        """A request of ours in the client's name: signed and salted as the client's own."""
+        """A request of the cache on behalf of the client: signed and salted like the client's own."""
 
     def hand_over(self, key: RequestKey, body: bytes, question: Question | None = None) -> str:
         """Give an answer to the node, and keep it until the database has it; "sent" or "dropped"."""
 
     def forget(self, key: RequestKey) -> None:
-        """Serve an answer no longer that is kept until the database has it."""
+        """Stop serving an answer that is kept until the database has it."""
 
     def tell_node(self, message: ApiMessage) -> bool:
         """Queue a message for the node; False when it was dropped."""
 
 
 class InputsPort(CachePort, Protocol):
-    """What a request for embeddings needs beside that, whose inputs are looked up and computed one by one."""
+    """The part of the cache that embeddings use as well, whose inputs are looked up and computed one by one."""
 
     @property
     def client(self) -> Client:
-        """Who asked."""
+        """The client of the request."""
 
     @property
     def has_node(self) -> bool:
@@ -81,7 +81,7 @@ class InputsPort(CachePort, Protocol):
         """The entry of `key` in the database, or on its way there."""
 
     async def write(self, size: int, work: Callable[[], T]) -> T:
-        """What `work` makes of `size` bytes, on the event loop where there is no time otherwise."""
+        """The result of `work` on `size` bytes; on the event loop if the threads are too busy."""
 
     def touch(self, key: RequestKey) -> None:
         """Note that the entry of `key` was served."""
@@ -90,4 +90,4 @@ class InputsPort(CachePort, Protocol):
         """Count the request, once."""
 
     def count_stored(self, result: str) -> None:
-        """Count what became of an answer that was computed."""
+        """Count the result of storing a computed answer."""

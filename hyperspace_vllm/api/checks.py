@@ -17,11 +17,11 @@ from .cache_port import CachePort
 from .large_bodies import Busy
 from .subrequest import ask
 
-CHECK_S = 120.0  # for the engine to answer; it may be busy with those who wait
+CHECK_S = 120.0  # for the engine to answer; it may be busy with clients' requests
 
 
 class OneAtATime:
-    """Work in the background that nobody waits for; what comes while it is under way is not done."""
+    """Background work that no request waits for; work that arrives while some is under way is dropped."""
 
     def __init__(self) -> None:
         self._task: asyncio.Task[None] | None = None
@@ -32,7 +32,7 @@ class OneAtATime:
         return self._task is None or self._task.done()
 
     def start(self, work: Coroutine[None, None, None]) -> None:
-        """Do `work`, or not at all."""
+        """Do `work`, or drop it."""
         if self.idle:
             self._task = asyncio.create_task(work, name="hyperspace-check")
         else:
@@ -51,9 +51,9 @@ class ToCompare:
 
 
 async def compute_too(port: CachePort, match: ToCompare) -> None:
-    """Have the engine answer a request that a match was served to, store that too, and let the two be compared.
+    """Have the engine answer a request that got a match, store that answer too, and have the two compared.
 
-    Not if the match isn't text.
+    Only if the match is text.
     """
     if await _text(port, match.stored) is None:
         return
@@ -88,7 +88,7 @@ async def report(port: CachePort, match: ToCompare, computed: bytes) -> None:
 
 
 async def answer_to(port: CachePort, scope: Scope, raw: bytes) -> bytes | None:
-    """The server's answer to a request of ours, in the name of the request's client; None if it comes to nothing."""
+    """The server's answer to a request of the cache, on behalf of a client; None if there is none."""
     too_late = asyncio.Event()
     timer = asyncio.get_running_loop().call_later(CHECK_S, too_late.set)
     try:
@@ -103,7 +103,7 @@ async def _text(port: CachePort, answer: bytes) -> str | None:
 
 
 def _said(answer: bytes) -> str | None:
-    """What a chat's first choice says to its reader."""
+    """The text of a chat's first choice."""
     try:
         match msgspec.json.decode(answer):
             case {"choices": [{"message": {"content": str(text)}}]} if text:

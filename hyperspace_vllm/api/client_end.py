@@ -1,4 +1,4 @@
-"""The client of one request: what it sends, and what it is sent."""
+"""The connection to the client of one request."""
 
 from starlette.types import Message, Receive, Send
 
@@ -7,7 +7,7 @@ from .request_body import replayed
 
 
 class Client:
-    """Its connection. `committed`: the application has the request, or the client some of an answer."""
+    """One client. `committed`: the application has the request, or the client has part of an answer."""
 
     def __init__(self, receive: Receive, send: Send, wants_proof: bool) -> None:
         self.receive = receive
@@ -16,14 +16,14 @@ class Client:
         self._wants_proof = wants_proof
 
     async def send(self, message: Message) -> None:
-        """To the client, without a proof that it did not ask for."""
+        """Send to the client, without a proof unless it asked for one."""
         self.committed = True
         if message["type"] == "http.response.start" and not self._wants_proof:
             message = {**message, "headers": without_proof(message.get("headers", ()))}
         await self._send(message)
 
     def again(self, body: bytes) -> Receive:
-        """The request once more, with a body that may be another; then what its client does."""
+        """A `receive` with the request again, with the same or another body, and then with the client's messages."""
         return replayed([{"type": "http.request", "body": body, "more_body": False}], self.receive)
 
     async def until_gone(self) -> None:

@@ -1,9 +1,9 @@
-"""Which requests come from one source, as audits count them (core/peers/findings.py): what one client can't be twice.
+"""The source of a request, as audits count sources (core/peers/findings.py): one client cannot be two sources.
 
-The network that the client's address is in. All of this host is one source, and so is a client that has no IP address:
-one process there may use any address of 127.0.0.0/8. uvicorn puts what `X-Forwarded-For` names in the place of the
-address of the connection, by default for any client on this host, and leaves no trace of the latter. So an address that
-the header names counts only where the operator says which proxies to trust; otherwise it counts as this host.
+A source is the network of the client's address. All addresses of this host are one source, because a process can use
+any address of 127.0.0.0/8, and so are clients without an IP address. uvicorn replaces the connection's address by the
+one in `X-Forwarded-For`, by default for any client on this host, and does not keep the original. So an address from the
+header counts only if the operator has named the proxies to trust; otherwise it counts as this host.
 """
 
 from hashlib import sha256
@@ -14,11 +14,11 @@ from starlette.types import Scope
 from ..core.local.response_cache_messages import SOURCE_BYTES_MAX
 from .http_headers import RawHeaders
 
-_OWNED_BITS = {4: 24, 6: 48}  # what one owner of addresses usually has, at least
+_OWNED_BITS = {4: 24, 6: 48}  # the smallest network that one owner usually has
 
 
 def source_of(scope: Scope, names_proxies: bool) -> bytes:
-    """The source of a request, hashed; `names_proxies`: the operator says whose `X-Forwarded-For` to trust."""
+    """The source of a request, hashed; `names_proxies`: the operator has named the proxies to trust."""
     client = scope.get("client")
     address = _address(str(client[0])) if client else None
     is_forwarded = address is not None and address in _forwarded_for(scope["headers"])

@@ -1,12 +1,12 @@
 """One computation for concurrent identical requests.
 
-A *flight* runs the application once, apart from every client, and keeps what it sends in a log; each client, the first
-one included, reads the log at its own pace. So the first client's disconnect, or its slow reading, is nothing to the
-others, and the application is told of a disconnect when the last reader has left.
+A *flight* runs the application once, independently of every client, and keeps its messages in a log. Each client,
+including the first, reads the log at its own pace. So a disconnect or slow reading of the first client does not affect
+the others, and the application sees a disconnect when the last reader has left.
 
-Bounds: the application runs at most FLIGHT_WINDOW_BYTES ahead of its fastest reader (with one reader that is the flow
-control it has always had). A log that grows beyond FLIGHT_BYTES_MAX takes no more readers and drops what all have
-read; readers that far behind hold up the others, for LAGGARD_S of a flight's time in all, and are then cut off.
+Bounds: the application runs at most FLIGHT_WINDOW_BYTES ahead of its fastest reader (with one reader that is the usual
+flow control). A log that grows beyond FLIGHT_BYTES_MAX takes no more readers and drops what all have read. Readers that
+are that far behind may delay the others for LAGGARD_S of a flight's time in all, and are then cut off.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 LAGGARD_S = 10.0
-ABANDONED_GRACE_S = 5.0  # for an application to end by itself once it has been told of a disconnect
+ABANDONED_GRACE_S = 5.0  # for an application to end by itself after a disconnect
 
 
 class LeaderFailed(Exception):
@@ -45,7 +45,7 @@ class LeaderFailed(Exception):
 
 
 class Laggard(Exception):
-    """This reader held up the others for too long."""
+    """This reader delayed the others for too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ class Flight:
         return len(self._readers)
 
     async def shared(self, size: int, work: Callable[[], T]) -> T:
-        """What `work` makes of the whole answer (`size` bytes), or raises: the first reader's serves all of them."""
+        """The result of `work` on the whole answer (`size` bytes): the first reader's result serves all of them."""
         if self._shared is None:
             self._shared = asyncio.create_task(self.bodies.in_turn(size, work), name="hyperspace-shared-answer")
             self._shared.add_done_callback(_heard)
@@ -311,7 +311,7 @@ class Flight:
 
 
 class FlightTable:
-    """The flights that a request may join, by what it has in common with them. Bounded in number and bytes."""
+    """The flights that a request may join, by their shared key. Bounded in number and bytes."""
 
     def __init__(self, bodies: LargeBodies) -> None:
         self.bytes = 0
@@ -323,7 +323,7 @@ class FlightTable:
         return self._flights.get(key)
 
     def open(self, key: object, collector: Collector | None) -> Flight:
-        """A flight that others may join, or one of its own without a key or when there are too many."""
+        """A flight that other requests may join, or a separate one without a key or if there are too many."""
         if key is None or len(self._flights) >= FLIGHTS_MAX or key in self._flights:
             return Flight(self._bodies, collector)
         flight = self._flights[key] = Flight(self._bodies, collector, self, key)

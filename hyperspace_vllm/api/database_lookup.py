@@ -1,9 +1,9 @@
-"""The database, read where the request is, unless the disk might hang.
+"""Reads of the database: on the event loop, unless the disk might hang.
 
-A read from the page cache takes some 60 µs, less than handing it to a thread. But a disk that hangs must not hold up
-the server's other requests. So a thread with a deadline makes the read whenever none has been quick for a second, and
-after a quick one the event loop reads by itself: at most once does it wait for a disk that stops in that second. A
-large body is unpacked and hashed in the thread in any case.
+A read from the page cache takes about 60 µs, less than passing it to a thread. But a disk that hangs must not delay the
+server's other requests. So a thread with a deadline reads if no read was fast within the last second; after a fast one
+the event loop reads itself, so that it waits at most once for a disk that hangs within that second. A large body is
+always unpacked and hashed in the thread.
 """
 
 import asyncio
@@ -23,14 +23,14 @@ from .options import NodeLink
 T = TypeVar("T")
 
 _WAITING_MAX = 256
-_TOUCHED_MAX = 4 * KiB  # what one message holds
+_TOUCHED_MAX = 4 * KiB  # keys in one message
 _TOUCH_EVERY_S = 1.0
 _QUICK_S = 0.02
 _TRUSTED_S = 1.0
 
 
 class DatabaseLookup:
-    """A reader of the database, with a thread, a bounded line before that, and a deadline; any trouble is a miss."""
+    """A reader of the database, with a thread, a bounded queue and a deadline; every failure is a miss."""
 
     def __init__(self, path: Path, ttl_ms: int, deadline_s: float) -> None:
         self._reader = ResponseReader(path, ttl_ms)
@@ -41,7 +41,7 @@ class DatabaseLookup:
         self._overdue: asyncio.Future[Any] | None = None
 
     async def get(self, key: RequestKey, now_ms: int) -> StoredResponse | None:
-        """The entry of `key`, if it can be had within the deadline."""
+        """The entry of `key`, if it can be read within the deadline."""
         row = await self._read(partial(self._reader.row, key, now_ms))
         if row is None:
             return None
@@ -99,7 +99,7 @@ class Recent:
 
     def newer(self, key: RequestKey, than: StoredResponse | None, now_ms: int) -> StoredResponse | None:
         """The entry of `key`, if it is newer than the database's; else the database's."""
-        # `abs`: a clock that was set back would keep what came before it until it is as late again.
+        # `abs`: after the clock was set back, an earlier entry would otherwise stay until that time comes again.
         while self._entries and abs(now_ms - (oldest := next(iter(self._entries.items())))[1][0]) >= RECENT_MS:
             self.forget(oldest[0])
         _, entry = self._entries.get(key, (0, None))
@@ -108,7 +108,7 @@ class Recent:
         return entry
 
     def forget(self, key: RequestKey) -> None:
-        """Keep it no longer."""
+        """Drop the entry."""
         if (removed := self._entries.pop(key, None)) is not None:
             self._bytes -= len(removed[1].body)
 

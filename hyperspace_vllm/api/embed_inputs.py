@@ -1,6 +1,6 @@
-"""Answers a request for embeddings from what is stored of its inputs, and has the engine compute the rest.
+"""Answers a request for embeddings from the stored inputs, and has the engine compute the others.
 
-Nothing of it is shared with other nodes: an embedding takes less time than asking them.
+Embeddings are not shared with other nodes: computing one takes less time than asking them.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from .subrequest import ask
 
 @dataclass(frozen=True, slots=True)
 class PassedBy:
-    """vLLM has to answer the whole request: why, and the reason."""
+    """vLLM answers the whole request, for this reason."""
 
     why: str
     reason: str
@@ -32,7 +32,7 @@ class PassedBy:
 
 @dataclass(frozen=True, slots=True)
 class NoneStored:
-    """The request asked for what is stored only, and something is not."""
+    """The request asked for stored inputs only, and some are missing."""
 
     why: str
 
@@ -53,7 +53,7 @@ class Inputs:
         self._names = names
 
     async def answer(self) -> PassedBy | NoneStored | Made:
-        """The answer to all of its inputs, or which other way the request goes."""
+        """The answer to all inputs, or the other way that the request takes."""
         port, wishes = self._port, self._port.facts.wishes
         requests = await port.read(partial(_requests, port.facts.body, self._names))
         if isinstance(requests, Uncacheable):
@@ -75,7 +75,7 @@ class Inputs:
         computed = await self._compute(await port.read(partial(self._bodies, missing)))
         if len(computed) < len(missing):
             self._store(computed)
-            # vLLM says by itself what is wrong with the request.
+            # vLLM reports the error in the request.
             return PassedBy("request" if wishes.no_cache else "uri-miss", "failed")
         if missing:
             why = "request" if wishes.no_cache else "partial" if found else "uri-miss"
@@ -95,7 +95,7 @@ class Inputs:
         return {key: self._port.for_engine(request) for key, request in missing.items()}
 
     async def _entries(self, keys: list[RequestKey], now_ms: int) -> dict[RequestKey, StoredResponse | None]:
-        """Those that can be had within one read's deadline."""
+        """The entries that can be read within one read's deadline."""
         entries: dict[RequestKey, StoredResponse | None] = {}
         with suppress(TimeoutError):
             async with asyncio.timeout(self._port.read_deadline_s):
@@ -104,7 +104,7 @@ class Inputs:
         return entries
 
     def _store(self, computed: dict[RequestKey, Embedding]) -> bool:
-        """Hand over what was computed; whether any of it was sent."""
+        """Send the computed embeddings to the node; whether any was sent."""
         port = self._port
         same = port.naming.names() == self._names  # else the weights have changed meanwhile
         results = [port.hand_over(key, each.encode()) if same else "model_changed" for key, each in computed.items()]
@@ -119,7 +119,7 @@ class Inputs:
         return decode(entry.body) if self._port.facts.wishes.allows(max(age_s, 0), max(ttl_s, 0)) else None
 
     async def _compute(self, missing: dict[RequestKey, bytes]) -> dict[RequestKey, Embedding]:
-        """The embeddings of what is missing; those that were there first if one is refused, which ends the others."""
+        """The embeddings of the missing inputs; a refused one ends the others, and the computed ones are kept."""
         if not missing:
             return {}
         gone = asyncio.Event()

@@ -1,10 +1,10 @@
-"""/v1/embeddings an input at a time: what is stored is put together with what has to be computed.
+"""/v1/embeddings one input at a time: stored embeddings are combined with computed ones.
 
-Context: callers embed overlapping batches, and usage is told for a whole answer alone. Choice: every input that is
-missing is a request of its own to the engine, which batches what runs at once; its answer is kept as base64 float32,
-with its own usage, and rendered as each caller wants it. Rejected: one request for all that is missing, whose usage
-cannot be divided. Cost: some front-end work a missing input, hence INPUTS_MAX; larger batches pass by, and those
-whose other fields, repeated for each input, exceed REQUEST_BYTES_MAX.
+Context: clients embed overlapping batches, and usage is reported only for a whole answer. Choice: every missing input
+is a separate request to the engine, which batches concurrent ones; its answer is stored as base64 float32, with its own
+usage, and rendered as each client wants it. Rejected: one request for all missing inputs, whose usage cannot be
+divided. Cost: some front-end work per missing input, hence INPUTS_MAX; larger batches bypass the cache, and so do
+batches whose other fields, repeated for each input, exceed REQUEST_BYTES_MAX.
 """
 
 import base64
@@ -36,13 +36,13 @@ class Embedding:
     usage: dict[str, Any]
 
     def encode(self) -> bytes:
-        """As it is stored: an answer of vLLM's to this one input, in base64, without id."""
+        """The stored form: vLLM's answer to this one input, in base64, without an id."""
         data = [{"index": 0, "object": "embedding", "embedding": self.vector}]
         return msgspec.json.encode(_answer(self.created, self.model, data, self.usage))
 
 
 def inputs_of(body: Mapping[str, Any]) -> list[Input] | Uncacheable:
-    """The inputs of a request, or why it passes by."""
+    """The inputs of a request, or the reason why it bypasses the cache."""
     shape = body.get("encoding_format", "float"), body.get("embed_dtype", "float32"), body.get("endianness", "native")
     if shape[0] not in ("float", "base64") or shape[1] != "float32" or shape[2] not in ("native", sys.byteorder):
         return Uncacheable("encoding")
@@ -86,7 +86,7 @@ def is_finite(embedding: Embedding) -> bool:
 
 
 def merged(embeddings: Sequence[Embedding], encoding_format: object, answer_id: str) -> bytes:
-    """vLLM's answer to all the inputs at once, as old as the newest of them."""
+    """vLLM's answer to all inputs at once, with the date of the newest."""
     data = [
         {
             "index": index,

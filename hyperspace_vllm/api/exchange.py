@@ -1,4 +1,4 @@
-"""One request to the response cache: which way it goes to its answer (middleware.py names them)."""
+"""One request to the response cache: which way it takes to its answer (middleware.py lists them)."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ class Exchange:
         self._context = context
 
     async def answer(self) -> None:
-        """Answer the request, come what may: an error of ours is a bypass."""
+        """Answer the request in any case: an error of Hyperspace is a bypass."""
         context = self._context
         try:
             await self._choose()

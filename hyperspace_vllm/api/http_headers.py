@@ -12,7 +12,7 @@ _SECONDS_MAX = 2**31
 
 @dataclass(frozen=True, slots=True)
 class Directives:
-    """A request's wishes. `private` is ours: answer from and store into this node alone."""
+    """A request's directives. `private` is Hyperspace's own: answer from this node and store in it alone."""
 
     no_cache: bool = False
     no_store: bool = False
@@ -38,7 +38,7 @@ def first_header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | N
 
 
 def parse_cache_control(value: str | None) -> Directives:
-    """What we understand of a Cache-Control header; the rest is ignored, as the RFC asks."""
+    """The supported directives of a Cache-Control header; others are ignored, as the RFC requires."""
     wishes: dict[str, str] = {}
     for item in (value or "").split(","):
         name, _, argument = item.partition("=")
@@ -48,7 +48,7 @@ def parse_cache_control(value: str | None) -> Directives:
         no_store="no-store" in wishes,
         only_if_cached="only-if-cached" in wishes,
         private="private" in wishes,
-        # An age that can't be read is 0: rather compute than serve what was not wanted.
+        # An unreadable age is 0: computing is better than serving an unwanted answer.
         max_age_s=_seconds(wishes["max-age"], 0) if "max-age" in wishes else _SECONDS_MAX,
         min_fresh_s=_seconds(wishes["min-fresh"], _SECONDS_MAX) if "min-fresh" in wishes else 0,
     )
@@ -57,7 +57,7 @@ def parse_cache_control(value: str | None) -> Directives:
 def hit_headers(age_s: int, ttl_s: int, proof: bytes, detail: str) -> RawHeaders:
     """Headers of an answer from the cache; `proof` is the base64 of its CacheProof, empty while there is none.
 
-    The proof is for those who ask for it: whoever sends it takes it out for others (`without_proof`).
+    Only clients that ask for the proof get it: `without_proof` removes it for the others.
     """
     headers = [
         (b"cache-status", f"hyperspace; hit; ttl={ttl_s}; detail={detail}".encode()),
@@ -73,7 +73,7 @@ def without_proof(headers: Iterable[tuple[bytes, bytes]]) -> RawHeaders:
 
 
 def forward_status(reason: str, stored: bool = False, collapsed: bool = False, detail: str = "") -> bytes:
-    """Cache-Status of an answer that was computed: why, and what became of it."""
+    """Cache-Status of a computed answer: why it was computed, and whether it was stored."""
     status = f"hyperspace; fwd={reason}"
     if stored:
         status += "; stored"
@@ -83,7 +83,7 @@ def forward_status(reason: str, stored: bool = False, collapsed: bool = False, d
 
 
 def quoted(text: str) -> str:
-    """A string of a structured header (RFC 9651 §3.3.3); what can't stand in one is left out."""
+    """A string of a structured header (RFC 9651 §3.3.3); characters that it cannot have are left out."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{"".join(char for char in escaped if " " <= char <= "~")}"'
 

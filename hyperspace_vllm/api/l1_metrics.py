@@ -6,8 +6,8 @@ from prometheus_client import Counter, Histogram
 
 
 class L1Metrics:
-    """hyperspace_l1_*: lookups by result and reason, time of a hit inside the middleware, what became of answers, and
-    what asking other nodes and comparing questions came to.
+    """hyperspace_l1_*: lookups by result and reason, time of a hit inside the middleware, stored answers, and the
+    results of lookups in other nodes and of comparing questions.
     """
 
     def __init__(self) -> None:

@@ -2,10 +2,10 @@
 
 Context: JSON, canonical fields, vLLM's own request model and the frames of a replay take time by the size of a body: up
 to half a second for 4 MiB, in which no client of the server would get a token. Choice: two threads, each with a short
-line before it and a deadline: one for the largest, so that those of usual length don't wait behind them; a request that
-has to wait longer passes by the cache. Rejected: a process, which would have to import vLLM. Cost: C code holds the GIL
-while it reads or writes JSON, so the loop still waits for the longest of these steps by itself (as for vLLM's own
-reading of the body), and 5 ms at a time beside Python code.
+queue and a deadline; one is for the largest bodies, so that those of usual length do not wait behind them. A request
+that has to wait longer bypasses the cache. Rejected: a process, which would have to import vLLM. Cost: C code holds the
+GIL while it reads or writes JSON, so the loop still waits for each of these steps (as for vLLM's own reading of the
+body), and for 5 ms at a time beside Python code.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from ..core.records.limits import INLINE_BODY_BYTES, LARGE_BODIES_BYTES_MAX, USU
 
 T = TypeVar("T")
 
-_LOOK_S = 0.02  # how often work that waits for its turn is looked at, besides when it is done
+_LOOK_S = 0.02  # how often the queue is checked, besides when work is done
 
 
 class Busy(Exception):
@@ -40,7 +40,7 @@ class _Line:
         return sum(self._under_way.values())
 
     def submit(self, size: int, to_do: list[Callable[[], T]]) -> asyncio.Future[T]:
-        """What the work in `to_do` returns or raises, if it is still there when its turn comes."""
+        """Return or raise the result of the work in `to_do`, if it is still there when its turn comes."""
         job = self._thread.submit(_do, to_do)
         self._under_way[job] = size
         answer: asyncio.Future[T] = asyncio.wrap_future(job)
@@ -49,10 +49,10 @@ class _Line:
 
 
 class LargeBodies:
-    """The threads of one server and the lines before them.
+    """The threads of one server and their queues.
 
-    `deadline_s` is for each piece of work; for its turns a request (a task) waits half of that in all, so that others'
-    bodies, which come between its steps, hold it up no longer.
+    `deadline_s` is for each piece of work; a request (a task) waits for its turns at most half of that in all, so that
+    other bodies, which come between its steps, do not delay it longer.
     """
 
     def __init__(self, deadline_s: float) -> None:
@@ -66,7 +66,7 @@ class LargeBodies:
         return self._usual.waiting + self._largest.waiting
 
     async def work(self, size: int, work: Callable[[], T]) -> T:
-        """What `work` returns or raises, which grows with `size` (bytes): a small one is done at once.
+        """Return or raise the result of `work`, whose time grows with `size` (bytes): a small one is done at once.
 
         `Busy` if the line is full or too slow. Work that no request waits for any more is not begun.
         """
@@ -94,14 +94,14 @@ class LargeBodies:
         return answer.result()
 
     async def always(self, size: int, work: Callable[[], T]) -> T:
-        """The same of what can't be left out: on the event loop where there is no time."""
+        """The same for work that cannot be dropped: on the event loop if the threads are too busy."""
         try:
             return await self.work(size, work)
         except Busy:
             return work()
 
     async def in_turn(self, size: int, work: Callable[[], T]) -> T:
-        """The same of an answer that the engine has made: it takes its turn however long the line is."""
+        """The same for an answer of the engine: it waits for its turn however long the queue is."""
         return work() if size <= INLINE_BODY_BYTES else await self._line(size).submit(size, [work])
 
     def _line(self, size: int) -> _Line:

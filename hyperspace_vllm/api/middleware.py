@@ -1,17 +1,17 @@
 """The response cache as pure ASGI middleware, innermost in vLLM's stack: inside its authentication.
 
-A request takes one of these ways, each said in `Cache-Status`:
+A request takes one of these ways, which `Cache-Status` reports:
 
-    bypass     it can't be named by its bytes, or may not be stored: vLLM answers, with a signed scope at most
-    hit        the node's database has it: replayed as JSON, or as the frames of a stream
-    similar    the database has the answer to its question in other words (where the server is set to): likewise
-    collapsed  the same is being computed for somebody else: both read one computation's log
+    bypass     its bytes do not determine its answer, or it may not be stored: vLLM answers, with a signed scope at most
+    hit        the node's database has the answer: replayed as JSON, or as the frames of a stream
+    similar    the database has the answer to another wording of its question (if the server enables that): likewise
+    collapsed  the same request is being computed for another client: both read one computation's log
     network    other nodes are asked first, or while vLLM computes (network_race.py): a hit if they answer in time
-    miss       computed, passed on frame by frame, and handed to the node when it has finished cleanly
+    miss       computed, passed on frame by frame, and sent to the node if it finishes cleanly
 
-Everything about a request lives in its `RequestContext`; exchange.py chooses its way, and states/ has the ways. The
-middleware itself keeps the table of computations that may be joined, the database reader, and what is on its way to the
-node (answers, hits), all bounded.
+All state of a request is in its `RequestContext`; exchange.py chooses its way, and states/ has the ways. The middleware
+itself keeps the table of computations that may be joined, the database reader, and the answers and hits that are on
+their way to the node, all bounded.
 """
 
 import json
@@ -46,7 +46,7 @@ Answer = Callable[[], Awaitable[None]]
 
 
 class ResponseCacheMiddleware:
-    """Answers repeated POSTs to `ENDPOINTS`; passes everything else by untouched."""
+    """Answers repeated POSTs to `ENDPOINTS`; passes everything else on unchanged."""
 
     def __init__(self, app: ASGIApp, options: ResponseCacheOptions) -> None:
         self.app = app
@@ -65,7 +65,7 @@ class ResponseCacheMiddleware:
         self._has_tenants = len(set(options.api_keys)) > 1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request (ASGI 3). An error of ours before its way is known leaves it to the application."""
+        """One request (ASGI 3). If Hyperspace fails before the way is chosen, the application answers."""
         endpoint = _endpoint(scope)
         if endpoint is None and not (self._has_tenants and _path(scope) in SALTED):
             return await self.app(scope, receive, send)
@@ -97,7 +97,7 @@ class ResponseCacheMiddleware:
         except Busy:
             if _wishes(scope).only_if_cached and self.lookup is not None:
                 return partial(NotCached(self._context(endpoint, raw, {}, scope, receive, send)).answer, "busy")
-            # What tells tenants apart, or keeps a request here, is put in all the same: as dear as vLLM's own reading.
+            # The salt that separates tenants and the private scope are added anyway, at the cost of vLLM's own read.
             must = self._has_tenants or _stays_here(scope)
             body, lenient = Uncacheable("busy"), _as_vllm_reads(raw) if must else None
         if not isinstance(body, Uncacheable):
@@ -105,7 +105,7 @@ class ResponseCacheMiddleware:
         if lenient is None:
             request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
             return partial(self._untouched, scope, request, send, body.reason)
-        # It has no key, but the connector must hear all the same how far its KV may travel.
+        # It has no key, but the connector still needs the scope of its KV.
         context = self._context(endpoint, raw, lenient, scope, receive, send)
         return partial(Bypass(context).answer, "bypass", body.reason)
 
@@ -115,7 +115,7 @@ class ResponseCacheMiddleware:
         return RequestContext(self, facts_of(self.options, endpoint, raw, body, scope), receive, send)
 
     async def _salted(self, scope: Scope, receive: Receive, hear: Receive, send: Send) -> Answer:
-        """To an endpoint without a cache, whose requests vLLM's own prefix cache keeps apart by their salt."""
+        """A request to an endpoint without a response cache: the salt separates it in vLLM's own prefix cache."""
         raw = await read_body(hear)
         if isinstance(raw, list):
             raw = await read_rest(raw, hear)
@@ -127,7 +127,7 @@ class ResponseCacheMiddleware:
         return partial(self.app, with_content_length(scope, len(raw)), request, send)
 
     async def _not_json(self, scope: Scope, raw: bytes, receive: Receive, send: Send) -> Answer:
-        """By its Content-Type, which vLLM refuses after FastAPI has read the body: of a scope in it nothing is left."""
+        """A request whose Content-Type vLLM refuses, after FastAPI has read the body: remove any scope in it."""
         if _may_hold_scope(raw):
             with suppress(Busy):  # it would not verify
                 raw = await self.bodies.work(len(raw), partial(_with_salt, raw, ""))
@@ -138,7 +138,7 @@ class ResponseCacheMiddleware:
         await self.app(scope, receive, self.passing(send, "bypass", reason))
 
     def passing(self, send: Send, why: str, reason: str) -> Send:
-        """`send` for a request that passes by the cache, which says and counts so unless it is switched off."""
+        """`send` for a request that bypasses the cache; reported and counted unless the cache is off."""
         if self.lookup is None:
             return send
         self.metrics.lookups.labels("bypass", reason).inc()
@@ -147,7 +147,7 @@ class ResponseCacheMiddleware:
 
 @contained(lambda app, options: app)
 def response_cache(app: ASGIApp, options: ResponseCacheOptions) -> ASGIApp:
-    """The middleware around `app`, or `app` alone if it can't be made."""
+    """The middleware around `app`, or `app` alone if the middleware cannot be built."""
     return ResponseCacheMiddleware(app, options)
 
 
@@ -162,7 +162,7 @@ def _path(scope: Scope) -> str:
 
 
 def _is_json(scope: Scope) -> bool:
-    """By its Content-Type, as vLLM reads it: it refuses any other on every endpoint that it serves."""
+    """Whether the Content-Type is JSON, as vLLM reads it: it refuses any other on all of its endpoints."""
     content_type = first_header(scope["headers"], b"content-type") or ""
     return content_type.lower().split(";")[0] == "application/json"
 
@@ -182,7 +182,7 @@ def _wishes(scope: Scope) -> Directives:
 
 
 def _parsed(raw: bytes, too_large: bool) -> tuple[dict[str, Any] | Uncacheable, dict[str, Any] | None]:
-    """A request's body; of one that we can't name also what vLLM reads in it."""
+    """A request's body; for one without a key also what vLLM reads in it."""
     body = Uncacheable("too_large") if too_large else parse_request(raw)
     return body, _as_vllm_reads(raw) if isinstance(body, Uncacheable) else None
 
@@ -195,7 +195,7 @@ def _with_salt(raw: bytes, api_key: str | None) -> bytes:
 
 
 def _as_vllm_reads(raw: bytes) -> dict[str, Any] | None:
-    """A body that we can't name, the last of two equal keys winning."""
+    """A body without a key, in which the last of two equal JSON keys counts."""
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):

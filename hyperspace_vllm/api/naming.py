@@ -1,4 +1,4 @@
-"""How the answers to a request are named: its key, and the question that others may ask in other words."""
+"""The names of a request's answers: its key, and its question, which other requests may ask in other words."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +12,19 @@ from .http_headers import LOAD_REPORT, first_header
 from .options import ResponseCacheOptions
 from .request_facts import RequestFacts
 
-_OWN_TEMPLATES = ("chat_template", "chat_template_kwargs")  # where a client may have a template of its own
+_OWN_TEMPLATES = ("chat_template", "chat_template_kwargs")  # fields for a client's own template
 Names = tuple[bytes, bytes | None, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """Names by what the server says of itself at this moment."""
+    """Names by the server's current state."""
 
     facts: RequestFacts
     options: ResponseCacheOptions
 
     def names(self) -> Names | Uncacheable:
-        """Digest of model and date, LoRA digest and tenant, or why the request can't have a key."""
+        """Digest of model and date, LoRA digest and tenant, or the reason why the request has no key."""
         facts = self.facts
         digest = self.options.model_digest()
         model = facts.body.get("model") or None
@@ -54,13 +54,13 @@ class Naming:
         return sha256(digest, dates.encode()) if dates else digest, lora, facts.tenant
 
     def key(self, named: Names, body: dict[str, Any] | None = None) -> RequestKey | Uncacheable:
-        """What an answer would be stored under, or why it can't be; to `body` if given, else to the request."""
+        """The key of an answer to the request, or to `body` if given, or the reason why there is none."""
         body = self.facts.body if body is None else body
         if any("strftime" in str(body.get(name)) for name in _OWN_TEMPLATES):
             return Uncacheable("dated")
         return request_key(self.facts.endpoint, body, *named, parses=self.options.parses)
 
     def question(self, named: Names, body: dict[str, Any] | None = None) -> Question | None:
-        """The question of a request that has a key, if others may ask the same in other words. `body` as of `key`."""
+        """The question of a request that has a key, if it may match other wordings. `body` as for `key`."""
         body = self.facts.body if body is None else body
         return question_of(self.facts.endpoint, body, *named, self.options.acronyms, parses=self.options.parses)

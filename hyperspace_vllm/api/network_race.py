@@ -2,11 +2,11 @@
 
 With a hint the request waits for the other nodes until the lookup's deadline, or until the node withdraws the hint, and
 the engine starts only after that. Without one the engine starts at once, and the first body frame wins: the engine's
-start is held back until then, its body never. The loser hears of it, the lookup by its release, the engine as of a
-client's disconnect.
+start of the response is held back until then, its body never. The loser is cancelled: the lookup is released, and the
+engine sees a client's disconnect.
 
-It runs inside a flight, so everybody who waits for the same computation gets the winner's answer, and a disconnect is
-one of them all.
+It runs inside a flight, so all clients that wait for the same computation get the winner's answer, and the race sees a
+disconnect when all of them have left.
 """
 
 import asyncio
@@ -23,19 +23,19 @@ from .node_lookup import Pending
 from .stored_answer import Sending, StoredAnswer
 
 Outcome = Literal[
-    "waited_hit",  # hinted (or only-if-cached), and worth the wait
+    "waited_hit",  # hinted (or only-if-cached), and found
     "waited_miss",
     "network_won",
     "engine_won",
-    "not_found",  # the others said no before the engine said anything
-    "unusable",  # found, but not what its proof speaks of, or not what the client wants
+    "not_found",  # the other nodes had nothing, before the engine's first frame
+    "unusable",  # found, but not what its proof states, or not what the client wants
     "left",  # the last client went before anything was decided
 ]
 HITS: tuple[Outcome, ...] = ("waited_hit", "network_won")
 
 
 class NetworkRace:
-    """Runs once. `find` makes the answer of what was found (None: it won't do).
+    """Runs once. `find` makes the answer from the found response (None: not usable).
 
     `decided` is called exactly once, before anything of the answer is sent; `outcome` is None until then.
     `waits`: as if there were a hint.
@@ -58,7 +58,7 @@ class NetworkRace:
         self._waits = waits
         self.outcome: Outcome | None = None
         self._held: Message | None = None  # the engine's start
-        self._gone = asyncio.Event()  # the engine has nobody to answer to
+        self._gone = asyncio.Event()  # no client waits for the engine any more
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whose body comes in one message."""
@@ -90,7 +90,7 @@ class NetworkRace:
         self._lookup.release()
 
     async def _wait(self, send: Send) -> None:
-        """Send what the lookup brings; if it won't do, the engine has to answer, and if the hint is withdrawn, race."""
+        """Send the lookup's response; if it is not usable, the engine answers, and if the hint is withdrawn, race."""
         if not self._waits:
             await asyncio.wait((self._lookup.answer, self._lookup.withdrawn), return_when=asyncio.FIRST_COMPLETED)
             if not self._lookup.answer.done():
@@ -141,7 +141,7 @@ class NetworkRace:
             await self._let_start(send)
 
     async def _replay(self, send: Send, patience: asyncio.Timeout) -> None:
-        """Answer with what the lookup brings, if that is before the engine's first frame."""
+        """Answer with the lookup's response, if it comes before the engine's first frame."""
         found = await self._lookup.answer
         if self.outcome is not None:
             return

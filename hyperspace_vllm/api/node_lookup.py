@@ -1,7 +1,7 @@
-"""Asking the node for a response that others may have, without ever costing a request more than its deadline.
+"""Lookups of responses in other nodes, through this host's node: they never delay a request beyond its deadline.
 
-A node that has nobody to ask says so, and isn't asked for a second. After that, and after one that said nothing in
-time, a lookup begins without waiting for its hint: a lone or frozen node costs a request nothing.
+A node without peers says so, and is not asked for a second. After that, and after a node that did not answer in time, a
+lookup begins without waiting for its hint: a node that is alone or frozen does not delay requests.
 """
 
 import asyncio
@@ -28,18 +28,18 @@ from .options import NodeLink
 
 logger = logging.getLogger(__name__)
 
-HINT_S = 0.01  # a node that is well says within a millisecond or two whether it has a hint
-RACE_S = 3.0  # as long as the node goes on searching
+HINT_S = 0.01  # a healthy node says within two milliseconds whether it has a hint
+RACE_S = 3.0  # as long as the node continues the search
 SIMILAR_S = 0.1  # an embedding takes some 5 ms, and more beside an engine that uses every core
-_USELESS_S = 1.0  # between lookups in a node that has nobody to ask
+_USELESS_S = 1.0  # between lookups in a node without peers
 _USELESS = ("off", "alone", "no_peers")
 
 
 class Pending:
     """One lookup. Both futures are done by its deadline at the latest; `release` does them at once.
 
-    A lookup that the node has no hint for, or none any longer, races the engine and holds nobody up: `race` gives it
-    RACE_S instead.
+    A lookup without a hint, or whose hint is withdrawn, races the engine and delays no request: `race` gives it RACE_S
+    instead.
     """
 
     def __init__(self, lookups: "NodeLookup", number: int, to_try: Callable[[ResponseToTry], None]) -> None:
@@ -54,14 +54,14 @@ class Pending:
         self._lookups = lookups
 
     def race(self) -> None:
-        """Nobody waits for the answer but an engine's first frame."""
+        """The lookup races the engine: no request waits for it."""
         if not self.answer.done() and self.raced_by is not None:
             self.timers.pop().cancel()
             loop = asyncio.get_running_loop()
             self.timers.append(loop.call_at(self.raced_by, self._lookups.overdue, self))
 
     def release(self) -> None:
-        """Nobody waits any more. Once it has ended this does nothing."""
+        """No request waits any more. After its end this does nothing."""
         self._lookups.release(self)
 
     def end(self, found: ResponseFound | None) -> None:
@@ -73,7 +73,7 @@ class Pending:
             self.answer.set_result(found)
 
     def say_hint(self, hinted: bool) -> None:
-        """The first word counts; a second one can only take it back."""
+        """The first hint counts; a second one can only withdraw it."""
         if not self.hint.done():
             self.hint.set_result(hinted)
         elif self.hint.result() and not hinted and not self.withdrawn.done():
@@ -98,7 +98,7 @@ class NodeLookup:
         self._claims: dict[int, _Claim] = {}
         self._similar_not_before_s = 0.0
         self._epoch = 0  # of the session that the pending ones belong to
-        self._silent = False  # the last one that should have had a hint got none in time, or was useless
+        self._silent = False  # the last lookup got no hint in time, or the node was useless
         self._not_before_s = 0.0
 
     @property
@@ -113,9 +113,9 @@ class NodeLookup:
         deadline_s: float,
         to_try: Callable[[ResponseToTry], None] = lambda message: None,
     ) -> Pending | None:
-        """Ask the node; None when it is absent, has nobody to ask, or has too much to do.
+        """Ask the node; None when it is absent, has no peers, or is too busy.
 
-        `to_try` gets responses that are to be audited and are no answers.
+        `to_try` gets responses that are only for an audit.
         """
         loop = asyncio.get_running_loop()
         now_s = loop.time()
@@ -136,9 +136,9 @@ class NodeLookup:
     async def find_similar(
         self, question: Question, mode: Mode, model_digest: bytes, max_error: float
     ) -> SimilarFound | str:
-        """The answer of a question like this one, or why there is none: within SIMILAR_S.
+        """The answer to a similar question, or the reason why there is none: within SIMILAR_S.
 
-        A node that says nothing in time, or that it does no such thing, isn't asked for a second.
+        A node that does not answer in time, or has no semantic hits, is not asked for a second.
         """
         loop = asyncio.get_running_loop()
         if loop.time() < self._similar_not_before_s or len(self._similar) >= SIMILAR_LOOKUPS_MAX:
@@ -164,7 +164,7 @@ class NodeLookup:
         return found
 
     def lead(self, key: RequestKey) -> None:
-        """Say that this process computes a request, and waits for nobody."""
+        """Tell the node that this process computes a request, and waits for no other process."""
         self._client.send(ClaimRequest(next(self._numbers) % (1 << 32), key, False))
 
     async def lead_or_wait(self, key: RequestKey, deadline_s: float) -> bool:
@@ -187,7 +187,7 @@ class NodeLookup:
         return False
 
     def done(self, key: RequestKey) -> None:
-        """This process has computed a request, or has given up."""
+        """This process has computed a request, or has stopped computing it."""
         self._client.send(RequestDone(key))
 
     def release(self, pending: Pending) -> None:
@@ -206,12 +206,12 @@ class NodeLookup:
         """Its time is up."""
         self._hear(self._client.receive())
         if pending.number in self._pending and self._silent:
-            # Not a word in all this time. Its lease will tell; until then it is asked seldom.
+            # No message in all this time. Its lease shows whether it lives; until then it is asked seldom.
             self._not_before_s = asyncio.get_running_loop().time() + _USELESS_S
         self.release(pending)
 
     def _listen(self) -> None:
-        """Hear what the node says as soon as it does; what was asked in an earlier session has ended."""
+        """Read the node's messages as they arrive; lookups of an earlier session have ended."""
         self._client.listen(self._hear)
         if (epoch := self._client.epoch) != self._epoch:
             self._end_all()

@@ -1,4 +1,4 @@
-"""What the response-cache middleware is told about the server it sits in."""
+"""The options of the response-cache middleware, as the adapter reads them from the server."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ ApiMessage = (
 
 
 class NodeLink(Protocol):
-    """What the middleware needs of `AsyncNodeClient`: messages that may be lost, never waited for."""
+    """The part of `AsyncNodeClient` that the middleware uses: messages that may be lost, and are never waited for."""
 
     @property
     def connected(self) -> bool:
@@ -57,10 +57,10 @@ class NodeLink(Protocol):
         """Queue a message; False when it was dropped."""
 
     def receive(self) -> list[NodeMessage]:
-        """What the node has sent and the listener has not heard yet."""
+        """The node's messages that the listener has not received yet."""
 
     def listen(self, hear: Callable[[list[NodeMessage]], None]) -> None:
-        """Have `hear` called on the running loop with what the node says, and with nothing when the session changes."""
+        """Call `hear` on the running loop with the node's messages, and with none when the session changes."""
 
 
 def wall_clock_ms() -> int:
@@ -73,12 +73,12 @@ class ResponseCacheOptions:
     """Everything but `db_path`, `model_digest` and `client` has a default for a server with one tenant.
 
     `db_path` None turns the cache off and leaves the signing of scopes. `model_digest` gives the 32-byte digest of
-    weights, quantisation, chat template, server sampling defaults and whatever else the server adds to a request;
-    None while there is none (the model's files are being read), which switches the cache off for that request.
-    `weights_changes` counts how often the engine's weights began to change. `dates` says what the chat template prints
-    of the date now: '' if nothing, None if more than the day, and then nothing that it renders is cached. `accepts`
-    says whether the server's request model takes a body with these headers: what it refuses the cache does not answer;
-    it is called in another thread for a large body.
+    weights, quantisation, chat template, server sampling defaults and everything else that the server adds to a
+    request; None while there is none (the model's files are being read), which switches the cache off for that request.
+    `weights_changes` counts how often the engine's weights began to change. `dates` is the date that the chat template
+    prints now: '' if it prints none, None if it prints more than the day, and then its prompts are not cached.
+    `accepts` says whether the server's request model accepts a body with these headers: the cache answers no request
+    that it refuses; it is called in another thread for a large body.
     """
 
     db_path: Path | None
@@ -88,7 +88,7 @@ class ResponseCacheOptions:
     weights_changes: Callable[[], int] = lambda: 0
     dates: Callable[[], str | None] = lambda: ""
     accepts: Callable[[Endpoint, bytes, RawHeaders], bool] = lambda endpoint, body, headers: True
-    parses: bool = False  # the server reads tool calls or reasoning out of what its model says
+    parses: bool = False  # the server parses tool calls or reasoning from the model's output
     loras: Mapping[str, bytes] = field(default_factory=dict)  # adapter name -> digest of its files; may be updated
     api_keys: tuple[str, ...] = ()  # the server's; () when its tenants share
     fleet_secret: bytes = b""  # the same on all servers: makes tenants of API keys
@@ -96,10 +96,10 @@ class ResponseCacheOptions:
     engine_version: str = ""
     force_include_usage: bool = False  # vLLM's --enable-force-include-usage: streams are not cached then
     store_streams: bool = True  # False where a stream lacks what a JSON answer has (--enable-return-routed-experts)
-    sees_aborts: bool = True  # False: nobody says when the engine gave up on a Response (aborts.py)
+    sees_aborts: bool = True  # False: vLLM does not report when the engine aborts a Response (aborts.py)
     keeps_responses: bool = False  # VLLM_ENABLE_RESPONSES_API_STORE: a client may come back for a response by its id
     audits: bool = True  # may greedy answers of other nodes be scored? Not where logits are bent, or prompts dated
-    names_proxies: bool = False  # the operator says whose X-Forwarded-For to trust (client_source.py)
+    names_proxies: bool = False  # the operator has named the proxies to trust (client_source.py)
     cache_sampled: bool = True  # False: requests that sample without a seed are not cached
     semantic: Semantic = "off"  # may a stored answer serve other wordings of its question, and how near must they be?
     max_error: float = 1.0  # share of semantic hits that may be wrong; 1: any

@@ -1,4 +1,7 @@
-"""The ids of one client's answer, put into what was stored or is computed for another (core/response/answer_ids.py)."""
+"""The ids of one client's answer, put into an answer that was stored or is computed for another client.
+
+See core/response/answer_ids.py.
+"""
 
 import secrets
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ def nameless(answer: bytes | bytearray) -> Nameless:
 
 
 class OwnIds:
-    """`answer` is the id of the whole; others are drawn as they are met, the same for the same old one."""
+    """`answer` is the id of the whole answer; ids inside are drawn on demand, the same for the same old id."""
 
     def __init__(self, endpoint: Endpoint, named: str | None) -> None:
         self.answer = answer_id(endpoint, named, secrets.token_hex(_FRESH_DIGITS // 2))

@@ -17,7 +17,7 @@ _ERROR_FRAMES = b'data: {"error"', b"event: error", b"event: response.failed"
 
 
 class Relay:
-    """Passes on what a flight sends. `strips_usage` takes out the usage frame that the client did not ask for."""
+    """Passes on a flight's messages. `strips_usage` removes a usage frame that the client did not ask for."""
 
     def __init__(self, reader: Reader, send: Send, status: bytes, strips_usage: bool) -> None:
         self.reader = reader
@@ -38,9 +38,9 @@ class Relay:
     async def follow(self, deadline_s: float, started_deadline_s: float, ids: OwnIds) -> None:
         """Pass on a good answer under this client's own ids.
 
-        Nothing is sent before its first frame (a JSON body: all of it) is there: until then the client has a choice.
-        `LeaderFailed` for an answer that may be bad for reasons of the leader's own, or of which nothing comes for
-        `deadline_s`; `started_deadline_s` once the client has some of it.
+        Nothing is sent before its first frame (a JSON body: all of it) is there: until then the request can be computed
+        instead. `LeaderFailed` for an answer that may have failed because of the leader's request, or that stops for
+        `deadline_s`; `started_deadline_s` once the client has part of it.
         """
         start: Piece | None = None
         body = bytearray()

@@ -1,4 +1,4 @@
-"""Reading a request's body, giving it on to the application, and the few changes made to it on the way."""
+"""Reading a request's body, and passing it on to the application with a few changes."""
 
 import json
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ async def read_body(receive: Receive) -> bytes | list[Message]:
 
 
 async def read_rest(messages: list[Message], receive: Receive) -> bytes | list[Message]:
-    """What `read_body` found too long, whole all the same; the messages if the client left."""
+    """The whole body that `read_body` found too long; the messages if the client left."""
     while messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False):
         messages.append(await receive())
     if messages[-1]["type"] != "http.request":
@@ -37,7 +37,7 @@ async def read_rest(messages: list[Message], receive: Receive) -> bytes | list[M
 
 
 def replayed(messages: list[Message], receive: Receive) -> Receive:
-    """A `receive` that gives `messages` again, then goes on with the rest."""
+    """A `receive` that returns `messages` again, and then the others."""
     again = list(reversed(messages))
 
     async def receive_again() -> Message:
@@ -56,7 +56,7 @@ def rewritten(
 def changes_of(
     body: Mapping[str, Any], signed_scope: Mapping[str, str] | None, salt: object, add_usage: bool
 ) -> dict[str, Any]:
-    """The fields that the application gets otherwise: a scope, another salt, asking for usage.
+    """The fields that are changed for the application: a scope, another salt, a request for usage.
 
     A client's own kv_transfer_params.hyperspace is removed in any case.
     """
@@ -82,7 +82,7 @@ def with_changes(raw: bytes, body: Mapping[str, Any], changes: Mapping[str, Any]
     if changes.keys() & body.keys() or not body or raw.lstrip()[:1] != b"{" or b"\0" in raw[:4]:
         try:
             return json.dumps({**body, **changes}).encode()
-        except RecursionError:  # what a client signed itself doesn't verify, so it may as well stay
+        except RecursionError:  # a client's own scope may stay: its signature does not verify
             return raw
     # New members only: spliced in at the end, a long prompt need not be written out again.
     return raw.rstrip()[:-1] + b"," + json.dumps(changes).encode()[1:]

@@ -1,4 +1,4 @@
-"""One request at the cache of one server: what each way to its answer needs of the two."""
+"""One request and the cache of its server: the context that every state uses."""
 
 import json
 import time
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class Cache(Protocol):
-    """What all requests of one server share."""
+    """The state that all requests of one server share."""
 
     app: ASGIApp
     options: ResponseCacheOptions
@@ -50,7 +50,7 @@ class Cache(Protocol):
     metrics: L1Metrics
 
     def passing(self, send: Send, why: str, reason: str) -> Send:
-        """`send` for a request that passes by the cache, which says and counts so unless it is switched off."""
+        """`send` for a request that bypasses the cache; reported and counted unless the cache is off."""
 
 
 class RequestContext:
@@ -66,7 +66,7 @@ class RequestContext:
 
     @property
     def source(self) -> bytes:
-        """The source that the request comes from, as audits count them."""
+        """The request's source, as audits count sources."""
         return source_of(self.facts.scope, self.options.names_proxies)
 
     @property
@@ -99,23 +99,23 @@ class RequestContext:
             await self.client.send(message)
 
     async def read(self, work: Callable[[], T]) -> T:
-        """What `work` makes of the request, off the event loop if that is large; raises `Busy`."""
+        """The result of `work` on the request, off the event loop if that is large; raises `Busy`."""
         return await self.cache.bodies.work(len(self.facts.raw), work)
 
     async def read_found(self, size: int, work: Callable[[], T]) -> T:
-        """The same of something else of `size` bytes."""
+        """The same for other data of `size` bytes."""
         return await self.cache.bodies.work(size, work)
 
     async def read_computed(self, size: int, work: Callable[[], T]) -> T:
-        """The same of what the engine has answered: it takes its turn however long the line is."""
+        """The same for the engine's answer: it waits for its turn however long the queue is."""
         return await self.cache.bodies.in_turn(size, work)
 
     async def write(self, size: int, work: Callable[[], T]) -> T:
-        """What `work` makes of `size` bytes, on the event loop where there is no time otherwise."""
+        """The result of `work` on `size` bytes; on the event loop if the threads are too busy."""
         return await self.cache.bodies.always(size, work)
 
     async def is_refused(self) -> bool:
-        """Whether the server itself refuses the request, and should say so: asked once there is another answer."""
+        """Whether the server itself refuses the request, and should answer: checked once there is another answer."""
         if self._refused is None:
             facts = self.facts
             accepts = partial(self.options.accepts, facts.endpoint, facts.raw, facts.scope["headers"])
@@ -123,7 +123,7 @@ class RequestContext:
         return self._refused
 
     async def engine_body(self, add_usage: bool) -> bytes:
-        """The body for the application, which gets it signed and salted even if there is no time for a large one."""
+        """The body for the application: signed and salted even if the threads are too busy for a large one."""
         facts = self.facts
         changes = changes_of(facts.body, self._signed_scope(), facts.salt, add_usage)
         if not changes:
@@ -131,11 +131,11 @@ class RequestContext:
         return await self.write(len(facts.raw), partial(with_changes, facts.raw, facts.body, changes))
 
     def for_engine(self, body: dict[str, Any]) -> bytes:
-        """A request of ours in the client's name: signed and salted as the client's own."""
+        """A request of the cache on behalf of the client: signed and salted like the client's own."""
         return rewritten(json.dumps(body).encode(), body, self._signed_scope(), self.facts.salt, add_usage=False)
 
     def _signed_scope(self) -> dict[str, str] | None:
-        """The scope for the connector, unless it is the default. An unknown tenant gets none, hence nothing shared."""
+        """The scope for the connector, unless it is the default. An unknown tenant gets none, so nothing is shared."""
         facts = self.facts
         if facts.endpoint in POOLING:
             return None  # nothing of theirs passes through a connector
@@ -149,7 +149,7 @@ class RequestContext:
         return self.cache.recent.newer(key, await self.cache.lookup.get(key, now_ms), now_ms)
 
     async def rendered(self, entry: StoredResponse, usage: bool, now_ms: int, detail: str) -> StoredAnswer | None:
-        """The answer from an entry, if the server would answer, it is as fresh as wanted, and there is room for it."""
+        """The answer from an entry, if the server accepts the request, it is fresh enough, and there is room for it."""
         facts = self.facts
         age_s = max(now_ms - entry.computed_at_ms, 0) // 1000
         ttl_s = max(entry.expires_at_ms - now_ms, 0) // 1000
@@ -185,7 +185,7 @@ class RequestContext:
         return "sent"
 
     def forget(self, key: RequestKey) -> None:
-        """Serve an answer no longer that is kept until the database has it."""
+        """Stop serving an answer that is kept until the database has it."""
         self.cache.recent.forget(key)
 
     def tell_node(self, message: ApiMessage) -> bool:
@@ -201,9 +201,9 @@ class RequestContext:
         self.cache.metrics.lookups.labels(result, reason).inc()
 
     def count_stored(self, result: str) -> None:
-        """Count what became of an answer that was computed."""
+        """Count the result of storing a computed answer."""
         self.cache.metrics.stored.labels(result).inc()
 
     def seconds(self) -> float:
-        """Since the request's body was here."""
+        """Seconds since the request's body arrived."""
         return time.perf_counter() - self.started_s

@@ -1,4 +1,4 @@
-"""What a request says, and what follows from it for this server: read once, and never changed."""
+"""The facts of a request for this server: read once, and never changed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +23,11 @@ _SERVED_BY_HEADERS = (b"x-vllm-priority", b"x-data-parallel-rank")
 
 @dataclass(frozen=True, slots=True)
 class RequestFacts:
-    """One request, as the cache understands it.
+    """One request, as the cache reads it.
 
-    `tenant` is None for an unknown one, `salt` what keeps its KV apart in the engine, `reach` how far its answer may
-    travel, `mode` how near another wording must be (None: there is none), `named` the request id that its client chose.
-    `repeated` are fields that its answer repeats.
+    `tenant` is None for an unknown one, `salt` separates its KV in the engine, `reach` says how far its answer may
+    travel, `mode` how near another wording must be (None: no other wording), `named` is the client's id for the
+    request. `repeated` are fields that its answer repeats.
     """
 
     endpoint: Endpoint
@@ -42,13 +42,13 @@ class RequestFacts:
     mode: Mode | None
     named: str | None
     streams: bool
-    chooses_usage: bool  # others' streams end with usage whether asked to or not
+    chooses_usage: bool  # without it, streams always end with usage
     wants_usage: bool
     repeated: dict[str, Any]
 
     @property
     def first_sample_stays(self) -> bool:
-        """Whether an answer is one of many, of which no client may choose the one that all get."""
+        """Whether the answer is sampled and cached: then no client may replace the stored one."""
         return is_sampled(self.endpoint, self.body)
 
     def own_ids(self) -> OwnIds:
@@ -56,7 +56,7 @@ class RequestFacts:
         return OwnIds(self.endpoint, self.named)
 
     def served_by(self) -> tuple[object, ...]:
-        """What the client asks of the engine's scheduling; all None for nothing."""
+        """The client's scheduling options for the engine; all None for none."""
         headers = self.scope["headers"]
         fields = (self.body.get(name) or None for name in _SERVED_BY)  # a priority of 0 is the default
         return (*fields, *(first_header(headers, name) for name in _SERVED_BY_HEADERS))

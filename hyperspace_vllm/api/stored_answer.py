@@ -35,7 +35,7 @@ class StoredAnswer:
 
     @property
     def size(self) -> int:
-        """Bytes that are held until the client has it: the body, and the request as it came, as JSON and repeated."""
+        """Bytes that are held until the client has the answer: the body, and the request, as JSON and repeated."""
         return sum(map(len, self.parts)) + _REQUEST_COPIES * self.request_bytes
 
     def with_status(self, status: bytes) -> "StoredAnswer":
@@ -52,7 +52,7 @@ class StoredAnswer:
 
 
 class Sending:
-    """The memory of what the cache answers with, while clients read it: SENDING_BYTES_MAX in all.
+    """The memory of the cache's answers while clients read them: SENDING_BYTES_MAX in all.
 
     Answers of one message each are not held to it: vLLM's own connections have buffers of that size.
     """
@@ -61,7 +61,7 @@ class Sending:
         self.bytes = 0
 
     def has_room(self, answer: StoredAnswer) -> bool:
-        """Whether one more may be sent."""
+        """Whether there is room for one more."""
         return answer.size <= _MESSAGE_BYTES or self.bytes + answer.size <= SENDING_BYTES_MAX
 
     @contextmanager
@@ -106,11 +106,11 @@ def render(entry: StoredResponse, wanted: Wanted, age_s: int, ttl_s: int, detail
 def entry_of(
     found: ResponseFound, endpoint: Endpoint, request: dict[str, object], now_ms: int, ttl_ms: int
 ) -> StoredResponse | None:
-    """What the network found, if it is what its proof speaks of, fresh, and an answer to such a request.
+    """The network's response as an entry, if it is what its proof states, fresh, and an answer to such a request.
 
-    It expires `ttl_ms` after it was computed, which may be over.
+    It expires `ttl_ms` after it was computed, which may be in the past.
 
-    The node has checked the proof; a peer that may sign could still have signed anything.
+    The node has checked the proof; but a trusted peer could have signed any body.
     """
     try:
         intact = decode_proof(found.proof).response_hash == sha256(found.body)
@@ -123,7 +123,7 @@ def entry_of(
 
 
 def origin_header(found: ResponseFound) -> tuple[bytes, bytes]:
-    """Says who computed an answer from the network, how its provider was found, and what was checked."""
+    """The header with the node that computed the answer, how its provider was found, and which checks it passed."""
     fields = ("computed-by", found.computed_by), ("source", found.source), ("verified-by", found.verified_by)
     return b"hyperspace-origin", "; ".join(f"{name}={quoted(value)}" for name, value in fields).encode()
 
@@ -134,7 +134,7 @@ def json_headers(body: bytes) -> RawHeaders:
 
 
 def _grouped(parts: Iterable[bytes]) -> list[bytes]:
-    """The frames in as few messages as their size allows."""
+    """The frames, in as few messages as their size allows."""
     groups = [bytearray()]
     size = 0
     for part in parts:

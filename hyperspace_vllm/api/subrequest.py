@@ -1,4 +1,4 @@
-"""A request of our own to the application, on behalf of one that a client made."""
+"""A request of the cache to the application, on behalf of a client's request."""
 
 import asyncio
 
@@ -9,9 +9,9 @@ from .request_body import with_content_length
 
 
 async def ask(app: ASGIApp, scope: Scope, body: bytes, gone: asyncio.Event) -> bytes | None:
-    """The body of a 200 with at most RESPONSE_BYTES_MAX; None for any other answer. `gone`: nobody wants it any more.
+    """The body of a 200 with at most RESPONSE_BYTES_MAX; None for any other answer. `gone`: it is not needed any more.
 
-    The scope is that of the client's request, so the application sees who asks.
+    The scope is that of the client's request, so the application sees the client.
     """
     requests: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
     status = 0

@@ -1,4 +1,4 @@
-"""What becomes of an answer that was computed: it is judged, handed to the node, and compared with one in doubt."""
+"""A computed answer: it is judged, sent to the node, and compared with a stored answer that is in doubt."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from ..request_context import RequestContext
 
 @dataclass(frozen=True, slots=True)
 class ComputedAnswer:
-    """The answer to a request that had `names` when it began; `doubted` is what would have been served instead."""
+    """The answer to a request that had `names` when it began; `doubted` is the stored answer to compare it with."""
 
     context: RequestContext
     key: RequestKey

@@ -29,9 +29,9 @@ _FOLLOWED_MAX = 2  # computations of others that may fail a request before it is
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """A request that nothing stored answers, and why.
+    """A request without a stored answer, and the reason.
 
-    `kept`: an entry stays, whatever is computed. `doubted` is one that is computed instead of served.
+    `kept`: the existing entry stays. `doubted` is a stored answer that is not served but compared.
     """
 
     key: RequestKey
@@ -44,7 +44,7 @@ class Miss:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a miss is computed: what it has in common with those it is shared with, and what the engine is asked."""
+    """How a miss is computed: the key that requests share to join it, and the request to the engine."""
 
     shared: object
     body: bytes
@@ -60,7 +60,7 @@ class Joined:
         self._why = why
 
     async def answer(self, flight: Flight) -> bool:
-        """Read it; False, with nothing sent, when it came to nothing."""
+        """Read it; False, with nothing sent, if it failed."""
         context, facts, options = self._context, self._context.facts, self._context.options
         strips_usage = facts.chooses_usage and not facts.wants_usage
         follower = Relay(flight.join(), context.client.send, forward_status(self._why, collapsed=True), strips_usage)
@@ -80,7 +80,7 @@ class Joined:
 
 
 class Led:
-    """A computation that others may join, raced by other nodes, or left to another API server of this node."""
+    """A computation that other requests may join, in a race with other nodes, or by another API server of this node."""
 
     def __init__(self, context: RequestContext, miss: Miss, plan: Plan) -> None:
         self._context = context
@@ -91,7 +91,7 @@ class Led:
         self._leased = False
 
     async def answer(self, asks_others: bool) -> None:
-        """Have vLLM answer, unless others are quicker; `asks_others`: they haven't been asked."""
+        """Have vLLM answer, unless other nodes are faster; `asks_others`: they have not been asked."""
         context, facts, miss, plan = self._context, self._context.facts, self._miss, self._plan
         if asks_others:
             others = OtherNodes(context, miss.key, miss.question)
@@ -100,7 +100,7 @@ class Led:
             self._leased = plan.storing and not alone and context.options.client.api_servers > 1
         if self._race is None and not self._leased:
             context.count_lookup("miss", miss.why if asks_others else "leader-failed")
-        # Whatever may raise comes before the flight is open: one that never starts would hold up who joins it.
+        # Everything that may raise comes before the flight is open: requests that join it would wait for ever.
         taking = collector(facts.endpoint) if plan.storing else None
         flight = self._flight = context.cache.flights.open(plan.shared, taking)
         adds_usage = plan.asks_usage and not facts.wants_usage
@@ -172,8 +172,8 @@ class Computed:
             now_ms = context.now_ms()
             entry = await context.entry(miss.key, now_ms)
             if entry and await Stored(context).answer(miss.key, entry, now_ms):
-                return None  # of those whom it has failed before
-        return await Led(context, miss, plan).answer(asks_others=not failed)  # whom it failed asked them
+                return None  # of the followers that it has failed before
+        return await Led(context, miss, plan).answer(asks_others=not failed)  # after a failure they were asked
 
     async def _plan(self) -> Plan:
         context, facts, miss = self._context, self._context.facts, self._miss
@@ -181,7 +181,7 @@ class Computed:
         storing = complete and context.has_node and not miss.kept
         # Usage is asked for on the client's behalf, and taken out again: without it the answer could only be streamed.
         asks_usage = facts.wants_usage or (facts.chooses_usage and storing)
-        # What answers one may be a stored response of a certain age, so it answers those who want it no fresher.
+        # The answer may be a stored response of a certain age, so only requests that accept that age share it.
         freshness = (facts.wishes.max_age_s, facts.wishes.min_fresh_s)
         repeated = await context.read(partial(json.dumps, facts.repeated)) if facts.repeated else ""
         same = (miss.key, facts.streams, asks_usage, freshness, repeated, facts.served_by())

@@ -1,4 +1,4 @@
-"""Answers of other nodes: asked for first, or while vLLM computes (network_race.py)."""
+"""Answers from other nodes: requested first, or while vLLM computes (network_race.py)."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from .refusals import NotCached
 
 
 class OtherNodes:
-    """What others may have for one request."""
+    """A lookup in other nodes for one request."""
 
     def __init__(self, context: RequestContext, key: RequestKey, question: Question | None) -> None:
         self._context = context
@@ -34,7 +34,7 @@ class OtherNodes:
         decided: Callable[[Outcome], None] = lambda outcome: None,
         waits: bool = False,
     ) -> NetworkRace | None:
-        """Ask; the race of their answer against the engine's is to be run once.
+        """Ask; the returned race of their answer against the engine's runs once.
 
         None if the request must not leave this node, or wants to be computed, or there is no node to ask.
         """
@@ -55,7 +55,7 @@ class OtherNodes:
         return NetworkRace(engine, lookup, partial(self._found, usage), count, context.cache.sending, waits)
 
     async def _found(self, usage: bool, found: ResponseFound) -> StoredAnswer | None:
-        """The answer from what another node had, if it is sound and fresh enough; an error of ours is none."""
+        """The answer from another node's response, if it is valid and fresh enough; after an error there is none."""
         context = self._context
         try:
             now_ms = context.now_ms()
@@ -84,7 +84,7 @@ class OtherNodes:
         return None if entry is None or self._cannot_be_audited(entry) else entry
 
     def _cannot_be_audited(self, entry: StoredResponse) -> bool:
-        """Whether this server's model would never answer so: then it can't be audited, and need not be."""
+        """Whether this server's model would never give this answer: then an audit is impossible, and not needed."""
         facts = self._context.facts
         if not self._context.options.audits or prompt_of(facts.endpoint, facts.body) is None:
             return False
@@ -92,7 +92,7 @@ class OtherNodes:
 
     @contained()
     def _try(self, message: ResponseToTry) -> None:
-        """Audit what a stranger says is the answer."""
+        """Audit the answer of an untrusted signer."""
         self._have_audited(message.body, message.proof, True)
 
     def _have_audited(self, body: bytes, proof: bytes, surely: bool) -> None:
@@ -102,7 +102,7 @@ class OtherNodes:
 
 
 def note_time(context: RequestContext, race: NetworkRace) -> None:
-    """The answer is sent: note how long it took, if another node had it."""
+    """The answer is sent: record its time if it came from another node."""
     if race.outcome in HITS:
         context.cache.metrics.network_hit_seconds.observe(context.seconds())
 
@@ -115,7 +115,7 @@ class Awaited:
         self._others = OtherNodes(context, key, question)
 
     async def answer(self, why: str) -> None:
-        """Answer with what they have, or say that there is none."""
+        """Answer with their response, or report that there is none."""
         context = self._context
 
         async def refuse(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""The same request at another API server of this node: one of them computes, and the others wait for its answer."""
+"""The same request at another API server of this node: one of them computes, the others wait for its answer."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ _COMMIT_LOOKS, _COMMIT_LOOK_S = 20, 0.005  # the node commits within millisecond
 
 
 class OtherServer:
-    """What another server computes."""
+    """The computation of another server."""
 
     def __init__(self, context: RequestContext, key: RequestKey) -> None:
         self._context = context
@@ -21,7 +21,8 @@ class OtherServer:
     async def answer(self) -> StoredAnswer | None:
         """Its answer; None once this server leads.
 
-        A stream doesn't wait: the other's frames can't be had, and its end is later than one's own first frame.
+        A stream does not wait: the other server's frames are not available here, and its end comes later than this
+        server's own first frame.
         """
         context = self._context
         if context.facts.streams:
@@ -34,7 +35,7 @@ class OtherServer:
         return answer
 
     async def _committed(self) -> StoredAnswer | None:
-        """What another API server has just handed to the node, once the database has it."""
+        """The answer that another API server has just sent to the node, once the database has it."""
         context = self._context
         for _ in range(_COMMIT_LOOKS):
             now_ms = context.now_ms()

@@ -19,7 +19,7 @@ class Stored:
         self._context = context
 
     async def answer(self, key: RequestKey, entry: StoredResponse, now_ms: int, detail: str = "exact") -> bool:
-        """Replay an entry; False, with nothing sent, when it won't do."""
+        """Replay an entry; False, with nothing sent, if it is not usable."""
         context = self._context
         answer = await context.rendered(entry, context.facts.wants_usage, now_ms, detail)
         if answer is None:
@@ -40,12 +40,12 @@ class Similar:
         self._mode = mode
 
     async def answer(self) -> Literal["served"] | checks.ToCompare | None:
-        """Replay it; None, with nothing sent, when there is none, or a match that is to be computed and compared."""
+        """Replay it; None, with nothing sent, if there is none, or if the match is only to be compared."""
         context, question = self._context, self._question
         lookup, options = context.cache.lookup, context.options
         if lookup is None or eligible(question.text) is not None:
             return None
-        if options.max_error >= 1:  # else the node decides which matches may be served
+        if options.max_error >= 1:  # otherwise the node decides which matches may be served
             same = await lookup.find_canonical(question.canonical_key, context.now_ms())
             checked = random.randrange(CHECK_EVERY) == 0
             if same is not None and await self._replay(same, 1.0, "canonical", checked):
@@ -66,7 +66,7 @@ class Similar:
         return "served" if await self._replay(key, similar.similarity, detail, checked) else None
 
     async def _replay(self, key: RequestKey, similarity: float, detail: str, checked: bool) -> bool:
-        """Replay the answer to a question like this one; `checked`: and compute one as well."""
+        """Replay the answer to a similar question; `checked`: compute one as well."""
         context = self._context
         now_ms = context.now_ms()
         entry = await context.entry(key, now_ms)

@@ -1,4 +1,4 @@
-"""The two ways on which the cache answers nothing: the application does, or the client is told that there is none."""
+"""The two ways without an answer from the cache: the application answers, or the client gets an error."""
 
 import json
 
@@ -10,13 +10,13 @@ from ..stored_answer import json_headers
 
 
 class Bypass:
-    """The request passes by the cache."""
+    """The request bypasses the cache."""
 
     def __init__(self, context: RequestContext) -> None:
         self._context = context
 
     async def answer(self, why: str, reason: str) -> None:
-        """Have vLLM answer, told of the scope and nothing else."""
+        """Have vLLM answer, with the scope as the only change."""
         context, facts = self._context, self._context.facts
         try:
             body = await context.engine_body(add_usage=False)
@@ -28,13 +28,13 @@ class Bypass:
 
 
 class NotCached:
-    """`only-if-cached`, and nothing is."""
+    """`only-if-cached`, and there is no stored answer."""
 
     def __init__(self, context: RequestContext) -> None:
         self._context = context
 
     async def answer(self, why: str) -> None:
-        """Say so as RFC 9111 §5.2.1.7 has it, in the shape of vLLM's errors."""
+        """Answer with the status of RFC 9111 §5.2.1.7, in the shape of vLLM's errors."""
         self._context.count_lookup("miss", "only-if-cached")
         error = {
             "message": "The request asked for a cached response only, and there is none.",

@@ -1,4 +1,4 @@
 """The streams of vLLM's endpoints: from frames to the JSON body that vLLM would have sent, and back.
 
-Input: frames or a stored body. Output: the other. The room knows no request, no cache and no node.
+Input: frames or a stored body. Output: the other. This package has no access to requests, cache or node.
 """

@@ -1,7 +1,7 @@
 """From the frames of a stream to the JSON body that vLLM would have sent to the same request without `stream`.
 
-Fails closed: a field that we don't know, or that two frames disagree about, makes the stream not storable. The order
-and the nulls of the body are those of vLLM 0.32's response models.
+Fails closed: an unknown field, or a field with two values, makes the stream not storable. The order and the nulls of
+the body are those of vLLM 0.32's response models.
 """
 
 from dataclasses import dataclass, field
@@ -95,7 +95,7 @@ class CompletionCollector:
         return self._bytes
 
     def result(self) -> bytes | NotStored:
-        """The JSON body, if the stream ended with [DONE] and nothing in it was odd."""
+        """The JSON body, if the stream ended with [DONE] and all of it was understood."""
         if self._failure is not None:
             return NotStored(self._failure)
         if not self._done or not self._choices:

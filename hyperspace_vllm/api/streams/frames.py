@@ -1,4 +1,4 @@
-"""The streams of each endpoint that has one: taken together as they pass, and made from a stored body."""
+"""The streams of each endpoint that has one: collected as they pass, and made from a stored body."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from .responses_stream import ResponsesCollector, responses_frames
 
 
 class Collector(Protocol):
-    """What takes the frames of one answer."""
+    """Collects the frames of one answer."""
 
     def feed(self, frame: bytes) -> FrameKind:
         """Take in one frame and say which kind it is."""
@@ -26,7 +26,7 @@ class Collector(Protocol):
 
 
 def collector(endpoint: Endpoint) -> Collector:
-    """One for a request to `endpoint`; those that don't stream have no use for it."""
+    """The collector for a streamed answer of `endpoint`."""
     match endpoint:
         case "messages":
             return MessagesCollector()

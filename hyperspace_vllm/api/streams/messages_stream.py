@@ -1,7 +1,7 @@
 """Anthropic's Messages: from the events of a stream to the JSON body, and back, as vLLM 0.32 shapes both.
 
-https://docs.anthropic.com/en/api/messages-streaming. Fails closed as `collect` does: an event, a block or a field that
-we don't know makes the stream not storable.
+https://docs.anthropic.com/en/api/messages-streaming. Fails closed as `collect` does: an unknown event, block or field
+makes the stream not storable.
 """
 
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ class MessagesCollector:
         return sum(len(piece) for pieces in self._pieces for piece in pieces)
 
     def result(self) -> bytes | NotStored:
-        """The JSON body, if the stream ended with message_stop and nothing in it was odd."""
+        """The JSON body, if the stream ended with message_stop and all of it was understood."""
         if self._failure is not None:
             return NotStored(self._failure)
         if not self._done or self._message is None or self._end is None:
@@ -133,7 +133,7 @@ class MessagesCollector:
 def messages_frames(body: Json) -> Iterator[bytes]:
     """The stream of a stored message, from message_start to message_stop."""
     usage = body["usage"]
-    # Nobody kept what the stream said of usage at its start, when nothing had been generated.
+    # The usage at the start of the stream, before the first generated token, was not stored.
     start = {name: n for name, n in usage.items() if name != "output_tokens"} | {"output_tokens": 0}
     message = {
         "id": body["id"],
@@ -177,7 +177,7 @@ def _frame(event: Json) -> bytes:
 
 
 def _event(frame: bytes) -> Json:
-    """The data of one frame, whose event must be named as its type is."""
+    """The data of one frame; the name of its event must be its type."""
     name, _, data = frame.strip().partition(b"\n")
     if frame.startswith(b":"):
         return {"type": "ping"}
@@ -193,7 +193,7 @@ def _event(frame: bytes) -> Json:
 
 
 def _whole(block: Json, pieces: list[str]) -> Json:
-    """A block with all that was streamed of it."""
+    """A block with all of its streamed pieces."""
     if block["type"] != "tool_use":
         whole = _STREAMED[block["type"]][2]
         return {"type": block["type"], whole: "".join([block.get(whole) or "", *pieces]), **_signed(block)}

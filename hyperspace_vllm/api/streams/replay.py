@@ -1,7 +1,7 @@
 """From a stored JSON body to the frames that vLLM 0.32 would have streamed, and the edits on frames that pass.
 
-The frames carry the same fields in the same order; only the cuts between them are ours, for nobody recorded where
-the engine paused. `collect.Collector` is the inverse (a property test).
+The frames have the same fields in the same order; only the boundaries between them differ, because the engine's are not
+stored. `collect.Collector` is the inverse (a property test).
 """
 
 from collections.abc import Iterator

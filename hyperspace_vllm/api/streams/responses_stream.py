@@ -67,7 +67,8 @@ class ResponsesCollector:
 def responses_frames(body: Json) -> Iterator[bytes]:
     """The stream of a stored response, from response.created to response.completed.
 
-    `ValueError` for output that has no stream of ours: that of tools which the server itself ran.
+    `ValueError` for output that is not replayed: that of tools which the server itself ran.
+
     """
     numbers = count()
 

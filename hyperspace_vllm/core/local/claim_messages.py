@@ -1,13 +1,13 @@
-"""Claims: of the API servers on a host, one at a time computes a request."""
+"""Claims: only one API server of a host computes a request at a time."""
 
 from .message_fields import U32, Bytes32, LocalMessage
 
 
 class ClaimRequest(LocalMessage, tag="claim_request", frozen=True):
-    """An API server is about to compute a request: unless another is at it already, the lease is its own.
+    """An API server is about to compute a request: it gets the lease unless another API server computes it already.
 
-    `waits`: it would rather wait for that other one's answer. Then RequestClaimed answers at once; if it isn't granted,
-    ClaimEnded follows. `claim` is unique among the session's unfinished ones and its lookups.
+    `waits`: then it waits for the other server's answer. RequestClaimed answers at once; if the lease is not granted,
+    ClaimEnded follows. `claim` is unique among the session's unfinished claims and lookups.
     """
 
     claim: U32
@@ -16,7 +16,7 @@ class ClaimRequest(LocalMessage, tag="claim_request", frozen=True):
 
 
 class RequestClaimed(LocalMessage, tag="request_claimed", frozen=True):
-    """Whether the lease is granted; if not, its holder's end will be told."""
+    """Whether the lease is granted; if not, ClaimEnded follows when its holder ends."""
 
     claim: U32
     granted: bool
@@ -29,6 +29,6 @@ class RequestDone(LocalMessage, tag="request_done", frozen=True):
 
 
 class ClaimEnded(LocalMessage, tag="request_over", frozen=True):
-    """The holder has ended: its answer is in the database in a moment, or never."""
+    """The holder has ended: the database has its answer in a moment, or there is none."""
 
     claim: U32

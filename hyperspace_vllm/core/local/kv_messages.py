@@ -35,7 +35,7 @@ class WantStaging(LocalMessage, tag="want_staging", frozen=True):
 
 
 class StagingGranted(LocalMessage, tag="staging_granted", frozen=True):
-    """Slabs that this session, and nobody else, may write until it stages or returns them."""
+    """Slabs that only this session may write until it stages or returns them."""
 
     row_bytes: U63
     slabs: Annotated[tuple[Slab, ...], Meta(max_length=1024)]
@@ -113,10 +113,10 @@ class ReleaseLookup(LocalMessage, tag="release_lookup", frozen=True):
 
 
 class PrefixesInMemory(LocalMessage, tag="prefixes_in_memory", frozen=True):
-    """From a scheduler, at most once a second: its load, and the change of what lies whole in its engine's KV cache.
+    """From a scheduler, at most once a second: its load, and the change of the segments in its engine's KV cache.
 
-    `load_permille`: requests that run or wait, in thousandths of those that can run at once. `gone` counts before
-    `come`; neither holds a segment that mustn't leave the node. A session begins with nothing in memory.
+    `load_permille`: requests that run or wait, in thousandths of those that can run at once. `gone` applies before
+    `come`; neither names a segment that must not leave the node. A session begins with nothing in memory.
     """
 
     load_permille: U16

@@ -17,4 +17,4 @@ Scope = Literal["private", "network", "public"]
 
 
 class LocalMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
-    """A message of the local socket: its tag says which one, and a field that it does not know is an error."""
+    """A message of the local socket: the tag names its type, and an unknown field is an error."""

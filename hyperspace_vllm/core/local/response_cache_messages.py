@@ -13,9 +13,9 @@ SOURCE_BYTES_MAX = 16
 
 
 class StoreResponse(LocalMessage, tag="store_response", frozen=True):
-    """Store a finished response; the node signs its CacheProof. Nothing is answered.
+    """Store a finished response; the node signs its CacheProof. Not answered.
 
-    With a `question` it may answer questions like it as well.
+    With a `question` it may also answer similar questions.
     """
 
     request_key: Bytes32
@@ -34,7 +34,7 @@ class TouchResponses(LocalMessage, tag="touch_responses", frozen=True):
 
 
 class PurgeResponses(LocalMessage, tag="purge_responses", frozen=True):
-    """Delete these responses. Nothing is answered: the database shows when it is done."""
+    """Delete these responses. Not answered: the database shows when it is done."""
 
     request_keys: Annotated[tuple[Bytes32, ...], Meta(max_length=PURGED_KEYS_MAX)]
 
@@ -53,7 +53,7 @@ class FindResponse(LocalMessage, tag="find_response", frozen=True):
 
 
 class ResponseHint(LocalMessage, tag="response_hint", frozen=True):
-    """Whether somebody is known to have the response: then it is worth waiting for, else worth a race at most."""
+    """Whether a peer is known to have the response: then the request waits, otherwise the lookup races the engine."""
 
     lookup: U32
     hinted: bool
@@ -63,7 +63,7 @@ class ResponseFound(LocalMessage, tag="response_found", frozen=True):
     """Another node's response, opened and verified, and about to be stored here.
 
     `computed_by` is the peer id of the proof's signer, `source` says how its provider was found, `verified_by` names
-    the checks that it passed. `suspect`: the signer is said to have signed false answers; audit this one.
+    the checks that it passed. `suspect`: the signer is accused of signing false answers; audit this one.
     """
 
     lookup: U32
@@ -78,9 +78,9 @@ class ResponseFound(LocalMessage, tag="response_found", frozen=True):
 
 
 class ResponseToTry(LocalMessage, tag="response_to_try", frozen=True):
-    """Another node's response that holds but for its signer, which isn't trusted: to be audited, and never served.
+    """Another node's response that is valid except that its signer is not trusted: audit it, and never serve it.
 
-    It doesn't end the lookup.
+    It does not end the lookup.
     """
 
     lookup: U32
@@ -96,7 +96,7 @@ class ResponseNotFound(LocalMessage, tag="response_not_found", frozen=True):
 
 
 class ReleaseResponse(LocalMessage, tag="release_response", frozen=True):
-    """Nobody waits for the lookup any more: it is over, unanswered. What it still finds may be stored."""
+    """No request waits for the lookup any more: it ends without an answer. A response that it still finds is stored."""
 
     lookup: U32
 
@@ -104,8 +104,8 @@ class ReleaseResponse(LocalMessage, tag="release_response", frozen=True):
 class ResponseAudited(LocalMessage, tag="response_audited", frozen=True):
     """An API server had its engine score another node's response: of `tokens` tokens `far` are far from the arg-max.
 
-    `far` 0: passed. `proof` is the one that came with the response, `source` what the client that asked for it can't be
-    twice ('' unknown). Nothing is answered.
+    `far` 0: passed. `proof` is the one that came with the response, `source` the source of the client that asked for it
+    (core/peers/findings.py; '' unknown). Not answered.
     """
 
     request_key: Bytes32

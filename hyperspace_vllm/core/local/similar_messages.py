@@ -15,12 +15,12 @@ AnswerText = Annotated[str, Meta(max_length=ANSWER_CHARS_MAX)]
 
 
 class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a request asks, as far as others may ask the same in other words.
+    """The question of a request, which other requests may ask in other words.
 
-    `partition` names everything else about the request, its tenant included: only questions of one partition are
-    compared. `canonical_key` is that of its normalised form (core/response/similar/semantic_key.py). `source` names
-    the tenant and the weights, for which wrong matches are counted; `is_greedy`: the engine would answer
-    the same again.
+    `partition` names everything else about the request, including its tenant: only questions of one partition are
+    compared. `canonical_key` is the key of its normalised form (core/response/similar/semantic_key.py). `source` names
+    the tenant and the weights, for which wrong matches are counted; `is_greedy`: the engine would give the same answer
+    again.
     """
 
     partition: Bytes32
@@ -33,9 +33,9 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class FindSimilar(LocalMessage, tag="find_similar", frozen=True):
     """Find a stored response of the question's partition that answers the question too, by `mode`'s guards.
 
-    At most the share `max_error` of what is found for this model and mode may be wrong. `lookup` is unique among the
-    session's unfinished ones, FindResponse's included. Answered by SimilarFound or SimilarNotFound; after `deadline_ms`
-    nobody listens.
+    At most the share `max_error` of the matches for this model and mode may be wrong. `lookup` is unique among the
+    session's unfinished ones, including FindResponse's. Answered by SimilarFound or SimilarNotFound; after
+    `deadline_ms` the answer is ignored.
     """
 
     lookup: U32
@@ -60,7 +60,7 @@ class SimilarFound(LocalMessage, tag="similar_found", frozen=True):
 
 
 class SimilarNotFound(LocalMessage, tag="similar_not_found", frozen=True):
-    """None does. `reason`: off (asking again soon is useless), busy, far, or the guard that refused the nearest."""
+    """None answers it. `reason`: off (do not ask again soon), busy, far, or the guard that refused the nearest."""
 
     lookup: U32
     reason: Name
@@ -69,7 +69,7 @@ class SimilarNotFound(LocalMessage, tag="similar_not_found", frozen=True):
 class SimilarChecked(LocalMessage, tag="similar_checked", frozen=True):
     """A match for `question` was computed as well: the answer that is stored under `request_key`, and the engine's.
 
-    `similarity` is that of the match, 1 for canonical forms that are equal. Nothing is answered.
+    `similarity` is that of the match, 1 for canonical forms that are equal. Not answered.
     """
 
     request_key: Bytes32
@@ -81,7 +81,7 @@ class SimilarChecked(LocalMessage, tag="similar_checked", frozen=True):
 
 
 class RememberQuestion(LocalMessage, tag="remember_question", frozen=True):
-    """The question that a response from another node answers, which the node is storing. Nothing is answered."""
+    """The question of a response from another node, which the node is storing. Not answered."""
 
     request_key: Bytes32
     question: Question

@@ -1,6 +1,6 @@
-"""Whether a fetch pays, how long a search may take, and when to ask another peer: formulas only, no state but rates.
+"""The cost model: whether to fetch, how long a search may take, and when to ask another peer. Its only state is rates.
 
-They share one rule: looking up never costs more than it can save (docs/design.md). A prefill estimate of 0 means
+All formulas follow one rule: a lookup never costs more than it can save (docs/design.md). A prefill estimate of 0 means
 unknown: then FETCH_UNKNOWN_MS bounds a fetch, until the engine has measured one.
 """
 
@@ -53,10 +53,10 @@ def least_rate(size: int, left_ms: int | None) -> float:
 
 
 def search_budget_ms(prefill_ms: int) -> int:
-    """How long to look for unannounced providers; 0: don't.
+    """How long to search for unannounced providers; 0: not at all.
 
-    5 % of the prefill. Where that is less than a round trip takes, asking could only delay the request, so it isn't
-    raised to a floor: a prefill below 100 ms is computed at once."""
+    5 % of the prefill. There is no minimum: if that is less than a round trip, a search could only delay the request,
+    so a prefill below 100 ms is computed at once."""
     if prefill_ms == 0:
         return FETCH_STALL_MS
     budget = int(UNHINTED_PREFILL_SHARE * prefill_ms)
@@ -75,9 +75,9 @@ class _Rate:
 
 
 class RateEstimator:
-    """What each peer delivered lately, in bytes per ms, measured by finished lookups; remembers 1,024 peers.
+    """Each peer's recent rate in bytes per ms, measured by finished lookups; remembers 1,024 peers.
 
-    What unmeasured peers turn out to deliver is expected of the next ones: an identity that is new costs nothing.
+    An unmeasured peer is expected to have the rate of the last ones, because a new identity costs nothing.
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from .cost_model import RateEstimator, transfer_ms
 
 @dataclass(slots=True)
 class _Delivery:
-    """Of one peer, in bytes and ms."""
+    """The delivery of one peer, in bytes and ms."""
 
     asked: int = 0
     verified: int = 0
@@ -37,7 +37,7 @@ class Deliveries:
         self._of_peer.setdefault(peer, _Delivery(first_ms=now_ms, last_ms=now_ms)).asked += size
 
     def delivered(self, peer: PeerId, size: int, now_ms: int) -> None:
-        """`size` bytes of the peer's have verified."""
+        """`size` bytes from the peer have been verified."""
         delivery = self._of_peer.get(peer)
         if delivery is not None:
             delivery.verified += size

@@ -4,8 +4,8 @@
       └────── everything is here, or no peer may be asked ───────────────────────────────▲
 
 *Getting* aims at an end segment and gets every row that it needs, from the arena, the disk and peers. Unavailable rows
-lower the aim, and so does an arena without room for more; a stall or a spent budget lowers it to what needs no peer
-(*retreat*). Where nothing fits at all, the lookup releases everything and waits a moment for room.
+lower the aim, and so does an arena without room for more; a stall or an exhausted budget lowers it to rows that need no
+peer (*retreat*). If nothing fits, the lookup releases everything and waits a moment for room.
 """
 
 from typing import Literal
@@ -241,7 +241,7 @@ class PrefixLookup:
     # --- searching ------------------------------------------------------------------------------
 
     def _ask_peers(self, now_ms: int) -> None:
-        """Ask all peers for the missing rows, unless that can't pay."""
+        """Ask all peers for the missing rows, unless a fetch cannot save time."""
         if not self._peers:
             reason = "no_peers" if self._wanted.may_ask_peers and self._mode != "never" else "local_only"
             self._get_local(reason, now_ms)
@@ -288,7 +288,7 @@ class PrefixLookup:
     # --- getting --------------------------------------------------------------------------------
 
     def _get_local(self, not_fetched: str, now_ms: int) -> None:
-        """Use what is in this node."""
+        """Use the rows that this node has."""
         self._not_fetched = not_fetched
         self._phase = "getting"
         self._phase_ends_ms = None
@@ -299,7 +299,7 @@ class PrefixLookup:
         self._aim_again(now_ms)
 
     def _aim_again(self, now_ms: int) -> None:
-        """Aim at the longest prefix that is available and that there is room for."""
+        """Aim at the longest available prefix for which there is room."""
         usable = self._rows.usable(_is_to_be_had)
         self._end = self._fitting()
         if self._end < usable:
@@ -318,7 +318,7 @@ class PrefixLookup:
             self._answer(0, self._cause or self._not_fetched or "miss", now_ms)
 
     def _make_do(self, row: Row, now_ms: int) -> None:
-        """There is no gap for the row: leases and fragmentation leave less room than was counted."""
+        """The arena has no gap for the row: leases and fragmentation leave less room than was counted."""
         self._window.drop(row)
         self._room.shrink(row for row in self._rows.needed(self._end) if row.state in ("moving", "ready"))
         self._aim_again(now_ms)
@@ -336,14 +336,14 @@ class PrefixLookup:
             self._effects.append(ReleaseRows(self.lookup, tuple(row.key for row in rows)))
 
     def _lose(self, rows: list[Row], cause: str, now_ms: int) -> None:
-        """Rows are unavailable: aim at what can be reached without them."""
+        """Rows are unavailable: aim at the longest prefix without them."""
         for row in rows:
             row.state = "lost"
         self._cause = cause
         self._aim_again(now_ms)
 
     def _retreat(self, cause: str, now_ms: int) -> None:
-        """Abandon fetching; use what is ready and what this node can still load within a moment."""
+        """Stop fetching; use the rows that are ready or that this node can load within LOAD_GRACE_MS."""
         late_ms = self._transfers.stop(now_ms)
         self.waited_ms |= late_ms
         if cause in ("stalled", "too_slow"):
@@ -370,7 +370,7 @@ class PrefixLookup:
             self._get_more(now_ms)
 
     def _forgive_own_delay(self, now_ms: int) -> None:
-        """A late tick means that this node was starved; peers' answers may be waiting behind it.
+        """A late tick means that this node did not get the CPU; peers' answers may be waiting behind it.
 
         At most FETCH_STALL_MS per lookup in all, so that even then a stall ends within twice that.
         """

@@ -14,7 +14,7 @@ MANIFESTS_IN_FLIGHT_MAX = 4  # each costs 70 KiB and a KZG verification before i
 
 
 class ManifestRequests:
-    """Those that a peer was asked for and that have not come. Effects go to `emit`."""
+    """The open requests. Effects go to `emit`."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class ManifestRequests:
         return True
 
     def late(self, now_ms: int) -> list[ManifestDigest]:
-        """Those that another peer should be asked for."""
+        """The manifests to ask another peer for."""
         due_ms = now_ms - MANIFEST_HEDGE_MS
         return [digest for digest, asked in self._asked.items() if not asked.slow and asked.asked_at_ms <= due_ms]
 

@@ -1,4 +1,4 @@
-"""Which rows a prefix needs, how far the available rows reach, and which columns to ask of which peers. No state."""
+"""The rows that a prefix needs, how far the available ones reach, and which columns to ask of which peers."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from ..records.limits import LOOKUP_ROWS_MAX, TOTAL_CHUNKS
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One row that a lookup may need. `tier` says where it is, `state` how far it got."""
+    """One row that a lookup may need. `tier` is its place, `state` its progress."""
 
     segment: int
     part: int

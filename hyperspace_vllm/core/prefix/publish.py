@@ -32,10 +32,10 @@ from ..records.limits import LOOKUP_ROWS_MAX, OBJECT_ROWS_MAX
 
 STAGED_ROWS_MAX = 1024  # staged and unnamed, per client: as many as one grant of staging slabs
 SEGMENTS_MAX = 8192  # unfinished, per client: two of the longest prompts
-UNNAMED_MS = 30_000  # a name, or another rank's row, lags a few steps; rows that wait longer wait in vain
+UNNAMED_MS = 30_000  # a name, or another rank's row, lags a few steps; rows that wait longer are dropped
 OVER_GRACE_MS = 1_000  # rows of an ended request may still be on their way from its workers
 IDLE_MS = 100
-ENCODES_MAX = 2  # outstanding: one in the compute pool, one to follow
+ENCODES_MAX = 2  # outstanding: one in the compute pool, and the next one
 ENCODE_QUEUE_MAX = 64
 ENCODE_TIMEOUT_MS = 120_000  # 32 rows of 128 MiB at 40 MB/s; then the next object takes its place
 KNOWN_ROWS_MAX = 8 * LOOKUP_ROWS_MAX
@@ -115,7 +115,7 @@ class Publisher:
         return effects
 
     def forget(self, rows: Iterable[RowKey]) -> None:
-        """Forget rows that turned out not to be in this node: they count as new when they are staged again."""
+        """Forget rows that this node does not have: they count as new when they are staged again."""
         for row in rows:
             self._known.pop(row, None)
 

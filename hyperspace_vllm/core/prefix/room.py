@@ -1,7 +1,7 @@
-"""How much of the arena one lookup may take: what its rows cost, and how long it waits when none fits.
+"""How much of the arena one lookup may take: the size of its rows, and how long it waits when none fits.
 
 Room is free, or held by rows that no lookup, encoder or worker has leased. A lookup takes it row by row, so that
-several lookups share it; it releases what it can't use, and one that got nothing holds nothing while it waits.
+several lookups share it. It releases rows that it cannot use, and a waiting lookup without rows holds nothing.
 """
 
 from collections.abc import Iterable

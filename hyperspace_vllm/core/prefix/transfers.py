@@ -1,7 +1,8 @@
-"""One lookup's rows from peers: which peers to ask for what, which next, and which never again.
+"""Transfers of one lookup's rows from peers: which peer is asked for which columns, and which peers are asked no more.
 
 A row is asked of the source (offers.py) that should deliver it first: 32 columns, data columns preferred. When it is
-late, other holders are asked, then another manifest, then further columns (hedging); what fails is replaced at once.
+late, other holders are asked, then another manifest, then further columns (hedging); failed requests are replaced at
+once.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -57,9 +58,9 @@ class Transfers:
         self.peers = peers
         self.emit = emit
         self.lost: list[Row] = []
-        self.progress_ms = 0  # until when what has verified is enough
+        self.progress_ms = 0  # the verified bytes are enough progress until then
         self.timeout_at_ms = 0
-        self.least_rate: float = FETCH_BYTES_PER_MS_MIN  # what comes more slowly is no progress
+        self.least_rate: float = FETCH_BYTES_PER_MS_MIN  # a lower rate is no progress
         self._offers = Offers()
         self._deliveries = Deliveries(rates)
         self._manifests = ManifestRequests(lookup, row_keys, self._offers, self._deliveries, emit)
@@ -127,8 +128,9 @@ class Transfers:
             source.verified = 0
 
     def stop(self, now_ms: int) -> dict[PeerId, int]:
-        """End all fetching, update the rates; returns peers that still owe and were first asked FETCH_STALL_MS ago or
-        more, with how long ago."""
+        """End all fetching and update the rates; returns how long ago each peer that has not delivered everything was
+        first asked, if that is FETCH_STALL_MS or more."""
+
         late = {peer for t in self._moving.values() for s in self._offers.of(t.row) for peer in s.asked}
         late |= self._manifests.peers
         self._deliveries.end(late, now_ms)
@@ -177,7 +179,7 @@ class Transfers:
         transfer.hedge_at_ms = now_ms + self._hedge_delay_ms(row, now_ms)
 
     def holder_stalled(self, event: HolderStalled, row: Row, now_ms: int) -> None:
-        """A peer won't deliver what it was asked for: ask for other columns, other peers, or under another manifest."""
+        """A peer does not deliver what it was asked for: ask for other columns, other peers, or another manifest."""
         source = self._offers.by_peer(row, event.peer)
         if source is None:
             return
@@ -189,7 +191,7 @@ class Transfers:
         self._settle(now_ms)
 
     def condemned(self, row: Row, now_ms: int) -> None:
-        """The row's chunks are no codeword: everything its manifest covers is worthless."""
+        """The row's chunks are no codeword: nothing that its manifest covers is usable."""
         sources = [source for source in self._offers.wanted(row) if self._offers.alive(source)]
         if row.id not in self._moving or not sources:
             return
@@ -202,7 +204,7 @@ class Transfers:
         self._settle(now_ms)
 
     def judge(self, peer: PeerId, reason: Reason) -> None:
-        """A peer failed for `reason`: charge it if that proves bad faith, and don't ask it again if it is gone."""
+        """A peer failed for `reason`: charge it if that proves bad faith, and do not ask it again if it is gone."""
         if reason.is_guilty:
             self._charge(peer, reason)
         elif reason in GONE_REASONS:
@@ -376,7 +378,7 @@ class Transfers:
             self._ban(peer)
 
     def _ban(self, peer: PeerId) -> None:
-        """Don't use the peer again in this lookup; columns of it that still verify count all the same."""
+        """Do not use the peer again in this lookup; columns from it that still verify count."""
         self._offers.banned.add(peer)
         self._unsettled = True
         self._manifests.ban(peer)

@@ -8,10 +8,10 @@
                | tokens u32 | far u32                                                       (kind 3)
 
 Integers are big-endian, the signature is Ed25519 over the tag and the body, and the sender's sequence only grows:
-repeated or older batches are dropped. Batches rather than single announcements, because py-libp2p's GossipSub passes
-ten messages a second per peer at most (docs/notes/py-libp2p.md).
+repeated or older batches are dropped. Announcements travel in batches because py-libp2p's GossipSub passes at most ten
+messages a second per peer (docs/notes/py-libp2p.md).
 
-Evidence holds as much of the accused node's CacheProof as its signature covers, in a fixed size: the proof hash stands
+Evidence has the part of the accused node's CacheProof that its signature covers, in a fixed size: the proof hash stands
 for the omitted fields. So no node is accused of an answer that it never signed.
 """
 
@@ -143,7 +143,7 @@ def is_of_later_version(raw: bytes, network: NetworkId, sender: bytes) -> bool:
 
 
 def check_announcement(raw: bytes, batch: Announcement, network: NetworkId, wall_ms: int) -> None:
-    """Raise `Refused` unless `batch`, decoded from `raw`, is of this network, of the last minute, and its sender's."""
+    """Raise `Refused` unless `batch`, decoded from `raw`, is of this network, recent, and signed by its sender."""
     if batch.network != network:
         raise Refused("other_network")
     if abs(batch.sent_at_ms - wall_ms) > CLOCK_SKEW_MS:

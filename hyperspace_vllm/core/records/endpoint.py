@@ -1,7 +1,6 @@
-"""Where a node is reached. Text is parsed where it comes in, and printed by `str` where it goes out.
+"""Addresses of nodes. Text is parsed on input, and printed by `str` on output.
 
-An IPv6 address stands in brackets between nodes: without them, its last group may be a port. What people write in
-settings may lack them.
+An IPv6 address between nodes has brackets: without them, its last group may be a port. In settings they may be missing.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ _EXPECTED = "expected host:port"
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A name or an IP address (without brackets), and a port of TCP."""
+    """A name or an IP address (without brackets), and a TCP port."""
 
     host: str
     port: int
@@ -32,7 +31,7 @@ class Endpoint:
 
     @classmethod
     def of_setting(cls, text: str) -> "Endpoint":
-        """The endpoint that a person wrote: what is no host is found out when it is resolved. ValueError."""
+        """The endpoint in a setting; ValueError. Resolving it shows whether its host exists."""
         host, port = _split(text)
         return cls(host[1:-1] if host.startswith("[") and host.endswith("]") else host, port)
 
@@ -42,14 +41,14 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class PeerAddress:
-    """A peer, and where it is reached."""
+    """A peer and its address."""
 
     peer: PeerId
     endpoint: Endpoint
 
     @classmethod
     def of_setting(cls, text: str) -> "PeerAddress":
-        """What `<peer id>@host:port` names; ValueError, which says what is expected."""
+        """The peer and address in `<peer id>@host:port`; ValueError, which names the expected form."""
         peer, at, endpoint = text.partition("@")
         try:
             reached_at = Endpoint.of_setting(endpoint if at else "")

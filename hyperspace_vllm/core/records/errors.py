@@ -1,4 +1,4 @@
-"""The two ways in which input can be wrong, and how foreign text is shown."""
+"""The two kinds of errors in input, and how foreign text is printed."""
 
 import json
 
@@ -23,7 +23,7 @@ class ProtocolViolation(ValueError):
     """A peer or client sent something that the protocol forbids.
 
     Raised where bytes become values, caught once (in the shell that read the bytes) and charged to the sender. The
-    message names the field and what was expected; what it quotes of the input is made printable.
+    message names the field and the expected value; quotes of the input are made printable.
     """
 
     def __init__(self, message: str) -> None:
@@ -31,7 +31,7 @@ class ProtocolViolation(ValueError):
 
 
 class Refused(Exception):
-    """A well-formed record that this node doesn't accept: `reason` is one of a small set, used as a metric label."""
+    """A well-formed record that this node does not accept: `reason` is one of a small set, used as a metric label."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(printable(f"{reason}: {detail}" if detail else reason))

@@ -29,10 +29,10 @@ CACHE_PROOF_BYTES_MAX = 512  # 202 B and an engine version of at most 256
 
 # --- the response cache -------------------------------------------------------------------------
 REQUEST_BYTES_MAX = 4 * MiB  # a longer request body bypasses the response cache unread
-INLINE_BODY_BYTES = 32 * KiB  # what is read on the event loop: 8 ms at worst (messages of one letter), usually 0.3 ms
+INLINE_BODY_BYTES = 32 * KiB  # read on the event loop: 8 ms at worst (messages of one letter), usually 0.3 ms
 USUAL_BODY_BYTES = 512 * KiB  # a prompt of 128,000 tokens; larger ones have a queue of their own
 LARGE_BODIES_BYTES_MAX = 8 * REQUEST_BYTES_MAX  # in the queue of one thread, x 0.4 s: the last one's deadline is over
-FLIGHTS_MAX = 1024  # computations that others may join; the next ones run alone
+FLIGHTS_MAX = 1024  # computations that other requests may join; the next ones run alone
 FLIGHT_BYTES_MAX = 8 * MiB  # frames a computation keeps for clients that join late or read slowly
 FLIGHTS_BYTES_MAX = 256 * MiB  # all of them together: 1024 answers of 256 KiB
 FLIGHT_WINDOW_BYTES = 64 * KiB  # how far a computation may run ahead of its fastest reader

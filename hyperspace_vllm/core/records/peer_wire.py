@@ -32,7 +32,7 @@ U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Record = Annotated[bytes, Meta(max_length=PEER_RECORD_BYTES_MAX)]
 Delta = Annotated[bytes, Meta(max_length=REGISTRY_DELTA_BYTES_MAX)]
 SEALED_BYTES_MAX = RESPONSE_BYTES_MAX + 16  # ChaCha20-Poly1305's tag
-KNOWN_BYTES = 16  # of one known record in WantPeers
+KNOWN_BYTES = 16  # per known record in WantPeers
 DELTAS_MAX = 4096  # of one answer
 SMALL_ANSWER_BYTES_MAX = 64  # names and lengths: a Pong, a Refusal, what an answer holds besides records and deltas
 _LENGTH_BYTES = 5  # of a byte string in msgpack
@@ -55,8 +55,8 @@ class Query(_Message, tag="query", frozen=True):
 class Hit(_Message, tag="hit", frozen=True):
     """The response: `sealed` opens with the key that only the RequestKey gives (sealing.py), `proof` is a CacheProof.
 
-    `member` vouches for the proof's signer (signing.member_tag; zeros: no member does); `popularity` is a hint of how
-    often it was asked for, in 1/16 requests, decayed.
+    `member` proves the membership of the proof's signer (signing.member_tag; zeros: not a member); `popularity` is a
+    hint of the number of requests for it, in 1/16 requests, decayed.
     """
 
     nonce: Annotated[bytes, Meta(min_length=12, max_length=12)]
@@ -150,7 +150,7 @@ assert REGISTRY_REPLY_BYTES_MAX < STREAM_FRAME_BYTES_MAX
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """How long an answer may be, and how many records, each with a signature to check, it may hold."""
+    """The largest size of an answer, and the largest number of records, each with a signature to check."""
 
     bytes_max: int
     records_max: int = 0
@@ -171,7 +171,7 @@ _EXPECTED_DELTAS = Expected(
 
 
 def expected_answer(request: PeerRequest) -> Expected:
-    """What an honest answer to `request` is at most; a longer one is not read."""
+    """The largest honest answer to `request`; a longer one is not read."""
     match request:
         case Query():
             return ANYTHING

@@ -1,8 +1,8 @@
 """How well this node knows a peer.
 
 LISTED  on this node's own lists
-MET     it has shown over a connection who it is
-TOLD    another peer passed its record on, and nothing else speaks for it
+MET     it has proved its identity over a connection
+TOLD    another peer passed its record on, and nothing else is known of it
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from enum import IntEnum
 
 
 class Rank(IntEnum):
-    """Higher ones stay longer."""
+    """Peers of a higher rank are evicted later."""
 
     TOLD = 0
     MET = 1
@@ -18,7 +18,7 @@ class Rank(IntEnum):
 
 
 class Tier(IntEnum):
-    """Whose needs come first where peers share what this node has."""
+    """The order in which this node serves peers."""
 
     STRANGER = 0
     MEMBER = 1  # holds the network key, and has delivered nothing yet
@@ -27,7 +27,7 @@ class Tier(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Acquaintance:
-    """`source` is the host that the peer connected from, or that of a peer that told of it."""
+    """`source` is the host that the peer connected from, or that of the peer that reported it."""
 
     rank: Rank
     source: str

@@ -1,7 +1,7 @@
-"""Why a peer did not deliver, or is charged, and what that says against it: the only table of reasons.
+"""Reasons why a peer did not deliver or is charged, each with its severity: the only such table.
 
-A reason's value is its metric label. Whether a failure is reported at all is decided where it happens: a timeout says
-nothing of a peer that had no time to answer.
+A reason's value is its metric label. The code where a failure happens decides whether it is reported: a timeout is no
+failure of a peer that had no time to answer.
 """
 
 from enum import Enum, StrEnum
@@ -10,17 +10,17 @@ from .errors import Refused
 
 
 class Severity(Enum):
-    """How many failures a failure counts as. A lie is counted apart, since no number of deliveries dilutes it."""
+    """The weight of a failure. A lie is counted separately: no number of deliveries makes up for it."""
 
-    NONE = 0.0  # this node's own trouble, or what happens to honest peers: hints go stale, and lists differ
+    NONE = 0.0  # this node's own failure, or one that honest peers have too: outdated hints, different lists
     BUSY = 0.25
     FAILURE = 1.0
     RUDE = 10.0  # it broke the protocol: a bug is as likely as malice
-    LIE = float("inf")  # it takes intent, or a disk that no peer should believe either
+    LIE = float("inf")  # it takes intent, or a broken disk, which is no more trustworthy
 
 
 class Reason(StrEnum):
-    """One word for what happened, with its severity."""
+    """The name of a failure, with its severity."""
 
     severity: Severity
 
@@ -31,25 +31,25 @@ class Reason(StrEnum):
         member.severity = severity
         return member
 
-    # what happens to honest peers
+    # failures that honest peers have too
     MISS = "miss", Severity.NONE
     NOT_HERE = "not_here", Severity.NONE
     EVICTED = "evicted", Severity.NONE
     STRANGER = "stranger", Severity.NONE
     UNTRUSTED_SIGNER = "untrusted_signer", Severity.NONE
     UNTRUSTED_PRODUCER = "untrusted_producer", Severity.NONE
-    CONDEMNED = "condemned", Severity.NONE  # says something of the producer, and a holder passes it on unread
+    CONDEMNED = "condemned", Severity.NONE  # the producer's fault: a holder passes the chunks on without reading them
     WRONG_NETWORK = "wrong_network", Severity.NONE
     BUSY = "busy", Severity.BUSY
 
-    # this node's own trouble
+    # this node's own failures
     BUG = "bug", Severity.NONE
     COMPUTE_BUSY = "compute_busy", Severity.NONE
     WORKER = "worker", Severity.NONE
     KZG_BUSY = "kzg_busy", Severity.NONE
     KZG_WORKER = "kzg_worker", Severity.NONE
 
-    # it did not answer, or with what no longer counts
+    # the peer did not answer, or its answer has expired
     TIMEOUT = "timeout", Severity.FAILURE
     UNREACHABLE = "unreachable", Severity.FAILURE
     STALLED = "stalled", Severity.FAILURE
@@ -61,7 +61,7 @@ class Reason(StrEnum):
     PROTOCOL = "protocol", Severity.RUDE
     MALFORMED = "malformed", Severity.RUDE
 
-    # an honest peer checks what it serves and passes on, as this node does
+    # an honest peer checks what it serves and relays, as this node does
     BAD_DIGEST = "bad_digest", Severity.LIE
     BAD_PROOF = "bad_proof", Severity.LIE
     BAD_SEAL = "bad_seal", Severity.LIE
@@ -85,12 +85,12 @@ class Reason(StrEnum):
 
     @classmethod
     def of(cls, refused: Refused) -> "Reason":
-        """Why a peer's answer or record was refused; ValueError where that has nothing to do with a peer."""
+        """The reason why a peer's answer or record was refused; ValueError if it is not about a peer."""
         return cls(refused.reason)
 
     @property
     def is_lie(self) -> bool:
-        """Whether no honest peer ever causes it."""
+        """Whether honest peers never cause it."""
         return self.severity is Severity.LIE
 
     @property

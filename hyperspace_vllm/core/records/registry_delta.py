@@ -25,7 +25,7 @@ DELTA_OVERHEAD_BYTES = _HEAD_BYTES + SIGNATURE_BYTES  # besides the payload
 
 @dataclass(frozen=True, slots=True)
 class RegistryDelta:
-    """One signed piece of an owner's document; `payload` is what loro exported."""
+    """One signed piece of an owner's document; `payload` is the loro export."""
 
     network: NetworkId
     owner: bytes
@@ -76,7 +76,7 @@ def decode_delta(raw: bytes) -> RegistryDelta:
 
 
 def check_delta(raw: bytes, delta: RegistryDelta, network: NetworkId, wall_ms: int) -> None:
-    """Raise `Refused` unless `delta`, decoded from `raw`, is of this network, not expired, and its owner's."""
+    """Raise `Refused` unless `delta`, decoded from `raw`, is of this network, not expired, and signed by its owner."""
     if delta.network != network:
         raise Refused("other_network")
     if delta.expires_at_ms <= wall_ms:

@@ -1,7 +1,7 @@
 """Sealing: data that leaves the node is encrypted under a key that only a node with the prompt can derive.
 
 Rows use plain ChaCha20 (RFC 8439; seekable, so a single chunk opens by itself; the signed digests authenticate, and
-`row_tag` shows that their signer had the prompt), responses ChaCha20-Poly1305. docs/design.md says why keys never
+`row_tag` shows that their signer had the prompt), responses ChaCha20-Poly1305. docs/design.md explains why keys never
 travel.
 
 Both derive their key by the same HKDF, but no row and response share a key: row keys and request keys are SHA-256
@@ -28,7 +28,7 @@ from .errors import Refused
 from .ids import NetworkId, RequestKey, RowKey
 
 NONCE_BYTES = 12
-SEAL_TAG_BYTES = 16  # what ChaCha20-Poly1305 appends
+SEAL_TAG_BYTES = 16  # appended by ChaCha20-Poly1305
 ROW_TAG_BYTES = 16
 
 

@@ -28,7 +28,7 @@ def verify(public_key: bytes, tag: bytes, body: bytes, signature: bytes) -> None
 
 
 def member_tag(network_key: bytes, public_key: bytes) -> bytes:
-    """HMAC-SHA256(network key, 'hyperspace/member/1' || public key): a holder of the key vouches for this node.
+    """HMAC-SHA256(network key, 'hyperspace/member/1' || public key): proves that a holder of the key named this node.
 
     It travels beside signed records, so that they count as a member's after their signer has left the network.
     """

@@ -5,8 +5,8 @@
     the filter has m = 8 x (length - 2) bits; an id sets bits (a + i x b) mod m for i = 0 .. k - 1;
     bit p is bit p mod 8 (the lowest is 0) of byte 2 + p // 8
 
-An empty digest, or one of another format, says nothing. A digest is a hint: ids may seem present that are not, and a
-node that routes by it loses a prefill at worst. An id is a hash already, so no other hash is needed.
+An empty digest, or one of another format, has no information. A digest is a hint: absent ids may seem present, and a
+node that routes by it loses at most one prefill. An id is a hash already, so no other hash is needed.
 """
 
 import math

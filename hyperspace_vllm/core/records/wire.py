@@ -84,7 +84,7 @@ class HaveReply(_Message, tag="have", frozen=True):
 class ManifestReply(_Message, tag="manifest", frozen=True):
     """Everything that makes chunks verifiable; unverified itself.
 
-    `member` vouches for the producer (signing.member_tag; zeros: no member does), which may have left long ago.
+    `member` proves the producer's membership (signing.member_tag; zeros: not a member); it may have left long ago.
     """
 
     request: RequestId
@@ -103,7 +103,7 @@ class Chunk(_Message, tag="chunk", frozen=True):
 
 
 class NotHere(_Message, tag="not_here", frozen=True):
-    """The requested data (for chunks: these columns of it) can't be served, and why."""
+    """The requested data (for chunks: these columns of it) cannot be served; `reason` says why."""
 
     request: RequestId
     reason: Literal["unknown", "busy", "io_error", "refused"]

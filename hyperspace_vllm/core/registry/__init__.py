@@ -1,5 +1,5 @@
-"""The registry: which peer says that it can serve which ids, as one CRDT document an owner.
+"""The registry: which peer announces which ids, as one CRDT document per owner.
 
-Input: signed deltas that peers pass on. Output: those worth keeping and passing on. loro itself runs in a worker
-process (`daemon/workers`): the room sees deltas as bytes and their ids as sets.
+Input: signed deltas that peers pass on. Output: those to keep and pass on. loro itself runs in a worker process
+(`daemon/workers`): this package sees deltas as bytes and their ids as sets.
 """

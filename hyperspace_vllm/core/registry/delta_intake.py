@@ -1,7 +1,7 @@
-"""Registry deltas that neighbours answered, taken a few at a time: checking one's signature costs 0.07 ms of the loop.
+"""Intake of registry deltas from neighbours' answers, a few at a time: a signature check costs 0.07 ms of the loop.
 
-A turn takes one delta of each host's answer after another, as many as the allowance of all has. One answer of a host
-waits at a time, and no more of it than an honest one has: what is left aside, the next exchange of heads brings.
+A turn takes one delta of each host's answer after another, as long as the allowance of all hosts lasts. One answer per
+host waits at a time, up to the size of an honest one: the next exchange of heads brings what was left out.
 """
 
 from collections import OrderedDict, deque
@@ -26,7 +26,7 @@ _HASHED_BYTES = 32 * KiB  # take as long as a signature
 
 @dataclass(slots=True)
 class DeltaAnswer:
-    """What is left of a neighbour's answer; `asks_again` if it has more and this was of use."""
+    """The rest of a neighbour's answer; `asks_again` if the neighbour has more and this part was useful."""
 
     peer: PeerId
     raws: deque[bytes]
@@ -34,13 +34,13 @@ class DeltaAnswer:
     was_of_use: bool = False
 
     def drop(self) -> None:
-        """Take nothing more of it, nor ask for more."""
+        """Drop the rest, and do not ask for more."""
         self.raws.clear()
         self.has_more = False
 
 
 class DeltaIntake:
-    """One node's, of all neighbours; `finished` are those whose answer was used up and has more."""
+    """The answers of all neighbours; `finished` are neighbours whose answer is used up and that have more."""
 
     def __init__(self, now: Now) -> None:
         self._answers: OrderedDict[str, DeltaAnswer] = OrderedDict()  # by host

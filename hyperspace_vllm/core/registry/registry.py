@@ -1,20 +1,21 @@
-"""The registry: which peer says that it can serve which ids (of responses and of KV rows).
+"""The registry: which peer announces which ids (of responses and of KV rows).
 
-One document per owner, written by its owner alone; the registry is their union at read, so nobody can delete or bloat
-another's entries. A document travels as a log of signed deltas (records/registry_delta.py): the snapshot that began
-the owner's epoch and the updates since. This machine keeps the logs as they came, because it passes them on; a worker
-process holds what loro makes of them (ImportDeltas) and can be rebuilt from the logs at any time. Only entries that
-came back from there are the owner's word; whether they are true, a fetch has to show.
+There is one document per owner, which only its owner can write. The registry is the union of all documents at read, so
+a peer cannot delete or bloat another peer's entries. A document travels as a log of signed deltas
+(records/registry_delta.py): the snapshot that began the owner's epoch and the updates since. This machine keeps the
+logs as they came, because it passes them on. A worker process holds the loro documents (ImportDeltas) and can be
+rebuilt from the logs. Only entries that the worker returns are the owner's; a fetch shows whether they are true.
 
-Which deltas are taken: the next of the epoch at hand, or the snapshot of a higher one. What is older, already here, or
-after a gap is left aside without blame, because a relay sends it in good faith; the next exchange of heads brings what
-is missing. Of two different deltas with the same number the first to come stays, and the owner, who signed both, is
-charged once an epoch. What doesn't decode or isn't signed by its owner is charged to the relay, who could have checked.
+The registry takes the next delta of the current epoch, or the snapshot of a higher one. A delta that is older, already
+here, or after a gap is dropped without a charge, because a relay sends it in good faith; the next exchange of heads
+brings the missing ones. Of two different deltas with the same number the first stays, and the owner, which signed both,
+is charged once per epoch. A delta that does not decode or is not signed by its owner is charged to the relay, which
+could have checked it.
 
-Under a bound on all owners together (their number, bytes of logs, entries), and under the quarter of it that is one
-source's, the least known owner goes (eviction.py): what one peer invents pushes out its own inventions. An owner that
-went is ignored for a minute, one whose document was refused, or lost the worker twice, until its next epoch. What
-checking deltas and importing documents may take of the node's time say delta_intake.py and worker_time.py.
+All owners together are bounded (their number, bytes of logs, entries), and one source may have a quarter of that. Over
+the bound the least known owner is evicted (eviction.py). It is ignored for a minute; an owner whose document was
+refused, or lost the worker twice, until its next epoch. delta_intake.py and worker_time.py bound the time of the node.
+
 """
 
 import random
@@ -55,16 +56,16 @@ from .worker_time import WorkerTime
 
 _SWEEP_MS = 60_000
 _RETRY_MS = 2_000  # after the worker failed, doubled for each time in a row
-_RETRIES_MAX = 5  # then there is no worker for it
-_LOSSES_MAX = 2  # in a row; a worker may have died of something else once
+_RETRIES_MAX = 5  # then the document is given up
+_LOSSES_MAX = 2  # in a row; the worker may have died of another cause once
 _BLOCKED_MS = 500  # until hosts that have no worker time left are looked at again
-_EPOCH_MAX = (1 << 63) - 1  # what a RegistryHead can say
+_EPOCH_MAX = (1 << 63) - 1  # the largest in a RegistryHead
 
 
 class Registry:
-    """The union of all owners' documents, of owners that have a `acquaintance(public key)`.
+    """The union of the documents of all owners that have an `acquaintance(public key)`.
 
-    The owner of none of the methods' arguments is believed before its checks.
+    No method trusts the owner that its arguments name before its checks.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Registry:
             self._own.remove(gone)
 
     def on_own_delta(self, event: OwnDeltaWritten, now: Now) -> list[NetworkEffect]:
-        """The own document has changed: others can have the delta from now on."""
+        """This node's document has changed: neighbours can get the delta from now on."""
         assert event.delta.owner == self._own_key
         self._now = now
         self._own.on_written(event.delta, event.raw, now)
@@ -125,7 +126,7 @@ class Registry:
         return min((at for at in times if at is not None), default=None)
 
     def is_misdated(self, now: Now) -> bool:
-        """Whether the clock was set, so that others may not believe the own document: `on_tick` dates it anew."""
+        """Whether the clock was set, so that peers may refuse this node's document: `on_tick` dates it anew."""
         return self._own.is_misdated(now)
 
     def on_tick(self, now: Now) -> list[NetworkEffect]:
@@ -136,7 +137,7 @@ class Registry:
             del self._retries[key]
             self._queue(self._owners[key])
             if key in self._due:
-                self._due = {key: None, **self._due}  # first: what loses the worker again is given up
+                self._due = {key: None, **self._due}  # first: a document that loses the worker again is given up
         if self._sweep_at_ms is None or now.mono_ms >= self._sweep_at_ms:
             self._sweep_at_ms = now.mono_ms + _SWEEP_MS
             effects += self._sweep(now)
@@ -161,12 +162,12 @@ class Registry:
         return WantDeltas(self._all_heads())
 
     def answer(self, want: WantDeltas, now: Now) -> Deltas:
-        """What the sender of `want` lacks, up to the bound of one answer; `more` if that was not all."""
+        """The deltas that the sender of `want` lacks, up to the bound of one answer; `more` if that was not all."""
         theirs = {head.owner: (head.epoch, head.sequence) for head in want.heads}
         logs = [(owner.key, owner.log) for owner in self._owners.values() if not owner.ignored]
         if self._own.log is not None:
             logs.append((self._own_key, self._own.log))
-        # Several neighbours answer the same node: each begins elsewhere.
+        # Several neighbours answer the same node: each begins at a different owner.
         self._rng.shuffle(logs)
         chosen: list[bytes] = []
         room = REGISTRY_REPLY_BYTES_MAX
@@ -181,14 +182,14 @@ class Registry:
         return Deltas(tuple(chosen), self._held_heads())
 
     def on_deltas(self, peer: PeerId, deltas: Deltas, now: Now) -> list[NetworkEffect]:
-        """Take what continues the logs, now and in later turns; `peer` only passed it on (unless it is the owner)."""
+        """Take the deltas that continue the logs, now and in later turns; `peer` is their relay, or the owner."""
         self._now = now
         acquaintance = self._acquaintance(public_key_of(peer))
         self._intake.put(acquaintance.source if acquaintance is not None else peer, peer, deltas)
         return self._take_in(now)
 
     def whom_to_ask_again(self) -> list[PeerId]:
-        """Neighbours whose last answer was of use, is taken in, and was not all."""
+        """Neighbours whose last answer was useful and is taken in, and that have more."""
         finished, self._intake.finished = self._intake.finished, []
         return finished
 
@@ -242,7 +243,7 @@ class Registry:
         if delta.kind != "snapshot" or acquaintance is None or (owner is not None and owner.crowded_out):
             return []
         if owner is not None and now.mono_ms - owner.taken_at_ms < REGISTRY_EPOCH_MS:
-            return []  # an owner that begins anew all the time is heard now and then
+            return []  # an owner that keeps beginning new epochs is taken only now and then
         check_delta(raw, delta, self._network, now.wall_ms)
         if owner is None:
             owner = self._owners[delta.owner] = Owner(
@@ -307,7 +308,7 @@ class Registry:
         return effects
 
     def on_imported(self, event: DeltasImported) -> None:
-        """The owner's entries are these now. Of an epoch that is over by now they count until the next import."""
+        """The owner's entries are these now. Entries of an epoch that has ended count until the next import."""
         owner = self._finished(event.owner, event.took_ms)
         if owner is None:
             return
@@ -327,7 +328,7 @@ class Registry:
             )
 
     def on_refused(self, event: DeltasRefused) -> list[NetworkEffect]:
-        """The worker failed: rebuild the document from its log. Otherwise the owner wrote what isn't a document."""
+        """The worker failed: rebuild the document from its log. Otherwise the owner's deltas are not a document."""
         if event.owner == self._own_key:
             self._own.on_failed(self._now)
             return []
@@ -375,7 +376,7 @@ class Registry:
     # --- the union ------------------------------------------------------------------------------
 
     def providers(self, id: bytes, wall_ms: int) -> tuple[PeerId, ...]:
-        """Peers other than this node that say they can serve `id` now: hints, in no particular order."""
+        """Other peers that announce `id` now: hints, in no particular order."""
         return tuple(
             owner.peer
             for owner in self._index.owners_of(id)
@@ -384,7 +385,7 @@ class Registry:
 
     @property
     def entries(self) -> int:
-        """Entries of others, some of which may have expired within the last minute."""
+        """Other owners' entries, some of which may have expired within the last minute."""
         return self._index.entries
 
     def stats(self) -> RegistryStats:
@@ -398,7 +399,7 @@ class Registry:
         )
 
     def _ignore(self, owner: Owner) -> list[NetworkEffect]:
-        """Keep nothing of the owner but its epoch, so that nobody has to send it again."""
+        """Keep only the owner's epoch, so that neighbours do not send the log again."""
         self._drop(owner)
         owner.ignored = True
         owner.imported = None
@@ -406,7 +407,7 @@ class Registry:
         return [ForgetOwner(owner.key)]
 
     def _crowd_out(self, size: Callable[[Owner], int], room: int, source_room: int) -> list[NetworkEffect]:
-        """Ignore the least known owners until all fit; of owners that are ignored only so many stay."""
+        """Ignore the least known owners until the others fit; forget ignored owners beyond a number."""
         heard = [owner for owner in self._owners.values() if not owner.ignored]
         for owner in heard:
             owner.acquaintance = self._acquaintance(owner.key) or owner.acquaintance

@@ -1,4 +1,4 @@
-"""Whose registry documents have an id: the union of all documents, as far as they are imported."""
+"""Owners by id: the union of all registry documents, as far as they are imported."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class RegistryIndex:
         self._providers: dict[bytes, tuple[Owner, ...]] = {}
 
     def owners_of(self, id: bytes) -> tuple[Owner, ...]:
-        """Whose documents have it."""
+        """The owners whose documents have the id."""
         return self._providers.get(id, ())
 
     def add(self, owner: Owner, added: Iterable[tuple[bytes, int]]) -> None:
@@ -57,7 +57,7 @@ class RegistryIndex:
             owner.entries[id] = expires_at_ms
 
     def remove(self, owner: Owner, ids: Iterable[bytes]) -> None:
-        """The owner's document hasn't these."""
+        """The owner's document no longer has these."""
         for id in ids:
             if owner.entries.pop(id, None) is None:
                 continue

@@ -25,7 +25,7 @@ class DeltaLog:
 
     @property
     def update_bytes(self) -> int:
-        """What came after the snapshot."""
+        """Bytes of the deltas after the snapshot."""
         return self.size - len(self._raws[0])
 
     def append(self, raw: bytes, update: RegistryDelta) -> None:
@@ -36,17 +36,17 @@ class DeltaLog:
         self._raws.append(raw)
 
     def after(self, epoch: int, sequence: int) -> list[bytes]:
-        """What somebody lacks who has this owner's log up to `sequence` of `epoch`."""
+        """The deltas that a peer lacks if it has this owner's log up to `sequence` of `epoch`."""
         if epoch > self.epoch:
             return []
         return self._raws[sequence + 1 :] if epoch == self.epoch else self._raws
 
     def payloads(self, start: int) -> tuple[bytes, ...]:
-        """What loro exported, from sequence `start` on."""
+        """The loro exports from sequence `start` on."""
         return tuple(decode_delta(raw).payload for raw in self._raws[start:])
 
     def clear(self) -> None:
-        """Keep the epoch and its expiry only; no later delta of the epoch is ever the next."""
+        """Keep only the epoch and its expiry; no later delta of the epoch is the next one."""
         self._raws = []
         self.size = 0
         self.sequence = _IGNORED_SEQUENCE

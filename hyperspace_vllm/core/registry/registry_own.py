@@ -1,9 +1,9 @@
-"""This node's own registry document: what it shall hold, what it holds, and when to write the difference.
+"""This node's own registry document: the entries that it should hold, those that it holds, and when to write.
 
-A write is an update, or (`compact`, then it lists every entry) a new epoch that begins with a shallow snapshot: the
-first of a run, even of nothing, since nobody else takes back what an earlier run said; when the updates since have
-outgrown the snapshot; half-way to the snapshot's expiry; and after a write that failed, since then nobody knows what
-the document holds.
+A write is an update, or (`compact`, with every entry) a new epoch that begins with a shallow snapshot. A new epoch
+begins with the first write of a run, even without entries, because only this node can withdraw the entries of an
+earlier run; when the updates have outgrown the snapshot; half-way to the snapshot's expiry; and after a failed write,
+because the contents of the document are unknown then.
 """
 
 from ..events.owner_documents import WriteRegistry
@@ -43,7 +43,7 @@ class OwnEntries:
         return len(self._entries)
 
     def put(self, id: bytes, expires_at_ms: int) -> None:
-        """Hold `id`. At the bound the oldest goes: the newest is likeliest to be asked for."""
+        """Hold `id`. At the bound the oldest is dropped: the newest is most likely to be requested."""
         if self._entries.get(id) == expires_at_ms:
             return
         self._entries.pop(id, None)
@@ -58,7 +58,7 @@ class OwnEntries:
             self._changed[id] = None
 
     def next_deadline_ms(self) -> int | None:
-        """When `next_write` may have something; None while a write is under way."""
+        """When `next_write` may return a write; None while a write is under way."""
         if self._writing is not None:
             return None
         if self._compacted_at_ms is None or self._changed:
@@ -91,7 +91,7 @@ class OwnEntries:
             self._written.pop(id, None)
 
     def on_failed(self, now: Now) -> None:
-        """The write may or may not be part of the document: begin anew."""
+        """The write may or may not be part of the document: begin a new epoch."""
         if self._writing is not None:
             self._written.update(self._writing.added)
         self._writing = None
@@ -99,14 +99,14 @@ class OwnEntries:
         self._write_at_ms = now.mono_ms + _RETRY_MS
 
     def is_misdated(self, now: Now) -> bool:
-        """Whether the snapshot's date is one that no snapshot has by now: the clock was set."""
+        """Whether the clock was set, so that the snapshot's date is impossible."""
         if self.log is None or self._compacted_at_ms is None or self._writing is not None:
             return False
         left_ms = self.log.expires_at_ms - now.wall_ms
         return not REGISTRY_TTL_MS // 2 - CLOCK_SKEW_MS <= left_ms <= REGISTRY_TTL_MS + CLOCK_SKEW_MS
 
     def check_date(self, now: Now) -> None:
-        """Begin anew if the clock was set: others don't take a snapshot that is dated by a clock so far off."""
+        """Begin a new epoch if the clock was set: peers refuse a snapshot whose date is too far off."""
         if self.is_misdated(now):
             self._compacted_at_ms = None
 

@@ -1,4 +1,4 @@
-"""What may be stored: an answer that finished cleanly, without what belongs to one request alone."""
+"""Which answers are stored: those that finished cleanly, without the fields that belong to one request alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from .request_fields import Endpoint
 from .request_key import choice_count
 from .scope import RequestScope, Scope
 
-# Statements about one run, or repetitions of its request, which another request must not be told.
+# Statements about one run, or copies of fields of its request, which are not for another request.
 _PER_REQUEST: dict[str, object] = dict.fromkeys(("kv_transfer_params", "ec_transfer_params", "metrics"))
 _REPEATED: dict[str, object] = dict.fromkeys(("metadata", "user"))
 _FINISHED = ("stop", "length", "tool_calls", "function_call", "content_filter", "repetition")
@@ -27,15 +27,15 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class NotStored:
-    """Why not; `reason` is one of a small set, used as a metric label."""
+    """The answer is not stored; `reason` is one of a small set, used as a metric label."""
 
     reason: str
 
 
 def admit(endpoint: Endpoint, request: Mapping[str, object], raw: bytes) -> Admitted | NotStored:
-    """Judge the complete JSON body of a 200 response. Needed to be there: usage, and every choice, finished.
+    """Judge the complete JSON body of a 200 response. It must have the usage, and every choice must be finished.
 
-    What is stored is admitted unchanged.
+    A body that was stored before is admitted unchanged.
     """
     if len(raw) > RESPONSE_BYTES_MAX:
         return NotStored("too_large")
@@ -58,7 +58,7 @@ def admit(endpoint: Endpoint, request: Mapping[str, object], raw: bytes) -> Admi
     return Admitted(msgspec.json.encode(without_ids(body | {name: told[name] for name in told if name in body})))
 
 
-# What an answer has, and its value if it is always the same.
+# The fields of an answer, with their value where it is constant.
 _NEEDED: dict[Endpoint, dict[str, str | None]] = {
     "chat": {"created": None, "model": None, "choices": None, "object": "chat.completion"},
     "completions": {"created": None, "model": None, "choices": None, "object": "text_completion"},
@@ -89,16 +89,16 @@ def _is_finished(endpoint: Endpoint, request: Mapping[str, object], body: Mappin
 
 
 def _says_anything(output: list[object]) -> bool:
-    """Whether any item of a Response is more than an empty message."""
+    """Whether any item of a Response is other than an empty message."""
     return any(not isinstance(item, dict) or item.get("type") != "message" or item.get("content") for item in output)
 
 
 def streams_completely(request: Mapping[str, object]) -> bool:
-    """Whether a stream carries all that a JSON answer would: prompt logprobs, which an echo asks for too, it lacks."""
+    """Whether a stream has all fields of a JSON answer: it lacks prompt logprobs, which an echo asks for too."""
     return request.get("prompt_logprobs") is None and not request.get("echo")
 
 
 def storage_scope(tenant: str, cache_salt: object, marked_private: bool) -> RequestScope:
-    """How far an answer may travel: a salt, a tenant or the client's word keeps it on its node."""
+    """How far an answer may travel: a salt, a tenant or the client's header keeps it on its node."""
     scope: Scope = "private" if tenant or cache_salt is not None or marked_private else "network"
     return RequestScope(scope, tenant)

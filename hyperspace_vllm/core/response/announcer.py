@@ -1,8 +1,8 @@
-"""Gossip: what this node announces, in batches, and what it takes from others' batches.
+"""Gossip: batches that this node announces, and batches of peers that it takes.
 
-Sent: at most one batch a topic every FLUSH_MS, of evidence every EVIDENCE_EVERY_MS. Taken: signed by a node that
-we know, of the last minute, not seen before, and within ENTRIES_PER_S of its sender. What comes here the transport has
-let through (peers/gossip_gate.py).
+Sent: at most one batch per topic every FLUSH_MS, and one of evidence every EVIDENCE_EVERY_MS. Taken: batches signed by
+a known node, from the last minute, not seen before, and within ENTRIES_PER_S of their sender. The transport has
+filtered them before (peers/gossip_gate.py).
 """
 
 from collections import OrderedDict, deque
@@ -34,9 +34,9 @@ QUEUED_MAX = 16 * ANNOUNCEMENT_ENTRIES_MAX  # older ones are left to the registr
 ENTRIES_PER_S = 1_000
 ENTRIES_BURST = 4 * ENTRIES_PER_S
 EVIDENCE_EVERY_MS = 1_000 * EVIDENCE_ENTRIES_MAX  # one entry a second in the long run
-EVIDENCE_QUEUED_MAX = 8 * EVIDENCE_ENTRIES_MAX  # older ones are left untold
+EVIDENCE_QUEUED_MAX = 8 * EVIDENCE_ENTRIES_MAX  # older ones are dropped
 EVIDENCE_WEIGHT = 100  # in entries of other kinds: ten a second, since each has a signature to check
-ACCUSED_KEPT = 1_024  # lies that were told of, none of them twice
+ACCUSED_KEPT = 1_024  # lies that were announced, so that none is announced twice
 SEQUENCES_KEPT = 1_024  # of one sender; at ten batches a second more than a minute's
 
 
@@ -56,14 +56,14 @@ class Outbox:
         self._accused: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
 
     def add(self, entry: ResponseEntry | PrefixEntry) -> None:
-        """Announce it with the next batch."""
+        """Announce the entry with the next batch."""
         if isinstance(entry, ResponseEntry):
             self._responses.append(entry)
         else:
             self._prefixes.append(entry)
 
     def accuse(self, entry: EvidenceEntry) -> None:
-        """Tell of a lie, once, in one of the next batches."""
+        """Announce a lie, once, in one of the next batches."""
         name = entry.signer, entry.request_hash
         if name in self._accused:
             return
@@ -73,7 +73,7 @@ class Outbox:
             self._accused.popitem(last=False)
 
     def remove(self, names: frozenset[bytes]) -> None:
-        """These responses have gone: don't announce them any more."""
+        """These responses are deleted: do not announce them any more."""
         if any(entry.request_hash in names for entry in self._responses):
             kept = [entry for entry in self._responses if entry.request_hash not in names]
             self._responses = deque(kept, maxlen=QUEUED_MAX)
@@ -103,7 +103,7 @@ class Outbox:
 
 @dataclass(slots=True)
 class _Sender:
-    """What is kept of one: recent sequence numbers, the greatest of those forgotten, and how much it may still say."""
+    """One sender: its recent sequence numbers, the greatest forgotten one, and how many entries it may still send."""
 
     seen: OrderedDict[int, None]
     floor: int
@@ -111,7 +111,7 @@ class _Sender:
 
 
 class Inbox:
-    """Others' batches. `known(public key)`: whether this sender counts."""
+    """Batches of other nodes. `known(public key)`: whether this sender counts."""
 
     def __init__(self, network: NetworkId, own_key: bytes, known: Callable[[bytes], bool]) -> None:
         self._network = network
@@ -120,7 +120,7 @@ class Inbox:
         self._senders: OrderedDict[bytes, _Sender] = OrderedDict()
 
     def open(self, topic: str, payload: bytes, now: Now) -> Announcement | Refused:
-        """The batch, if it counts; else why not (the reason is a metric label)."""
+        """The batch if it counts, otherwise the reason (a metric label)."""
         try:
             batch = decode_announcement(payload)
         except ProtocolViolation as violation:

@@ -1,10 +1,10 @@
-"""Ids in answers: taken out of what is stored, and made anew for every client that is answered with it.
+"""Ids in answers: removed from the stored form, and made anew for every client that gets the answer.
 
-Context: vLLM makes an answer's id of what its client calls the request, and draws random ones for tool calls, items and
-signatures. Choice: the stored form has no id of its own and numbers the random ones, so that it holds nothing of the
-first client; each replay gets the id that vLLM would give its request. Rejected: replaying the first client's id, which
-hands its words to others and lets loggers drop the second answer as a repetition. Cost: an answer with tool calls,
-items or signatures is parsed for each hit.
+Context: vLLM derives an answer's id from the client's name for the request, and draws random ids for tool calls, items
+and signatures. Choice: the stored form has no id of its own and numbers the random ones, so that it holds nothing of
+the first client; each replay gets the id that vLLM would give its request. Rejected: replaying the first client's id,
+which shows its text to other clients and lets loggers drop the second answer as a duplicate. Cost: an answer with tool
+calls, items or signatures is parsed for each hit.
 
 Ids that a parser or the model derives from the conversation (`functions.add:0`) are part of the answer and stay.
 """
@@ -17,9 +17,9 @@ from .request_fields import Endpoint
 
 Json = dict[str, Any]
 
-ID_CHARS_MAX = 256  # of what a client calls its request: a longer name would be repeated in every frame
+ID_CHARS_MAX = 256  # of a client's name for its request: a longer name would be repeated in every frame
 
-# As vLLM 0.29 to 0.33 begin them; what follows is random or the client's.
+# The prefixes of vLLM 0.29 to 0.33; the rest of an id is random or the client's.
 _PREFIXES: dict[Endpoint, str] = {
     "chat": "chatcmpl-",
     "messages": "chatcmpl-",
@@ -33,7 +33,7 @@ _RANDOM = re.compile(r"((?:[a-z0-9]{1,16}[-_]){0,3})([0-9a-f]{32}|[0-9a-f]{16})|
 
 
 def named_by(endpoint: Endpoint, body: Mapping[str, object], header: str | None) -> str | None:
-    """What a client calls its request: the body's name for Responses, else the `X-Request-Id` if there is one."""
+    """The client's name for its request: the body's for Responses, otherwise the `X-Request-Id` if there is one."""
     name = body.get("request_id")
     own = name if isinstance(name, str) and endpoint != "messages" else None
     return own if endpoint == "responses" or header is None else header
@@ -47,7 +47,7 @@ def answer_id(endpoint: Endpoint, named: str | None, fresh: str) -> str:
 
 
 def without_ids(answer: Json) -> Json:
-    """The stored form of an answer, which it changes: no `id`, and random ones numbered as they come."""
+    """Change an answer into its stored form: no `id`, and random ids numbered in their order."""
     answer.pop("id", None)
     numbers: dict[str, int] = {}
 
@@ -59,14 +59,14 @@ def without_ids(answer: Json) -> Json:
 
 
 def with_ids(stored: Json, own: str, fresh: Callable[[str, int], str]) -> Json:
-    """The answer `own` from a stored or another one, which it changes. `fresh(old, n)`: n hex digits for an old id."""
+    """Change a stored or another answer into the answer `own`. `fresh(old, n)`: n hex digits for an old id."""
     _renew(_nested(stored), fresh)
     stored.pop("id", None)
     return {"id": own, **stored}
 
 
 def rename_event(event: Json, own: str, fresh: Callable[[str, int], str]) -> None:
-    """As `with_ids`, of one event of any endpoint's stream."""
+    """As `with_ids`, for one event of any endpoint's stream."""
     for holder in (event, event.get("message"), event.get("response")):
         if isinstance(holder, dict) and "id" in holder:
             holder["id"] = own

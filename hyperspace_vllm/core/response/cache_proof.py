@@ -1,4 +1,4 @@
-"""CacheProof: the signed statement on a response that lets anyone serve it, and its reader check it.
+"""CacheProof: the signed statement on a response, with which any node can serve it and the receiver can check it.
 
     proof       = request hash 32 | response hash 32 | computed at u64 ms | model digest 32 | signer 32
                   | version length u16 | engine version | signature 64
@@ -31,7 +31,7 @@ assert PROOF_BYTES_MAX <= CACHE_PROOF_BYTES_MAX
 
 @dataclass(frozen=True, slots=True)
 class CacheProof:
-    """Statement by `signer` (Ed25519 public key): at `computed_at_ms` this model answered this request so."""
+    """Statement by `signer` (Ed25519 public key): this model gave this response at `computed_at_ms`."""
 
     request_hash: bytes
     response_hash: bytes
@@ -131,7 +131,7 @@ def check_proof(
 ) -> None:
     """Raise `Refused` unless a trusted signer states, not in the future nor over 24 h ago, that `body` answers this.
 
-    It needs no word from the signer, so it holds after the signer has left.
+    The check does not ask the signer, so a proof verifies after its signer has left.
     """
     check_statement(proof, expected_request_hash, model_digest, trusts, wall_ms)
     check_body(proof, body)
@@ -144,7 +144,7 @@ def check_statement(
     trusts: Callable[[bytes], bool],
     wall_ms: int,
 ) -> None:
-    """All of `check_proof` that needs no body. `trusts(signer)` is asked before the signature is checked."""
+    """The part of `check_proof` that needs no body. `trusts(signer)` is called before the signature is checked."""
     if proof.request_hash != expected_request_hash:
         raise Refused("wrong_request")
     if proof.model_digest != model_digest:

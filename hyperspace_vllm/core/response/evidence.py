@@ -1,7 +1,7 @@
-"""What an audit of another node's answer means, and the evidence of a lie that other nodes hear (announcement kind 3).
+"""The verdict of an audit of another node's answer, and the evidence of a lie for other nodes (announcement kind 3).
 
-An audit has this node's engine score prompt and answer. Of a greedy answer that the model gave, no token is far from
-the arg-max; a single one may be, because text that is tokenised again isn't always cut as it was generated.
+In an audit this node's engine scores prompt and answer. In a greedy answer of the model no token is far from the
+arg-max, except perhaps one, because tokenising the text again does not always give the generated tokens.
 """
 
 from ..peers.trust import Verdict
@@ -14,20 +14,20 @@ FAR_LIE_MIN = 2
 
 
 def verdict(far: int) -> Verdict:
-    """By how many tokens were far from the arg-max: `dropped` takes the entry away and leaves a suspicion."""
+    """The verdict on an answer with this number of far tokens: `dropped` deletes the entry and leaves a suspicion."""
     if far >= FAR_LIE_MIN:
         return "lie"
     return "dropped" if far else "passed"
 
 
 def evidence_of(proof: CacheProof, tokens: int, far: int) -> EvidenceEntry:
-    """As much of `proof` as its signature covers, and what the audit counted."""
+    """The part of `proof` that its signature covers, and the audit's counts."""
     hashes = proof.signer, proof.request_hash, proof.response_hash, proof.proof_hash
     return EvidenceEntry(*hashes, proof.computed_at_ms, proof.signature, tokens, far)
 
 
 def check_evidence(entry: EvidenceEntry, wall_ms: int) -> None:
-    """Raise `Refused` unless it tells of a lie in a statement that the accused signed, and that others may have yet."""
+    """Raise `Refused` unless it is about a lie in a statement that the accused signed and that has not expired."""
     if verdict(entry.far) != "lie" or entry.far > entry.tokens:
         raise Refused("no_lie", f"{entry.far} of {entry.tokens}")
     if entry.computed_at_ms > wall_ms + CLOCK_SKEW_MS:

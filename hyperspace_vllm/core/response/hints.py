@@ -1,9 +1,9 @@
-"""What gossip has said about who serves what. Hints only: each is checked by asking.
+"""Hints from gossip: which peer announces which id. A request to the peer shows whether a hint is true.
 
-Who says most loses first: a peer's own oldest hints make room for its newest, and where all have said too much the
-oldest of whoever has said most, of those without standing while there are any. So nobody pushes out what others said.
-Of the providers of one id the first to come stay, because whoever claims what others have is heard after them; but a
-provider with standing takes the place of one without, so that strangers that claim an id early keep no member out.
+A peer's newest hints replace its own oldest ones. If all hints together are too many, the oldest of the peer with the
+most are dropped, first of peers without standing. So a peer cannot push out another peer's hints. Of the providers of
+one id the first stay, because a peer that copies others' announcements comes after them; but a provider with standing
+replaces one without, so that unknown peers that announce an id early keep no member out.
 """
 
 from collections import OrderedDict
@@ -14,11 +14,11 @@ from ..records.ids import PeerId
 from ..records.limits import PROVIDERS_MAX, RESPONSE_HINTS_MAX
 
 HINTS_PER_PEER_MAX = 20_000
-_THINNED = 64  # at once: finding out who has said most costs a look at every peer
+_THINNED = 64  # at once: finding the peer with the most hints takes a look at every peer
 
 
 class Hints:
-    """Providers by id (request hash or row id). `has_standing(peer)`: whether it counts more than a stranger."""
+    """Providers by id (request hash or row id). `has_standing(peer)`: whether it was chosen, or has delivered."""
 
     def __init__(self, has_standing: Callable[[PeerId], bool]) -> None:
         self._has_standing = has_standing
@@ -31,7 +31,7 @@ class Hints:
         return self._count
 
     def add(self, name: bytes, peer: PeerId, expires_at_ms: int, wall_ms: int) -> None:
-        """`peer` says that it serves `name` until then."""
+        """`peer` announces that it serves `name` until then."""
         if peer not in self._providers.get(name, ()) and not self._make_room(name, peer, wall_ms):
             return
         providers = self._providers.setdefault(name, {})
@@ -43,12 +43,12 @@ class Hints:
         said.move_to_end(name)
 
     def providers(self, name: bytes, wall_ms: int) -> tuple[PeerId, ...]:
-        """Who said so and hasn't expired, in the order in which they first did."""
+        """The peers with an unexpired hint, in the order of their first announcement."""
         self._forget_expired(name, wall_ms)
         return tuple(self._providers.get(name, ()))
 
     def remove(self, name: bytes, peer: PeerId) -> None:
-        """It doesn't serve it after all."""
+        """The peer does not serve the id after all."""
         providers = self._providers.get(name)
         if providers is None or providers.pop(peer, None) is None:
             return
@@ -75,7 +75,7 @@ class Hints:
         return not self._has_standing(peer), len(self._said[peer])
 
     def _give_way(self, name: bytes, peer: PeerId) -> bool:
-        """Whether `peer` may have the place of another one; the last of those without standing loses it."""
+        """Whether `peer` takes the place of another one: of the last without standing."""
         if not self._has_standing(peer):
             return False
         loser = next((other for other in reversed(self._providers[name]) if not self._has_standing(other)), None)

@@ -3,12 +3,12 @@
     start ── a provider worth waiting for ──▶ hinted: ask the best, hedge to the next, at most IN_FLIGHT_MAX at once
       └───── none ──▶ unhinted: the same with the others, then the DHT, while the engine computes ◀── none is left
 
-Whom a request may wait for is decided elsewhere (peers/patience.py); the others are asked as well, but never waited
-for. Who refuses makes room for the next at once; who keeps silent is hedged, first after `hedge_delay_ms`, and again at
-half time, since by then the first two are more likely frozen than slow. Whose connection breaks is asked once more
-over a new one, after the others: the other side may have closed it as idle or as one too many just when we asked. A
-hinted lookup ends by its request's deadline. An unhinted one holds nobody up, so it may take RACE_MS; what it finds
-after the engine has won is stored for the next request.
+peers/patience.py decides for which peers a request may wait; the others are asked too, but no request waits for them.
+When a peer refuses, the next one is asked at once. A silent peer is hedged, first after `hedge_delay_ms`, and again at
+half time, because by then the first two are more likely frozen than slow. A peer whose connection breaks is asked once
+more over a new one, after the others: it may have closed the connection as idle, or as one too many, just then. A
+hinted lookup ends by its request's deadline. An unhinted one delays no request, so it may take RACE_MS; a response that
+it finds after the engine has won is stored for the next request.
 """
 
 from collections.abc import Callable
@@ -85,11 +85,11 @@ class ResponseLookup:
 
     @property
     def in_flight(self) -> dict[PeerId, int]:
-        """Who was asked and hasn't answered, and since when."""
+        """The peers that were asked and have not answered, and since when."""
         return dict(self._in_flight)
 
     def start(self, now: Now) -> list[NetworkEffect]:
-        """The hint, and the first question."""
+        """The hint, and the first request."""
         hint: NetworkEffect = HintResponse(self.number, self.hinted)
         return [hint, *self._go_on(now)]
 
@@ -110,7 +110,7 @@ class ResponseLookup:
         return self._end(event.peer, "hit") if self._in_flight.pop(event.peer, None) is not None else []
 
     def on_refused(self, event: ResponseRefused, now: Now) -> list[NetworkEffect]:
-        """The next one."""
+        """The peer refused, or failed: ask the next one."""
         if event.peer not in self._in_flight:
             return []
         asked_ms = self._in_flight.pop(event.peer)
@@ -123,7 +123,7 @@ class ResponseLookup:
         return self._go_on(now)
 
     def on_providers(self, event: ProvidersFound, candidates: list[ProviderCandidate], now: Now) -> list[NetworkEffect]:
-        """What the DHT knows, as far as it can be asked."""
+        """The DHT's providers, as far as they can be asked."""
         if not self._searching:
             return []
         self._searching, self.searched = False, True
@@ -132,7 +132,7 @@ class ResponseLookup:
         return self._go_on(now)
 
     def waited_ms(self, now: Now) -> dict[PeerId, int]:
-        """How long the request has waited for each peer that was worth it and has brought nothing so far."""
+        """How long the request has waited for each hinted peer that has delivered nothing so far."""
         in_flight = {peer: now.mono_ms - since_ms for peer, since_ms in self._in_flight.items()}
         return {peer: for_ms for peer, for_ms in (self._waited_ms | in_flight).items() if peer in self._worth_waiting}
 

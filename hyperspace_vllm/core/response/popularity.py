@@ -1,4 +1,4 @@
-"""How often a response was asked for lately, and how many nodes should therefore have it."""
+"""How often a response was requested recently, and how many nodes should therefore have it."""
 
 from collections import OrderedDict
 from math import ceil, log2
@@ -17,7 +17,7 @@ def replicas_wanted(requests: float) -> int:
 
 
 def decayed(requests: float, age_ms: int) -> float:
-    """What is left of `requests` after `age_ms`: half after each half-life."""
+    """`requests` after `age_ms`: halved after each half-life."""
     return requests * float(0.5 ** (age_ms / HALF_LIFE_MS))
 
 
@@ -28,23 +28,23 @@ class Popularity:
         self._counts: OrderedDict[bytes, tuple[float, int]] = OrderedDict()
 
     def add(self, request_hash: bytes, now: Now, requests: float = 1.0) -> None:
-        """It was asked for."""
+        """The response was requested."""
         self._counts[request_hash] = self.requests(request_hash, now) + requests, now.mono_ms
         self._counts.move_to_end(request_hash)
         if len(self._counts) > TRACKED_MAX:
             self._counts.popitem(last=False)
 
     def claimed(self, request_hash: bytes, now: Now, requests: float) -> None:
-        """A provider says so. Its count and ours are of the same requests in part, so they don't add up."""
+        """A provider's count. It may include this node's requests, so the counts are not added."""
         more = min(requests, CLAIM_MAX) - self.requests(request_hash, now)
         if more > 0:
             self.add(request_hash, now, more)
 
     def requests(self, request_hash: bytes, now: Now) -> float:
-        """How often, decayed."""
+        """The decayed number of requests."""
         count, at_ms = self._counts.get(request_hash, (0.0, now.mono_ms))
         return decayed(count, now.mono_ms - at_ms)
 
     def sixteenths(self, request_hash: bytes, now: Now) -> int:
-        """The same as it stands in a Hit."""
+        """The number of requests as encoded in a Hit."""
         return min(int(16 * self.requests(request_hash, now)), (1 << 32) - 1)

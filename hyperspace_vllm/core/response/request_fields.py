@@ -1,6 +1,6 @@
-"""Every request field of vLLM 0.29 to 0.33 by what it does to the answer, an endpoint at a time.
+"""Every request field of vLLM 0.29 to 0.33 by its effect on the answer, for each endpoint.
 
-A test compares these tables with vLLM's own request models, and fails when a release adds a field that nobody judged.
+A test compares these tables with vLLM's own request models, and fails when a release adds a field that is not in them.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/v1/score": "score",
 }
 
-# What else takes a `cache_salt`, in vLLM 0.29 to 0.33; /invocations, SageMaker's, stands for all of them.
+# Other routes that take a `cache_salt`, in vLLM 0.29 to 0.33; SageMaker's /invocations dispatches to all of them.
 SALTED = frozenset(
     (
         "/v1/chat/completions/batch", "/v1/systemone", "/v1/decisions", "/generative_scoring", "/inference/v1/generate",
@@ -35,11 +35,10 @@ _Types = tuple[type, ...]
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """`neutral` ones don't reach the output; with the types that vLLM accepts them in: other values are its to refuse.
+    """`neutral` fields do not reach the output; with the types that vLLM accepts: vLLM refuses other values.
 
-    `forbidden` ones make an answer depend on more than the request. `keyed` are all the others that vLLM knows, with
-    their defaults. Of those, `null_is_default` take null too, and vLLM means the default by it; `verbatim` are keyed as
-    given.
+    `forbidden` ones make an answer depend on more than the request. `keyed` are all others that vLLM knows, with their
+    defaults. Of those, `null_is_default` also accept null, which means the default; `verbatim` are keyed as given.
     """
 
     neutral: dict[str, _Types]
@@ -50,7 +49,7 @@ class Fields:
 
 
 _ANYTHING: _Types = (object,)
-# OpenAI's, which vLLM 0.32 ignores, whatever they hold, where it doesn't know them.
+# OpenAI's fields that vLLM 0.32 ignores, with any value, on endpoints that do not have them.
 _UNKNOWN = dict.fromkeys(
     (
         "metadata", "service_tier", "store", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
@@ -233,7 +232,7 @@ _SCORING: dict[str, object] = _POOLING | {
     "chat_template_kwargs": None,
 }
 
-# Where a request doesn't say: true, from vLLM 0.33 on what the model's generation config says; the server's, before
+# Without this field: true, from vLLM 0.33 on the value of the model's generation config; for the server's field, before
 # vLLM 0.32 true. So absent is neither true nor null.
 _SERVERS_DEFAULT = frozenset({"skip_special_tokens", "watermarking"})
 

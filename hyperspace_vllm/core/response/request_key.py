@@ -2,12 +2,12 @@
 
 Context: a wrong hit is the one thing a response cache must never do, and the request format grows with every release
 of vLLM. Choice: a deny-list that fails closed. Only fields known not to reach the output are left out of the key;
-everything else is in it, fields we have never heard of included, and what can't be named by the request's own bytes
-(remote images, client-made transfer parameters) is not cached at all. Two spellings share a key only where vLLM is
-known to treat them alike: a field absent, null or set to its default; `1` and `1.0` in a numeric field; the order of
-keys in the request and in a message. Deeper down order and spelling stay, for they reach the prompt (a chat template
-prints a tool's JSON schema as it came). Rejected: hashing the rendered prompt, which costs a tokenisation a hit.
-Cost: some requests that would have had the same answer miss each other.
+everything else is in it, including unknown fields, and a request that its own bytes do not determine (remote images,
+client-made transfer parameters) is not cached at all. Two spellings share a key only where vLLM is known to treat them
+alike: a field absent, null or set to its default; `1` and `1.0` in a numeric field; the order of keys in the request
+and in a message. At deeper levels order and spelling count, because they reach the prompt (a chat template prints a
+tool's JSON schema as it came). Rejected: hashing the rendered prompt, which costs a tokenisation per hit. Cost: some
+requests that would have the same answer have different keys.
 """
 
 import json
@@ -19,9 +19,9 @@ from ..records.ids import RequestKey, sha256
 from .request_fields import FIELDS, POOLING, Endpoint, Fields
 from .request_media import why_not_by_bytes
 
-# 1: answers had the ids of whoever asked first; 2: streams and JSON shared what vLLM's parsers read differently.
+# 1: answers had the first client's ids; 2: streams and JSON shared answers that vLLM's parsers read differently.
 _TAG = b"hyperspace/request/3"
-# Of a request: what has vLLM read calls, or tell more of an answer, in a stream by other code than in JSON.
+# Request fields for which vLLM parses calls, or adds to an answer, by other code in a stream than in JSON.
 _READ_APART = ("tools", "tool_choice", "functions", "function_call", "include", "enable_response_messages")
 
 
@@ -46,7 +46,7 @@ _as_json = c_make_encoder(None, None, _string, None, ":", ",", False, False, Fal
 
 
 def parse_request(raw: bytes) -> dict[str, object] | Uncacheable:
-    """The JSON object in a request body, unless it is none, or one that two parsers may read differently."""
+    """The JSON object in a request body, unless it is not an object, or two parsers may read it differently."""
     try:
         body = json.loads(raw, object_pairs_hook=_without_duplicates)
     except _DuplicateKey:
@@ -64,11 +64,11 @@ def request_key(
     tenant: str,
     parses: bool = False,
 ) -> RequestKey | Uncacheable:
-    """The 32-byte key of a request, or why it has none.
+    """The 32-byte key of a request, or the reason why it has none.
 
     `model_digest` is the 32-byte digest of everything the server adds to the request (weights, template, sampling
     defaults), `lora` that of the adapter's files. The model's name in `body` is in the key as well. `parses`: the
-    server reads tool calls or reasoning out of what its model says.
+    server parses tool calls or reasoning from the model's output.
     """
     known = FIELDS[endpoint]
     for refusal in (_forbidden(known, body), _neutral_of_wrong_type(known, body), _stream_conflict(body)):
@@ -91,10 +91,10 @@ def request_key(
 
 
 def streams_apart(endpoint: Endpoint, body: Mapping[str, object], parses: bool) -> bool:
-    """Whether a stream may say something else than the JSON answer to the same request.
+    """Whether a stream may differ from the JSON answer to the same request.
 
-    vLLM's parsers read a text that grows by other code than a whole one, and the two disagree about what is malformed,
-    about white space, and about what comes first.
+    vLLM's parsers read a growing text by other code than a complete one, and the two differ for malformed calls, white
+    space and order.
     """
     if body.get("echo"):  # in a stream the prompt's tokens come with it
         return True
@@ -104,9 +104,9 @@ def streams_apart(endpoint: Endpoint, body: Mapping[str, object], parses: bool) 
 
 
 def is_sampled(endpoint: Endpoint, body: Mapping[str, object]) -> bool:
-    """Whether the next answer to `body` may be another: no temperature of 0 and no seed.
+    """Whether the next answer to `body` may differ: no temperature of 0 and no seed.
 
-    Without a temperature it is the server's default, of which nothing is known here. Pooling models don't sample.
+    Without a temperature it is the server's default, which is unknown here. Pooling models do not sample.
     """
     if endpoint in POOLING:
         return False
@@ -136,7 +136,7 @@ def _forbidden(known: Fields, body: Mapping[str, object]) -> Uncacheable | None:
     for field in known.forbidden:
         value = body.get(field)
         if field == "kv_transfer_params" and isinstance(value, dict) and not value.keys() - {"hyperspace"}:
-            continue  # our own, which the middleware replaces
+            continue  # Hyperspace's own field, which the middleware replaces
         # Of a Response in the background null is neither true nor false to vLLM, which fails by it.
         if field == "background" and field in body:
             if value is not False:
@@ -161,7 +161,7 @@ def _neutral_of_wrong_type(known: Fields, body: Mapping[str, object]) -> Uncache
 
 
 def has_surrogates(text: str) -> bool:
-    """JSON may hold lone ones, which UTF-8 has no bytes for."""
+    """Whether a text has lone surrogates: JSON may have them, and UTF-8 cannot encode them."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -170,7 +170,7 @@ def has_surrogates(text: str) -> bool:
 
 
 def _stream_conflict(body: Mapping[str, object]) -> Uncacheable | None:
-    """What vLLM refuses to stream, or what a replayed stream could not tell truthfully."""
+    """A field that vLLM refuses in a stream, or that a replayed stream could not honour."""
     options = body.get("stream_options")
     if not body.get("stream"):
         return Uncacheable("stream_options") if options else None
@@ -211,7 +211,7 @@ def _canonical_value(endpoint: Endpoint, field: str, value: object) -> object:
     if endpoint == "messages" and field in ("system", "tools"):
         value = _without_marks(value)
     if endpoint == "messages" and field == "messages" and isinstance(value, list):
-        # Of other roles' tool results vLLM prints what it got, marks and all.
+        # For tool results of other roles vLLM prints the input as it came, marks included.
         value = [
             _without_marks(each) if isinstance(each, dict) and each.get("role") == "user" else each for each in value
         ]
@@ -219,7 +219,7 @@ def _canonical_value(endpoint: Endpoint, field: str, value: object) -> object:
 
 
 def _without_marks(value: object) -> object:
-    """Without `cache_control`, by which Anthropic's clients mark what they want cached: vLLM doesn't read it."""
+    """Without `cache_control`, with which Anthropic's clients mark what to cache: vLLM does not read it."""
     if isinstance(value, list):
         return [_without_marks(each) for each in value]
     if not isinstance(value, dict):
@@ -240,7 +240,7 @@ def _one_token_limit(body: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _message(message: Mapping[str, object]) -> dict[str, object]:
-    """A message with its own keys sorted: vLLM picks them by name. What they hold stays as it came."""
+    """A message with its own keys sorted: vLLM reads them by name. Their values stay as they came."""
     canonical = {key: message[key] for key in sorted(message)}
     content = canonical.get("content")
     if isinstance(content, list):

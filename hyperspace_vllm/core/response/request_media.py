@@ -1,21 +1,21 @@
-"""Whether a request holds everything that vLLM will read for it: else its own bytes don't name its answer."""
+"""Whether a request has everything that vLLM reads for it: otherwise its bytes do not determine its answer."""
 
 from collections.abc import Callable, Mapping
 
 from .request_fields import Endpoint
 
-# Tuples: what a client sends need not be hashable.
+# Tuples: a client's value may not be hashable.
 _TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text", "refusal", "thinking")
 _URL_PARTS = ("image_url", "audio_url", "video_url")
 _CALLS = ("function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output")
 _ITEMS = ("message", "reasoning", *_CALLS)
-_OWN_TOOLS = ("function", "custom")  # of the client; all others the server runs
+_OWN_TOOLS = ("function", "custom")  # run by the client; the server runs all others
 _BLOCKS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_reference")
 _TEXTS = ("query", "documents", "data_1", "data_2", "queries", "items", "text_1", "text_2")
 
 
 def why_not_by_bytes(endpoint: Endpoint, body: Mapping[str, object]) -> str | None:
-    """None if a request's bytes say it all; else "field_type", "media" or "server_tools"."""
+    """None if a request's bytes determine its answer; otherwise "field_type", "media" or "server_tools"."""
     match endpoint:
         case "completions":
             return None
@@ -84,7 +84,7 @@ def _item(item: object) -> str | None:
     if not isinstance(item, dict):
         return "field_type"
     if item.get("type", "message") not in _ITEMS:
-        return "media"  # an item_reference, a file, what a server's tool brought
+        return "media"  # an item_reference, a file, the result of a server's tool
     for name in ("content", "output", "summary"):
         if (why := _contents({"content": item.get(name)}, _is_whole_input)) is not None:
             return why

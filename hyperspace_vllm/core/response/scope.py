@@ -1,7 +1,7 @@
-"""Who may see an answer: the tenant behind an API key, and the scope that the middleware hands to the connector.
+"""Scope and tenant: the tenant of an API key, and the scope that the middleware passes to the connector.
 
-The scope travels from the API server to the scheduler inside the request (`kv_transfer_params.hyperspace`), the one
-channel that vLLM forwards, and which clients can write to as well. So it is signed with a secret of this process tree.
+The scope travels from the API server to the scheduler inside the request (`kv_transfer_params.hyperspace`), the only
+field that vLLM forwards. Clients can write to it too, so the scope is signed with a secret of this process tree.
 """
 
 import hmac
@@ -17,7 +17,7 @@ _SCOPES = ("private", "network", "public")
 
 @dataclass(frozen=True, slots=True)
 class RequestScope:
-    """How far what a request leaves behind may travel, and for whom ('' when the server has one tenant)."""
+    """How far a request's response and KV may travel, and its tenant ('' when the server has one tenant)."""
 
     scope: Scope
     tenant: str
@@ -27,7 +27,7 @@ DEFAULT_SCOPE = RequestScope("network", "")
 
 
 def api_key_of(api_keys: tuple[str, ...], authorization: str | None) -> str | None:
-    """The API key of a request: '' with fewer than two API keys; None for one that isn't in the list."""
+    """The API key of a request: '' with fewer than two API keys; None for a key that is not in the list."""
     if len(set(api_keys)) < 2:
         return ""
     scheme, _, token = (authorization or "").partition(" ")
@@ -37,17 +37,17 @@ def api_key_of(api_keys: tuple[str, ...], authorization: str | None) -> str | No
 def tenant_of(fleet_secret: bytes, api_keys: tuple[str, ...], authorization: str | None) -> str | None:
     """The tenant of a request: '' with fewer than two API keys, else 32 hex digits; None for a key not in the list.
 
-    The HMAC under a secret of the fleet gives a key the same tenant on every server, and nobody else a way to guess it.
+    The HMAC under a secret of the fleet gives a key the same tenant on every server, and cannot be guessed.
     """
     key = api_key_of(api_keys, authorization)
     return key and hmac.digest(fleet_secret, b"hyperspace/tenant/1" + key.encode(), sha256)[:16].hex()
 
 
 def engine_salt(api_key: str | None, cache_salt: object) -> object:
-    """What the engine salts its own prefix cache with: for a tenant an HMAC under its API key, of the client's salt.
+    """The salt of the engine's own prefix cache: for a tenant the HMAC of the client's salt under its API key.
 
-    So only who has the key can tell by the time to the first token what was asked with it, and a tenant's KV is found
-    again by all servers and after a restart. What vLLM refuses as a salt stays, and so does any without a tenant.
+    So only a client with the key can tell from the time to first token which prompts were sent with it, and all servers
+    find a tenant's KV again, also after a restart. A salt that vLLM refuses stays, and so does a salt without a tenant.
     """
     if not api_key or not isinstance(cache_salt, str | None) or cache_salt == "":
         return cache_salt
@@ -55,12 +55,12 @@ def engine_salt(api_key: str | None, cache_salt: object) -> object:
 
 
 def sign_scope(secret: bytes, scope: Scope, tenant: str, cache_salt: str | None) -> dict[str, str]:
-    """What goes into kv_transfer_params.hyperspace; the MAC binds it to the request's cache_salt."""
+    """The value of kv_transfer_params.hyperspace; the MAC binds it to the request's cache_salt."""
     return {"scope": scope, "tenant": tenant, "mac": _mac(secret, scope, tenant, cache_salt)}
 
 
 def verify_scope(secret: bytes, signed: object, cache_salt: str | None) -> RequestScope | None:
-    """The scope in kv_transfer_params.hyperspace, or None for anything that `sign_scope` did not make."""
+    """The scope in kv_transfer_params.hyperspace, or None for a value that `sign_scope` did not make."""
     if not isinstance(signed, Mapping):
         return None
     scope, tenant, mac = signed.get("scope"), signed.get("tenant"), signed.get("mac")
@@ -78,5 +78,5 @@ def _mac(secret: bytes, scope: str, tenant: str, cache_salt: str | None) -> str:
 
 
 def _salt_bytes(cache_salt: str | None) -> bytes:
-    # A client may have written lone surrogates, which UTF-8 has no bytes for.
+    # A client's text may have lone surrogates, which UTF-8 cannot encode.
     return b"\x00" if cache_salt is None else b"\x01" + cache_salt.encode("utf-8", "surrogatepass")

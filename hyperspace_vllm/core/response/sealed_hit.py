@@ -1,7 +1,7 @@
-"""A response on its way between two nodes: sealed into a Hit by who serves it, opened and judged by who asked for it.
+"""A response on its way between two nodes: the server seals it into a Hit, the requester opens and checks it.
 
-Nothing in a Hit is believed because of who sent it. Only someone who knows the RequestKey can have sealed it, and only
-the CacheProof's signer can have said that this is the answer; the sender may be a relay that can read neither.
+A Hit is not trusted because of its sender. Only a node that knows the RequestKey can have sealed it, and only the
+CacheProof's signer can have stated that this is the answer; the sender may be a relay that can read neither.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from ..records.peer_wire import SEALED_BYTES_MAX, Hit
 from ..records.sealing import open_response, seal_response
 from .cache_proof import CacheProof, check_body, check_statement, decode_proof, request_hash
 
-# Two clocks in a network differ by less than one skew, and an answer travels for less than the other.
+# Two clocks in a network differ by less than one skew, and an answer travels for less than the second one.
 _LONG_EXPIRED_MS = RESPONSE_TTL_MS + 2 * CLOCK_SKEW_MS
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A response that holds. `raw_proof` is what to serve on; it holds no longer than its original does."""
+    """A verified response. `raw_proof` is the proof to serve on; the copy expires with its original."""
 
     body: bytes
     proof: CacheProof
@@ -31,9 +31,9 @@ class Opened:
 def make_hit(
     key: RequestKey, network: NetworkId, nonce: bytes, body: bytes, proof: bytes, member: bytes, popularity: int
 ) -> Hit:
-    """What a node serves: `body` sealed under `key`, with the encoded CacheProof that it got or made.
+    """The Hit that a node serves: `body` sealed under `key`, with the encoded CacheProof that it received or made.
 
-    `nonce` is 12 fresh random bytes, `member` the tag that vouches for the proof's signer, or zeros.
+    `nonce` is 12 new random bytes, `member` the tag that proves the membership of the proof's signer, or zeros.
     """
     return Hit(nonce, seal_response(key, network, nonce, body, proof), proof, member, popularity)
 
@@ -49,7 +49,7 @@ def open_hit(
 ) -> Opened:
     """The response in `hit`, or `Refused` or `ProtocolViolation`; cheap checks come first, the body last.
 
-    `meet(signer, tag)` hears who vouches for the proof's signer, before `trusts(signer)` is asked.
+    `meet(signer, tag)` is called with the member tag of the proof's signer, before `trusts(signer)`.
     """
     return unseal_hit(hit, key, network, judge_hit(hit, key, network, model_digest, trusts, meet, wall_ms))
 
@@ -63,7 +63,8 @@ def judge_hit(
     meet: Callable[[bytes, bytes], object],
     wall_ms: int,
 ) -> CacheProof:
-    """The first half of `open_hit`, all but the body: 0.1 ms, in the thread that `trusts` and `meet` belong to."""
+    """The first half of `open_hit`, without the body: 0.1 ms, in the thread that `trusts` and `meet` belong to."""
+
     if len(hit.sealed) > SEALED_BYTES_MAX:
         raise Refused("too_large", str(len(hit.sealed)))
     proof = decode_proof(hit.proof)
