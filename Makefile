@@ -117,6 +117,10 @@ test-neon: ## Run the native self-test for 64-bit ARM in an emulator (needs g++-
 		-DCMAKE_BUILD_TYPE=Release
 	@PATH="$(BIN):$$PATH" cmake --build build/aarch64 --target run_selftest
 
+.PHONY: transcripts
+transcripts: setup ## Write into tests/core/*/transcripts what the machines do now; the diff shows what a change does
+	@$(BIN)/python -m tests.support.machines.transcripts
+
 .PHONY: fuzz
 fuzz: setup ## Fuzz every decoder for a minute (ARGS='--seconds 600'; guided by coverage if atheris is installed)
 	@$(BIN)/python -m tests.fuzz_decoders $(ARGS)

@@ -8,7 +8,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, overload
 
 T = TypeVar("T")
 
@@ -25,9 +25,11 @@ def until(condition: Callable[[], T | None], timeout_s: float = WAIT_S, what: st
     return value
 
 
-async def until_async(
-    condition: Callable[[], Awaitable[T | None] | T | None], timeout_s: float = WAIT_S, what: str = ""
-) -> T:
+@overload
+async def until_async(condition: Callable[[], Awaitable[T | None]], timeout_s: float = WAIT_S, what: str = "") -> T: ...
+@overload
+async def until_async(condition: Callable[[], T | None], timeout_s: float = WAIT_S, what: str = "") -> T: ...
+async def until_async(condition: Callable[[], object], timeout_s: float = WAIT_S, what: str = "") -> object:
     """Poll until `condition()`, or what it awaits, is true, while the event loop goes on."""
     ends_at_s, pauses_s = time.monotonic() + timeout_s, _pauses_s()
     while True:

@@ -21,35 +21,35 @@ from hyperspace_vllm.core.records.limits import MiB
 @pytest.mark.parametrize(
     ("size", "rate", "rtt", "expected"), [(0, 1000, 3, 3), (1, 1000, 0, 1), (MiB, MiB / 10, 2, 12)]
 )
-def test_transfer_time_is_a_round_trip_and_the_bytes(size, rate, rtt, expected):
+def test_transfer_time_is_a_round_trip_and_the_bytes(size: int, rate: float, rtt: int, expected: int) -> None:
     assert transfer_ms(size, rate, rtt) == expected
 
 
 @pytest.mark.parametrize(
     ("estimate", "saves", "expected"), [(50, 100, True), (51, 100, False), (9_999, 0, True), (1, 1, False)]
 )
-def test_a_fetch_pays_when_it_takes_at_most_half_of_what_it_saves(estimate, saves, expected):
+def test_a_fetch_pays_when_it_takes_at_most_half_of_what_it_saves(estimate: int, saves: int, expected: bool) -> None:
     assert worth_fetching(estimate, saves) is expected
 
 
 @pytest.mark.parametrize(("prefill", "expected"), [(0, 250), (1, 0), (99, 0), (100, 5), (2_000, 100), (600_000, 1_000)])
-def test_looking_for_providers_waits_a_twentieth_of_the_prefill_or_not_at_all(prefill, expected):
+def test_looking_for_providers_waits_a_twentieth_of_the_prefill_or_not_at_all(prefill: int, expected: int) -> None:
     assert search_budget_ms(prefill) == expected
 
 
 @pytest.mark.parametrize(("expected_ms", "delay"), [(0, 90), (90, 90), (100, 100), (9_999, 125)])
-def test_hedging_waits_for_the_expected_transfer_within_bounds(expected_ms, delay):
+def test_hedging_waits_for_the_expected_transfer_within_bounds(expected_ms: int, delay: int) -> None:
     assert hedge_delay_ms(expected_ms) == delay
 
 
-def test_savings_are_proportional_and_unknown_only_where_the_prefill_is():
+def test_savings_are_proportional_and_unknown_only_where_the_prefill_is() -> None:
     assert saved_ms(1000, 256, 1024) == 250
     assert saved_ms(1, 1, 1_000_000) == 1
     assert saved_ms(0, 256, 1024) == 0
     assert fetch_budget_ms(250) == 125
 
 
-def test_rates_follow_measurements_and_are_forgotten():
+def test_rates_follow_measurements_and_are_forgotten() -> None:
     rates, peer = RateEstimator(), PeerId("A")
     assert rates.rate(peer, 0) == RATE_BYTES_PER_MS_DEFAULT
     rates.measured(peer, MiB, MiB, 1000, 0)
@@ -66,11 +66,13 @@ def test_rates_follow_measurements_and_are_forgotten():
     ("size", "left_ms", "expected"),
     [(4 * MiB, 1_024, 2_048), (4 * MiB, None, 250), (1, 1_000, 250), (1_000, 0, 500)],
 )
-def test_a_fetch_must_reach_half_of_the_rate_that_would_end_it_in_time(size, left_ms, expected):
+def test_a_fetch_must_reach_half_of_the_rate_that_would_end_it_in_time(
+    size: int, left_ms: int | None, expected: int
+) -> None:
     assert least_rate(size, left_ms) == expected
 
 
-def test_what_newcomers_deliver_is_expected_of_the_next_newcomer():
+def test_what_newcomers_deliver_is_expected_of_the_next_newcomer() -> None:
     rates = RateEstimator()
     rates.measured(PeerId("proven"), MiB, MiB, 1, 0)
     assert rates.rate(PeerId("new"), 0) == RATE_BYTES_PER_MS_DEFAULT, "a quick newcomer raises nothing"

@@ -1,5 +1,7 @@
 """Which rows a prefix needs, how far the rows at hand reach, and which holder sends which columns."""
 
+from collections.abc import Callable, Collection
+
 import pytest
 
 from hyperspace_vllm.core.prefix.plan import assign_columns, needed, usable_end
@@ -7,7 +9,7 @@ from hyperspace_vllm.core.records.ids import PeerId
 from tests.support.machines.prefix_script import MIXED
 
 
-def test_columns_come_lowest_first_from_the_preferred_holder():
+def test_columns_come_lowest_first_from_the_preferred_holder() -> None:
     a, b = PeerId("A"), PeerId("B")
     assert assign_columns(3, 0b1, [(a, 0b10101), (b, 0b11111)]) == {b: 0b1010, a: 0b100}
     assert assign_columns(32, 0, [(a, 0b111)]) == {a: 0b111}
@@ -27,16 +29,22 @@ def test_columns_come_lowest_first_from_the_preferred_holder():
         ({(3, 1), (5, 0)}, 0, 3),
     ],
 )
-def test_the_longest_usable_prefix_needs_every_full_row_and_the_tail_of_windows(missing, start, expected):
+def test_the_longest_usable_prefix_needs_every_full_row_and_the_tail_of_windows(
+    missing: Collection[tuple[int, int]], start: int, expected: int
+) -> None:
     end = usable_end(MIXED, start, 6, lambda segment, part: (segment, part) not in missing)
     assert end == expected
 
 
-def test_what_an_end_needs_is_what_makes_it_usable():
+def among(places: Collection[tuple[int, int]]) -> Callable[[int, int], bool]:
+    return lambda segment, part: (segment, part) in places
+
+
+def test_what_an_end_needs_is_what_makes_it_usable() -> None:
     for start in (0, 255, 256, 600):
         for end in range(start // 256 + 1, 7):
             places = set(needed(MIXED, start, end))
-            assert usable_end(MIXED, start, end, lambda s, p, places=places: (s, p) in places) == end
+            assert usable_end(MIXED, start, end, among(places)) == end
             for hole in places:
                 rest = places - {hole}
-                assert usable_end(MIXED, start, end, lambda s, p, rest=rest: (s, p) in rest) != end
+                assert usable_end(MIXED, start, end, among(rest)) != end

@@ -2,7 +2,7 @@
 
 In a transcript `> ` starts an event, the lines below it are the effects that it must have. Rows are numbered in the
 order in which they are needed; `0..31` is a range of columns or rows; `m` and `n` are manifests, A, B and C peers.
-Time only moves by `now=`.
+Time only moves by `at=`.
 """
 
 import textwrap
@@ -31,9 +31,9 @@ from hyperspace_vllm.core.events.prefix_reading import (
 )
 from hyperspace_vllm.core.events.vocabulary import PrefixEffect
 from hyperspace_vllm.core.prefix.cost_model import RateEstimator
-from hyperspace_vllm.core.prefix.fetch import PrefixLookup
-from hyperspace_vllm.core.prefix.plan import rows_of
-from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, SegmentKey, network_id
+from hyperspace_vllm.core.prefix.fetch import LookupEvent, PrefixLookup
+from hyperspace_vllm.core.prefix.plan import Row, rows_of
+from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RowKey, SegmentKey, network_id
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import MiB
 from hyperspace_vllm.core.records.manifest import chunk_bytes_for
@@ -54,7 +54,7 @@ class Script:
         self.now = 0
         self.lookup: PrefixLookup | None = None
         self.numbers: dict[bytes, int] = {}
-        self.rows = []
+        self.rows: list[Row] = []
         self.events = 0
 
     def run(self, transcript: str) -> None:
@@ -69,11 +69,20 @@ class Script:
             effects = [self.show(effect) for effect in self.act(command)]
             assert effects == expected, f"after `{command}`"
 
+    def play(self, event: str) -> list[str]:
+        """The effects of an event of a transcript, each as a line."""
+        if event == "waited":
+            assert self.lookup is not None
+            return [f"{peer} {ms}" for peer, ms in sorted(self.lookup.waited_ms.items())]
+        return [self.show(effect) for effect in self.act(event)]
+
     def act(self, command: str) -> list[PrefixEffect]:
-        verb, *words = command.split()
+        words = command.split()
+        if words[0].startswith("at="):
+            self.now = int(words.pop(0)[3:])
+        verb, *words = words
         options = dict(word.split("=", 1) for word in words if "=" in word)
         plain = [word for word in words if "=" not in word]
-        self.now = int(options.pop("now", self.now))
         self.events += 1
         if verb == "want":
             return self._want(plain, options)
@@ -81,6 +90,8 @@ class Script:
         return self.lookup.handle(self._event(verb, plain, options), self.now)
 
     def _want(self, peers: list[str], options: dict[str, str]) -> list[PrefixEffect]:
+        if options.get("layout") == "mixed":
+            self.layout = MIXED
         wanted = PrefixWanted(
             1,
             self.layout,
@@ -97,11 +108,11 @@ class Script:
         self.lookup = PrefixLookup(wanted, NETWORK, names, mode, self.rates, self.now)  # type: ignore[arg-type]
         return self.lookup.start(self.now)
 
-    def _event(self, verb: str, plain: list[str], options: dict[str, str]):  # type: ignore[no-untyped-def]
-        def keys(name: str) -> list[bytes]:
+    def _event(self, verb: str, plain: list[str], options: dict[str, str]) -> LookupEvent | Tick:
+        def keys(name: str) -> list[RowKey]:
             return [self.rows[i].key for i in numbers(options.get(name, ""))]
 
-        row = self.rows[int(options["row"])].key if "row" in options else b""
+        row = self.rows[int(options["row"])].key if "row" in options else RowKey(b"")
         peer = PeerId(plain[0]) if plain else PeerId("")
         match verb:
             case "found":
@@ -142,9 +153,8 @@ class Script:
                 return RowFailed(1, row, plain[0])
             case "tick":
                 assert self.lookup is not None
-                assert self.lookup.next_deadline_ms() is None or self.lookup.next_deadline_ms() <= self.now, (
-                    f"not due before {self.lookup.next_deadline_ms()}"
-                )
+                due_ms = self.lookup.next_deadline_ms()
+                assert due_ms is None or due_ms <= self.now, f"not due before {due_ms}"
                 return Tick()
         raise AssertionError(verb)
 

@@ -4,6 +4,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 from nacl.signing import SigningKey
@@ -69,7 +70,7 @@ class Owner:
         return self.delta(msgspec.msgpack.encode((list(added), list(removed), bytes(padding))), START_MS)
 
     def delta(self, payload: bytes, now_ms: int) -> bytes:
-        kind = "update" if self.sequence else "snapshot"
+        kind: Literal["update", "snapshot"] = "update" if self.sequence else "snapshot"
         delta = RegistryDelta(
             NETWORK,
             self.public,
@@ -77,7 +78,7 @@ class Owner:
             self.sequence,
             kind,
             now_ms + REGISTRY_TTL_MS,
-            payload,  # type: ignore[arg-type]
+            payload,
         )
         return encode_delta(delta, self.key)
 
