@@ -217,7 +217,11 @@ def introduce(*nodes: TestNode) -> None:
     """Tell every node of every other, as discovery would."""
     for node in nodes:
         records = tuple(other.record for other in nodes if other is not node)
-        node.driver.set_peers(records, tuple(KvEndpoint(each.peer, each.endpoint, own=True) for each in records))
+        for each in records:
+            node.trust.meet(each.public_key, each.member_tag)
+        chosen = [each for each in records if node.trust.is_chosen(each.public_key)]
+        endpoints = tuple(KvEndpoint(each.peer, each.endpoint, own=True) for each in chosen)
+        node.driver.set_peers(tuple(each.peer for each in chosen), endpoints)
 
 
 async def has_document(node: TestNode) -> None:
@@ -257,7 +261,7 @@ async def test_what_the_disk_kept_is_reported_again_and_private_rows_never_are(p
 
 def rows_told(node: TestNode) -> set[bytes]:
     """What the node told its listener; an object is reported a moment after its rows are stored."""
-    return {row for event in node.stored for row in event.row_ids}
+    return {row for event in node.stored if event.shareable for row in event.row_ids}
 
 
 async def has_document_besides(node: TestNode, rows: int) -> None:
