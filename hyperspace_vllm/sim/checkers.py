@@ -11,10 +11,9 @@ SILENT_MAX that were asked and could not help (fleet.py): they cost half of the 
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Protocol
 
-from ..core.events.node_state import Tick
 from ..core.events.response_reading import AnswerResponse, FetchResponse
-from ..core.events.vocabulary import NetworkEffect, NetworkEvent
-from ..core.node.network_node import NetworkNode
+from ..core.events.vocabulary import Effect, Event
+from ..core.node.node import Node
 from ..core.peers.trust import Trust
 from ..core.records.ids import RequestKey
 from ..core.records.now import Now
@@ -58,7 +57,7 @@ class CheckedHost(Protocol):
     @property
     def trust(self) -> Trust: ...
     @property
-    def core(self) -> NetworkNode: ...
+    def core(self) -> Node: ...
 
 
 class CheckedFleet(Protocol):
@@ -100,7 +99,7 @@ class Checker:
         if expires_at_ms <= host.wall_ms:
             self.violated(host.number, f"served a response that expired {host.wall_ms - expires_at_ms} ms ago")
 
-    def on_effects(self, host: CheckedHost, event: NetworkEvent | Tick, effects: list[NetworkEffect]) -> None:
+    def on_effects(self, host: CheckedHost, event: Event, effects: list[Effect]) -> None:
         """A core has handled an event."""
         if len(effects) > EFFECTS_MAX + EFFECTS_PER_PEER_MAX * len(self._network):
             self.violated(host.number, f"{len(effects)} effects of one {type(event).__name__}")

@@ -6,7 +6,7 @@ It does what the daemon does, and no more: nothing here decides. What its client
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol, assert_never
+from typing import Protocol
 
 from nacl.signing import SigningKey
 
@@ -14,14 +14,15 @@ from ..core.events.conduct import ChargePeer, PeerMisbehaved
 from ..core.events.connections import Connect, ConnectFailed, Disconnect, PeerConnected, PeerDisconnected
 from ..core.events.dht import Provide, ProvidersFound, SearchDht
 from ..core.events.gossip import AuthorsChanged, GossipReceived, GossipSpoiled, Publish
-from ..core.events.known_peers import PeersChanged
-from ..core.events.node_state import Tick
+from ..core.events.known_peers import KvPeersChanged, PeersChanged
+from ..core.events.node_state import NetworkJoined, Tick
 from ..core.events.owner_documents import ForgetOwner, ImportDeltas, WriteRegistry
 from ..core.events.peer_requests import Answered, Reply, RequestFailed, RequestReceived, Send, ServeResponse
 from ..core.events.response_reading import AnswerResponse, FetchResponse, HintResponse
 from ..core.events.stored_responses import ResponsesGone, ResponseStored
-from ..core.events.vocabulary import NetworkEffect, NetworkEvent
-from ..core.node.network_node import NetworkNode, NetworkOptions
+from ..core.events.vocabulary import Effect, Event
+from ..core.node.node import Node
+from ..core.node.node_options import NodeOptions
 from ..core.peers.dials import Dials
 from ..core.peers.gossip_gate import GossipGate, Verdict
 from ..core.peers.trust import Trust, TrustMode
@@ -119,7 +120,7 @@ class SimHost:
         self.clients = SimClients(setting, fleet, checker, self)
         self._fetches = SimFetches(setting, fleet, checker, self, self.clients.waiting)
         self.shelf = Shelf()
-        self.core: NetworkNode
+        self.core: Node
 
     @property
     def now(self) -> Now:
@@ -149,12 +150,10 @@ class SimHost:
         mode: TrustMode = "reputation" if is_open else "members"
         self.trust = Trust(mode, self.public_key, frozenset(listed), frozenset(), self.network_key)
         bootstrap = tuple((host.peer, host.address) for host in self._fleet.bootstrap if host is not self)
-        options = NetworkOptions(self._setting.network_id, self.address, "", bootstrap, self.network_key)
-        self.core = NetworkNode(
-            options, self.key, self.trust, Dials(self.now), random.Random(self.rng.random()), self.now
-        )
+        options = NodeOptions(self._setting.network_id, self.network_key, bootstrap)
+        self.core = Node(options, self.key, self.trust, Dials(self.now), random.Random(self.rng.random()))
         self.gate = GossipGate(self._setting.network_id, self.now)
-        self._perform_all(self.core.start(self.now))
+        self.tell(NetworkJoined(self.address, ""))
         for response in self.shelf.all():
             if response.expires_at_ms > self.wall_ms:
                 self._fleet.kept(self.number, response.request_hash)
@@ -176,7 +175,7 @@ class SimHost:
         """In this life, not while frozen."""
         self._network.on(self.number, delay_ms, act)
 
-    def tell(self, event: NetworkEvent | Tick) -> None:
+    def tell(self, event: Event) -> None:
         """Hand an event to the core and perform what it decides."""
         self._setting.trace.add(self._setting.agenda.now_ms, self.number, event)
         effects = self.core.handle(event, self.now)
@@ -260,13 +259,13 @@ class SimHost:
 
     # --- performing effects ---------------------------------------------------------------------
 
-    def _perform_all(self, effects: list[NetworkEffect]) -> None:
+    def _perform_all(self, effects: list[Effect]) -> None:
         for effect in effects:
             self._setting.trace.add(self._setting.agenda.now_ms, self.number, effect)
             self._perform(effect)
         self._arm()
 
-    def _perform(self, effect: NetworkEffect) -> None:
+    def _perform(self, effect: Effect) -> None:
         match effect:
             case Connect():
                 self._connect(effect)
@@ -300,10 +299,10 @@ class SimHost:
                 self._documents.forget(owner)
             case AuthorsChanged(authors):
                 self.gate.authors = dict(authors)
-            case PeersChanged():
+            case PeersChanged() | KvPeersChanged():
                 pass
             case _:
-                assert_never(effect)
+                raise TypeError(f"no engine here wants or computes KV: {effect}")
 
     def _write(self, effect: WriteRegistry) -> None:
         self.tell(self._documents.write(effect, self.wall_ms))

@@ -16,7 +16,7 @@ from typing import Literal, Protocol, get_args
 from nacl.signing import SigningKey
 
 from ..core.events.stored_responses import ResponseStored
-from ..core.events.vocabulary import NetworkEvent
+from ..core.events.vocabulary import Event
 from ..core.records.announcement import (
     RESPONSE_TOPIC,
     Announcement,
@@ -103,7 +103,7 @@ class LyingHost(Protocol):
     @property
     def wall_ms(self) -> int: ...
     def later(self, delay_ms: float, act: Callable[[], None]) -> None: ...
-    def tell(self, event: NetworkEvent) -> None: ...
+    def tell(self, event: Event) -> None: ...
 
 
 class Liar:

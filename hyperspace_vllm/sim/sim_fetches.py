@@ -5,7 +5,7 @@ from functools import partial
 from typing import Protocol
 
 from ..core.events.response_reading import FetchResponse, ResponseFetched, ResponseRefused
-from ..core.events.vocabulary import NetworkEvent
+from ..core.events.vocabulary import Event
 from ..core.records.errors import ProtocolViolation, Refused
 from ..core.records.ids import PeerId
 from ..core.records.peer_wire import Hit, Miss, Query, Refusal, decode_answer, encode
@@ -28,7 +28,7 @@ class Directory(Protocol):
 class FetchingHost(CheckedHost, Protocol):
     """The node that asks (SimHost)."""
 
-    def tell(self, event: NetworkEvent) -> None: ...
+    def tell(self, event: Event) -> None: ...
     def later(self, delay_ms: float, act: Callable[[], None]) -> None: ...
     def call(self, target: int, frame: bytes, answered: Callable[[bytes], None]) -> bool: ...
     def next_number(self) -> int: ...

@@ -9,7 +9,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import assert_never
+
+from nacl.signing import SigningKey
 
 from ..core.events.conduct import ChargePeer
 from ..core.events.node_state import Tick
@@ -46,11 +47,13 @@ from ..core.events.prefix_writing import (
     SegmentKeyKnown,
     UnpinRows,
 )
-from ..core.events.vocabulary import PrefixEffect, PrefixEvent
+from ..core.events.vocabulary import Effect, Event
 from ..core.node.node import Node
-from ..core.peers.standing import Standings
+from ..core.node.node_options import NodeOptions
+from ..core.peers.dials import Dials
+from ..core.peers.trust import Trust
 from ..core.prefix.fetch import FetchMode
-from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowId, RowKey, SegmentKey, row_id, sha256
+from ..core.records.ids import ManifestDigest, NetworkId, PeerId, RowId, RowKey, SegmentKey, peer_id, row_id, sha256
 from ..core.records.layout import Layout
 from ..core.records.limits import DATA_CHUNKS, TOTAL_CHUNKS
 from ..core.records.manifest import chunk_bytes_for
@@ -124,11 +127,18 @@ class World:
 
     def add(self, name: str, peers: tuple[str, ...], fetch: FetchMode = "auto") -> Host:
         """A host called `name` that trusts `peers`."""
-        node = Node(
-            self.network, tuple(map(PeerId, peers)), fetch, random.Random(self.rng.random()), Standings(name.encode())
-        )
-        host = self.hosts[PeerId(name)] = Host(PeerId(name), node)
+        me, others = _key_of(name), tuple(_key_of(peer).verify_key.encode() for peer in peers)
+        trust = Trust("members", me.verify_key.encode(), frozenset(others), frozenset(), None)
+        options = NodeOptions(self.network, kv_peers=tuple(map(peer_id, others)), fetch=fetch)
+        node = Node(options, me, trust, Dials(self.now), random.Random(self.rng.random()))
+        peer = peer_id(me.verify_key.encode())
+        host = self.hosts[peer] = Host(peer, node)
         return host
+
+    @property
+    def now(self) -> Now:
+        """This moment; nothing of prefixes bears a date."""
+        return Now(self.now_ms, 0)
 
     def at(self, delay_ms: float, act: Callable[[], None]) -> None:
         """Do something later."""
@@ -180,16 +190,16 @@ class World:
         """The client is done with a lookup."""
         self.tell(host, PrefixReleased(lookup))
 
-    def tell(self, host: Host, event: PrefixEvent | Tick) -> None:
+    def tell(self, host: Host, event: Event) -> None:
         """Hand an event to a host's core and perform what it decides."""
         host.events += 1
-        for effect in host.node.handle(event, Now(self.now_ms, 0)):
+        for effect in host.node.handle(event, self.now):
             self._perform(host, effect)
         self._arm(host)
 
     # --- performing effects ---------------------------------------------------------------------
 
-    def _perform(self, host: Host, effect: PrefixEffect) -> None:
+    def _perform(self, host: Host, effect: Effect) -> None:
         match effect:
             case FindRows():
                 keys = set(effect.row_keys)
@@ -228,7 +238,7 @@ class World:
             case EncodeObject():
                 self.at(self.rng.randint(1, 20), partial(self._encode, host, effect))
             case _:
-                assert_never(effect)
+                raise TypeError(f"there is no network here: {effect}")
 
     def _load(self, host: Host, effect: LoadRow) -> None:
         if effect.row_key in host.memory:
@@ -360,7 +370,7 @@ class World:
 
     # --- leaves ---------------------------------------------------------------------------------
 
-    def _report(self, host: Host, lookup: int, event: PrefixEvent, delay_ms: float) -> None:
+    def _report(self, host: Host, lookup: int, event: Event, delay_ms: float) -> None:
         """Tell the core what came of an effect, unless the lookup was ended meanwhile."""
 
         def act() -> None:
@@ -388,3 +398,7 @@ class World:
     def _number(self) -> int:
         self._next_id += 1
         return self._next_id
+
+
+def _key_of(name: str) -> SigningKey:
+    return SigningKey(sha256(name.encode()))

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hyperspace_vllm.core.local.messages import FindResponse, StoreResponse, TouchResponses
+from hyperspace_vllm.core.local.response_cache_messages import FindResponse, StoreResponse, TouchResponses
 from hyperspace_vllm.core.records.ids import sha256
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import decode_proof

@@ -50,12 +50,12 @@ def test_a_node_whose_clock_is_far_off_for_a_while_keeps_its_timers_and_is_whole
         host, others = fleet.hosts[3], [fleet.hosts[number] for number in range(NODES) if number != 3]
         fleet.agenda.run(20_000)
         watch(fleet, host, waits_ms)
-        sequence = host.core.members.own.sequence
+        sequence = host.core.network.members.own.sequence
         set_by(host, by_ms)
         fleet.agenda.run(20_000 + AGAIN_MS)
-        assert host.core.members.own.sequence > sequence
-        assert 0 <= host.core.members.own.expires_at_ms - host.wall_ms <= PEER_RECORD_TTL_MS
-        own = host.core.registry._own.log
+        assert host.core.network.members.own.sequence > sequence
+        assert 0 <= host.core.network.members.own.expires_at_ms - host.wall_ms <= PEER_RECORD_TTL_MS
+        own = host.core.network.registry._own.log
         assert own is not None
         assert 0 < own.expires_at_ms - host.wall_ms <= REGISTRY_TTL_MS + CLOCK_SKEW_MS
         fleet.agenda.run(35_000)
@@ -68,5 +68,5 @@ def test_a_node_whose_clock_is_far_off_for_a_while_keeps_its_timers_and_is_whole
     assert all("node 3:" in violation and "have it" in violation for violation in fleet.checker.violations)
     late = [request for request in fleet.requests if request.host == 3 and 45_000 <= request.asked_ms <= 55_000]
     assert any(request.hit for request in late if request.providers)
-    known = [host.peer in {record.peer for record in other.core.members.usable(other.now)} for other in others]
+    known = [host.peer in {record.peer for record in other.core.network.members.usable(other.now)} for other in others]
     assert all(known)

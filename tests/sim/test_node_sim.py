@@ -109,7 +109,7 @@ def test_a_peer_that_freezes_delays_the_answer_by_the_stall_limit_at_most(after_
     assert answer.effect.end_segment < segments
     world.run(5_100)
     if answer.effect.reason == "stalled":
-        assert b.charged == [("A", "stalled")]
+        assert b.charged == [(a.peer, "stalled")]
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,11 @@ def test_a_liar_is_charged_avoided_and_replaced_by_an_honest_holder(lie, reason)
     lookup = world.want(b, FULL, prompt(1, 8))
     world.run(4_000)
     assert only_answer(b, lookup).end_segment == 8
-    assert b.charged == [("L", reason)]
+    assert b.charged == [(liar.peer, reason)]
     b.memory.clear()
     world.want(b, FULL, prompt(1, 8))
     world.run(6_000)
-    assert b.charged == [("L", reason)]
+    assert b.charged == [(liar.peer, reason)]
 
 
 def test_a_frozen_peer_beside_an_honest_one_costs_no_stall():
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_rows_in_memory_only():
     a.disk_full = True
     world.publish(a, FULL, prompt(1, 4))
     world.run(2_000)
-    assert a.node.publisher.skipped == {"disk_full": 4}
+    assert a.node.prefixes.publisher.skipped == {"disk_full": 4}
     lookup = world.want(a, FULL, prompt(1, 4))
     world.run(2_100)
     assert only_answer(a, lookup).source == "memory"

@@ -19,7 +19,7 @@ from hyperspace_vllm.core.events.known_peers import PeersChanged
 from hyperspace_vllm.core.events.peer_requests import Reply
 from hyperspace_vllm.core.events.response_reading import AnswerResponse
 from hyperspace_vllm.core.events.vocabulary import NetworkEffect, NetworkEvent
-from hyperspace_vllm.core.node.network_node import NetworkNode
+from hyperspace_vllm.core.node.network_part import NetworkPart
 from hyperspace_vllm.core.peers.findings import Findings
 from hyperspace_vllm.core.peers.gossip_gate import BURST_S, message_cost
 from hyperspace_vllm.core.peers.reputation import THRESHOLD
@@ -31,6 +31,7 @@ from hyperspace_vllm.core.records.peer_wire import Hit
 from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.sealing import open_response
 from hyperspace_vllm.core.response.cache_proof import decode_proof
+from hyperspace_vllm.core.response.providers import Providers
 from hyperspace_vllm.core.response.sealed_hit import Opened
 from hyperspace_vllm.sim import sim_fetches
 from hyperspace_vllm.sim.agenda import Agenda
@@ -203,8 +204,8 @@ Change = Callable[[NetworkEvent, list[NetworkEffect]], list[NetworkEffect]]
 
 def changed(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     """Let every core do something other than it decided."""
-    handle = NetworkNode.handle
-    monkeypatch.setattr(NetworkNode, "handle", lambda self, event, now_ms: change(event, handle(self, event, now_ms)))
+    handle = NetworkPart.handle
+    monkeypatch.setattr(NetworkPart, "handle", lambda self, event, now_ms: change(event, handle(self, event, now_ms)))
 
 
 def test_a_core_that_leaves_lookups_unanswered_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +250,7 @@ def test_a_core_that_hoards_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_core_that_never_listens_to_announcements_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(NetworkNode, "_candidates", lambda self, told, now_ms: [])
+    monkeypatch.setattr(Providers, "best_first", lambda self, told, now_ms: [])
     assert "no hint" in violations_of() or "unhinted: not_found" in violations_of()
 
 

@@ -1,4 +1,4 @@
-"""Identities, records and a few NetworkNodes that hand each other their messages, for the tests of the network core.
+"""Identities, records and the network parts of a few nodes, which hand each other their messages.
 
 Time passes only when a test advances it; messages arrive at once, in order, except to and from nodes that are cut off.
 """
@@ -15,7 +15,7 @@ from hyperspace_vllm.core.events.connections import Connect, ConnectFailed, Disc
 from hyperspace_vllm.core.events.dht import ProvidersFound, SearchDht
 from hyperspace_vllm.core.events.gossip import GossipReceived, Publish
 from hyperspace_vllm.core.events.known_peers import PeersChanged
-from hyperspace_vllm.core.events.node_state import Tick
+from hyperspace_vllm.core.events.node_state import NetworkJoined, Tick
 from hyperspace_vllm.core.events.peer_requests import (
     Answered,
     Reply,
@@ -33,7 +33,8 @@ from hyperspace_vllm.core.events.response_reading import (
 )
 from hyperspace_vllm.core.events.stored_responses import ResponseStored
 from hyperspace_vllm.core.events.vocabulary import NetworkEffect, NetworkEvent
-from hyperspace_vllm.core.node.network_node import NetworkNode, NetworkOptions
+from hyperspace_vllm.core.node.network_part import NetworkPart
+from hyperspace_vllm.core.node.node_options import NodeOptions
 from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate, Verdict
 from hyperspace_vllm.core.peers.trust import Trust
@@ -101,15 +102,15 @@ def make_node(
     now: Now | None = None,
     listed: tuple[int, ...] = (),
     registry: bool = False,
-) -> NetworkNode:
+) -> NetworkPart:
     """A node of the test network."""
     me = Identity(number)
     known = frozenset(Identity(other).public_key for other in listed)
     trust = Trust("members", me.public_key, known, frozenset(), network_key)
     addresses = tuple((Identity(other).peer, Identity(other).address) for other in bootstrap)
-    options = NetworkOptions(NETWORK, me.address, "", addresses, network_key, registry=registry)
+    options = NodeOptions(NETWORK, network_key, addresses, registry=registry)
     now = dated(NOW_MS) if now is None else now
-    return NetworkNode(options, me.key, trust, Dials(now), random.Random(number), now)
+    return NetworkPart(options, NetworkJoined(me.address, ""), me.key, trust, Dials(now), random.Random(number), now)
 
 
 def only(effects: list[NetworkEffect], kind: type) -> list:  # type: ignore[type-arg]
@@ -135,7 +136,7 @@ class World:
 
     now_ms: int = NOW_MS  # by a wall clock that nobody sets
     set_by_ms: int = 0  # every wall clock, forward or back
-    nodes: dict[int, NetworkNode] = field(default_factory=dict)
+    nodes: dict[int, NetworkPart] = field(default_factory=dict)
     cut: set[int] = field(default_factory=set)
     links: set[frozenset[int]] = field(default_factory=set)
     has: dict[int, set[bytes]] = field(default_factory=dict)
@@ -152,7 +153,7 @@ class World:
         """This moment, for every node."""
         return replace(dated(self.now_ms), wall_ms=self.now_ms + self.set_by_ms)
 
-    def boot(self, number: int, bootstrap: tuple[int, ...] = (), **options: object) -> NetworkNode:
+    def boot(self, number: int, bootstrap: tuple[int, ...] = (), **options: object) -> NetworkPart:
         """Start a node."""
         node = self.nodes[number] = make_node(number, bootstrap, now=self.now, **options)  # type: ignore[arg-type]
         self.has.setdefault(number, set())
@@ -305,5 +306,5 @@ def _wall(mono_ms: int | None) -> int | None:
     return None if mono_ms is None else mono_ms + BOOTED_MS
 
 
-def _address_of(node: NetworkNode) -> str:
+def _address_of(node: NetworkPart) -> str:
     return node.members.own.address

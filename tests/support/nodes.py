@@ -11,10 +11,10 @@ from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.events.prefix_reading import PrefixReleased, PrefixWanted
 from hyperspace_vllm.core.events.prefix_writing import RequestOver, RowArrived, RowsStored, SegmentKeyKnown
 from hyperspace_vllm.core.local.slab import LoadedRow, Slab
-from hyperspace_vllm.core.node.node import Node
 from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.prefix.fetch import FetchMode
+from hyperspace_vllm.core.prefix.prefix_part import PrefixPart
 from hyperspace_vllm.core.records.ids import PeerId, RowKey, SegmentKey, network_id, public_key_of, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, GiB, MiB
@@ -140,7 +140,7 @@ class TestNode:
         )
         self.stored: list[RowsStored] = []
         self.compute = compute or ComputePool()
-        self.node = Node(NETWORK, self.transport.peers, fetch, random.Random(1), self.trust.standings)
+        self.node = PrefixPart(NETWORK, self.transport.peers, fetch, random.Random(1), self.trust.standings)
         self.clients = Clients(self.cache)
         self.driver = Driver(
             self.node,

@@ -1,6 +1,7 @@
 """How peers behave: rules that they break, and what audits find of what they signed."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..records.announcement import EvidenceEntry
 from ..records.ids import PeerId
@@ -27,7 +28,8 @@ class AnswerAudited:
 
 @dataclass(frozen=True, slots=True)
 class ChargePeer:
-    """A peer broke the protocol or lied: for metrics and the log. Not answered."""
+    """A peer broke the protocol or lied to this layer: for metrics and the log. Not answered."""
 
     peer: PeerId
     reason: Reason
+    layer: Literal["l1", "l2"] = "l1"

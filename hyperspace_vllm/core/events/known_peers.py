@@ -17,10 +17,21 @@ class KvEndpoint:
 
 @dataclass(frozen=True, slots=True)
 class PeersChanged:
-    """The peers that this node knows and may use (alive as far as it knows, trusted or not), for L2 and status.
+    """The peers that this node knows and may use (alive as far as it knows, trusted or not), for status.
 
-    `endpoints` are those of them that may be dialled for KV. Not answered.
+    `addresses` are those (host:port of libp2p) that may be dialled, to be remembered for the next run. Not answered.
     """
 
     usable: tuple[PeerRecord, ...]
-    endpoints: tuple[KvEndpoint, ...] = ()
+    addresses: tuple[tuple[PeerId, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KvPeersChanged:
+    """Serve KV to the `admitted` peers alone, and ask for KV at these endpoints alone. Not answered.
+
+    Configured peers are served and asked whatever this says.
+    """
+
+    admitted: tuple[PeerId, ...]
+    endpoints: tuple[KvEndpoint, ...]

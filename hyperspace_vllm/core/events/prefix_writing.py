@@ -105,10 +105,10 @@ class ObjectFailed:
 
 @dataclass(frozen=True, slots=True)
 class RowsStored:
-    """This node can serve an object's rows now; they may leave it."""
+    """This node can serve an object's rows now; `shareable`: to other nodes too."""
 
     manifest: bytes
     fingerprint: bytes
     commitment: bytes
     row_ids: tuple[bytes, ...]
-    expires_at_ms: int
+    shareable: bool

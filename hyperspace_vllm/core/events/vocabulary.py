@@ -7,8 +7,8 @@ from .conduct import AnswerAudited, ChargePeer, PeerMisbehaved
 from .connections import Connect, ConnectFailed, Disconnect, PeerConnected, PeerDisconnected, PeerDiscovered
 from .dht import NotProvided, Provide, ProvidersFound, SearchDht
 from .gossip import AuthorsChanged, GossipReceived, GossipSpoiled, Publish
-from .known_peers import PeersChanged
-from .node_state import ServedChanged, Tick
+from .known_peers import KvPeersChanged, PeersChanged
+from .node_state import NetworkJoined, NetworkLeft, ServedChanged, Tick
 from .owner_documents import DeltasImported, DeltasRefused, ForgetOwner, ImportDeltas, OwnDeltaWritten, WriteRegistry
 from .peer_requests import Answered, Reply, RequestFailed, RequestReceived, Send, ServeResponse
 from .prefix_reading import (
@@ -102,7 +102,7 @@ NetworkEvent = (
     | DeltasRefused
     | PeerMisbehaved
 )
-Event = PrefixEvent | NetworkEvent | Tick
+Event = PrefixEvent | NetworkEvent | NetworkJoined | NetworkLeft | Tick
 
 PrefixEffect = (
     FindRows
@@ -127,6 +127,7 @@ NetworkEffect = (
     | ServeResponse
     | Publish
     | PeersChanged
+    | KvPeersChanged
     | AuthorsChanged
     | HintResponse
     | FetchResponse

@@ -1,4 +1,4 @@
-"""The composers: each hands an event to the machine that it concerns, and merges deadlines.
+"""The node: `node` is the one core that shells step; `network_part` and the machines beside it are its part for others.
 
-`node` is the core of KV on one host, `network_node` of everything between nodes. Input: events. Output: effects.
+Input: events. Output: effects.
 """

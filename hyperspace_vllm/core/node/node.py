@@ -1,169 +1,85 @@
-"""The core of a node: hands every event to the machine that it concerns and merges their deadlines."""
+"""A node: one core that takes every event and returns every effect.
 
-import itertools
+It composes two parts, which know nothing of each other. The prefix part lives as long as the node. The network part
+begins with NetworkJoined, because libp2p takes seconds to start and only then knows this node's address, and ends with
+NetworkLeft. What passes between them is decided here: hints at rows, and the peers that may be asked for KV.
+"""
+
 import random
-from collections.abc import Callable
-from typing import assert_never
 
-from ..events.conduct import ChargePeer
-from ..events.node_state import Tick
-from ..events.prefix_reading import (
-    AnswerPrefix,
-    ChunksVerified,
-    EndLookup,
-    HolderStalled,
-    ManifestRefused,
-    ManifestVerified,
-    PrefixReleased,
-    PrefixWanted,
-    ProviderAnswered,
-    ProviderFailed,
-    RowFailed,
-    RowReady,
-    RowsFound,
-)
-from ..events.prefix_writing import ClientGone, ObjectEncoded, ObjectFailed, RequestOver, RowArrived, SegmentKeyKnown
-from ..events.vocabulary import PrefixEffect, PrefixEvent
-from ..peers.standing import Failed, Standings
-from ..prefix.cost_model import RateEstimator
-from ..prefix.fetch import FetchMode, LookupEvent, PrefixLookup
-from ..prefix.plan import leading_rows
-from ..prefix.publish import Publisher
-from ..records.ids import NetworkId, PeerId, RowId
-from ..records.limits import CLIENTS_MAX, LOOKUPS_PER_CLIENT_MAX
+from nacl.signing import SigningKey
+
+from ..events.conduct import AnswerAudited
+from ..events.known_peers import KvPeersChanged
+from ..events.node_state import NetworkJoined, NetworkLeft, Tick
+from ..events.vocabulary import Effect, Event, NetworkEvent
+from ..peers.dials import Dials
+from ..peers.trust import Trust
+from ..prefix.prefix_part import PrefixPart
+from ..records.ids import PeerId, RowId, peer_id
 from ..records.now import Now
-from ..records.reason import Reason
-
-LOOKUPS_MAX = 1024  # undecided at once, of all clients; more are answered `busy`
-ANSWERED_MAX = CLIENTS_MAX * LOOKUPS_PER_CLIENT_MAX
-ASKED_MAX = 8  # peers a lookup asks: what none of eight has is sooner computed than found
+from ..response.evidence import verdict
+from .network_part import NetworkPart
+from .node_options import NodeOptions
 
 
 class Node:
-    """Everything that a node decides about prefixes. `peers` may be asked; it draws no randomness but from `rng`.
+    """Everything that a node decides. It draws no randomness but from `rng`.
 
-    `hints` names peers that are said to serve a row; `has_standing` says for whom a request may wait, as long as they
-    have earned it or are lent it (peers/patience.py).
+    `network` is None before NetworkJoined and after NetworkLeft: events of the network then cause nothing.
     """
 
     def __init__(
-        self,
-        network: NetworkId,
-        peers: tuple[PeerId, ...],
-        fetch: FetchMode,
-        rng: random.Random,
-        standings: Standings,
-        hints: Callable[[RowId], tuple[PeerId, ...]] = lambda row: (),
-        has_standing: Callable[[PeerId], bool] = lambda peer: True,
+        self, options: NodeOptions, signing_key: SigningKey, trust: Trust, dials: Dials, rng: random.Random
     ) -> None:
-        self.network = network
-        self.peers = peers
-        self.hints = hints
-        self.has_standing = has_standing
-        self.fetch: FetchMode = fetch
-        self.rng = rng
-        self.publisher = Publisher()
-        self._rates = RateEstimator()
-        self._lookups: dict[int, PrefixLookup] = {}
-        self._answered: set[int] = set()
-        self._standings = standings
+        self._options = options
+        self._key = signing_key
+        self._me = peer_id(signing_key.verify_key.encode())
+        self._trust = trust
+        self._dials = dials
+        self._rng = rng
+        self.prefixes = PrefixPart(
+            options.network, options.kv_peers, options.fetch, rng, trust.standings, self._row_hints, trust.has_standing
+        )
+        self.network: NetworkPart | None = None
 
-    def handle(self, event: PrefixEvent | Tick, now: Now) -> list[PrefixEffect]:
+    def handle(self, event: Event, now: Now) -> list[Effect]:
         """What to do about `event`."""
-        now_ms = now.mono_ms  # nothing here bears a date
         match event:
-            case PrefixWanted():
-                effects = self._wanted(event, now)
-            case PrefixReleased():
-                effects = self._released(event)
-            case (
-                RowsFound()
-                | ProviderAnswered()
-                | ProviderFailed()
-                | ManifestVerified()
-                | ManifestRefused()
-                | ChunksVerified()
-                | HolderStalled()
-                | RowReady()
-                | RowFailed()
-            ):
-                effects = self._of_lookup(event, now)
-            case RowArrived() | SegmentKeyKnown() | RequestOver() | ClientGone() | ObjectEncoded() | ObjectFailed():
-                effects = self.publisher.handle(event, now_ms)
+            case NetworkJoined():
+                assert self.network is None
+                self.network = NetworkPart(self._options, event, self._key, self._trust, self._dials, self._rng, now)
+                return self._told([*self.network.start(now)])
+            case NetworkLeft():
+                self.network = None
+                return self._told([KvPeersChanged((), ())])
             case Tick():
-                effects = self._tick(event, now)
-            case _:
-                assert_never(event)
-        for effect in effects:
-            if isinstance(effect, ChargePeer):
-                self._standings.note(Failed(effect.peer, effect.reason), now)
-        return effects
-
-    def set_peers(self, peers: tuple[PeerId, ...]) -> None:
-        """Who may be asked by the lookups to come."""
-        self.peers = peers
+                effects: list[Effect] = [*self.prefixes.handle(event, now)]
+                return effects + (self._told([*self.network.handle(event, now)]) if self.network else [])
+            case AnswerAudited() if self.network is None or not self._options.shares:
+                evidence = event.evidence
+                self._trust.audited(evidence.signer, evidence.tokens, verdict(evidence.far), event.source, now)
+                return []
+        if isinstance(event, NetworkEvent):
+            return self._told([*self.network.handle(event, now)]) if self.network else []
+        return [*self.prefixes.handle(event, now)]
 
     def next_deadline_ms(self) -> int | None:
         """When to call `handle(Tick())`, if nothing else happens before; None: never."""
-        times = [lookup.next_deadline_ms() for lookup in self._lookups.values()]
-        times.append(self.publisher.next_deadline_ms())
+        times = [self.prefixes.next_deadline_ms(), self.network.next_deadline_ms() if self.network else None]
         return min((time for time in times if time is not None), default=None)
 
-    def _wanted(self, event: PrefixWanted, now: Now) -> list[PrefixEffect]:
-        assert event.lookup not in self._lookups
-        if len(self._lookups) >= LOOKUPS_MAX or len(self._answered) >= ANSWERED_MAX:
-            return [AnswerPrefix(event.lookup, 0, (), "none", "busy")]
-        lookup = PrefixLookup(event, self.network, self._whom_to_ask(event, now), self.fetch, self._rates, now.mono_ms)
-        self._lookups[event.lookup] = lookup
-        return self._settle(lookup, lookup.start(now.mono_ms), now)
+    def may_dial(self, peer: PeerId, address: str, told_from: str, now: Now) -> bool:
+        """Whether to dial a peer where an answer of the DHT says that it is; saying yes counts as a dial."""
+        return self.network is not None and self.network.members.may_dial_at(peer, address, told_from, now)
 
-    def _whom_to_ask(self, event: PrefixWanted, now: Now) -> tuple[PeerId, ...]:
-        """At most ASKED_MAX: those with hints first, beginning with the longest prefix's."""
-        peers = [peer for peer in self.peers if self._may_ask(peer, now)]
-        self.rng.shuffle(peers)  # equally good holders share the load
-        if len(peers) <= ASKED_MAX or not event.may_ask_peers:
-            return tuple(peers)
-        hinted: dict[PeerId, None] = {}
-        usable = frozenset(peers)
-        for row in leading_rows(self.network, event.layout, event.segment_keys, event.start_token):
-            hinted |= dict.fromkeys(peer for peer in self.hints(row) if peer in usable)
-            if len(hinted) >= ASKED_MAX:
-                break
-        return tuple(hinted | dict.fromkeys(peers))[:ASKED_MAX]
-
-    def _may_ask(self, peer: PeerId, now: Now) -> bool:
-        if self._standings.avoids_for_kv(peer, now) or not self.has_standing(peer):
-            return False
-        return self._standings.has_earned(peer) or self._standings.lends(now)
-
-    def _released(self, event: PrefixReleased) -> list[PrefixEffect]:
-        known = self._lookups.pop(event.lookup, None) is not None or event.lookup in self._answered
-        self._answered.discard(event.lookup)
-        return [EndLookup(event.lookup)] if known else []
-
-    def _of_lookup(self, event: LookupEvent, now: Now) -> list[PrefixEffect]:
-        lookup = self._lookups.get(event.lookup)
-        if lookup is None:
-            return []
-        if isinstance(event, RowsFound):
-            self.publisher.forget(lookup.absent(event))
-        return self._settle(lookup, lookup.handle(event, now.mono_ms), now)
-
-    def _tick(self, event: Tick, now: Now) -> list[PrefixEffect]:
-        now_ms = now.mono_ms
-        effects = self.publisher.handle(event, now_ms)
-        for lookup in list(self._lookups.values()):
-            due_ms = lookup.next_deadline_ms()
-            if due_ms is not None and due_ms <= now_ms:
-                effects += self._settle(lookup, lookup.handle(event, now_ms), now)
+    def _told(self, effects: list[Effect]) -> list[Effect]:
+        """Effects of the network part, when the prefix part has been told of the peers that it may ask."""
+        for effect in effects:
+            if isinstance(effect, KvPeersChanged):
+                asked = (*self._options.kv_peers, *(endpoint.peer for endpoint in effect.endpoints))
+                self.prefixes.set_peers(tuple(peer for peer in dict.fromkeys(asked) if peer != self._me))
         return effects
 
-    def _settle(self, lookup: PrefixLookup, effects: list[PrefixEffect], now: Now) -> list[PrefixEffect]:
-        """An answered lookup only waits for its release: its machine can go. What it waited in vain is accounted."""
-        if lookup.answered:
-            self._standings.wasted(lookup.waited_ms, now)
-            for peer in itertools.filterfalse(self._standings.has_earned, lookup.silent):
-                self._standings.note(Failed(peer, Reason.STALLED), now)
-            del self._lookups[lookup.lookup]
-            self._answered.add(lookup.lookup)
-        return effects
+    def _row_hints(self, row: RowId, now: Now) -> tuple[PeerId, ...]:
+        return self.network.providers.of(row, now) if self.network else ()

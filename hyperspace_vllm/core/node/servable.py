@@ -13,6 +13,7 @@ from ..events.vocabulary import NetworkEffect
 from ..peers.trust import Trust
 from ..records.announcement import PrefixEntry, ResponseEntry
 from ..records.ids import public_key_of
+from ..records.limits import REGISTRY_TTL_MS
 from ..records.now import Now
 from ..registry.registry import Registry
 from ..response.announcer import Outbox
@@ -60,11 +61,14 @@ class Servable:
         self._outbox.remove(frozenset(hashes))
         self._provides.remove(_dht_key(request_hash) for request_hash in hashes)
 
-    def on_rows_stored(self, event: RowsStored) -> None:
-        """Announce rows of an object with the next batch."""
+    def on_rows_stored(self, event: RowsStored, now: Now) -> None:
+        """Announce rows of an object with the next batch, unless they are private."""
+        if not event.shareable:
+            return
+        expires_at_ms = now.wall_ms + REGISTRY_TTL_MS
         for row_id in event.row_ids:
-            self._register(row_id, event.expires_at_ms)
-            self._outbox.add(PrefixEntry(row_id, event.manifest, event.commitment, event.expires_at_ms))
+            self._register(row_id, expires_at_ms)
+            self._outbox.add(PrefixEntry(row_id, event.manifest, event.commitment, expires_at_ms))
         # One record an object: a node that has the prompt asks the object's holders for the rest.
         self._provides.add(f"/kv-prefix/{event.fingerprint.hex()}/{event.row_ids[0].hex()}", 0.0)
 

@@ -1,12 +1,14 @@
 """Tells the node's other parts which peers it knows: the authors of gossip at once, all the rest now and then."""
 
 from ..events.gossip import AuthorsChanged
-from ..events.known_peers import PeersChanged
+from ..events.known_peers import KvEndpoint, KvPeersChanged, PeersChanged
 from ..events.vocabulary import NetworkEffect
 from ..records.ids import PeerId
 from ..records.now import Now
+from ..records.peer_record import PeerRecord
 from ..records.rank import Acquaintance
 from .membership import Membership
+from .trust import Trust
 
 TELL_AGAIN_MS = 100  # 2 ms of work with a full table
 
@@ -14,8 +16,9 @@ TELL_AGAIN_MS = 100  # 2 ms of work with a full table
 class Introductions:
     """What was last told, so that only changes are."""
 
-    def __init__(self, members: Membership, now: Now) -> None:
+    def __init__(self, members: Membership, trust: Trust, now: Now) -> None:
         self._members = members
+        self._trust = trust
         self._tell_at_ms = now.mono_ms  # not before
         self._told: tuple[object, ...] = ()
         self._authors: tuple[tuple[PeerId, Acquaintance], ...] = ()
@@ -32,17 +35,23 @@ class Introductions:
         """Tell of what has changed."""
         effects = self._tell_authors()
         usable = self._members.usable(now)
-        endpoints = self._members.endpoints(now)
+        endpoints, addresses = self._members.endpoints(now), self._members.addresses(now)
         said = ((record.peer, record.address, record.endpoint) for record in usable)
-        told = (*said, endpoints, self._members.addresses(now))
+        told = (*said, endpoints, addresses)
         if told != self._told:
             self._told = told
-            effects.append(PeersChanged(usable, endpoints))
+            effects += [PeersChanged(usable, addresses), self._kv_peers(usable, endpoints)]
         return effects
 
     def next_deadline_ms(self) -> int | None:
         """When `due` has something to tell."""
         return self._tell_at_ms if self._members.changed else None
+
+    def _kv_peers(self, usable: tuple[PeerRecord, ...], endpoints: tuple[KvEndpoint, ...]) -> KvPeersChanged:
+        """The peers that are served KV, and those that are asked for it: not the same peers."""
+        admitted = tuple(record.peer for record in usable if self._trust.serves_kv(record.public_key))
+        asked = {record.peer for record in usable if self._trust.asks_for_kv(record.public_key)}
+        return KvPeersChanged(admitted, tuple(endpoint for endpoint in endpoints if endpoint.peer in asked))
 
     def _tell_authors(self) -> list[NetworkEffect]:
         self._members.has_new = False

@@ -347,7 +347,7 @@ class PrefixLookup:
         late_ms = self._transfers.stop(now_ms)
         self.waited_ms |= late_ms
         if cause in ("stalled", "too_slow"):
-            self._effects += [ChargePeer(peer, Reason(cause)) for peer in late_ms]
+            self._effects += [ChargePeer(peer, Reason(cause), "l2") for peer in late_ms]
         self._fetching = False
         self._window.orphans.clear()
         self._phase_ends_ms = min(now_ms + LOAD_GRACE_MS, self._deadline_ms)

@@ -374,7 +374,7 @@ class Transfers:
 
     def _charge(self, peer: PeerId, reason: Reason) -> None:
         if peer not in self._offers.banned:
-            self.emit(ChargePeer(peer, reason))
+            self.emit(ChargePeer(peer, reason, "l2"))
             self._ban(peer)
 
     def _ban(self, peer: PeerId) -> None:

@@ -45,12 +45,11 @@ from ...core.events.prefix_writing import (
 )
 from ...core.events.vocabulary import PrefixEffect, PrefixEvent
 from ...core.local.slab import LoadedRow, Slab
-from ...core.node.node import Node
 from ...core.peers.trust import Trust
+from ...core.prefix.prefix_part import PrefixPart
 from ...core.records.errors import Refused
 from ...core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, peer_id, row_id
-from ...core.records.limits import LOOKUP_ROWS_MAX, REGISTRY_TTL_MS
-from ...core.records.peer_record import PeerRecord
+from ...core.records.limits import LOOKUP_ROWS_MAX
 from ...core.records.reason import Reason
 from .. import clock
 from ..identity import Identity
@@ -108,7 +107,7 @@ class Driver:
 
     def __init__(
         self,
-        node: Node,
+        node: PrefixPart,
         cache: RowCache,
         store: ChunkStore,
         transport: ChunkTransport,
@@ -168,16 +167,10 @@ class Driver:
             self._handling = False
         self._set_timer()
 
-    def set_peers(self, records: tuple[PeerRecord, ...], endpoints: tuple[KvEndpoint, ...]) -> None:
-        """The peers that were discovered and may be used now: `trust` says which are served, and which are asked.
-
-        The records have been checked (peer_record.check_peer_record).
-        """
-        for record in records:
-            self._trust.meet(record.public_key, record.member_tag)
-        self._transport.admit(record.peer for record in records if self._trust.serves_kv(record.public_key))
-        asked = {record.peer for record in records if self._trust.asks_for_kv(record.public_key)}
-        self._transport.set_peers(endpoint for endpoint in endpoints if endpoint.peer in asked)
+    def set_peers(self, admitted: tuple[PeerId, ...], endpoints: tuple[KvEndpoint, ...]) -> None:
+        """The discovered peers that are served now, and where those are that may be asked."""
+        self._transport.admit(admitted)
+        self._transport.set_peers(endpoints)
         self._node.set_peers(self._transport.peers)
 
     def report_stored(self) -> None:
@@ -362,14 +355,12 @@ class Driver:
             self._tasks.spawn(work)
 
     def _report_stored(self, record: ObjectRecord, rows: tuple[int, ...]) -> None:
-        if self._store.record(record.digest, for_peer=True) is None:
-            return  # private, or gone again
-        row_ids = tuple(record.manifest.rows[row].row_id for row in rows)
-        expires_at_ms = clock.wall_ms() + REGISTRY_TTL_MS
+        if self._store.record(record.digest) is None:
+            return  # gone again
+        shareable = self._store.record(record.digest, for_peer=True) is not None
         manifest = record.manifest
-        self._on_rows_stored(
-            RowsStored(record.digest, manifest.fingerprint, manifest.commitment, row_ids, expires_at_ms)
-        )
+        row_ids = tuple(manifest.rows[row].row_id for row in rows)
+        self._on_rows_stored(RowsStored(record.digest, manifest.fingerprint, manifest.commitment, row_ids, shareable))
 
     def _counts(self, record: ObjectRecord) -> bool:
         """Whether an object of an earlier run still counts."""

@@ -15,14 +15,15 @@ from pathlib import Path
 
 from ...config import Config
 from ...core.events.known_peers import KvEndpoint
-from ...core.node.network_node import NetworkNode, NetworkOptions
+from ...core.events.node_state import NetworkJoined
+from ...core.node.network_part import NetworkPart
+from ...core.node.node_options import NodeOptions
 from ...core.peers.dials import Dials
 from ...core.peers.gossip_gate import GossipGate
 from ...core.peers.trust import Trust
 from ...core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
 from ...core.records.endpoint import Endpoint
-from ...core.records.ids import network_id, public_key_of
-from ...core.records.peer_record import PeerRecord
+from ...core.records.ids import PeerId, network_id, public_key_of
 from ...core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
 from ...response_db import database_path
 from .. import clock
@@ -89,7 +90,7 @@ class Joining:
         dials: Dials,
         endpoint: str,
         serves: bool,
-        on_peers: Callable[[tuple[PeerRecord, ...], tuple[KvEndpoint, ...]], None],
+        on_peers: Callable[[tuple[PeerId, ...], tuple[KvEndpoint, ...]], None],
     ) -> None:
         self._config = config
         self._identity = identity
@@ -140,17 +141,15 @@ class Joining:
         parts.callback(book.close)
         with needed(f"advertise = {config.advertise!r}", "name an address of this host (HYPERSPACE_ADVERTISE)"):
             address, endpoint = (_reachable(config.advertise, bound) for bound in (host.address, self._endpoint))
-        options = NetworkOptions(
+        options = NodeOptions(
             self._network,
-            address,
-            endpoint,
-            bootstrap,
             self._key,
-            config.disk_bytes + config.response_bytes,
-            documents is not None,
-            book.read(address),
+            bootstrap,
+            capacity_bytes=config.disk_bytes + config.response_bytes,
+            registry=documents is not None,
         )
-        node = NetworkNode(options, identity.signing_key, self._trust, self._dials, random.Random(), clock.now())
+        event = NetworkJoined(address, endpoint, book.read(address))
+        node = NetworkPart(options, event, identity.signing_key, self._trust, self._dials, random.Random(), clock.now())
         return Joined(node, host, gate, book, responses, documents, redis, self._on_peers)
 
 

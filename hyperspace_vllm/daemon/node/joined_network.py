@@ -6,10 +6,9 @@ from typing import Protocol
 
 from ...core.events.known_peers import KvEndpoint
 from ...core.events.owner_documents import DeltasImported, DeltasRefused, ImportDeltas, OwnDeltaWritten, WriteRegistry
-from ...core.node.network_node import NetworkNode
+from ...core.node.network_part import NetworkPart
 from ...core.peers.gossip_gate import GossipGate
 from ...core.records.ids import PeerId
-from ...core.records.peer_record import PeerRecord
 from ..responses.response_server import ResponseServer
 from .address_book import AddressBook
 from .network_lookups import Hints, Providers
@@ -59,11 +58,11 @@ class SharedHints(Hints, Protocol):
 class Joined:
     """One core and its parts (join.py); `on_peers` hears of the peers that KV may be asked of."""
 
-    node: NetworkNode
+    node: NetworkPart
     host: PeerHost
     gate: GossipGate
     book: AddressBook
     responses: ResponseServer | None
     documents: Documents | None
     hints: SharedHints | None
-    on_peers: Callable[[tuple[PeerRecord, ...], tuple[KvEndpoint, ...]], None]
+    on_peers: Callable[[tuple[PeerId, ...], tuple[KvEndpoint, ...]], None]

@@ -18,7 +18,6 @@ from ...core.events.known_peers import KvEndpoint
 from ...core.events.vocabulary import PrefixEvent
 from ...core.peers.dials import Dials
 from ...core.records.ids import PeerId, network_id
-from ...core.records.peer_record import PeerRecord
 from ...file_digests import in_progress
 from ...response_db import database_path
 from .. import clock
@@ -87,7 +86,7 @@ class _Prefixes(Protocol):
     """The shell of the KV core (Driver), built only where KV is cached: it needs native code."""
 
     def submit(self, event: PrefixEvent, /) -> None: ...
-    def set_peers(self, records: tuple[PeerRecord, ...], endpoints: tuple[KvEndpoint, ...], /) -> None: ...
+    def set_peers(self, admitted: tuple[PeerId, ...], endpoints: tuple[KvEndpoint, ...], /) -> None: ...
     def report_stored(self) -> None: ...
     def status(self) -> dict[str, object]: ...
 
@@ -217,7 +216,7 @@ class _Node:
             self._dials,
             self._transport.endpoint if self._transport else "",
             self._responses is not None,
-            self._driver.set_peers if self._driver else lambda records, endpoints: None,
+            self._driver.set_peers if self._driver else lambda admitted, endpoints: None,
         )
         try:
             await self._joined.run(joining.join, lambda: self._on_joined(embedded))
@@ -293,7 +292,7 @@ class _Node:
     async def _open_data_plane(
         self, parts: AsyncExitStack, staging: Staging, clients: PrefixLookups
     ) -> tuple[_Prefixes, _Transport]:
-        from ...core.node.node import Node
+        from ...core.prefix.prefix_part import PrefixPart
         from ..kv.chunk_store import ChunkStore
         from ..kv.chunk_transport import ChunkTransport
         from ..workers.compute_pool import ComputePool
@@ -305,7 +304,7 @@ class _Node:
         with needed(chunks, "delete it: its KV is then computed anew"):
             store = ChunkStore(chunks, config.disk_bytes)
         trust, network = self._trust, self._joined
-        node = Node(
+        node = PrefixPart(
             self._network, peers, config.fetch, random.Random(), trust.standings, network.row_hints, trust.has_standing
         )
         with needed(f"listen = {config.listen!r}", f"{_LISTEN} (HYPERSPACE_LISTEN)"):

@@ -22,7 +22,7 @@ from ...core.events.connections import (
 )
 from ...core.events.dht import NotProvided, Provide, SearchDht
 from ...core.events.gossip import AuthorsChanged, GossipReceived, GossipSpoiled, Publish
-from ...core.events.known_peers import PeersChanged
+from ...core.events.known_peers import KvPeersChanged, PeersChanged
 from ...core.events.node_state import ServedChanged, Tick
 from ...core.events.owner_documents import DeltasRefused, ForgetOwner, ImportDeltas, WriteRegistry
 from ...core.events.peer_requests import Answered, Reply, RequestFailed, Send, ServeResponse
@@ -31,6 +31,7 @@ from ...core.events.stored_responses import ResponsesGone, ResponseStored
 from ...core.events.vocabulary import NetworkEffect, NetworkEvent
 from ...core.peers.trust import Trust
 from ...core.records.ids import NetworkId, PeerId, RequestKey, RowId
+from ...core.records.now import Now
 from ...core.records.peer_record import PeerRecord
 from ...core.records.rank import Tier
 from ...core.records.reason import Reason
@@ -196,9 +197,9 @@ class NetworkDriver:
             self._trust.audited(evidence.signer, evidence.tokens, found, event.source, clock.now())
         return self._trust.is_convicted(evidence.signer, clock.now())
 
-    def row_hints(self, row_id: RowId) -> tuple[PeerId, ...]:
+    def row_hints(self, row_id: RowId, now: Now) -> tuple[PeerId, ...]:
         """Who says that it serves a KV row."""
-        return self._joined.node.providers.of(row_id, clock.now()) if self._joined else ()
+        return self._joined.node.providers.of(row_id, now) if self._joined else ()
 
     def _heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
         if not self._shares:
@@ -245,7 +246,7 @@ class NetworkDriver:
     def may_dial(self, peer: PeerId, address: str, told_from: str) -> bool:
         """Whether a search of the DHT may dial a peer there; saying yes counts as a dial."""
         joined = self._joined
-        return joined is not None and joined.node.may_dial(peer, address, told_from, clock.now())
+        return joined is not None and joined.node.members.may_dial_at(peer, address, told_from, clock.now())
 
     # --- effects --------------------------------------------------------------------------------
 
@@ -289,10 +290,11 @@ class NetworkDriver:
             case Publish(topic, payload):
                 if not joined.host.publish(topic, payload):
                     self._metrics.failures_total.labels("l1", "gossip_full").inc()
-            case PeersChanged(usable, endpoints):
+            case PeersChanged(usable, addresses):
                 self._known = usable
-                joined.book.note(joined.node.members.addresses(clock.now()))
-                joined.on_peers(usable, endpoints)
+                joined.book.note(addresses)
+            case KvPeersChanged(admitted, endpoints):
+                joined.on_peers(admitted, endpoints)
             case AuthorsChanged(authors):
                 joined.gate.authors = dict(authors)
             case ChargePeer(peer, reason):

@@ -1,4 +1,4 @@
-"""NetworkNode as a whole: transcripts of events and their effects, and a few nodes that hand each other their messages.
+"""NetworkPart as a whole: transcripts of events and their effects, and a few nodes that hand each other their messages.
 
 In a transcript `> ` starts an event, the lines below it are its effects; time only moves by `at=`, in ms since the
 start. Peers are numbers, responses are letters.
@@ -37,7 +37,7 @@ from hyperspace_vllm.core.events.response_reading import (
 )
 from hyperspace_vllm.core.events.stored_responses import ResponsesGone, ResponseStored, ResponsesUsed
 from hyperspace_vllm.core.events.vocabulary import NetworkEffect, NetworkEvent
-from hyperspace_vllm.core.node.network_node import NetworkNode
+from hyperspace_vllm.core.node.network_part import NetworkPart
 from hyperspace_vllm.core.node.own_requests import GREET_AGAIN_MS, REQUESTS_MAX
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
 from hyperspace_vllm.core.peers.introductions import TELL_AGAIN_MS
@@ -109,9 +109,9 @@ def gossip(number: int, letters: str, sequence: int, now_ms: int, ttl_ms: int = 
 
 
 class Script:
-    """Runs a transcript against one NetworkNode; `silent` leaves out effects that are of no interest."""
+    """Runs a transcript against one NetworkPart; `silent` leaves out effects that are of no interest."""
 
-    def __init__(self, node: NetworkNode | None = None, also: str = "") -> None:
+    def __init__(self, node: NetworkPart | None = None, also: str = "") -> None:
         self.node = node or make_node()
         self.now_ms = NOW_MS
         self.shown = {"hint", "fetch", "search", "answer", "charge", "disconnect", *also.split()}
@@ -509,7 +509,7 @@ def test_what_was_computed_is_announced_and_provided_and_what_has_gone_no_more()
 def test_an_object_is_provided_in_the_dht_by_its_first_row() -> None:
     node = Script().node
     rows = tuple(bytes([number]) * 32 for number in range(3))
-    node.handle(RowsStored(bytes(32), b"f" * 32, bytes(48), rows, NOW_MS + HOUR_MS), dated(NOW_MS))
+    node.handle(RowsStored(bytes(32), b"f" * 32, bytes(48), rows, True), dated(NOW_MS))
     effects = [effect for at_ms in (NOW_MS, NOW_MS + 60_000) for effect in node.handle(Tick(), dated(at_ms))]
     keys = [effect.key for effect in effects if isinstance(effect, Provide)]
     assert keys == [f"/kv-prefix/{(b'f' * 32).hex()}/{rows[0].hex()}"]
@@ -573,7 +573,7 @@ def test_popularity_grows_with_requests_of_clients_and_members_and_travels_with_
 # --- hostile or odd peers -----------------------------------------------------------------------
 
 
-def asked(node: NetworkNode, message: PeerRequest, number: int = 1, now_ms: int = NOW_MS) -> list[NetworkEffect]:
+def asked(node: NetworkPart, message: PeerRequest, number: int = 1, now_ms: int = NOW_MS) -> list[NetworkEffect]:
     return node.handle(RequestReceived(1, Identity(number).peer, message), dated(now_ms))
 
 
@@ -648,7 +648,7 @@ def test_who_has_forgotten_us_is_greeted_again() -> None:
     assert node.handle(Answered(again.request, peer, Refusal("stranger")), dated(NOW_MS)) == []
 
 
-def exchange(node: NetworkNode, sends: list[Send], refused: type[PeerRequest] | tuple[type[PeerRequest], ...]) -> list:  # type: ignore[type-arg]
+def exchange(node: NetworkPart, sends: list[Send], refused: type[PeerRequest] | tuple[type[PeerRequest], ...]) -> list:  # type: ignore[type-arg]
     """What a node sends to peer 1, which answers at once, and those of a kind with "stranger"; and its charges."""
     happened: list[Send | ChargePeer] = []
     while sends and len(happened) < 1_000:
@@ -749,7 +749,7 @@ def test_records_that_change_all_the_time_are_told_of_now_and_then() -> None:
         told += only(asked(node, Greet(record), now_ms=NOW_MS + number), PeersChanged)
     told += only(tick(node, NOW_MS + 1_000 + TELL_AGAIN_MS), PeersChanged)
     assert len(told) <= 2 + 1_000 // TELL_AGAIN_MS
-    assert told[-1].endpoints[0].address == f"{who.host}:1000"
+    assert told[-1].usable[0].endpoint == f"{who.host}:1000"
 
 
 def test_our_own_haste_makes_nobody_silent() -> None:
@@ -837,7 +837,7 @@ def test_a_peer_whose_ping_was_lost_sight_of_is_still_noticed_to_be_silent() -> 
 # --- time ---------------------------------------------------------------------------------------
 
 
-def tick(node: NetworkNode, now_ms: int, set_by_ms: int = 0) -> list[NetworkEffect]:
+def tick(node: NetworkPart, now_ms: int, set_by_ms: int = 0) -> list[NetworkEffect]:
     """A tick, after which the next deadline must lie ahead; the wall clock was set by so much."""
     now = at(dated(now_ms).mono_ms, set_by_ms)
     effects = node.handle(Tick(), now)
@@ -1143,7 +1143,7 @@ def test_a_member_that_was_listed_needs_no_network_key() -> None:
     assert node.providers.of(response("a"), dated(NOW_MS)) == (Identity(1).peer,)
 
 
-def says_who_is_charged(node: NetworkNode, number: int, message: PeerRequest, answer: PeerAnswer) -> list[ChargePeer]:
+def says_who_is_charged(node: NetworkPart, number: int, message: PeerRequest, answer: PeerAnswer) -> list[ChargePeer]:
     """What `number` answers to a question of the node's, and whom that charges."""
     (send,) = node._requests.ask(Identity(number).peer, message, 1_000, dated(NOW_MS))
     charged = only(node.handle(Answered(send.request, send.peer, answer), dated(NOW_MS)), ChargePeer)
@@ -1152,7 +1152,7 @@ def says_who_is_charged(node: NetworkNode, number: int, message: PeerRequest, an
     return charged
 
 
-def is_judged_a_liar(node: NetworkNode, number: int) -> bool:
+def is_judged_a_liar(node: NetworkPart, number: int) -> bool:
     """Whether it has lost belief and service, which go together when one lies."""
     peer, newcomer = Identity(number).peer, score_of(0, 0, 0)
     scores = node._trust.standings.word(peer, dated(NOW_MS)), node._trust.standings.service(peer, dated(NOW_MS))

@@ -9,7 +9,7 @@ from hyperspace_vllm.core.events.conduct import AnswerAudited, ChargePeer
 from hyperspace_vllm.core.events.gossip import GossipReceived, Publish
 from hyperspace_vllm.core.events.node_state import Tick
 from hyperspace_vllm.core.events.vocabulary import NetworkEffect
-from hyperspace_vllm.core.node.network_node import NetworkNode
+from hyperspace_vllm.core.node.network_part import NetworkPart
 from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.core.peers.reputation import score_of
 from hyperspace_vllm.core.peers.standing import CONVICTED_MS, Standings
@@ -53,12 +53,12 @@ def batch(*entries: EvidenceEntry, sender: int = ACCUSER, sequence: int = 1, now
     return GossipReceived(RESPONSE_TOPIC, who.peer, encode_announcement(said, who.key))
 
 
-def listener(*listed: int, network_key: bytes | None = NETWORK_KEY) -> NetworkNode:
+def listener(*listed: int, network_key: bytes | None = NETWORK_KEY) -> NetworkPart:
     """A node that believes who is listed."""
     return make_node(ME, network_key=network_key, listed=listed)
 
 
-def suspects(node: NetworkNode, number: int = ACCUSED, now_ms: int = NOW_MS) -> bool:
+def suspects(node: NetworkPart, number: int = ACCUSED, now_ms: int = NOW_MS) -> bool:
     return node._trust.standings.suspects(Identity(number).public_key, dated(now_ms))
 
 
@@ -245,7 +245,7 @@ def told(effects: list[NetworkEffect]) -> list[EvidenceEntry]:
     return [entry for each in batches for entry in each.entries if isinstance(entry, EvidenceEntry)]
 
 
-def convict(node: NetworkNode, signer: int = ACCUSED, now_ms: int = NOW_MS) -> list[NetworkEffect]:
+def convict(node: NetworkPart, signer: int = ACCUSED, now_ms: int = NOW_MS) -> list[NetworkEffect]:
     """As many findings of as many clients as it takes, the last one at `now_ms`; what follows from that one."""
     effects: list[NetworkEffect] = []
     for left in reversed(range(FINDINGS_MIN)):

@@ -16,7 +16,8 @@ from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.events.prefix_reading import PrefixReleased
 from hyperspace_vllm.core.events.prefix_writing import ClientGone
-from hyperspace_vllm.core.local.messages import GetStatus, RegisterLayout, Status
+from hyperspace_vllm.core.local.kv_messages import RegisterLayout
+from hyperspace_vllm.core.local.session_messages import GetStatus, Status
 from hyperspace_vllm.core.local.slab import Slab
 from hyperspace_vllm.core.records.ids import RowKey, row_key
 from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES

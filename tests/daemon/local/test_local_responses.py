@@ -13,18 +13,14 @@ from hyperspace_vllm.api.node_lookup import HINT_S, NodeLookup
 from hyperspace_vllm.async_client import AsyncNodeClient
 from hyperspace_vllm.client import NodeClient
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.local.messages import (
-    GetStatus,
-    Hello,
-    Rejected,
+from hyperspace_vllm.core.local.messages import encode
+from hyperspace_vllm.core.local.response_cache_messages import (
     ReleaseResponse,
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
-    Status,
-    encode,
 )
-from hyperspace_vllm.core.local.session_messages import LOCAL_PROTOCOL
+from hyperspace_vllm.core.local.session_messages import LOCAL_PROTOCOL, GetStatus, Hello, Rejected, Status
 from hyperspace_vllm.core.records.ids import RequestKey
 from hyperspace_vllm.core.records.limits import LOOKUPS_PER_CLIENT_MAX, RESPONSE_BYTES_MAX
 from tests.support.daemons.small_node import (

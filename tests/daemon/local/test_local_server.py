@@ -9,30 +9,33 @@ import pytest
 from hyperspace_vllm.core.events.node_state import ServedChanged
 from hyperspace_vllm.core.events.prefix_reading import PrefixReleased, PrefixWanted
 from hyperspace_vllm.core.events.prefix_writing import ClientGone, RequestOver, RowArrived
-from hyperspace_vllm.core.local.messages import (
-    FindResponse,
-    GetStatus,
-    Hello,
-    LeaseLost,
+from hyperspace_vllm.core.local.kv_messages import (
     PrefixAnswer,
     PrefixesInMemory,
-    PurgeResponses,
-    Rejected,
     ReleaseLookup,
     RequestEnded,
-    ResponseAudited,
     RowStaged,
     SegmentNamed,
     StagingUnused,
-    Status,
+    WantStaging,
+)
+from hyperspace_vllm.core.local.messages import decode_node_message, encode
+from hyperspace_vllm.core.local.response_cache_messages import (
+    FindResponse,
+    PurgeResponses,
+    ResponseAudited,
     StoreResponse,
     TouchResponses,
-    WantStaging,
-    Welcome,
-    decode_node_message,
-    encode,
 )
-from hyperspace_vllm.core.local.session_messages import LOCAL_PROTOCOL
+from hyperspace_vllm.core.local.session_messages import (
+    LOCAL_PROTOCOL,
+    GetStatus,
+    Hello,
+    LeaseLost,
+    Rejected,
+    Status,
+    Welcome,
+)
 from hyperspace_vllm.core.local.slab import Slab
 from hyperspace_vllm.core.records.ids import SegmentKey, network_id, sha256, wire_id
 from hyperspace_vllm.core.records.layout import Layout

@@ -6,16 +6,16 @@ import pytest
 
 from hyperspace_vllm.core.events.prefix_reading import PrefixReleased
 from hyperspace_vllm.core.events.prefix_writing import ClientGone, RowArrived, SegmentKeyKnown
-from hyperspace_vllm.core.local.kv_messages import NO_ENGINE
-from hyperspace_vllm.core.local.messages import (
+from hyperspace_vllm.core.local.kv_messages import (
+    NO_ENGINE,
     PrefixAnswer,
-    Rejected,
     ReleaseLookup,
     RowStaged,
     SegmentNamed,
     StagingGranted,
     StagingUnused,
 )
+from hyperspace_vllm.core.local.session_messages import Rejected
 from hyperspace_vllm.core.records.ids import RowKey, SegmentKey
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import MiB

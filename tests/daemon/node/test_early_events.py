@@ -13,7 +13,7 @@ from hyperspace_vllm.core.events.node_state import ServedChanged
 from hyperspace_vllm.core.events.prefix_writing import RowsStored
 from hyperspace_vllm.core.events.stored_responses import ResponsesGone, ResponseStored
 from hyperspace_vllm.core.events.vocabulary import NetworkEffect, NetworkEvent
-from hyperspace_vllm.core.node.network_node import NetworkNode
+from hyperspace_vllm.core.node.network_part import NetworkPart
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RequestKey, network_id
@@ -29,7 +29,7 @@ from hyperspace_vllm.daemon.responses.store_changes import ServableEntry
 
 NETWORK = network_id("test")
 PEER = PeerId("a peer")
-ROWS = RowsStored(ManifestDigest(bytes(32)), bytes(32), bytes(48), (), 1)
+ROWS = RowsStored(ManifestDigest(bytes(32)), bytes(32), bytes(48), (), True)
 
 
 def name(number: int) -> bytes:
@@ -137,7 +137,7 @@ async def joined(driver: NetworkDriver, directory: Path, failures: int = 0) -> t
             left[0] -= 1
             handler.on_disconnected(PEER)
             raise OSError("the port is taken")
-        node, host = cast(NetworkNode, core), cast(PeerHost, None)
+        node, host = cast(NetworkPart, core), cast(PeerHost, None)
         return Joined(
             node, host, GossipGate(NETWORK, clock.now()), AddressBook(directory), None, None, hints, lambda *_: None
         )

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.node.network_node import NetworkNode, NetworkOptions
+from hyperspace_vllm.core.events.node_state import NetworkJoined
+from hyperspace_vllm.core.node.network_part import NetworkPart
+from hyperspace_vllm.core.node.node_options import NodeOptions
 from hyperspace_vllm.core.peers import dials
 from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate
@@ -103,8 +105,9 @@ async def deaf_node(nodes: list[NetworkedNode], directory: Path) -> AsyncIterato
         host = Libp2pHost(signing_key, "127.0.0.1:0", key, False, (CACHE_PROTOCOL, PEERS_PROTOCOL), (), handler)
         await host.start()
         parts.push_async_callback(host.close)
-        options = NetworkOptions(NETWORK, host.address, "", (address_of(nodes[0]),), key, registry=False)
-        core = NetworkNode(options, signing_key, trust, Dials(clock.now()), random.Random(1), clock.now())
+        options = NodeOptions(NETWORK, key, (address_of(nodes[0]),), registry=False)
+        event = NetworkJoined(host.address, "")
+        core = NetworkPart(options, event, signing_key, trust, Dials(clock.now()), random.Random(1), clock.now())
         gate, book = GossipGate(NETWORK, clock.now()), AddressBook(directory)
         return Joined(core, host, gate, book, None, None, None, lambda *_: None)
 

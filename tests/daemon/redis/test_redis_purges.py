@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from redis.asyncio import Redis
 
-from hyperspace_vllm.core.local.messages import ResponseAudited
+from hyperspace_vllm.core.local.response_cache_messages import ResponseAudited
 from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests

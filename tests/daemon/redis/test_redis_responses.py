@@ -15,7 +15,7 @@ import pytest
 from redis.asyncio import Redis
 
 from hyperspace_vllm.config import Config
-from hyperspace_vllm.core.local.messages import ResponseNotFound
+from hyperspace_vllm.core.local.response_cache_messages import ResponseNotFound
 from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS, STREAM_FRAME_BYTES_MAX, MiB
 from hyperspace_vllm.core.records.peer_wire import Hit, Miss, decode_answer, encode

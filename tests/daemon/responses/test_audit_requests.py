@@ -17,7 +17,7 @@ from hyperspace_vllm.core.local.response_cache_messages import (
     ResponseToTry,
     StoreResponse,
 )
-from hyperspace_vllm.core.node.network_node import NetworkNode
+from hyperspace_vllm.core.node.network_part import NetworkPart
 from hyperspace_vllm.core.peers.findings import FINDING_EVERY_MS, FINDINGS_MIN
 from hyperspace_vllm.core.peers.reputation import score_of
 from hyperspace_vllm.core.records.errors import ProtocolViolation
@@ -64,7 +64,7 @@ class Node:
         self.heard_of: list[AnswerAudited] = []
         self.audits_at_ms = NOW_MS
         self.published: list[Publish] = []
-        self.network: NetworkNode = make_node(ME, listed=(LIAR, HONEST))
+        self.network: NetworkPart = make_node(ME, listed=(LIAR, HONEST))
         self.store = ResponseStore(path, 1 << 30, RESPONSE_TTL_MS, self, NETWORK, lambda: self.now_ms)
         self.store.start(self.heard)
         self.metrics = Metrics()

@@ -100,7 +100,7 @@ async def test_what_the_disk_kept_is_reported_again_and_private_rows_never_are(p
 
 def rows_told(node: TestNode) -> set[bytes]:
     """What the node told its listener; an object is reported a moment after its rows are stored."""
-    return {row for event in node.stored for row in event.row_ids}
+    return {row for event in node.stored if event.shareable for row in event.row_ids}
 
 
 async def has_document_besides(node: TestNode, rows: int) -> None:

@@ -168,7 +168,11 @@ def introduce(*nodes: TestNode) -> None:
     """Tell every node of every other, as discovery would."""
     for node in nodes:
         records = tuple(other.record for other in nodes if other is not node)
-        node.driver.set_peers(records, tuple(KvEndpoint(each.peer, each.endpoint, own=True) for each in records))
+        for each in records:
+            node.trust.meet(each.public_key, each.member_tag)
+        chosen = [each for each in records if node.trust.is_chosen(each.public_key)]
+        endpoints = tuple(KvEndpoint(each.peer, each.endpoint, own=True) for each in chosen)
+        node.driver.set_peers(tuple(each.peer for each in chosen), endpoints)
 
 
 async def has_document(node: TestNode) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hyperspace_vllm.config import Config
 from hyperspace_vllm.core.local.message_fields import Scope
-from hyperspace_vllm.core.local.messages import StoreResponse
+from hyperspace_vllm.core.local.response_cache_messages import StoreResponse
 from hyperspace_vllm.core.records.ids import network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import request_hash

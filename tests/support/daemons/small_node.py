@@ -17,15 +17,9 @@ from hyperspace_vllm.core.events.node_state import ServedChanged
 from hyperspace_vllm.core.events.prefix_reading import PrefixReleased, PrefixWanted
 from hyperspace_vllm.core.events.prefix_writing import ClientGone, RowArrived, SegmentKeyKnown
 from hyperspace_vllm.core.events.vocabulary import PrefixEvent
-from hyperspace_vllm.core.local.messages import (
-    FindResponse,
-    LookupPrefix,
-    NodeMessage,
-    RegisterLayout,
-    StagingGranted,
-    StoreResponse,
-    WantStaging,
-)
+from hyperspace_vllm.core.local.kv_messages import LookupPrefix, RegisterLayout, StagingGranted, WantStaging
+from hyperspace_vllm.core.local.messages import NodeMessage
+from hyperspace_vllm.core.local.response_cache_messages import FindResponse, StoreResponse
 from hyperspace_vllm.core.local.slab import LoadedRow, Slab
 from hyperspace_vllm.core.records.ids import RequestKey, SegmentKey, network_id, row_key
 from hyperspace_vllm.core.records.layout import Layout, Part

@@ -1,11 +1,10 @@
-"""The network core of a node: hands every event to the machine that it concerns and merges their deadlines.
+"""The part of a node that deals with other nodes, from NetworkJoined to NetworkLeft.
 
 It finds peers, announces what this node can serve, keeps hints and the registry of what others can, and looks responses
-up. The L2 core (node.py) is told of usable peers by the shell, through PeersChanged.
+up. It hands every event to the machine that it concerns, and merges their deadlines.
 """
 
 import random
-from dataclasses import dataclass
 from typing import assert_never
 
 from nacl.signing import SigningKey
@@ -14,7 +13,7 @@ from ..events.conduct import AnswerAudited, ChargePeer, PeerMisbehaved
 from ..events.connections import ConnectFailed, Disconnect, PeerConnected, PeerDisconnected, PeerDiscovered
 from ..events.dht import NotProvided, ProvidersFound
 from ..events.gossip import GossipReceived, GossipSpoiled
-from ..events.node_state import ServedChanged, Tick
+from ..events.node_state import NetworkJoined, ServedChanged, Tick
 from ..events.owner_documents import DeltasImported, DeltasRefused, OwnDeltaWritten
 from ..events.peer_requests import Answered, RequestFailed, RequestReceived
 from ..events.prefix_writing import RowsStored
@@ -32,7 +31,7 @@ from ..peers.membership import Membership
 from ..peers.record_renewal import should_renew_record
 from ..peers.standing import Failed
 from ..peers.trust import Trust
-from ..records.ids import NetworkId, PeerId, peer_id
+from ..records.ids import peer_id
 from ..records.now import Now
 from ..records.peer_record import PeerRecord
 from ..records.reason import Reason
@@ -46,31 +45,19 @@ from ..response.hints import Hints
 from ..response.open_lookups import OpenLookups
 from ..response.popularity import Popularity
 from ..response.providers import Providers
+from .node_options import NodeOptions
 from .own_requests import OwnRequests
 from .peer_messages import PeerMessages
 from .servable import Servable
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkOptions:
-    """What a node tells of itself, and whom it knows from its configuration (peer, host:port of its libp2p)."""
-
-    network: NetworkId
-    address: str
-    endpoint: str
-    bootstrap: tuple[tuple[PeerId, str], ...] = ()
-    network_key: bytes | None = None
-    capacity_bytes: int = 0
-    registry: bool = True  # False where a Redis registry replaces it
-    remembered: tuple[tuple[PeerId, str], ...] = ()  # peers that it knew when it last ran; that earns no trust
-
-
-class NetworkNode:
+class NetworkPart:
     """Everything that a node decides about its network."""
 
     def __init__(
         self,
-        options: NetworkOptions,
+        options: NodeOptions,
+        joined: NetworkJoined,
         signing_key: SigningKey,
         trust: Trust,
         dials: Dials,
@@ -78,11 +65,11 @@ class NetworkNode:
         now: Now,
     ) -> None:
         self._options = options
+        self._joined = joined
         self._key = signing_key
         self._public_key = signing_key.verify_key.encode()
         self._me = peer_id(self._public_key)
         self._trust = trust
-        self._rng = rng
         key = options.network_key
         self._tag = member_tag(key, self._public_key) if key else NO_MEMBER_TAG
         self._requests = OwnRequests()
@@ -110,12 +97,12 @@ class NetworkNode:
         self._servable = Servable(self._outbox, registry, self.providers, popularity, trust, now)
         self._sync = RegistrySync(self.registry, self.members, self._requests.ask, options.registry, now)
         self._messages = PeerMessages(self._requests, self.members, self.registry, self._sync, popularity, trust)
-        self._introductions = Introductions(self.members, now)
+        self._introductions = Introductions(self.members, trust, now)
         self._standings = trust.standings
 
     def start(self, now: Now) -> list[NetworkEffect]:
         """What to do first."""
-        self.members.remember(self._options.remembered)
+        self.members.remember(self._joined.remembered)
         return self.members.start(now) + self._introductions.tell(now)
 
     def handle(self, event: NetworkEvent | Tick, now: Now) -> list[NetworkEffect]:
@@ -130,10 +117,6 @@ class NetworkNode:
         times += [self.registry.next_deadline_ms(), self._introductions.next_deadline_ms()]
         times += self._servable.next_deadlines_ms()
         return min((time for time in times if time is not None), default=None)
-
-    def may_dial(self, peer: PeerId, address: str, told_from: str, now: Now) -> bool:
-        """Whether to dial a peer where an answer of the DHT says that it is; saying yes counts as a dial."""
-        return self.members.may_dial_at(peer, address, told_from, now)
 
     # --- events ---------------------------------------------------------------------------------
 
@@ -186,7 +169,7 @@ class NetworkNode:
             case AnswerAudited():
                 return self._audited(event, now)
             case RowsStored():
-                self._servable.on_rows_stored(event)
+                self._servable.on_rows_stored(event, now)
                 return []
             case ServedChanged():
                 self._served = event
@@ -237,8 +220,8 @@ class NetworkNode:
             self._public_key,
             sequence,
             expires_at_ms,
-            options.address,
-            options.endpoint,
+            self._joined.address,
+            self._joined.endpoint,
             self._tag,
             options.capacity_bytes,
             served.load_permille,

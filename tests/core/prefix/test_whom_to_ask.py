@@ -6,10 +6,10 @@ import pytest
 
 from hyperspace_vllm.core.events.node_state import Tick
 from hyperspace_vllm.core.events.prefix_reading import FindRowHolders, PrefixWanted, RowsFound
-from hyperspace_vllm.core.node.node import ASKED_MAX, Node
 from hyperspace_vllm.core.peers.avoidance import LIAR_MS
 from hyperspace_vllm.core.peers.patience import EARNED_MS, LENT_MAX_MS, LENT_SHARE
 from hyperspace_vllm.core.peers.standing import STALLED_MS, Delivered, Failed, Standings
+from hyperspace_vllm.core.prefix.prefix_part import ASKED_MAX, PrefixPart
 from hyperspace_vllm.core.records.ids import PeerId, RowId, SegmentKey, network_id, row_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.reason import Reason
@@ -22,7 +22,7 @@ KEYS = tuple(SegmentKey(sha256(bytes([number]))) for number in range(6))
 ROWS = tuple(row_id(NETWORK, row_key(key, 1, 0)) for key in KEYS)
 
 
-def asked(node: Node, lookup: int = 1, may_ask_peers: bool = True, now_ms: int = 0) -> tuple[PeerId, ...]:
+def asked(node: PrefixPart, lookup: int = 1, may_ask_peers: bool = True, now_ms: int = 0) -> tuple[PeerId, ...]:
     """Whom the lookup of KEYS asks."""
     wanted = PrefixWanted(lookup, WINDOWED, KEYS, 0, 0, 5000, may_ask_peers)
     found = RowsFound(lookup, frozenset(), frozenset(), frozenset(), 1 << 62)
@@ -30,8 +30,10 @@ def asked(node: Node, lookup: int = 1, may_ask_peers: bool = True, now_ms: int =
     return next((effect.peers for effect in effects if isinstance(effect, FindRowHolders)), ())
 
 
-def make(hints: dict[RowId, tuple[PeerId, ...]], peers: tuple[PeerId, ...] = PEERS) -> Node:
-    return Node(NETWORK, peers, "always", random.Random(1), Standings(bytes(32)), lambda row: hints.get(row, ()))
+def make(hints: dict[RowId, tuple[PeerId, ...]], peers: tuple[PeerId, ...] = PEERS) -> PrefixPart:
+    return PrefixPart(
+        NETWORK, peers, "always", random.Random(1), Standings(bytes(32)), lambda row, now: hints.get(row, ())
+    )
 
 
 def test_without_hints_eight_peers_are_asked_and_not_always_the_same() -> None:
@@ -72,8 +74,14 @@ def test_peers_that_come_and_go_are_asked_and_asked_no_more() -> None:
 
 def test_strangers_are_not_asked_for_kv() -> None:
     known = PEERS[3:5]
-    node = Node(
-        NETWORK, PEERS, "always", random.Random(1), Standings(bytes(32)), lambda row: PEERS, lambda peer: peer in known
+    node = PrefixPart(
+        NETWORK,
+        PEERS,
+        "always",
+        random.Random(1),
+        Standings(bytes(32)),
+        lambda row, now: PEERS,
+        lambda peer: peer in known,
     )
     assert set(asked(node)) == set(known)
 
@@ -85,14 +93,14 @@ def test_strangers_are_not_asked_for_kv() -> None:
 def test_who_lied_anywhere_or_stalled_is_not_asked_for_kv_for_a_while(reason: Reason, for_ms: int) -> None:
     """`Reason.TIMEOUT` is of a request for a response: another connection, which says nothing of this one."""
     standings, guilty = Standings(bytes(32)), PEERS[0]
-    node = Node(NETWORK, PEERS[:2], "always", random.Random(1), standings)
+    node = PrefixPart(NETWORK, PEERS[:2], "always", random.Random(1), standings)
     standings.note(Failed(guilty, reason), at(0))
     assert (guilty in asked(node, 1)) is (for_ms == 0)
     assert (guilty in asked(node, 2, now_ms=max(for_ms - 1, 0))) is (for_ms == 0)
     assert guilty in asked(node, 3, now_ms=for_ms)
 
 
-def silent_lookup(node: Node, lookup: int, now_ms: int) -> tuple[PeerId, ...]:
+def silent_lookup(node: PrefixPart, lookup: int, now_ms: int) -> tuple[PeerId, ...]:
     """A lookup that waits its search out for peers that say nothing; whom it asked."""
     wanted = PrefixWanted(lookup, WINDOWED, KEYS, 0, 4000, 5000, True)
     found = RowsFound(lookup, frozenset(), frozenset(), frozenset(), 1 << 62)
@@ -102,7 +110,7 @@ def silent_lookup(node: Node, lookup: int, now_ms: int) -> tuple[PeerId, ...]:
 
 
 def test_a_peer_that_does_not_say_what_it_has_is_avoided_for_longer_every_time() -> None:
-    node = Node(NETWORK, PEERS[:1], "auto", random.Random(1), Standings(bytes(32)))
+    node = PrefixPart(NETWORK, PEERS[:1], "auto", random.Random(1), Standings(bytes(32)))
     asked_at = [now for now in range(0, 60_000, 1_000) if silent_lookup(node, now, now)]
     assert asked_at == [0, 6_000, 17_000, 38_000]
 
@@ -111,7 +119,7 @@ def test_a_peer_that_has_delivered_may_be_silent_for_as_long_as_that_earned_it()
     standings = Standings(bytes(32))
     for _ in range(2):
         standings.note(Delivered(PEERS[0], 1, 1), at(0))
-    node = Node(NETWORK, PEERS[:1], "auto", random.Random(1), standings)
+    node = PrefixPart(NETWORK, PEERS[:1], "auto", random.Random(1), standings)
     asked_at = [now for now in range(0, 6_000, 300) if silent_lookup(node, now, now)]
     assert asked_at == [0, 300, 600]
     assert 200 * len(asked_at) == EARNED_MS * 2
@@ -122,7 +130,7 @@ def test_members_that_bring_nothing_make_requests_wait_no_longer_than_they_are_l
     standings = Standings(bytes(32))
     earned = PeerId("earned")
     standings.note(Delivered(earned, 1, 1), at(0))
-    node = Node(NETWORK, (*members, earned), "auto", random.Random(1), standings)
+    node = PrefixPart(NETWORK, (*members, earned), "auto", random.Random(1), standings)
     waits = 0
     for lookup in range(100):
         peers = silent_lookup(node, lookup, 300 * lookup)
