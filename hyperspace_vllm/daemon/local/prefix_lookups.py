@@ -1,4 +1,4 @@
-"""The lookups of prefixes that schedulers of this host wait for: their numbers, their bound, their answers."""
+"""The prefix lookups that schedulers of this host wait for: their numbers, their bound, their answers."""
 
 from collections.abc import Callable
 from itertools import count
@@ -16,16 +16,16 @@ Source = Literal["none", "memory", "disk", "network"]
 
 
 class PrefixLookups:
-    """From a client's number of a lookup to ours, and back. `send` queues a message for the client at a route."""
+    """Maps a client's number of a lookup to the node's, and back. `send` queues a message for the client at a route."""
 
     def __init__(self, send: Callable[[bytes, NodeMessage], bool]) -> None:
         self._send = send
         self._numbers = count(1)
-        self._open: dict[int, tuple[bytes, int]] = {}  # our number -> whose, and its number there
-        self._clients: dict[bytes, dict[int, int]] = {}  # route -> the client's number -> ours
+        self._open: dict[int, tuple[bytes, int]] = {}  # the node's number -> route, and the client's number
+        self._clients: dict[bytes, dict[int, int]] = {}  # route -> the client's number -> the node's
 
     def begin(self, route: bytes, client_lookup: int) -> int | None:
-        """Our number of a client's new lookup; None if it has too many."""
+        """The node's number of a client's new lookup; None if the client has too many."""
         theirs = self._clients.get(route, {})
         if client_lookup in theirs:
             raise ProtocolViolation(f"lookup {client_lookup}: under way already")
@@ -37,9 +37,9 @@ class PrefixLookups:
         return lookup
 
     def release(self, route: bytes, client_lookup: int) -> int | None:
-        """End a client's lookup; our number of it.
+        """End a client's lookup; returns the node's number of it.
 
-        None for an unknown one, which is fine: a miss ends by itself, and its answer may have crossed the release.
+        None for an unknown one, which is no error: a miss ends by itself, and its answer may have crossed the release.
         """
         lookup = self._clients.get(route, {}).get(client_lookup)
         if lookup is not None:
@@ -47,7 +47,7 @@ class PrefixLookups:
         return lookup
 
     def end(self, route: bytes) -> list[int]:
-        """The client has gone: our numbers of what it had open."""
+        """The client has gone: the node's numbers of its open lookups."""
         lookups = list(self._clients.get(route, {}).values())
         for lookup in lookups:
             self._forget(lookup)
@@ -64,7 +64,7 @@ class PrefixLookups:
     ) -> bool:
         """Answer a lookup; one that was released meanwhile is ignored. The lease on `rows` is the lookup's.
 
-        False: the client can't be told, and will not release what it was to be told of.
+        False: the client cannot be reached, and will not release the lookup.
         """
         if (opened := self._open.get(lookup)) is None:
             return True

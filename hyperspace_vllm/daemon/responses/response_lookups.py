@@ -1,4 +1,4 @@
-"""The lookups of other nodes' responses that clients of this host wait for: their numbers, their bound, their end."""
+"""The lookups of other nodes' responses that clients of this host wait for: their numbers, bounds and answers."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from ...core.records.limits import LOOKUPS_PER_CLIENT_MAX
 
 
 class ResponseFinder(Protocol):
-    """Who asks other nodes. It answers by `Clients`, at once or later."""
+    """Asks other nodes. It answers by `Clients`, at once or later."""
 
     def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
         """Begin a lookup; `lookup` is unique in this process's life, `deadline_ms` a duration."""
 
     def release(self, lookup: int) -> None:
-        """Nobody waits for the lookup any more; an answer would be ignored."""
+        """No client waits for the lookup any more; an answer would be ignored."""
 
     def used(self, keys: Iterable[bytes]) -> None:
         """Count hits of this host's clients: a popular response is fetched and kept by more nodes."""
 
     def purge(self, keys: Iterable[bytes]) -> None:
-        """Delete entries wherever this node has put them."""
+        """Delete entries everywhere this node has stored them."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundResponse:
-    """What a lookup found; the fields are those of `local.ResponseFound`."""
+    """The response of a lookup; the fields are those of `ResponseFound`."""
 
     body: bytes
     proof: bytes
@@ -47,26 +47,26 @@ class Clients(Protocol):
     """Where lookups are answered (ResponseLookups)."""
 
     def hint(self, lookup: int, hinted: bool) -> None:
-        """Say whether waiting is worth while."""
+        """Report whether a peer is known to have the response."""
 
     def let_try(self, lookup: int, body: bytes, proof: bytes) -> None:
-        """Have a response audited that isn't served."""
+        """Have a response audited that is not served."""
 
     def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
         """End a lookup."""
 
 
 class ResponseLookups:
-    """From a client's number of a lookup to ours, and back. `send` queues a message for the client at a route."""
+    """Maps a client's number of a lookup to the node's, and back. `send` queues a message for the client at a route."""
 
     def __init__(self, send: Callable[[bytes, NodeMessage], bool]) -> None:
         self._send = send
         self._numbers = count(1)
-        self._waiting: dict[int, tuple[bytes, int]] = {}  # our number -> whose, and its number there
-        self._clients: dict[bytes, dict[int, int]] = {}  # route -> the client's number -> ours
+        self._waiting: dict[int, tuple[bytes, int]] = {}  # the node's number -> route, and the client's number
+        self._clients: dict[bytes, dict[int, int]] = {}  # route -> the client's number -> the node's
 
     def begin(self, route: bytes, client_lookup: int) -> int | None:
-        """Our number of a client's new lookup; None if it has too many."""
+        """The node's number of a client's new lookup; None if the client has too many."""
         theirs = self._clients.get(route, {})
         if client_lookup in theirs:
             raise ProtocolViolation(f"response lookup {client_lookup}: under way already")
@@ -78,9 +78,9 @@ class ResponseLookups:
         return lookup
 
     def release(self, route: bytes, client_lookup: int) -> int | None:
-        """End a client's lookup; our number of it.
+        """End a client's lookup; returns the node's number of it.
 
-        None for an unknown one, which is fine: its answer may have crossed the release.
+        None for an unknown one, which is no error: its answer may have crossed the release.
         """
         lookup = self._clients.get(route, {}).get(client_lookup)
         if lookup is not None:
@@ -88,26 +88,26 @@ class ResponseLookups:
         return lookup
 
     def end(self, route: bytes) -> list[int]:
-        """The client has gone: our numbers of what it waited for."""
+        """The client has gone: the node's numbers of its open lookups."""
         lookups = list(self._clients.get(route, {}).values())
         for lookup in lookups:
             self._forget(lookup)
         return lookups
 
     def hint(self, lookup: int, hinted: bool) -> None:
-        """Tell the client whether there is a hint; one that waits no more is ignored."""
+        """Tell the client whether there is a hint; a released lookup is ignored."""
         if (waiting := self._waiting.get(lookup)) is not None:
             route, client_lookup = waiting
             self._send(route, ResponseHint(client_lookup, hinted))
 
     def let_try(self, lookup: int, body: bytes, proof: bytes) -> None:
-        """Have the client audit a response that it won't get; one that waits no more is ignored."""
+        """Have the client audit a response that it does not serve; a released lookup is ignored."""
         if (waiting := self._waiting.get(lookup)) is not None:
             route, client_lookup = waiting
             self._send(route, ResponseToTry(client_lookup, body, proof))
 
     def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
-        """End the lookup with what was found, or with the reason why nothing was; one that waits no more is ignored."""
+        """End the lookup with its response, or with the reason why there is none; a released lookup is ignored."""
         if (waiting := self._waiting.get(lookup)) is None:
             return
         route, client_lookup = waiting
