@@ -17,7 +17,7 @@ VIOLATIONS_SHOWN = 20
 
 
 def simulate(options: argparse.Namespace) -> int:
-    """Run what was asked for; 1 if anything was violated, 2 if there is no such scenario."""
+    """Run the requested scenarios; 1 if a rule was broken, 2 if there is no such scenario."""
     if options.scenario not in (*SCENARIOS, "all"):
         known = "\n".join(f"  {scenario.name:<16} {scenario.text}" for scenario in SCENARIOS.values())
         print(f"hyperspace: no scenario {options.scenario!r}; there are\n{known}\n  all", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What happens in a simulation: who boots, asks, dies, freezes, is cut off and lies, and when.
+"""Scenarios: which hosts boot, send requests, die, freeze, are cut off or lie, and when.
 
 Seeds that once found a bug are in tests/sim/test_sim_network.py.
 """
@@ -22,9 +22,9 @@ WARM_MS = 15_000  # before the first fault
 ASK_EVERY_MS = 2_000  # a client of a host, on average
 REQUESTS_PER_HOST = 5  # distinct ones, the first asked for most (Zipf)
 CHECK_EVERY_MS = 25_000
-OPEN_ASK_EVERY_MS, OPEN_REQUESTS = 30, 600  # of all hosts together: enough for a stranger to earn what it can
+OPEN_ASK_EVERY_MS, OPEN_REQUESTS = 30, 600  # of all hosts together: enough for a stranger to earn trust
 FRAMED = 40  # requests of a framer
-FLASH = 1_000_000  # numbers of requests that nobody asks for but in a flash crowd
+FLASH = 1_000_000  # numbers of requests that are only sent in a flash crowd
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Scenario:
     holders: int = 0
     kept: int = 3
     first_ask_ms: int = 5_000
-    is_open: bool = False  # there is no network key, and belief can be earned
+    is_open: bool = False  # there is no network key, and trust can be earned
 
 
 def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True) -> Fleet:
@@ -109,7 +109,7 @@ def _cold_start(fleet: Fleet) -> None:
 
 
 def _flash_crowd(fleet: Fleet) -> None:
-    """One node has an answer; seconds later everybody asks for it at once. Then three answers more."""
+    """One node has an answer; seconds later all hosts request it at once. Then three more answers."""
     for flash, (at_ms, count) in enumerate(((20_000, 1), (40_000, 3))):
         for index in range(count):
             key = fleet.key(FLASH + 10 * flash + index)
@@ -137,7 +137,7 @@ def _churn(fleet: Fleet) -> None:
 
 
 def _freeze(fleet: Fleet) -> None:
-    """One in ten stops for a while, without a word."""
+    """One host in ten freezes for a while."""
     for host in fleet.rng.sample(fleet.hosts, round(len(fleet.hosts) * 0.1)):
         freezes_ms = WARM_MS + fleet.rng.uniform(0, 20_000)
         fleet.agenda.after(freezes_ms, partial(fleet.network.freeze, host.number))
@@ -153,7 +153,7 @@ def _restart(fleet: Fleet) -> None:
 
 
 def _frame(fleet: Fleet) -> None:
-    """One client asks everywhere for what others have just been asked for, so that an audit takes it for false."""
+    """One client repeats others' recent requests everywhere, so that audits take the answers for false."""
     for number in range(FRAMED):
         key = fleet.key(FLASH + number)
         first, second = fleet.rng.sample(fleet.honest, 2)
