@@ -16,6 +16,7 @@ from .agenda import Agenda
 from .checkers import Checker
 from .holders import Holder
 from .host import CLOCK_SKEW_MS, SimHost
+from .kv_fleet import KvFleet
 from .liars import Kind
 from .setting import Setting
 from .sim_clients import DEADLINE_MS
@@ -38,10 +39,18 @@ BOOTSTRAPS = 3  # with one, whoever returns without its data while that one is d
 class Fleet:
     """`size` hosts, none of them booted; everybody knows the first few. `liars` says which ones lie, and how; `holders`
     identities hold places at some of them. An open one has no network key: the honest hosts list each other, and others
-    can earn belief.
+    can earn belief. Without `with_kv` there is no L2.
     """
 
-    def __init__(self, size: int, seed: int, liars: dict[int, Kind], is_open: bool = False, holders: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        liars: dict[int, Kind],
+        is_open: bool = False,
+        holders: int = 0,
+        with_kv: bool = True,
+    ) -> None:
         self.seed = seed
         self.rng = random.Random(f"{seed}/fleet")
         self.network_id = NETWORK
@@ -55,6 +64,7 @@ class Fleet:
             seed, NETWORK, is_open, departed, self.agenda, self.trace, self.network, self.gossip, self.dht
         )
         self.checker = Checker(self._setting, self)
+        self.kv = KvFleet(self._setting, self, size, LOSS) if with_kv else None
         self.hosts = [self._host(number, liars.get(number)) for number in range(size)]
         self.holders = [self._holder(size + number) for number in range(holders)]
         self.bootstrap = self.hosts[:BOOTSTRAPS]

@@ -66,10 +66,12 @@ from ..core.records.signing import NO_MEMBER_TAG, member_tag
 from ..core.response.sealed_hit import make_hit
 from .checkers import Checker
 from .documents import Documents
+from .kv_fleet import KvFleet
 from .liars import Kind, Liar
 from .setting import Setting
 from .sim_clients import SimClients, SourceOfTruth
 from .sim_fetches import Directory, SimFetches
+from .sim_prefixes import SimPrefixes
 from .sim_responses import Response, Shelf
 
 FRAME_BYTES = 64  # a frame's length, Yamux, Noise, TCP and IP
@@ -107,6 +109,8 @@ class Surroundings(SourceOfTruth, Directory, Protocol):
     def honest(self) -> Sequence[Listed]: ...
     @property
     def bootstrap(self) -> Sequence[Listed]: ...
+    @property
+    def kv(self) -> KvFleet | None: ...
     def host(self, number: int) -> Neighbour: ...
     def kept(self, host: int, name: bytes) -> None: ...
     def announced(self, host: int, name: bytes) -> None: ...
@@ -145,6 +149,7 @@ class SimHost:
         self._fetches = SimFetches(setting, fleet, checker, self, self.clients.waiting)
         self.shelf = Shelf()
         self.core: NetworkNode
+        self.prefixes = SimPrefixes(setting, fleet.kv, self) if fleet.kv is not None else None
 
     @property
     def now(self) -> Now:
@@ -174,11 +179,14 @@ class SimHost:
         mode: TrustMode = "reputation" if is_open else "members"
         self.trust = Trust(mode, self.public_key, frozenset(listed), frozenset(), self.network_key)
         bootstrap = tuple((host.peer, host.address) for host in self._fleet.bootstrap if host is not self)
-        options = NetworkOptions(self._setting.network_id, self.address, "", bootstrap, self.network_key)
+        endpoint = self.address.replace("4001", "7790") if self.prefixes is not None else ""
+        options = NetworkOptions(self._setting.network_id, self.address, endpoint, bootstrap, self.network_key)
         self.core = NetworkNode(
             options, self.key, self.trust, Dials(self.now), random.Random(self.rng.random()), self.now
         )
         self.gate = GossipGate(self._setting.network_id, self.now)
+        if self.prefixes is not None:
+            self.prefixes.boot()
         self._perform_all(self.core.start(self.now))
         for response in self.shelf.all():
             if response.expires_at_ms > self.wall_ms:
@@ -193,6 +201,8 @@ class SimHost:
         self._network.kill(self.number, politely)
         self._setting.dht.forget(self.number)
         self._fleet.died(self.number)
+        if self.prefixes is not None:
+            self.prefixes.died(politely, keep_shelf)
         if not keep_shelf:
             self._fleet.unkept(self.number, [response.request_hash for response in self.shelf.all()])
             self.shelf = Shelf()
@@ -258,6 +268,8 @@ class SimHost:
         """GossipSub delivers."""
         if self.liar is not None:
             self.liar.overhear(topic, payload)
+            if self.prefixes is not None:
+                self.prefixes.overhear(topic, payload)
         self.tell(GossipReceived(topic, self._fleet.host(relay).peer, payload))
 
     def asked(self, asker: int, frame: bytes, answer: Answer) -> None:
@@ -326,7 +338,8 @@ class SimHost:
             case AuthorsChanged(authors):
                 self.gate.authors = dict(authors)
             case PeersChanged():
-                pass
+                if self.prefixes is not None:
+                    self.prefixes.set_peers(effect)
             case _:
                 assert_never(effect)
 

@@ -44,14 +44,14 @@ class Scenario:
     is_open: bool = False  # there is no network key, and belief can be earned
 
 
-def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True) -> Fleet:
+def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True, with_kv: bool = True) -> Fleet:
     """A fleet in which the scenario will happen when its agenda runs; without its liars, those never start."""
     count = round(nodes * scenario.liars)
     step = max(nodes // count, 1) if count else 0
     kinds = scenario.kinds
     liars: dict[int, Kind] = {1 + index * step: kinds[(index + seed) % len(kinds)] for index in range(count)}
     liars = {number: kind for number, kind in liars.items() if number < nodes}
-    fleet = Fleet(nodes, seed, liars, scenario.is_open, scenario.holders)
+    fleet = Fleet(nodes, seed, liars, scenario.is_open, scenario.holders, with_kv)
     requests, every_ms = nodes * REQUESTS_PER_HOST, ASK_EVERY_MS
     if scenario.is_open:
         requests, every_ms = OPEN_REQUESTS, OPEN_ASK_EVERY_MS * len(fleet.honest)
@@ -72,6 +72,8 @@ def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True) ->
         first_ms = scenario.first_ask_ms + fleet.rng.expovariate(1 / every_ms)
         fleet.agenda.after(first_ms, partial(_ask_again, fleet, host, weights, every_ms))
     fleet.agenda.after(CHECK_EVERY_MS, partial(_check_again, fleet))
+    if fleet.kv is not None:
+        fleet.kv.begin_prompts([host.prefixes.engine for host in fleet.honest if host.prefixes is not None], RUN_MS)
     scenario.begin(fleet)
     return fleet
 

@@ -95,6 +95,7 @@ def test_a_seed_replays_its_run_to_the_last_byte_whatever_the_hash_seed(scenario
         "deadline_misses",
         "violations",
         "trace_digest",
+        "kv",
     }
 
 

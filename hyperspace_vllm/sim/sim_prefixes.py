@@ -1,0 +1,499 @@
+"""L2 of a simulated node: the real core, with effects performed against the simulated links, stores and clock.
+
+It does what the daemon's driver does, and no more: nothing here decides.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol, assert_never
+
+from ..core.events.kv_effects import (
+    AnswerPrefix,
+    ChargePeer,
+    DropStaged,
+    Effect,
+    EncodeObject,
+    EndLookup,
+    FetchManifest,
+    FetchRow,
+    FindProviders,
+    FindRows,
+    KeepRow,
+    LoadRow,
+    ReleaseRows,
+    UnpinRows,
+)
+from ..core.events.kv_events import (
+    Event,
+    ManifestRefused,
+    ManifestVerified,
+    ObjectEncoded,
+    ObjectFailed,
+    PrefixReleased,
+    ProviderAnswered,
+    ProviderFailed,
+    RowFailed,
+    RowOffer,
+    RowReady,
+    RowsFound,
+    Tick,
+)
+from ..core.events.network_effects import PeersChanged
+from ..core.events.network_events import NetworkEvent, PeerMisbehaved, RowsStored
+from ..core.node.network_node import NetworkNode
+from ..core.node.node import Node
+from ..core.peers.standing import Delivered, Failed
+from ..core.peers.trust import Trust
+from ..core.records.ids import ManifestDigest, PeerId, RowId, RowKey, peer_id, row_id, sha256
+from ..core.records.limits import REGISTRY_TTL_MS
+from ..core.records.now import Now
+from ..core.records.reason import Reason
+from .kv_fleet import KvFleet
+from .kv_liars import BOAST_EVERY_MS, LIES, NO_COMMITMENT, KvLiar
+from .kv_load import (
+    ARENA_ROWS,
+    CHUNK_BYTES,
+    COMMIT_MS,
+    ENCODE_ROW_MS,
+    KZG_MS,
+    LOAD_MS,
+    WRITE_MS,
+)
+from .liars import Liar
+from .setting import Setting
+from .sim_arena import UNSTORED, SimArena
+from .sim_assembly import SimAssembly
+from .sim_bulk import Call
+from .sim_chunk_server import SimChunkServer
+from .sim_engine import SimEngine
+from .sim_objects import ALL_COLUMNS, SimDisk, SimObject
+
+ASK_BYTES = 64  # a request, and 32 more for each row that it names
+
+
+class PrefixesHost(Protocol):
+    """The node whose L2 this is (SimHost)."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def public_key(self) -> bytes: ...
+    @property
+    def now(self) -> Now: ...
+    @property
+    def wall_ms(self) -> int: ...
+    @property
+    def trust(self) -> Trust: ...
+    @property
+    def core(self) -> NetworkNode: ...
+    @property
+    def liar(self) -> Liar | None: ...
+    def tell(self, event: NetworkEvent) -> None: ...
+    def later(self, delay_ms: float, act: Callable[[], None]) -> None: ...
+
+
+class SimPrefixes:
+    """Of one host; `engine` is what asks it for prefixes and computes them."""
+
+    def __init__(self, setting: Setting, kv: KvFleet, host: PrefixesHost) -> None:
+        self._setting = setting
+        self._kv = kv
+        self._host = host
+        self.number = host.number
+        self._rng = random.Random(f"{setting.seed}/kv/{host.number}")
+        lie = LIES.get(host.liar.kind) if host.liar is not None else None
+        self._liar = KvLiar(lie, host.public_key, self._rng, kv.objects, host.tell) if lie is not None else None
+        self.disk = SimDisk()
+        self.engine = SimEngine(setting, kv, self)
+        self._encoded = 0
+
+    def boot(self) -> None:
+        """Start, with what is on the disk."""
+        host, kv = self._host, self._kv
+        self.arena = SimArena(ARENA_ROWS)
+        self.assembly = SimAssembly(self, self.arena)
+        self.server = kv.servers[self.number] = SimChunkServer(self._setting.network, kv.bulk, self.disk, self._liar)
+        seed = self._rng.random()
+        standings, has_standing = host.trust.standings, host.trust.has_standing
+        self.core = Node(
+            self._setting.network_id, (), "auto", random.Random(seed), standings, self._hints, has_standing
+        )
+        self._queue: deque[Event] = deque()
+        self._handling = False
+        self._tick_at_ms: int | None = None
+        self._calls: dict[int, dict[Call, None]] = {}  # of each lookup, for offers and manifests
+        self._verified: dict[ManifestDigest, SimObject] = {}
+        self._condemned: set[ManifestDigest] = set()
+        self._writing: dict[ManifestDigest, dict[int, int]] = {}
+        self._encoder_free_ms = 0.0
+        self.staged: dict[int, str] = {}  # slabs that workers have filled
+        self.engine.restart()
+        self.later(0, self._report_all)
+        if self._liar is not None:
+            self.later(BOAST_EVERY_MS, self._boast)
+
+    def died(self, politely: bool, keep_disk: bool) -> None:
+        """The process has ended."""
+        self._kv.bulk.died(self.number, politely)
+        self._kv.truth.died(self.number)
+        if not keep_disk:
+            self.disk = SimDisk()
+
+    def set_peers(self, changed: PeersChanged) -> None:
+        """The peers that were discovered and may be used now."""
+        trust, number_of = self._host.trust, self._kv.hosts.number_of
+        for record in changed.usable:
+            trust.meet(record.public_key, record.member_tag)
+        served = {number_of(record.peer) for record in changed.usable if trust.serves_kv(record.public_key)}
+        self.server.admitted = frozenset(served)
+        asked = {record.peer for record in changed.usable if trust.asks_for_kv(record.public_key)}
+        endpoints = [each for each in changed.endpoints if each.peer in asked and number_of(each.peer) >= 0]
+        for endpoint in endpoints:
+            if endpoint.own:
+                self._kv.bulk.connect(self.number, number_of(endpoint.peer))
+        self.core.set_peers(tuple(endpoint.peer for endpoint in endpoints))
+
+    def overhear(self, topic: str, payload: bytes) -> None:
+        """Gossip comes by a liar."""
+        if self._liar is not None:
+            self._liar.overhear(topic, payload)
+
+    @property
+    def now_ms(self) -> int:
+        """Virtual time."""
+        return self._setting.agenda.now_ms
+
+    def later(self, delay_ms: float, act: Callable[[], None]) -> None:
+        """In this life of the host, not while it is frozen."""
+        self._host.later(delay_ms, act)
+
+    def submit(self, event: Event) -> None:
+        """Let the core handle an event and perform what it decides, before anything else happens."""
+        self._queue.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        while self._queue:
+            self._handle(self._queue.popleft())
+        self._handling = False
+        self._arm()
+
+    def _handle(self, event: Event) -> None:
+        self._setting.trace.add(self.now_ms, self.number, _in_order(event))
+        for effect in self.core.handle(event, self._host.now):
+            self._setting.trace.add(self.now_ms, self.number, effect)
+            self._perform(effect)
+
+    # --- performing effects ---------------------------------------------------------------------
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case FindRows():
+                self._find_rows(effect)
+            case LoadRow():
+                self._load(effect)
+            case ReleaseRows(lookup, row_keys):
+                self.assembly.end_some(lookup, row_keys)
+                self.arena.end_some(lookup, row_keys)
+            case FindProviders():
+                self._kv.checker.on_find(self, effect)
+                for peer in effect.peers:
+                    self._ask_provider(effect, peer)
+            case FetchManifest():
+                self._fetch_manifest(effect)
+            case FetchRow():
+                self._fetch_row(effect)
+            case EndLookup(lookup):
+                self._end_lookup(lookup)
+            case AnswerPrefix():
+                self._answer(effect)
+            case ChargePeer(peer, reason):
+                self._charge(peer, reason)
+            case KeepRow(staged, row_key):
+                if self.staged.pop(staged, None) is not None:
+                    self.arena.keep(row_key, row_key)
+                    self.arena.lease(row_key, UNSTORED)
+            case UnpinRows(row_keys):
+                self.arena.end_some(UNSTORED, row_keys)
+            case DropStaged(staged):
+                if self.staged.pop(staged, None) is not None:
+                    self.arena.free()
+            case EncodeObject():
+                self._encode(effect)
+            case _:
+                assert_never(effect)
+
+    def _end_lookup(self, lookup: int, keep: frozenset[RowKey] = frozenset()) -> None:
+        for call in self._calls.pop(lookup, {}):
+            self._kv.bulk.end(call)
+        self.assembly.end(lookup)
+        self.arena.end_all(lookup, keep)
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def _find_rows(self, effect: FindRows) -> None:
+        in_memory = frozenset(key for key in effect.row_keys if key in self.arena)
+        on_disk = frozenset(key for key in effect.row_keys if key not in in_memory and self._on_disk(key))
+        leased = frozenset(filter(self.arena.is_leased, in_memory))
+        self.submit(RowsFound(effect.lookup, in_memory, on_disk, leased, self.arena.room_bytes))
+
+    def _on_disk(self, key: RowKey) -> tuple[SimObject, int] | None:
+        return self.disk.find(row_id(self._setting.network_id, key))
+
+    def _load(self, effect: LoadRow) -> None:
+        if self.arena.lease(effect.row_key, effect.lookup):
+            self.submit(RowReady(effect.lookup, effect.row_key))
+            return
+        found = self._on_disk(effect.row_key)
+        if found is None or not self.arena.allocate():
+            self.submit(RowFailed(effect.lookup, effect.row_key, "evicted" if found is None else "arena_full"))
+            return
+        self._calls.setdefault(effect.lookup, {})
+        self.later(LOAD_MS, partial(self._loaded, effect, *found))
+
+    def _loaded(self, effect: LoadRow, stored: SimObject, row: int) -> None:
+        if effect.lookup not in self._calls:  # it has ended
+            self.arena.free()
+            return
+        self.arena.keep(effect.row_key, stored.holds[row])
+        self.arena.lease(effect.row_key, effect.lookup)
+        self.submit(RowReady(effect.lookup, effect.row_key))
+
+    def _ask_provider(self, effect: FindProviders, peer: PeerId) -> None:
+        lookup, asked_ms = effect.lookup, self.now_ms
+
+        def answered(offers: tuple[RowOffer, ...] | Reason) -> None:
+            self._end_own(lookup, call)
+            if isinstance(offers, Reason):
+                self._misbehaved(peer, offers)
+                self.submit(ProviderFailed(lookup, peer, offers))
+            else:
+                self.engine.offered(lookup, offers)
+                self.submit(ProviderAnswered(lookup, peer, offers, self.now_ms - asked_ms))
+
+        def failed(reason: Reason) -> None:
+            self._end_own(lookup, call)
+            self.submit(ProviderFailed(lookup, peer, reason))
+
+        def serve(call: Call) -> None:
+            self._server(peer).find(effect.row_ids, answered, call)
+
+        size = ASK_BYTES + 32 * len(effect.row_ids)
+        call = self._call(lookup, peer, size, effect.timeout_ms, serve, failed)
+
+    def _fetch_manifest(self, effect: FetchManifest) -> None:
+        lookup, peer = effect.lookup, effect.peer
+        self.engine.asked(lookup, self._kv.hosts.number_of(peer))
+        if effect.manifest in self._condemned:
+            self.submit(ManifestRefused(lookup, peer, effect.manifest, Reason.CONDEMNED))
+            return
+        known = self._verified.get(effect.manifest) or self.disk.get(effect.manifest)
+        if known is not None:
+            self._check_tags(effect, known)
+            return
+
+        def failed(reason: Reason) -> None:
+            self._end_own(lookup, call)
+            self.submit(ManifestRefused(lookup, peer, effect.manifest, reason))
+
+        def answered(stored: SimObject | Reason) -> None:
+            if isinstance(stored, Reason):
+                self._misbehaved(peer, stored)
+                failed(stored)
+            else:
+                self._end_own(lookup, call)
+                self.later(KZG_MS, partial(self._check_manifest, effect, stored))
+
+        def serve(call: Call) -> None:
+            self._server(peer).show(effect.manifest, answered, call)
+
+        call = self._call(lookup, peer, ASK_BYTES, effect.timeout_ms, serve, failed)
+
+    def _check_manifest(self, effect: FetchManifest, stored: SimObject) -> None:
+        reason: Reason | None = None
+        if stored.digest != effect.manifest:
+            reason = Reason.FORGED
+        elif not self._host.trust.trusts_kv(stored.producer, self._host.now):
+            reason = Reason.UNTRUSTED_PRODUCER
+        elif not stored.is_signed:
+            reason = Reason.BAD_SIGNATURE
+        if effect.lookup not in self._calls:
+            return
+        if reason is not None:
+            self.submit(ManifestRefused(effect.lookup, effect.peer, effect.manifest, reason))
+        else:
+            self._verified[stored.digest] = stored
+            self._check_tags(effect, stored)
+
+    def _check_tags(self, effect: FetchManifest, stored: SimObject) -> None:
+        """Of the rows that the lookup needs."""
+        if not stored.has_true_tags and any(name in effect.row_keys for name in stored.row_ids):
+            self._condemned.add(stored.digest)
+            producer = peer_id(stored.producer)
+            self.submit(ManifestRefused(effect.lookup, effect.peer, effect.manifest, Reason.BAD_TAG, producer))
+            return
+        lengths = (stored.length,) * len(stored.row_ids)
+        self.submit(
+            ManifestVerified(
+                effect.lookup,
+                effect.peer,
+                effect.manifest,
+                stored.fingerprint,
+                stored.row_ids,
+                lengths,
+                CHUNK_BYTES,
+            )
+        )
+
+    def _fetch_row(self, effect: FetchRow) -> None:
+        self.engine.asked(effect.lookup, self._kv.hosts.number_of(effect.peer))
+        stored = None if effect.manifest in self._condemned else self._verified.get(effect.manifest)
+        stored = stored or self.disk.get(effect.manifest)
+        if stored is None:
+            self.submit(RowFailed(effect.lookup, effect.row_key, "condemned"))
+            return
+        self._calls.setdefault(effect.lookup, {})
+        self.assembly.fetch(effect, stored)
+        self._kv.checker.on_fetch(self, effect)
+
+    def ask_chunks(
+        self, effect: FetchRow, arrived: Callable[[int, bool], None], lacking: Callable[[Reason], None]
+    ) -> Call:
+        """Ask a peer for columns of a row."""
+
+        def serve(call: Call) -> None:
+            self._server(effect.peer).send(effect.manifest, effect.row, effect.columns, arrived, lacking, call)
+
+        target = self._kv.hosts.number_of(effect.peer)
+        return self._kv.bulk.call(self.number, target, ASK_BYTES, effect.timeout_ms, serve, lacking)
+
+    def end_call(self, call: Call) -> None:
+        """It has brought what it could, or isn't wanted any more."""
+        self._kv.bulk.end(call)
+
+    def keep(self, stored: SimObject, row: int, columns: int) -> None:
+        """A row has come: write its chunks to the disk, and say so."""
+        if stored.digest not in self._writing:
+            self.later(WRITE_MS, partial(self._written, stored))
+        self._writing.setdefault(stored.digest, {})[row] = columns
+
+    def _written(self, stored: SimObject) -> None:
+        rows = self._writing.pop(stored.digest)
+        for row, columns in rows.items():
+            self.disk.put(stored, row, columns)
+        self._report_stored(stored, rows)
+
+    def credit(self, fact: Delivered) -> None:
+        """A peer has delivered."""
+        self._host.trust.standings.note(fact, self._host.now)
+
+    def _answer(self, effect: AnswerPrefix) -> None:
+        keys = frozenset(key for _, _, _, key in effect.rows)
+        self._kv.checker.on_answer(self, effect, self.engine.lookup(effect.lookup))
+        from_peers = len(keys & self.assembly.opened(effect.lookup))
+        self._end_lookup(effect.lookup, keys)
+        if not effect.end_segment:
+            self.submit(PrefixReleased(effect.lookup))
+        self.engine.answered(effect, from_peers)
+
+    # --- writing --------------------------------------------------------------------------------
+
+    def _encode(self, effect: EncodeObject) -> None:
+        if not all(key in self.arena for key in effect.row_keys):
+            self.submit(ObjectFailed(effect.object_id, "evicted"))
+            return
+        self._encoder_free_ms = max(self._encoder_free_ms, self.now_ms)
+        self._encoder_free_ms += len(effect.row_keys) * ENCODE_ROW_MS + COMMIT_MS
+        holder = f"object {effect.object_id}"
+        for key in effect.row_keys:
+            self.arena.lease(key, holder)
+        self.later(self._encoder_free_ms - self.now_ms, partial(self._stored, effect, holder))
+
+    def _stored(self, effect: EncodeObject, holder: str) -> None:
+        self.arena.end_some(holder, effect.row_keys)
+        self._encoded += 1
+        row_ids = tuple(row_id(self._setting.network_id, key) for key in effect.row_keys)
+        digest = ManifestDigest(sha256(self._host.public_key, self._encoded.to_bytes(8, "big"), *row_ids))
+        fingerprint, key = effect.layout.fingerprint, self._host.public_key
+        stored = SimObject(digest, key, fingerprint, row_ids, effect.row_keys, effect.length, effect.shareable)
+        self._kv.objects[digest] = stored
+        for row in range(len(row_ids)):
+            self.disk.put(stored, row, ALL_COLUMNS)
+        self.submit(ObjectEncoded(effect.object_id, digest))
+        self._report_stored(stored, tuple(range(len(row_ids))))
+
+    def _report_all(self) -> None:
+        """Everything that an earlier life left on the disk."""
+        for stored, rows in self.disk.shareable():
+            self._report_stored(stored, rows)
+
+    def _report_stored(self, stored: SimObject, rows: Iterable[int]) -> None:
+        row_ids = tuple(stored.row_ids[row] for row in rows)
+        if not stored.shareable or not row_ids:
+            return
+        expires_at_ms = self._host.wall_ms + REGISTRY_TTL_MS
+        self._kv.truth.announced(self.number, row_ids)
+        self._host.tell(RowsStored(stored.digest, stored.fingerprint, NO_COMMITMENT, row_ids, expires_at_ms))
+
+    # --- leaves ---------------------------------------------------------------------------------
+
+    def _call(
+        self,
+        lookup: int,
+        peer: PeerId,
+        size: int,
+        timeout_ms: int,
+        serve: Callable[[Call], None],
+        failed: Callable[[Reason], None],
+    ) -> Call:
+        target = self._kv.hosts.number_of(peer)
+        call = self._kv.bulk.call(self.number, target, size, timeout_ms, serve, failed)
+        self._calls.setdefault(lookup, {})[call] = None
+        return call
+
+    def _end_own(self, lookup: int, call: Call) -> None:
+        self._kv.bulk.end(call)
+        self._calls.get(lookup, {}).pop(call, None)
+
+    def _server(self, peer: PeerId) -> SimChunkServer:
+        return self._kv.servers[self._kv.hosts.number_of(peer)]
+
+    def _charge(self, peer: PeerId, reason: Reason) -> None:
+        self._kv.checker.on_charge(self, peer, reason)
+        if reason is Reason.PROTOCOL:
+            self._host.tell(PeerMisbehaved(peer))
+
+    def _misbehaved(self, peer: PeerId, reason: Reason) -> None:
+        """What came is no message: the transport charges it, before the core hears of it."""
+        if reason is Reason.PROTOCOL:
+            self._host.trust.standings.note(Failed(peer, reason), self._host.now)
+            self._charge(peer, reason)
+
+    def _hints(self, wanted: RowId) -> tuple[PeerId, ...]:
+        return self._host.core.providers(wanted, self._host.now)
+
+    def _boast(self) -> None:
+        assert self._liar is not None
+        self._liar.boast(self._host.wall_ms)
+        self.later(BOAST_EVERY_MS, self._boast)
+
+    def _arm(self) -> None:
+        """Keep one timer, as the driver does; one that was moved comes and goes."""
+        due_ms = self.core.next_deadline_ms()
+        if due_ms is not None and due_ms != self._tick_at_ms:
+            self.later(due_ms - self._host.now.mono_ms, partial(self._tick, due_ms))
+        self._tick_at_ms = due_ms
+
+    def _tick(self, due_ms: int) -> None:
+        if self._tick_at_ms == due_ms:
+            self._tick_at_ms = None
+            self.submit(Tick())
+
+
+def _in_order(event: Event) -> object:
+    """The event, with a repr that is the same in every process: sets have no order."""
+    if isinstance(event, RowsFound):
+        return "RowsFound", event.lookup, sorted(event.in_memory), sorted(event.on_disk), event.room_bytes
+    return event
