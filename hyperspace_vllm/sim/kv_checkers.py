@@ -2,8 +2,8 @@
 
 Safety: no engine gets a row that isn't the one its key names, nor garbage; what a lookup asks for stays within bounds;
 no honest node is charged with a lie. At the end every lookup has been answered in time, and nothing is leased, staged
-or on its way. Liveness, that what a live peer had is fetched, is a share (kv_figures.py), which tests bound: a lookup
-may rightly find computing quicker.
+or on its way. Liveness: where nothing goes wrong, SHARE_MIN of the prefixes that a live peer had are fetched, of those
+that nothing excuses (kv_truth.py); and the excuses are few.
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,12 @@ from typing import Protocol
 
 from ..core.events.kv_effects import AnswerPrefix, FetchRow, FindProviders
 from ..core.node.node import ASKED_MAX
-from ..core.prefix.fetch import MOVING_ROWS_MAX
+from ..core.prefix.fetch import MOVING_BYTES_MAX, MOVING_ROWS_MIN
 from ..core.records.ids import PeerId
 from ..core.records.limits import KV_LINKS_MAX
 from ..core.records.reason import Reason
-from .kv_load import DEADLINE_MS
+from .kv_figures import KvFigures
+from .kv_load import DEADLINE_MS, ROW_BYTES
 from .setting import Setting
 from .sim_arena import SimArena
 from .sim_assembly import SimAssembly
@@ -24,6 +25,10 @@ from .sim_lookup import SimLookup
 
 LATE_MS = 1  # virtual milliseconds are whole
 CALLS_OF_ROW_MAX = 8  # FetchRows of one row that are open at once: the first, and the hedges
+ROWS_MAX = max(MOVING_BYTES_MAX // ROW_BYTES, MOVING_ROWS_MIN)  # of a lookup, in flight
+SHARE_MIN = 0.9
+EXCUSED_MAX = 0.25
+OFFERED_MIN = 20  # fewer say nothing
 SETTLED_MS = 11_000  # after which a host that acts has ended what it had begun
 
 
@@ -60,7 +65,9 @@ class CheckedPeers(Protocol):
 
 
 class KvChecker:
-    """Hears of everything; `violations` is what was wrong, in words. `slow` counts honest hosts found slow."""
+    """Hears of everything; `violations` is what was wrong, in words. `charges` are those of honest hosts:
+    (who charges, who is charged, why).
+    """
 
     def __init__(self, setting: Setting, peers: CheckedPeers, bulk: SimBulk) -> None:
         self._setting = setting
@@ -68,7 +75,13 @@ class KvChecker:
         self._bulk = bulk
         self._asked: dict[tuple[int, int, int], frozenset[PeerId]] = {}  # (host, life, lookup) -> for offers
         self.violations: list[str] = []
-        self.slow = 0
+        self.charges: list[tuple[int, int, Reason]] = []
+
+    @property
+    def found_slow(self) -> int:
+        """How often an honest host found another too slow."""
+        slow = [accused for _, accused, reason in self.charges if not reason.is_guilty]
+        return sum(self._peers.host(accused).liar is None for accused in slow)
 
     def violated(self, host: int, what: str) -> None:
         """Note what was wrong, where and when, and how to see it again."""
@@ -87,7 +100,7 @@ class KvChecker:
         if effect.peer not in self._asked.get(self._key(host, effect.lookup), ()):
             self.violated(host.number, f"prefix {effect.lookup}: fetches from a peer that it did not ask for offers")
         rows, calls = host.assembly.moving(effect.lookup), host.assembly.calls(effect.lookup)
-        if rows > MOVING_ROWS_MAX or calls > CALLS_OF_ROW_MAX * rows:
+        if rows > ROWS_MAX or calls > CALLS_OF_ROW_MAX * rows:
             self.violated(host.number, f"prefix {effect.lookup}: {rows} rows in flight, of {calls} fetches")
         if self._bulk.links(host.number) > KV_LINKS_MAX:
             self.violated(host.number, f"{self._bulk.links(host.number)} links")
@@ -113,10 +126,9 @@ class KvChecker:
         accused = self._peers.number_of(peer)
         if self._peers.host(host.number).liar is not None or accused < 0:
             return
-        if self._peers.host(accused).liar is None:
-            if reason.is_guilty:
-                self.violated(host.number, f"charged the honest node {accused} for its KV: {reason}")
-            self.slow += 1
+        self.charges.append((host.number, accused, reason))
+        if reason.is_guilty and self._peers.host(accused).liar is None:
+            self.violated(host.number, f"charged the honest node {accused} for its KV: {reason}")
 
     # --- at the end -----------------------------------------------------------------------------
 
@@ -133,6 +145,13 @@ class KvChecker:
             self.violated(host.number, f"{host.arena.filling} slabs are left over, {len(host.staged)} of them staged")
         if not host.assembly.is_idle:
             self.violated(host.number, "rows are on their way for nobody")
+
+    def check_share(self, figures: KvFigures) -> None:
+        """In a run without faults and liars, what peers had was fetched."""
+        excused = figures.prefill_quicker + figures.link_too_slow + figures.hindered
+        if figures.offered >= OFFERED_MIN and (figures.share < SHARE_MIN or excused > EXCUSED_MAX * figures.offered):
+            told = f"{figures.fetched} of {figures.offered} prefixes that peers had, {excused} excused"
+            self.violations.append(f"seed {self._setting.seed}: engines got {told}")
 
     def _key(self, host: CheckedPrefixes, lookup: int) -> tuple[int, int, int]:
         return host.number, self._setting.network.life(host.number), lookup

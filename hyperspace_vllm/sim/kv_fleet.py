@@ -68,14 +68,16 @@ class KvFleet:
     def _pause_ms(self) -> float:
         return self._rng.expovariate(1 / PROMPT_EVERY_MS)
 
-    def check_rest(self, hosts: Iterable[CheckedPrefixes]) -> None:
-        """Look at what is left over of honest hosts' work, at the end."""
+    def check_end(self, hosts: Iterable[CheckedPrefixes], is_calm: bool) -> None:
+        """Look at what is left over of honest hosts' work, and at what they got if nothing went wrong."""
         for host in hosts:
             self.checker.check_rest(host)
+        if is_calm:
+            self.checker.check_share(self.figures())
 
     def figures(self) -> KvFigures:
         """What came of all lookups."""
-        return kv_figures(self.truth.lookups, self.bulk.payload_bytes, self.loaded_bytes, self.checker.slow)
+        return kv_figures(self.truth.lookups, self.bulk.payload_bytes, self.loaded_bytes, self.checker.found_slow)
 
     def _admits(self, server: int, asker: int) -> bool:
         return asker in self.servers[server].admitted

@@ -118,13 +118,15 @@ class KvLiar:
         """The manifest that it sends."""
         return None if self.lie == "has_nothing" else self._objects.get(digest)
 
-    def sends(self, digest: ManifestDigest) -> tuple[int, bool]:
+    def sends(self) -> tuple[int, bool]:
         """The columns that it sends of a row, and whether they are the row's."""
         match self.lie:
             case "silent":
                 return 0, True
             case "withholds":
                 return (1 << WITHHELD) - 1, True
+            case "other_rows":
+                return ALL_COLUMNS, True
             case _:
                 return ALL_COLUMNS, False
 

@@ -20,6 +20,7 @@ ROW_BYTES = SEGMENT_TOKENS * TOKEN_KV_BYTES  # 3 MiB
 CHUNK_BYTES = chunk_bytes_for(ROW_BYTES)
 LAYOUT = Layout(sha256(b"a simulated KV fingerprint"), SEGMENT_TOKENS, (Part(0, ROW_BYTES),), 1)
 SEGMENT_PREFILL_MS = 256
+STEP_SEGMENTS = 8  # 2,048 tokens: rows of one step of the engine are staged together
 DEADLINE_MS = 5_000  # of a lookup; what it saves bounds it earlier
 COPY_MS = 1  # a row, from the arena into the engine's blocks
 

@@ -36,7 +36,8 @@ def run(scenario: str, nodes: int, seed: int, with_liars: bool = True, with_kv: 
     fleet.checker.check_requests()
     fleet.checker.check_convictions()
     if fleet.kv is not None:
-        fleet.kv.check_rest([host.prefixes for host in fleet.honest if host.prefixes is not None])
+        prefixes = [host.prefixes for host in fleet.honest if host.prefixes is not None]
+        fleet.kv.check_end(prefixes, SCENARIOS[scenario].is_calm)
     return _result(fleet, scenario)
 
 

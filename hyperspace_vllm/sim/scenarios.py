@@ -41,6 +41,7 @@ class Scenario:
     holders: int = 0
     kept: int = 3
     first_ask_ms: int = 5_000
+    is_calm: bool = False  # nobody lies, dies, stops or is cut off
     is_open: bool = False  # there is no network key, and belief can be earned
 
 
@@ -166,8 +167,10 @@ def _frame(fleet: Fleet) -> None:
 
 _open = partial(Scenario, kept=0, is_open=True)
 _ALL = (
-    Scenario("cold_start", "Everybody starts at once, with nothing.", _cold_start, kept=0, first_ask_ms=2_000),
-    Scenario("flash_crowd", "Everybody asks for one new answer at once.", _flash_crowd),
+    Scenario(
+        "cold_start", "Everybody starts at once, with nothing.", _cold_start, kept=0, first_ask_ms=2_000, is_calm=True
+    ),
+    Scenario("flash_crowd", "Everybody asks for one new answer at once.", _flash_crowd, is_calm=True),
     Scenario("partition_heals", "Two halves lose each other for 22 s.", _partition_heals),
     Scenario("liars_20pct", "One node in five lies, in twelve ways.", _cold_start, liars=0.2),
     Scenario("churn_30pct", "Three nodes in ten die, most come back.", _churn),
@@ -175,11 +178,11 @@ _ALL = (
     Scenario("gossip_flood", "One node in ten floods the gossip.", _cold_start, liars=0.1, kinds=("flooder",)),
     Scenario("frozen_10pct", "One node in ten stops for 8 to 25 s.", _freeze),
     Scenario("slot_holders", "One host holds places at every node, under 60 names; all restart.", _restart, holders=60),
-    _open("open", "Anybody may join, and everybody is honest.", _cold_start),
+    _open("open", "Anybody may join, and everybody is honest.", _cold_start, is_calm=True),
     _open("relayers", "One in three relays well, then lies.", _cold_start, liars=1 / 3, kinds=("relayer",)),
     _open(
         "hinters", "One in three claims everything and answers nothing.", _cold_start, liars=1 / 3, kinds=("hinter",)
     ),
-    _open("framer", "A client has honest answers look false.", _frame),
+    _open("framer", "A client has honest answers look false.", _frame, is_calm=True),
 )
 SCENARIOS: Mapping[str, Scenario] = {scenario.name: scenario for scenario in _ALL}

@@ -23,7 +23,14 @@ from .sim_objects import SimObject
 
 FETCHING_BYTES_MAX = 256 * MiB  # as in the daemon
 
-AskChunks = Callable[[FetchRow, Callable[[int, bool], None], Callable[[Reason], None]], Call | None]
+
+class ChunkCalls(Protocol):
+    """How peers are asked (SimPeerCalls)."""
+
+    def end_call(self, call: Call) -> None: ...
+    def ask_chunks(
+        self, effect: FetchRow, arrived: Callable[[int, bool], None], lacking: Callable[[Reason], None]
+    ) -> Call: ...
 
 
 class AssemblyHost(Protocol):
@@ -33,10 +40,6 @@ class AssemblyHost(Protocol):
     def now_ms(self) -> int: ...
     def submit(self, event: Event) -> None: ...
     def later(self, delay_ms: float, act: Callable[[], None]) -> None: ...
-    def end_call(self, call: Call) -> None: ...
-    def ask_chunks(
-        self, effect: FetchRow, arrived: Callable[[int, bool], None], lacking: Callable[[Reason], None]
-    ) -> Call: ...
     def credit(self, fact: Delivered) -> None: ...
     def keep(self, stored: SimObject, row: int, columns: int) -> None: ...
 
@@ -59,8 +62,9 @@ class _Row:
 class SimAssembly:
     """Performs FetchRow effects."""
 
-    def __init__(self, host: AssemblyHost, arena: SimArena) -> None:
+    def __init__(self, host: AssemblyHost, calls: ChunkCalls, arena: SimArena) -> None:
         self._host = host
+        self._peers = calls
         self._arena = arena
         self._rows: dict[int, dict[RowKey, _Row]] = {}
         self._fetching_bytes = 0
@@ -100,7 +104,7 @@ class SimAssembly:
         self._fetching_bytes += asked_bytes
         calls: list[Call] = []
         arrived = partial(self._arrived, effect, stored, row, calls)
-        calls.append(self._host.ask_chunks(effect, arrived, partial(self._lacking, effect, row, calls)))
+        calls.append(self._peers.ask_chunks(effect, arrived, partial(self._lacking, effect, row, calls)))
         row.calls[calls[0]] = asked_bytes
 
     def end(self, lookup: int) -> None:
@@ -175,4 +179,4 @@ class SimAssembly:
 
     def _end_call(self, row: _Row, call: Call) -> None:
         self._fetching_bytes -= row.calls.pop(call, 0)
-        self._host.end_call(call)
+        self._peers.end_call(call)

@@ -1,7 +1,8 @@
 """The bulk transport between simulated hosts: calls over links of their own, beside libp2p's connections.
 
-* A link is opened by whoever asks, at the first call or before, and takes a handshake; without one, a call waits
-  CONNECT_MS for it and fails as `unreachable`. A host that does not admit the asker finishes none.
+* A link is opened by whoever asks, as soon as the peer is met, and again whenever it was closed; it takes a
+  handshake. Without one, a call waits CONNECT_MS for it and fails as `unreachable`. A host that does not admit the
+  asker finishes none.
 * Every host sends and receives at LINK_BYTES_PER_MS. What goes to one peer goes in order; peers take turns, a batch
   each, and what is small goes between the batches of others. A receiver's batches queue as well.
 * A message takes its pair's latency. One that is lost comes late, and what follows it waits: a batch by a round trip
@@ -27,6 +28,8 @@ FRAME_BYTES = 160  # a message's frames, CURVE, ZMTP, TCP and IP
 SMALL_BYTES = 80_000  # goes between the batches of others: less than a millisecond of the link
 HANDSHAKE_TRIPS = 4  # TCP, ZMTP's greeting, CURVE's two
 CONNECT_MS = 1_000
+REDIAL_MS = 1_000
+HEARTBEAT_MS = 2_000  # until a link to a host that has lost power and is back is found to be void
 PENDING_MAX = 64  # calls to one peer that wait for its link
 
 _Lane = tuple[int, bool]  # a receiver, and whether it is the one who is asked: two hosts may have a link each
@@ -83,6 +86,7 @@ class SimBulk:
         self._loss = loss
         self._admits = admits
         self._links: dict[int, dict[int, _Link]] = {}  # asker -> server -> link
+        self._met: dict[int, frozenset[int]] = {}  # asker -> servers
         self._ports: dict[int, _Port] = {}
         self._clear_ms: dict[tuple[int, int, bool], float] = {}  # way of a link -> when its last message arrives
         self.disturbed_ms: dict[tuple[int, int], float] = {}  # pair -> until when a loss held it up
@@ -94,7 +98,13 @@ class SimBulk:
         """How many a host has opened."""
         return len(self._links.get(asker, {}))
 
-    def connect(self, asker: int, server: int) -> None:
+    def meet(self, asker: int, servers: frozenset[int]) -> None:
+        """These are the peers that a host keeps links to."""
+        self._met[asker] = servers
+        for server in sorted(servers):
+            self._connect(asker, server)
+
+    def _connect(self, asker: int, server: int) -> None:
         """Open a link, if there is none and room for one."""
         links = self._links.setdefault(asker, {})
         lives = self._network.life(asker), self._network.life(server)
@@ -131,6 +141,11 @@ class SimBulk:
         link = self._links[asker].pop(server)
         for call in [*link.waiting, *link.open]:
             self._fail(call, Reason.UNREACHABLE)
+        self._network.on(asker, REDIAL_MS, partial(self._redial, asker, server))
+
+    def _redial(self, asker: int, server: int) -> None:
+        if server in self._met.get(asker, ()) and server not in self._links.get(asker, {}):
+            self._connect(asker, server)
 
     def _drop_idle(self, asker: int) -> bool:
         links = self._links[asker]
@@ -139,9 +154,21 @@ class SimBulk:
             self._close(asker, min(idle, key=lambda server: links[server].used_ms))
         return bool(idle)
 
+    def booted(self, host: int) -> None:
+        """A host is back: what links there are to its former life are void."""
+        for asker, links in self._links.items():
+            if host in links:
+                self._network.on(asker, HEARTBEAT_MS, partial(self._reset_void, asker, host))
+
+    def _reset_void(self, asker: int, server: int) -> None:
+        link = self._links.get(asker, {}).get(server)
+        if link is not None and link.lives[1] != self._network.life(server):
+            self._close(asker, server)
+
     def died(self, host: int, politely: bool) -> None:
         """A host's process has ended, and its own links with it; `politely`: it resets the others."""
         self._links.pop(host, None)
+        self._met.pop(host, None)
         self._ports.pop(host, None)
         for asker, links in self._links.items():
             if politely and host in links:
@@ -163,7 +190,7 @@ class SimBulk:
         failed: Callable[[Reason], None],
     ) -> Call:
         """Let `serve` happen at the server, or `failed` at the asker unless the call is ended before."""
-        self.connect(asker, server)
+        self._connect(asker, server)
         call = Call(asker, server, serve, failed, size, self._network.life(server))
         link = self._links[asker].get(server)
         if link is None or len(link.waiting) >= PENDING_MAX:

@@ -88,8 +88,8 @@ class SimChunkServer:
         stored = self._disk.get(digest)
         if stored is not None and not stored.shareable:
             held = 0
-        if self._liar is not None and (lie := self._liar.sends(digest)) is not None:
-            held, are_good = lie
+        if self._liar is not None:
+            held, are_good = self._liar.sends()
         wanted = [1 << column for column in range(TOTAL_CHUNKS) if columns & held & 1 << column]
         for start in range(0, len(wanted), BATCH_CHUNKS):
             batch = wanted[start : start + BATCH_CHUNKS]

@@ -24,6 +24,7 @@ from .kv_load import (
     LAYOUT,
     ROW_BYTES,
     SEGMENT_PREFILL_MS,
+    STEP_SEGMENTS,
 )
 from .setting import Setting
 from .sim_arena import SimArena
@@ -115,9 +116,10 @@ class SimEngine:
             self.leased.add(answer.lookup)
             self._node.later(COPY_MS * answer.end_segment, partial(self._copied, answer.lookup))
         request = f"request {answer.lookup}"
-        for segment in range(answer.end_segment, len(prompt)):
-            at_ms = (segment + 1 - answer.end_segment) * SEGMENT_PREFILL_MS
-            self._node.later(at_ms, partial(self._filled, request, segment, prompt[segment]))
+        for start in range(answer.end_segment, len(prompt), STEP_SEGMENTS):
+            segments = range(start, min(start + STEP_SEGMENTS, len(prompt)))
+            at_ms = (segments.stop - answer.end_segment) * SEGMENT_PREFILL_MS
+            self._node.later(at_ms, partial(self._filled, request, segments, prompt))
         over_ms = (len(prompt) - answer.end_segment) * SEGMENT_PREFILL_MS + 1
         self._node.later(over_ms, partial(self._node.submit, RequestOver(self._client, request)))
 
@@ -125,13 +127,14 @@ class SimEngine:
         self.leased.discard(lookup)
         self._node.submit(PrefixReleased(lookup))
 
-    def _filled(self, request: str, segment: int, key: SegmentKey) -> None:
-        """A step has filled a segment: a worker stages it, if there is room, and the scheduler names it."""
-        if self._node.arena.allocate():
-            staged = self._number()
-            self._node.staged[staged] = request
-            self._node.submit(RowArrived(self._client, request, segment, 0, 0, staged, ROW_BYTES, LAYOUT))
-        self._node.submit(SegmentKeyKnown(self._client, request, segment, key, LAYOUT, True))
+    def _filled(self, request: str, segments: range, prompt: tuple[SegmentKey, ...]) -> None:
+        """A step has filled these segments: a worker stages them, if there is room, and the scheduler names them."""
+        for segment in segments:
+            if self._node.arena.allocate():
+                staged = self._number()
+                self._node.staged[staged] = request
+                self._node.submit(RowArrived(self._client, request, segment, 0, 0, staged, ROW_BYTES, LAYOUT))
+            self._node.submit(SegmentKeyKnown(self._client, request, segment, prompt[segment], LAYOUT, True))
 
     def _number(self) -> int:
         self._numbers += 1

@@ -27,15 +27,10 @@ from ..core.events.kv_effects import (
 )
 from ..core.events.kv_events import (
     Event,
-    ManifestRefused,
-    ManifestVerified,
     ObjectEncoded,
     ObjectFailed,
     PrefixReleased,
-    ProviderAnswered,
-    ProviderFailed,
     RowFailed,
-    RowOffer,
     RowReady,
     RowsFound,
     Tick,
@@ -44,9 +39,9 @@ from ..core.events.network_effects import PeersChanged
 from ..core.events.network_events import NetworkEvent, PeerMisbehaved, RowsStored
 from ..core.node.network_node import NetworkNode
 from ..core.node.node import Node
-from ..core.peers.standing import Delivered, Failed
+from ..core.peers.standing import Delivered
 from ..core.peers.trust import Trust
-from ..core.records.ids import ManifestDigest, PeerId, RowId, RowKey, peer_id, row_id, sha256
+from ..core.records.ids import ManifestDigest, PeerId, RowId, RowKey, row_id, sha256
 from ..core.records.limits import REGISTRY_TTL_MS
 from ..core.records.now import Now
 from ..core.records.reason import Reason
@@ -54,10 +49,8 @@ from .kv_fleet import KvFleet
 from .kv_liars import BOAST_EVERY_MS, LIES, NO_COMMITMENT, KvLiar
 from .kv_load import (
     ARENA_ROWS,
-    CHUNK_BYTES,
     COMMIT_MS,
     ENCODE_ROW_MS,
-    KZG_MS,
     LOAD_MS,
     WRITE_MS,
 )
@@ -65,12 +58,10 @@ from .liars import Liar
 from .setting import Setting
 from .sim_arena import UNSTORED, SimArena
 from .sim_assembly import SimAssembly
-from .sim_bulk import Call
 from .sim_chunk_server import SimChunkServer
 from .sim_engine import SimEngine
 from .sim_objects import ALL_COLUMNS, SimDisk, SimObject
-
-ASK_BYTES = 64  # a request, and 32 more for each row that it names
+from .sim_peer_calls import SimPeerCalls
 
 
 class PrefixesHost(Protocol):
@@ -113,23 +104,22 @@ class SimPrefixes:
         """Start, with what is on the disk."""
         host, kv = self._host, self._kv
         self.arena = SimArena(ARENA_ROWS)
-        self.assembly = SimAssembly(self, self.arena)
+        self.engine.restart()
+        self.calls = SimPeerCalls(self._setting, kv, host.trust, self)
+        self.assembly = SimAssembly(self, self.calls, self.arena)
         self.server = kv.servers[self.number] = SimChunkServer(self._setting.network, kv.bulk, self.disk, self._liar)
         seed = self._rng.random()
         standings, has_standing = host.trust.standings, host.trust.has_standing
         self.core = Node(
             self._setting.network_id, (), "auto", random.Random(seed), standings, self._hints, has_standing
         )
+        kv.bulk.booted(self.number)
         self._queue: deque[Event] = deque()
         self._handling = False
         self._tick_at_ms: int | None = None
-        self._calls: dict[int, dict[Call, None]] = {}  # of each lookup, for offers and manifests
-        self._verified: dict[ManifestDigest, SimObject] = {}
-        self._condemned: set[ManifestDigest] = set()
         self._writing: dict[ManifestDigest, dict[int, int]] = {}
         self._encoder_free_ms = 0.0
         self.staged: dict[int, str] = {}  # slabs that workers have filled
-        self.engine.restart()
         self.later(0, self._report_all)
         if self._liar is not None:
             self.later(BOAST_EVERY_MS, self._boast)
@@ -150,15 +140,18 @@ class SimPrefixes:
         self.server.admitted = frozenset(served)
         asked = {record.peer for record in changed.usable if trust.asks_for_kv(record.public_key)}
         endpoints = [each for each in changed.endpoints if each.peer in asked and number_of(each.peer) >= 0]
-        for endpoint in endpoints:
-            if endpoint.own:
-                self._kv.bulk.connect(self.number, number_of(endpoint.peer))
+        self._kv.bulk.meet(self.number, frozenset(number_of(each.peer) for each in endpoints if each.own))
         self.core.set_peers(tuple(endpoint.peer for endpoint in endpoints))
 
     def overhear(self, topic: str, payload: bytes) -> None:
         """Gossip comes by a liar."""
         if self._liar is not None:
             self._liar.overhear(topic, payload)
+
+    @property
+    def now(self) -> Now:
+        """This moment, by the host's clocks."""
+        return self._host.now
 
     @property
     def now_ms(self) -> int:
@@ -200,9 +193,9 @@ class SimPrefixes:
             case FindProviders():
                 self._kv.checker.on_find(self, effect)
                 for peer in effect.peers:
-                    self._ask_provider(effect, peer)
+                    self.calls.find(effect, peer)
             case FetchManifest():
-                self._fetch_manifest(effect)
+                self.calls.fetch_manifest(effect)
             case FetchRow():
                 self._fetch_row(effect)
             case EndLookup(lookup):
@@ -210,7 +203,7 @@ class SimPrefixes:
             case AnswerPrefix():
                 self._answer(effect)
             case ChargePeer(peer, reason):
-                self._charge(peer, reason)
+                self.charge(peer, reason)
             case KeepRow(staged, row_key):
                 if self.staged.pop(staged, None) is not None:
                     self.arena.keep(row_key, row_key)
@@ -226,8 +219,7 @@ class SimPrefixes:
                 assert_never(effect)
 
     def _end_lookup(self, lookup: int, keep: frozenset[RowKey] = frozenset()) -> None:
-        for call in self._calls.pop(lookup, {}):
-            self._kv.bulk.end(call)
+        self.calls.end(lookup)
         self.assembly.end(lookup)
         self.arena.end_all(lookup, keep)
 
@@ -250,128 +242,26 @@ class SimPrefixes:
         if found is None or not self.arena.allocate():
             self.submit(RowFailed(effect.lookup, effect.row_key, "evicted" if found is None else "arena_full"))
             return
-        self._calls.setdefault(effect.lookup, {})
+        self.calls.begin(effect.lookup)
         self.later(LOAD_MS, partial(self._loaded, effect, *found))
 
     def _loaded(self, effect: LoadRow, stored: SimObject, row: int) -> None:
-        if effect.lookup not in self._calls:  # it has ended
+        if not self.calls.runs(effect.lookup):
             self.arena.free()
             return
         self.arena.keep(effect.row_key, stored.holds[row])
         self.arena.lease(effect.row_key, effect.lookup)
         self.submit(RowReady(effect.lookup, effect.row_key))
 
-    def _ask_provider(self, effect: FindProviders, peer: PeerId) -> None:
-        lookup, asked_ms = effect.lookup, self.now_ms
-
-        def answered(offers: tuple[RowOffer, ...] | Reason) -> None:
-            self._end_own(lookup, call)
-            if isinstance(offers, Reason):
-                self._misbehaved(peer, offers)
-                self.submit(ProviderFailed(lookup, peer, offers))
-            else:
-                self.engine.offered(lookup, offers)
-                self.submit(ProviderAnswered(lookup, peer, offers, self.now_ms - asked_ms))
-
-        def failed(reason: Reason) -> None:
-            self._end_own(lookup, call)
-            self.submit(ProviderFailed(lookup, peer, reason))
-
-        def serve(call: Call) -> None:
-            self._server(peer).find(effect.row_ids, answered, call)
-
-        size = ASK_BYTES + 32 * len(effect.row_ids)
-        call = self._call(lookup, peer, size, effect.timeout_ms, serve, failed)
-
-    def _fetch_manifest(self, effect: FetchManifest) -> None:
-        lookup, peer = effect.lookup, effect.peer
-        self.engine.asked(lookup, self._kv.hosts.number_of(peer))
-        if effect.manifest in self._condemned:
-            self.submit(ManifestRefused(lookup, peer, effect.manifest, Reason.CONDEMNED))
-            return
-        known = self._verified.get(effect.manifest) or self.disk.get(effect.manifest)
-        if known is not None:
-            self._check_tags(effect, known)
-            return
-
-        def failed(reason: Reason) -> None:
-            self._end_own(lookup, call)
-            self.submit(ManifestRefused(lookup, peer, effect.manifest, reason))
-
-        def answered(stored: SimObject | Reason) -> None:
-            if isinstance(stored, Reason):
-                self._misbehaved(peer, stored)
-                failed(stored)
-            else:
-                self._end_own(lookup, call)
-                self.later(KZG_MS, partial(self._check_manifest, effect, stored))
-
-        def serve(call: Call) -> None:
-            self._server(peer).show(effect.manifest, answered, call)
-
-        call = self._call(lookup, peer, ASK_BYTES, effect.timeout_ms, serve, failed)
-
-    def _check_manifest(self, effect: FetchManifest, stored: SimObject) -> None:
-        reason: Reason | None = None
-        if stored.digest != effect.manifest:
-            reason = Reason.FORGED
-        elif not self._host.trust.trusts_kv(stored.producer, self._host.now):
-            reason = Reason.UNTRUSTED_PRODUCER
-        elif not stored.is_signed:
-            reason = Reason.BAD_SIGNATURE
-        if effect.lookup not in self._calls:
-            return
-        if reason is not None:
-            self.submit(ManifestRefused(effect.lookup, effect.peer, effect.manifest, reason))
-        else:
-            self._verified[stored.digest] = stored
-            self._check_tags(effect, stored)
-
-    def _check_tags(self, effect: FetchManifest, stored: SimObject) -> None:
-        """Of the rows that the lookup needs."""
-        if not stored.has_true_tags and any(name in effect.row_keys for name in stored.row_ids):
-            self._condemned.add(stored.digest)
-            producer = peer_id(stored.producer)
-            self.submit(ManifestRefused(effect.lookup, effect.peer, effect.manifest, Reason.BAD_TAG, producer))
-            return
-        lengths = (stored.length,) * len(stored.row_ids)
-        self.submit(
-            ManifestVerified(
-                effect.lookup,
-                effect.peer,
-                effect.manifest,
-                stored.fingerprint,
-                stored.row_ids,
-                lengths,
-                CHUNK_BYTES,
-            )
-        )
-
     def _fetch_row(self, effect: FetchRow) -> None:
         self.engine.asked(effect.lookup, self._kv.hosts.number_of(effect.peer))
-        stored = None if effect.manifest in self._condemned else self._verified.get(effect.manifest)
-        stored = stored or self.disk.get(effect.manifest)
+        stored = self.calls.known(effect.manifest)
         if stored is None:
             self.submit(RowFailed(effect.lookup, effect.row_key, "condemned"))
             return
-        self._calls.setdefault(effect.lookup, {})
+        self.calls.begin(effect.lookup)
         self.assembly.fetch(effect, stored)
         self._kv.checker.on_fetch(self, effect)
-
-    def ask_chunks(
-        self, effect: FetchRow, arrived: Callable[[int, bool], None], lacking: Callable[[Reason], None]
-    ) -> Call:
-        """Ask a peer for columns of a row."""
-
-        def serve(call: Call) -> None:
-            self._server(effect.peer).send(effect.manifest, effect.row, effect.columns, arrived, lacking, call)
-
-        target = self._kv.hosts.number_of(effect.peer)
-        return self._kv.bulk.call(self.number, target, ASK_BYTES, effect.timeout_ms, serve, lacking)
-
-    def end_call(self, call: Call) -> None:
-        """It has brought what it could, or isn't wanted any more."""
-        self._kv.bulk.end(call)
 
     def keep(self, stored: SimObject, row: int, columns: int) -> None:
         """A row has come: write its chunks to the disk, and say so."""
@@ -439,37 +329,11 @@ class SimPrefixes:
 
     # --- leaves ---------------------------------------------------------------------------------
 
-    def _call(
-        self,
-        lookup: int,
-        peer: PeerId,
-        size: int,
-        timeout_ms: int,
-        serve: Callable[[Call], None],
-        failed: Callable[[Reason], None],
-    ) -> Call:
-        target = self._kv.hosts.number_of(peer)
-        call = self._kv.bulk.call(self.number, target, size, timeout_ms, serve, failed)
-        self._calls.setdefault(lookup, {})[call] = None
-        return call
-
-    def _end_own(self, lookup: int, call: Call) -> None:
-        self._kv.bulk.end(call)
-        self._calls.get(lookup, {}).pop(call, None)
-
-    def _server(self, peer: PeerId) -> SimChunkServer:
-        return self._kv.servers[self._kv.hosts.number_of(peer)]
-
-    def _charge(self, peer: PeerId, reason: Reason) -> None:
+    def charge(self, peer: PeerId, reason: Reason) -> None:
+        """A peer lied, broke the protocol or was slow."""
         self._kv.checker.on_charge(self, peer, reason)
         if reason is Reason.PROTOCOL:
             self._host.tell(PeerMisbehaved(peer))
-
-    def _misbehaved(self, peer: PeerId, reason: Reason) -> None:
-        """What came is no message: the transport charges it, before the core hears of it."""
-        if reason is Reason.PROTOCOL:
-            self._host.trust.standings.note(Failed(peer, reason), self._host.now)
-            self._charge(peer, reason)
 
     def _hints(self, wanted: RowId) -> tuple[PeerId, ...]:
         return self._host.core.providers(wanted, self._host.now)
