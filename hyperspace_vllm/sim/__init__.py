@@ -1,5 +1,7 @@
-"""Deterministic simulation of many nodes: the real core on a virtual clock.
+"""Deterministic simulation of many nodes: the real cores on a virtual clock.
 
-`world` plays L2, `fleet` the network with L1, gossip, DHT and registry. One seed gives one run; `checkers` hold what
-must be true in each. The room performs the effects that the daemon performs with real parts.
+`fleet` is a network of hosts, each with both cores: L1, gossip, DHT and registry (`host`), and L2 (`sim_prefixes`).
+`sim_clients` ask for responses; `sim_engine` asks for prefixes, which travel over `sim_bulk`. One seed gives one run;
+`checkers` and `kv_checkers` hold what must be true in each. `world` plays L2 alone, with faults of single columns. The
+room performs the effects that the daemon performs with real parts.
 """
