@@ -16,8 +16,8 @@ from .agenda import Agenda
 from .checkers import Checker
 from .holders import Holder
 from .host import CLOCK_SKEW_MS, SimHost
-from .kv_fleet import KvFleet
 from .liars import Kind
+from .prefixes.kv_fleet import KvFleet
 from .setting import Setting
 from .sim_clients import DEADLINE_MS
 from .sim_dht import Dht

@@ -66,12 +66,12 @@ from ..core.records.signing import NO_MEMBER_TAG, member_tag
 from ..core.response.sealed_hit import make_hit
 from .checkers import Checker
 from .documents import Documents
-from .kv_fleet import KvFleet
 from .liars import Kind, Liar
+from .prefixes.kv_fleet import KvFleet
+from .prefixes.sim_prefixes import SimPrefixes
 from .setting import Setting
 from .sim_clients import SimClients, SourceOfTruth
 from .sim_fetches import Directory, SimFetches
-from .sim_prefixes import SimPrefixes
 from .sim_responses import Response, Shelf
 
 FRAME_BYTES = 64  # a frame's length, Yamux, Noise, TCP and IP

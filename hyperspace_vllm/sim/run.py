@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .fleet import Fleet
-from .kv_figures import KvFigures
+from .prefixes.kv_figures import KvFigures
 from .scenarios import RUN_MS, SCENARIOS, build
 from .signatures import remembered_verdicts
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..core.records.ids import RowId
+from ...core.records.ids import RowId
 
 Excuse = Literal[
     "",  # none

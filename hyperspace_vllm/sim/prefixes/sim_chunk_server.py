@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from ..core.events.kv_events import RowOffer
-from ..core.records.ids import ManifestDigest, RowId
-from ..core.records.limits import LOOKUP_ROWS_MAX, PEER_REQUESTS_MAX, TOTAL_CHUNKS
-from ..core.records.reason import Reason
+from ...core.events.kv_events import RowOffer
+from ...core.records.ids import ManifestDigest, RowId
+from ...core.records.limits import LOOKUP_ROWS_MAX, PEER_REQUESTS_MAX, TOTAL_CHUNKS
+from ...core.records.reason import Reason
+from ..sim_network import SimNetwork
 from .kv_liars import KvLiar
 from .kv_load import CHUNK_BYTES
 from .sim_bulk import Call, SimBulk
-from .sim_network import SimNetwork
 from .sim_objects import SimDisk, SimObject
 
 FIND_MS = 1.5  # offers, in the loop and the reader's thread

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from ..core.prefix.cost_model import fetch_budget_ms, search_budget_ms
-from ..core.records.ids import RowId
+from ...core.prefix.cost_model import fetch_budget_ms, search_budget_ms
+from ...core.records.ids import RowId
+from ..setting import Setting
 from .kv_load import DEADLINE_MS, KZG_MS, OPEN_MS, ROW_BYTES, SEGMENT_PREFILL_MS
-from .setting import Setting
 from .sim_bulk import HANDSHAKE_TRIPS, LINK_BYTES_PER_MS, SimBulk
 from .sim_chunk_server import FIND_MS
 from .sim_lookup import Excuse, SimLookup

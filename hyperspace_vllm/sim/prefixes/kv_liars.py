@@ -8,15 +8,15 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from ..core.events.kv_events import RowOffer
-from ..core.events.network_events import NetworkEvent, RowsStored
-from ..core.records.announcement import PREFIX_TOPIC, PrefixEntry, decode_announcement
-from ..core.records.errors import ProtocolViolation
-from ..core.records.ids import ManifestDigest, RowId, sha256
-from ..core.records.limits import OBJECT_ROWS_MAX, REGISTRY_TTL_MS
-from ..core.records.reason import Reason
+from ...core.events.kv_events import RowOffer
+from ...core.events.network_events import NetworkEvent, RowsStored
+from ...core.records.announcement import PREFIX_TOPIC, PrefixEntry, decode_announcement
+from ...core.records.errors import ProtocolViolation
+from ...core.records.ids import ManifestDigest, RowId, sha256
+from ...core.records.limits import OBJECT_ROWS_MAX, REGISTRY_TTL_MS
+from ...core.records.reason import Reason
+from ..liars import Kind
 from .kv_load import LAYOUT, ROW_BYTES
-from .liars import Kind
 from .sim_objects import ALL_COLUMNS, SimObject
 
 Lie = Literal[

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..core.events.kv_events import RowOffer
-from ..core.records.ids import ManifestDigest, RowId, RowKey
-from ..core.records.limits import DATA_CHUNKS, DIGEST_BYTES, TOTAL_CHUNKS
+from ...core.events.kv_events import RowOffer
+from ...core.records.ids import ManifestDigest, RowId, RowKey
+from ...core.records.limits import DATA_CHUNKS, DIGEST_BYTES, TOTAL_CHUNKS
 
 ALL_COLUMNS = (1 << TOTAL_CHUNKS) - 1
 MANIFEST_HEAD_BYTES = 512

@@ -7,7 +7,7 @@ from functools import partial
 from hyperspace_vllm.core.records.limits import KV_LINKS_MAX
 from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.sim.agenda import Agenda
-from hyperspace_vllm.sim.sim_bulk import CONNECT_MS, LINK_BYTES_PER_MS, Call, SimBulk
+from hyperspace_vllm.sim.prefixes.sim_bulk import CONNECT_MS, LINK_BYTES_PER_MS, Call, SimBulk
 from hyperspace_vllm.sim.sim_network import SimNetwork
 
 BATCH_BYTES = 100 * LINK_BYTES_PER_MS  # 100 ms

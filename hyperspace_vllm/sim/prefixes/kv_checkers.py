@@ -9,15 +9,15 @@ that nothing excuses (kv_truth.py); and the excuses are few.
 from collections.abc import Mapping
 from typing import Protocol
 
-from ..core.events.kv_effects import AnswerPrefix, FetchRow, FindProviders
-from ..core.node.node import ASKED_MAX
-from ..core.prefix.fetch import MOVING_BYTES_MAX, MOVING_ROWS_MIN
-from ..core.records.ids import PeerId
-from ..core.records.limits import KV_LINKS_MAX
-from ..core.records.reason import Reason
+from ...core.events.kv_effects import AnswerPrefix, FetchRow, FindProviders
+from ...core.node.node import ASKED_MAX
+from ...core.prefix.fetch import MOVING_BYTES_MAX, MOVING_ROWS_MIN
+from ...core.records.ids import PeerId
+from ...core.records.limits import KV_LINKS_MAX
+from ...core.records.reason import Reason
+from ..setting import Setting
 from .kv_figures import KvFigures
 from .kv_load import DEADLINE_MS, ROW_BYTES
-from .setting import Setting
 from .sim_arena import SimArena
 from .sim_assembly import SimAssembly
 from .sim_bulk import SimBulk

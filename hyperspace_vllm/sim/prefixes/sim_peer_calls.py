@@ -5,16 +5,23 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from ..core.events.kv_effects import FetchManifest, FetchRow, FindProviders
-from ..core.events.kv_events import Event, ManifestRefused, ManifestVerified, ProviderAnswered, ProviderFailed, RowOffer
-from ..core.peers.standing import Failed
-from ..core.peers.trust import Trust
-from ..core.records.ids import ManifestDigest, PeerId, peer_id
-from ..core.records.now import Now
-from ..core.records.reason import Reason
+from ...core.events.kv_effects import FetchManifest, FetchRow, FindProviders
+from ...core.events.kv_events import (
+    Event,
+    ManifestRefused,
+    ManifestVerified,
+    ProviderAnswered,
+    ProviderFailed,
+    RowOffer,
+)
+from ...core.peers.standing import Failed
+from ...core.peers.trust import Trust
+from ...core.records.ids import ManifestDigest, PeerId, peer_id
+from ...core.records.now import Now
+from ...core.records.reason import Reason
+from ..setting import Setting
 from .kv_fleet import KvFleet
 from .kv_load import CHUNK_BYTES, KZG_MS
-from .setting import Setting
 from .sim_bulk import Call
 from .sim_chunk_server import SimChunkServer
 from .sim_engine import SimEngine

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
-from ..core.records.ids import ManifestDigest
+from ...core.records.ids import ManifestDigest
+from ..setting import Setting
 from .kv_checkers import CheckedPrefixes, KvChecker
 from .kv_figures import KvFigures, kv_figures
 from .kv_load import (
@@ -16,7 +17,6 @@ from .kv_load import (
     Conversations,
 )
 from .kv_truth import KvSuspects, KvTruth
-from .setting import Setting
 from .sim_bulk import SimBulk
 from .sim_chunk_server import SimChunkServer
 from .sim_objects import SimObject

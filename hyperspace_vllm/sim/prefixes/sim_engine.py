@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from ..core.events.kv_effects import AnswerPrefix
-from ..core.events.kv_events import (
+from ...core.events.kv_effects import AnswerPrefix
+from ...core.events.kv_events import (
     Event,
     PrefixReleased,
     PrefixWanted,
@@ -16,7 +16,8 @@ from ..core.events.kv_events import (
     RowOffer,
     SegmentKeyKnown,
 )
-from ..core.records.ids import SegmentKey, row_id, row_key
+from ...core.records.ids import SegmentKey, row_id, row_key
+from ..setting import Setting
 from .kv_fleet import KvFleet
 from .kv_load import (
     COPY_MS,
@@ -26,7 +27,6 @@ from .kv_load import (
     SEGMENT_PREFILL_MS,
     STEP_SEGMENTS,
 )
-from .setting import Setting
 from .sim_arena import SimArena
 from .sim_lookup import SimLookup
 from .sim_objects import SimDisk

@@ -4,8 +4,8 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
-from ..core.local.messages import pages_bytes
-from ..core.records.ids import RowKey
+from ...core.local.messages import pages_bytes
+from ...core.records.ids import RowKey
 from .kv_load import ROW_BYTES
 
 UNSTORED = "unstored"  # holds rows that wait for the disk

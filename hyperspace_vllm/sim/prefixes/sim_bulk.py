@@ -18,10 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..core.records.limits import KV_CONNECTIONS_MAX, KV_LINKS_MAX
-from ..core.records.reason import Reason
-from .agenda import Agenda
-from .sim_network import JITTER_MS, LOSSES_MAX, RETRANSMIT_MS, SimNetwork
+from ...core.records.limits import KV_CONNECTIONS_MAX, KV_LINKS_MAX
+from ...core.records.reason import Reason
+from ..agenda import Agenda
+from ..sim_network import JITTER_MS, LOSSES_MAX, RETRANSMIT_MS, SimNetwork
 
 LINK_BYTES_PER_MS = 125_000  # 1 Gbit/s, each way
 FRAME_BYTES = 160  # a message's frames, CURVE, ZMTP, TCP and IP

@@ -14,15 +14,15 @@ from hyperspace_vllm.core.prefix.fetch import PrefixLookup
 from hyperspace_vllm.core.prefix.transfers import Transfers
 from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.sim.fleet import Fleet
-from hyperspace_vllm.sim.kv_liars import LIES
-from hyperspace_vllm.sim.kv_load import ROW_BYTES, SEGMENT_PREFILL_MS
 from hyperspace_vllm.sim.liars import Kind
+from hyperspace_vllm.sim.prefixes.kv_liars import LIES
+from hyperspace_vllm.sim.prefixes.kv_load import ROW_BYTES, SEGMENT_PREFILL_MS
+from hyperspace_vllm.sim.prefixes.sim_assembly import SimAssembly
+from hyperspace_vllm.sim.prefixes.sim_bulk import LINK_BYTES_PER_MS
+from hyperspace_vllm.sim.prefixes.sim_lookup import SimLookup
+from hyperspace_vllm.sim.prefixes.sim_prefixes import SimPrefixes
 from hyperspace_vllm.sim.run import run
 from hyperspace_vllm.sim.signatures import remembered_verdicts
-from hyperspace_vllm.sim.sim_assembly import SimAssembly
-from hyperspace_vllm.sim.sim_bulk import LINK_BYTES_PER_MS
-from hyperspace_vllm.sim.sim_lookup import SimLookup
-from hyperspace_vllm.sim.sim_prefixes import SimPrefixes
 
 CONVERSATION = 0
 SEGMENTS = 14

@@ -9,10 +9,10 @@ import random
 from bisect import bisect
 from itertools import accumulate
 
-from ..core.records.ids import SegmentKey, sha256
-from ..core.records.layout import Layout, Part
-from ..core.records.limits import KiB
-from ..core.records.manifest import chunk_bytes_for
+from ...core.records.ids import SegmentKey, sha256
+from ...core.records.layout import Layout, Part
+from ...core.records.limits import KiB
+from ...core.records.manifest import chunk_bytes_for
 
 SEGMENT_TOKENS = 256
 TOKEN_KV_BYTES = 12 * KiB  # of all layers

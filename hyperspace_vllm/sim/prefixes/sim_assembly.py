@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from ..core.events.kv_effects import FetchRow
-from ..core.events.kv_events import ChunksVerified, Event, HolderStalled, RowFailed, RowReady
-from ..core.peers.standing import Delivered
-from ..core.prefix.cost_model import PROGRESS_MS
-from ..core.records.ids import ManifestDigest, PeerId, RowKey
-from ..core.records.limits import DATA_CHUNKS, MiB
-from ..core.records.reason import Reason
+from ...core.events.kv_effects import FetchRow
+from ...core.events.kv_events import ChunksVerified, Event, HolderStalled, RowFailed, RowReady
+from ...core.peers.standing import Delivered
+from ...core.prefix.cost_model import PROGRESS_MS
+from ...core.records.ids import ManifestDigest, PeerId, RowKey
+from ...core.records.limits import DATA_CHUNKS, MiB
+from ...core.records.reason import Reason
 from .kv_load import CHUNK_BYTES, OPEN_MS
 from .sim_arena import SimArena
 from .sim_bulk import Call

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Protocol, assert_never
 
-from ..core.events.kv_effects import (
+from ...core.events.kv_effects import (
     AnswerPrefix,
     ChargePeer,
     DropStaged,
@@ -25,7 +25,7 @@ from ..core.events.kv_effects import (
     ReleaseRows,
     UnpinRows,
 )
-from ..core.events.kv_events import (
+from ...core.events.kv_events import (
     Event,
     ObjectEncoded,
     ObjectFailed,
@@ -35,16 +35,18 @@ from ..core.events.kv_events import (
     RowsFound,
     Tick,
 )
-from ..core.events.network_effects import PeersChanged
-from ..core.events.network_events import NetworkEvent, PeerMisbehaved, RowsStored
-from ..core.node.network_node import NetworkNode
-from ..core.node.node import Node
-from ..core.peers.standing import Delivered
-from ..core.peers.trust import Trust
-from ..core.records.ids import ManifestDigest, PeerId, RowId, RowKey, row_id, sha256
-from ..core.records.limits import REGISTRY_TTL_MS
-from ..core.records.now import Now
-from ..core.records.reason import Reason
+from ...core.events.network_effects import PeersChanged
+from ...core.events.network_events import NetworkEvent, PeerMisbehaved, RowsStored
+from ...core.node.network_node import NetworkNode
+from ...core.node.node import Node
+from ...core.peers.standing import Delivered
+from ...core.peers.trust import Trust
+from ...core.records.ids import ManifestDigest, PeerId, RowId, RowKey, row_id, sha256
+from ...core.records.limits import REGISTRY_TTL_MS
+from ...core.records.now import Now
+from ...core.records.reason import Reason
+from ..liars import Liar
+from ..setting import Setting
 from .kv_fleet import KvFleet
 from .kv_liars import BOAST_EVERY_MS, LIES, NO_COMMITMENT, KvLiar
 from .kv_load import (
@@ -54,8 +56,6 @@ from .kv_load import (
     LOAD_MS,
     WRITE_MS,
 )
-from .liars import Liar
-from .setting import Setting
 from .sim_arena import UNSTORED, SimArena
 from .sim_assembly import SimAssembly
 from .sim_chunk_server import SimChunkServer
