@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     sim.add_argument("--workers", type=_positive, default=os.cpu_count(), metavar="W", help="processes (every core)")
     sim.add_argument("--output", type=Path, metavar="F", help="write the runs to a JSON file as they come in")
     sim.add_argument("--json", action="store_true", help="print one JSON object a run")
+    sim.add_argument("--no-kv", action="store_true", help="without prefixes: responses and the network alone")
     return parser
 
 

@@ -10,14 +10,16 @@ from hashlib import sha256
 
 from nacl.signing import SigningKey
 
+from ..core.prefix.cost_model import HEDGE_MS_MAX
 from ..core.records.ids import RequestKey, network_id
 from ..core.response.cache_proof import request_hash
-from ..core.response.lookup import HEDGE_MS_MAX, RACE_MS
+from ..core.response.lookup import RACE_MS
 from .agenda import Agenda
 from .checkers import Checker
 from .holders import Holder
 from .host import CLOCK_SKEW_MS, SimHost
 from .liars import Kind
+from .prefixes.kv_fleet import KvFleet
 from .setting import Setting
 from .sim_clients import DEADLINE_MS
 from .sim_dht import Dht
@@ -39,10 +41,18 @@ BOOTSTRAPS = 3  # with one that is dead for good, a host that returns without it
 class Fleet:
     """`size` hosts, none of them booted; all hosts know the first few. `liars` says which ones lie, and how; `holders`
     identities hold places at some of them. An open fleet has no network key: the honest hosts list each other, and
-    other hosts can earn trust.
+    other hosts can earn trust. Without `with_kv` there is no L2.
     """
 
-    def __init__(self, size: int, seed: int, liars: dict[int, Kind], is_open: bool = False, holders: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        liars: dict[int, Kind],
+        is_open: bool = False,
+        holders: int = 0,
+        with_kv: bool = True,
+    ) -> None:
         self.seed = seed
         self.rng = random.Random(f"{seed}/fleet")
         self.network_id = NETWORK
@@ -56,6 +66,7 @@ class Fleet:
             seed, NETWORK, is_open, departed, self.agenda, self.trace, self.network, self.gossip, self.dht
         )
         self.checker = Checker(self._setting, self)
+        self.kv = KvFleet(self._setting, self, size, LOSS) if with_kv else None
         self.hosts = [self._host(number, liars.get(number)) for number in range(size)]
         self.holders = [self._holder(size + number) for number in range(holders)]
         self.bootstrap = self.hosts[:BOOTSTRAPS]
