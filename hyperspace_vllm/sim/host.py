@@ -295,6 +295,8 @@ class SimHost:
                 self._fetches.begin(effect)
             case AnswerResponse():
                 self._answered(effect)
+            case ChargePeer(_, reason) if self.prefixes is not None and not reason.is_guilty:
+                self.prefixes.perform(effect)  # slow: L2 alone charges for that
             case ChargePeer(peer, reason):
                 self._checker.on_charge(self, peer, reason)
             case WriteRegistry():

@@ -12,7 +12,8 @@ from hyperspace_vllm.core.events.prefix_reading import AnswerPrefix, EndLookup, 
 from hyperspace_vllm.core.events.prefix_writing import UnpinRows
 from hyperspace_vllm.core.events.vocabulary import Effect, Event
 from hyperspace_vllm.core.node.node import Node
-from hyperspace_vllm.core.prefix.fetch import PrefixLookup
+from hyperspace_vllm.core.prefix.prefix_part import PrefixPart
+from hyperspace_vllm.core.prefix.row_window import RowWindow
 from hyperspace_vllm.core.prefix.transfers import Transfers
 from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.sim.fleet import Fleet
@@ -233,15 +234,15 @@ def test_a_core_that_answers_twice_or_never_is_caught(monkeypatch: pytest.Monkey
 
 
 def test_a_core_that_asks_for_everything_at_once_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PrefixLookup, "_has_room", lambda *_: True)
+    monkeypatch.setattr(RowWindow, "_has_room", lambda *_: True)
     assert "rows in flight" in found()
 
 
 def test_a_core_that_asks_everybody_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyperspace_vllm.core.node.node.ASKED_MAX", 100)
+    monkeypatch.setattr("hyperspace_vllm.core.prefix.prefix_part.ASKED_MAX", 100)
     assert "asks 10 peers" in found(size=11)
 
 
 def test_a_core_that_asks_nobody_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Node, "_whom_to_ask", lambda *_: ())
+    monkeypatch.setattr(PrefixPart, "_whom_to_ask", lambda *_: ())
     assert "engines got 0 of" in "\n".join(run("cold_start", 8, 1).violations)
