@@ -26,7 +26,6 @@ class SimArena:
         self._capacity = capacity
         self._rows: OrderedDict[RowKey, _Kept] = OrderedDict()
         self.filling = 0  # slabs that are not yet rows
-        self.freed_twice = False
 
     def __contains__(self, key: RowKey) -> bool:
         return key in self._rows
@@ -43,8 +42,8 @@ class SimArena:
 
     def free(self) -> None:
         """Give back a slab that is no row."""
+        assert self.filling > 0
         self.filling -= 1
-        self.freed_twice = self.freed_twice or self.filling < 0
 
     def keep(self, key: RowKey, holds: RowKey | None) -> None:
         """A filled slab is a row now; one that was here already stays instead."""

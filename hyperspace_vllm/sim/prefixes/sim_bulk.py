@@ -102,9 +102,9 @@ class SimBulk:
         """These are the peers that a host keeps links to."""
         self._met[asker] = servers
         for server in sorted(servers):
-            self._connect(asker, server)
+            self._connect(asker, server, in_place_of_others=False)
 
-    def _connect(self, asker: int, server: int) -> None:
+    def _connect(self, asker: int, server: int, in_place_of_others: bool) -> None:
         """Open a link, if there is none and room for one."""
         links = self._links.setdefault(asker, {})
         lives = self._network.life(asker), self._network.life(server)
@@ -113,7 +113,7 @@ class SimBulk:
             return
         if link is not None:
             self._close(asker, server)
-        if len(links) >= KV_LINKS_MAX and not self._drop_idle(asker):
+        if len(links) >= KV_LINKS_MAX and not (in_place_of_others and self._drop_idle(asker)):
             return
         link = links[server] = _Link(lives, used_ms=self._agenda.now_ms)
         handshake_ms = self._network.trip_ms(asker, server) * HANDSHAKE_TRIPS * 2 ** self._lost()
@@ -145,7 +145,7 @@ class SimBulk:
 
     def _redial(self, asker: int, server: int) -> None:
         if server in self._met.get(asker, ()) and server not in self._links.get(asker, {}):
-            self._connect(asker, server)
+            self._connect(asker, server, in_place_of_others=False)
 
     def _drop_idle(self, asker: int) -> bool:
         links = self._links[asker]
@@ -190,7 +190,7 @@ class SimBulk:
         failed: Callable[[Reason], None],
     ) -> Call:
         """Let `serve` happen at the server, or `failed` at the asker unless the call is ended before."""
-        self._connect(asker, server)
+        self._connect(asker, server, in_place_of_others=True)
         call = Call(asker, server, serve, failed, size, self._network.life(server))
         link = self._links[asker].get(server)
         if link is None or len(link.waiting) >= PENDING_MAX:

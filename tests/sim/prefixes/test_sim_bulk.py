@@ -124,3 +124,10 @@ def test_a_host_has_links_to_so_many_and_an_idle_one_makes_room() -> None:
     hosts = Hosts(KV_LINKS_MAX + 3)
     hosts.bulk.meet(0, frozenset(range(1, KV_LINKS_MAX + 3)))
     assert hosts.bulk.links(0) == KV_LINKS_MAX
+    hosts.agenda.run(10_000)
+    hosts.bulk.call(
+        0, KV_LINKS_MAX + 2, 100, TIMEOUT_MS, lambda call: hosts.note(0, "served"), partial(hosts.failed, 0)
+    )
+    hosts.agenda.run(20_000)
+    assert hosts.when(0, "served")
+    assert hosts.bulk.links(0) == KV_LINKS_MAX
