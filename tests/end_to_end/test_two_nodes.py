@@ -15,7 +15,6 @@ import pytest
 import pytest_asyncio
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.events.known_peers import KvEndpoint
 from hyperspace_vllm.core.prefix import fetch, transfers
 from hyperspace_vllm.core.records.ids import ManifestDigest, RowId, RowKey, row_id, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
@@ -216,12 +215,7 @@ async def test_after_a_restart_b_is_served_from_its_own_disk_and_serves_others(p
 def introduce(*nodes: TestNode) -> None:
     """Tell every node of every other, as discovery would."""
     for node in nodes:
-        records = tuple(other.record for other in nodes if other is not node)
-        for each in records:
-            node.trust.meet(each.public_key, each.member_tag)
-        chosen = [each for each in records if node.trust.is_chosen(each.public_key)]
-        endpoints = tuple(KvEndpoint(each.peer, each.endpoint, own=True) for each in chosen)
-        node.driver.set_peers(tuple(each.peer for each in chosen), endpoints)
+        node.introduce(*(other.record for other in nodes if other is not node))
 
 
 async def has_document(node: TestNode) -> None:
@@ -233,7 +227,7 @@ async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair:
     a, b = pair.node("a", (), network_key=NETWORK_KEY), pair.node("b", (), network_key=NETWORK_KEY)
     await has_document(a)
     introduce(a, b)
-    assert b.node.peers == (a.identity.peer_id,)
+    assert b.node.prefixes.peers == (a.identity.peer_id,)
     assert is_whole(b, await b.look_up(KEYS))
     assert a.failures() == b.failures() == {}
     assert b.trust.standings.service(a.identity.peer_id, clock.now()) > 0.1
@@ -241,8 +235,8 @@ async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair:
     await until(lambda: len(rows_told(a)) == ROWS_STORED)
     await until(lambda: rows_told(b) <= rows_told(a) and len(b.stored) >= 4)
     assert {event.manifest for event in b.stored} <= {event.manifest for event in a.stored}
-    b.driver.set_peers((), ())
-    assert b.node.peers == ()
+    b.introduce()
+    assert b.node.prefixes.peers == ()
     assert (await b.look_up(keys("other", 3))).reason == "no_peers"
 
 
@@ -255,7 +249,7 @@ async def test_what_the_disk_kept_is_reported_again_and_private_rows_never_are(p
     assert len(rows_told(a)) == ROWS_STORED
     a = pair.node("a", ())
     assert a.stored == []
-    a.driver.report_stored()
+    a.prefixes.report_stored()
     assert len(rows_told(a)) == ROWS_STORED
 
 
@@ -275,7 +269,7 @@ async def test_a_stranger_is_neither_served_nor_asked(pair: Pair) -> None:
     for name, key in (("without", None), ("wrong", sha256(b"another network's key"))):
         stranger = pair.node(name, (), network_key=key)
         introduce(a, stranger)
-        assert a.node.peers == stranger.node.peers == ()
+        assert a.node.prefixes.peers == stranger.node.prefixes.peers == ()
         # It knows where A is, and would trust A's manifests.
         believer = pair.node(f"{name}-b", (a.address,), network_key=key)
         introduce(a, believer)
@@ -322,7 +316,7 @@ async def test_a_peer_that_is_dropped_in_the_middle_costs_no_more_than_a_stall(p
     looking = asyncio.create_task(b.look_up(KEYS))
     await until(lambda: isinstance(a.store, Tampered) and a.store.stalled_at)
     dropped_at = time.monotonic()
-    b.driver.set_peers((), ())
+    b.introduce()
     answer = await looking
     assert time.monotonic() - dropped_at < FAULT_S
     a.store.go_on.set()

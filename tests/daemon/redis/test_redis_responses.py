@@ -29,8 +29,7 @@ from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.clock import wall_ms
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.node.join import load_network_key, make_trust
-from hyperspace_vllm.daemon.node.network_driver import NetworkDriver
+from hyperspace_vllm.daemon.node.join import load_network_key, make_trust, node_options
 from hyperspace_vllm.daemon.responses.answer_places import ANSWERS_MAX, OWN_NODE, AskingPeer
 from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
@@ -39,6 +38,7 @@ from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.response_db import ResponseReader, database_path
 from tests.support import network_nodes, redis_server
 from tests.support.network_nodes import MODEL, NetworkedNode, body_of, config_of, private_network, request_key
+from tests.support.network_shell import NetworkShell
 from tests.support.redis_server import RedisServer
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ class FleetNode:
         self.path = database_path(directory)
         self.trust = trust = make_trust(self.config, self.identity, load_network_key(self.config))
         self.store = ResponseStore(self.path, self.config.response_bytes, RESPONSE_TTL_MS, self.identity, NETWORK)
-        self.network = NetworkDriver(NETWORK, trust, self, self.store, self.metrics, "network", listens=False)
+        options, key = node_options(self.config, None), self.identity.signing_key
+        shell = NetworkShell(options, key, trust, self, self.store, self.metrics, listens=False)
+        self.network = shell.responses
         self.server = ResponseServer(self.path, NETWORK, trust.vouch)
         self.shared = redis_responses.RedisResponses(
             url, NETWORK, "network", self.server, trust, self.metrics, self.network, self, self.store
