@@ -10,7 +10,6 @@ import pytest
 import pytest_asyncio
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.events.known_peers import KvEndpoint
 from hyperspace_vllm.core.prefix import fetch, transfers
 from hyperspace_vllm.core.records.ids import ManifestDigest, RowId, RowKey, row_id, row_key, sha256
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, MiB
@@ -167,12 +166,7 @@ def flip(data: bytes, position: int, bit: int = 1) -> bytes:
 def introduce(*nodes: TestNode) -> None:
     """Tell every node of every other, as discovery would."""
     for node in nodes:
-        records = tuple(other.record for other in nodes if other is not node)
-        for each in records:
-            node.trust.meet(each.public_key, each.member_tag)
-        chosen = [each for each in records if node.trust.is_chosen(each.public_key)]
-        endpoints = tuple(KvEndpoint(each.peer, each.endpoint, own=True) for each in chosen)
-        node.driver.set_peers(tuple(each.peer for each in chosen), endpoints)
+        node.introduce(*(other.record for other in nodes if other is not node))
 
 
 async def has_document(node: TestNode) -> None:
