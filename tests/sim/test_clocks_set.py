@@ -8,8 +8,7 @@ from hyperspace_vllm.core.peers.membership import HEARTBEAT_MS, PING_MS
 from hyperspace_vllm.core.records.limits import CLOCK_SKEW_MS, PEER_RECORD_TTL_MS, REGISTRY_TTL_MS
 from hyperspace_vllm.sim.fleet import Fleet
 from hyperspace_vllm.sim.host import SimHost
-from hyperspace_vllm.sim.run import RUN_MS
-from hyperspace_vllm.sim.scenarios import SCENARIOS, build
+from hyperspace_vllm.sim.scenarios import RUN_MS, SCENARIOS, build
 from hyperspace_vllm.sim.signatures import remembered_verdicts
 
 NODES = 10

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperspace_vllm.core.local.messages import Slab
+from hyperspace_vllm.core.local.messages import PAGE_BYTES, Slab
 from hyperspace_vllm.core.records.limits import MiB
-from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES, Arena, ArenaFull
+from hyperspace_vllm.daemon.kv.arena import Arena, ArenaFull
 
 SIZE = 4 * MiB  # 64 pages, the first of them the header
 

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from hyperspace_vllm.core.local.messages import Slab
+from hyperspace_vllm.core.local.messages import PAGE_BYTES, Slab
 from hyperspace_vllm.core.records.ids import RowKey
-from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES, Arena
+from hyperspace_vllm.daemon.kv.arena import Arena
 from hyperspace_vllm.daemon.kv.row_cache import RowCache
 
 A, B, C, D = (RowKey(bytes([i]) * 32) for i in range(4))

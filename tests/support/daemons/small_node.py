@@ -23,10 +23,10 @@ from hyperspace_vllm.core.events.kv_events import (
 )
 from hyperspace_vllm.core.events.network_events import ServedChanged
 from hyperspace_vllm.core.local.messages import (
+    PAGE_BYTES,
     FindResponse,
     LoadedRow,
     LookupPrefix,
-    NodeMessage,
     RegisterLayout,
     Slab,
     StagingGranted,
@@ -37,7 +37,7 @@ from hyperspace_vllm.core.records.ids import RequestKey, SegmentKey, network_id,
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import MiB
 from hyperspace_vllm.daemon.identity import Identity
-from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES, Arena
+from hyperspace_vllm.daemon.kv.arena import Arena
 from hyperspace_vllm.daemon.kv.row_cache import RowCache
 from hyperspace_vllm.daemon.local.engine_messages import EngineMessages
 from hyperspace_vllm.daemon.local.local_server import LocalServer, make_welcome
@@ -190,8 +190,7 @@ async def strict(tmp_path: Path) -> AsyncIterator[SmallNode]:
 
 
 async def next_message(client: NodeClient, kind: type[M]) -> M:
-    found: list[NodeMessage] = []
-    await until_async(lambda: found.extend(client.receive()) or found)
+    found = await until_async(client.receive)
     assert len(found) == 1, found
     assert isinstance(found[0], kind), found
     return found[0]
