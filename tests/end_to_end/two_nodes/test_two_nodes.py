@@ -11,7 +11,6 @@ from hyperspace_vllm.core.records.limits import KiB, MiB
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.identity import Identity
 from tests.support.daemons.node_pair import (
-    FAULT_S,
     KEYS,
     NETWORK_KEY,
     ROWS_NEEDED,
@@ -23,6 +22,7 @@ from tests.support.daemons.node_pair import (
     is_whole,
     refused,
 )
+from tests.support.engines.fault_servers import FAULT_S
 from tests.support.nodes import TestNode, keys, peer_of
 from tests.support.until import until_async
 
@@ -81,7 +81,7 @@ async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair:
     await until_async(lambda: rows_told(b) <= rows_told(a) and len(b.stored) >= 4)
     assert {event.manifest for event in b.stored} <= {event.manifest for event in a.stored}
     b.introduce()
-    assert b.node.prefixes.peers == ()
+    assert not b.node.prefixes.peers
     assert (await b.look_up(keys("other", 3))).reason == "no_peers"
 
 

@@ -14,6 +14,7 @@ from hyperspace_vllm.core.prefix import fetch, transfers
 from hyperspace_vllm.core.records.ids import ManifestDigest, RowId, RowKey, row_id, row_key, sha256
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, MiB
 from hyperspace_vllm.core.records.manifest import Manifest
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.wire import Offer
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv.chunk_store import ChunkStore
@@ -187,6 +188,6 @@ async def refused(a: TestNode, b: TestNode, *reasons: str) -> None:
     seen = set(reasons) & b.failures().keys()
     assert seen, b.failures()
     guilty = seen - {"untrusted_producer", "wrong_network", "from_the_future"}
-    assert all(b.transport.charges[a.identity.peer_id, reason] for reason in guilty)
+    assert all(b.transport.charges[a.identity.peer_id, Reason(reason)] for reason in guilty)
     assert len(b.cache) == 0
     assert b.store.rows == 0

@@ -103,7 +103,9 @@ class FleetNode:
 
     @property
     def written(self) -> int:
-        return int(self.shared.status()["written"])
+        written = self.shared.status()["written"]
+        assert isinstance(written, int)
+        return written
 
     def failures(self, reason: str) -> float:
         return (
