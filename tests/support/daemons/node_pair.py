@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.prefix import fetch, transfers
+from hyperspace_vllm.core.prefix import deliveries, fetch
 from hyperspace_vllm.core.records.ids import ManifestDigest, RowId, RowKey, row_id, row_key, sha256
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, MiB
 from hyperspace_vllm.core.records.manifest import Manifest
@@ -39,7 +39,7 @@ async def pool() -> AsyncIterator[SharedPool]:
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fetch, transfers):
+    for module in (fetch, deliveries):
         monkeypatch.setattr(module, "FETCH_STALL_MS", STALL_MS)
 
 
