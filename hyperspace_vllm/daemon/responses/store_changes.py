@@ -1,4 +1,4 @@
-"""What the network core must hear of the response database: which entries this node can serve now, and which no more.
+"""What the core must hear of the response database: which entries this node can serve now, and which no more.
 
 Gathered while a transaction runs, told once it is committed, in pieces that an event loop swallows at once.
 """
