@@ -190,17 +190,13 @@ def test_files_of_code_have_at_most_450_lines() -> None:
     assert {folder: count for folder, count in folders.items() if count > 30} == {}
 
 
-# One split is under way in each.
-LONG_TESTS = {"tests/core/node/test_network_node.py", "tests/api/test_network_race.py"}
-
-
 def test_files_of_tests_have_at_most_450_lines() -> None:
     long = {
         path
         for path, text in texts().items()
         if path.startswith("tests/") and path.endswith(".py") and len(text.splitlines()) > 450
     }
-    assert long <= LONG_TESTS
+    assert long == set()
 
 
 def test_the_core_decides_and_does_nothing_itself() -> None:

@@ -2,11 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,64 +15,31 @@ from prometheus_client import REGISTRY
 
 from hyperspace_vllm import contained
 from hyperspace_vllm.api import network_race, node_lookup
-from hyperspace_vllm.api.node_lookup import NodeLookup
-from hyperspace_vllm.api.options import ApiMessage
-from hyperspace_vllm.core.local.claim_messages import ClaimEnded, ClaimRequest, RequestClaimed
 from hyperspace_vllm.core.local.messages import NodeMessage
 from hyperspace_vllm.core.local.response_cache_messages import (
     FindResponse,
     PurgeResponses,
-    ReleaseResponse,
     ResponseFound,
     ResponseHint,
     ResponseNotFound,
 )
 from hyperspace_vllm.core.records.ids import RequestKey, network_id
-from hyperspace_vllm.core.records.limits import RESPONSE_LOOKUPS_MAX, RESPONSE_TTL_MS
+from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
 from hyperspace_vllm.core.response.cache_proof import make_proof
 from hyperspace_vllm.daemon.clock import wall_ms
-from tests.support.cached_server import (
-    CHAT,
-    CHAT_PATH,
-    STREAM,
-    TEXT_PATH,
-    USAGE,
-    Bench,
-    MakeBench,
-    Node,
-    benches,
-    text_of,
-    until,
-)
-from tests.support.inbox import Hear, Inbox
+from tests.api.conftest import PATIENT_S
+from tests.support.cached_server import CHAT, CHAT_PATH, STREAM, USAGE, Bench, MakeBench, Node, text_of
+from tests.support.until import until_async
 
-pytestmark = pytest.mark.io
+pytestmark = [pytest.mark.io, pytest.mark.usefixtures("patience")]
 
-PATIENT_S = 30.0  # a deadline that no test reaches
 KEY = RequestKey(bytes(32))
 ASKED_AS: list[dict[str, Any]] = [{}, STREAM, STREAM | USAGE]
 as_json_and_streams = pytest.mark.parametrize("asked_as", ASKED_AS, ids=["json", "stream", "usage"])
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node that speaks is heard in time, also on a busy machine."""
-    monkeypatch.setattr(node_lookup, "HINT_S", 1.0)
-
-
 def pending(bench: Bench, lookup: FindResponse) -> node_lookup.Pending:
     return bench.cache.node._pending[lookup.lookup]
-
-
-@pytest.fixture
-async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
-    async with benches(tmp_path) as make:
-        yield make
-
-
-@pytest.fixture
-async def bench(make_bench: MakeBench) -> Bench:
-    return await make_bench(network_deadline_s=PATIENT_S)
 
 
 @dataclass
@@ -145,7 +111,7 @@ class Counts:
 
 async def asked(bench: Bench, number: int = 1) -> FindResponse:
     """The lookup, once the node has been asked."""
-    await until(lambda: len(bench.node.asked) >= number)
+    await until_async(lambda: len(bench.node.asked) >= number)
     return bench.node.asked[number - 1]
 
 
@@ -175,7 +141,7 @@ async def test_a_hinted_request_waits_and_is_answered_from_afar(bench: Bench, as
     assert bench.upstream.bodies == []
     assert bench.node.released == []
     assert bench.node.scopes == [], "what came from afar is the node's to store"
-    await until(lambda: counts.since() == {"waited_hit": 1, "hit": 1, "timed": 1})
+    await until_async(lambda: counts.since() == {"waited_hit": 1, "hit": 1, "timed": 1})
 
 
 async def test_an_answer_from_afar_that_is_older_than_answers_may_be_here_is_computed(make_bench: MakeBench) -> None:
@@ -228,15 +194,15 @@ async def test_once_a_hint_is_withdrawn_the_engine_starts_and_races_the_lookup(b
     assert await pending(bench, lookup).hint
     assert bench.upstream.bodies == []
     bench.node.inbox.append(ResponseHint(lookup.lookup, False))
-    await until(lambda: len(bench.upstream.bodies) == 1)
+    await until_async(lambda: len(bench.upstream.bodies) == 1)
     if finds:
         bench.node.inbox.append(found(lookup))
         assert text_of(await asking) == "from afar"
-        await until(lambda: counts.since().get("network_won") == 1)
+        await until_async(lambda: counts.since().get("network_won") == 1)
     else:
         bench.upstream.gate.set()
         assert text_of(await asking).startswith("w1.0")
-        await until(lambda: counts.since().get("engine_won") == 1)
+        await until_async(lambda: counts.since().get("engine_won") == 1)
 
 
 @as_json_and_streams
@@ -246,8 +212,8 @@ async def test_a_client_that_leaves_while_it_waits_releases_the_lookup(bench: Be
     asking = asyncio.create_task(bench.ask(CHAT | asked_as))
     lookup = await asked(bench)
     asking.cancel()
-    await until(lambda: bench.node.released == [lookup.lookup])
-    await until(lambda: bench.cache.flights.readers == 0)
+    await until_async(lambda: bench.node.released == [lookup.lookup])
+    await until_async(lambda: bench.cache.flights.readers == 0)
     assert bench.upstream.bodies == []
     assert counts.since() == {"left": 1, "miss": 1}
 
@@ -277,15 +243,15 @@ async def test_the_network_wins_before_the_engines_first_frame(bench: Bench, ask
     counts = Counts.now()
     asking = asyncio.create_task(bench.ask(CHAT | asked_as))
     lookup = await asked(bench)
-    await until(lambda: len(bench.upstream.bodies) == 1)
+    await until_async(lambda: len(bench.upstream.bodies) == 1)
     bench.node.inbox.append(found(lookup))
     answer = await asking
     assert text_of(answer) == "from afar"
     assert answer.headers["cache-status"].endswith("; detail=peer")
     assert ("usage" in answer.text) is (asked_as != STREAM)
-    await until(lambda: bench.upstream.disconnects == 1)
+    await until_async(lambda: bench.upstream.disconnects == 1)
     assert bench.node.scopes == []
-    await until(lambda: counts.since() == {"network_won": 1, "hit": 1, "timed": 1})
+    await until_async(lambda: counts.since() == {"network_won": 1, "hit": 1, "timed": 1})
 
 
 async def test_a_race_outlasts_the_deadline_of_those_who_wait(make_bench: MakeBench) -> None:
@@ -307,7 +273,7 @@ async def test_a_race_ends_by_itself(bench: Bench, monkeypatch: pytest.MonkeyPat
     bench.upstream.first.clear()
     asking = asyncio.create_task(bench.ask(CHAT))
     lookup = await asked(bench)
-    await until(lambda: bench.node.released == [lookup.lookup])
+    await until_async(lambda: bench.node.released == [lookup.lookup])
     bench.upstream.first.set()
     assert text_of(await asking).startswith("w1.0")
 
@@ -342,7 +308,7 @@ async def test_a_start_is_held_back_and_a_frame_never_is(bench: Bench) -> None:
     async with AsyncExitStack() as stack:
         stream = bench.client.stream("POST", CHAT_PATH, json=CHAT | STREAM)
         opening = asyncio.create_task(stack.enter_async_context(stream))
-        await until(lambda: bench.upstream.streaming == 1)  # vLLM has sent its start
+        await until_async(lambda: bench.upstream.streaming == 1)  # vLLM has sent its start
         await asyncio.sleep(0.05)
         assert not opening.done()
         bench.upstream.first.set()
@@ -361,7 +327,7 @@ async def test_a_start_is_let_go_when_the_others_have_nothing(bench: Bench) -> N
     async with AsyncExitStack() as stack:
         stream = bench.client.stream("POST", CHAT_PATH, json=CHAT | STREAM)
         opening = asyncio.create_task(stack.enter_async_context(stream))
-        await until(lambda: bench.upstream.streaming == 1)
+        await until_async(lambda: bench.upstream.streaming == 1)
         bench.node.inbox.append(not_found(bench.node.asked[0]))
         response = await opening
         assert response.headers["cache-status"] == "hyperspace; fwd=uri-miss; stored"
@@ -374,10 +340,10 @@ async def test_a_client_that_leaves_during_a_race_ends_both(bench: Bench) -> Non
     bench.node.others = Says(hinted=False)
     bench.upstream.first.clear()
     asking = asyncio.create_task(bench.ask(CHAT | STREAM))
-    await until(lambda: bench.upstream.streaming == 1)
+    await until_async(lambda: bench.upstream.streaming == 1)
     asking.cancel()
-    await until(lambda: bench.node.released == [bench.node.asked[0].lookup])
-    await until(lambda: bench.upstream.disconnects == 1)
+    await until_async(lambda: bench.node.released == [bench.node.asked[0].lookup])
+    await until_async(lambda: bench.upstream.disconnects == 1)
 
 
 @pytest.mark.parametrize("failure", ["refuse", "raise"])
@@ -433,324 +399,7 @@ async def test_an_engine_that_fails_after_its_defeat_is_reported_once_unless_it_
     bench.node.others = Says(hinted=False)
     for seed in range(2):
         assert text_of(await bench.ask(CHAT | {"seed": seed})) == "from afar"
-    await until(lambda: failed == 2)
+    await until_async(lambda: failed == 2)
     contained.logger.removeHandler(caplog.handler)
     reports = [record.exc_info is not None for record in caplog.records if "please report it" in record.message]
     assert reports == [True] * is_a_fault
-
-
-# --- many at once ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("hinted", [True, False])
-async def test_one_asks_for_all_and_all_get_what_was_found(bench: Bench, hinted: bool) -> None:
-    bench.node.others = Says(hinted)
-    bench.upstream.first.clear()
-    bodies = [CHAT | STREAM, CHAT | STREAM | USAGE, CHAT | STREAM] * 5
-    counts = Counts.now()
-    asking = [asyncio.create_task(bench.ask(body)) for body in bodies]
-    await until(lambda: bench.cache.flights.readers == len(bodies))
-    bench.node.inbox.append(found(await asked(bench)))
-    answers = await asyncio.gather(*asking)
-    assert {text_of(answer) for answer in answers} == {"from afar"}
-    assert ["usage" in answer.text for answer in answers] == [False, True, False] * 5
-    assert all(answer.headers["cache-status"].endswith("detail=peer") for answer in answers)
-    assert len(bench.node.asked) == 1
-    await until(lambda: bench.upstream.disconnects == (0 if hinted else 1))
-    won = "waited_hit" if hinted else "network_won"
-    await until(lambda: counts.since() == {won: 1, "hit": len(bodies), "timed": 1})
-
-
-async def test_followers_of_a_race_that_the_engine_wins_get_its_answer(bench: Bench) -> None:
-    bench.node.others = Says(hinted=False)
-    bench.upstream.gate.clear()
-    counts = Counts.now()
-    asking = [asyncio.create_task(bench.ask(CHAT)) for _ in range(5)]
-    await until(lambda: bench.cache.flights.readers == 5)
-    bench.upstream.gate.set()
-    assert {text_of(answer) for answer in await asyncio.gather(*asking)} == {"w1.0 w1.1 w1.2 "}
-    assert len(bench.node.asked) == 1
-    assert counts.since() == {"engine_won": 1, "miss": 1, "collapsed": 4}
-
-
-async def test_the_leaders_leaving_ends_neither_the_lookup_nor_the_wait_of_others(bench: Bench) -> None:
-    bench.node.others = Says(hinted=True)
-    leader = asyncio.create_task(bench.ask(CHAT))
-    lookup = await asked(bench)
-    follower = asyncio.create_task(bench.ask(CHAT))
-    await until(lambda: bench.cache.flights.readers == 2)
-    leader.cancel()
-    await until(lambda: bench.cache.flights.readers == 1)
-    assert bench.node.released == []
-    bench.node.inbox.append(found(lookup))
-    assert text_of(await follower) == "from afar"
-
-
-# --- what must not leave, and what must not come in -------------------------------------------------
-
-
-async def test_private_requests_never_ask(make_bench: MakeBench) -> None:
-    bench = await make_bench()
-    tenants = await make_bench(api_keys=("one", "two"))
-    bench.node.others = tenants.node.others = Says(True, found)
-    for wish in ("private", "no-store", "no-cache", "private, only-if-cached", "no-store, only-if-cached"):
-        await bench.ask(CHAT | {"seed": len(wish)}, cache_control=wish)
-    await bench.ask(CHAT | {"cache_salt": "salt"})
-    await tenants.ask(CHAT, authorization="Bearer one")
-    assert bench.node.asked == tenants.node.asked == []
-
-
-async def test_nobody_is_asked_when_that_is_switched_off(make_bench: MakeBench) -> None:
-    bench = await make_bench(network_deadline_s=0.0)
-    bench.node.others = Says(True, found)
-    assert text_of(await bench.ask(CHAT)).startswith("w1.0")
-    assert bench.node.asked == []
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"body": b"something else"},
-        {"proof": b"garbage"},
-        {"proof": b""},
-        {"expires_at_ms": 1},
-    ],
-    ids=["body", "proof", "no proof", "expired"],
-)
-@pytest.mark.parametrize("hinted", [True, False])
-async def test_what_is_not_what_its_proof_says_is_ignored(bench: Bench, changes: dict[str, Any], hinted: bool) -> None:
-    bench.node.others = Says(hinted, lambda asked: found(asked, **changes))
-    bench.upstream.first.clear()
-    counts = Counts.now()
-    asking = asyncio.create_task(bench.ask(CHAT | STREAM))
-    await until(lambda: counts.since() == {"unusable": 1, "miss": 1})
-    bench.upstream.first.set()
-    assert text_of(await asking).startswith("w1.0")
-
-
-async def test_a_soundly_signed_body_that_answers_no_such_request_is_ignored(bench: Bench) -> None:
-    bench.node.others = Says(True, found)
-    counts = Counts.now()
-    answer = await bench.ask({"model": "base", "prompt": "Once"}, TEXT_PATH)  # `found` is a chat
-    assert text_of(answer).startswith("w1.0")
-    assert counts.since() == {"unusable": 1, "miss": 1}
-
-
-async def test_a_soundly_signed_body_that_cannot_be_replayed_is_ignored(bench: Bench) -> None:
-    for number, said in enumerate(({}, {"message": 1}, {"message": {"role": "assistant", "content": 1}}), 1):
-        bench.node.others = Says(True, lambda asked, said=said: found(asked, said))  # type: ignore[misc]
-        assert text_of(await bench.ask(CHAT | STREAM | {"seed": number})).startswith(f"w{number}.0")
-
-
-async def test_an_answer_older_than_wanted_is_not_taken(bench: Bench) -> None:
-    bench.node.others = Says(True, found)
-    assert text_of(await bench.ask(CHAT, cache_control="max-age=5")).startswith("w1.0")
-    await bench.stored(1)
-
-
-async def test_who_wants_it_fresher_does_not_follow_who_takes_an_old_answer(bench: Bench) -> None:
-    bench.node.others = Says(hinted=True)
-    asking = [asyncio.create_task(bench.ask(CHAT)), asyncio.create_task(bench.ask(CHAT, cache_control="max-age=5"))]
-    await asked(bench, 2)
-    bench.node.inbox += [found(lookup) for lookup in bench.node.asked]
-    assert sorted(text_of(answer)[:4] for answer in await asyncio.gather(*asking)) == ["from", "w1.0"]
-
-
-# --- only-if-cached -------------------------------------------------------------------------------
-
-
-@as_json_and_streams
-@pytest.mark.parametrize("hinted", [True, False, None])
-async def test_only_if_cached_waits_for_the_others(bench: Bench, hinted: bool | None, asked_as: dict[str, Any]) -> None:
-    bench.node.others = Says(hinted)
-    counts = Counts.now()
-    asking = asyncio.create_task(bench.ask(CHAT | asked_as, cache_control="only-if-cached"))
-    lookup = await asked(bench)
-    assert await pending(bench, lookup).hint is (hinted is True)
-    bench.node.inbox.append(found(lookup))
-    answer = await asking
-    assert (answer.status_code, text_of(answer)) == (200, "from afar")
-    assert answer.headers["cache-status"].endswith("detail=peer")
-    assert bench.upstream.bodies == []
-    await until(lambda: counts.since() == {"waited_hit": 1, "hit": 1, "timed": 1})
-
-
-async def test_only_if_cached_never_computes_whatever_the_others_say(make_bench: MakeBench) -> None:
-    bench = await make_bench(network_deadline_s=0.05)
-    counts = Counts.now()
-    for says in (Says(True), Says(True, not_found), Says(False, lambda asked: found(asked, body=b"{}"))):
-        bench.node.others = says
-        answer = await bench.ask(CHAT, cache_control="only-if-cached")
-        assert answer.status_code == 504
-        assert answer.headers["cache-status"] == "hyperspace; detail=uri-miss"
-    assert bench.upstream.bodies == []
-    assert counts.since() == {"waited_miss": 2, "unusable": 1, "only-if-cached": 3}
-
-
-async def test_only_if_cached_releases_its_lookup_when_its_client_leaves(bench: Bench) -> None:
-    bench.node.others = Says(hinted=True)
-    asking = asyncio.create_task(bench.ask(CHAT, cache_control="only-if-cached"))
-    lookup = await asked(bench)
-    asking.cancel()
-    await until(lambda: bench.node.released == [lookup.lookup])
-
-
-# --- a node that has nobody to ask ------------------------------------------------------------------
-
-
-@dataclass
-class Link:
-    """A node that says what the test puts into its inbox."""
-
-    connected: bool = True
-    epoch: int = 1
-
-    def __post_init__(self) -> None:
-        self.sent: list[ClaimRequest | FindResponse | ReleaseResponse] = []
-        self.inbox = Inbox()
-
-    def send(self, message: ApiMessage) -> bool:
-        assert isinstance(message, ClaimRequest | FindResponse | ReleaseResponse)
-        self.sent.append(message)
-        return True
-
-    def receive(self) -> list[NodeMessage]:
-        return self.inbox.take()
-
-    def listen(self, hear: Hear) -> None:
-        self.inbox.listen(hear)
-
-
-async def answered(lookups: NodeLookup, link: Link, *messages: NodeMessage) -> None:
-    link.inbox.extend(messages)
-    await until(lambda: not link.inbox)
-
-
-@pytest.mark.parametrize("reason", ["off", "alone", "no_peers"])
-async def test_a_node_with_nobody_to_ask_is_left_in_peace_and_then_asked_without_waiting(
-    monkeypatch: pytest.MonkeyPatch, reason: str
-) -> None:
-    monkeypatch.setattr(node_lookup, "_USELESS_S", 1.0)
-    link = Link()
-    lookups = NodeLookup(link)
-    first = lookups.start(KEY, bytes(32), PATIENT_S)
-    assert first is not None
-    assert not first.hint.done()
-    await answered(lookups, link, ResponseHint(first.number, False), ResponseNotFound(first.number, reason))
-    assert (first.hint.result(), first.answer.result()) == (False, None)
-    assert lookups.start(KEY, bytes(32), PATIENT_S) is None
-    while (second := lookups.start(KEY, bytes(32), PATIENT_S)) is None:  # noqa: ASYNC110  # it is time that passes
-        await asyncio.sleep(0.002)
-    assert second.hint.result() is False, "nobody waits for the hint of a node that had none to give"
-    await answered(lookups, link, ResponseHint(second.number, True))
-    third = lookups.start(KEY, bytes(32), PATIENT_S)
-    assert third is not None
-    assert not third.hint.done(), "somebody has come: its hints are worth a moment"
-    second.release()
-    third.release()
-
-
-async def test_a_node_that_says_nothing_costs_a_moment_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_lookup, "HINT_S", 0.01)
-    monkeypatch.setattr(node_lookup, "_USELESS_S", 60.0)
-    link = Link()
-    lookups = NodeLookup(link)
-    started_s = time.monotonic()
-    first = lookups.start(KEY, bytes(32), 0.1)
-    assert first is not None
-    assert await first.hint is False
-    assert time.monotonic() - started_s >= node_lookup.HINT_S
-    second = lookups.start(KEY, bytes(32), 0.1)
-    assert second is not None
-    assert second.hint.result() is False
-    assert await first.answer is await second.answer is None
-    assert {m.lookup for m in link.sent if isinstance(m, ReleaseResponse)} == {first.number, second.number}
-    assert lookups.start(KEY, bytes(32), 0.1) is None, "not a word by the deadline: it is asked seldom"
-    assert lookups.pending == 0
-
-
-async def test_a_late_hint_makes_the_next_lookup_wait_again() -> None:
-    link = Link()
-    lookups = NodeLookup(link)
-    first = lookups.start(KEY, bytes(32), PATIENT_S)
-    assert first is not None
-    assert await first.hint is False
-    await answered(lookups, link, ResponseHint(first.number, True))
-    assert first.hint.result() is False, "the first word counts: the engine runs already"
-    second = lookups.start(KEY, bytes(32), PATIENT_S)
-    assert second is not None
-    assert not second.hint.done()
-    first.release()
-    second.release()
-
-
-async def test_lookups_are_bounded_and_make_room_when_they_end() -> None:
-    link = Link()
-    lookups = NodeLookup(link)
-    pending = [lookups.start(KEY, bytes(32), PATIENT_S) for _ in range(RESPONSE_LOOKUPS_MAX + 1)]
-    assert pending.pop() is None
-    last = pending[-1]
-    assert last is not None
-    last.release()
-    last.release()
-    assert sum(isinstance(message, ReleaseResponse) for message in link.sent) == 1
-    assert lookups.start(KEY, bytes(32), PATIENT_S) is not None
-    link.connected = False
-    link.inbox.tell()
-    await until(lambda: lookups.pending == 0)
-    assert lookups.start(KEY, bytes(32), PATIENT_S) is None
-
-
-async def test_a_lookup_is_woken_by_its_answer_and_nothing_polls() -> None:
-    link = Link()
-    lookups = NodeLookup(link)
-    pending = lookups.start(KEY, bytes(32), PATIENT_S)
-    assert pending is not None
-    assert len(asyncio.all_tasks()) == 1, "this one alone: none looks at the socket"
-    await asyncio.sleep(0.02)
-    assert link.inbox.takes == 0
-    await answered(lookups, link, ResponseFound(pending.number, b"", b"", 0, 0, "", "", ""))
-    assert await pending.hint is True
-    assert await pending.answer is not None
-    assert link.inbox.takes == 1
-
-
-async def test_a_session_that_ends_ends_what_was_asked_in_it() -> None:
-    link = Link()
-    lookups = NodeLookup(link)
-    pending = lookups.start(KEY, bytes(32), PATIENT_S)
-    assert pending is not None
-    link.epoch = 2
-    link.inbox.tell()
-    assert await pending.answer is None
-    assert lookups.pending == 0
-
-
-async def test_a_computation_elsewhere_is_waited_for_in_the_first_session_too() -> None:
-    """Where other nodes aren't asked, no lookup has told of the session before."""
-    link = Link()
-    lookups = NodeLookup(link)
-    waiting = asyncio.create_task(lookups.lead_or_wait(KEY, PATIENT_S))
-    await until(lambda: lookups.pending == 1)
-    (claim,) = link.sent
-    assert isinstance(claim, ClaimRequest)
-    await answered(lookups, link, RequestClaimed(claim.claim, False))
-    assert not waiting.done()
-    await answered(lookups, link, ClaimEnded(claim.claim))
-    assert await waiting is False
-
-
-async def test_a_lone_node_costs_a_miss_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figure is for bench/; here it is bounded loosely, for the machine may be busy."""
-    monkeypatch.setattr(node_lookup, "_USELESS_S", 60.0)
-    link = Link()
-    lookups = NodeLookup(link)
-    first = lookups.start(KEY, bytes(32), PATIENT_S)
-    assert first is not None
-    await answered(lookups, link, ResponseNotFound(first.number, "alone"))
-    took_s = []
-    for _ in range(1000):
-        started_s = time.perf_counter()
-        assert lookups.start(KEY, bytes(32), PATIENT_S) is None
-        took_s.append(time.perf_counter() - started_s)
-    assert min(took_s) < 0.0002

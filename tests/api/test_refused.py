@@ -7,7 +7,8 @@ import pytest
 
 from hyperspace_vllm.api.http_headers import RawHeaders
 from hyperspace_vllm.core.response.request_fields import Endpoint
-from tests.api.test_network_race import PATIENT_S, Says, found
+from tests.api.conftest import PATIENT_S
+from tests.api.test_network_race import Says, found
 from tests.support.cached_server import CHAT, STREAM, Bench, MakeBench
 from tests.support.until import until_async
 

@@ -299,7 +299,6 @@ class Bench:
         await until_async(lambda: self.node.store.stats()["stored"] >= count)
 
 
-until = until_async  # test_network_race.py, which is being split, imports it from here
 MakeBench = Callable[..., Awaitable[Bench]]
 Answer = Callable[[Request], Awaitable[Response]]
 

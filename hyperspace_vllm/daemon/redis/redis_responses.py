@@ -3,7 +3,7 @@
     hyperspace:<network, 16 hex digits>:response:<request hash, 64 hex digits>   a Hit (peer_wire.py), until it expires
 
     find ──▶ Redis has it, and it is valid ──▶ the answer, stored here too
-      └────▶ a miss, or Redis is away ────▶ NetworkDriver.find, with the time that is left
+      └────▶ a miss, or Redis is away ────▶ NetworkResponses.find, with the time that is left
 
 Responses that this node's engines computed, and that may leave it, are written once they are committed, sealed and with
 their CacheProof, as they would be served to a member. Redis is trusted no more than a peer: the same function judges
@@ -43,7 +43,7 @@ BUSY_S = 0.1  # until this node's database is read again
 
 
 class Network(Protocol):
-    """Continues a lookup that finds nothing in Redis (NetworkDriver)."""
+    """Where a lookup goes on that finds nothing in Redis (NetworkResponses)."""
 
     def find(
         self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int, beside_redis: bool

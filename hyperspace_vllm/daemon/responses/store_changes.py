@@ -1,4 +1,4 @@
-"""Changes of the response database for the network core: entries that this node can serve now, or no longer can.
+"""Changes of the response database for the core: entries that this node can serve now, or no longer can.
 
 Gathered while a transaction runs, and reported after its commit, in pieces that are small for an event loop.
 """
