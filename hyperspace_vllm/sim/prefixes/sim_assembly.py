@@ -70,8 +70,8 @@ class SimAssembly:
         self._fetching_bytes = 0
 
     def moving(self, lookup: int) -> int:
-        """How many rows of a lookup are on their way."""
-        return sum(not row.over for row in self._rows.get(lookup, {}).values())
+        """How many rows of a lookup are on their way; those that their peers gave up are not, until asked for again."""
+        return sum(bool(row.calls) for row in self._rows.get(lookup, {}).values())
 
     def calls(self, lookup: int) -> int:
         """How many FetchRows of a lookup are open."""
