@@ -12,12 +12,21 @@ class TokenBucket:
         self._tokens = burst
         self._at = time.monotonic()
 
+    def owe(self, amount: float) -> float:
+        """Take `amount`, which has passed; returns for how many seconds nothing more may."""
+        self._fill()
+        self._tokens -= amount
+        return max(-self._tokens / self._per_s, 0.0)
+
     def take(self, amount: float) -> bool:
         """Whether `amount` may pass now."""
-        now = time.monotonic()
-        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_s)
-        self._at = now
+        self._fill()
         if amount > self._tokens:
             return False
         self._tokens -= amount
         return True
+
+    def _fill(self) -> None:
+        now = time.monotonic()
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_s)
+        self._at = now

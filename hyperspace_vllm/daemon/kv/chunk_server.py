@@ -2,7 +2,9 @@
 
 The CURVE handshake proves the requesting peer's identity (ZAP's user id); what a message claims doesn't count. A peer
 may have PEER_REQUESTS_MAX requests open and PEER_BYTES_IN_FLIGHT_MAX chunk bytes queued here; beyond that it is
-answered `busy` or waits. The loop never blocks: disk reads happen in a thread, sends are tried until a deadline.
+answered `busy` or waits. Requests, and answers other than chunks, take of the peer's share of CPU time; a peer that has
+used it up is not read for a while. The loop never blocks: disk reads happen in a thread, sends are tried until a
+deadline.
 """
 
 import asyncio
@@ -23,6 +25,7 @@ from ...core.records.limits import PEER_BYTES_IN_FLIGHT_MAX, PEER_REQUESTS_MAX, 
 from ...core.records.reason import Reason
 from ..identity import Identity
 from ..metrics import Metrics
+from ..token_bucket import TokenBucket
 from ..zmq_pump import Socket
 from .chunk_store import ChunkStore
 from .kv_door import COPIED_BYTES_MAX, Connection, Door
@@ -30,6 +33,11 @@ from .kv_door import COPIED_BYTES_MAX, Connection, Door
 SEND_TRY_S = 0.002  # polled: no event says that the sum of a peer's chunks in flight has room again
 SEND_STALL_S = 5.0  # a connection that accepts nothing for this long is closed
 READ_BATCH_BYTES = 1 * MiB
+CPU_SHARE = 0.1  # of a core, for one peer's requests
+CPU_BURST_S = 0.5  # at once; a fetch of 64 MiB with a request for each chunk takes a fifth of it
+MESSAGE_S = 100e-6  # on a slow core
+BYTE_S = 40e-9  # a row id has 34, and is decoded and looked up
+REPLY_BYTE_S = 20e-9  # offers, mostly
 HAVE_BATCH = 256  # ids that are looked up at once: under a millisecond
 
 T = TypeVar("T")
@@ -46,6 +54,7 @@ class _Peer:
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # at most one batch per peer in this process's memory
     in_flight: deque[tuple[zmq.MessageTracker, int]] = field(default_factory=deque)
     in_flight_bytes: int = 0
+    cpu: TokenBucket = field(default_factory=lambda: TokenBucket(CPU_SHARE, CPU_BURST_S))
 
     def bytes_in_flight(self) -> int:
         """Bytes of large chunks; those of an older connection may finish later, and until then newer ones count too."""
@@ -95,6 +104,8 @@ class ChunkServer:
     # --- requests -------------------------------------------------------------------------------
 
     def _receive(self, connection: Connection, frames: list[zmq.Frame]) -> None:
+        peer = self._peers.setdefault(connection.peer, _Peer())
+        connection.hold(peer.cpu.owe(MESSAGE_S + sum(map(len, frames)) * BYTE_S))
         try:
             if len(frames) != 1:
                 raise ProtocolViolation(f"peer request: {len(frames)} frames, expected 1")
@@ -102,7 +113,6 @@ class ChunkServer:
         except ProtocolViolation:
             self._charge(connection.peer, Reason.PROTOCOL)
             return
-        peer = self._peers.setdefault(connection.peer, _Peer())
         running = peer.requests.get((connection, request.request))
         if isinstance(request, wire.Cancel):
             if running is not None:
@@ -190,6 +200,8 @@ class ChunkServer:
         self, peer: _Peer, connection: Connection, reply: wire.PeerReply, chunk: memoryview | None = None
     ) -> None:
         frames: list[bytes | memoryview] = [wire.encode(reply)]
+        if chunk is None:
+            connection.hold(peer.cpu.owe(len(frames[0]) * REPLY_BYTE_S))
         if chunk is not None:
             frames.append(chunk)
         tracked_bytes = len(chunk) if chunk is not None and len(chunk) >= COPIED_BYTES_MAX else 0

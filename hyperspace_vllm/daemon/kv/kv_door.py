@@ -60,6 +60,7 @@ class Connection:
         self._passage = Passage(tcp, zmq_socket, meter, self._close)
         self._pump = Pump(zmq_socket, self._received)
         self.send = self._pump.send  # None: no room, or closed
+        self.hold = self._passage.hold
         self.closed = False
 
     async def run(self, first: bytes) -> None:

@@ -25,6 +25,8 @@ from ..zmq_pump import Socket
 from .frame_meter import FrameMeter
 
 PIECE_BYTES = 256 * KiB  # pages of the buffer that no message needs are never touched
+HELD_BACK_BYTES = 64 * KiB  # read at once of a peer that has sent too much within HELD_BACK_S
+HELD_BACK_S = 1.0
 UNFINISHED_S = 5.0  # a message that fills the meter and isn't whole by then never will be
 ATTACH_S = 5.0  # for ZeroMQ to connect within this process, or to disconnect
 
@@ -43,6 +45,11 @@ class Passage:
         self._meter = meter
         self._let_go = let_go
         self._came_out = asyncio.Event()
+        self._held_until = float("-inf")
+
+    def hold(self, time_s: float) -> None:
+        """Pass nothing on for so long, so that TCP holds the peer back."""
+        self._held_until = max(self._held_until, self._loop.time() + time_s)
 
     def came_out(self, frames: Iterable[zmq.Frame]) -> None:
         """Count a message that the socket gave out."""
@@ -74,9 +81,13 @@ class Passage:
         size = len(first) or await self._loop.sock_recv_into(self._tcp, buffer)
         while size:
             self._meter.put_in(buffer[:size])
+            left_s = self._held_until - self._loop.time()
+            if left_s > 0:
+                await asyncio.sleep(left_s)
             await self._loop.sock_sendall(local, buffer[:size])
             await self._wait_for_room()
-            size = await self._loop.sock_recv_into(self._tcp, buffer)
+            was_held = self._held_until > self._loop.time() - HELD_BACK_S
+            size = await self._loop.sock_recv_into(self._tcp, buffer[:HELD_BACK_BYTES] if was_held else buffer)
 
     async def _outward(self, local: socket.socket) -> None:
         buffer = memoryview(bytearray(PIECE_BYTES))

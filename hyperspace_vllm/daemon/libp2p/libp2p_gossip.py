@@ -7,7 +7,7 @@ message and an entry for every topic that any peer names, and connects to every 
 import logging
 import random
 import time
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,7 +23,7 @@ from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.rpc_queue import RpcQueue
-from libp2p.pubsub.utils import maybe_consume_signed_record
+from libp2p.pubsub.utils import maybe_consume_signed_record, safe_bytes_from_hex
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
 from ...core.peers.eviction import select_evicted
@@ -43,6 +43,7 @@ GOSSIP_FIELDS_MAX = GOSSIP_RPC_BYTES_MAX // 40
 FIELDS_AT_ONCE = 64  # before other tasks get their turn
 CONTROL_ENTRIES_MAX = 64
 CONTROL_IDS_MAX = 1_000
+SENT_AGAIN_MAX = 3  # times that a message is sent to a neighbour that wants it, as in go-libp2p
 HEARTBEAT_S = 1
 CANDIDATES_MAX = 1_000  # for a place in a mesh: all connected peers
 BACK_OFF_MAX_S = 600  # the longest that a PRUNE may ask for; ten times what GossipSub's own asks
@@ -98,17 +99,22 @@ class NodeGossip(GossipSub):
         self._topics = topics
         self._acquaintance = acquaintance
         self._caught_up: set[tuple[ID, str]] = set()
+        self._sent_again: dict[bytes, Counter[ID]] = {}  # by message id, of messages in the cache only
 
     async def send_recent_messages(self, peer_id: ID, topic: str) -> None:
-        """Queue the messages of the last seconds for a new neighbour, once per connection.
+        """Queue the messages of the last seconds for a new neighbour, at its price, once per connection.
 
         The library writes them past the queue, and again after each unsubscribing.
         """
-        if (peer_id, topic) not in self._caught_up:
+        stream: Any = self.pubsub.peers.get(peer_id) if self.pubsub else None
+        if stream is not None and (peer_id, topic) not in self._caught_up:
             self._caught_up.add((peer_id, topic))
-            for message_id in self.mcache.window(topic):
-                if (message := self.mcache.get(message_id)) is not None:
-                    self.send_rpc(peer_id, rpc_pb2.RPC(publish=[message]))
+            found = [self.mcache.get(message_id) for message_id in self.mcache.window(topic)]
+            recent = [message for message in found if message is not None]
+            size = sum(message.ByteSize() for message in recent)
+            await stream.muxed_conn.spend(size * libp2p_time.SENT_BYTE_S)
+            for message in recent:
+                self.send_rpc(peer_id, rpc_pb2.RPC(publish=[message]))
 
     async def flush_pending_messages(self, peer_id: ID) -> None:
         """Drop what was published before the neighbour's stream was open: send_recent_messages sends it."""
@@ -133,8 +139,9 @@ class NodeGossip(GossipSub):
         """Message ids to announce by IHAVE, by peer and topic.
 
         Unlike the library's, it includes peers pruned a minute ago or less. Once a second it removes the back-offs that
-        have ended: the library keeps those of peers that left.
+        have ended (the library keeps those of peers that left), and the counts of messages that have left the cache.
         """
+        self._sent_again = {each: count for each, count in self._sent_again.items() if each in self.mcache.msgs}
         now_s = time.time()
         for topic, ends in self.back_off.items():
             self.back_off[topic] = {peer_id: end_s for peer_id, end_s in ends.items() if end_s > now_s}
@@ -171,6 +178,27 @@ class NodeGossip(GossipSub):
                 entry.messageIDs[:] = list(dict.fromkeys(entry.messageIDs))[:CONTROL_IDS_MAX]
         kinds = control.graft, control.prune, control.ihave, control.iwant, control.idontwant
         return sum(len(entries) for entries in kinds)
+
+    def keep_due(self, peer_id: ID, control: Any) -> int:
+        """Drop the wanted ids of messages that the cache has lost, or that the neighbour has been sent three times.
+
+        Returns the size of the others in bytes.
+        """
+        size = 0
+        for entry in control.iwant:
+            due: list[bytes] = []
+            for wanted in entry.messageIDs:
+                message_id = safe_bytes_from_hex(wanted) or b""
+                message = self.mcache.get(message_id)
+                if message is None:
+                    continue
+                sent = self._sent_again.setdefault(message_id, Counter())
+                if sent[peer_id] < SENT_AGAIN_MAX:
+                    sent[peer_id] += 1
+                    due.append(wanted)
+                    size += message.ByteSize()
+            entry.messageIDs[:] = due
+        return size
 
     async def _do_px(self, px_peers: Any) -> None:
         return
@@ -247,7 +275,8 @@ class NodePubsub(Pubsub):
             self.handle_subscription(peer_id, subscription)
         if rpc.HasField("control"):
             entries = self._router.keep_ours(rpc.control)
-            await conn.spend(entries * libp2p_time.GOSSIP_CONTROL_S)
+            wanted_bytes = self._router.keep_due(peer_id, rpc.control)
+            await conn.spend(entries * libp2p_time.GOSSIP_CONTROL_S + wanted_bytes * libp2p_time.SENT_BYTE_S)
             await self._router.handle_rpc(rpc, peer_id)
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:

@@ -47,7 +47,7 @@ from .libp2p_gossip import NodeGossip, NodePubsub
 from .libp2p_overrides import patch_library, running
 from .libp2p_streams import Answerer, StreamClient
 from .libp2p_swarm import NodeHost, NodePeerStore, NodeSwarm, NodeUpgrader, address_of, multiaddr_of
-from .libp2p_time import REQUEST_S, Account, PeerTime, answer_s
+from .libp2p_time import Account, PeerTime, answer_s
 from .libp2p_yamux import PROTOCOL as YAMUX
 from .libp2p_yamux import YamuxConnection
 
@@ -154,7 +154,7 @@ class Libp2pNode:
         self._topics = settings.topics
         self._listen = settings.listen
         self._asker = StreamClient(self._host, lambda peer_id: bool(self._swarm.live(peer_id)))
-        self._answerer = Answerer(self._on_request, self._on_violation, self._wait_for_time, self._tier)
+        self._answerer = Answerer(self._on_request, self._on_violation, self._spend, self._tier)
         self._dialling: dict[ID, trio.Lock] = {}
         for protocol in settings.protocols:
             self._host.set_stream_handler(TProtocol(protocol), partial(self._answerer.serve, protocol=protocol))
@@ -297,8 +297,8 @@ class Libp2pNode:
     def _tier(self, peer: PeerId) -> Tier:
         return self._events.tier(peer) if _is_node(peer) else Tier.STRANGER
 
-    async def _wait_for_time(self, peer_id: ID) -> None:
-        await self._account(peer_id).spend(REQUEST_S)
+    async def _spend(self, peer_id: ID, cost_s: float) -> None:
+        await self._account(peer_id).spend(cost_s)
 
     def _account(self, peer_id: ID) -> Account:
         return self._time.account(PeerId(peer_id.to_base58()), self._swarm.host_of(peer_id))

@@ -24,6 +24,7 @@ from ...core.records.rank import Tier
 from ...core.records.reason import Reason
 from ..peer_failed import PeerFailed
 from .libp2p_room import Hold, PeerRoom
+from .libp2p_time import REQUEST_S, SENT_BYTE_S
 
 REQUESTS_PER_PEER_MAX = 64  # in flight, in either direction
 REQUESTS_MAX = 512
@@ -40,7 +41,7 @@ IDLE_S = 30.0  # between requests
 SPARE_S = 20.0  # less than the other side's IDLE_S
 FRAME_S = 5.0  # from a request's first byte to its last
 HANDLE_S = 30.0  # for this node to compute an answer
-ANSWER_S = 15.0  # for a peer to read an answer
+ANSWER_S = 15.0  # for a peer to pay for an answer and to read it
 
 _LENGTH = struct.Struct("!I")
 _BROKEN = (IOException, StreamError)  # what the library raises for streams and connections that ended
@@ -85,19 +86,20 @@ async def write_frame(stream: INetStream, payload: bytes) -> None:
 class Answerer:
     """Serves inbound streams: reads requests, calls `answer` and writes the result.
 
-    `violated` is called with a peer that broke a rule; `turn` returns when a peer's next request may start. A peer that
-    finds no room, or loses it to another, is answered `busy`, which is neither peer's fault.
+    `violated` is called with a peer that broke a rule; `spend` returns when a peer's share of CPU time allows work of
+    so many seconds. A peer that finds no room, or loses it to another, is answered `busy`, which is neither peer's
+    fault.
     """
 
     def __init__(
         self,
         answer: Callable[[ID, str, bytes], Awaitable[bytes | None]],
         violated: Callable[[ID], None],
-        turn: Callable[[ID], Awaitable[None]],
+        spend: Callable[[ID, float], Awaitable[None]],
         tier: Callable[[PeerId], Tier],
     ) -> None:
         self._answer = answer
-        self._turn = turn
+        self._spend = spend
         self._violated = violated
         self._requests = 0
         self._requests_of: dict[ID, int] = {}
@@ -126,7 +128,8 @@ class Answerer:
         request = _Request(self._incoming, peer, self._tier(peer))
         try:
             await read_frame(stream, IDLE_S, FRAME_S, STREAM_FRAME_BYTES_MAX, request.keep)
-            await self._turn(peer_id)  # before it counts among the running requests, of which others need some
+            # Before it counts among the running requests, of which others need some.
+            await self._spend(peer_id, REQUEST_S)
             frame = request.take()
             answer = b"" if frame is None else await self._ask(peer_id, protocol, frame)
         finally:
@@ -135,10 +138,12 @@ class Answerer:
             return False
         with trio.CancelScope() as scope:
             hold = Hold(peer, self._tier(peer), scope.cancel)
+            cost_s = len(answer) * SENT_BYTE_S  # for one that finds no room as well: it has been read and sealed
             try:
                 if not self._outgoing.take(hold, len(answer)):
                     answer = b""
                 with trio.fail_after(ANSWER_S):
+                    await self._spend(peer_id, cost_s)
                     await write_frame(stream, answer)
             finally:
                 self._outgoing.give_back(hold)

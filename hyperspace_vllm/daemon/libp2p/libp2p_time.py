@@ -1,12 +1,13 @@
 """Bounds how much of this node's CPU time peers' messages take, whatever they contain.
 
 Messages, frames, bytes, new streams, requests and everything else that comes in any number on a stream (gossip, pings,
-the DHT's messages) each have a price, about what they take on a slow core. A peer that has used up its time is not read
-for a while, so that TCP holds it back; an honest peer loses nothing but speed, beyond 30 MB/s. There are shares for a
-peer, for the peers of a host, and for all known peers together; strangers have shares of their own, and take nothing
-from the rest. When peers want more than there is they take turns, a millisecond at a time: hosts among members, among
-proven peers and among strangers, and then the peers of a host. Rejected: measuring the time, most of which is spent in
-tasks that don't know which peer it is for.
+the DHT's messages) each have a price, about what they take on a slow core; so has each byte that a peer asks this node
+to send: answers, and messages of gossip that it wants again. A peer that has used up its time is not read for a while,
+so that TCP holds it back; an honest peer loses nothing but speed, beyond 30 MB/s in either direction. There are shares
+for a peer, for the peers of a host, and for all known peers together; strangers have shares of their own, and take
+nothing from the rest. When peers want more than there is they take turns, a millisecond at a time: hosts among members,
+among proven peers and among strangers, and then the peers of a host. Rejected: measuring the time, most of which is
+spent in tasks that don't know which peer it is for.
 """
 
 from collections import OrderedDict
@@ -28,6 +29,7 @@ STREAM_S = 1e-3  # to agree on its protocol
 DHT_MESSAGE_S = 500e-6
 DHT_FIELD_S = 10e-6  # each field of it; of a peer without an id of ours the library makes a line of its log
 REQUEST_S = 1e-3  # to decode and answer it, in two threads; an answer to one of this node's as well
+SENT_BYTE_S = 5e-9  # of what a peer asked for: to read, seal, encrypt and write it, in three threads
 RECORD_S = 1e-3  # to check one in an answer, and to find whom it pushes out of a full table
 RECORD_BYTES_MIN = 160
 PING_S = 150e-6

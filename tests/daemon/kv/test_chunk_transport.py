@@ -75,6 +75,44 @@ async def test_a_question_for_many_rows_is_answered_in_slices_between_which_othe
     assert (sum(slices), max(slices)) == (8_000, chunk_server.HAVE_BATCH)
 
 
+async def test_requests_take_a_bounded_part_of_the_time(
+    pair: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_server, "MESSAGE_S", 0.05)
+    server, client = pair
+    server_id, began = server.identity.peer_id, time.monotonic()
+    for _ in range(24):
+        with pytest.raises(PeerFailed):
+            await client.transport.manifest(server_id, ManifestDigest(bytes(32)), 5.0)
+    assert time.monotonic() - began > (23 * 0.05 - chunk_server.CPU_BURST_S) / chunk_server.CPU_SHARE - 0.1
+    assert not server.violations
+
+
+async def test_answers_other_than_chunks_are_in_the_time_of_who_asks(
+    pair: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, client = pair
+    record, server_id = put_object(server.store), server.identity.peer_id
+    monkeypatch.setattr(chunk_server, "REPLY_BYTE_S", 0.4 / len(record.digests))
+    monkeypatch.setattr(chunk_server, "CPU_SHARE", 0.5)
+    began = time.monotonic()
+    for _ in range(3):
+        await client.transport.manifest(server_id, record.digest, 5.0)
+    assert time.monotonic() - began > (0.8 - chunk_server.CPU_BURST_S) / chunk_server.CPU_SHARE - 0.1
+
+
+async def test_a_fetch_at_full_speed_comes_nowhere_near_its_share(pair: tuple[Side, Side]) -> None:
+    server, client = pair
+    record, server_id = put_object(server.store), server.identity.peer_id
+    assert (await client.transport.find(server_id, (*(RowId(bytes([n]) * 32) for n in range(255)), ROW_ID), 5.0)).offers
+    await client.transport.manifest(server_id, record.digest, 5.0)
+    for _ in range(64 * MiB // (32 * CHUNK) + 1):
+        assert len(await fetch(client, server, record.digest, tuple(range(32)))) == 32
+    (peer,) = server.transport._server._peers.values()  # type: ignore[union-attr]
+    spent_s = chunk_server.CPU_BURST_S - peer.cpu._tokens
+    assert spent_s < chunk_server.CPU_BURST_S / 20
+
+
 async def test_what_is_not_there_is_said_at_once(pair: tuple[Side, Side]) -> None:
     server, client = pair
     record = put_object(server.store)

@@ -97,6 +97,67 @@ async def test_a_neighbour_that_subscribes_again_and_again_is_sent_recent_messag
     assert 0 < sent <= 2 * published
 
 
+@pytest.mark.parametrize("spelling", ["once", "in many entries", "as bytes and in hex"])
+async def test_a_message_is_sent_three_times_at_most_to_a_neighbour_that_wants_it(
+    members: Members, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    write, sent, took_s = libp2p_gossip.NodePubsub.write_msg, 0, 0.0
+
+    async def counted(pubsub: libp2p_gossip.NodePubsub, stream: INetStream, rpc: rpc_pb2.RPC) -> bool:
+        nonlocal sent
+        sent += sum(message.data == b"hello" for message in rpc.publish)
+        return await write(pubsub, stream, rpc)
+
+    async def want(node: Libp2pNode, victim: ID) -> None:
+        nonlocal took_s
+        gossip = a.host._link.node._gossip  # type: ignore[union-attr]
+        while not gossip.mcache.msgs:  # noqa: ASYNC110 (it comes in another thread)
+            await trio.sleep(0.02)
+        ((message_id, message),) = gossip.mcache.msgs.items()
+        if spelling == "once":
+            monkeypatch.setattr(libp2p_time, "SENT_BYTE_S", 0.2 / message.ByteSize())
+        ids = [message_id, message_id.hex().encode()] if spelling == "as bytes and in hex" else [message_id]
+        entries = [rpc_pb2.ControlIWant(messageIDs=ids)] * (20 if spelling == "in many entries" else 1)
+        stream = await open_stream(node, victim, "/meshsub/1.1.0")
+        began_s = trio.current_time()
+        for _ in range(8):
+            rpc = rpc_pb2.RPC(control=rpc_pb2.ControlMessage(iwant=entries))
+            await stream.write(encode_varint_prefixed(rpc.SerializeToString()))
+        await stream.write(encode_varint_prefixed(rpc_pb2.RPC(publish=[gossip_message(b"last")]).SerializeToString()))
+        while not a.gossip:  # noqa: ASYNC110 (it comes in another thread)
+            await trio.sleep(0.02)
+        took_s = trio.current_time() - began_s
+
+    (a,) = await members(1)
+    assert a.host.publish(TOPIC, b"hello")
+    monkeypatch.setattr(libp2p_gossip.NodePubsub, "write_msg", counted)
+    await attack(a, want)
+    assert libp2p_gossip.SENT_AGAIN_MAX <= sent <= libp2p_gossip.SENT_AGAIN_MAX + 1  # it may be a recent one, too
+    if spelling == "once":
+        assert took_s > (3 * 0.2 - 2 * libp2p_time.BURST_S) / libp2p_time.PEER_SHARE
+
+
+async def test_what_a_neighbour_was_sent_again_is_counted_while_the_message_is_there() -> None:
+    gossip = libp2p_gossip.NodeGossip(frozenset({TOPIC}), lambda _: Acquaintance(Rank.TOLD, ""))
+    message = gossip_message(bytes(1000))
+    gossip.mcache.put(message)
+    message_id, peer = message.from_id + message.seqno, ID(message.from_id)
+
+    def want() -> int:
+        control = rpc_pb2.ControlMessage(iwant=[rpc_pb2.ControlIWant(messageIDs=[message_id, b"unknown", b""])])
+        size = gossip.keep_due(peer, control)
+        assert bool(size) is (list(control.iwant[0].messageIDs) == [message_id])
+        return size
+
+    assert [want() for _ in range(5)] == [message.ByteSize()] * 3 + [0] * 2
+    gossip.gossip_heartbeat()
+    assert not want()
+    for _ in range(gossip.mcache.history_size):
+        gossip.mcache.shift()
+    gossip.gossip_heartbeat()
+    assert not gossip._sent_again
+
+
 async def test_a_message_that_cannot_be_sent_is_told_with_its_traceback_and_takes_no_place(
     members: Members, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -44,7 +44,7 @@ class Stream:
         self.is_reset = True
 
 
-async def no_wait(peer: ID) -> None: ...
+async def no_wait(peer: ID, cost_s: float) -> None: ...
 
 
 def serve(

@@ -1,4 +1,6 @@
-"""What peers send takes a bounded part of this node's CPU time, whatever it says; on a virtual clock."""
+"""What peers send, and make this node send, takes a bounded part of its CPU time; on a virtual clock."""
+
+from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
@@ -20,8 +22,10 @@ from hyperspace_vllm.daemon.libp2p.libp2p_time import (
     MESSAGE_S,
     PEER_SHARE,
     REQUEST_S,
+    SENT_BYTE_S,
     STRANGERS_SHARE,
     STREAM_S,
+    Account,
     PeerTime,
 )
 from hyperspace_vllm.daemon.libp2p.libp2p_yamux import MESSAGE_BYTES, SILENCE_S, YamuxConnection
@@ -143,9 +147,7 @@ def test_requests_and_new_streams_take_a_bounded_part_of_the_time(
         time, peer, wire = peer_time(), ID.from_base58(STRANGERS[0]), Opening("192.0.2.1", b"", 0)
         conn = YamuxConnection(wire, peer, time, lambda peer: None)  # type: ignore[arg-type]
         account = time.account(STRANGERS[0], "192.0.2.1")
-        answerer = Answerer(
-            handle, lambda peer: None, lambda peer: account.spend(REQUEST_S), lambda peer: Tier.STRANGER
-        )
+        answerer = answering(handle, account)
         with trio.move_on_after(FOR_S):
             async with trio.open_nursery() as nursery:
                 if streams:
@@ -160,13 +162,39 @@ def test_requests_and_new_streams_take_a_bounded_part_of_the_time(
     assert PEER_SHARE * FOR_S * 0.9 < len(ended) * price_s < PEER_SHARE * FOR_S + 2 * BURST_S
 
 
-class Asking:
-    """A stream with requests without an end."""
+@pytest.mark.parametrize("takes", [True, False], ids=["taken", "not taken"])
+def test_the_bytes_that_a_peer_asks_for_take_a_bounded_part_of_the_time(takes: bool) -> None:
+    answered: list[int] = []
 
-    def __init__(self, peer: ID) -> None:
+    async def handle(peer: ID, protocol: str, request: bytes) -> bytes:
+        answered.append(RESPONSE_BYTES_MAX)
+        return bytes(RESPONSE_BYTES_MAX)
+
+    async def main() -> None:
+        peer, time = ID.from_base58(STRANGERS[0]), peer_time()
+        answerer = answering(handle, time.account(STRANGERS[0], "192.0.2.1"))
+        with trio.move_on_after(FOR_S):
+            async with trio.open_nursery() as nursery:
+                for _ in range(8):
+                    nursery.start_soon(answerer.serve, Asking(peer, takes), "protocol")
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    cost_s = sum(REQUEST_S + size * SENT_BYTE_S for size in answered)
+    assert PEER_SHARE * FOR_S * 0.9 < cost_s < PEER_SHARE * FOR_S + 2 * BURST_S
+
+
+def answering(handle: Callable[[ID, str, bytes], Awaitable[bytes]], account: Account) -> Answerer:
+    return Answerer(handle, lambda peer: None, lambda peer, cost_s: account.spend(cost_s), lambda peer: Tier.STRANGER)
+
+
+class Asking:
+    """A stream with requests without an end; with `takes` false it takes only `busy` for an answer."""
+
+    def __init__(self, peer: ID, takes: bool = True) -> None:
         self.muxed_conn = self
         self.peer_id = peer
         self._left = FOR_S / REQUEST_S
+        self._takes = takes
 
     async def read(self, size: int) -> bytes:
         self._left -= 1
@@ -174,7 +202,9 @@ class Asking:
             await trio.sleep_forever()
         return b"\0\0\0\1?"[:size] if size == 4 else b"?"
 
-    async def write(self, data: bytes) -> None: ...
+    async def write(self, data: bytes) -> None:
+        if not self._takes and len(data) > 4:
+            await trio.sleep_forever()
 
     async def reset(self) -> None: ...
 
