@@ -36,13 +36,14 @@ from .l1_metrics import l1_metrics
 from .large_bodies import Busy, LargeBodies
 from .node_lookup import NodeLookup
 from .options import ResponseCacheOptions
+from .ready_answer import Ready
 from .request_body import read_body, read_rest, replayed, rewritten, with_content_length
 from .request_context import RequestContext
 from .request_facts import facts_of
 from .states.refusals import Bypass, NotCached
 from .stored_answer import Sending
 
-Answer = Callable[[], Awaitable[None]]
+Answer = Callable[[], Awaitable[Ready | None]]
 
 
 class ResponseCacheMiddleware:
@@ -68,7 +69,13 @@ class ResponseCacheMiddleware:
         """One request (ASGI 3). If Hyperspace fails before the way is chosen, the application answers."""
         endpoint = _endpoint(scope)
         if endpoint is None and not (self._has_tenants and _path(scope) in SALTED):
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
+        ready = await self._answer(endpoint, scope, receive, send)
+        if ready is not None:  # here nothing of the request is held any more
+            await ready.send()
+
+    async def _answer(self, endpoint: Endpoint | None, scope: Scope, receive: Receive, send: Send) -> Ready | None:
         heard: list[Message] = []
 
         async def hear() -> Message:
