@@ -56,13 +56,12 @@ class Exchange:
         if context.facts.endpoint == "embeddings":
             return await self._choose_inputs(names)
         why, kept = "request" if wishes.no_cache else "uri-miss", False
-        now_ms = context.now_ms()
         if not wishes.no_cache or context.facts.first_sample_stays:
-            entry = await context.entry(key, now_ms)
-            kept = context.facts.first_sample_stays and entry is not None
-            if entry is not None and not wishes.no_cache:
-                if (answer := await Stored(context).answer(key, entry, now_ms)) is not None:
-                    return answer
+            exists, answer = await Stored(context).find(key)
+            if answer is not None:
+                return answer
+            kept = context.facts.first_sample_stays and exists
+            if exists and not wishes.no_cache:
                 if await context.is_refused():
                     await Bypass(context).answer("bypass", "refused")
                     return None

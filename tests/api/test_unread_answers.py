@@ -65,6 +65,12 @@ def held_of_requests() -> list[object]:
     return found
 
 
+def entries() -> list[StoredResponse]:
+    """The entries with LONG that are held."""
+    gc.collect()
+    return [each for each in gc.get_objects() if isinstance(each, StoredResponse) and len(each.body) > len(LONG)]
+
+
 # --- hits ---------------------------------------------------------------------------------------
 
 
@@ -103,7 +109,7 @@ async def test_a_hit_that_waits_for_its_client_holds_neither_its_request_nor_its
     await unread.ask(asked)
     await until_async(lambda: bench.cache.sending.bytes > 6e6)
     assert not held_of_requests()
-    assert not [each for each in gc.get_objects() if isinstance(each, StoredResponse) and len(each.body) > len(LONG)]
+    assert not entries()
     assert len(bench.upstream.bodies) == 1
     await unread.leave()
 
@@ -201,6 +207,21 @@ async def test_a_computed_answer_that_is_not_read_holds_no_request(make_bench: M
     await until_async(lambda: bench.requests.running == 0)
     assert not held_of_requests()
     await unread.leave()
+
+
+@pytest.mark.io
+async def test_a_request_that_is_computed_although_there_is_an_entry_does_not_hold_it(make_bench: MakeBench) -> None:
+    bench = await make_bench()
+    bench.upstream.says = [LONG]
+    await bench.ask(CHAT)
+    await bench.stored(1)
+    bench.cache.recent = Recent()
+    bench.upstream.gate.clear()
+    asked = asyncio.create_task(bench.ask(CHAT, cache_control="min-fresh=999999"))
+    await until_async(lambda: len(bench.upstream.bodies) == 2)
+    assert not entries()
+    bench.upstream.gate.set()
+    assert "fwd=stale" in (await asked).headers["cache-status"]
 
 
 # --- the threads for large bodies ---------------------------------------------------------------

@@ -184,9 +184,8 @@ class Computed:
             if flight is not None and (joined := await Joined(context, miss.why).answer(flight)) != "failed":
                 return joined
             failed += 1
-            now_ms = context.now_ms()
-            entry = await context.entry(miss.key, now_ms)
-            if entry and (stored := await Stored(context).answer(miss.key, entry, now_ms)) is not None:
+            _, stored = await Stored(context).find(miss.key)
+            if stored is not None:
                 return stored  # of the followers that it has failed before
         return await Led(context, miss, plan).answer(asks_others=not failed)  # after a failure they were asked
 

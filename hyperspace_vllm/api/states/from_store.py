@@ -18,6 +18,18 @@ class Stored:
     def __init__(self, context: RequestContext) -> None:
         self._context = context
 
+    async def find(self, key: RequestKey) -> tuple[bool, Ready | None]:
+        """Whether there is an entry, and the answer to the request if it is usable.
+
+        The entry is not kept: a request that is computed may take long.
+        """
+        context = self._context
+        now_ms = context.now_ms()
+        entry = await context.entry(key, now_ms)
+        if entry is None or context.facts.wishes.no_cache:
+            return entry is not None, None
+        return True, await self.answer(key, entry, now_ms)
+
     async def answer(self, key: RequestKey, entry: StoredResponse, now_ms: int, detail: str = "exact") -> Ready | None:
         """The entry as the request wants it; None if it is not usable."""
         context = self._context
@@ -57,7 +69,7 @@ class Similar:
         if similar.verdict == "compute":
             context.cache.metrics.similar.labels("doubted").inc()
             entry = await context.entry(key, context.now_ms())
-            return None if entry is None else self._match(key, similar.similarity, entry)
+            return None if entry is None else await self._match(key, similar.similarity, entry)
         context.cache.metrics.similar.labels("found").inc()
         detail = f"semantic; similarity={similar.similarity:.3f}"
         checked = similar.verdict == "check"
@@ -72,8 +84,10 @@ class Similar:
         if entry is None or answer is None:
             return None
         if checked and not context.facts.wishes.only_if_cached:
-            context.cache.checks.start(checks.compute_too(context, self._match(key, similarity, entry)))
+            match = await self._match(key, similarity, entry)
+            context.cache.checks.start(checks.compute_too(context, match))
         return answer
 
-    def _match(self, key: RequestKey, similarity: float, entry: StoredResponse) -> checks.ToCompare:
-        return checks.ToCompare(key, self._question, similarity, self._mode, entry.body)
+    async def _match(self, key: RequestKey, similarity: float, entry: StoredResponse) -> checks.ToCompare:
+        said = await checks.text_of(self._context, entry.body)
+        return checks.ToCompare(key, self._question, similarity, self._mode, said)
