@@ -12,6 +12,7 @@ from .client_end import Client
 from .naming import Naming
 from .options import ApiMessage
 from .request_facts import RequestFacts
+from .stored_answer import StoredAnswer
 
 T = TypeVar("T")
 
@@ -82,6 +83,9 @@ class InputsPort(CachePort, Protocol):
 
     async def write(self, size: int, work: Callable[[], T]) -> T:
         """The result of `work` on `size` bytes; on the event loop if the threads are too busy."""
+
+    def has_room(self, answer: StoredAnswer) -> bool:
+        """Whether there is room for an answer while its client reads it."""
 
     def touch(self, key: RequestKey) -> None:
         """Note that the entry of `key` was served."""

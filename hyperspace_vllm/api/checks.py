@@ -41,13 +41,16 @@ class OneAtATime:
 
 @dataclass(frozen=True, slots=True)
 class ToCompare:
-    """A match of `question`, whose answer is `stored` under `key`; `similarity` is that of the questions."""
+    """A match of `question`, whose answer is stored under `key`; `similarity` is that of the questions.
+
+    `said` is the beginning of that answer's text, None if it is not text.
+    """
 
     key: RequestKey
     question: Question
     similarity: float
     mode: Mode
-    stored: bytes
+    said: str | None
 
 
 async def compute_too(port: CachePort, match: ToCompare) -> None:
@@ -55,7 +58,7 @@ async def compute_too(port: CachePort, match: ToCompare) -> None:
 
     Only if the match is text.
     """
-    if await _text(port, match.stored) is None:
+    if match.said is None:
         return
     facts, naming = port.facts, port.naming
     body = {name: value for name, value in facts.body.items() if name not in ("stream", "stream_options")}
@@ -81,10 +84,9 @@ async def compute_too(port: CachePort, match: ToCompare) -> None:
 
 async def report(port: CachePort, match: ToCompare, computed: bytes) -> None:
     """Let the node compare the answers, if both are text."""
-    stored, text = await _text(port, match.stored), await _text(port, computed)
-    if stored is not None and text is not None:
-        said = stored[:ANSWER_CHARS_MAX], text[:ANSWER_CHARS_MAX]
-        port.tell_node(SimilarChecked(match.key, match.question, match.similarity, match.mode, *said))
+    text = await text_of(port, computed)
+    if match.said is not None and text is not None:
+        port.tell_node(SimilarChecked(match.key, match.question, match.similarity, match.mode, match.said, text))
 
 
 async def answer_to(port: CachePort, scope: Scope, raw: bytes) -> bytes | None:
@@ -98,16 +100,16 @@ async def answer_to(port: CachePort, scope: Scope, raw: bytes) -> bytes | None:
     return None if too_late.is_set() else answer
 
 
-async def _text(port: CachePort, answer: bytes) -> str | None:
+async def text_of(port: CachePort, answer: bytes) -> str | None:
+    """The beginning of the text of a chat's first choice, as far as answers are compared."""
     return await port.read_computed(len(answer), partial(_said, answer))
 
 
 def _said(answer: bytes) -> str | None:
-    """The text of a chat's first choice."""
     try:
         match msgspec.json.decode(answer):
             case {"choices": [{"message": {"content": str(text)}}]} if text:
-                return text
+                return text[:ANSWER_CHARS_MAX]
     except msgspec.DecodeError:
         return None
     return None

@@ -91,6 +91,11 @@ class Reader:
                 raise LeaderFailed from error
         return None
 
+    @property
+    def at_end(self) -> bool:
+        """Whether it has read the last piece."""
+        return self.flight.complete and self.flight.has_read(self)
+
     def leave(self) -> None:
         """The client has gone, or needs no more."""
         self.gone = True
@@ -101,7 +106,7 @@ class Reader:
 class Flight:
     """One run of the application.
 
-    `collector` sees every frame of a streamed 200 response; `body` gathers one that is not a stream. `on_end` is run
+    `collector` sees every frame of a streamed 200 response; `parts` are one that is not a stream. `on_end` is run
     once, when the last byte has been sent or never will be. `from_cache` is set by an application that answers with a
     stored response, whose headers say so already. What takes time by the size of an answer goes through `bodies`.
     """
@@ -116,7 +121,7 @@ class Flight:
         self.ended = False
         self.error: BaseException | None = None
         self.status = 0
-        self.body = bytearray()
+        self.parts: list[bytes] = []
         self.streams = False
         self.from_cache = False
         self._table = table
@@ -156,6 +161,11 @@ class Flight:
 
         self._task = asyncio.create_task(run(), name="hyperspace-flight")
         self._task.add_done_callback(self._finished)
+
+    @property
+    def parts_size(self) -> int:
+        """Bytes of `parts`."""
+        return sum(map(len, self.parts))
 
     @property
     def readers(self) -> int:
@@ -201,6 +211,10 @@ class Flight:
             self._drop_read()
         return piece
 
+    def has_read(self, reader: Reader) -> bool:
+        """Whether a reader has read everything so far."""
+        return reader.position - self._first >= len(self._log)
+
     def close(self) -> None:
         """Take no more readers, and keep only what those here have not read."""
         if self._table is not None:
@@ -226,8 +240,8 @@ class Flight:
 
     async def _append_body(self, body: bytes, last: bool) -> None:
         if not self.streams:
-            if self.collector is not None and self.status == 200 and len(self.body) <= RESPONSE_BYTES_MAX:
-                self.body += body
+            if self.collector is not None and self.status == 200 and self.parts_size <= RESPONSE_BYTES_MAX:
+                self.parts.append(body)
             self._append(Piece(body))
             return
         *frames, self._partial = (self._partial + body).split(b"\n\n")

@@ -18,7 +18,7 @@ from .coalesce import ABANDONED_GRACE_S
 from .embeddings import Embedding, decode, inputs_of, is_finite, merged, request_of
 from .http_headers import RawHeaders, forward_status, hit_headers
 from .naming import Names
-from .stored_answer import json_headers
+from .stored_answer import StoredAnswer, json_headers
 from .subrequest import ask
 
 
@@ -37,14 +37,6 @@ class NoneStored:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A 200."""
-
-    headers: RawHeaders
-    body: bytes
-
-
 class Inputs:
     """A request for embeddings that has a key, by `names`."""
 
@@ -52,7 +44,7 @@ class Inputs:
         self._port = port
         self._names = names
 
-    async def answer(self) -> PassedBy | NoneStored | Made:
+    async def answer(self) -> PassedBy | NoneStored | StoredAnswer:
         """The answer to all inputs, or the other way that the request takes."""
         port, wishes = self._port, self._port.facts.wishes
         requests = await port.read(partial(_requests, port.facts.body, self._names))
@@ -77,19 +69,22 @@ class Inputs:
             self._store(computed)
             # vLLM reports the error in the request.
             return PassedBy("request" if wishes.no_cache else "uri-miss", "failed")
-        if missing:
-            why = "request" if wishes.no_cache else "partial" if found else "uri-miss"
-            port.count_lookup("miss", why)
-            detail = f'"{len(found)} of {len(found) + len(missing)} stored"' if found else ""
-            headers = [(b"cache-status", forward_status(why, stored=self._store(computed), detail=detail))]
-        else:
-            port.count_lookup("hit", "local")
-            headers = _hit_headers([entry for entry in entries.values() if entry], now_ms)
         encoding = port.facts.body.get("encoding_format", "float")
         embeddings = [(found | computed)[key] for key in keys]
         merge = partial(merged, embeddings, encoding, port.facts.own_ids().answer)
         body = await port.write(sum(len(each.vector) for each in embeddings), merge)
-        return Made(headers + json_headers(body), body)
+        stored = self._store(computed)
+        if not port.has_room(StoredAnswer([], [body])):
+            return NoneStored("stale") if wishes.only_if_cached else PassedBy("stale", "busy")
+        if missing:
+            why = "request" if wishes.no_cache else "partial" if found else "uri-miss"
+            port.count_lookup("miss", why)
+            detail = f'"{len(found)} of {len(found) + len(missing)} stored"' if found else ""
+            headers = [(b"cache-status", forward_status(why, stored=stored, detail=detail))]
+        else:
+            port.count_lookup("hit", "local")
+            headers = _hit_headers([entry for entry in entries.values() if entry], now_ms)
+        return StoredAnswer(headers + json_headers(body), [body])
 
     def _bodies(self, missing: dict[RequestKey, dict[str, Any]]) -> dict[RequestKey, bytes]:
         return {key: self._port.for_engine(request) for key, request in missing.items()}

@@ -11,7 +11,7 @@ body), and for 5 ms at a time beside Python code.
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -31,18 +31,19 @@ class _Line:
 
     def __init__(self, name: str) -> None:
         self._thread = ThreadPoolExecutor(1, name)
-        self._under_way: dict[Future[Any], int] = {}
+        self._under_way: dict[object, int] = {}
 
     @property
     def waiting(self) -> int:
         """Bytes of the work that is not done, that which no request waits for any more included."""
-        self._under_way = {job: size for job, size in self._under_way.items() if not job.done()}
-        return sum(self._under_way.values())
+        return sum(list(self._under_way.values()))
 
     def submit(self, size: int, to_do: list[Callable[[], T]]) -> asyncio.Future[T]:
         """Return or raise the result of the work in `to_do`, if it is still there when its turn comes."""
         job = self._thread.submit(_do, to_do)
-        self._under_way[job] = size
+        place = object()  # the job itself would keep its result
+        self._under_way[place] = size
+        job.add_done_callback(lambda _: self._under_way.pop(place, None))
         answer: asyncio.Future[T] = asyncio.wrap_future(job)
         answer.add_done_callback(_retrieve_exception)
         return answer

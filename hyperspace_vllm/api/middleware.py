@@ -23,9 +23,9 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..contained import contained, report_error
-from ..core.response.request_fields import ENDPOINTS, SALTED, Endpoint
+from ..core.response.request_fields import ENDPOINTS, SALTED, SCOPED, Endpoint
 from ..core.response.request_key import Uncacheable, parse_request
-from ..core.response.scope import api_key_of, engine_salt
+from ..core.response.scope import api_key_of, engine_salt, sign_scope, tenant_of
 from .audits import Audits
 from .checks import OneAtATime
 from .coalesce import FlightTable
@@ -36,13 +36,16 @@ from .l1_metrics import l1_metrics
 from .large_bodies import Busy, LargeBodies
 from .node_lookup import NodeLookup
 from .options import ResponseCacheOptions
+from .ready_answer import Ready
 from .request_body import read_body, read_rest, replayed, rewritten, with_content_length
 from .request_context import RequestContext
 from .request_facts import facts_of
 from .states.refusals import Bypass, NotCached
 from .stored_answer import Sending
 
-Answer = Callable[[], Awaitable[None]]
+Answer = Callable[[], Awaitable[Ready | None]]
+
+_PRIVATE_SALT = "private"  # no secret: it only keeps KV here
 
 
 class ResponseCacheMiddleware:
@@ -67,8 +70,14 @@ class ResponseCacheMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request (ASGI 3). If Hyperspace fails before the way is chosen, the application answers."""
         endpoint = _endpoint(scope)
-        if endpoint is None and not (self._has_tenants and _path(scope) in SALTED):
-            return await self.app(scope, receive, send)
+        if endpoint is None and not self._changes(scope):
+            await self.app(scope, receive, send)
+            return
+        ready = await self._answer(endpoint, scope, receive, send)
+        if ready is not None:  # here nothing of the request is held any more
+            await ready.send()
+
+    async def _answer(self, endpoint: Endpoint | None, scope: Scope, receive: Receive, send: Send) -> Ready | None:
         heard: list[Message] = []
 
         async def hear() -> Message:
@@ -114,15 +123,30 @@ class ResponseCacheMiddleware:
     ) -> RequestContext:
         return RequestContext(self, facts_of(self.options, endpoint, raw, body, scope), receive, send)
 
+    def _changes(self, scope: Scope) -> bool:
+        """Whether a request to an endpoint without a response cache gets a salt or a scope."""
+        path = _path(scope)
+        return (path in SALTED and self._has_tenants) or (path in SALTED | SCOPED and _stays_here(scope))
+
     async def _salted(self, scope: Scope, receive: Receive, hear: Receive, send: Send) -> Answer:
-        """A request to an endpoint without a response cache: the salt separates it in vLLM's own prefix cache."""
+        """A request to an endpoint without a response cache: a salt separates it in vLLM's own prefix cache.
+
+        KV that stays here has a private scope, or a salt, which the connector takes for one, where no scope reaches it.
+        """
         raw = await read_body(hear)
         if isinstance(raw, list):
             raw = await read_rest(raw, hear)
         if isinstance(raw, list):
             return partial(self.app, scope, replayed(raw, receive), send)
-        key = api_key_of(self.options.api_keys, first_header(scope["headers"], b"authorization"))
-        raw = await self.bodies.always(len(raw), partial(_with_salt, raw, key))
+        path, stays, options = _path(scope), _stays_here(scope), self.options
+        authorization = first_header(scope["headers"], b"authorization")
+        key = api_key_of(options.api_keys, authorization) if path in SALTED else ""
+        tenant = tenant_of(options.fleet_secret, options.api_keys, authorization)
+        sign = None
+        if stays and path in SCOPED and tenant is not None:
+            sign = partial(sign_scope, options.process_secret, "private", tenant)
+        salt = _PRIVATE_SALT if stays and path not in SCOPED else None
+        raw = await self.bodies.always(len(raw), partial(_with_salt, raw, key, salt, sign))
         request = replayed([{"type": "http.request", "body": raw, "more_body": False}], receive)
         return partial(self.app, with_content_length(scope, len(raw)), request, send)
 
@@ -187,11 +211,22 @@ def _parsed(raw: bytes, too_large: bool) -> tuple[dict[str, Any] | Uncacheable, 
     return body, _as_vllm_reads(raw) if isinstance(body, Uncacheable) else None
 
 
-def _with_salt(raw: bytes, api_key: str | None) -> bytes:
-    """A body with the salt of that key's tenant, and without a client's own scope."""
+def _with_salt(
+    raw: bytes,
+    api_key: str | None,
+    otherwise: str | None = None,
+    sign: Callable[[str | None], dict[str, str]] | None = None,
+) -> bytes:
+    """A body with the salt of that key's tenant, else with `otherwise`, and without a client's own scope.
+
+    `sign` makes the scope that belongs to a salt.
+    """
     if (body := _as_vllm_reads(raw)) is None:
         return raw
-    return rewritten(raw, body, None, engine_salt(api_key, body.get("cache_salt")), add_usage=False)
+    salt = engine_salt(api_key, body.get("cache_salt"))
+    salt = otherwise if salt is None else salt
+    signed = sign(salt) if sign is not None and isinstance(salt, str | None) else None
+    return rewritten(raw, body, signed, salt, add_usage=False)
 
 
 def _as_vllm_reads(raw: bytes) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ class NetworkRace:
     """Runs once. `find` makes the answer from the found response (None: not usable).
 
     `decided` is called exactly once, before anything of the answer is sent; `outcome` is None until then.
-    `waits`: as if there were a hint.
+    `waits`: as if there were a hint; `answer` is then the other nodes' answer, which is not sent.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class NetworkRace:
         self._sending = sending
         self._waits = waits
         self.outcome: Outcome | None = None
+        self.answer: StoredAnswer | None = None
         self._held: Message | None = None  # the engine's start
         self._gone = asyncio.Event()  # no client waits for the engine any more
 
@@ -104,7 +105,10 @@ class NetworkRace:
             return
         self._decide("waited_hit")
         self._gone.set()
-        await self._send_all(answer, send)
+        if self._waits:
+            self.answer = answer
+        else:
+            await self._send_all(answer, send)
 
     async def _race(self, scope: Scope, receive: Receive, send: Send) -> None:
         silent = drops_silently(scope)
@@ -169,5 +173,5 @@ class NetworkRace:
 
     async def _send_all(self, answer: StoredAnswer, send: Send) -> None:
         with suppress(OSError):  # its clients have gone
-            for message in answer.messages(self._sending):
+            for message in answer.whole(self._sending):
                 await send(message)

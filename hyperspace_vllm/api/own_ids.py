@@ -18,16 +18,16 @@ _MARKS = b'"id":"', b'"signature":"'  # of ids inside; in a string the quotes ar
 
 @dataclass(frozen=True, slots=True)
 class Nameless:
-    """The JSON of an answer without its id; `has_ids`: there are others inside."""
+    """The JSON of an answer without its id and its first brace; `has_ids`: there are others inside."""
 
-    body: bytes
+    members: bytes
     has_ids: bool
 
 
 def nameless(answer: bytes | bytearray) -> Nameless:
     """An answer that vLLM gave to another client, as `OwnIds.named` takes it; ValueError if it isn't a JSON object."""
     body = msgspec.json.encode(without_ids(msgspec.json.decode(answer, type=dict[str, Any])))
-    return Nameless(body, _has_ids(body))
+    return Nameless(body[1:], _has_ids(body))
 
 
 class OwnIds:
@@ -39,13 +39,13 @@ class OwnIds:
 
     def body(self, stored: bytes) -> bytes:
         """The JSON answer of a stored one; raises as `decoded` does."""
-        return self.named(Nameless(stored, _has_ids(stored)))
+        return b"".join(self.named(Nameless(stored[1:], _has_ids(stored))))
 
-    def named(self, answer: Nameless) -> bytes:
-        """The same; without ids inside it takes no longer than a copy."""
-        if answer.has_ids or answer.body == b"{}":
-            return msgspec.json.encode(self.decoded(answer.body))
-        return b'{"id":' + msgspec.json.encode(self.answer) + b"," + answer.body[1:]
+    def named(self, answer: Nameless) -> list[bytes]:
+        """The same in parts, the last of which all clients share unless there are ids inside."""
+        if answer.has_ids or answer.members == b"}":
+            return [msgspec.json.encode(self.decoded(b"{" + answer.members))]
+        return [b'{"id":' + msgspec.json.encode(self.answer) + b",", answer.members]
 
     def decoded(self, answer: bytes) -> dict[str, Any]:
         """The same as an object; ValueError if it isn't JSON."""

@@ -3,10 +3,10 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from prometheus_client import Histogram
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..core.local.response_cache_messages import StoreResponse
@@ -26,6 +26,7 @@ from .large_bodies import LargeBodies
 from .naming import Naming
 from .node_lookup import NodeLookup
 from .options import ApiMessage, ResponseCacheOptions
+from .ready_answer import Ready
 from .request_body import changes_of, rewritten, with_changes
 from .request_facts import RequestFacts
 from .stored_answer import Sending, StoredAnswer, Wanted, render
@@ -93,10 +94,13 @@ class RequestContext:
         self.client.committed = True
         await self.cache.app(scope, receive, send)
 
-    async def send_all(self, answer: StoredAnswer) -> None:
-        """A whole answer to the client."""
-        for message in answer.messages(self.cache.sending):
-            await self.client.send(message)
+    def ready(self, answer: StoredAnswer, seconds: Histogram | None = None) -> Ready:
+        """An answer for the client; `seconds` gets the time that the request took."""
+        return Ready(answer, self.client, self.cache.sending, seconds, self.started_s)
+
+    def has_room(self, answer: StoredAnswer) -> bool:
+        """Whether there is room for an answer while its client reads it."""
+        return self.cache.sending.has_room(answer)
 
     async def read(self, work: Callable[[], T]) -> T:
         """The result of `work` on the request, off the event loop if that is large; raises `Busy`."""
@@ -158,10 +162,7 @@ class RequestContext:
         wanted = Wanted(facts.endpoint, facts.streams, usage, facts.repeated, facts.own_ids())
         size = len(entry.body) + (len(facts.raw) if facts.repeated else 0)
         answer = await self.read_found(size, partial(render, entry, wanted, age_s, ttl_s, detail))
-        if answer is None:
-            return None
-        answer = replace(answer, request_bytes=len(facts.raw))
-        if not self.cache.sending.has_room(answer):
+        if answer is None or not self.has_room(answer):
             return None
         took_ms = (time.perf_counter() - self.started_s) * 1000
         answer.headers.append((b"server-timing", f"hyperspace;dur={took_ms:.3f}".encode()))

@@ -1,7 +1,8 @@
 """From a stored response to the ASGI messages that answer a request with it."""
 
 import base64
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,57 +22,76 @@ from .own_ids import OwnIds
 from .streams.frames import frames
 
 _MESSAGE_BYTES = 65_536
-_REQUEST_COPIES = 3
 _EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")  # as Starlette writes it
 
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """A response as its request wanted it: `headers` of a 200, and the body in the parts to send."""
+    """A response as its request wanted it: `headers` of a 200, and the body in parts, which answers may share."""
 
     headers: RawHeaders
     parts: list[bytes]
-    request_bytes: int = 0
 
     @property
     def size(self) -> int:
-        """Bytes that are held until the client has the answer: the body, and the request, as JSON and repeated."""
-        return sum(map(len, self.parts)) + _REQUEST_COPIES * self.request_bytes
+        """Bytes of the body."""
+        return sum(map(len, self.parts))
 
     def with_status(self, status: bytes) -> "StoredAnswer":
         """The same with another Cache-Status."""
         others = [(name, value) for name, value in self.headers if name != b"cache-status"]
         return replace(self, headers=[*others, (b"cache-status", status)])
 
-    def messages(self, sending: "Sending") -> Iterable[Message]:
-        """The whole answer, from its start to its last part."""
-        with sending.holding(self.size):
+    def messages(self, sending: "Sending") -> Iterator[Message]:
+        """The answer for a client, in pieces: uvicorn waits for the client before each of them, but not after the last.
+
+        A piece is a copy: what uvicorn has not sent yet must not keep a whole part in memory.
+        """
+        return self._messages(sending, _pieces(self.parts))
+
+    def whole(self, sending: "Sending") -> Iterator[Message]:
+        """The answer for a flight, a part in each message: its clients get the parts, not copies of them."""
+        return self._messages(sending, self.parts)
+
+    def _messages(self, sending: "Sending", bodies: Iterable[bytes]) -> Iterator[Message]:
+        with sending.holding(self.parts):
             yield {"type": "http.response.start", "status": 200, "headers": self.headers}
-            for at, part in enumerate(self.parts):
-                yield {"type": "http.response.body", "body": part, "more_body": at + 1 < len(self.parts)}
+            left = self.size
+            for body in bodies:
+                left -= len(body)
+                yield {"type": "http.response.body", "body": body, "more_body": left > 0}
 
 
 class Sending:
     """The memory of the cache's answers while clients read them: SENDING_BYTES_MAX in all.
 
-    Answers of one message each are not held to it: vLLM's own connections have buffers of that size.
+    A part that several answers share counts once. Answers that add one piece at most are not held to it: vLLM's own
+    connections have buffers of that size.
     """
 
     def __init__(self) -> None:
         self.bytes = 0
+        self._senders: Counter[int] = Counter()  # of each part, by its identity
 
     def has_room(self, answer: StoredAnswer) -> bool:
         """Whether there is room for one more."""
-        return answer.size <= _MESSAGE_BYTES or self.bytes + answer.size <= SENDING_BYTES_MAX
+        added = sum(len(part) for part in answer.parts if id(part) not in self._senders)
+        return added <= _MESSAGE_BYTES or self.bytes + added <= SENDING_BYTES_MAX
 
     @contextmanager
-    def holding(self, size: int) -> Iterator[None]:
+    def holding(self, parts: Sequence[bytes]) -> Iterator[None]:
         """While an answer is sent."""
-        self.bytes += size
+        for part in parts:
+            self.bytes += 0 if self._senders[id(part)] else len(part)
+            self._senders[id(part)] += 1
         try:
             yield
         finally:
-            self.bytes -= size
+            for part in parts:
+                self._senders[id(part)] -= 1
+                if not self._senders[id(part)]:
+                    del self._senders[id(part)]
+                    self.bytes -= len(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +151,16 @@ def origin_header(found: ResponseFound) -> tuple[bytes, bytes]:
 def json_headers(body: bytes) -> RawHeaders:
     """Of a JSON body."""
     return [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
+
+
+def _pieces(parts: Sequence[bytes]) -> Iterator[bytes]:
+    """The body in pieces of _MESSAGE_BYTES; one if that is enough."""
+    if sum(map(len, parts)) <= _MESSAGE_BYTES:
+        yield b"".join(parts)
+        return
+    for part in parts:
+        for at in range(0, len(part), _MESSAGE_BYTES):
+            yield part[at : at + _MESSAGE_BYTES]
 
 
 def _grouped(parts: Iterable[bytes]) -> list[bytes]:

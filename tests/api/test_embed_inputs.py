@@ -13,6 +13,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from hyperspace_vllm.api import stored_answer
 from hyperspace_vllm.api.embeddings import INPUTS_MAX
 from hyperspace_vllm.api.request_body import replayed
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX
@@ -252,3 +253,22 @@ async def test_a_client_that_leaves_ends_what_is_computed_for_it(bench: Bench, e
     with pytest.raises(httpx.ReadTimeout):
         await bench.client.post(PATH, json=body(["a", "b"]), timeout=0.2)
     await until_async(lambda: engine.disconnects >= 2)
+
+
+async def test_stored_embeddings_for_which_there_is_no_room_are_computed(
+    bench: Bench, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [f"{at} " + "x" * 20_000 for at in range(4)]
+    monkeypatch.setattr(stored_answer, "_MESSAGE_BYTES", 100)
+    await embed(bench, given)
+    await bench.stored(4)
+    answer = await embed(bench, given)
+    assert "; hit; " in answer.headers["cache-status"]
+    with bench.cache.sending.holding([bytes(stored_answer.SENDING_BYTES_MAX)]):
+        answer = await embed(bench, given)
+        assert answer.headers["cache-status"] == "hyperspace; fwd=stale; detail=busy"
+        assert len(engine.inputs) == 8
+        answer = await bench.ask(body(given), PATH, cache_control="only-if-cached")
+        assert answer.status_code == 504
+    assert len(engine.inputs) == 8
+    assert bench.cache.sending.bytes == 0

@@ -7,11 +7,14 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
 from hyperspace_vllm.api.middleware import response_cache
 from hyperspace_vllm.api.options import ResponseCacheOptions
 from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX
-from hyperspace_vllm.core.response.scope import RequestScope, verify_scope
+from hyperspace_vllm.core.response.request_fields import SALTED, SCOPED
+from hyperspace_vllm.core.response.scope import RequestScope, engine_salt, tenant_of, verify_scope
 from tests.support.cached_server import CHAT, CHAT_PATH, STREAM, TEXT, TEXT_PATH, USAGE, Bench, MakeBench, data_of
 from tests.support.until import until_async
 
@@ -86,6 +89,34 @@ async def test_what_cannot_be_cached_still_stays_in_the_node_when_its_client_say
     signed = received.pop("kv_transfer_params")["hyperspace"]
     assert verify_scope(b"process", signed, None) == RequestScope("private", "")
     assert received == json.loads(raw)
+
+
+@pytest.mark.parametrize("api_keys", [(), ("one", "two")], ids=["no tenants", "tenants"])
+async def test_paths_without_a_response_cache_keep_what_is_private_in_the_node(
+    make_bench: MakeBench, api_keys: tuple[str, ...]
+) -> None:
+    received: dict[str, bytes] = {}
+
+    async def take(request: Request) -> Response:
+        received[request.url.path] = await request.body()
+        return Response()
+
+    bench = await make_bench(more_routes=dict.fromkeys(SALTED | SCOPED, take), api_keys=api_keys)
+    raw = b'{"prompt": "a", "kv_transfer_params": null}'
+    authorization = {"authorization": "Bearer one", "content-type": "application/json"}
+    tenant = tenant_of(b"fleet", api_keys, authorization["authorization"])
+    for path in SALTED | SCOPED:
+        for wish in ("private", "no-store"):
+            await bench.client.post(path, content=raw, headers=authorization | {"cache-control": wish})
+            body = json.loads(received.pop(path))
+            salt, params = body.get("cache_salt"), body["kv_transfer_params"]
+            if path in SCOPED:
+                assert verify_scope(b"process", params["hyperspace"], salt) == RequestScope("private", tenant or "")
+            else:
+                assert salt, "the connector takes a salt for a private scope"
+            assert (salt == engine_salt("one", None)) is (bool(api_keys) and path in SALTED)
+        await bench.client.post(path, content=raw, headers=authorization)
+        assert (received.pop(path) == raw) is (not api_keys or path not in SALTED)
 
 
 async def test_a_server_that_wants_fresh_samples_caches_only_what_cannot_differ(make_bench: MakeBench) -> None:

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from bench.servers import MODELS, Server
 from hyperspace_vllm.api import node_lookup, request_body
 from hyperspace_vllm.api.states import from_store
-from hyperspace_vllm.core.response.request_fields import ENDPOINTS, SALTED, Endpoint
+from hyperspace_vllm.core.response.request_fields import ENDPOINTS, SALTED, SCOPED, Endpoint
 from hyperspace_vllm.core.response.request_key import request_key
 from hyperspace_vllm.core.response.scope import engine_salt, tenant_of
 from hyperspace_vllm.core.response.similar import match_error
@@ -184,12 +184,18 @@ def vllms_routes() -> dict[str, list[Any]]:
     return found
 
 
-def test_every_path_of_vllm_that_takes_a_salt_is_given_one() -> None:
+def test_every_path_of_vllm_that_takes_a_salt_or_a_scope_is_given_one() -> None:
     salted = {
         path
         for path, models in vllms_routes().items()
         if any("cache_salt" in model.model_fields for model in models) and not path.endswith("/render")
     }  # a rendered request runs in no engine
+    scoped = {
+        path
+        for path, models in vllms_routes().items()
+        if any("kv_transfer_params" in model.model_fields for model in models) and not path.endswith("/render")
+    }
+    assert scoped <= set(ENDPOINTS) | SCOPED
     assert {"/v1/messages", "/pooling", "/inference/v1/generate"} <= salted
     assert salted <= set(ENDPOINTS) | SALTED
     assert set(ENGINES) == set(ENDPOINTS) | SALTED

@@ -40,10 +40,10 @@ class ComputedAnswer:
             return "error"
 
         def judged() -> Admitted | NotStored:
-            raw = taken.result() if flight.streams else bytes(flight.body)
+            raw = taken.result() if flight.streams else b"".join(flight.parts)
             return raw if isinstance(raw, NotStored) else admit(facts.endpoint, facts.body, raw)
 
-        answer = await context.read_computed(taken.size if flight.streams else len(flight.body), judged)
+        answer = await context.read_computed(taken.size if flight.streams else flight.parts_size, judged)
         if isinstance(answer, NotStored):
             return answer.reason
         if context.naming.names() != self.names or context.weights_changed:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -14,12 +15,14 @@ from ..coalesce import Flight, Laggard, LeaderFailed
 from ..http_headers import forward_status
 from ..naming import Names
 from ..network_race import HITS, NetworkRace, Outcome
+from ..ready_answer import Ready
 from ..relay import Relay, leaving_on_disconnect
 from ..request_body import with_content_length
 from ..request_context import RequestContext
+from ..stored_answer import StoredAnswer
 from ..streams.frames import collector
 from .computed_answer import ComputedAnswer
-from .from_others import OtherNodes, note_time
+from .from_others import OtherNodes
 from .from_server import OtherServer
 from .from_store import Stored
 from .refusals import Bypass
@@ -59,24 +62,27 @@ class Joined:
         self._context = context
         self._why = why
 
-    async def answer(self, flight: Flight) -> bool:
-        """Read it; False, with nothing sent, if it failed."""
+    async def answer(self, flight: Flight) -> Ready | Literal["failed"] | None:
+        """Read it; None if the client has it, "failed", with nothing sent, if the request has to be computed."""
         context, facts, options = self._context, self._context.facts, self._context.options
         strips_usage = facts.chooses_usage and not facts.wants_usage
+        answer: StoredAnswer | None = None
         follower = Relay(flight.join(), context.client.send, forward_status(self._why, collapsed=True), strips_usage)
         try:
             async with leaving_on_disconnect(context.client.receive, follower.reader):
-                await follower.follow(options.follow_deadline_s, options.stalled_stream_s, facts.own_ids())
+                answer = await follower.follow(options.follow_deadline_s, options.stalled_stream_s, facts.own_ids())
+            if answer is not None and not context.has_room(answer):
+                raise LeaderFailed
         except LeaderFailed:
             if not follower.started:
                 flight.close()  # the first follower that it fails leads the others
-                return False
+                return "failed"
             if flight.error is not None:
                 raise flight.error from None  # as for the leader: the server ends the connection
         except Laggard:
             pass  # the server ends the connection of a response that is not complete
         context.count_lookup(*(("hit", "network") if flight.from_cache else ("collapsed", self._why)))
-        return True
+        return None if answer is None else context.ready(answer)
 
 
 class Led:
@@ -90,8 +96,11 @@ class Led:
         self._race: NetworkRace | None = None
         self._leased = False
 
-    async def answer(self, asks_others: bool) -> None:
-        """Have vLLM answer, unless other nodes are faster; `asks_others`: they have not been asked."""
+    async def answer(self, asks_others: bool) -> Ready | None:
+        """Have vLLM answer, unless other nodes are faster; `asks_others`: they have not been asked.
+
+        None if the client has the answer.
+        """
         context, facts, miss, plan = self._context, self._context.facts, self._miss, self._plan
         if asks_others:
             others = OtherNodes(context, miss.key, miss.question)
@@ -111,16 +120,21 @@ class Led:
             flight.on_end = partial(self._end, end, flight)
         app: ASGIApp = self._engine if self._leased else self._race or context.engine
         flight.start(app, with_content_length(facts.scope, len(plan.body)), plan.body)
+        answer: StoredAnswer | None = None
         try:
             async with leaving_on_disconnect(context.client.receive, leader.reader):
-                await leader.lead(forward_status(miss.why))
+                answer = await leader.lead(forward_status(miss.why))
         except LeaderFailed:
             if flight.error is not None:
                 raise flight.error from None
         except Laggard:
             pass
-        if self._race is not None:
-            note_time(context, self._race)
+        seconds = context.cache.metrics.network_hit_seconds if self._race and self._race.outcome in HITS else None
+        if answer is not None:
+            return context.ready(answer, seconds)
+        if seconds is not None:
+            seconds.observe(context.seconds())
+        return None
 
     def _decided(self, outcome: Outcome) -> None:
         if outcome not in HITS:
@@ -135,7 +149,7 @@ class Led:
         if answer is not None and self._flight is not None:
             self._flight.from_cache = True
             context.count_lookup("collapsed", self._miss.why)
-            for message in answer.messages(context.cache.sending):
+            for message in answer.whole(context.cache.sending):
                 await send(message)
             return
         if self._race is None:
@@ -157,22 +171,22 @@ class Computed:
         self._context = context
         self._miss = miss
 
-    async def answer(self) -> None:
-        """Join a computation that is under way, or begin one."""
+    async def answer(self) -> Ready | None:
+        """Join a computation that is under way, or begin one; None if the client has the answer."""
         context, miss = self._context, self._miss
         flights, plan = context.cache.flights, await self._plan()
         failed = 0
         while failed < _FOLLOWED_MAX and flights.find(plan.shared) is not None:
             if await context.is_refused():
-                return await Bypass(context).answer("bypass", "refused")
-            flight = flights.find(plan.shared)  # it may have ended meanwhile
-            if flight is not None and await Joined(context, miss.why).answer(flight):
+                await Bypass(context).answer("bypass", "refused")
                 return None
+            flight = flights.find(plan.shared)  # it may have ended meanwhile
+            if flight is not None and (joined := await Joined(context, miss.why).answer(flight)) != "failed":
+                return joined
             failed += 1
-            now_ms = context.now_ms()
-            entry = await context.entry(miss.key, now_ms)
-            if entry and await Stored(context).answer(miss.key, entry, now_ms):
-                return None  # of the followers that it has failed before
+            _, stored = await Stored(context).find(miss.key)
+            if stored is not None:
+                return stored  # of the followers that it has failed before
         return await Led(context, miss, plan).answer(asks_others=not failed)  # after a failure they were asked
 
     async def _plan(self) -> Plan:

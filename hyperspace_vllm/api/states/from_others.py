@@ -14,6 +14,7 @@ from ...core.response.audit import plain_answer, prompt_of
 from ...response_db import StoredResponse
 from ..large_bodies import Busy
 from ..network_race import HITS, NetworkRace, Outcome
+from ..ready_answer import Ready
 from ..request_context import RequestContext
 from ..stored_answer import StoredAnswer, entry_of, origin_header
 from .refusals import NotCached
@@ -101,12 +102,6 @@ class OtherNodes:
             audits.start(audits.audit(context, self._key, body, proof))
 
 
-def note_time(context: RequestContext, race: NetworkRace) -> None:
-    """The answer is sent: record its time if it came from another node."""
-    if race.outcome in HITS:
-        context.cache.metrics.network_hit_seconds.observe(context.seconds())
-
-
 class Awaited:
     """`only-if-cached`: other nodes are waited for, and nothing is computed."""
 
@@ -114,8 +109,8 @@ class Awaited:
         self._context = context
         self._others = OtherNodes(context, key, question)
 
-    async def answer(self, why: str) -> None:
-        """Answer with their response, or report that there is none."""
+    async def answer(self, why: str) -> Ready | None:
+        """Their response; None once the client knows that there is none."""
         context = self._context
 
         async def refuse(*_: object) -> None:
@@ -123,6 +118,8 @@ class Awaited:
 
         race = self._others.ask(refuse, context.facts.wants_usage, waits=True)
         if race is None:
-            return await NotCached(context).answer(why)
+            await NotCached(context).answer(why)
+            return None
         await race(context.facts.scope, context.client.again(context.facts.raw), context.client.send)
-        return note_time(context, race)
+        answer, seconds = race.answer, context.cache.metrics.network_hit_seconds
+        return None if answer is None else context.ready(answer, seconds)

@@ -27,6 +27,9 @@ SALTED = frozenset(
     )
 )  # fmt: skip
 
+# Other routes whose kv_transfer_params reach the connector.
+SCOPED = frozenset(("/inference/v1/generate", "/invocations", "/cohere/v2/chat"))
+
 POOLING: frozenset[Endpoint] = frozenset({"embeddings", "rerank", "score"})
 
 _NULL = type(None)

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import socket
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,9 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from hyperspace_vllm.api import stored_answer
 from hyperspace_vllm.api.own_ids import OwnIds
-from hyperspace_vllm.api.stored_answer import Sending, StoredAnswer
 from hyperspace_vllm.api.streams.frames import frames
-from hyperspace_vllm.core.records.limits import SENDING_BYTES_MAX
 from hyperspace_vllm.core.response.admission import Admitted, admit
 from hyperspace_vllm.core.response.answer_ids import ID_CHARS_MAX, answer_id, named_by, without_ids
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, POOLING, Endpoint
@@ -340,52 +337,3 @@ async def test_a_stream_much_longer_than_its_answer_is_computed_again(
     monkeypatch.setattr(stored_answer, "REPLAY_BYTES_MAX", 300)  # a stream of 5 frames has more
     assert "; hit; " in (await bench.ask(CHAT)).headers["cache-status"]
     assert "fwd=stale" in (await bench.ask(CHAT | STREAM)).headers["cache-status"]
-
-
-@pytest.mark.io
-async def test_hits_that_clients_do_not_read_take_a_bounded_amount_of_memory(
-    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = await make_bench()
-    bench.upstream.filler = "x" * 2_000_000
-    await bench.ask(CHAT)
-    await bench.stored(1)
-    monkeypatch.setattr(stored_answer, "SENDING_BYTES_MAX", 15_000_000)
-    payload = json.dumps(CHAT | STREAM).encode()
-    head = f"POST {CHAT_PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    writers = []
-
-    async def ask_and_never_read() -> None:
-        connection = socket.create_connection(("127.0.0.1", bench.port))
-        _, writer = await asyncio.open_connection(sock=connection, limit=1024)
-        writer.write(f"{head}content-length: {len(payload)}\r\n\r\n".encode() + payload)
-        writers.append(writer)
-
-    await ask_and_never_read()
-    await until_async(lambda: bench.cache.sending.bytes > 6e6)
-    await ask_and_never_read()
-    await until_async(lambda: bench.cache.sending.bytes > 12e6)
-    await ask_and_never_read()
-    await until_async(lambda: len(bench.upstream.bodies) == 2)  # vLLM has to
-    assert bench.cache.sending.bytes < 15e6
-    for writer in writers:
-        writer.transport.abort()
-    await until_async(lambda: bench.cache.sending.bytes == 0)
-
-
-async def test_a_hit_counts_what_its_request_holds(make_bench: MakeBench) -> None:
-    bench = await make_bench()
-    await bench.ask(CHAT)
-    await bench.stored(1)
-    with bench.cache.sending.holding(SENDING_BYTES_MAX - 1_000_000):
-        for size, found in ((200_000, "; hit; "), (400_000, "fwd=stale")):
-            answer = await bench.ask(CHAT | {"metadata": {"a": "x" * size}})
-            assert found in answer.headers["cache-status"]
-
-
-def test_small_hits_are_served_however_much_is_held() -> None:
-    sending = Sending()
-    with sending.holding(SENDING_BYTES_MAX):
-        assert sending.has_room(StoredAnswer([], [b"x" * 60_000]))
-        assert not sending.has_room(StoredAnswer([], [b"x" * 70_000]))
-    assert sending.bytes == 0

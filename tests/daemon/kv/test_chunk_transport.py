@@ -108,7 +108,7 @@ async def test_a_fetch_at_full_speed_comes_nowhere_near_its_share(pair: tuple[Si
     await client.transport.manifest(server_id, record.digest, 5.0)
     for _ in range(64 * MiB // (32 * CHUNK) + 1):
         assert len(await fetch(client, server, record.digest, tuple(range(32)))) == 32
-    (peer,) = server.transport._server._peers.values()  # type: ignore[union-attr]
+    (peer,) = server.transport._server._peers.values()
     spent_s = chunk_server.CPU_BURST_S - peer.cpu._tokens
     assert spent_s < chunk_server.CPU_BURST_S / 20
 
