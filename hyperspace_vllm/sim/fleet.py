@@ -37,9 +37,9 @@ BOOTSTRAPS = 3  # with one that is dead for good, a host that returns without it
 
 
 class Fleet:
-    """`size` hosts, none of them booted; all hosts know the first few. `liars` says which ones lie, and how; `holders`
-    identities hold places at some of them. An open fleet has no network key: the honest hosts list each other, and
-    other hosts can earn trust.
+    """`size` hosts, none of them booted; everybody knows the first few. `liars` says which ones lie, and how; `holders`
+    identities hold places at some of them. An open one has no network key: the honest hosts list each other, and others
+    can earn belief.
     """
 
     def __init__(self, size: int, seed: int, liars: dict[int, Kind], is_open: bool = False, holders: int = 0) -> None:

@@ -9,10 +9,10 @@ from .signatures import remembered_verdicts
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The figures of a run. `requests` counts those whose response a reachable honest node had; `hit_rate` is the share
-    of them that the network answered in time, `p95_ms` the time of these from the request to the verified bytes,
-    `deadline_misses` the lookups that ran into their deadline. The same seed has the same `trace_digest` on any
-    machine.
+    """What came of a run. `requests` counts those that an honest node which could be reached had the response to;
+    `hit_rate` is the share of them that the network answered in time, `p95_ms` what these took from the question to the
+    verified bytes, `deadline_misses` those whose lookup ran into its deadline. The same seed has the same
+    `trace_digest`, on any machine.
     """
 
     scenario: str
@@ -27,7 +27,7 @@ class Result:
 
 
 def run(scenario: str, nodes: int, seed: int, with_liars: bool = True) -> Result:
-    """Run a scenario, or the same one without its liars."""
+    """Let a scenario happen, or the same without those who lie in it."""
     with remembered_verdicts():
         fleet = build(SCENARIOS[scenario], nodes, seed, with_liars)
         fleet.agenda.run(RUN_MS)

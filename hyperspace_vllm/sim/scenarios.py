@@ -41,7 +41,7 @@ class Scenario:
     holders: int = 0
     kept: int = 3
     first_ask_ms: int = 5_000
-    is_open: bool = False  # there is no network key, and trust can be earned
+    is_open: bool = False  # there is no network key, and belief can be earned
 
 
 def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True) -> Fleet:
