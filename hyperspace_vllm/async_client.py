@@ -1,6 +1,6 @@
-"""An event loop's end of the local socket: what the node says is handled in the loop's next turn; nothing polls.
+"""An event loop's end of the local socket: the node's messages are handled in the loop's next turn, without polling.
 
-Context: a request waits for the node's answer, and a loop that looks for it each millisecond adds one to each. ZeroMQ's
+Context: a request waits for the node's answer, and a loop that polls each millisecond adds one to each. ZeroMQ's
 descriptor signals edges: any use of the socket may consume one, also by the heartbeat's thread, which must keep the
 lease while the loop is busy. Choice: the loop watches the descriptor itself, and the client, which drains the socket
 whenever it has used it, wakes the loop if that brought something. Rejected: a thread that waits for the socket, because
@@ -47,13 +47,13 @@ class AsyncNodeClient:
         return self._client.send(message)
 
     def receive(self) -> list[NodeMessage]:
-        """What the node has sent and the listener has not heard yet, for a loop that was too busy to be woken."""
+        """The node's messages that the listener has not received yet, for a loop that was too busy to be woken."""
         return self._client.receive()
 
     def listen(self, hear: Hear) -> None:
-        """Have `hear` called on the running loop with what the node says, and with nothing when the session changes.
+        """Call `hear` on the running loop with the node's messages, and with none when the session changes.
 
-        There is one listener, on the loop that asked last; asking again costs next to nothing.
+        There is one listener, on the loop that called last; calling again costs almost nothing.
         """
         self._hear = hear
         loop = asyncio.get_running_loop()
@@ -64,7 +64,7 @@ class AsyncNodeClient:
         self._watch = _Watch(self._client, loop, self._take)
 
     def close(self) -> None:
-        """Say goodbye and let everything go; the client stays unconnected."""
+        """Send Goodbye and release everything; the client stays unconnected."""
         self._client.close()
 
     def _take(self) -> None:
@@ -90,7 +90,7 @@ class _Watch:
             loop.add_reader(self._descriptor, self._fire)
 
     def end(self) -> None:
-        """Watch no longer; from any thread."""
+        """Stop watching; from any thread."""
         self._ended = True
         if self.loop.is_closed():
             self._close()

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     node = command("node", _node, "Run a node in the foreground.")
-    node.add_argument("--embedded", action="store_true", help="as vLLM starts it: gone when nobody needs it")
+    node.add_argument("--embedded", action="store_true", help="as vLLM starts it: ends when no server uses it")
     command("id", _id, "Print this node's peer id, creating its key on first use.")
     status = command("status", _status, "Show the running node, its peers, store and hit rates.")
     status.add_argument("--json", action="store_true", help="print one JSON object")
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     sim.add_argument("--workers", type=_positive, default=os.cpu_count(), metavar="W", help="processes (every core)")
     sim.add_argument("--output", type=Path, metavar="F", help="write the runs to a JSON file as they come in")
     sim.add_argument("--json", action="store_true", help="print one JSON object a run")
+    sim.add_argument("--no-kv", action="store_true", help="without prefixes: responses and the network alone")
     return parser
 
 
@@ -75,7 +76,7 @@ def _node(config: Config, options: argparse.Namespace, origins: dict[str, str]) 
     from .daemon.stopping import Stopping
 
     stopping = Stopping()
-    # vLLM sets it with several API servers, whose metrics a node that inherits it would write among.
+    # vLLM sets it with several API servers; a node that inherits it would write its metrics among theirs.
     for variable in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
         os.environ.pop(variable, None)
     try:
@@ -196,7 +197,7 @@ def _network_rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         return [("joined", "no: p2p_listen is empty")]
     if "address" not in p2p:
         return [("joined", p2p["state"])]
-    doubt = ("its engine", "disagrees with most others: convicts nobody; check model, dtype and hardware")
+    doubt = ("its engine", "disagrees with most others: convicts no peer; check model, dtype and hardware")
     return [
         *([doubt] if p2p["doubts_own_engine"] else []),
         ("others join through", f"{status['peer_id']}@{p2p['address']}"),

@@ -1,8 +1,8 @@
 """An engine process's end of the local socket and of the arena.
 
 Nothing here raises or waits because a node is absent, slow or dead: sending returns False, receiving an empty list,
-and the caller computes instead. What a caller leased lasts as long as `epoch`: when it changes, every slab and every
-lookup from before is gone.
+and the caller computes instead. A caller's leases last as long as `epoch`: when it changes, every earlier slab and
+lookup is gone.
 """
 
 import logging
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 _QUEUED_MESSAGES_MAX = 1024  # to the node, and from it until the caller receives them
 _HELLO_AGAIN_S = 1.0
-_LOOK_S = 0.05  # between looks for a node while there is none, at first …
+_LOOK_S = 0.05  # between checks for a node while there is none, at first …
 _LOOK_LATER_S = 0.5  # … and once it has been missing for a while
 _SOON_S = 10.0
 _UNMAPPED_S = 10.0  # a node whose arena can't be mapped may be another one by then
@@ -137,7 +137,7 @@ class NodeClient:
             return messages
 
     def on_news(self, wake: Callable[[], None]) -> int:
-        """A duplicate of the socket's descriptor, for a listener who receives when it is readable or `wake` is called.
+        """A duplicate of the socket's descriptor, for a listener that receives when it is readable or `wake` is called.
 
         `wake` is called from any thread: when a message came in while something was sent, which the descriptor then
         doesn't signal, and when the session began or ended. There is one listener; a forked child has none. -1: closed.
@@ -244,7 +244,7 @@ class _NodeSession:
         self.last_welcome: Welcome | None = None
         self.api_servers = 0
         self.inbox: deque[NodeMessage] = deque(maxlen=_QUEUED_MESSAGES_MAX)
-        self.has_news = False  # for who receives: a message, or another session
+        self.has_news = False  # a message, or another session, for the receiver
         self.wake: Callable[[], None] | None = None
         self.arena: memoryview | None = None
         self.generations: memoryview | None = None
@@ -279,7 +279,7 @@ class _NodeSession:
         """Queue a frame; False when there is no node or its queue is full."""
         try:
             self._socket.send(frame, zmq.NOBLOCK)
-        except zmq.ZMQError:  # EAGAIN: full or nobody there; ENOTSOCK: closed meanwhile
+        except zmq.ZMQError:  # EAGAIN: full, or no peer; ENOTSOCK: closed meanwhile
             return False
         return True
 

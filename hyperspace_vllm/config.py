@@ -1,9 +1,9 @@
 """Every setting, its default, its meaning and where it may come from. The only reader of the environment.
 
 Later sources win: the TOML file (HYPERSPACE_CONFIG, else <data_dir>/hyperspace.toml if it is there), HYPERSPACE_<NAME>
-variables, then vLLM's kv_connector_extra_config. An unknown name in a file or in vLLM's options is an error: a misspelt
-`peers` would otherwise be a node that silently caches for nobody. An unknown variable is only warned of, because others
-set variables too: Kubernetes describes a Service called `hyperspace` to every pod as HYPERSPACE_PORT and the like.
+variables, then vLLM's kv_connector_extra_config. An unknown name in a file or in vLLM's options is an error: a node
+with a misspelt `peers` would otherwise run without peers. An unknown variable only causes a warning, because other
+programs set some too: Kubernetes passes a Service called `hyperspace` to every pod as HYPERSPACE_PORT and the like.
 """
 
 import difflib
@@ -112,17 +112,17 @@ class Config:
     )
     advertise: str = _setting("", "Host that other nodes reach this one at; empty: the hosts of the listeners.")
     network_key_file: str = _setting(
-        "", "This user's file (mode 0600) with the private network's key, 64 hex digits: who holds it is a member."
+        "", "This user's file (mode 0600) with the private network's key, 64 hex digits: its holders are members."
     )
     mdns: bool = _setting(False, "Find nodes of the local network by multicast DNS.")
     trust: Literal["members", "reputation", "allowlist"] = _setting(
         "members",
-        "Whose proofs and manifests count: members', responses also of peers that have earned it, or `allowed`.",
+        "Signers whose proofs and manifests count: members; for responses also peers that earned trust; or `allowed`.",
     )
     allowed: tuple[str, ...] = _setting((), "Peer ids that are trusted by name.", peer_id)
     share: Literal["private", "network", "public"] = _setting(
         "network",
-        "How far responses may travel: not at all, to members, or to everybody "
+        "How far responses may travel: not at all, to members, or to every peer "
         '(then with `trust = "reputation"` KV too).',
     )
     registry: str = _setting("", "`redis://…` of a fleet that has one: replaces the nodes' own registry.", redis_url)

@@ -1,8 +1,8 @@
-"""Keeps our errors out of vLLM.
+"""Keeps errors of Hyperspace out of vLLM.
 
 Context: vLLM calls connectors, plugins, middleware and statistics without catching errors: an exception ends the
 engine, or the request. Choice: every entry from vLLM is contained: its exception is logged with a traceback, once per
-entry, and vLLM gets an answer that costs a miss. Cost: an error of ours is a line in the log, not a crash.
+entry, and vLLM gets an answer that costs a miss. Cost: an error of Hyperspace is a line in the log, not a crash.
 """
 
 import functools

@@ -5,8 +5,9 @@ hit needs no message to the node. A reader never reports an error: a missing, lo
 miss. Every body is checked against the digest in its CacheProof, because SQLite itself has no checksums.
 
 Bodies have a separate table, so that touching an entry does not rewrite its body, and are compressed where that makes
-them shorter. An entry's request hash, by which peers ask for it, is the one that its CacheProof begins with: SQLite
-derives the column, so the two can't disagree.
+them shorter. An entry's request hash, by which peers ask for it, is the one at the start of its CacheProof: SQLite
+derives the column, so the two cannot differ.
+
 """
 
 import contextlib

@@ -180,14 +180,12 @@ def test_rooms_are_small_and_no_two_modules_have_one_name() -> None:
 
 
 def test_files_of_code_have_at_most_450_lines() -> None:
-    # To be split when the two composers of core/node become one; then this test asks to remove the exception.
-    larger = {"hyperspace_vllm/core/node/network_node.py"}
     code = {
         path: len(text.splitlines())
         for path, text in texts().items()
         if path.startswith(("hyperspace_vllm/", "bench/", "deploy/")) and path.endswith(".py")
     }
-    assert {path for path, lines in code.items() if lines > 450} == larger
+    assert {path for path, lines in code.items() if lines > 450} == set()
     folders = Counter(path.rpartition("/")[0] for path in code)
     assert {folder: count for folder, count in folders.items() if count > 30} == {}
 

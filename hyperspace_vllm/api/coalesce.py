@@ -166,7 +166,7 @@ class Flight:
         """The result of `work` on the whole answer (`size` bytes): the first reader's result serves all of them."""
         if self._shared is None:
             self._shared = asyncio.create_task(self.bodies.in_turn(size, work), name="hyperspace-shared-answer")
-            self._shared.add_done_callback(_heard)
+            self._shared.add_done_callback(_retrieve_exception)
         made: T = await asyncio.shield(self._shared)
         return made
 
@@ -340,7 +340,7 @@ class FlightTable:
             del self._flights[key]
 
 
-def _heard(task: asyncio.Task[Any]) -> None:
+def _retrieve_exception(task: asyncio.Task[Any]) -> None:
     """An error of work that no reader waits for any more is not logged."""
     if not task.cancelled():
         task.exception()

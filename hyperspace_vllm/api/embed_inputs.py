@@ -146,7 +146,7 @@ class Inputs:
             watcher.cancel()
             gone.set()
             for task in tasks:
-                task.add_done_callback(_heard)
+                task.add_done_callback(_retrieve_exception)
                 asyncio.get_running_loop().call_later(ABANDONED_GRACE_S, task.cancel)
         return computed
 
@@ -165,7 +165,7 @@ def _requests(body: dict[str, Any], names: Names) -> list[tuple[RequestKey, dict
     return requests
 
 
-def _heard(task: asyncio.Task[object]) -> None:
+def _retrieve_exception(task: asyncio.Task[object]) -> None:
     """An error of a computation that no request waits for is not logged."""
     if not task.cancelled():
         task.exception()

@@ -44,7 +44,7 @@ class _Line:
         job = self._thread.submit(_do, to_do)
         self._under_way[job] = size
         answer: asyncio.Future[T] = asyncio.wrap_future(job)
-        answer.add_done_callback(_heard)
+        answer.add_done_callback(_retrieve_exception)
         return answer
 
 
@@ -116,7 +116,7 @@ def _do(to_do: list[Callable[[], T]]) -> T:
     return work()
 
 
-def _heard(answer: asyncio.Future[Any]) -> None:
+def _retrieve_exception(answer: asyncio.Future[Any]) -> None:
     """An error of work that no request waits for is not logged."""
     if not answer.cancelled():
         answer.exception()

@@ -1,6 +1,6 @@
-"""The node: one process a data directory, the shell of the core.
+"""The node: one process per data directory, the shell of the core.
 
-Input: messages of engines (`local`) and of peers (`kv`, `libp2p`). Output: rows, responses and records. Everything that
-peers sent is checked before it is believed. The modules here are what its rooms share; `node` puts the rooms together.
-The package may not import vLLM.
+Input: messages of engines (`local`) and of peers (`kv`, `libp2p`). Output: rows, responses and records. Everything from
+peers is checked before it is used. The modules here are shared by the subpackages, which `node` assembles. The package
+may not import vLLM.
 """

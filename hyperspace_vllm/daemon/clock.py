@@ -1,4 +1,4 @@
-"""The node's clocks: every other module of the daemon asks here what it tells the core, or dates a record with."""
+"""The node's clocks: every other module of the daemon reads the time for the core, and for dates of records, here."""
 
 import time
 

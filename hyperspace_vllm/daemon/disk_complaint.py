@@ -1,4 +1,4 @@
-"""Says once that what the node keeps can't be written and what to do, and once that it is written again."""
+"""Logs once that the node cannot write to the disk and what to do, and once that it writes again."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 
 class DiskComplaint:
-    """Of one file or directory; another error is another complaint. From one thread at a time."""
+    """For one file or directory; another error is logged again. Used from one thread at a time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""Who this node is: one Ed25519 key in <data_dir>/node.key, and the CURVE key derived from it.
+"""This node's identity: one Ed25519 key in <data_dir>/node.key, and the CURVE key derived from it.
 
 Choice: the CURVE (X25519) key is the Ed25519 key mapped to the other form of the same curve, so a peer id alone pins
 the key of an encrypted connection and no certificate has to be exchanged. Rejected: a second, random key in a signed
@@ -79,7 +79,7 @@ def _read(path: Path) -> bytes:
         if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
             raise IdentityError(
                 f"{path} can be read by others (mode {stat.S_IMODE(status.st_mode):04o}, owner {status.st_uid}): "
-                f"if nobody has copied it, run `chmod 600 {path}`; otherwise delete it to become a new node"
+                f"if it has not been copied, run `chmod 600 {path}`; otherwise delete it to become a new node"
             )
         seed = os.read(descriptor, _SEED_BYTES + 1)
     finally:

@@ -1,9 +1,9 @@
-"""Where a node's log goes: standard error; of an embedded one a file, and the errors to the server that started it.
+"""The node's log: standard error; for an embedded node a file, and errors to the server that started it.
 
-What peers, clients, Redis and libraries say may be in any record. So every record is one line of printable characters
-(and the indented lines of its traceback), cut, and no place in the code writes more than SPARING_BURST lines at once
-and one in SPARING_S, nor for one peer more than PEER_BURST and one in PEER_S; what was left out is counted in the next
-line. With log_level = "debug" nothing is left out.
+Any record may contain text of peers, clients, Redis and libraries. So every record is one line of printable characters
+(and the indented lines of its traceback), truncated, and no place in the code writes more than SPARING_BURST lines at
+once and one in SPARING_S, nor for one peer more than PEER_BURST and one in PEER_S; the next line counts the omitted
+ones. With log_level = "debug" no line is omitted.
 """
 
 import logging
@@ -30,7 +30,7 @@ _PLACES_MAX = 1024  # in the code, and peers
 
 
 class Lines(logging.Formatter):
-    """One line a record, whatever is in it; further ones of a traceback are indented."""
+    """One line per record, with any content; the lines of a traceback are indented."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -84,7 +84,7 @@ _FORMAT = Lines("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def log_to_stderr(config: Config, embedded: bool) -> None:
-    """From here on the node's log is heard, and what it dies of."""
+    """From now on the node's log, and the error of a crash, go to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Message("%(message)s") if embedded else _FORMAT)
     _spare(handler, config)

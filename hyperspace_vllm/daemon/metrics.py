@@ -69,7 +69,7 @@ class Metrics:
         )
         self.semantic_wrong_ratio = Gauge(
             "hyperspace_semantic_wrong_ratio",
-            "Share of semantic matches whose answer was another than the engine's: estimate, and low and high at 95 %.",
+            "Share of semantic matches whose answer differed from the engine's: estimate, and low and high at 95 %.",
             ("bound",),
             registry=self.registry,
         )

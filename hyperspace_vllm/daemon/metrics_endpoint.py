@@ -25,7 +25,7 @@ def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> int:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A connection more than METRICS_CONNECTIONS_MAX is closed at once, a slow one at its deadline."""
+    """Connections beyond METRICS_CONNECTIONS_MAX are closed at once, slow ones at their deadline."""
 
     daemon_threads = True
 

@@ -9,14 +9,14 @@ import zmq
 
 
 class StartError(Exception):
-    """The node can't start; the message names the setting or file that is in the way, and what to do."""
+    """The node can't start; the message names the setting or file that is at fault, and what to do."""
 
 
 @contextmanager
 def needed(what: str | Path, advice: str) -> Iterator[None]:
-    """A `StartError` that names `what` in place of the error that a system call or a wrong value ends in.
+    """Raise a `StartError` that names `what` instead of the error of a system call or a wrong value.
 
-    Where a disk is full the advice is to make room, whatever `advice` is for other errors.
+    For a full disk the advice is to make room; for other errors it is `advice`.
     """
     try:
         yield

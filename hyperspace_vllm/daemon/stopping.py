@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT end a node within STOP_S, whatever it is doing: starting, serving, stopping, or hanging.
+"""SIGTERM and SIGINT end a node within STOP_S, also while it starts, stops or hangs.
 
-Python runs its signal handlers in the main thread between two instructions, so a call that hangs would make the node
-deaf. The interpreter's own handler writes to a pipe at once; a thread waits there, and sets the deadline.
+Python runs its signal handlers in the main thread between two instructions, so a call that hangs would block them. The
+interpreter's own handler writes to a pipe at once; a thread reads the pipe and sets the deadline.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ STOP_S = 8.0  # Docker waits 10 s before it kills
 
 
 class Stopping:
-    """Make it in the main thread, first of all: the first process of a container ignores signals by default."""
+    """Created in the main thread, first of all: the first process of a container ignores signals by default."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None

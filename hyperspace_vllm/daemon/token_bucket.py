@@ -1,4 +1,4 @@
-"""How much of something a peer may do."""
+"""A token bucket on the event loop's clock: how much a peer may use."""
 
 import time
 

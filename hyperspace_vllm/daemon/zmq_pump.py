@@ -1,8 +1,8 @@
 """One ZeroMQ socket on the asyncio loop, without a future for each message.
 
-`zmq.asyncio` costs about 0.1 ms a message, which for chunks of 24 KiB is more than their encryption. Here whatever has
-arrived is handled in one go, a bounded number of messages a turn. ZeroMQ's descriptor signals edges: it must be drained
-after every wake-up and looked at again after every send.
+`zmq.asyncio` costs about 0.1 ms a message, which for chunks of 24 KiB is more than their encryption. Here all messages
+that have arrived are handled at once, up to a number per turn. ZeroMQ's descriptor signals edges: it must be drained
+after every wake-up and checked again after every send.
 """
 
 import asyncio
@@ -13,15 +13,15 @@ import zmq
 Socket = zmq.Socket[bytes]
 MESSAGES_PER_TURN = 64
 HEARTBEAT_MS = 1_000
-HEARTBEAT_LOST_MS = 3_000  # a frozen peer's connection is dropped; what waits for it has given up long before
+HEARTBEAT_LOST_MS = 3_000  # a frozen peer's connection is dropped; requests to it have timed out long before
 HANDSHAKE_MS = 2_000
 
 
 def set_link_options(socket: Socket) -> None:
-    """What both ends of a connection between nodes have in common (their bytes pass through kv_passage.py)."""
+    """The options of both ends of a connection between nodes (their bytes pass through kv_passage.py)."""
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a peer that isn't there
-    socket.setsockopt(zmq.RECONNECT_IVL, -1)  # whoever owns the TCP connection makes the next one
+    socket.setsockopt(zmq.RECONNECT_IVL, -1)  # the owner of the TCP connection makes the next one
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_LOST_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_LOST_MS)

@@ -1,4 +1,4 @@
-"""Virtual time: what is to happen, and when. Things at one moment happen in the order in which they were set."""
+"""Virtual time: a queue of callbacks. Callbacks of one moment run in the order in which they were added."""
 
 import heapq
 from collections.abc import Callable
@@ -13,12 +13,12 @@ class Agenda:
         self._order = 0
 
     def after(self, delay_ms: float, act: Callable[[], None]) -> None:
-        """Do something later; delays below a millisecond count as the next one to come."""
+        """Run a callback later; a delay below a millisecond ends at the next millisecond."""
         self._order += 1
         heapq.heappush(self._queue, (self.now_ms + max(round(delay_ms), 0), self._order, act))
 
     def run(self, until_ms: int) -> None:
-        """Let time pass until `until_ms`."""
+        """Advance the clock to `until_ms`."""
         while self._queue and self._queue[0][0] <= until_ms:
             self.now_ms, _, act = heapq.heappop(self._queue)
             act()

@@ -1,11 +1,12 @@
-"""What must hold in every run, whatever the network does and whoever lies.
+"""The rules that must hold in every run, for any network and any attackers.
 
 Safety: no client gets a wrong or an expired response; every lookup is hinted once and answered once, by its deadline;
-tables and what one event causes stay within bounds; every request of a peer is answered at once; no honest node is
-charged or convicted by another, and no request waits for those that have never delivered. Liveness: a request is a hit
-within its deadline when an honest node that had said so SPREAD_MS ago could be reached all the while; the engine may be
-quicker only where nothing was waited for. Lost segments between the two excuse a miss, a freeze does, and so do
-SILENT_MAX that were asked and could not help (fleet.py): they cost half of the time, and then it takes a handshake.
+tables and the effects of one event stay within bounds; every request of a peer is answered at once; no honest node is
+charged or convicted by another honest node, and no request waits for peers that have never delivered. Liveness: a
+request is a hit within its deadline if an honest node that announced the response SPREAD_MS before was reachable all
+the time; the engine may be faster only if the request did not wait. A miss is excused by lost segments between the two
+nodes, by a freeze, and by SILENT_MAX asked peers that could not help (fleet.py): they take half of the time, and the
+next peer needs a handshake.
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Sized
@@ -28,7 +29,7 @@ LATE_MS = 1  # virtual milliseconds are whole
 EFFECTS_MAX = 64  # of one event
 EFFECTS_PER_PEER_MAX = 3  # on top: ping, greet and sync with each
 TICKS_MAX = 10  # at one moment
-TABLE_MAX = 4_096  # more than a hundred nodes and their liars can fill within a minute without a leak
+TABLE_MAX = 4_096  # without a leak, a hundred nodes and their liars do not fill it within a minute
 
 
 class _Liar(Protocol):
@@ -42,7 +43,7 @@ class _Suspect(Protocol):
 
 
 class CheckedHost(Protocol):
-    """What is checked of a host (SimHost)."""
+    """The part of a host that is checked (SimHost)."""
 
     @property
     def number(self) -> int: ...
@@ -75,7 +76,7 @@ class CheckedFleet(Protocol):
 
 
 class Checker:
-    """Hears of everything; `violations` is what was wrong, in words."""
+    """Gets every event; `violations` are descriptions of broken rules."""
 
     def __init__(self, setting: Setting, fleet: CheckedFleet) -> None:
         self._setting = setting
@@ -87,7 +88,7 @@ class Checker:
         self.violations: list[str] = []
 
     def violated(self, host: int, what: str) -> None:
-        """Note what was wrong, where and when, and how to see it again."""
+        """Note the broken rule, where and when, and how to replay it."""
         self.violations.append(f"seed {self._setting.seed}, {self._agenda.now_ms} ms, node {host}: {what}")
 
     # --- safety ---------------------------------------------------------------------------------
@@ -150,20 +151,20 @@ class Checker:
             raise RuntimeError(f"seed {self._setting.seed}, {now_ms} ms, node {host.number}: ticks settle nothing")
 
     def on_charge(self, host: CheckedHost, peer: str, reason: Reason) -> None:
-        """A core blames a peer."""
+        """A core charges a peer."""
         accused = self._fleet.number_of(peer)
         if host.liar is None and accused >= 0 and self._fleet.host(accused).liar is None:
             self.violated(host.number, f"charged the honest node {accused}: {reason}")
 
     def check_convictions(self) -> None:
-        """Look at whom every honest node has convicted."""
+        """Check the peers that every honest node has convicted."""
         for host in self._fleet.honest:
             for other in self._fleet.honest:
                 if self._network.up(host.number) and host.trust.is_convicted(other.public_key, host.now):
                     self.violated(host.number, f"convicted the honest node {other.number}")
 
     def check_tables(self) -> None:
-        """Look at every table of every honest core."""
+        """Check every table of every honest core."""
         for host in self._fleet.hosts:
             if host.liar is None and self._network.up(host.number):
                 for name, size in _tables(host.core, "core", set()):
@@ -173,7 +174,7 @@ class Checker:
     # --- at the end -----------------------------------------------------------------------------
 
     def check_requests(self) -> None:
-        """Every request was answered; what was promised came."""
+        """Check that every request was answered, and that promised responses came."""
         for request in self._fleet.requests:
             if not self._lived_through(request):
                 continue
@@ -193,14 +194,14 @@ class Checker:
                 )
 
     def _lived_through(self, request: Request) -> bool:
-        """Whether the asker was there and not frozen all the while."""
+        """Whether the requesting host was up and not frozen all the time."""
         network = self._network
         same_life = network.acts(request.host) and network.life(request.host) == request.life
         return same_life and network.since_ms(request.host) <= request.asked_ms
 
 
 def _tables(thing: object, name: str, seen: set[int]) -> Iterator[tuple[str, int]]:
-    """Names and sizes of the containers that hang on an object of ours, at any depth."""
+    """Names and sizes of the containers inside an object of this package, at any depth."""
     if id(thing) in seen or isinstance(thing, str | bytes | int | float | None):
         return
     seen.add(id(thing))

@@ -8,23 +8,27 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .run import Result, run
 from .scenarios import SCENARIOS
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHOW_PROGRESS_AFTER_S = 2.0
 VIOLATIONS_SHOWN = 20
 
 
 def simulate(options: argparse.Namespace) -> int:
-    """Run what was asked for; 1 if anything was violated, 2 if there is no such scenario."""
+    """Run the requested scenarios; 1 if a rule was broken, 2 if there is no such scenario."""
     if options.scenario not in (*SCENARIOS, "all"):
         known = "\n".join(f"  {scenario.name:<16} {scenario.text}" for scenario in SCENARIOS.values())
         print(f"hyperspace: no scenario {options.scenario!r}; there are\n{known}\n  all", file=sys.stderr)
         return 2
     scenarios = list(SCENARIOS) if options.scenario == "all" else [options.scenario]
     jobs = [
-        (scenario, options.nodes, seed)
+        (scenario, options.nodes, seed, True, not options.no_kv)
         for seed in range(options.seed, options.seed + options.seeds)
         for scenario in scenarios
     ]
@@ -42,7 +46,7 @@ def simulate(options: argparse.Namespace) -> int:
     return int(any(result.violations for result in results))
 
 
-def _results(jobs: list[tuple[str, int, int]], workers: int) -> Iterator[Result]:
+def _results(jobs: list[tuple[str, int, int, bool, bool]], workers: int) -> Iterator[Result]:
     if len(jobs) == 1 or workers == 1:
         yield from (run(*job) for job in jobs)
         return
@@ -92,13 +96,43 @@ def _print_table(results: list[Result]) -> None:
             str(sum(len(result.violations) for result in runs)),
             runs[0].trace_digest[:16] if len(runs) == 1 else "",
         )
-    console = Console()
-    Console(width=None if console.is_terminal else 120).print(table)
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table)
+    if any(result.kv is not None for result in results):
+        console.print(_kv_table(results))
     violations = [f"{result.scenario}: {violation}" for result in results for violation in result.violations]
     for violation in violations[:VIOLATIONS_SHOWN]:
         print(violation, file=sys.stderr)
     if len(violations) > VIOLATIONS_SHOWN:
         print(f"... and {len(violations) - VIOLATIONS_SHOWN} more", file=sys.stderr)
+
+
+def _kv_table(results: list[Result]) -> "Table":
+    """What L2 did. The share is of the prefixes that peers had, as far as nothing excuses a miss."""
+    from rich.table import Table
+
+    table = Table(title="KV prefixes")
+    columns = "scenario", "looked up", "peers had", "fetched", "excused", "share", "tokens", "p50 ms", "p95 ms", "moved"
+    for column in columns:
+        table.add_column(column, justify="left" if column == "scenario" else "right")
+    for scenario in dict.fromkeys(result.scenario for result in results):
+        runs = [result.kv for result in results if result.scenario == scenario and result.kv is not None]
+        had, fetched = sum(run.offered for run in runs), sum(run.fetched for run in runs)
+        excused = sum(run.prefill_quicker + run.link_too_slow + run.hindered for run in runs)
+        wanted, loaded = sum(run.tokens_wanted for run in runs), sum(run.tokens_loaded for run in runs)
+        table.add_row(
+            scenario,
+            f"{sum(run.lookups for run in runs):,}",
+            f"{had:,}",
+            f"{fetched:,}",
+            str(excused),
+            f"{fetched / max(had - excused, 1):.1%}",
+            f"{loaded / max(wanted, 1):.1%}",
+            str(sorted(run.p50_ms for run in runs)[len(runs) // 2]),
+            str(sorted(run.p95_ms for run in runs)[len(runs) // 2]),
+            f"{sorted(run.bytes_moved for run in runs)[len(runs) // 2]:.2f}",
+        )
+    return table
 
 
 def _write(path: Path, results: list[Result]) -> None:

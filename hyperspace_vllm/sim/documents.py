@@ -1,7 +1,7 @@
-"""Registry documents without loro: a payload is the msgpack of what was added and what was removed.
+"""Registry documents without loro: a payload is the msgpack of the added and the removed entries.
 
-The daemon's loro worker merges; here every document has one author and its deltas come in order, so that there is
-nothing to merge and the last word counts.
+The daemon's loro worker merges; here every document has one author and its deltas come in order, so there is nothing to
+merge and the last change counts.
 """
 
 import msgspec
@@ -19,7 +19,7 @@ class _Change(msgspec.Struct, frozen=True, array_like=True):
 
 
 def payload_of(added: tuple[tuple[bytes, int], ...], removed: tuple[bytes, ...]) -> bytes:
-    """What a delta of these changes carries."""
+    """The payload of a delta with these changes."""
     return msgspec.msgpack.encode(_Change(added, removed))
 
 
@@ -53,7 +53,7 @@ class Documents:
         return OwnDeltaWritten(delta, encode_delta(delta, self._key))
 
     def take(self, deltas: ImportDeltas) -> DeltasImported | DeltasRefused:
-        """Follow an owner's changes."""
+        """Apply an owner's changes."""
         try:
             changes = [msgspec.msgpack.decode(payload, type=_Change) for payload in deltas.payloads]
         except msgspec.MsgspecError:

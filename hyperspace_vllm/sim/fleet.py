@@ -1,6 +1,7 @@
 """A whole simulated network: hosts, their connections, gossip and DHT on one virtual clock, and the truth about them.
 
-The truth is what no node knows: who has which response, who lies, and who can reach whom. Checkers judge by it.
+The truth is unknown to the nodes: which hosts have which response, which hosts lie, and which can reach each other.
+Checkers judge by it.
 """
 
 import random
@@ -9,14 +10,16 @@ from hashlib import sha256
 
 from nacl.signing import SigningKey
 
+from ..core.prefix.cost_model import HEDGE_MS_MAX
 from ..core.records.ids import RequestKey, network_id
 from ..core.response.cache_proof import request_hash
-from ..core.response.lookup import HEDGE_MS_MAX, RACE_MS
+from ..core.response.lookup import RACE_MS
 from .agenda import Agenda
 from .checkers import Checker
 from .holders import Holder
 from .host import CLOCK_SKEW_MS, SimHost
 from .liars import Kind
+from .prefixes.kv_fleet import KvFleet
 from .setting import Setting
 from .sim_clients import DEADLINE_MS
 from .sim_dht import Dht
@@ -32,16 +35,24 @@ SILENT_MAX = 2
 LOSS = 0.002
 NETWORK_KEY = sha256(b"the key of a simulated network").digest()
 NETWORK = network_id("simulation")
-BOOTSTRAPS = 3  # with one, whoever returns without its data while that one is dead for good knows nobody
+BOOTSTRAPS = 3  # with one that is dead for good, a host that returns without its data would know no peer
 
 
 class Fleet:
-    """`size` hosts, none of them booted; everybody knows the first few. `liars` says which ones lie, and how; `holders`
-    identities hold places at some of them. An open one has no network key: the honest hosts list each other, and others
-    can earn belief.
+    """`size` hosts, none of them booted; all hosts know the first few. `liars` says which ones lie, and how; `holders`
+    identities hold places at some of them. An open fleet has no network key: the honest hosts list each other, and
+    other hosts can earn trust. Without `with_kv` there is no L2.
     """
 
-    def __init__(self, size: int, seed: int, liars: dict[int, Kind], is_open: bool = False, holders: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        liars: dict[int, Kind],
+        is_open: bool = False,
+        holders: int = 0,
+        with_kv: bool = True,
+    ) -> None:
         self.seed = seed
         self.rng = random.Random(f"{seed}/fleet")
         self.network_id = NETWORK
@@ -55,6 +66,7 @@ class Fleet:
             seed, NETWORK, is_open, departed, self.agenda, self.trace, self.network, self.gossip, self.dht
         )
         self.checker = Checker(self._setting, self)
+        self.kv = KvFleet(self._setting, self, size, LOSS) if with_kv else None
         self.hosts = [self._host(number, liars.get(number)) for number in range(size)]
         self.holders = [self._holder(size + number) for number in range(holders)]
         self.bootstrap = self.hosts[:BOOTSTRAPS]
@@ -83,7 +95,7 @@ class Fleet:
 
     @property
     def honest(self) -> list[SimHost]:
-        """Those who don't lie."""
+        """The hosts that do not lie."""
         return [host for host in self.hosts if host.liar is None]
 
     def number_of(self, peer: str) -> int:
@@ -96,7 +108,7 @@ class Fleet:
         return number if number is not None and self.host(number).peer == peer else None
 
     def key(self, number: int) -> RequestKey:
-        """The `number`th request's key; from now on it is known that somebody asks for it."""
+        """The `number`th request's key; from now on it counts as requested."""
         key = request_key(number)
         self._setting.keys.setdefault(request_hash(self.network_id, key), key)
         return key
@@ -109,33 +121,33 @@ class Fleet:
             self._holders.setdefault(name, {}).setdefault(host, self.agenda.now_ms)
 
     def announced(self, host: int, name: bytes) -> None:
-        """It has written so into its registry."""
+        """The host has written the response into its registry document."""
         self._announced.setdefault(name, {}).setdefault(host, self.agenda.now_ms)
 
     def unkept(self, host: int, names: Sequence[bytes]) -> None:
-        """It can't any more."""
+        """The host can no longer serve the response."""
         for name in names:
             self._holders.get(name, {}).pop(host, None)
             self._announced.get(name, {}).pop(host, None)
 
     def died(self, host: int) -> None:
-        """What it announced it has to announce again."""
+        """The host has died: it must announce its responses again."""
         for hosts in self._announced.values():
             hosts.pop(host, None)
 
     def providers_for(self, asker: int, name: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Honest hosts that have a response and can be reached; and those of them that have said so long enough ago."""
+        """Honest hosts that have a response and can be reached; and those that announced it long enough ago."""
         here = tuple(host for host in self._holders.get(name, {}) if host != asker and self._serves(asker, host, name))
         said = self._announced.get(name, {})
         promised = [host for host in here if host in said and self._has_spread(asker, host, said[host])]
         return here, tuple(host for host in promised if self.is_near(asker, host))
 
     def kept_promises(self, request: Request) -> tuple[int, ...]:
-        """Those of a request's promised providers that nothing came between."""
+        """A request's promised providers that were reachable all the time."""
         return tuple(host for host in request.promised if self._undisturbed(request, host))
 
     def hindered(self, request: Request) -> bool:
-        """Whether SILENT_MAX of those asked could not help: they lie, are far, held up, or their copy just expired."""
+        """Whether SILENT_MAX asked hosts could not help: they lie, are far or delayed, or their copy just expired."""
         excused = request.far | request.lapsed
         silent = [
             host
@@ -160,7 +172,7 @@ class Fleet:
         return takes_ms + HEDGE_MS_MAX <= DEADLINE_MS
 
     def _undisturbed(self, request: Request, host: int) -> bool:
-        """From the question to the answer, as far as the host, its store and the way to it go."""
+        """Whether the host, its store and the path to it worked from the request to the answer."""
         return (
             self._serves(request.host, host, request.request_hash)
             and self.network.split_changed_ms <= request.asked_ms
@@ -168,7 +180,7 @@ class Fleet:
         )
 
     def _held_up(self, request: Request, host: int) -> bool:
-        """Whether the host was gone, frozen or cut off since the question, or a segment between the two was lost."""
+        """Whether the host was down, frozen or cut off since the request, or a segment between the two was lost."""
         pair = min(request.host, host), max(request.host, host)
         there = self.network.acts(host) and self.network.since_ms(host) <= request.asked_ms
         there = there and self.network.reaches(request.host, host)

@@ -1,8 +1,8 @@
-"""Identities that hold the places of others: one host with the network key, under many names, at the nodes that all
-others join through.
+"""Slot holders: one attacking host with the network key and many identities, which occupies the places for inbound
+connections at the nodes through which all others join.
 
-Each connects as soon as a node is up, and again whenever it was closed; it greets as a member, answers what an honest
-node would, asks for something now and then so that its connection counts as used, and has nothing itself.
+Each identity connects as soon as a node is up, and again whenever its connection was closed. It greets as a member,
+answers as an honest node would, sends a request now and then so that its connection counts as used, and has no data.
 """
 
 import random
@@ -65,7 +65,7 @@ class Holder:
     def __init__(self, setting: Setting, victims: Victims, number: int, network_key: bytes) -> None:
         self.number = number
         self.address = f"{HOST}:{4001 + number}"
-        self.liar = self  # to whoever asks whether it is honest
+        self.liar = self  # it does not count as honest
         self._setting = setting
         self._network = setting.network
         self._victims = victims
@@ -99,7 +99,7 @@ class Holder:
         self._ask(peer, Greet(self._record))
 
     def closed(self, peer: int) -> None:
-        """It has gone; `_try` notices."""
+        """The connection is closed; `_try` notices."""
 
     def heard_gossip(self, relay: int, topic: str, payload: bytes) -> None:
         """It passes nothing on."""

@@ -29,20 +29,15 @@ from ..core.peers.trust import Trust, TrustMode
 from ..core.records.errors import ProtocolViolation
 from ..core.records.ids import PeerId, peer_id
 from ..core.records.now import Now
-from ..core.records.peer_wire import (
-    Miss,
-    PeerAnswer,
-    Refusal,
-    decode_answer,
-    decode_request,
-    encode,
-)
+from ..core.records.peer_wire import Miss, PeerAnswer, Refusal, decode_answer, decode_request, encode
 from ..core.records.reason import Reason
 from ..core.records.signing import NO_MEMBER_TAG, member_tag
 from ..core.response.sealed_hit import make_hit
 from .checkers import Checker
 from .documents import Documents
 from .liars import Kind, Liar
+from .prefixes.kv_fleet import KvFleet
+from .prefixes.sim_prefixes import SimPrefixes
 from .setting import Setting
 from .sim_clients import SimClients, SourceOfTruth
 from .sim_fetches import Directory, SimFetches
@@ -83,6 +78,8 @@ class Surroundings(SourceOfTruth, Directory, Protocol):
     def honest(self) -> Sequence[Listed]: ...
     @property
     def bootstrap(self) -> Sequence[Listed]: ...
+    @property
+    def kv(self) -> KvFleet | None: ...
     def host(self, number: int) -> Neighbour: ...
     def kept(self, host: int, name: bytes) -> None: ...
     def announced(self, host: int, name: bytes) -> None: ...
@@ -121,6 +118,7 @@ class SimHost:
         self._fetches = SimFetches(setting, fleet, checker, self, self.clients.waiting)
         self.shelf = Shelf()
         self.core: Node
+        self.prefixes = SimPrefixes(setting, fleet.kv, self) if fleet.kv is not None else None
 
     @property
     def now(self) -> Now:
@@ -150,10 +148,13 @@ class SimHost:
         mode: TrustMode = "reputation" if is_open else "members"
         self.trust = Trust(mode, self.public_key, frozenset(listed), frozenset(), self.network_key)
         bootstrap = tuple((host.peer, host.address) for host in self._fleet.bootstrap if host is not self)
+        endpoint = self.address.replace("4001", "7790") if self.prefixes is not None else ""
         options = NodeOptions(self._setting.network_id, self.network_key, bootstrap)
         self.core = Node(options, self.key, self.trust, Dials(self.now), random.Random(self.rng.random()))
         self.gate = GossipGate(self._setting.network_id, self.now)
-        self.tell(NetworkJoined(self.address, ""))
+        if self.prefixes is not None:
+            self.prefixes.boot()
+        self.tell(NetworkJoined(self.address, endpoint))
         for response in self.shelf.all():
             if response.expires_at_ms > self.wall_ms:
                 self._fleet.kept(self.number, response.request_hash)
@@ -167,6 +168,8 @@ class SimHost:
         self._network.kill(self.number, politely)
         self._setting.dht.forget(self.number)
         self._fleet.died(self.number)
+        if self.prefixes is not None:
+            self.prefixes.died(politely, keep_shelf)
         if not keep_shelf:
             self._fleet.unkept(self.number, [response.request_hash for response in self.shelf.all()])
             self.shelf = Shelf()
@@ -181,7 +184,7 @@ class SimHost:
         effects = self.core.handle(event, self.now)
         if self.liar is None:
             self._checker.on_effects(self, event, effects)
-        self._perform_all(effects)
+        self.perform_all(effects)
 
     # --- what it keeps --------------------------------------------------------------------------
 
@@ -232,6 +235,8 @@ class SimHost:
         """GossipSub delivers."""
         if self.liar is not None:
             self.liar.overhear(topic, payload)
+            if self.prefixes is not None:
+                self.prefixes.overhear(topic, payload)
         self.tell(GossipReceived(topic, self._fleet.host(relay).peer, payload))
 
     def asked(self, asker: int, frame: bytes, answer: Answer) -> None:
@@ -259,7 +264,8 @@ class SimHost:
 
     # --- performing effects ---------------------------------------------------------------------
 
-    def _perform_all(self, effects: list[Effect]) -> None:
+    def perform_all(self, effects: list[Effect]) -> None:
+        """Do what the core has decided."""
         for effect in effects:
             self._setting.trace.add(self._setting.agenda.now_ms, self.number, effect)
             self._perform(effect)
@@ -289,6 +295,8 @@ class SimHost:
                 self._fetches.begin(effect)
             case AnswerResponse():
                 self._answered(effect)
+            case ChargePeer(_, reason) if self.prefixes is not None and not reason.is_guilty:
+                self.prefixes.perform(effect)  # slow: L2 alone charges for that
             case ChargePeer(peer, reason):
                 self._checker.on_charge(self, peer, reason)
             case WriteRegistry():
@@ -299,10 +307,14 @@ class SimHost:
                 self._documents.forget(owner)
             case AuthorsChanged(authors):
                 self.gate.authors = dict(authors)
-            case PeersChanged() | KvPeersChanged():
+            case PeersChanged():
                 pass
+            case KvPeersChanged():
+                if self.prefixes is not None:
+                    self.prefixes.set_peers(effect)
             case _:
-                raise TypeError(f"no engine here wants or computes KV: {effect}")
+                assert self.prefixes is not None
+                self.prefixes.perform(effect)
 
     def _write(self, effect: WriteRegistry) -> None:
         self.tell(self._documents.write(effect, self.wall_ms))

@@ -1,11 +1,11 @@
-"""Hosts that lie. A liar runs the real core, so that it is found, trusted with the network key and connected to, and
-then departs from it in one way; all of them announce the responses that they hear of as their own, to be asked.
+"""Hosts that lie. A liar runs the real core, so that other hosts find it, admit it with the network key and connect to
+it, and then differs from an honest host in one way. All liars announce the responses that they hear of as their own, so
+that they are asked.
 
-They know every prompt (the worst case), so what they send is sealed as it should be. What a member that signs a wrong
-answer of its own does can't be told from an honest one's mistake (docs/design.md: a signature only proves who
-said it), so the forgers' proofs are signed by keys of no member. Strangers don't hold the
-network key; their proofs are their own. An open network admits every node, and belief can be earned there: its
-attackers are OPEN_KINDS.
+Liars know every prompt (the worst case), so their data is sealed correctly. A member that signs a wrong answer of its
+own cannot be told from an honest one's mistake (docs/design.md: a signature only proves which key made a statement), so
+the forgers' proofs are signed by keys of no member. Strangers do not hold the network key; they sign their own proofs.
+An open network admits every node, and trust can be earned there: its attackers are OPEN_KINDS.
 """
 
 import random
@@ -59,18 +59,18 @@ Kind = Literal[
     "forged",  # a proof signed by a key of no member
     "replayed",  # another request's hit
     "expired",  # a proof that was good yesterday
-    "garbled",  # bytes that are no message, on streams and in gossip
+    "garbled",  # bytes that are not a message, on streams and in gossip
     "oversized",  # a frame longer than any may be
     "mute",  # nothing at all after its greeting
-    "boastful",  # announces what it hasn't, and says so when asked
-    "flatterer",  # serves well, and says that everything is wildly popular
-    "crowd",  # brings a hundred nodes along that don't exist
-    "echo",  # publishes others' gossip again
+    "boastful",  # announces responses that it does not have, and answers with a miss
+    "flatterer",  # serves well, and reports a very high popularity for everything
+    "crowd",  # reports a hundred nodes that do not exist
+    "echo",  # publishes other nodes' gossip again
     "stranger",  # outside the network, with forged proofs
-    "inventor",  # brings a thousand owners along, each with a document in the registry
-    "flooder",  # says more than an author may, and as much rubbish
-    "relayer",  # serves what a member signed for a while, then what it signed itself
-    "hinter",  # says that it has everything, and keeps silent when asked for it
+    "inventor",  # reports a thousand owners, each with a document in the registry
+    "flooder",  # publishes more than an author may, and as many invalid messages
+    "relayer",  # serves responses that a member signed for a while, then its own
+    "hinter",  # announces everything, and does not answer requests
 ]
 OPEN_KINDS: tuple[Kind, ...] = ("relayer", "hinter")
 ATTACKERS: tuple[Kind, ...] = ("inventor", "flooder", *OPEN_KINDS)  # with scenarios of their own
@@ -83,12 +83,12 @@ GHOSTS = 100
 GHOSTS_AT_ONCE = 16
 INVENTED = 1_000
 INVENTED_ENTRIES = 5  # of each one's document
-FLOOD_EVERY_MS = 20  # a message, which is more than an author may say, and one of rubbish
+FLOOD_EVERY_MS = 20  # a message, which is more than an author may publish, and an invalid one
 SILENCE = b""
 
 
 class LyingHost(Protocol):
-    """What a liar uses of its host (SimHost)."""
+    """The part of its host that a liar uses (SimHost)."""
 
     @property
     def number(self) -> int: ...
@@ -107,7 +107,7 @@ class LyingHost(Protocol):
 
 
 class Liar:
-    """How `host` departs from the honest."""
+    """How `host` differs from an honest host."""
 
     def __init__(self, setting: Setting, host: LyingHost, kind: Kind) -> None:
         self.kind: Kind = kind
@@ -121,7 +121,7 @@ class Liar:
         self._flooded = 0
 
     def begin(self) -> None:
-        """Whenever the host has booted."""
+        """The host has booted."""
         self._host.later(BOAST_EVERY_MS, self._boast)
         if self.kind == "inventor":
             names = (sha256(b"invented/%d/%d" % (self._host.number, number)) for number in range(INVENTED))
@@ -130,7 +130,7 @@ class Liar:
             self._host.later(BOAST_EVERY_MS, self._flood)
 
     def overhear(self, topic: str, payload: bytes) -> None:
-        """Gossip comes by: what others have is worth claiming."""
+        """Gossip passes: announce the responses of others as its own."""
         if len(self._gossip) < HEARD_MAX:
             self._gossip.append((topic, payload))
         try:
@@ -142,7 +142,7 @@ class Liar:
                 self._heard[entry.request_hash] = None
 
     def answer(self, message: PeerRequest) -> bytes | None:
-        """A lie, SILENCE, or None: be honest this time."""
+        """A lie, SILENCE, or None for the honest answer."""
         match message:
             case Greet():
                 return None
@@ -228,7 +228,7 @@ class Liar:
             self._setting.gossip.publish(host.number, topic, said)
 
     def _ghosts(self) -> tuple[bytes, ...]:
-        """Records of nodes that nobody is, signed as they should be."""
+        """Records of nodes that do not exist, with valid signatures."""
         host = self._host
         records = []
         first = self._rng.randrange(GHOSTS)
@@ -266,6 +266,6 @@ class Liar:
             self._setting.gossip.publish(host.number, RESPONSE_TOPIC, said)
 
     def _tag_of(self, public_key: bytes) -> bytes:
-        """Whoever holds the network key can vouch for anybody."""
+        """A holder of the network key can make the member tag of any key."""
         key = self._host.network_key
         return member_tag(key, public_key) if key else NO_MEMBER_TAG

@@ -1,4 +1,4 @@
-"""What happens in a simulation: who boots, asks, dies, freezes, is cut off and lies, and when.
+"""Scenarios: which hosts boot, send requests, die, freeze, are cut off or lie, and when.
 
 Seeds that once found a bug are in tests/sim/test_sim_network.py.
 """
@@ -22,9 +22,9 @@ WARM_MS = 15_000  # before the first fault
 ASK_EVERY_MS = 2_000  # a client of a host, on average
 REQUESTS_PER_HOST = 5  # distinct ones, the first asked for most (Zipf)
 CHECK_EVERY_MS = 25_000
-OPEN_ASK_EVERY_MS, OPEN_REQUESTS = 30, 600  # of all hosts together: enough for a stranger to earn what it can
+OPEN_ASK_EVERY_MS, OPEN_REQUESTS = 30, 600  # of all hosts together: enough for a stranger to earn trust
 FRAMED = 40  # requests of a framer
-FLASH = 1_000_000  # numbers of requests that nobody asks for but in a flash crowd
+FLASH = 1_000_000  # numbers of requests that are only sent in a flash crowd
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +41,18 @@ class Scenario:
     holders: int = 0
     kept: int = 3
     first_ask_ms: int = 5_000
-    is_open: bool = False  # there is no network key, and belief can be earned
+    is_calm: bool = False  # no host lies, dies, stops or is cut off
+    is_open: bool = False  # there is no network key, and trust can be earned
 
 
-def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True) -> Fleet:
+def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True, with_kv: bool = True) -> Fleet:
     """A fleet in which the scenario will happen when its agenda runs; without its liars, those never start."""
     count = round(nodes * scenario.liars)
     step = max(nodes // count, 1) if count else 0
     kinds = scenario.kinds
     liars: dict[int, Kind] = {1 + index * step: kinds[(index + seed) % len(kinds)] for index in range(count)}
     liars = {number: kind for number, kind in liars.items() if number < nodes}
-    fleet = Fleet(nodes, seed, liars, scenario.is_open, scenario.holders)
+    fleet = Fleet(nodes, seed, liars, scenario.is_open, scenario.holders, with_kv)
     requests, every_ms = nodes * REQUESTS_PER_HOST, ASK_EVERY_MS
     if scenario.is_open:
         requests, every_ms = OPEN_REQUESTS, OPEN_ASK_EVERY_MS * len(fleet.honest)
@@ -72,6 +73,8 @@ def build(scenario: Scenario, nodes: int, seed: int, with_liars: bool = True) ->
         first_ms = scenario.first_ask_ms + fleet.rng.expovariate(1 / every_ms)
         fleet.agenda.after(first_ms, partial(_ask_again, fleet, host, weights, every_ms))
     fleet.agenda.after(CHECK_EVERY_MS, partial(_check_again, fleet))
+    if fleet.kv is not None:
+        fleet.kv.begin_prompts([host.prefixes.engine for host in fleet.honest if host.prefixes is not None], RUN_MS)
     scenario.begin(fleet)
     return fleet
 
@@ -109,7 +112,7 @@ def _cold_start(fleet: Fleet) -> None:
 
 
 def _flash_crowd(fleet: Fleet) -> None:
-    """One node has an answer; seconds later everybody asks for it at once. Then three answers more."""
+    """One node has an answer; seconds later all hosts request it at once. Then three more answers."""
     for flash, (at_ms, count) in enumerate(((20_000, 1), (40_000, 3))):
         for index in range(count):
             key = fleet.key(FLASH + 10 * flash + index)
@@ -137,7 +140,7 @@ def _churn(fleet: Fleet) -> None:
 
 
 def _freeze(fleet: Fleet) -> None:
-    """One in ten stops for a while, without a word."""
+    """One host in ten freezes for a while."""
     for host in fleet.rng.sample(fleet.hosts, round(len(fleet.hosts) * 0.1)):
         freezes_ms = WARM_MS + fleet.rng.uniform(0, 20_000)
         fleet.agenda.after(freezes_ms, partial(fleet.network.freeze, host.number))
@@ -153,7 +156,7 @@ def _restart(fleet: Fleet) -> None:
 
 
 def _frame(fleet: Fleet) -> None:
-    """One client asks everywhere for what others have just been asked for, so that an audit takes it for false."""
+    """One client repeats others' recent requests everywhere, so that audits take the answers for false."""
     for number in range(FRAMED):
         key = fleet.key(FLASH + number)
         first, second = fleet.rng.sample(fleet.honest, 2)
@@ -164,8 +167,10 @@ def _frame(fleet: Fleet) -> None:
 
 _open = partial(Scenario, kept=0, is_open=True)
 _ALL = (
-    Scenario("cold_start", "Everybody starts at once, with nothing.", _cold_start, kept=0, first_ask_ms=2_000),
-    Scenario("flash_crowd", "Everybody asks for one new answer at once.", _flash_crowd),
+    Scenario(
+        "cold_start", "Everybody starts at once, with nothing.", _cold_start, kept=0, first_ask_ms=2_000, is_calm=True
+    ),
+    Scenario("flash_crowd", "Everybody asks for one new answer at once.", _flash_crowd, is_calm=True),
     Scenario("partition_heals", "Two halves lose each other for 22 s.", _partition_heals),
     Scenario("liars_20pct", "One node in five lies, in twelve ways.", _cold_start, liars=0.2),
     Scenario("churn_30pct", "Three nodes in ten die, most come back.", _churn),
@@ -173,11 +178,11 @@ _ALL = (
     Scenario("gossip_flood", "One node in ten floods the gossip.", _cold_start, liars=0.1, kinds=("flooder",)),
     Scenario("frozen_10pct", "One node in ten stops for 8 to 25 s.", _freeze),
     Scenario("slot_holders", "One host holds places at every node, under 60 names; all restart.", _restart, holders=60),
-    _open("open", "Anybody may join, and everybody is honest.", _cold_start),
+    _open("open", "Anybody may join, and everybody is honest.", _cold_start, is_calm=True),
     _open("relayers", "One in three relays well, then lies.", _cold_start, liars=1 / 3, kinds=("relayer",)),
     _open(
         "hinters", "One in three claims everything and answers nothing.", _cold_start, liars=1 / 3, kinds=("hinter",)
     ),
-    _open("framer", "A client has honest answers look false.", _frame),
+    _open("framer", "A client has honest answers look false.", _frame, is_calm=True),
 )
 SCENARIOS: Mapping[str, Scenario] = {scenario.name: scenario for scenario in _ALL}

@@ -1,4 +1,4 @@
-"""What everything in a simulation shares: one clock, one trace, and the network, gossip and DHT under all hosts."""
+"""The shared parts of a simulation: one clock, one trace, and the network, gossip and DHT under all hosts."""
 
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ class Setting:
     seed: int
     network_id: NetworkId
     is_open: bool
-    departed: SigningKey  # of a member that has left: it is listed, and what it signed is still about
+    departed: SigningKey  # of a member that has left: it is listed, and its signed responses are still served
     agenda: Agenda
     trace: Trace
     network: SimNetwork

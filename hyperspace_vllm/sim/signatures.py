@@ -1,7 +1,7 @@
 """Verdicts on signatures, remembered: a hundred simulated nodes check the same bytes with the same key.
 
-A verdict depends on key, message and signature alone, so a remembered one is what another check would say. Three
-quarters of a run's time went into them.
+A verdict depends only on key, message and signature, so a second check would give the same one. Checks took three
+quarters of a run's time.
 """
 
 from collections import OrderedDict
@@ -17,7 +17,7 @@ VERDICTS_MAX = 100_000
 
 @contextmanager
 def remembered_verdicts() -> Iterator[None]:
-    """Within, PyNaCl's `VerifyKey.verify` remembers what it said."""
+    """Inside, PyNaCl's `VerifyKey.verify` remembers its verdicts."""
     plain = VerifyKey.verify
 
     verdicts: OrderedDict[bytes, bool] = OrderedDict()

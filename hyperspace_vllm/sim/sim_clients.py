@@ -1,5 +1,5 @@
-"""The clients of a simulated node: they ask for responses, wait or race their engine as the middleware does, and store
-what was computed."""
+"""The clients of a simulated node: they request responses, wait or race their engine as the middleware does, and store
+computed ones."""
 
 import random
 from collections.abc import Callable
@@ -91,7 +91,7 @@ class SimClients:
         host.tell(ResponseWanted(lookup, wanted, DEADLINE_MS))
 
     def hinted(self, effect: HintResponse) -> None:
-        """The core says whether waiting is worth while."""
+        """The core's hint: whether a peer is known to have the response."""
         request = self.waiting[effect.lookup]
         self._checker.on_hint(self._host, request, effect.hinted)
         request.hinted = effect.hinted

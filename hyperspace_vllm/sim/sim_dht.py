@@ -1,7 +1,7 @@
-"""The Kademlia DHT as the nodes see it: provider records on the hosts nearest to a key, and searches that take a while.
+"""The Kademlia DHT as the nodes see it: provider records on the hosts nearest to a key, and searches that take time.
 
-Records live RECORD_TTL_MS, die with the hosts that keep them, and can't be taken back. A search asks the hosts that it
-can reach; frozen ones among those nearest cost QUERY_MS each round, and one search in FAILS_IN finds nothing at all.
+Records live RECORD_TTL_MS, are lost with the hosts that keep them, and cannot be withdrawn. A search asks the hosts
+that it can reach; frozen ones among the nearest cost QUERY_MS each round, and one search in FAILS_IN finds nothing.
 """
 
 import random
@@ -20,7 +20,7 @@ PROVIDERS_FOUND_MAX = 20
 
 
 class Dht:
-    """One for the whole simulation; `found` callbacks run at the host that searches."""
+    """The DHT of the whole simulation; `found` callbacks run at the host that searches."""
 
     def __init__(self, network: SimNetwork, rng: random.Random, now_ms: Callable[[], int], hosts: int) -> None:
         self._network = network
@@ -29,18 +29,18 @@ class Dht:
         self._records: list[dict[str, dict[int, int]]] = [{} for _ in range(hosts)]
 
     def forget(self, host: int) -> None:
-        """A host has died, and what it kept with it."""
+        """A host has died, and its records are lost."""
         self._records[host].clear()
 
     def provide(self, host: int, key: str) -> None:
-        """Put `host` down as a provider at the hosts nearest to the key."""
+        """Store `host` as a provider at the hosts nearest to the key."""
         expires_ms = self._now_ms() + RECORD_TTL_MS
         for keeper in self._nearest(host, key)[:REPLICAS]:
             if self._network.acts(keeper):
                 self._records[keeper].setdefault(key, {})[host] = expires_ms
 
     def search(self, host: int, key: str) -> tuple[float, tuple[int, ...]]:
-        """How long a search takes, and whom it finds."""
+        """How long a search takes, and which providers it finds."""
         nearest = self._nearest(host, key)[:REPLICAS]
         frozen = sum(self._network.frozen(keeper) for keeper in nearest)
         takes_ms = self._rng.uniform(30, 300) + QUERY_MS * -(-frozen // PARALLEL)

@@ -84,7 +84,7 @@ class SimFetches:
             network.dial(host.number, at, effect.timeout_ms, query)
 
     def disconnected(self, gone: PeerId) -> None:
-        """What was asked of a peer will not be answered."""
+        """Open requests to the peer will not be answered."""
         for lookup, fetch in [(lookup, fetch) for (lookup, peer), fetch in self._open.items() if peer == gone]:
             self._refuse(lookup, gone, fetch, Reason.UNREACHABLE)
 
@@ -117,7 +117,7 @@ class SimFetches:
         self._host.tell(ResponseFetched(lookup, peer, len(opened.body), opened.expires_at_ms, message.popularity))
 
     def _opened(self, hit: Hit, request: Request) -> Opened:
-        """What a hit holds, judged as the daemon judges it."""
+        """The response in a hit, judged as the daemon judges it."""
         trust, host = self._host.trust, self._host
 
         def trusts(signer: bytes) -> bool:

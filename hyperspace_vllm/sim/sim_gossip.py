@@ -1,8 +1,8 @@
 """GossipSub as the nodes see it: a flood over the connections that work, hop by hop.
 
-The library's own job (meshes, message ids, its caches) isn't replayed, only what it does to a message: it reaches
-whoever a chain of acting neighbours that pass it on leads to, later with every hop; a receiver in LOST_IN misses it,
-and one in DOUBLED_IN gets it again much later, when the caches of seen messages have forgotten it.
+The library's internals (meshes, message ids, its caches) are not simulated, only their effect: a message reaches every
+host to which a chain of acting neighbours passes it on, later with every hop. One receiver in LOST_IN misses it, and
+one in DOUBLED_IN gets it again much later, when the caches of seen messages have dropped it.
 """
 
 import random
@@ -35,7 +35,7 @@ class Gossip:
         self.reached: Counter[int] = Counter()  # receivers of all of its messages
 
     def publish(self, host: int, topic: str, payload: bytes) -> None:
-        """Send it to everybody whom a chain of neighbours leads to."""
+        """Send it to every host to which a chain of neighbours leads."""
         ways = self._spread(host, topic, payload)
         self.published[host] += 1
         self.reached[host] += len(ways)
@@ -48,7 +48,7 @@ class Gossip:
                 self._network.on(receiver, way_ms + self._rng.uniform(0, DOUBLED_AFTER_MS), act)
 
     def _spread(self, author: int, topic: str, payload: bytes) -> list[tuple[int, int, float]]:
-        """Receivers, whom they hear it from, and after how long."""
+        """Receivers, the relay of each, and the delay."""
         mesh = self._connections()
         found: list[tuple[int, int, float]] = []
         met = {author}
@@ -66,7 +66,7 @@ class Gossip:
         return found
 
     def _connections(self) -> dict[int, list[int]]:
-        """Who is connected to whom; the same until some connection changes."""
+        """The connections between hosts; the same until some connection changes."""
         if self._topology != self._network.topology:
             self._topology = self._network.topology
             self._mesh = {}

@@ -7,12 +7,12 @@ libp2p runs over TCP, so the model is TCP's:
    follows it in that direction waits for it. A connection that loses LOSSES_MAX in a row breaks on both sides.
  * A partition loses everything that crosses it. Connections survive if it heals within BREAK_MS of the first message
    that doesn't get through, and then what was sent arrives; else they break.
- * A frozen host (SIGSTOP) has a living kernel: what is sent to it waits there, and it acts on all of it when it is
-   thawed. Nobody finishes a handshake with it.
+ * A frozen host (SIGSTOP) has a living kernel: messages to it wait there, and it acts on all of them when it is
+   thawed. A handshake with it does not finish.
  * A host takes as many connections as libp2p does, and refuses the next ones.
  * A host whose process dies resets its connections; one that loses power leaves them half open, and what is sent
    over them breaks them after BREAK_MS, or as soon as the host is back.
-Nothing is duplicated: TCP doesn't. Gossip is (gossip.py).
+Messages are not duplicated, as in TCP; gossip is (sim_gossip.py).
 """
 
 import random
@@ -37,18 +37,18 @@ HANDSHAKE_CPU_MS = 40  # of py-libp2p, both sides together
 
 
 class NetworkHost(Protocol):
-    """What the network tells a host; hosts are numbered from 0."""
+    """The network's events for a host; hosts are numbered from 0."""
 
     def opened(self, peer: int) -> None:
         """A connection is there."""
 
     def closed(self, peer: int) -> None:
-        """It has gone."""
+        """The connection is closed."""
 
 
 @dataclass(slots=True)
 class _SimConnection:
-    """A connection between the incarnations of two hosts; per direction (by sender) what holds it up."""
+    """A connection between the incarnations of two hosts; per direction (by sender) what delays it."""
 
     dialler: int
     lives: dict[int, int]
@@ -205,7 +205,7 @@ class SimNetwork:
         ]
 
     def dial(self, host: int, target: int | None, timeout_ms: int, done: Callable[[str | None], None]) -> None:
-        """Connect; `done` hears '' or why not at `host`. A target of None is an address where nobody is."""
+        """Connect; `done` is called at `host` with '' or the failure's reason. A target of None: no host is there."""
         self._agenda.after(0, partial(self._dial, host, self._states[host].life, target, timeout_ms, done))
 
     def _dial(
@@ -244,7 +244,7 @@ class SimNetwork:
         link = self._links.get(pair)
         lives = {h: self._states[h].life for h in pair}
         if link is not None and link.lives == lives:
-            self._hosts[host].opened(target)  # a second one: who dialled hears of it
+            self._hosts[host].opened(target)  # a second one: the dialling host is notified
             return
         if link is not None:
             self._drop(pair, ends=())
@@ -341,7 +341,7 @@ class SimNetwork:
         return self._latency[one][other] + self._latency[other][one]
 
     def jitter_ms(self) -> float:
-        """What a message takes beyond its pair's latency."""
+        """The time of a message beyond its pair's latency."""
         return min(self._rng.expovariate(1 / JITTER_MS), 10 * JITTER_MS)
 
     def _one_way_ms(self, host: int, peer: int) -> float:

@@ -1,4 +1,4 @@
-"""A client's request in a simulation, from the question to what came of it."""
+"""A client's request in a simulation, with its result."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ class Request:
     request_hash: bytes
     asked_ms: int
     providers: tuple[int, ...]  # honest hosts that had it then, and could be reached
-    promised: tuple[int, ...]  # those of them whose word had time to spread
+    promised: tuple[int, ...]  # those of them whose announcement had time to spread
     source: bytes  # of the client, as audits name it
     hinted: bool | None = None
     answered_ms: int = -1
@@ -26,6 +26,6 @@ class Request:
     life: int = 0  # the host's
     asked: list[int] = field(default_factory=list)  # hosts, -1 for ones that don't exist
     far: set[int] = field(default_factory=set)  # those of them that could not answer in time when they were asked
-    lapsed: set[int] = field(default_factory=set)  # those of them whose copy had expired by the asker's clock
+    lapsed: set[int] = field(default_factory=set)  # those of them whose copy had expired by the requester's clock
     hindered: bool = False  # by those that were asked first
     fetched: dict[PeerId, Opened] = field(default_factory=dict)  # what it sent

@@ -16,19 +16,19 @@ KEPT_MAX = 200  # so that hosts evict
 
 
 def request_key(number: int) -> RequestKey:
-    """The key of the `number`th request that anybody ever makes."""
+    """The key of the `number`th request of the simulation."""
     return RequestKey(sha256(b"request/%d" % number).digest())
 
 
 def right_body(key: RequestKey) -> bytes:
-    """The one right answer; whoever serves anything else is caught."""
+    """The one right answer; any other answer is a violation."""
     piece = sha256(b"answer/" + key).hexdigest().encode()
     return piece * (1 + key[0] % 32)
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """`member` vouches for the proof's signer, as it came with the response."""
+    """`member` is the member tag of the proof's signer, as it came with the response."""
 
     key: RequestKey
     request_hash: bytes
@@ -61,7 +61,7 @@ class Shelf:
         return list(self._responses.values())
 
     def get(self, wanted: bytes, wall_ms: int) -> Response | None:
-        """It, unless it isn't here or has expired."""
+        """The response, unless it is not here or has expired."""
         response = self._responses.get(wanted)
         if response is None or response.expires_at_ms <= wall_ms:
             return None
@@ -69,12 +69,12 @@ class Shelf:
         return response
 
     def expires_at_ms(self, name: bytes) -> int:
-        """When it does; 0 if it isn't here."""
+        """When the response expires; 0 if it is not here."""
         response = self._responses.get(name)
         return 0 if response is None else response.expires_at_ms
 
     def put(self, response: Response) -> tuple[bytes, ...]:
-        """Keep it; what had to go for it."""
+        """Keep a response; returns the evicted ones."""
         self._responses[response.request_hash] = response
         self._responses.move_to_end(response.request_hash)
         gone = []
@@ -83,7 +83,7 @@ class Shelf:
         return tuple(gone)
 
     def expire(self, wall_ms: int) -> tuple[bytes, ...]:
-        """Drop what has expired."""
+        """Drop expired responses."""
         gone = tuple(name for name, response in self._responses.items() if response.expires_at_ms <= wall_ms)
         for name in gone:
             del self._responses[name]

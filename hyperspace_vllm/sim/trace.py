@@ -1,14 +1,14 @@
 """A run's canonical trace: every event and effect of every core, in order, hashed.
 
-Equal digests mean that two runs went the same way to the last byte. Everything that is added is made of ints, strings,
-bytes and tuples, whose repr is the same in every process.
+Equal digests mean that two runs are equal to the last byte. All added values are ints, strings, bytes and tuples, whose
+repr is the same in every process.
 """
 
 import hashlib
 
 
 class Trace:
-    """`digest` names everything that was added so far."""
+    """`digest` covers everything that was added so far."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()

@@ -1,10 +1,10 @@
 """The KV connector, which vLLM builds in the scheduler and in every worker. It only delegates.
 
-Context: whatever raises while vLLM builds or calls a connector stops the engine. Choice: anything that L2 can't do (a
-layout it can't carry, weights it can't identify, wrong settings) turns it off with one line, and both halves answer
-"nothing" from then on; so does any error of ours. What a half that is off still owes is kept here, outside the halves:
-vLLM waits for every promised load until every rank has reported it, once. Cost: a misconfigured server serves,
-uncached.
+Context: an exception while vLLM builds or calls a connector stops the engine. Choice: if L2 cannot work (a layout that
+it cannot carry, weights that it cannot identify, wrong settings), it is turned off with one line, and both halves
+answer "nothing" from then on; an error of Hyperspace has the same effect. Loads that a half which is off has promised
+are kept here, outside the halves: vLLM waits for every promised load until every rank has reported it, once. Cost: a
+misconfigured server serves without the cache.
 """
 
 import inspect
@@ -364,8 +364,8 @@ def _scope_reader(inherited: Inherited) -> Callable[[Request], RequestScope]:
 
 
 def _unverified(signed: object) -> RequestScope:
-    """The scope of a request whose signed scope doesn't verify: another process tree signed it (an API server on
-    another host), or a client made it up. Its tenant keeps it apart from other tenants, and "unverified" from
-    everything that is verified.
+    """The scope of a request whose signed scope does not verify: another process tree signed it (an API server on
+    another host), or a client forged it. Its tenant separates it from other tenants, and "unverified" from all verified
+    requests.
     """
     return RequestScope("private", f"unverified {signed.get('tenant') if isinstance(signed, dict) else ''}")

@@ -2,8 +2,7 @@
 
 It also warns, once a session, when the node's arena is too small for one of the engine's longest prompts.
 
-It has its own thread, because an engine without requests takes no steps: what changed in its last step must be sent
-too.
+It has its own thread, because an engine without requests takes no steps: changes of its last step must be sent too.
 """
 
 import logging

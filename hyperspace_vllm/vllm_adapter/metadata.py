@@ -1,4 +1,4 @@
-"""What the scheduler's half of the connector and the workers' halves tell each other, once a step."""
+"""The messages between the scheduler's half of the connector and the workers' halves, once a step."""
 
 from dataclasses import dataclass
 

@@ -9,7 +9,7 @@ A name with a point is a field of an option that has several.
 """
 
 _OPTIONS = {
-    "where it listens, for whom, and what stands between clients and the cache": """
+    "listeners, access, and the middleware between clients and the cache": """
         allow_credentials allowed_headers allowed_methods allowed_origins api_key config
         data_parallel_supervisor_port disable_fastapi_docs dp_supervisor_probe_failure_threshold
         dp_supervisor_probe_interval_s dp_supervisor_probe_timeout_s enable_offline_docs enable_request_id_headers
@@ -107,7 +107,7 @@ _OPTIONS = {
         allow_deprecated_quantization convert disable_sliding_window dtype generation_config hf_overrides
         max_model_len pooler_config quantization quantization_config runner served_model_name
     """,
-    "whom they matter to is not cached: remote media, other endpoints, streams with usage in each frame": """
+    "the requests that they affect are not cached: remote media, other endpoints, streams with usage in each frame": """
         allowed_local_media_path allowed_media_domains cohere_is_reasoning_model enable_force_include_usage
     """,
 }

@@ -1,6 +1,6 @@
 """The entry point `vllm.general_plugins`: vLLM calls `register` in each of its processes, perhaps more than once.
 
-Nothing here may stop vLLM: what we can't do is one line in its log, and vLLM serves as if we weren't installed.
+Nothing here may stop vLLM: a failure is one line in its log, and vLLM serves as if the plugin were not installed.
 """
 
 import logging

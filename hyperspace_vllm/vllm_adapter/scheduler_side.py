@@ -1,8 +1,8 @@
 """The scheduler's half: looks up prefixes, decides what to load and to save, names what was saved.
 
 A request's states: asked (None until the node's answer or a deadline) -> loading -> running, saving each segment in the
-step that fills it -> finished. It is `settled` once its question is answered for this admission: vLLM asks again every
-step while the request waits, and that must not repeat the lookup.
+step that fills it -> finished. It is `settled` once its lookup has ended for this admission: vLLM asks again every step
+while the request waits, and that must not repeat the lookup.
 """
 
 import itertools
@@ -52,7 +52,7 @@ KNOWN_KEYS_MAX = 65_536  # segments the node has from us or gave us: 64 Ki x 32 
 STEP_SAVES_MAX = 32  # segments gathered in one step: a step waits for 32 x 256 tokens' worth of copies at most
 DEADLINE_MS_MIN = 20  # the node answers a local lookup in about 1 ms; this leaves room for a busy host
 PROBE_S = 0.1  # while something waits: sending to a dead node fails at once, its lease expires only after 5 s
-ANSWER_GRACE_MS = 100  # the node enforces the deadline; we give up this much later if its answer doesn't come
+ANSWER_GRACE_MS = 100  # the node enforces the deadline; without its answer the lookup ends this much later
 
 _HIT_SOURCES = {"memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "network": CacheHitSource.P2P}
 
@@ -238,7 +238,7 @@ class SchedulerSide:
             if isinstance(message, PrefixAnswer):
                 tracked = self._lookups.get(message.lookup)
                 if tracked is None or tracked.lookup is None:
-                    continue  # we gave up on it; its ReleaseLookup is in flight
+                    continue  # the lookup was given up; its ReleaseLookup is in flight
                 tracked.lookup.answer = message
                 self.stats.observe_lookup(self._now_s() - tracked.lookup.asked_s)
                 for key in tracked.keys[message.end_segment :]:

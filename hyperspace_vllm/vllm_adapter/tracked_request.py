@@ -24,7 +24,7 @@ class TrackedLookup:
 
 @dataclass(slots=True)
 class TrackedRequest:
-    """The state of one request; `settled` once its question is answered for this admission."""
+    """The state of one request; `settled` once its lookup has ended for this admission."""
 
     request: Request
     name: str  # to the node: a client may reuse a request id while the earlier one's rows are still in flight

@@ -33,7 +33,7 @@ def watch(fleet: Fleet, host: SimHost, waits_ms: list[int]) -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_clocks_that_are_set_within_what_may_differ_cost_nothing(seed: int) -> None:
     with remembered_verdicts():
-        fleet = build(SCENARIOS["cold_start"], NODES, seed)
+        fleet = build(SCENARIOS["cold_start"], NODES, seed, with_kv=False)
         for index, host in enumerate(fleet.hosts):
             for at_ms, by_ms in ((15_000, -25_000), (25_000, 50_000), (35_000, -50_000), (45_000, 25_000)):
                 fleet.agenda.after(at_ms + 100 * index, partial(set_by, host, by_ms))
@@ -46,7 +46,7 @@ def test_clocks_that_are_set_within_what_may_differ_cost_nothing(seed: int) -> N
 def test_a_node_whose_clock_is_far_off_for_a_while_keeps_its_timers_and_is_whole_once_it_is_right(by_ms: int) -> None:
     waits_ms: list[int] = []
     with remembered_verdicts():
-        fleet = build(SCENARIOS["cold_start"], NODES, 1)
+        fleet = build(SCENARIOS["cold_start"], NODES, 1, with_kv=False)
         host, others = fleet.hosts[3], [fleet.hosts[number] for number in range(NODES) if number != 3]
         fleet.agenda.run(20_000)
         watch(fleet, host, waits_ms)

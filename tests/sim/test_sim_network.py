@@ -57,6 +57,8 @@ HIT_RATE_MIN = 0.93  # of one run; the mean is far above
 def test_every_request_is_answered_rightly_and_in_time(scenario: str, seed: int) -> None:
     result = run(scenario, NODES, seed)
     assert result.violations == ()
+    assert result.kv is not None
+    assert result.kv.share >= 0.9
     assert result.requests > 100
     assert result.hit_rate >= HIT_RATE_MIN
     assert result.p95_ms < 300
@@ -99,17 +101,19 @@ def test_a_seed_replays_its_run_to_the_last_byte_whatever_the_hash_seed(scenario
         "deadline_misses",
         "violations",
         "trace_digest",
+        "kv",
     }
 
 
 def test_another_seed_is_another_run() -> None:
-    assert run("cold_start", 5, 1).trace_digest != run("cold_start", 5, 2).trace_digest
+    assert run("cold_start", 5, 1, with_kv=False).trace_digest != run("cold_start", 5, 2, with_kv=False).trace_digest
 
 
 @pytest.mark.parametrize("scenario", ATTACKS)
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_attack_costs_the_honest_two_in_a_hundred_hits_at_most(scenario: str, seed: int) -> None:
-    attacked, alone = run(scenario, 10, seed), run(scenario, 10, seed, with_liars=False)
+    attacked = run(scenario, 10, seed, with_kv=False)
+    alone = run(scenario, 10, seed, with_liars=False, with_kv=False)
     assert attacked.violations == alone.violations == ()
     assert attacked.requests > 50
     assert attacked.hit_rate >= alone.hit_rate - 0.02
@@ -118,7 +122,7 @@ def test_an_attack_costs_the_honest_two_in_a_hundred_hits_at_most(scenario: str,
 def test_what_honest_nodes_announce_reaches_the_others_through_a_flood_and_the_flood_does_not() -> None:
     def flooded(with_liars: bool) -> tuple[float, Fleet]:
         with remembered_verdicts():
-            fleet = build(SCENARIOS["gossip_flood"], 10, 1, with_liars)
+            fleet = build(SCENARIOS["gossip_flood"], 10, 1, with_liars, with_kv=False)
             fleet.agenda.run(RUN_MS)
         published = sum(fleet.gossip.published[host.number] for host in fleet.honest)
         assert published > 50
@@ -135,9 +139,9 @@ def test_what_honest_nodes_announce_reaches_the_others_through_a_flood_and_the_f
 
 @pytest.mark.parametrize("attack", OPEN_ATTACKS)
 def test_an_attack_in_an_open_network_costs_the_honest_no_hits_and_convicts_none_of_them(attack: str) -> None:
-    attacked = [run(attack, OPEN_NODES, seed) for seed in OPEN_SEEDS]
+    attacked = [run(attack, OPEN_NODES, seed, with_kv=False) for seed in OPEN_SEEDS]
     peace = "open" if attack == "framer" else attack
-    alone = [run(peace, OPEN_NODES, seed, with_liars=False) for seed in OPEN_SEEDS]
+    alone = [run(peace, OPEN_NODES, seed, with_liars=False, with_kv=False) for seed in OPEN_SEEDS]
     assert [each.violations for each in (*attacked, *alone)] == [()] * 2 * len(OPEN_SEEDS)
     assert _hit_rate(attacked) >= _hit_rate(alone) - 0.02
 
@@ -153,24 +157,26 @@ def test_a_node_that_believes_whoever_serves_well_is_caught_serving_what_relayer
         return self.trusts_kv(public_key, now) or self.standings.service(peer_id(public_key), now) >= THRESHOLD
 
     monkeypatch.setattr(Trust, "trusts", trusts)
-    assert "served a wrong response: b'forged'" in "\n".join(run("relayers", OPEN_NODES, 1).violations)
+    assert "served a wrong response: b'forged'" in "\n".join(run("relayers", OPEN_NODES, 1, with_kv=False).violations)
 
 
 def test_a_node_that_waits_for_everybody_is_caught_waiting_for_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trust, "may_be_waited_for", lambda *_: True)
-    assert "waited for peers that have never delivered" in "\n".join(run("hinters", OPEN_NODES, 1).violations)
+    assert "waited for peers that have never delivered" in "\n".join(
+        run("hinters", OPEN_NODES, 1, with_kv=False).violations
+    )
 
 
 def test_a_node_that_convicts_for_one_finding_is_caught_convicting_honest_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Findings, "found", lambda *_: True)
-    assert "convicted the honest node" in "\n".join(run("framer", OPEN_NODES, 1).violations)
+    assert "convicted the honest node" in "\n".join(run("framer", OPEN_NODES, 1, with_kv=False).violations)
 
 
 # --- the checkers notice -------------------------------------------------------------------------
 
 
 def violations_of(scenario: str = "cold_start", seed: int = 1) -> str:
-    return "\n".join(run(scenario, 10, seed).violations)
+    return "\n".join(run(scenario, 10, seed, with_kv=False).violations)
 
 
 def without_checks(

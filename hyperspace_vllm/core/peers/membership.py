@@ -272,7 +272,7 @@ class Membership:
                 known = self._accept(record, raw, None if own_word else peer, now)
                 return self._neighbours.make_room(known) if own_word and known is not None else []
             elif (known := self._peers.get(record.peer)) is not None and known.raw == raw:
-                self._adopt(known, peer)
+                self._move_to_smaller_source(known, peer)
         except ProtocolViolation:
             return [ChargePeer(peer, Reason.PROTOCOL)]
         except Refused as refused:
@@ -383,7 +383,7 @@ class Membership:
         teller = self._peers.get(peer) if peer is not None else None
         return teller.source if teller is not None and teller.source else str(peer)
 
-    def _adopt(self, known: Peer, told_by: PeerId) -> None:
+    def _move_to_smaller_source(self, known: Peer, told_by: PeerId) -> None:
         """Count a peer that was never met as brought by the smallest source that reports it: one may be hostile."""
         source = self._source_told_by(told_by)
         if known.met or source == known.source:
@@ -401,7 +401,7 @@ class Membership:
             if not self._peers.add(known):
                 return None
         elif told_by is not None:
-            self._adopt(known, told_by)
+            self._move_to_smaller_source(known, told_by)
         moved = known.record is not None and known.record.address != record.address
         self.has_new = self.has_new or known.record is None
         known.record, known.raw, known.member = record, raw, is_member

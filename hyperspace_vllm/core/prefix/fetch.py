@@ -228,7 +228,7 @@ class PrefixLookup:
 
     def _row_failed(self, row: Row, reason: str, now_ms: int) -> None:
         if reason == "arena_full":
-            self._make_do(row, now_ms)
+            self._lower_aim(row, now_ms)
         elif row.tier != "network":
             self._window.not_loaded(row)
             self._lose([row], reason, now_ms)
@@ -317,7 +317,7 @@ class PrefixLookup:
         else:
             self._answer(0, self._cause or self._not_fetched or "miss", now_ms)
 
-    def _make_do(self, row: Row, now_ms: int) -> None:
+    def _lower_aim(self, row: Row, now_ms: int) -> None:
         """The arena has no gap for the row: leases and fragmentation leave less room than was counted."""
         self._window.drop(row)
         self._room.shrink(row for row in self._rows.needed(self._end) if row.state in ("moving", "ready"))

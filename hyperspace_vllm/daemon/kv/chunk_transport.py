@@ -98,8 +98,7 @@ class ChunkTransport:
         """Set the discovered peers that may be asked from now on, and where; requests to others fail as `unreachable`.
 
         Configured peers stay as they are. A peer that was met at its own address, or has answered there, is dialled at
-        once, others at the first request to them: a peer's claims about a third party must not make this node call
-        there.
+        once, others at the first request to them: a peer's claim about a third party must not make this node dial it.
         """
         self._discovered = {
             endpoint.peer: endpoint
@@ -128,7 +127,7 @@ class ChunkTransport:
         return link is not None and link.connected
 
     def charge(self, peer: PeerId, reason: Reason) -> None:
-        """A peer did what it is charged with, and the core has not heard of it."""
+        """Charge a peer for something that the core has not seen."""
         self._trust.standings.note(Failed(peer, reason), clock.now())
         self.count_charge(peer, reason)
 

@@ -28,7 +28,7 @@ ROW_DIGESTS_BYTES = TOTAL_CHUNKS * DIGEST_BYTES
 class ObjectRecord:
     """What makes an object's chunks verifiable: its manifest (decoded and as signed), digest table and KZG proof.
 
-    `member` vouches for the producer (signing.member_tag): it may count by that alone, also after a restart.
+    `member` proves the producer's membership (signing.member_tag): the record may count by that, also after a restart.
     """
 
     digest: ManifestDigest

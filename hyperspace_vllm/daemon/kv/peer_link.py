@@ -221,7 +221,7 @@ class PeerLink:
             raise PeerFailed(Reason.TIMEOUT) from None
 
     def _receive(self, frames: list[zmq.Frame]) -> None:
-        self.has_answered = True  # whatever it says: CURVE has authenticated it
+        self.has_answered = True  # with any message: CURVE has authenticated it
         if self._passage is not None:
             self._passage.came_out(frames)
         try:

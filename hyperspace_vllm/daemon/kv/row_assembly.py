@@ -53,7 +53,7 @@ class _Row:
 
 
 class RowAssembly:
-    """Performs FetchRow effects. `keep` takes a finished row's chunks for the disk, `condemn` a manifest that lies."""
+    """Performs FetchRow effects. `keep` takes a finished row's chunks for the disk, `condemn` a false manifest."""
 
     def __init__(
         self,

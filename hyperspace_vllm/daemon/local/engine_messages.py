@@ -1,4 +1,4 @@
-"""What an engine's scheduler and workers say of KV: layouts, staged rows, names of segments, lookups of prefixes."""
+"""KV messages of an engine's scheduler and workers: layouts, staged rows, names of segments, prefix lookups."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -45,7 +45,7 @@ EngineMessage = (
 
 
 class EngineMessages:
-    """Turns messages into events of the core, which `submit` takes; without a `kv_cache` they come to nothing."""
+    """Turns messages into events of the core, which `submit` takes; without a `kv_cache` they are dropped."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class EngineMessages:
                 assert_never(message)
 
     def ended(self, session: Session, others: Iterable[Session], vanished: bool) -> None:
-        """A session is over; `others` are still here. One that `vanished` may yet write what it was granted."""
+        """A session is over; `others` are still here. One that `vanished` may still write to its granted slabs."""
         for lookup in self._lookups.numbers.end(session.route):
             self._submit(PrefixReleased(lookup))
         self._staging.end(session.key, vanished)
@@ -115,7 +115,7 @@ class EngineMessages:
             self._submit(ClientGone(session.engine))
 
     def look_after(self, sessions: Iterable[Session]) -> None:
-        """Now and then: reuse what ended sessions held, and grant what didn't fit before."""
+        """Called periodically: reuse slabs of ended sessions, and grant slabs that did not fit before."""
         self._staging.reclaim(partial(session_lock.look, self._data_dir))
         for session in sessions:
             self._grant_owed(session)
@@ -132,7 +132,7 @@ class EngineMessages:
         session.owed[want.row_bytes] = wanted - len(slabs)
 
     def _grant_owed(self, session: Session) -> None:
-        """Grant what didn't fit when the session asked: else the next prompt would find the slabs of a busy moment."""
+        """Grant the slabs that did not fit when the session asked, so that its next prompt has enough."""
         for row_bytes, wanted in session.owed.items():
             slabs = self._staging.grant(session.key, row_bytes, wanted, session.registered_layout())
             if slabs and not self._send(session.route, StagingGranted(row_bytes, slabs)):

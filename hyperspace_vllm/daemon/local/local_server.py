@@ -1,7 +1,8 @@
-"""The clients of one host: sessions, their leases, and who acts on which message.
+"""The clients of one host: their sessions and leases, and the dispatch of their messages.
 
-A session is a process: it says Hello, keeps its lease by heartbeats, and loses everything when it goes silent for
-LEASE_MS. Nothing here waits: what can't be sent or served at once is refused, and the client computes instead.
+A session is a process: it sends Hello, keeps its lease by heartbeats, and loses everything when it is silent for
+LEASE_MS. Nothing here waits: a message that cannot be sent or served at once is refused, and the client computes
+instead.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ _REASON_CHARS_MAX = 256  # local.Name
 
 
 def make_welcome(peer: PeerId, network: NetworkId, arena: Arena) -> Welcome:
-    """What every client is told of this run of the node."""
+    """The Welcome of this run of the node, for every client."""
     return Welcome(LOCAL_PROTOCOL, secrets.randbits(63), peer, network, str(arena.path), arena.size)
 
 
@@ -64,11 +65,11 @@ class LocalServer:
         self._metrics = metrics
         self._lease_s = lease_ms / 1000
         self._sessions: dict[bytes, Session] = {}  # by route
-        self.had_engine = False  # a session that needed the node, however short
+        self.had_engine = False  # there was a session that needed the node
 
     @property
     def engine_leases(self) -> int:
-        """Sessions that need the node; a `hyperspace status` doesn't."""
+        """Sessions that need the node; a `hyperspace status` does not."""
         return sum(session.role != "cli" for session in self._sessions.values())
 
     async def run(self) -> None:

@@ -11,7 +11,7 @@ import zmq
 from ...core.local.messages import NodeMessage, encode
 from ...core.records.limits import LOCAL_MESSAGE_BYTES_MAX
 
-_MESSAGES_PER_TURN = 64  # then the loop's other work has its turn
+_MESSAGES_PER_TURN = 64  # then the loop runs its other tasks
 _QUEUED_MESSAGES_MAX = 1024  # per client and direction; beyond, sending fails
 
 Receive = Callable[[bytes, list[bytes]], None]  # (route, frames)
@@ -68,7 +68,7 @@ class LocalSocket:
         return True
 
     def close(self) -> None:
-        """Let go of the socket, bound or not."""
+        """Close the socket, bound or not."""
         self._socket.close(linger=0)
         self._context.term()
         # Another node's, if the directory was replaced meanwhile.
@@ -78,7 +78,7 @@ class LocalSocket:
 
 
 class _Reading:
-    """Hands a socket's messages on, a few per turn of the loop."""
+    """Passes a socket's messages on, a few per turn of the loop."""
 
     def __init__(self, socket: zmq.Socket[bytes], receive: Receive, loop: asyncio.AbstractEventLoop) -> None:
         self._socket = socket

@@ -30,7 +30,7 @@ class PrefixLookups:
     ) -> bool:
         """Answer a lookup; one that was released meanwhile is ignored. The lease on `rows` is the lookup's.
 
-        False: the client can't be told, and will not release what it was to be told of.
+        False: the client cannot be reached, and will not release the lookup.
         """
         if (client := self.numbers.client(lookup)) is None:
             return True

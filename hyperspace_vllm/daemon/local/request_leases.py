@@ -1,7 +1,7 @@
-"""Which of the host's API servers computes a request, while others want the same: the lease goes to the first.
+"""Request leases: of the host's API servers with the same request, the first one computes it.
 
-The others are told when it is over: the answer is in the database then, or will never be. A lease ends with the word of
-its holder, with the storing of its answer or with its session; who waits has a deadline of its own.
+The others are notified when the lease ends: then the answer is in the database, or there is none. A lease ends by a
+message of its holder, when its answer is stored, or with its session. Each waiting server has its own deadline.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class RequestLeases:
         return len(self._leases)
 
     def claim(self, route: bytes, want: ClaimRequest) -> None:
-        """Grant the lease, or note that this client waits; with too many of either it computes on its own."""
+        """Grant the lease, or note that this client waits; beyond the bounds the client computes on its own."""
         lease = self._leases.get(want.request_key)
         if lease is None and len(self._leases) < REQUEST_LEASES_MAX:
             self._leases[want.request_key] = _Lease(route)
@@ -42,7 +42,7 @@ class RequestLeases:
             self._send(route, RequestClaimed(want.claim, not waits))
 
     def over(self, route: bytes, request_key: bytes) -> None:
-        """The holder has ended, or its answer is being stored; from anybody else it means nothing."""
+        """The holder has ended, or its answer is being stored; ignored from any other client."""
         lease = self._leases.get(request_key)
         if lease is not None and lease.holder == route:
             del self._leases[request_key]
@@ -51,7 +51,7 @@ class RequestLeases:
                 self._send(waiter, ClaimEnded(claim))
 
     def end(self, route: bytes) -> None:
-        """The client has gone, with what it held and waited for."""
+        """The client has gone: end its leases and claims."""
         for key in [key for key, lease in self._leases.items() if lease.holder == route]:
             self.over(route, key)
         if self._waiting.pop(route, 0):

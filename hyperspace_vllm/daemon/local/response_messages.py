@@ -1,4 +1,4 @@
-"""What API servers say of responses: what they computed, want, were told, found false, or compute for others."""
+"""Messages of API servers about responses: store, find, audit, delete, claims and similar questions."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -41,7 +41,7 @@ ResponseMessage = (
 
 
 class Responses(Protocol):
-    """The response store, as far as clients reach it."""
+    """The part of the response store that clients use."""
 
     def store(self, message: StoreResponse) -> bool:
         """Sign and store a response; never blocks (False: it is not stored)."""
@@ -54,7 +54,7 @@ class Responses(Protocol):
 
 
 class Similar(Protocol):
-    """Who knows which stored responses answer a question in other words."""
+    """Finds stored responses that answer another wording of a question."""
 
     def find(self, want: FindSimilar, answer: Callable[[SimilarFound | SimilarNotFound], None]) -> None:
         """Look for one; `answer` is called once, from any thread. Never blocks."""
@@ -72,7 +72,7 @@ class Similar(Protocol):
 class ResponseMessages:
     """Passes messages to the store, to similar questions and to the finder, which answers by `lookups`.
 
-    `share` is how far this host's responses reach; `audited` acts on what an API server found out.
+    `share` is how far this host's responses reach; `audited` acts on an API server's audit.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class ResponseMessages:
                 assert_never(message)
 
     def ended(self, session: Session) -> None:
-        """A session is over: release what it waits for, and what others wait for from it."""
+        """A session is over: release its lookups, and the leases for which others wait."""
         for lookup in self._lookups.numbers.end(session.route):
             self._release(lookup)
         self._leases.end(session.route)

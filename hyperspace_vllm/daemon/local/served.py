@@ -1,6 +1,6 @@
-"""What the engines of this host serve together, from what their sessions say; for this node's PeerRecord.
+"""The models, fingerprints and prefixes that the engines of this host serve together, for this node's PeerRecord.
 
-A session that ends takes its part with it. Keys of segments become ids here: keys don't leave the host.
+Each session reports its part, which ends with the session. Keys of segments become ids here: keys stay on the host.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ SETTLE_S = 0.2  # an engine's layout, load and prefixes come one after the other
 
 @dataclass(slots=True)
 class _Part:
-    """What one session said."""
+    """The part of one session."""
 
     model: bytes | None = None
     fingerprint: bytes | None = None
@@ -29,7 +29,7 @@ class _Part:
 
 
 class Served:
-    """`tell` hears of every change, put together, at most once in PEER_RECORD_AGAIN_MS; on the loop that built this."""
+    """`tell` is called with the sum of all changes, at most once per PEER_RECORD_AGAIN_MS, on the creating loop."""
 
     def __init__(self, network: NetworkId, tell: Callable[[ServedChanged], None]) -> None:
         self._network = network
@@ -55,7 +55,7 @@ class Served:
             self._changed()
 
     def prefixes(self, session: bytes, message: PrefixesInMemory) -> None:
-        """A scheduler's load, and what came into and left its engine's KV cache."""
+        """A scheduler's load, and the segments that came into and left its engine's KV cache."""
         part = self._part(session)
         part.load_permille = message.load_permille
         for key in message.gone:
@@ -70,7 +70,7 @@ class Served:
             self._changed()
 
     def close(self) -> None:
-        """Tell nothing any more."""
+        """Do not call `tell` any more."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -92,7 +92,7 @@ class Served:
 
 
 def _together(parts: list[_Part]) -> ServedChanged:
-    """The union of all; of more than a record holds, what came first. The load is the engines' average."""
+    """The union of all parts; beyond the bounds of a record, the first ones. The load is the average of all engines."""
     models = dict.fromkeys(part.model for part in parts if part.model is not None)
     fingerprints = dict.fromkeys(part.fingerprint for part in parts if part.fingerprint is not None)
     loads = [part.load_permille for part in parts if part.load_permille is not None]

@@ -1,4 +1,4 @@
-"""A session: one process of this host that says Hello, keeps its lease by heartbeats, and has said what it serves."""
+"""A session: one process of this host that has sent Hello, keeps its lease by heartbeats, and reports its part."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,7 +9,7 @@ from ...core.records.layout import Layout
 
 @dataclass(slots=True)
 class Session:
-    """What a client has said of itself, and until when its lease lasts."""
+    """A client's own statements, and the end of its lease."""
 
     route: bytes  # the ROUTER's name of its connection
     key: bytes
@@ -17,7 +17,7 @@ class Session:
     name: str
     expires_at: float
     layout: Layout | None = None
-    engine: str = ""  # what an engine's scheduler and workers have in common and no other engine has
+    engine: str = ""  # the name that an engine's scheduler and workers share
     owed: dict[int, int] = field(default_factory=dict)  # row bytes -> slabs asked for that didn't fit
 
     def registered_layout(self) -> Layout:

@@ -1,9 +1,10 @@
 """The slabs that workers fill with rows on their way into the node.
 
-Granted to one session, then staged (the node's, waiting for its name), then kept as a row or dropped. With the rows
-that wait to be stored they never take more than half of the arena: rows that can be served keep the other half. Of what
-is left of that half a session is granted three quarters at most, so that another engine always finds some; and of its
-own share each size of rows what a segment needs of it, since a segment is stored when all its rows are here.
+A slab is granted to one session, then staged (it belongs to the node and waits for its name), then kept as a row or
+dropped. Together with the rows that wait to be stored, slabs take at most half of the arena; the other half is for rows
+that can be served. A session gets at most three quarters of the rest of the first half, so that another engine always
+finds some. Its share is divided among the sizes of rows as a segment needs them, because a segment is stored when all
+its rows are here.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from ..metrics import Metrics
 
 
 class Staging:
-    """Who may write which slab. Not thread-safe: everything happens on the node's loop."""
+    """Which session may write which slab. Not thread-safe: everything happens on the node's loop."""
 
     def __init__(self, cache: RowCache, metrics: Metrics) -> None:
         self._cache = cache
@@ -27,7 +28,7 @@ class Staging:
         self._bytes_max = cache.arena.capacity_bytes // 2
         self._granted: dict[bytes, dict[int, Slab]] = {}  # session -> slot -> slab
         self._staged: dict[int, Slab] = {}
-        self._ended: dict[bytes, list[Slab]] = {}  # session -> slabs that it may yet write
+        self._ended: dict[bytes, list[Slab]] = {}  # session -> slabs that it may still write
         self._numbers = count(1)
 
     def grant(self, session: bytes, length: int, wanted: int, layout: Layout) -> tuple[Slab, ...]:
@@ -78,7 +79,7 @@ class Staging:
             self._metrics.staged_dropped_total.labels(reason).inc()
 
     def end(self, session: bytes, vanished: bool) -> None:
-        """End the session's grants; one that `vanished` may write yet, so its slabs wait for `reclaim`."""
+        """End the session's grants; a session that `vanished` may still write, so its slabs wait for `reclaim`."""
         granted = self._granted.pop(session, None)
         if granted is None:
             return
@@ -92,7 +93,7 @@ class Staging:
         self._metrics.quarantined_bytes.set(self._cache.arena.quarantined_bytes)
 
     def reclaim(self, look: Callable[[bytes], Literal["held", "over", "unknown"]]) -> None:
-        """Reuse the slabs of ended sessions that are over for their workers too (see session_lock)."""
+        """Reuse the slabs of ended sessions whose workers have ended them too (see session_lock)."""
         for session, slabs in list(self._ended.items()):
             state = look(session)
             if state == "held":

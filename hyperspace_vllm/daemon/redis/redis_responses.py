@@ -10,7 +10,7 @@ their CacheProof, as they would be served to a member. Redis is trusted no more 
 its answers.
 
 Context: peers first hint, then answer. Choice: one bounded command, whose answer is the hint as well. Rejected: a hint
-as soon as the key exists, because then a client that fills Redis with rubbish makes every request wait for its
+as soon as the key exists, because then a client that fills Redis with useless data makes every request wait for its
 deadline.
 """
 
@@ -43,12 +43,12 @@ BUSY_S = 0.1  # until this node's database is read again
 
 
 class Network(Protocol):
-    """Where a lookup goes on that finds nothing in Redis (NetworkDriver)."""
+    """Continues a lookup that finds nothing in Redis (NetworkDriver)."""
 
     def find(
         self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int, beside_redis: bool
     ) -> None:
-        """Look for a response at other nodes; `beside_redis`: without any the client shall ask on."""
+        """Look for a response at other nodes; `beside_redis`: without peers the client should keep asking."""
 
     def release(self, lookup: int) -> None:
         """The client no longer waits for the lookup."""

@@ -1,23 +1,23 @@
-"""Whose query is answered next: places for few at once, fewer of one peer, and fewest of all strangers together.
+"""The order of peers' queries: a few places in all, fewer for one peer, and fewest for all unknown peers together.
 
-A query waits for a place, in its turn; peers with standing go before strangers, however many of these wait.
+A query waits for a place, in its turn; peers with standing go before unknown peers, however many of those wait.
 """
 
 import asyncio
 from collections import Counter
 from dataclasses import dataclass
 
-ANSWERS_MAX = 16  # being made at once, those included that no peer waits for any more
+ANSWERS_MAX = 16  # being made at once, including those that no peer waits for any more
 PEER_ANSWERS_MAX = 2
 STRANGERS_ANSWERS_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
 class AskingPeer:
-    """Who asks: a peer, or '' for this node itself, which has as many places as there are."""
+    """The asking peer, or '' for this node itself, which may use all places."""
 
     peer: str
-    is_member: bool  # it gets what is shared with the network
+    is_member: bool  # it may get responses that are shared with the network
     has_standing: bool
 
 
@@ -33,7 +33,7 @@ class AnswerPlaces:
         self._waiting: list[tuple[AskingPeer, asyncio.Future[None]]] = []
 
     async def take(self, asker: AskingPeer) -> None:
-        """Return when the asker has a place, which `free` gives back."""
+        """Return when the peer has a place, which `free` gives back."""
         if self._has_room(asker):
             self._count(asker, 1)
             return

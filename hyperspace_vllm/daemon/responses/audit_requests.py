@@ -1,4 +1,4 @@
-"""What API servers found out about other nodes' responses: false ones leave the database, and all of the convicted."""
+"""API servers' audits of other nodes' responses: false ones are deleted, and all responses of convicted signers."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -13,14 +13,14 @@ from ..metrics import Metrics
 
 
 class Droppable(Protocol):
-    """Where responses lie (ResponseStore)."""
+    """The store of responses (ResponseStore)."""
 
     def drop(self, raw_proof: bytes, all_of_signer: bool) -> bool:
-        """Delete what holds this very proof, or everything of its signer; never blocks."""
+        """Delete the entry with this proof, or all entries of its signer; never blocks."""
 
 
 class AuditRequests:
-    """`audited` hears of other signers, and says whether one is convicted."""
+    """`audited` is called with the audits of other signers, and returns whether one is convicted."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class AuditRequests:
         self._metrics = metrics
 
     def heard(self, audit: ResponseAudited) -> None:
-        """Act on an audit; `ProtocolViolation` if nobody can have made it so."""
+        """Act on an audit; `ProtocolViolation` if its fields contradict each other."""
         proof = self._proof_of(audit)
         own = proof.signer == self._own_key  # of an earlier engine, and now back from a peer: no lie
         result = "dropped" if own and audit.far else verdict(audit.far)

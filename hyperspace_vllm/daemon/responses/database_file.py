@@ -1,7 +1,7 @@
-"""The file of the response database, as its one writer has it: opened only if it is sound and ours.
+"""The file of the response database, for its one writer: opened only if it is sound and has this schema.
 
-A database that is damaged is moved aside, and a fresh one takes its place; so it does where the file was deleted, and
-where it was replaced the other one is used. Readers and the writer notice by the files' identities.
+A damaged database is moved aside, and a new one takes its place. If the file was deleted a new one is created; if it
+was replaced, the new file is used. Readers and the writer detect this by the files' identities.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _SHORTEN = "UPDATE entries SET expires_at_ms = computed_at_ms + ?1 WHERE expires
 
 
 class _Damaged(sqlite3.DatabaseError):
-    """The file opens, but is not a sound database of our schema."""
+    """The file opens, but is not a sound database of this schema."""
 
 
 class DatabaseFile:
@@ -41,11 +41,11 @@ class DatabaseFile:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether what was opened last still lies at the path."""
+        """Whether the file that was opened last is still at the path."""
         return file_at(self._path) == self._file
 
     def open(self) -> sqlite3.Connection:
-        """A connection to what lies there, or to a fresh database in place of one that is damaged."""
+        """A connection to the file at the path, or to a new database in place of a damaged one."""
         try:
             if not self._damaged:
                 return self._open_sound()
@@ -56,7 +56,7 @@ class DatabaseFile:
         return self._open_sound()
 
     def close_if_damaged(self, database: sqlite3.Connection, error: Exception) -> bool:
-        """Whether that is what an error says: then the connection is closed, and the file is not opened again."""
+        """Whether the error means damage: then the connection is closed, and the file is not opened again."""
         if not _is_damage(error):
             return False
         database.close()
@@ -64,7 +64,7 @@ class DatabaseFile:
         return True
 
     def let_go(self, database: sqlite3.Connection) -> None:
-        """Close what lies no longer at the path, and delete what is left of it: the next one would read its WAL."""
+        """Close a file that is no longer at the path, and delete its WAL, which the next one would read."""
         with contextlib.suppress(sqlite3.Error):
             database.close()
         for path, mine in self._beside.items():

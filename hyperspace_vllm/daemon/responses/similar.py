@@ -1,8 +1,8 @@
-"""Questions like the one asked, among those whose answers this node has: embedded, compared and guarded in one thread.
+"""Semantic hits: stored questions that are similar to a request's, embedded, compared and guarded in one thread.
 
-Requests wait for the thread, by a deadline; responses that are to be stored with their question's vectors wait behind
-them, and so do answers that are to be compared. What it can't take on is answered `busy`, or stored without vectors, to
-be found by exact wordings alone.
+Requests wait for the thread until a deadline. Responses to store with their question's vectors wait behind them, and so
+do answers to compare. Beyond its bounds the thread answers `busy`, or stores a response without vectors, so that only
+the exact wording finds it.
 """
 
 import logging
@@ -58,7 +58,7 @@ class _Asked:
 
 
 class SimilarQuestions:
-    """`find` and `remember` may be called from any thread and never block; what they promise happens in ours.
+    """`find` and `remember` may be called from any thread and never block; the work happens in this object's thread.
 
     `load` makes the embedder (seconds, in the thread); when it fails, no question is like another.
     """
@@ -90,7 +90,7 @@ class SimilarQuestions:
         self._thread.start()
 
     def find(self, want: FindSimilar, answer: Answer) -> None:
-        """Look for a question like the one in `want`. `answer` is called once, here or from our thread."""
+        """Look for a question similar to that in `want`. `answer` is called once, here or in this object's thread."""
         with self._changed:
             full = len(self._asked) >= SIMILAR_LOOKUPS_MAX
             state = "busy" if full else {"starting": "starting", "off": "off"}.get(self._state, "")
@@ -101,7 +101,7 @@ class SimilarQuestions:
         answer(SimilarNotFound(want.lookup, state or "off"))
 
     def remember(self, message: StoreResponse) -> None:
-        """Have a response stored, with its question's vectors if that is to be had."""
+        """Have a response stored, with its question's vectors if they can be computed."""
         with self._changed:
             if message.question and self._enqueue(message):
                 return
@@ -115,7 +115,7 @@ class SimilarQuestions:
         self._store.store_question(RequestKey(message.request_key), message.question, None)
 
     def check(self, message: SimilarChecked) -> None:
-        """Have two answers compared; past the bound it is as if they had not been."""
+        """Have two answers compared; beyond the bound this is skipped."""
         with self._changed:
             self._enqueue(message)
 
@@ -175,7 +175,7 @@ class SimilarQuestions:
                 self._compare(job)
 
     def _leave(self, job: _Asked | _Later) -> None:
-        """Of a job that failed: a miss, or what is to be stored, without vectors."""
+        """End a failed job: with a miss, or by storing the response without vectors."""
         match job:
             case _Asked():
                 job.answer(SimilarNotFound(job.want.lookup, "failed"))
@@ -223,7 +223,7 @@ class SimilarQuestions:
         return True
 
     def _next(self) -> _Asked | _Later | None:
-        """The next job, those that somebody waits for first; None when closing."""
+        """The next job, first those for which a request waits; None when closing."""
         with self._changed:
             self._changed.wait_for(lambda: self._asked or self._later or self._closing)
             if self._closing:
@@ -304,7 +304,7 @@ class SimilarQuestions:
         return Embedded(_vectors_of(self._embedder), self._vectors(question).tobytes())
 
     def _add(self, key: RequestKey, question: Question) -> None:
-        """To what is compared from now on, though the database may not have it yet."""
+        """Compare it from now on, although the database may not have it yet."""
         assert self._index is not None
         self._index.add(key, question.partition, question.text, self._vectors(question))
         now_s = time.monotonic()
@@ -338,7 +338,7 @@ class SimilarQuestions:
 
     def _vectors(self, question: Question) -> Codes:
         """int8 [2, dimensions] of a question and its compared form."""
-        # By partition: else a tenant's time would tell what another has asked.
+        # By partition: otherwise the time would show a tenant what another one has asked.
         named = question.partition, question.text
         vectors = self._recent.pop(named, None)
         if vectors is None:

@@ -1,6 +1,6 @@
-"""What the network core must hear of the response database: which entries this node can serve now, and which no more.
+"""Changes of the response database for the network core: entries that this node can serve now, or no longer can.
 
-Gathered while a transaction runs, told once it is committed, in pieces that an event loop swallows at once.
+Gathered while a transaction runs, and reported after its commit, in pieces that are small for an event loop.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ ORDER BY id DESC LIMIT ?3
 
 
 class StoreChanges:
-    """What one transaction changes; the last word on a request hash counts."""
+    """The changes of one transaction; the last one for a request hash counts."""
 
     def __init__(self) -> None:
         self._stored: dict[bytes, ServableEntry] = {}
@@ -56,7 +56,7 @@ class StoreChanges:
     def tell(self, listener: Listener) -> None:
         """Pass it all on, a few at a time."""
         gone, stored = tuple(self._gone), tuple(self._stored.values())
-        with contextlib.suppress(RuntimeError):  # the listener's event loop has closed: nobody wants to know
+        with contextlib.suppress(RuntimeError):  # the listener's event loop has closed
             for at in range(0, max(len(gone), len(stored)), _TOLD_MAX):
                 listener(stored[at : at + _TOLD_MAX], gone[at : at + _TOLD_MAX])
 
@@ -76,7 +76,7 @@ class StartupScan:
         changes = StoreChanges()
         for number, key, proof, expires_at_ms in rows:
             self._below = number
-            # An entry of the time before the network's name changed has a proof that is good for nobody there.
+            # An entry from before the network's name changed has a proof that no peer accepts.
             if len(key) == 32 and request_hash(self._network, RequestKey(key)) == proof[:32]:
                 changes.stored(ServableEntry(proof[:32], expires_at_ms, proof[PROOF_SIGNER] == self._own_key))
         self.done = len(rows) < count

@@ -1,4 +1,4 @@
-"""What the writer of the response database is asked to do, and what each task takes of its queue's bound."""
+"""The tasks of the response database's writer, and how much of its queue's bound each takes."""
 
 from dataclasses import dataclass
 from typing import assert_never

@@ -1,4 +1,4 @@
-"""What one transaction writes to the response database: entries, their questions, hits, and what has to go."""
+"""One transaction of the response database: entries, their questions, hits, and deletions."""
 
 import sqlite3
 from collections import Counter
@@ -40,7 +40,7 @@ _RAISE_FLOOR = "UPDATE questions SET floor = ?2 WHERE id = (SELECT id FROM entri
 
 
 class Signer(Protocol):
-    """What the store needs of the node's identity."""
+    """The part of the node's identity that the store uses."""
 
     @property
     def signing_key(self) -> SigningKey:
@@ -48,7 +48,7 @@ class Signer(Protocol):
 
 
 def worth(hits: int, last_used_ms: int) -> int:
-    """When an entry without a hit would have to be used to be worth as much: each doubling of hits is a half-life."""
+    """The time of last use at which an entry without hits is worth as much: each doubling of hits is a half-life."""
     return last_used_ms + round(_HALF_LIFE_MS * log2(1 + hits))
 
 
@@ -68,7 +68,7 @@ class StoreTransaction:
         self.counts: Counter[str] = Counter()  # stored, fetched, purged, expired, evicted
 
     def perform(self, task: StoreTask) -> None:
-        """Do what was asked for."""
+        """Perform a task."""
         match task:
             case Computed():
                 self._insert_computed(task)
@@ -131,7 +131,7 @@ class StoreTransaction:
             self.changes.stored(ServableEntry(proof.request_hash, expires_at_ms, True))
 
     def _insert_fetched(self, task: Fetched) -> bool:
-        """Whether it was stored: not if it has expired, or what is here is no older."""
+        """Whether it was stored: not if it has expired, or if the existing entry is no older."""
         query = "SELECT 1 FROM entries WHERE request_key = ? AND computed_at_ms BETWEEN ? AND ? AND expires_at_ms > ?"
         when = (task.computed_at_ms, self.now_ms + CLOCK_SKEW_MS, self.now_ms)
         newer_here = self._database.execute(query, (task.request_key, *when)).fetchone()

@@ -1,10 +1,10 @@
-"""Where slow work runs: threads for what releases the GIL, worker processes for KZG.
+"""Slow work: in threads if it releases the GIL, in worker processes for KZG.
 
-Of each one kind for what a request waits for, and one, at a lower priority, for what nobody waits for: a verification
-behind somebody's commitment, or behind engines that spin on every core, would come too late to be of use.
+There are two of each: one for work that a request waits for, and one, at a lower priority, for work that no request
+waits for. A verification behind a commitment, or behind engines that spin on every core, would come too late.
 
-Every job has a deadline and every queue a bound; what can't be done in time is `Refused`. A thread can't be stopped, so
-whoever lends it memory keeps that memory until `run` has really ended: `run` is never abandoned half-way.
+Every job has a deadline and every queue a bound; a job that cannot be done in time is `Refused`. A thread cannot be
+stopped, so a caller keeps the memory that it lends until `run` has ended: `run` is never abandoned half-way.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ THREAD_JOBS_MAX = 512  # queued or running; a job holds at most a row's chunks
 KZG_JOBS_MAX = 64  # 128 KiB each = 8 MiB
 KZG_START_S = 60.0  # loading the setup takes 1.5 to 6 s of one core
 KZG_JOB_S = 10.0  # a commitment and its proof take 0.1 to 0.3 s
-COMMIT_WAIT_S = 90.0  # the worker may still be starting: nobody waits for a commitment
+COMMIT_WAIT_S = 90.0  # the worker may still be starting: no request waits for a commitment
 _KZG = WorkerProgram(
     module="hyperspace_vllm.daemon.workers.kzg_worker",
     name="KZG",
@@ -57,7 +57,7 @@ class ComputePool:
         return await self._run(self._threads, lambda: function(*args, **kwargs))
 
     async def run_in_background(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """As `run`, for what no request waits for."""
+        """As `run`, for work that no request waits for."""
         return await self._run(self._background, lambda: function(*args, **kwargs))
 
     async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
@@ -91,7 +91,7 @@ class ComputePool:
         return self._verifier.is_ready
 
     def kill_worker(self) -> None:
-        """For tests of what follows: the KZG processes die now."""
+        """Kill the KZG processes, for tests of the recovery."""
         self._verifier.kill()
         self._committer.kill()
 

@@ -1,12 +1,13 @@
 """Registry documents: signs this node's own deltas and has loro, in a worker process, import those of others.
 
-Nothing is kept here for the worker's sake. When it dies, every document is gone: an import that continues one is
-answered `worker`, and the core sends the owner's log again from its snapshot; a write is answered `worker` too, and the
-core begins a new epoch with all entries. So one rule covers a crash, a restart and a document that made room.
+This process keeps no copy of the worker's documents. When the worker dies, every document is lost: an import that
+continues one is answered `worker`, and the core sends the owner's log again from its snapshot; a write is answered
+`worker` too, and the core begins a new epoch with all entries. So one rule covers a crash, a restart and an evicted
+document.
 
-Others' documents wait for each other and this node's own writes for the job under way alone, so that what peers wrote
-keeps nothing of this node from the others. A job is given up by the CPU time that it took, or when it takes none: a
-document can make loro wait for itself for ever. Wall time says little, since engines may leave the worker hardly any.
+Other owners' documents wait for each other; this node's own writes wait only for the job under way, so that peers'
+documents do not delay this node's. A job is given up when it has used too much CPU time, or uses none: a document can
+make loro wait for itself for ever. Wall time is no measure, because engines may leave the worker hardly any CPU.
 
 An epoch is the wall clock's milliseconds at its first write, or one more than the last: a restarted node's first epoch
 is higher than any that it had, unless its clock was put back.
@@ -53,7 +54,7 @@ _PROGRAM = WorkerProgram(
     start_s=START_S,
     job_s=JOB_S,
     reply_bytes_max=_REPLY_BYTES_MAX,
-    without="others don't hear what is here",
+    without="other nodes do not learn what is here",
 )
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
-"""The process that runs loro on what peers wrote: a crash, a hang or a bomb costs this process and nothing else.
+"""The process that runs loro on peers' documents: a crash, a hang or a bomb affects only this process.
 
-It holds this node's own document and those of others, all of which can be rebuilt (others' from their signed logs, the
-own one by a new epoch), so it may die, or forget what wasn't used lately, at any time. Requests and replies are
-msgpack of the messages below.
+It holds this node's own document and those of other owners. All of them can be rebuilt (others from their signed logs,
+the own one by a new epoch), so the process may die, or drop documents that were not used recently, at any time.
+Requests and replies are msgpack of the messages below.
 
 A document is one loro map, "entries": id (64 hex digits) → expires at (ms). A new epoch is a new document: a deleted
 key costs 69 bytes in every later shallow snapshot of the same one (100,000 deletions: 6.9 MB), in a new one nothing.
@@ -22,7 +22,7 @@ from ...core.records.limits import REGISTRY_ENTRIES_MAX, MiB
 from .worker_frames import lower_priority, next_request, reply, say_ready
 
 MEMORY_BYTES_MAX = 120 * MiB  # resident, between two jobs; 500 B an entry and 12 MiB for Python and loro
-ADDRESS_SPACE_BYTES = 320 * MiB  # what a bomb gets before the allocation fails and the process dies
+ADDRESS_SPACE_BYTES = 320 * MiB  # then an allocation of a bomb fails and the process dies
 _ENTRIES_MAX = 80_000  # of the documents held: 40 MiB
 
 _MAP = "entries"
@@ -70,7 +70,7 @@ class Imported(msgspec.Struct, tag="imported", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """`worker`: the document isn't here. The others: the owner wrote what isn't one; it is gone."""
+    """`worker`: the document is not here. Other reasons: the owner's export is not a document; it is dropped."""
 
     reason: str  # worker | malformed | too_large
 
@@ -98,7 +98,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     documents = _Documents()
     say_ready()
-    # Rust prints a page for each panic: nobody shall fill the node's log with hostile documents.
+    # Rust prints a page for each panic: hostile documents must not fill the node's log.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     decoder = msgspec.msgpack.Decoder[Request](Request)
     while (request := next_request()) is not None:

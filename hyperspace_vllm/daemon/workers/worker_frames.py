@@ -1,4 +1,4 @@
-"""What a worker process and the node say to each other, and the worker's side of it.
+"""The frames between a worker process and the node, and the worker's side of them.
 
 worker: READY once it can work, then one frame for each request; it ends with its input
 frame = length u32 big-endian || a request or a reply
@@ -22,7 +22,7 @@ def lower_priority() -> None:
 
 
 def say_ready() -> None:
-    """Tell the node that the first request may come."""
+    """Tell the node that it may send the first request."""
     _write(READY)
 
 

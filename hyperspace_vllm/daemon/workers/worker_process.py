@@ -4,7 +4,7 @@ Not multiprocessing: its spawn re-imports the node's main module, and frames on 
 than its restart handling. A process that dies, or takes too long over a request, is killed and its request lost; the
 next `start` begins a new one. One that does not start is tried again after a pause, which doubles.
 
-Who asks decides the order of requests, and whether a process is started before the first of them.
+The caller decides the order of requests, and whether a process is started before the first of them.
 """
 
 import asyncio
@@ -30,9 +30,9 @@ class WorkerLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class WorkerProgram:
-    """What runs in the process, and its bounds.
+    """The program of the process, and its bounds.
 
-    `start_s` until it is ready, `job_s` for a request, whatever it does. `without` says what fails while none starts.
+    `start_s` until it is ready, `job_s` for any request. `without` names what fails while it does not start.
     """
 
     module: str

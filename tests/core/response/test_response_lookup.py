@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperspace_vllm.core.prefix.cost_model import HEDGE_MS_MAX, HEDGE_MS_MIN
-from hyperspace_vllm.core.response.lookup import ATTEMPTS_MAX, DHT_MS, IN_FLIGHT_MAX, RACE_MS, hedge_delay_ms
+from hyperspace_vllm.core.response.lookup import (
+    ATTEMPTS_MAX,
+    DHT_MS,
+    HEDGE_MS_MAX,
+    HEDGE_MS_MIN,
+    IN_FLIGHT_MAX,
+    RACE_MS,
+    hedge_delay_ms,
+)
 from tests.support.machines.response_script import DEADLINE_MS, Script
 from tests.support.machines.transcripts import check, transcripts_of
 

@@ -1,19 +1,20 @@
-"""One spelling for a question: what people wrap around it taken off, what may change its answer left alone.
+"""The canonical form of a question: without courtesies and other wrapping, but with everything that may change the
+answer.
 
-Context: "What is ML?" and "Explain machine learning" want one answer, and an embedding gives that pair 0.36. Choice: a
-few rewritings, each of which keeps the question; the result is an exact key. Rejected: dropping all punctuation, case
-and function words, which merges "5+3" with "53", "US" with "us" and "explain" with "list". Cost: spellings that need
-understanding ("capital of France", "France's capital") don't meet.
+Context: "What is ML?" and "Explain machine learning" have one answer, but the embeddings of the pair have a cosine of
+0.36. Choice: a few rewritings that keep the question; the result is an exact key. Rejected: dropping all punctuation,
+case and function words, which merges "5+3" with "53", "US" with "us" and "explain" with "list". Cost: spellings that
+need understanding ("capital of France", "France's capital") have different forms.
 
-Only "what is", "explain" and "define" meet, and only before one noun with what stands before it: equal forms are served
-without a look at the embedding. "Describe Paris", "what does Islam mean" and "define a variable in Python" ask for
-something else, "what are windows" for other things than "what is windows"; "what is the Bitcoin price" wants a figure,
-"explain the Bitcoin price" doesn't. An acronym is written out where it is all that is asked about, and a name after
-"the" or "in" (the US); elsewhere it may be a unit, a pronoun or a trade's own.
+Only "what is", "explain" and "define" become equal, and only before one noun with its modifiers, because equal forms
+are served without comparing embeddings. "Describe Paris", "what does Islam mean" and "define a variable in Python" ask
+for something else, "what are windows" for other things than "what is windows"; "what is the Bitcoin price" asks for a
+figure, "explain the Bitcoin price" does not. An acronym is written out if the question is about nothing else, and in a
+name after "the" or "in" (the US); elsewhere it may be a unit, a pronoun or a technical term.
 
-What stays: all other instructions (how, list, compare, translate, write); punctuation but for the mark at the end;
-upper case wherever it may make a name (a Python): inside the text, and at its start in a word of capitals (US) or one
-that is another without it (Turkey); whatever is quoted. Text that looks like code, has more than one line or more than
+Kept: all other instructions (how, list, compare, translate, write); punctuation except the final mark; upper case
+wherever it may mark a name (a Python): inside the text, and at its start in a word of capitals (US) or a word that
+means something else without it (Turkey); all quotations. Text that looks like code, has more than one line or more than
 256 words, or is all in capitals, is only put into Unicode's NFC and stripped at its ends.
 """
 
@@ -176,10 +177,10 @@ _LATIN = re.compile("[\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f]")
 
 
 def is_read(text: str) -> bool:
-    """Whether all of a text is in characters that canonical forms, guards and embedders make something of.
+    """Whether all characters of a text are read by canonical forms, guards and embedders.
 
-    Others they drop, or give one token for all: invisible ones (tags, variation selectors, joiners, private use),
-    emoji, arrows, look-alikes of letters. A language model reads them: they could carry what no comparison sees.
+    Others are dropped, or share one token: invisible ones (tags, variation selectors, joiners, private use), emoji,
+    arrows, look-alikes of letters. A language model reads them, so they could carry text that no comparison sees.
     """
     return (text.isascii() and text.isprintable()) or all(map(_is_read, text))
 
@@ -194,7 +195,7 @@ def _is_read(char: str) -> bool:
 def canonical_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
     """The normalised form of a question: equal forms ask for the same answer. Linear in the text's length.
 
-    `acronyms` maps what is written in capitals to its words, names among them with their own capitals.
+    `acronyms` maps text in capitals to its words, with the capitals of names.
     """
     if _is_verbatim(text):
         return unicodedata.normalize("NFC", text).strip()
@@ -209,9 +210,9 @@ def canonical_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str
 
 
 def compared_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
-    """The text that similarity is defined on: the canonical form, with one opening for whatever asks about a thing.
+    """The text for similarity: the canonical form, with one opening for all questions about a thing.
 
-    Equal ones may want two answers: the guards are asked.
+    Equal texts may have different answers: the guards decide.
     """
     question = canonical_question(text, acronyms)
     topic = None if _is_verbatim(text) else _topic(question, _OPENINGS)
@@ -219,7 +220,7 @@ def compared_question(text: str, acronyms: Mapping[str, str] = ACRONYMS) -> str:
 
 
 def names_property(topic: str) -> bool:
-    """Whether a topic is what a thing has, in a word or a figure: "the value of pi", "Bitcoin price"; not "value"."""
+    """Whether a topic is a property of a thing: "the value of pi", "Bitcoin price"; not "value"."""
     words = topic.lower().rstrip(_END_MARKS).split(" ")
     joins = _OF_THE_PROPERTY if words[0] == "the" else _OF_A_PROPERTY
     bare = words[1:] if words[0] in ("the", "a", "an") else words

@@ -1,9 +1,9 @@
-"""What a cosine can't see: reasons not to serve the stored answer of one question to another that is near it.
+"""Guards: differences between two similar questions that a cosine does not show, and that forbid a semantic hit.
 
 Context: "Is it safe to take ibuprofen?" and "Is it unsafe to take ibuprofen?" are as near to each other as two
-spellings of one question. Choice: guards over word tables (`guard_words`), each of which finds one way in which near
-questions differ, and refuses. Rejected: a cross-encoder, which costs tens of milliseconds a candidate on a core that
-the engine wants. Cost: the guards read English, and refuse many pairs that one answer would have served.
+spellings of one question. Choice: guards over word tables (`guard_words`); each detects one kind of difference, and
+refuses. Rejected: a cross-encoder, which costs tens of milliseconds per candidate on a core that the engine needs.
+Cost: the guards read English, and refuse many pairs that have the same answer.
 """
 
 import re
@@ -64,11 +64,11 @@ _DEICTIC = re.compile(
 
 
 def eligible(text: str) -> str | None:
-    """Why a question takes no part in semantic hits; None if it does.
+    """The reason why a question takes no part in semantic hits; None if it does.
 
     "empty", "too_long", "not_english", "unread" (characters that the comparison ignores) or "deictic".
 
-    The guards read English: of another language they would see neither negation nor names.
+    The guards read English: in another language they recognise neither negation nor names.
     """
     if not text.strip():
         return "empty"
@@ -92,7 +92,7 @@ def _is_english(text: str, words: set[str]) -> bool:
 def refusal(a: str, b: str, mode: Mode) -> str | None:
     """The guard that forbids to serve the stored answer of question `b` to question `a`; None if it may be served.
 
-    Symmetric. What it names is in `GUARDS`, or for `strict` in `STRICT_GUARDS`.
+    Symmetric. The result is one of `GUARDS`, or for `strict` of `STRICT_GUARDS`.
     """
     if canonical_question(a) == canonical_question(b):
         return None
@@ -100,7 +100,7 @@ def refusal(a: str, b: str, mode: Mode) -> str | None:
 
 
 def refusal_between(one: ParsedQuestion, other: ParsedQuestion, mode: Mode) -> str | None:
-    """As `refusal`, of questions that have been read and whose canonical forms differ."""
+    """As `refusal`, for questions that have been parsed and whose canonical forms differ."""
     guards = GUARDS + STRICT_GUARDS if mode == "strict" else GUARDS
     return next((name for name, differ in guards if differ(one, other)), None)
 
@@ -145,12 +145,12 @@ def _differ_in_comparison(one: ParsedQuestion, other: ParsedQuestion) -> bool:
 
 
 def _differ_in_qualifier(one: ParsedQuestion, other: ParsedQuestion) -> bool:
-    """A word that only one has makes another thing of a thing: "attempted murder", "only vegetables"."""
+    """A qualifier in only one question changes its subject: "attempted murder", "only vegetables"."""
     return ("only" in one.keys) != ("only" in other.keys) or _adds_qualifier(one, other) or _adds_qualifier(other, one)
 
 
 def _differ_in_persons(one: ParsedQuestion, other: ParsedQuestion) -> bool:
-    """What my name is, and what yours is."""
+    """My name and your name."""
     return are_exchanged(one.plain, other.plain)
 
 
@@ -188,10 +188,10 @@ def _differ_in_type(one: ParsedQuestion, other: ParsedQuestion) -> bool:
 
 
 def _differ_in_roles(one: ParsedQuestion, other: ParsedQuestion) -> bool:
-    """Who does what to whom, and what is turned into what.
+    """The roles of subject and object, and the directions of conversions.
 
-    Two words that both questions have may not change places, unless what joins them treats them alike ("between A and
-    B"), or they were joined otherwise ("branches in git", "git branches").
+    Two words that both questions have may not change places, unless the words between treat them alike ("between A and
+    B"), or connect them in another way ("branches in git", "git branches").
     """
     mine, yours = _shared(one, other), _shared(other, one)
     if _directions_differ(mine, yours):
@@ -211,12 +211,12 @@ def _differ_in_roles(one: ParsedQuestion, other: ParsedQuestion) -> bool:
 
 
 def _differ_in_spelling(one: ParsedQuestion, other: ParsedQuestion) -> bool:
-    """Embedders take accents off, so words with any must be the same."""
+    """Embedders remove accents, so words with accents must be the same."""
     return one.accented != other.accented
 
 
 def _differ_in_manner(one: ParsedQuestion, other: ParsedQuestion) -> bool:
-    """An adverb that only one has may turn the answer: "falsely"."""
+    """An adverb in only one question may reverse the answer: "falsely"."""
     return _adds_manner(one, other) or _adds_manner(other, one)
 
 
@@ -345,7 +345,7 @@ def _directions_differ(mine: list[Word], yours: list[Word]) -> bool:
 
 
 def _phrase(question: ParsedQuestion) -> list[Word]:
-    """The words of a question that say something, and the prepositions between them."""
+    """The content words of a question, and the prepositions between them."""
     return [
         each
         for word in question.content
@@ -354,7 +354,7 @@ def _phrase(question: ParsedQuestion) -> list[Word]:
 
 
 def _are_two(x: Word, y: Word) -> bool:
-    """Whether one word says something else than the other, as far as one sees."""
+    """Whether the two words have different meanings, as far as the tables tell."""
     if x.is_filler and y.is_filler:
         return False
     if x.key in KINDS and KINDS[x.key] == KINDS.get(y.key):

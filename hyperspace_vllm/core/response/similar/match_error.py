@@ -1,18 +1,20 @@
-"""How often semantic hits are wrong, measured, and what follows from it for the next ones.
+"""The measured error of semantic hits, and which further matches are served.
 
-Some matches are computed as well, and the two answers compared. While more than `max_error` of the matches may be
-wrong, at 95 % confidence, all are computed: the client gets the engine's answer, and that is compared. Afterwards they
-are served, and one in CHECK_EVERY is computed too. What was learnt of one tenant, model, mode or embedder says nothing
-about another: each is a kind of its own.
+Some matches are also computed, and the two answers compared. While more than `max_error` of the matches may be wrong,
+at 95 % confidence, all are computed: the client gets the engine's answer, and that is compared. Afterwards matches are
+served, and one in CHECK_EVERY is also computed. Results for one tenant, model, mode or embedder do not apply to
+another: each combination is a separate kind.
 
-The bound is against chance and other tenants, not against the clients of one tenant, who choose what is compared. To
-make steering it dear, only greedy answers count, of TELLING_WORDS, and of each question its last comparison.
+The bound protects against chance and other tenants, not against the clients of one tenant, which choose what is
+compared. To make it costly to influence, only greedy answers of TELLING_WORDS or more count, and only the last
+comparison of each question.
 
 Context: vCache (Schroeder et al., "vCache: Verified Semantic Prompt Caching", 2025): a bound that the user sets, kept
-by computing where the cache isn't sure yet. Choice: one binomial over the last WINDOW comparisons of a kind, and a
-threshold of its own for an entry that erred. Rejected: vCache's model of each entry, which takes some ten computations
-of each before it serves: here the guards have taken out most of what a cosine can't see. Cost: with max_error = 0.02
-and no error, the matches of the first 189 questions are computed, and all where no request is greedy.
+by computing while the cache is uncertain. Choice: one binomial over the last WINDOW comparisons of a kind, and a
+separate threshold for an entry that was wrong. Rejected: vCache's model of each entry, which takes about ten
+computations per entry before it serves: here the guards have removed most of the differences that a cosine does not
+show. Cost: with max_error = 0.02 and no error, the matches of the first 189 questions are computed, and all of them if
+no request is greedy.
 """
 
 import random
@@ -26,8 +28,8 @@ Verdict = Literal["serve", "check", "compute"]
 WINDOW = 1_000
 KINDS_MAX = 64
 CHECK_EVERY = 20
-UNCHECKED_MAX = 8 * CHECK_EVERY  # matches served under a bound without word of a check: then none comes through
-TELLING_WORDS = 8  # "The" and "Yes." say little about the answers that they stand for
+UNCHECKED_MAX = 8 * CHECK_EVERY  # matches served under a bound without a check: then checks seem to fail
+TELLING_WORDS = 8  # comparing "The" or "Yes." says little about other answers
 SAME = 0.99  # nearer than this nothing tells a right match from a wrong one
 NEVER = 2.0  # a floor above every similarity
 _Z = 1.96  # 95 %, two-sided
@@ -53,9 +55,9 @@ def wilson(wrong: int, checked: int) -> Interval:
 
 
 def floor_after(similarity: float, floor: float) -> float:
-    """From what similarity on an entry that erred at `similarity` may be served again.
+    """The similarity from which an entry that was wrong at `similarity` may be served again.
 
-    It had `floor` before, 0 if it never erred: the second error is its last.
+    It had `floor` before, 0 if it was never wrong: after the second error it is not served again.
     """
     return NEVER if floor > 0 or similarity >= SAME else similarity + (1 - similarity) / 2
 
@@ -87,7 +89,7 @@ class MatchErrors:
 
     @property
     def ratio(self) -> Interval:
-        """Of the matches of all kinds that were checked, those that were wrong."""
+        """The share of wrong matches among the checked ones of all kinds."""
         return wilson(sum(sum(kind.wrong.values()) for kind in self._kinds.values()), self.checked)
 
     def add(self, kind: bytes, asked: bytes, is_wrong: bool) -> None:

@@ -1,8 +1,8 @@
-"""Which words exclude each other: antonyms in any inflection, and one stem under two prefixes or endings.
+"""Opposites: antonyms in any inflection, and words with one stem under two prefixes or endings.
 
-Context: near questions differ in one word, and an embedding puts a word next to its opposite. Choice: tables of
-antonyms (ours and WordNet's), and rules where opposites are made by rule (hypo-, hyper-, un-; -less, -phobic), which
-know words that no table has. Cost: two words that merely look so are kept apart too (contain, retain).
+Context: similar questions may differ in one word, and an embedding puts a word next to its opposite. Choice: tables of
+antonyms (this project's and WordNet's), and rules for regular opposites (hypo-, hyper-, un-; -less, -phobic), which
+cover words that no table has. Cost: two words that only look like opposites are kept apart too (contain, retain).
 """
 
 from collections import defaultdict

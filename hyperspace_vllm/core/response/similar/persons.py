@@ -1,4 +1,4 @@
-"""Whom a question is about: the asker, the one who is asked, or others.
+"""The persons in a question: first, second or third.
 
 Context: "What is my name?" and "What is your name?" are as near as two spellings of one question, while "How do I tie
 a tie?" and "How do you tie a tie?" are one. Choice: persons may not be exchanged, unless the subject stands for people
@@ -34,7 +34,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 def are_exchanged(one: str, other: str) -> bool:
     """Whether each of two plain questions (canonical.py) is about a person that the other is not about.
 
-    Or about the same ones in another order: who knows whose name.
+    Or about the same persons in another order: subject and object exchanged.
     """
     ours, theirs = _persons(one.lower()), _persons(other.lower())
     if set(ours) == set(theirs):

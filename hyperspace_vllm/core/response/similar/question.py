@@ -1,4 +1,4 @@
-"""A question as the guards read it: its words, numbers, names, and what it asks for."""
+"""A question as the guards read it: its words, numbers, names and type."""
 
 import re
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""Whether two answers to one question say the same, as far as an embedding and a few words can tell.
+"""Whether two answers to one question mean the same, as far as an embedding and a few words show.
 
 Context: sampled models and other wordings of a question give other words. Choice: a cosine of the answers' embeddings,
-beneath two looks at what it doesn't see: yes and no, and numbers, negation and opposites in short answers. Rejected: a
-judge model, which the node hasn't got. Cost: a long answer that errs in one number counts as the same.
+after two checks of differences that it does not show: yes and no, and numbers, negation and opposites in short answers.
+Rejected: a judge model, which the node does not have. Cost: a long answer with one wrong number counts as the same.
 """
 
 import re

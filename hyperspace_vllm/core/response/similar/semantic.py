@@ -1,7 +1,7 @@
-"""Which stored question, if any, is near enough for its answer to be served.
+"""The best match of a question: the stored question, if any, that is near enough for its answer to be served.
 
 Similarity is the larger of two cosines, of the questions as asked and of their compared forms (canonical.py): the first
-forgives rewording that the second doesn't know, the second what embeddings don't (an acronym, the openings of a
+tolerates rewordings that the forms do not know, the second those that embeddings do not (an acronym, the openings of a
 definition).
 """
 
@@ -39,13 +39,13 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class NoMatch:
-    """None may; `reason` is the guard that refused the nearest, or "far". Used as a metric label."""
+    """No answer may be served; `reason` is the guard that refused the nearest, or "far". Used as a metric label."""
 
     reason: str
 
 
 class Vector(Protocol):
-    """What is used of a NumPy array, which the core doesn't import."""
+    """The part of a NumPy array that is used here; the core does not import NumPy."""
 
     def __matmul__(self, other: Any, /) -> Any:
         """The dot product."""
@@ -57,7 +57,7 @@ def similarity(raw_a: Vector, canonical_a: Vector, raw_b: Vector, canonical_b: V
 
 
 def similarity_needed(one: ParsedQuestion, other: ParsedQuestion, cosine_min: float = COSINE_MIN) -> float:
-    """The similarity from which one answer serves both questions, if no guard refuses."""
+    """The least similarity at which one answer serves both questions, if no guard refuses."""
     return cosine_min + _MORE_IF_ADDED * (one.says < other.says or other.says < one.says)
 
 

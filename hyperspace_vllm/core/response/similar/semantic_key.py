@@ -1,13 +1,13 @@
-"""Which requests ask a plain question, and the names that such a question has beside its RequestKey.
+"""Requests with a plain question, and the names of such a question beside its RequestKey.
 
     partition      everything but the question: model, weights, parameters, system prompt, salt, tenant
     canonical key  the partition and the question's canonical form (canonical.py)
 
 Context: an answer may serve another wording of its question only if nothing but the question differs, and only if the
-model was to answer it, not to work on its text. Choice: an allow-list, which fails closed: one user message of text,
-a system prompt at most before it, and parameters of sampling. Rejected: whole conversations, in which a few words
-("And why?") ask what stands elsewhere. Cost: those, and requests with tools or a structured output, have exact
-hits alone.
+model was asked to answer it, not to process its text. Choice: an allow-list, which fails closed: one user message of
+text, at most a system prompt before it, and sampling parameters. Rejected: whole conversations, in which a short
+question ("And why?") refers to earlier text. Cost: conversations, and requests with tools or structured output, have
+exact hits only.
 """
 
 import re
@@ -38,9 +38,9 @@ thinking_token_budget chat_template_kwargs
 
 
 def tightened(server: Semantic, wish: str | None) -> Mode | None:
-    """The mode for a request: the server's, or a stricter one that the caller wants; None: exact hits alone.
+    """The mode for a request: the server's, or a stricter one that the client wants; None: exact hits only.
 
-    A wish that we don't know is taken for the strictest.
+    An unknown mode counts as the strictest.
     """
     wanted = "off" if wish is None else wish.strip().lower()
     asked: Semantic = server if wish is None else next((mode for mode in _STRICTNESS if mode == wanted), "off")
@@ -91,6 +91,6 @@ def _only_text(message: object, roles: tuple[str, ...]) -> str | None:
 
 
 def _sets_the_scene(message: object) -> bool:
-    """Whether a system prompt says how to answer, and not what to do with the user's text."""
+    """Whether a system prompt describes how to answer, and not what to do with the user's text."""
     text = _only_text(message, ("system", "developer"))
     return text is not None and text.isascii() and not TEXT_WORK & set(re.findall(r"[a-z]+", text.lower()))
