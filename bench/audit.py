@@ -110,7 +110,9 @@ def main() -> None:
     questions = rng.sample(sorted({json.loads(line)["a"] for line in lines}), options.count)
     tokenizer = AutoTokenizer.from_pretrained(MODELS[options.model], padding_side="left")
     chats = [[{"role": "user", "content": question}] for question in questions]
-    prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    prompts: list[str] = [
+        str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)) for chat in chats
+    ]
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(MODELS[options.model], dtype=torch.float32)
         answers = greedy(tokenizer, model, prompts)

@@ -26,8 +26,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench.documents import document, prompt
-from bench.machine import dtype
-from bench.servers import MODELS, ROOT, Completion, Server, found_network, free_port
+from bench.machine import ROOT, dtype
+from bench.servers import MODELS, Completion, Server, found_network, free_port
 from hyperspace_vllm.core.records.ids import RequestKey, network_id, public_key_of
 from hyperspace_vllm.core.response.cache_proof import check_proof, decode_proof, request_hash
 from hyperspace_vllm.response_db import database_path, unpacked

@@ -1,6 +1,6 @@
 """The long prompts of the demo and the benches: real documents, cut to a number of words, with questions."""
 
-from bench.servers import ROOT
+from bench.machine import ROOT
 
 
 def document(name: str, words: int) -> str:

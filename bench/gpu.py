@@ -25,8 +25,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.machine import dtype
-from bench.servers import MODELS, ROOT
+from bench.machine import ROOT, dtype
+from bench.servers import MODELS
 from hyperspace_vllm import native_cuda
 from hyperspace_vllm.core.records.manifest import chunk_bytes_for
 from hyperspace_vllm.daemon.kv.object_codec import encode_row

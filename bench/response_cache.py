@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.machine import dtype
-from bench.servers import MODELS, ROOT, Server, free_port
+from bench.machine import ROOT, dtype
+from bench.servers import MODELS, Server, free_port
 from bench.ttft import bootstrap_interval
 
 BUILD = ROOT / "build" / "response-cache"
@@ -317,7 +317,7 @@ def measure_peers(plain: Server) -> dict[str, Figures]:
         found["LiteLLM, Redis"], _ = asyncio.run(measure_hits(port, hit))
     python = environment("gptcache", "gptcache", "cachetools") / "python"
     with tempfile.TemporaryDirectory(dir=BUILD) as directory:
-        command = [python, "-c", GPTCACHE, Path(directory) / "map.txt"]
+        command = [str(python), "-c", GPTCACHE, str(Path(directory) / "map.txt")]
         output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=directory).stdout
         found["GPTCache, in process"] = json.loads(output.splitlines()[-1])
     return found

@@ -21,7 +21,8 @@ from rich.progress import Progress
 
 from bench.demo import environment, network_hits, node_idle, start, wait_discovered, warm_up
 from bench.documents import document, prompt
-from bench.servers import MODELS, ROOT, Server, found_network, free_port
+from bench.machine import ROOT
+from bench.servers import MODELS, Server, found_network, free_port
 
 QUESTION, OTHER_QUESTION = "What may I do with this software?", "Who may use the trademarks?"
 HITS = 200

@@ -71,12 +71,15 @@ def embedded_nodes() -> set[int]:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note what the last try of a test says of its features; a set-up that failed or skipped counts too."""
-    if report.outcome == "rerun" or (report.when != "call" and report.passed):
+    if str(report.outcome) == "rerun" or (  # of a plugin
+        report.when != "call" and report.passed
+    ):
         return
     for name, value in report.user_properties:
         if name == "feature":
-            feature, release = value
-            release = release or version("vllm").partition("+")[0]
+            assert isinstance(value, tuple)
+            feature, of_release = value
+            release = of_release or version("vllm").partition("+")[0]
             _outcomes.setdefault(release, {}).setdefault(feature, {})[report.nodeid] = report.outcome
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,12 @@ def test_a_file_is_read_once_however_often_it_is_asked_for(
     first = digest(tmp_path, *states)
     read: list[str] = []
     real = FileState.hash
-    monkeypatch.setattr(FileState, "hash", lambda self, advance: read.append(self.path) or real(self, advance))
+
+    def noted(self: FileState, advance: Callable[[int], None]) -> str:
+        read.append(self.path)
+        return real(self, advance)
+
+    monkeypatch.setattr(FileState, "hash", noted)
     assert digest(tmp_path, *states) == first
     assert not read
     other.write_bytes(b"changed")

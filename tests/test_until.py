@@ -1,6 +1,7 @@
 """What tests wait with says what did not happen."""
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
 
@@ -8,7 +9,7 @@ from tests.support.until import until, until_async
 
 
 def test_the_first_true_value_is_returned() -> None:
-    values = iter([0, None, [], 3, 4])
+    values: Iterator[int | list[int] | None] = iter([0, None, [], 3, 4])
     assert until(lambda: next(values)) == 3
 
 

@@ -69,9 +69,9 @@ class Engine:
         """Until the gate opens; False when the client leaves before."""
         self._at_once += 1
         self.together = max(self.together, self._at_once)
-        gone = asyncio.create_task(request.receive())
+        gone = asyncio.ensure_future(request.receive())
         opened = asyncio.create_task(self.gate.wait())
-        await asyncio.wait([gone, opened], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((gone, opened), return_when=asyncio.FIRST_COMPLETED)
         for task in (gone, opened):
             task.cancel()
         self._at_once -= 1
@@ -190,11 +190,12 @@ async def test_a_refused_input_ends_what_is_computed_of_the_others(bench: Bench,
         if json.loads(message["body"])["input"] == "bad":
             await until_async(lambda: engine.together == 3)
             await send({"type": "http.response.start", "status": 400, "headers": []})
-            return await send({"type": "http.response.body", "body": b"{}"})
+            await send({"type": "http.response.body", "body": b"{}"})
+            return
         if "bad" in json.loads(message["body"])["input"]:
             refused_at_once.set()
             engine.gate.set()
-        return await inner(scope, replayed([message], receive), send)
+        await inner(scope, replayed([message], receive), send)
 
     bench.cache.app = refuse_at_once
     answer = await embed(bench, ["a", "bb", "ccc", "bad"])

@@ -5,7 +5,7 @@ import gc
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from starlette.responses import JSONResponse
 
 from hyperspace_vllm.api import database_lookup as lookup
-from hyperspace_vllm.api import large_bodies, middleware, relay, request_context
+from hyperspace_vllm.api import large_bodies, middleware, relay, request_context, stored_answer
 from hyperspace_vllm.api.database_lookup import Recent
 from hyperspace_vllm.api.http_headers import RawHeaders
 from hyperspace_vllm.api.large_bodies import Busy, LargeBodies
@@ -174,13 +174,13 @@ async def test_no_client_waits_longer_for_a_large_request_than_for_the_server_to
         json.loads(raw)
 
     async def ask() -> None:
-        answer: list[dict[str, Any]] = []
+        answer: list[MutableMapping[str, Any]] = []
         requests = [{"type": "http.request", "body": raw, "more_body": False}]
 
         async def receive() -> dict[str, Any]:
             return requests.pop() if requests else await asyncio.Future()
 
-        async def send(message: dict[str, Any]) -> None:
+        async def send(message: MutableMapping[str, Any]) -> None:
             answer.append(message)
 
         headers = [(b"content-type", b"application/json")]
@@ -207,11 +207,10 @@ async def test_a_large_answer_is_made_beside_the_event_loop(
     bench.upstream.says.append("word " * INLINE_BODY_BYTES)
     first = await bench.ask(CHAT)
     threads: list[int] = []
-    render = request_context.render
 
     def noted(*args: Any) -> Any:
         threads.append(threading.get_ident())
-        return render(*args)
+        return stored_answer.render(*args)
 
     monkeypatch.setattr(request_context, "render", noted)
     answer = await bench.ask(CHAT | asked_as)

@@ -90,7 +90,11 @@ async def test_what_cannot_be_cached_still_stays_in_the_node_when_its_client_say
 
 async def test_a_server_that_wants_fresh_samples_caches_only_what_cannot_differ(make_bench: MakeBench) -> None:
     bench = await make_bench(cache_sampled=False)
-    sampled = (CHAT, CHAT | {"temperature": 0.7}, CHAT | {"temperature": None, "seed": None})
+    sampled: tuple[dict[str, Any], ...] = (
+        CHAT,
+        CHAT | {"temperature": 0.7},
+        CHAT | {"temperature": None, "seed": None},
+    )
     for body in sampled:
         answer = await bench.ask(body)
         assert answer.headers["cache-status"] == "hyperspace; fwd=bypass; detail=sampled"

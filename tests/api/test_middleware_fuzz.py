@@ -138,8 +138,8 @@ async def torment(cached: Server, plain: Server, seconds: float, enough: int, se
     settled = 0
     while loop.time() < until or min(statuses[200], statuses[400]) < enough:
         requests = [odd_request(rng) for _ in range(4)]
-        answers = await asyncio.gather(
-            *(status_of(server.port, request) for server in (cached, plain) for request in requests),
+        answers, _ = await asyncio.gather(
+            asyncio.gather(*(status_of(server.port, request) for server in (cached, plain) for request in requests)),
             misbehave(cached.port, rng),
         )
         for request, with_cache, without in zip(requests, answers[:4], answers[4:8], strict=True):

@@ -1,6 +1,7 @@
 """Questions in other words, answered by the response cache in front of a real server, with the real embedder."""
 
 import json
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -219,12 +220,13 @@ async def test_with_a_bound_matches_are_computed_until_they_are_known_to_be_righ
 async def test_a_bound_is_kept_for_each_tenant_whatever_others_ask(make_bench: MakeBench) -> None:
     bench = await make_bench(semantic="balanced", max_error=0.8, api_keys=("a", "b"))
     bench.upstream.says = ["The", "The", DAILY, CHORDS, DAILY, CHORDS]
-    short = {"authorization": "Bearer a", "one": GUITAR | {"max_tokens": 1}, "other": GUITAR_TOO | {"max_tokens": 1}}
-    first = {"authorization": "Bearer a", "one": GUITAR, "other": GUITAR_TOO}
-    for number, asks in enumerate((short, first, first | {"authorization": "Bearer b"})):
-        await bench.ask(asks["one"], authorization=asks["authorization"])
+    short = ("Bearer a", GUITAR | {"max_tokens": 1}, GUITAR_TOO | {"max_tokens": 1})
+    for number, (key, one, other) in enumerate(
+        (short, ("Bearer a", GUITAR, GUITAR_TOO), ("Bearer b", GUITAR, GUITAR_TOO))
+    ):
+        await bench.ask(one, authorization=key)
         await bench.stored(2 * number + 1)
-        assert await detail_of(bench, asks["other"], authorization=asks["authorization"]) == "fwd=uri-miss; stored"
+        assert await detail_of(bench, other, authorization=key) == "fwd=uri-miss; stored"
         await bench.stored(2 * number + 2)
     await checked(bench, 2)
 
@@ -237,9 +239,13 @@ async def test_an_engine_that_fails_or_hangs_costs_the_hit_nothing(
     await bench.ask(chat("What is ML?"))
     await bench.stored(1)
     bench.upstream.failures = ["stall", "refuse", "raise"]
+
+    def asked(times: int) -> bool:
+        return len(bench.upstream.bodies) == times
+
     for number in range(3):
         assert await detail_of(bench, chat("Explain machine learning")) == "hit; detail=canonical"
-        await until_async(lambda number=number: len(bench.upstream.bodies) == number + 2)
+        await until_async(partial(asked, number + 2))
         await until_async(lambda: bench.cache.checks.idle)
     assert bench.upstream.disconnects == 1
     assert bench.node.checked == []

@@ -295,11 +295,11 @@ def test_replayed_frames_are_what_vllms_models_write(endpoint: Endpoint) -> None
     from vllm.entrypoints.openai.completion.protocol import CompletionStreamResponse
 
     model = ChatCompletionStreamResponse if endpoint == "chat" else CompletionStreamResponse
-    answers = {
+    answers: dict[str, dict[str, object]] = {
         "chat": {"message": {"role": "assistant", "content": "Blüe.", "reasoning": "Hm."}},
         "completions": {"text": "Blüe."},
     }
-    body = {"id": "c", "created": 1, "model": "m", "system_fingerprint": "fp", "usage": USAGE}
+    body: dict[str, Any] = {"id": "c", "created": 1, "model": "m", "system_fingerprint": "fp", "usage": USAGE}
     body["choices"] = [{"index": at, **answers[endpoint], "finish_reason": "stop"} for at in range(2)]
     for include_usage in (True, False):
         for frame in list(frames(endpoint, body, include_usage))[:-1]:

@@ -5,7 +5,6 @@ import logging
 import pytest
 
 from hyperspace_vllm.core.records.errors import SHOWN_CHARS_MAX, ProtocolViolation, Refused, printable
-from hyperspace_vllm.daemon import token_bucket
 from hyperspace_vllm.daemon.logs import LINE_CHARS_MAX, PEER_BURST, PEER_S, SPARING_BURST, SPARING_S, Lines, Sparing
 
 FORMAT = "%(levelname)s %(message)s"
@@ -58,7 +57,7 @@ def test_a_traceback_forges_no_line() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, to be set."""
     now = [0.0]
-    monkeypatch.setattr(token_bucket.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("hyperspace_vllm.daemon.token_bucket.time.monotonic", lambda: now[0])
     return now
 
 

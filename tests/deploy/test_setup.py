@@ -46,7 +46,12 @@ def test_another_cpu_or_another_vllm_is_tried_anew(
     setup: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
-    monkeypatch.setattr(setup.dtypes, "choose", lambda venv, chosen, kind: tried.append(kind) or "float32")
+
+    def choose(venv: object, chosen: object, kind: str) -> str:
+        tried.append(kind)
+        return "float32"
+
+    monkeypatch.setattr(setup.dtypes, "choose", choose)
     stamps = setup.main.Stamps(tmp_path / "setup.json")
     for engine, flags, tests in [
         ("0.32", {"avx2"}, False),
@@ -68,7 +73,7 @@ def test_the_written_distribution_is_what_vllm_looks_for(setup: SimpleNamespace,
     assert found.version == "0.32.0+cpu"
     assert found.files
     assert {path.name for path in found.files} == {"METADATA", "WHEEL", "INSTALLER", "RECORD"}
-    assert all(path.locate().is_file() for path in found.files)
+    assert all(Path(path.locate()).is_file() for path in found.files)
 
 
 @pytest.mark.io

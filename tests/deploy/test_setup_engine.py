@@ -66,7 +66,8 @@ class FakeVenv:
     """Answers `pip install` from a list of refusals (None: it worked) and keeps what it was asked."""
 
     def __init__(self, engine: ModuleType, *refusals: str | None) -> None:
-        self.refusals, self.asked, self.failed = list(refusals), [], engine.Failed
+        self.refusals, self.failed = list(refusals), engine.Failed
+        self.asked: list[tuple[str, ...]] = []
 
     def pip_install(self, progress: object, *arguments: str) -> None:
         self.asked.append(arguments)

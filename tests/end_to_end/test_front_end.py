@@ -12,7 +12,8 @@ import pytest
 
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, POOLING, Endpoint
 from tests.support.comparable import comparable
-from tests.support.front_end import TINY, FrontEnds, front_ends, with_tokens
+from tests.support.front_end import FrontEnds, front_ends, with_tokens
+from tests.support.paths import TINY
 
 Json = dict[str, Any]
 
@@ -47,10 +48,16 @@ TOOLS = [
 ]
 CHAT_TOOLS = [{"type": "function", "function": tool} for tool in TOOLS]
 NAMED = {"type": "function", "function": {"name": "add"}}
-TWICE = {"n": 2, "temperature": 1, "seed": 1}
+TWICE: Json = {"n": 2, "temperature": 1, "seed": 1}
 CHOICES: dict[Endpoint, list[Json]] = {
-    "chat": [{}, TWICE, {"logprobs": True, "top_logprobs": 2}, {"return_token_ids": True}, {"tools": CHAT_TOOLS}]
-    + [{"tools": CHAT_TOOLS, "tool_choice": choice} for choice in ("auto", "none", "required", NAMED)],
+    "chat": [
+        {},
+        TWICE,
+        {"logprobs": True, "top_logprobs": 2},
+        {"return_token_ids": True},
+        {"tools": CHAT_TOOLS},
+        *({"tools": CHAT_TOOLS, "tool_choice": choice} for choice in ("auto", "none", "required", NAMED)),
+    ],
     "messages": [{}, {"tools": [{"name": tool["name"], "input_schema": tool["parameters"]} for tool in TOOLS]}],
     "responses": [
         {},

@@ -101,7 +101,7 @@ def test_a_response_answered_anywhere_is_a_hit_everywhere(network: Network) -> N
 def told_of(node: NetworkedNode) -> int:
     """Responses that a node has a hint of."""
     p2p = node.status()["p2p"]
-    return max(p2p["hints"], p2p["registry_entries"])
+    return int(max(p2p["hints"], p2p["registry_entries"]))
 
 
 def test_a_hit_names_who_computed_it(network: Network) -> None:

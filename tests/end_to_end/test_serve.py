@@ -103,12 +103,12 @@ def test_a_stream_is_served_from_an_answer_and_an_answer_from_a_stream(server: S
     client = openai.OpenAI(base_url=server.url + "/v1", api_key=KEY)
 
     def chat(text: str, stream: bool) -> str:
-        answer = client.chat.completions.create(
+        answer: Any = client.chat.completions.create(
             model="demo", messages=[{"role": "user", "content": text}], max_tokens=8, temperature=0, stream=stream
         )
         if stream:
             return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
-        return answer.choices[0].message.content or ""
+        return str(answer.choices[0].message.content or "")
 
     hits = server.metric("hyperspace_l1_lookups_total", 'result="hit"')
     for number, order in enumerate(((False, True), (True, False))):
@@ -186,11 +186,11 @@ def test_servers_of_one_node_compute_a_request_once(servers: tuple[Server, Serve
     def collapsed() -> bool:
         body = completion(f"{prompt}{time.time_ns()}", max_tokens=200)
         with ThreadPoolExecutor(2) as pool:
-            (_, *one), (_, *other) = pool.map(lambda server: post(server, body), servers)
-        statuses = sorted(str(headers["cache-status"]) for headers in (one[0], other[0]))
+            (_, one, one_body), (_, other, other_body) = pool.map(lambda server: post(server, body), servers)
+        statuses = sorted(str(headers["cache-status"]) for headers in (one, other))
         if statuses != ["hyperspace; fwd=uri-miss; collapsed", "hyperspace; fwd=uri-miss; stored"]:
             return False
-        assert said(one[1]) == said(other[1])
+        assert said(one_body) == said(other_body)
         return True
 
     # A server learns of the other by heartbeats, and waits 10 ms for a node, which may be late on a busy machine.
@@ -205,7 +205,10 @@ def test_servers_of_one_node_share_answers(servers: tuple[Server, Server], promp
 
 
 def test_another_wording_of_a_question_is_answered_by_every_server(servers: tuple[Server, Server]) -> None:
-    until(lambda: servers[0].node_status()["similar"]["state"] == "on", what="the embedder's start")  # type: ignore[call-overload,index]
+    def status() -> Any:
+        return servers[0].node_status()
+
+    until(lambda: status()["similar"]["state"] == "on", what="the embedder's start")
 
     seed = time.time_ns() >> 8
 
@@ -237,10 +240,10 @@ def test_another_wording_of_a_question_is_answered_by_every_server(servers: tupl
             assert said(found[-1]) == said(answer)
     assert cached(servers[0], "How can I learn to play guitar?", "off")[0] == "hyperspace; detail=uri-miss"
     assert cached(servers[0], "How can I learn to play the violin?")[0] == "hyperspace; detail=uri-miss"
-    samples = servers[0].node_status()["metrics"]
+    samples = status()["metrics"]
     wrong = {
         each["labels"]["bound"]: each["value"] for each in samples if each["name"].endswith("semantic_wrong_ratio")
-    }  # type: ignore[attr-defined,index]
+    }
     assert wrong.keys() == {"low", "estimate", "high"}
     assert 0 <= wrong["low"] <= wrong["estimate"] <= wrong["high"] <= 1
 

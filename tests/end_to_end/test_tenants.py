@@ -301,7 +301,8 @@ async def test_no_spelling_of_a_request_reaches_the_engine_without_its_tenants_s
 def test_what_vllm_refuses_as_a_salt_is_left_for_it_to_refuse() -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-    for refused in ("", 5, ["s"], {}):
+    salts: tuple[object, ...] = ("", 5, ["s"], {})
+    for refused in salts:
         assert engine_salt(KEYS[0], refused) == refused
         with pytest.raises(Exception, match="cache_salt"):
             ChatCompletionRequest.model_validate({"messages": CHAT_MESSAGES, "cache_salt": refused})
@@ -322,7 +323,7 @@ def test_the_engines_prefix_cache_tells_no_tenant_what_another_asked(tmp_path: P
         def cached(key: str, number: int, path: str = "/v1/completions", **more: object) -> int:
             prompt = f"{number} " + "the sky is blue " * 100  # several blocks of 128 tokens
             shape = {"messages": [{"role": "user", "content": prompt}]} if path.endswith("chat/completions") else {}
-            body = {"model": "demo", "max_tokens": 1, **(shape or {"prompt": prompt}), **more}
+            body: dict[str, object] = {"model": "demo", "max_tokens": 1, **(shape or {"prompt": prompt}), **more}
             headers = {"Authorization": f"Bearer {key}", "Cache-Control": "no-store"}
             answer = httpx.post(server.url + path, json=body, headers=headers, timeout=300)
             assert answer.status_code == 200, answer.text

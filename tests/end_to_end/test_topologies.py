@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.topology, pytest.mark.timeout(1200)]
 
 KEYS = ("sk-one", "sk-two")
 SMALL = {"HYPERSPACE_ARENA_BYTES": str(64 << 20), "HYPERSPACE_FETCH": "always", "HYPERSPACE_P2P_LISTEN": ""}
-OURS = {"kv_connector": "hyperspace", "kv_role": "kv_both"}
+OURS: dict[str, object] = {"kv_connector": "hyperspace", "kv_role": "kv_both"}
 
 
 def several(*children: dict[str, object]) -> str:
@@ -42,7 +43,7 @@ class Topology:
     keys: tuple[str, ...] = ()
 
 
-EXAMPLE = {
+EXAMPLE: dict[str, object] = {
     "kv_connector": "ExampleConnector",
     "kv_role": "kv_both",
     "kv_connector_extra_config": {"shared_storage_path": "DIRECTORY"},
@@ -119,7 +120,7 @@ def check(topology: Topology, producer: Server, environment: dict[str, str], dir
             assert status == 200, body
             assert not hit(headers), "of another tenant"
         for key in keys:
-            until(lambda key=key: all_hit(key), what="the response in every API server")
+            until(partial(all_hit, key), what="the response in every API server")
             assert not hit(post(server, completion(topology.name, cache_salt="s"), key)[1])
         assert server.metric("hyperspace_l1_lookups_total", 'result="hit"', 'reason="local"') == hits
 
@@ -180,7 +181,7 @@ def test_an_engine_on_another_host_keeps_tenants_apart_and_says_what_is_off(tmp_
             def cached(key: dict[str, str], end: str, shared: str = shared) -> int:
                 return head.complete(shared + end, headers=key).cached_tokens
 
-            until(lambda key=keys[0], cached=cached: cached(key, "own") >= 1024, what="the tenant's own KV")
+            until(partial(lambda own, key: own(key, "own") >= 1024, cached, keys[0]), what="the tenant's own KV")
             assert cached(keys[1], "own") == 0
         assert head.metric("hyperspace_l2_lookups_total", 'engine="1"', 'result="hit"') >= 1
 

@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def prompt(name: str) -> str:
     return f"{name}: " + "the quick brown fox jumps over the lazy dog " * 30
 
 
-def ask(server: Server, text: str, model: str = "demo", tokens: int = 4, **fields: object) -> Completion:
+def ask(server: Server, text: str, model: str = "demo", tokens: int = 4, **fields: Any) -> Completion:
     return server.complete(text, model=model, max_tokens=tokens, **fields)
 
 

@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 
+from hyperspace_vllm.core.node.network_part import NetworkPart
 from hyperspace_vllm.core.peers.membership import HEARTBEAT_MS, PING_MS
 from hyperspace_vllm.core.records.limits import CLOCK_SKEW_MS, PEER_RECORD_TTL_MS, REGISTRY_TTL_MS
 from hyperspace_vllm.sim.fleet import Fleet
 from hyperspace_vllm.sim.host import SimHost
-from hyperspace_vllm.sim.run import RUN_MS
-from hyperspace_vllm.sim.scenarios import SCENARIOS, build
+from hyperspace_vllm.sim.scenarios import RUN_MS, SCENARIOS, build
 from hyperspace_vllm.sim.signatures import remembered_verdicts
 
 NODES = 10
@@ -20,6 +20,11 @@ AGAIN_MS = HEARTBEAT_MS + PING_MS  # within which a node dates its record and it
 def set_by(host: SimHost, ms: int) -> None:
     """Somebody sets a host's wall clock."""
     host.skew_ms += ms
+
+
+def network_of(host: SimHost) -> NetworkPart:
+    assert host.core.network is not None
+    return host.core.network
 
 
 def watch(fleet: Fleet, host: SimHost, waits_ms: list[int]) -> None:
@@ -50,12 +55,12 @@ def test_a_node_whose_clock_is_far_off_for_a_while_keeps_its_timers_and_is_whole
         host, others = fleet.hosts[3], [fleet.hosts[number] for number in range(NODES) if number != 3]
         fleet.agenda.run(20_000)
         watch(fleet, host, waits_ms)
-        sequence = host.core.network.members.own.sequence
+        sequence = network_of(host).members.own.sequence
         set_by(host, by_ms)
         fleet.agenda.run(20_000 + AGAIN_MS)
-        assert host.core.network.members.own.sequence > sequence
-        assert 0 <= host.core.network.members.own.expires_at_ms - host.wall_ms <= PEER_RECORD_TTL_MS
-        own = host.core.network.registry._own.log
+        assert network_of(host).members.own.sequence > sequence
+        assert 0 <= network_of(host).members.own.expires_at_ms - host.wall_ms <= PEER_RECORD_TTL_MS
+        own = network_of(host).registry._own.log
         assert own is not None
         assert 0 < own.expires_at_ms - host.wall_ms <= REGISTRY_TTL_MS + CLOCK_SKEW_MS
         fleet.agenda.run(35_000)
@@ -68,5 +73,5 @@ def test_a_node_whose_clock_is_far_off_for_a_while_keeps_its_timers_and_is_whole
     assert all("node 3:" in violation and "have it" in violation for violation in fleet.checker.violations)
     late = [request for request in fleet.requests if request.host == 3 and 45_000 <= request.asked_ms <= 55_000]
     assert any(request.hit for request in late if request.providers)
-    known = [host.peer in {record.peer for record in other.core.network.members.usable(other.now)} for other in others]
+    known = [host.peer in {record.peer for record in network_of(other).members.usable(other.now)} for other in others]
     assert all(known)

@@ -1,6 +1,7 @@
 """Several nodes on a virtual clock, with peers that lose, freeze and lie. A failure prints the seed that replays it."""
 
 import random
+from functools import partial
 
 import pytest
 
@@ -35,7 +36,7 @@ def only_answer(host: Host, lookup: int) -> AnswerPrefix:
     return answer.effect
 
 
-def test_a_published_prefix_reaches_another_node():
+def test_a_published_prefix_reaches_another_node() -> None:
     for layout in (FULL, MIXED):
         world, a, b, segments = two_nodes(layout)
         assert all(times == 1 for times in a.staged.values())
@@ -47,7 +48,7 @@ def test_a_published_prefix_reaches_another_node():
         assert {row[0] for row in windows} <= {segments - 2, segments - 1}
 
 
-def test_a_longer_prompt_shares_its_prefix_only():
+def test_a_longer_prompt_shares_its_prefix_only() -> None:
     world, _, b, _ = two_nodes()
     own = tuple(SegmentKey(bytes([i]) * 32) for i in range(3))
     lookup = world.want(b, FULL, prompt(1, 8)[:5] + own)
@@ -55,7 +56,7 @@ def test_a_longer_prompt_shares_its_prefix_only():
     assert only_answer(b, lookup).end_segment == 5
 
 
-def test_what_was_fetched_is_local_the_next_time():
+def test_what_was_fetched_is_local_the_next_time() -> None:
     world, a, b, segments = two_nodes()
     world.want(b, FULL, prompt(1, segments))
     world.run(5_000)
@@ -65,7 +66,7 @@ def test_what_was_fetched_is_local_the_next_time():
     assert only_answer(b, again).source == "memory"
 
 
-def test_private_rows_are_offered_to_nobody():
+def test_private_rows_are_offered_to_nobody() -> None:
     world = World(1, NETWORK)
     a, b = world.add("A", ()), world.add("B", ("A",))
     world.publish(a, FULL, prompt(1, 4), shareable=False)
@@ -77,7 +78,7 @@ def test_private_rows_are_offered_to_nobody():
 
 
 @pytest.mark.parametrize("how", ["lost", "withheld"])
-def test_fetch_survives_32_lost_chunks(how):
+def test_fetch_survives_32_lost_chunks(how: str) -> None:
     world, a, b, segments = two_nodes()
     setattr(a, how, sum(1 << c for c in random.Random(7).sample(range(64), 32)))
     lookup = world.want(b, FULL, prompt(1, segments))
@@ -86,7 +87,7 @@ def test_fetch_survives_32_lost_chunks(how):
 
 
 @pytest.mark.parametrize("how", ["lost", "withheld"])
-def test_33_lost_chunks_are_a_miss_soon(how):
+def test_33_lost_chunks_are_a_miss_soon(how: str) -> None:
     world, a, b, segments = two_nodes()
     setattr(a, how, sum(1 << c for c in random.Random(7).sample(range(64), 33)))
     lookup = world.want(b, FULL, prompt(1, segments))
@@ -98,7 +99,7 @@ def test_33_lost_chunks_are_a_miss_soon(how):
 
 
 @pytest.mark.parametrize("after_ms", [0, 4, 8, 20, 40, 60])
-def test_a_peer_that_freezes_delays_the_answer_by_the_stall_limit_at_most(after_ms):
+def test_a_peer_that_freezes_delays_the_answer_by_the_stall_limit_at_most(after_ms: int) -> None:
     world, a, b, segments = two_nodes()
     lookup = world.want(b, FULL, prompt(1, segments), prefill_ms=10_000)
     world.run(2_000 + after_ms)
@@ -115,7 +116,7 @@ def test_a_peer_that_freezes_delays_the_answer_by_the_stall_limit_at_most(after_
 @pytest.mark.parametrize(
     ("lie", "reason"), [("garbage", "bad_digest"), ("forged", "forged"), ("boastful", "false_offer")]
 )
-def test_a_liar_is_charged_avoided_and_replaced_by_an_honest_holder(lie, reason):
+def test_a_liar_is_charged_avoided_and_replaced_by_an_honest_holder(lie: str, reason: str) -> None:
     world = World(3, NETWORK)
     liar, honest, b = world.add("L", ()), world.add("H", ()), world.add("B", ("L", "H"))
     world.publish(liar, FULL, prompt(2 if lie == "boastful" else 1, 8))
@@ -133,7 +134,7 @@ def test_a_liar_is_charged_avoided_and_replaced_by_an_honest_holder(lie, reason)
     assert b.charged == [(liar.peer, reason)]
 
 
-def test_a_frozen_peer_beside_an_honest_one_costs_no_stall():
+def test_a_frozen_peer_beside_an_honest_one_costs_no_stall() -> None:
     world = World(3, NETWORK)
     frozen, honest, b = world.add("F", ()), world.add("H", ()), world.add("B", ("F", "H"))
     for host in (frozen, honest):
@@ -149,7 +150,7 @@ def test_a_frozen_peer_beside_an_honest_one_costs_no_stall():
     assert answer.at_ms - 2_000 < FETCH_STALL_MS
 
 
-def test_a_holder_of_fetched_columns_finishes_what_a_frozen_producer_left():
+def test_a_holder_of_fetched_columns_finishes_what_a_frozen_producer_left() -> None:
     world, a, b, segments = two_nodes()
     c = world.add("C", ("A", "B"))
     b.latency_ms = 3
@@ -164,7 +165,7 @@ def test_a_holder_of_fetched_columns_finishes_what_a_frozen_producer_left():
     assert answer.at_ms - 3_000 < FETCH_STALL_MS
 
 
-def test_a_full_disk_leaves_rows_in_memory_only():
+def test_a_full_disk_leaves_rows_in_memory_only() -> None:
     world = World(1, NETWORK)
     a = world.add("A", ())
     a.disk_full = True
@@ -176,7 +177,7 @@ def test_a_full_disk_leaves_rows_in_memory_only():
     assert only_answer(a, lookup).source == "memory"
 
 
-def test_64_mib_over_the_network_take_at_most_200_events():
+def test_64_mib_over_the_network_take_at_most_200_events() -> None:
     world, _, b, segments = two_nodes(segments=64)
     world.want(b, FULL, prompt(1, segments), prefill_ms=60_000)
     world.run(20_000)
@@ -211,20 +212,26 @@ def chaos(seed: int) -> World:
         if rng.random() < 0.2:
             world.at(rng.randint(0, 300), lambda: world.release(host, lookup))
 
+    def publish(host: Host) -> None:
+        world.publish(host, layout, prompt(rng.randint(1, 2), rng.randint(1, 6)))
+
+    def turn(host: Host) -> None:
+        host.frozen = not host.frozen
+
     for _ in range(rng.randint(2, 5)):
         host = rng.choice(hosts)
         world.at(
             rng.randint(0, 2_000),
-            lambda host=host: world.publish(host, layout, prompt(rng.randint(1, 2), rng.randint(1, 6))),
+            partial(publish, host),
         )
     for _ in range(rng.randint(2, 6)):
         host = rng.choice(hosts)
-        world.at(rng.randint(0, 4_000), lambda host=host: want(host))
+        world.at(rng.randint(0, 4_000), partial(want, host))
     for _ in range(rng.randint(0, 3)):
         world.at(rng.randint(0, 4_000), rng.choice(hosts).memory.clear)
     for _ in range(rng.randint(0, 2)):
         host = rng.choice(hosts)
-        world.at(rng.randint(0, 4_000), lambda host=host: setattr(host, "frozen", not host.frozen))
+        world.at(rng.randint(0, 4_000), partial(turn, host))
     world.run(200_000)
     for host, lookup, deadline_ms in lookups:
         answers = host.answers[lookup]
@@ -239,7 +246,7 @@ def chaos(seed: int) -> World:
     return world
 
 
-def test_every_lookup_gets_exactly_one_answer_in_time_whatever_peers_do():
+def test_every_lookup_gets_exactly_one_answer_in_time_whatever_peers_do() -> None:
     for seed in range(500):
         try:
             chaos(seed)
@@ -248,7 +255,7 @@ def test_every_lookup_gets_exactly_one_answer_in_time_whatever_peers_do():
             raise
 
 
-def test_a_seed_replays_exactly():
+def test_a_seed_replays_exactly() -> None:
     def trace(seed: int) -> list[object]:
         world = chaos(seed)
         return [(host.answers, host.charged, host.events) for host in world.hosts.values()]

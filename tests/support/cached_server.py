@@ -94,9 +94,9 @@ class Upstream:
         return JSONResponse(self._answer(number, self._id(request, body, number), _is_chat(request)))
 
     async def _until_disconnect(self, request: Request, gate: asyncio.Event) -> bool:
-        gone = asyncio.create_task(request.receive())
+        gone = asyncio.ensure_future(request.receive())
         opened = asyncio.create_task(gate.wait())
-        await asyncio.wait([gone, opened], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((gone, opened), return_when=asyncio.FIRST_COMPLETED)
         self.disconnects += not gate.is_set()
         for task in (gone, opened):
             task.cancel()
@@ -322,7 +322,7 @@ async def benches(tmp_path: Path) -> AsyncIterator[MakeBench]:
                 similar = node.similar
                 await until_async(lambda: similar.stats()["state"] == "on")
             upstream = Upstream()
-            defaults = {
+            defaults: dict[str, Any] = {
                 "db_path": path,
                 "model_digest": lambda: bytes(32),
                 "client": node,
@@ -377,6 +377,7 @@ def said(response: httpx.Response) -> dict[str, Any]:
 def text_of(response: httpx.Response) -> str:
     if response.headers["content-type"] == "application/json":
         (choice,) = response.json()["choices"]
-        return choice["message"]["content"] if "message" in choice else choice["text"]
+        text: str = choice["message"]["content"] if "message" in choice else choice["text"]
+        return text
     choices = [choice for chunk in data_of(response) for choice in chunk["choices"]]
     return "".join(c["delta"].get("content", "") if "delta" in c else c["text"] for c in choices)

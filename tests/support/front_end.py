@@ -39,6 +39,7 @@ from vllm.v1.outputs import LogprobsLists
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from hyperspace_vllm.api.middleware import ResponseCacheMiddleware
+from hyperspace_vllm.async_client import AsyncNodeClient
 from hyperspace_vllm.config import load_config
 from hyperspace_vllm.core.records.ids import network_id
 from hyperspace_vllm.core.records.limits import RESPONSE_TTL_MS
@@ -197,8 +198,9 @@ async def _serve(
         node = Node(store)
 
         def add_cache(app: FastAPI) -> None:
-            server = _Server(args, config, load_config({}, {"data_dir": str(directory)}))
-            options = server._options(server.config, config, app)
+            ours = load_config({}, {"data_dir": str(directory)})
+            options = _Server(args, config, ours)._options(ours, config, app)
+            assert isinstance(options.client, AsyncNodeClient)
             options.client.close()
             options = replace(options, client=node, read_deadline_s=5.0, body_deadline_s=60.0)
             app.user_middleware.append(Middleware(ResponseCacheMiddleware, options=options))

@@ -43,7 +43,7 @@ NETWORK = NetworkId(network_id("default"))
 def victim(directory: Path, **settings: Any) -> NetworkedNode:
     """A node process that has joined (alone, unless `settings` say otherwise)."""
     directory.mkdir(mode=0o700)
-    defaults = {"data_dir": directory, "kv_cache": False, "arena_bytes": MiB}
+    defaults: dict[str, Any] = {"data_dir": directory, "kv_cache": False, "arena_bytes": MiB}
     node = NetworkedNode(Config(**(defaults | settings)))
     until(lambda: node.card().get("p2p"), 600)
     return node

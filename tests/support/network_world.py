@@ -5,7 +5,7 @@ Time passes only when a test advances it; messages arrive at once, in order, exc
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -32,7 +32,7 @@ from hyperspace_vllm.core.events.response_reading import (
     ResponseWanted,
 )
 from hyperspace_vllm.core.events.stored_responses import ResponseStored
-from hyperspace_vllm.core.events.vocabulary import NetworkEffect, NetworkEvent
+from hyperspace_vllm.core.events.vocabulary import Effect, NetworkEffect, NetworkEvent
 from hyperspace_vllm.core.node.network_part import NetworkPart
 from hyperspace_vllm.core.node.node_options import NodeOptions
 from hyperspace_vllm.core.peers.dials import Dials
@@ -113,7 +113,7 @@ def make_node(
     return NetworkPart(options, NetworkJoined(me.address, ""), me.key, trust, Dials(now), random.Random(number), now)
 
 
-def only(effects: list[NetworkEffect], kind: type) -> list:  # type: ignore[type-arg]
+def only(effects: Sequence[Effect], kind: type) -> list:  # type: ignore[type-arg]
     """The effects of one kind."""
     return [effect for effect in effects if isinstance(effect, kind)]
 
@@ -143,7 +143,7 @@ class World:
     effects: list[tuple[int, NetworkEffect]] = field(default_factory=list)
     answers: dict[tuple[int, int], AnswerResponse] = field(default_factory=dict)
     usable: dict[int, set[int]] = field(default_factory=dict)
-    _queue: deque[tuple[int, NetworkEvent]] = field(default_factory=deque)
+    _queue: deque[tuple[int, NetworkEvent | Tick]] = field(default_factory=deque)
     _tokens: dict[int, tuple[int, int]] = field(default_factory=dict)
     _pending: list[tuple[int, int, NetworkEvent]] = field(default_factory=list)  # when, to whom
     _answered: set[tuple[int, int]] = field(default_factory=set)

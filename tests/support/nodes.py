@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hyperspace_vllm.config import Config
+from hyperspace_vllm.core.events.known_peers import KvEndpoint
 from hyperspace_vllm.core.events.prefix_reading import PrefixReleased, PrefixWanted
 from hyperspace_vllm.core.events.prefix_writing import RequestOver, RowArrived, RowsStored, SegmentKeyKnown
+from hyperspace_vllm.core.events.vocabulary import Event
 from hyperspace_vllm.core.local.slab import LoadedRow, Slab
+from hyperspace_vllm.core.node.node import Node
+from hyperspace_vllm.core.node.node_options import NodeOptions
 from hyperspace_vllm.core.peers.dials import Dials
+from hyperspace_vllm.core.peers.introductions import kv_peers
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.prefix.fetch import FetchMode
-from hyperspace_vllm.core.prefix.prefix_part import PrefixPart
 from hyperspace_vllm.core.records.ids import PeerId, RowKey, SegmentKey, network_id, public_key_of, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, GiB, MiB
@@ -28,6 +32,9 @@ from hyperspace_vllm.daemon.kv.chunk_transport import ChunkTransport
 from hyperspace_vllm.daemon.kv.row_cache import RowCache
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.node.driver import Driver
+from hyperspace_vllm.daemon.node.network_effects import NetworkEffects
+from hyperspace_vllm.daemon.node.prefix_effects import PrefixEffects
+from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
 from hyperspace_vllm.daemon.workers.compute_pool import ComputePool
 from tests.support.until import until_async
 
@@ -90,6 +97,16 @@ class Clients:
         self.cache.free(self.staged.pop(staged))
 
 
+class NoClients:
+    """No client asks for responses here."""
+
+    def hint(self, lookup: int, hinted: bool) -> None: ...
+
+    def let_try(self, lookup: int, body: bytes, proof: bytes) -> None: ...
+
+    def answer(self, lookup: int, found: FoundResponse | None, reason: str) -> None: ...
+
+
 class SharedPool(ComputePool):
     """A pool that outlives its nodes: its workers take seconds to start."""
 
@@ -140,10 +157,11 @@ class TestNode:
         )
         self.stored: list[RowsStored] = []
         self.compute = compute or ComputePool()
-        self.node = PrefixPart(NETWORK, self.transport.peers, fetch, random.Random(1), self.trust.standings)
+        options = NodeOptions(NETWORK, network_key, kv_peers=self.transport.peers, fetch=fetch)
+        self.node = Node(options, self.identity.signing_key, self.trust, Dials(clock.now()), random.Random(1))
         self.clients = Clients(self.cache)
-        self.driver = Driver(
-            self.node,
+        self.driver = Driver(self.node)
+        self.prefixes = PrefixEffects(
             self.cache,
             self.store,
             self.transport,
@@ -154,8 +172,10 @@ class TestNode:
             self.trust,
             self.clients,
             self.clients,
-            self.stored.append,
+            self._submit,
         )
+        network = NetworkEffects(NETWORK, self.trust, NoClients(), None, "network", self.metrics, self.driver.submit)
+        self.driver.begin(network, self.prefixes)
         self.stopped = False
         self._numbers = iter(range(1, 1 << 30))
 
@@ -170,6 +190,20 @@ class TestNode:
         key = self.identity.public_key
         endpoint, tag = self.transport.endpoint, self.trust.vouch(key)
         return PeerRecord(NETWORK, key, 1, 1 << 62, "127.0.0.1:1", endpoint, tag).sign(self.identity.signing_key)
+
+    def introduce(self, *records: PeerRecord) -> None:
+        """Tell the node of the peers that it has met and may use, at their own endpoints; of no others any more."""
+        for record in records:
+            self.trust.meet(record.public_key, record.member_tag)
+        endpoints = tuple(KvEndpoint(each.peer, each.endpoint, own=True) for each in records)
+        self.prefixes.perform(kv_peers(records, endpoints, self.trust))
+        self.node.prefixes.set_peers(self.transport.peers)
+
+    def _submit(self, event: Event) -> None:
+        """Note what the node reports, and pass it on."""
+        if isinstance(event, RowsStored):
+            self.stored.append(event)
+        self.driver.submit(event)
 
     def stage(
         self,

@@ -1,6 +1,7 @@
 """A scheduler's half of the connector against a node that the test plays, step by step."""
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
@@ -14,6 +15,8 @@ from hyperspace_vllm.core.response.scope import DEFAULT_SCOPE
 from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, LayerSlot, PartPlan
 from hyperspace_vllm.vllm_adapter.metadata import StepMetadata
 from hyperspace_vllm.vllm_adapter.scheduler_side import SchedulerSide
+
+M = TypeVar("M")
 
 S = 256
 
@@ -52,7 +55,7 @@ class NodePeer:
         messages, self.inbox = self.inbox, []
         return messages
 
-    def of(self, kind: type) -> list:
+    def of(self, kind: type[M]) -> list[M]:
         return [message for message in self.sent if isinstance(message, kind)]
 
     def answer(self, end_segment: int, source: str = "network", reason: str = "hit") -> None:
@@ -100,7 +103,7 @@ class Bench:
             fetch,  # type: ignore[arg-type]
             deadline_ms,
             speculative,
-            role,  # type: ignore[arg-type]
+            role,
             lambda request: self.scope,
             self.clock,
         )
@@ -136,7 +139,7 @@ def blocks(tokens: int) -> tuple[list[int], ...]:
 
 def request(tokens: int, name: str = "r", **options: object) -> Request:
     ids = [i % 250 for i in range(tokens)]
-    return Request(name, ids, SamplingParams(max_tokens=8), None, **options)  # type: ignore[arg-type]
+    return Request(name, ids, SamplingParams(max_tokens=8), None, **options)
 
 
 def keys_of(tokens: list[int], salt: str = "", tenant: str = "", lora: bytes = b"") -> list[bytes]:

@@ -4,6 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from hyperspace_vllm.vllm_adapter.kv_layout import KVPlan, block_views, plan_kv
 from hyperspace_vllm.vllm_adapter.metadata import PrefixLoad, SegmentSave, StepMetadata
 from hyperspace_vllm.vllm_adapter.worker_side import WorkerSide
 from tests.vllm_adapter.test_kv_layout import BLOCKS, caches, engine, hybrid_cache
+
+M = TypeVar("M")
 
 FINGERPRINT, ENGINE = b"\x01" * 32, b"\x02" * 16
 
@@ -66,7 +69,7 @@ class NodePeer:
     def wait_connected(self, timeout_s: float) -> bool:
         return self.connected
 
-    def of(self, kind: type) -> list:
+    def of(self, kind: type[M]) -> list[M]:
         return [message for message in self.sent if isinstance(message, kind)]
 
 
@@ -82,7 +85,8 @@ class Bench:
         self.side.register(self.tensors, BLOCKS)
 
     def bytes_of(self, name: str, block: int) -> bytes:
-        return self.tensors[name][block].contiguous().view(torch.uint8).numpy().tobytes()
+        raw: bytes = self.tensors[name][block].contiguous().view(torch.uint8).numpy().tobytes()
+        return raw
 
     def rows(self, segments: int) -> tuple[LoadedRow, ...]:
         """Rows of the first segments, each filled with a byte of its own."""

@@ -15,7 +15,7 @@ from hyperspace_vllm.vllm_adapter import compat
 from tests.support.cached_server import MakeBench, benches
 
 PATH = "/v1/responses"
-TEXT = {"type": "output_text", "text": "So.", "annotations": [], "logprobs": None}
+TEXT: dict[str, Any] = {"type": "output_text", "text": "So.", "annotations": [], "logprobs": None}
 
 
 def test_what_is_noted_in_a_task_is_seen_by_who_started_it_alone() -> None:

@@ -222,7 +222,7 @@ def test_a_load_that_was_promised_before_the_scheduler_broke_is_reported_as_fail
     results = []
     for each in metadata:
         worker.bind_connector_metadata(each)
-        worker.start_load_kv(None)  # type: ignore[arg-type]
+        worker.start_load_kv(None)
         results.append(worker.get_transfer_results(set()))
     assert [each.finished_recving for each in results] == [{"r"}, set()]
     assert [each.failed_recving for each in results] == [{"r"}, set()]
@@ -237,7 +237,7 @@ def test_a_worker_that_breaks_reports_every_load_once_and_tells_the_scheduler(
     reported: list[str] = []
     for metadata in (WORK, IDLE):
         worker.bind_connector_metadata(metadata)
-        worker.start_load_kv(None)  # type: ignore[arg-type]
+        worker.start_load_kv(None)
         worker.wait_for_save()
         results = worker.get_transfer_results(set())
         assert results.failed_recving == results.finished_recving

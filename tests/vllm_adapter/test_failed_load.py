@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from hyperspace_vllm.vllm_adapter.older_vllm import FAILED_LOADS_HAVE_NAMES
-from tests.end_to_end.test_engine import MODELS, Node, prompt
+from tests.end_to_end.test_engine import Node, prompt
 from tests.support.engines.step_probe import SteppedEngine
+from tests.support.paths import MODELS
 from tests.support.until import until
 
 pytestmark = [

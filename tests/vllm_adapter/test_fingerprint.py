@@ -39,7 +39,7 @@ def fingerprint(config: VllmConfig) -> bytes:
 
 
 def at(model: Path, **options: object) -> VllmConfig:
-    return EngineArgs(model=str(model), **options).create_engine_config()  # type: ignore[arg-type]
+    return EngineArgs(model=str(model), **options).create_engine_config()
 
 
 def digest_of(config: VllmConfig, files: LoadedIdentity = FILES, **arguments: object) -> bytes:

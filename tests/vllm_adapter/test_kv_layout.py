@@ -119,7 +119,8 @@ def kernels_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_cuda, "_cuda", importlib.import_module("hyperspace_vllm._native_cuda_host"))
 
 
-COPIERS = [by_host, by_torch, by_kernels]
+MakeCopier = Callable[..., HostCopier | DeviceCopier]
+COPIERS: list[MakeCopier] = [by_host, by_torch, by_kernels]
 
 
 def gather(copier: HostCopier | DeviceCopier, part: object, ids: dict[int, list[int]], size: int) -> bytes:
@@ -140,7 +141,7 @@ def test_parts_follow_attention_reach_and_layers_follow_group_then_name(plan: KV
 
 @pytest.mark.parametrize("make", COPIERS)
 @pytest.mark.parametrize("layout", [KVCacheLayout.LBHNC, KVCacheLayout.LBNHC, KVCacheLayout.LHBNC])
-def test_a_row_is_block_by_block_and_layer_by_layer(make: Callable, layout: KVCacheLayout, plan: KVPlan) -> None:
+def test_a_row_is_block_by_block_and_layer_by_layer(make: MakeCopier, layout: KVCacheLayout, plan: KVPlan) -> None:
     tensors = caches(hybrid_cache(), layout)
     copier = make(plan, block_views(plan, tensors, BLOCKS))
     ids = {0: [3, 9], 1: [4, 1]}
@@ -157,7 +158,7 @@ def test_a_row_is_block_by_block_and_layer_by_layer(make: Callable, layout: KVCa
 
 
 @pytest.mark.parametrize("make", COPIERS)
-def test_a_row_scattered_into_other_blocks_leaves_the_rest_alone(make: Callable, plan: KVPlan) -> None:
+def test_a_row_scattered_into_other_blocks_leaves_the_rest_alone(make: MakeCopier, plan: KVPlan) -> None:
     source, target = caches(hybrid_cache()), caches(hybrid_cache())
     for view in target.values():
         view.view(torch.uint8).fill_(0x55)
@@ -178,7 +179,7 @@ def test_a_row_scattered_into_other_blocks_leaves_the_rest_alone(make: Callable,
 
 
 @pytest.mark.parametrize("make", COPIERS)
-def test_the_null_block_is_gathered_as_zeros_and_never_written(make: Callable, plan: KVPlan) -> None:
+def test_the_null_block_is_gathered_as_zeros_and_never_written(make: MakeCopier, plan: KVPlan) -> None:
     tensors = caches(hybrid_cache())
     copier, part = make(plan, block_views(plan, tensors, BLOCKS)), plan.parts[1]
     row = gather(copier, part, {0: [0, 9], 1: [0, 1]}, plan.row_bytes(1))

@@ -39,7 +39,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def at(model: Path, **options: object) -> VllmConfig:
-    return EngineArgs(model=str(model), **options).create_engine_config()  # type: ignore[arg-type]
+    return EngineArgs(model=str(model), **options).create_engine_config()
 
 
 def loaded(config: VllmConfig, data_dir: Path) -> tuple[LoadedFiles, list[LoadedIdentity]]:
@@ -138,13 +138,13 @@ def test_random_weights_are_named_by_their_seed(tmp_path: Path) -> None:
 def test_weights_that_do_not_come_from_the_files_are_refused(load_format: str) -> None:
     model = SimpleNamespace(model=str(TINY), revision=None)
     with pytest.raises(Refused, match=f"--load-format {load_format}"):
-        model_source(model, SimpleNamespace(load_format=load_format, download_dir=None))  # type: ignore[arg-type]
+        model_source(model, SimpleNamespace(load_format=load_format, download_dir=None))
 
 
 def test_weights_that_are_streamed_from_an_object_store_are_refused() -> None:
     model = SimpleNamespace(model=str(TINY), model_weights="s3://bucket/model", revision=None)
     with pytest.raises(Refused, match="s3://bucket/model is not a local file"):
-        model_source(model, SimpleNamespace(load_format="runai_streamer", download_dir=None))  # type: ignore[arg-type]
+        model_source(model, SimpleNamespace(load_format="runai_streamer", download_dir=None))
 
 
 def test_an_id_of_modelscope_is_not_looked_up_in_the_hubs_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def digest(known: Adapters, key: object, path: Path) -> bytes:
     found: list[bytes] = []
 
     def there() -> bool:
-        found.extend(filter(None, [known.digest(key, str(path))]))  # type: ignore[arg-type]
+        found.extend(filter(None, [known.digest(key, str(path))]))
         return bool(found)
 
     until(there)

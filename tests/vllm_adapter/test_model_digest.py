@@ -69,7 +69,7 @@ _ELSEWHERE = "import sys; from tests.vllm_adapter.test_model_digest import serve
 @pytest.mark.parametrize("place", OTHERS, ids=lambda place: place.name)
 def test_all_releases_have_one_digest(place: Path) -> None:
     flags = ["--max-logprobs", "5", "--reasoning-parser", "qwen3", "--structured-outputs-config.backend", "xgrammar"]
-    command = [place / "bin" / "python", "-c", _ELSEWHERE, *flags]
+    command = [str(place / "bin" / "python"), "-c", _ELSEWHERE, *flags]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.splitlines()[-1] == served(*flags).hex()
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, Endpoint
+from hyperspace_vllm.vllm_adapter.neutral import NEUTRAL_OPTIONS, NEUTRAL_VARIABLES
 from tests.support.paths import ROOT, VECTORS
 from tests.support.setup_modules import setup_modules
 from tests.support.vllm_source import NO_DEFAULT, REQUEST_MODELS, VllmSource, interface
-from tests.vllm_adapter.test_neutral import COUNTED, NEUTRAL_OPTIONS, NEUTRAL_VARIABLES, PARTLY
+from tests.vllm_adapter.test_neutral import COUNTED, PARTLY
 
 ADAPTER = ROOT / "hyperspace_vllm" / "vllm_adapter"
 SNAPSHOT = VECTORS / "kv_connector_interface.txt"
@@ -181,7 +182,7 @@ def added(source: VllmSource) -> set[str]:
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument") and node.args
     ]
     names = [node.args[0].value for node in calls if isinstance(node.args[0], ast.Constant)]
-    return {name.lstrip("-").replace("-", "_") for name in names} | {"kv_connector"}
+    return {str(name).lstrip("-").replace("-", "_") for name in names} | {"kv_connector"}
 
 
 def test_every_request_has_the_salt_that_keeps_tenants_apart(newest: VllmSource) -> None:

@@ -15,10 +15,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, FIELDS, POOLING, Endpoint
 from hyperspace_vllm.core.response.request_key import Uncacheable, parse_request, request_key
-from hyperspace_vllm.vllm_adapter import own_checks
 from hyperspace_vllm.vllm_adapter.own_checks import OwnChecks, parses_answers
 from tests.core.response.test_request_key import SAMPLES, vllms_models
-from tests.support.front_end import TINY
+from tests.support.paths import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -85,7 +84,7 @@ def test_a_body_that_passed_is_not_read_again_at_its_own_endpoint(
         assert not checks("completions", chat, [])
         assert not checks("chat", odd, [])
         assert not checks("chat", chat, [(b"x-data-parallel-rank", b"9")])
-    monkeypatch.setattr(own_checks.json, "loads", None)
+    monkeypatch.setattr("hyperspace_vllm.vllm_adapter.own_checks.json.loads", None)
     assert checks("chat", chat, [])
     assert not checks("completions", chat, [])
 

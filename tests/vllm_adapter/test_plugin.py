@@ -34,7 +34,8 @@ from tests.support.paths import TINY
 
 def parse(*arguments: str) -> Namespace:
     plugin.register()
-    return make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", str(TINY), *arguments])
+    parsed: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", str(TINY), *arguments])
+    return parsed
 
 
 @pytest.fixture

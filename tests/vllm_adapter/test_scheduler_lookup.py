@@ -63,6 +63,7 @@ def test_a_found_prefix_is_promised_then_loaded_then_released() -> None:
     metadata = load(bench, r, 3)
     (planned,) = metadata.loads
     assert (planned.request_id, planned.start_token, planned.end_token, len(planned.rows)) == ("r", 0, 768, 6)
+    assert metadata.engine is not None
     assert metadata.engine in bench.node.of(RegisterLayout)
     assert metadata.engine.layout == PLAN.layout(FINGERPRINT)
     assert bench.side.hit_sources(r, 768) == {CacheHitSource.P2P: 768}

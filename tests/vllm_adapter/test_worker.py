@@ -125,6 +125,8 @@ class FullDevice:
     def after_copies(self, done: Callable[[bool], None]) -> None:
         done(True)
 
+    def close(self) -> None: ...
+
 
 def test_slabs_asked_for_are_bounded_and_not_asked_for_twice(plan: KVPlan) -> None:
     bench = Bench(plan, NodePeer(grants=False))

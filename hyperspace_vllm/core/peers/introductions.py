@@ -1,5 +1,7 @@
 """Tells the node's other parts which peers it knows: the authors of gossip at once, all the rest now and then."""
 
+from collections.abc import Iterable
+
 from ..events.gossip import AuthorsChanged
 from ..events.known_peers import KvEndpoint, KvPeersChanged, PeersChanged
 from ..events.vocabulary import NetworkEffect
@@ -11,6 +13,14 @@ from .membership import Membership
 from .trust import Trust
 
 TELL_AGAIN_MS = 100  # 2 ms of work with a full table
+
+
+def kv_peers(usable: Iterable[PeerRecord], endpoints: Iterable[KvEndpoint], trust: Trust) -> KvPeersChanged:
+    """The peers that are served KV, and the endpoints of those that are asked for it: not the same peers."""
+    records = tuple(usable)
+    admitted = tuple(record.peer for record in records if trust.serves_kv(record.public_key))
+    asked = {record.peer for record in records if trust.asks_for_kv(record.public_key)}
+    return KvPeersChanged(admitted, tuple(endpoint for endpoint in endpoints if endpoint.peer in asked))
 
 
 class Introductions:
@@ -40,18 +50,12 @@ class Introductions:
         told = (*said, endpoints, addresses)
         if told != self._told:
             self._told = told
-            effects += [PeersChanged(usable, addresses), self._kv_peers(usable, endpoints)]
+            effects += [PeersChanged(usable, addresses), kv_peers(usable, endpoints, self._trust)]
         return effects
 
     def next_deadline_ms(self) -> int | None:
         """When `due` has something to tell."""
         return self._tell_at_ms if self._members.changed else None
-
-    def _kv_peers(self, usable: tuple[PeerRecord, ...], endpoints: tuple[KvEndpoint, ...]) -> KvPeersChanged:
-        """The peers that are served KV, and those that are asked for it: not the same peers."""
-        admitted = tuple(record.peer for record in usable if self._trust.serves_kv(record.public_key))
-        asked = {record.peer for record in usable if self._trust.asks_for_kv(record.public_key)}
-        return KvPeersChanged(admitted, tuple(endpoint for endpoint in endpoints if endpoint.peer in asked))
 
     def _tell_authors(self) -> list[NetworkEffect]:
         self._members.has_new = False

@@ -1,163 +1,117 @@
-"""Performs what the core decides: effects become sockets, files and threads, and what comes of them events.
+"""One node's shell around its core: events in, effects out, the timer, and whether the network is joined.
 
-Nothing here decides. Whatever fails becomes an event and a metric, never an exception in the loop; a bug of our own is
-logged with its traceback, counted as `bug`, and ends as a miss.
+Nothing here decides. What fails becomes an event and a metric, never an exception in the loop. Joining the network
+takes seconds; what happens in it before waits for the join (early_events.py).
 """
 
 import asyncio
 import logging
-from collections import Counter, deque
-from collections.abc import Callable, Coroutine
-from functools import partial
-from typing import Literal, Protocol, assert_never
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Protocol
 
-from ...core.events.conduct import ChargePeer
-from ...core.events.known_peers import KvEndpoint
-from ...core.events.node_state import Tick
-from ...core.events.prefix_reading import (
-    AnswerPrefix,
-    EndLookup,
-    FetchManifest,
-    FetchRow,
-    FindRowHolders,
-    FindRows,
-    HolderStalled,
-    LoadRow,
-    ManifestRefused,
-    ManifestVerified,
-    PrefixReleased,
-    PrefixWanted,
-    ProviderAnswered,
-    ProviderFailed,
-    ReleaseRows,
-    RowFailed,
-    RowOffer,
-    RowsFound,
-)
-from ...core.events.prefix_writing import (
-    DropStaged,
-    EncodeObject,
-    KeepRow,
-    ObjectEncoded,
-    ObjectFailed,
-    RowsStored,
-    UnpinRows,
-)
-from ...core.events.vocabulary import PrefixEffect, PrefixEvent
-from ...core.local.slab import LoadedRow, Slab
-from ...core.peers.trust import Trust
-from ...core.prefix.prefix_part import PrefixPart
-from ...core.records.errors import Refused
-from ...core.records.ids import ManifestDigest, NetworkId, PeerId, RowKey, peer_id, row_id
-from ...core.records.limits import LOOKUP_ROWS_MAX
-from ...core.records.reason import Reason
+from ...core.events.conduct import AnswerAudited, ChargePeer
+from ...core.events.known_peers import KvPeersChanged
+from ...core.events.node_state import NetworkLeft, Tick
+from ...core.events.vocabulary import Effect, Event, NetworkEvent, PrefixEffect
+from ...core.node.node import Node
 from .. import clock
-from ..identity import Identity
-from ..kv.chunk_keeper import ChunkKeeper
-from ..kv.chunk_store import ChunkStore
-from ..kv.chunk_transport import ChunkTransport
-from ..kv.manifests import Manifests
-from ..kv.object_codec import ObjectRecord
-from ..kv.object_encoder import ObjectEncoder
-from ..kv.row_assembly import RowAssembly
-from ..kv.row_cache import UNSTORED, RowCache
-from ..kv.row_loading import RowLoading
-from ..metrics import Metrics
-from ..peer_failed import PeerFailed
-from ..workers.compute_pool import ComputePool
-from .lookup_tasks import LookupTasks
+from ..start_error import StartError
+from .early_events import EarlyEvents
+from .joined_network import Joined
+from .network_effects import NetworkEffects
 
 log = logging.getLogger(__name__)
 
-SIGN_ANEW_S = 1.0
-CLOSE_S = 5.0  # for what is being written
-VERIFIED_BY = {"none": "", "memory": "memory", "disk": "blake3", "network": "ed25519+kzg+blake3"}
+JOIN_AGAIN_S = 10.0
+TICK_LATE_S = 0.0005  # the clock rounds down
+TICK_EVERY_S = 0.001  # at most
+
+Join = Callable[[AsyncExitStack], Awaitable[Joined]]
 
 
-class Staged(Protocol):
-    """The slabs that workers have filled (Staging)."""
+class PerformsPrefixes(Protocol):
+    """What performs prefix effects (PrefixEffects): built only where KV is cached, because it needs native code."""
 
-    def take(self, staged: int) -> Slab | None:
-        """The slab, now the caller's to keep or free; None if it is gone."""
+    def note(self, event: Event, /) -> None:
+        """The core is about to handle an event."""
 
-    def drop(self, staged: int, reason: str) -> None:
-        """Free the slab; `reason` is a metric label."""
+    def perform(self, effect: PrefixEffect | KvPeersChanged, /) -> None:
+        """Do what the core decided."""
 
-
-class PrefixClients(Protocol):
-    """Where lookups are answered (PrefixLookups)."""
-
-    def answer(
-        self,
-        lookup: int,
-        end_segment: int,
-        rows: tuple[LoadedRow, ...],
-        source: Literal["none", "memory", "disk", "network"],
-        verified_by: str,
-        reason: str,
-    ) -> bool:
-        """Answer a lookup; False: its client can't be told, and will not release it."""
+    async def close(self) -> None:
+        """End everything."""
 
 
 class Driver:
-    """One node's shell around its core. Everything happens on the loop it was built on; `submit` is its door.
+    """Everything happens on the loop that it was built on; `submit` is its door. Events wait until `begin`."""
 
-    `on_rows_stored` hears of rows, computed or fetched, that this node can serve from now on.
-    """
-
-    def __init__(
-        self,
-        node: PrefixPart,
-        cache: RowCache,
-        store: ChunkStore,
-        transport: ChunkTransport,
-        compute: ComputePool,
-        metrics: Metrics,
-        identity: Identity,
-        network: NetworkId,
-        trust: Trust,
-        staging: Staged,
-        clients: PrefixClients,
-        on_rows_stored: Callable[[RowsStored], None],
-    ) -> None:
-        self._node = node
-        self._cache = cache
-        self._store = store
-        self._transport = transport
-        self._compute = compute
-        self._metrics = metrics
-        self._network = network
-        self._trust = trust
-        self._staging = staging
-        self._clients = clients
-        self._on_rows_stored = on_rows_stored
-        self._tasks = LookupTasks("l2", metrics)  # those of the assembly belong to no lookup here
-        store.forget_others(self._counts)
-        self._manifests = Manifests(network, trust, store, transport, compute)
-        self._encoder = ObjectEncoder(network, identity, cache, store, compute, metrics)
-        self._keeper = ChunkKeeper(store, metrics, self._report_stored)
-        self._assembly = RowAssembly(
-            network, cache, transport, compute, metrics, self.submit, self._spawn, self._keep, self._condemn
-        )
-        self._loading = RowLoading(network, cache, store, compute, metrics, self.submit, self._start, self._discard)
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.events = 0
+        self._network: NetworkEffects | None = None
+        self._prefixes: PerformsPrefixes | None = None
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[PrefixEvent | Tick] = deque()
+        self._queue: deque[Event] = deque()
+        self._early = EarlyEvents()
+        self._joined: Joined | None = None
+        self._failure = ""  # of the last attempt to join
+        self._has_left = False
         self._handling = False
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
-        self._signing = self._loop.call_soon(self._sign_anew)
-        self._unanswered: dict[int, float] = {}  # lookup -> when it began
-        self._failures: dict[int, Counter[str]] = {}  # lookup -> what went wrong on its way
-        self._last_lookup: dict[str, object] = {}
-        self._objects_stored = 0
-        self.events = 0
-        metrics.rows.labels("disk").set_function(lambda: store.rows)
-        metrics.store_bytes.labels("disk").set_function(lambda: store.used_bytes)
 
-    def submit(self, event: PrefixEvent | Tick) -> None:
+    def begin(self, network: NetworkEffects, prefixes: PerformsPrefixes | None) -> None:
+        """From now on these perform what the core decides; `prefixes` is None where no KV is cached."""
+        self._network, self._prefixes = network, prefixes
+        self._go_on()
+
+    def submit(self, event: Event) -> None:
         """Let the core handle an event and perform what it decides, before anything else happens on the loop."""
-        self._queue.append(event)
-        if self._handling or self._closed:
+        if not self._closed:
+            self._queue.append(event)
+            self._go_on()
+
+    async def run(self, join: Join, on_joined: Callable[[], None]) -> None:
+        """Join the network, and stay until cancelled. A listener that can't be had is tried again."""
+        while True:
+            async with AsyncExitStack() as parts:
+                try:
+                    joined = await join(parts)
+                except (StartError, OSError, ImportError) as error:
+                    self._failure = str(error)
+                    log.error("not joined, and tried again every %.0f s: %s", JOIN_AGAIN_S, error)
+                else:
+                    parts.push_async_callback(self._leave)
+                    self._join(joined)
+                    on_joined()
+                    await asyncio.Event().wait()
+            await asyncio.sleep(JOIN_AGAIN_S)
+
+    @property
+    def joined(self) -> Joined | None:
+        """What the node has in its network; None before it has joined, and after it has left."""
+        return self._joined
+
+    def network_status(self) -> dict[str, object]:
+        """What `hyperspace status` shows of the network."""
+        if self._network is None or self.node.network is None:
+            return {"state": self._failure or "joining"}
+        return self._network.status(self.node.network)
+
+    async def close(self) -> None:
+        """Handle no event any more."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._prefixes is not None:
+            await self._prefixes.close()
+
+    # --- events in, effects out -----------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        if self._handling or self._network is None:
             return
         self._handling = True
         try:
@@ -167,274 +121,51 @@ class Driver:
             self._handling = False
         self._set_timer()
 
-    def set_peers(self, admitted: tuple[PeerId, ...], endpoints: tuple[KvEndpoint, ...]) -> None:
-        """The discovered peers that are served now, and where those are that may be asked."""
-        self._transport.admit(admitted)
-        self._transport.set_peers(endpoints)
-        self._node.set_peers(self._transport.peers)
-
-    def report_stored(self) -> None:
-        """Report everything that is on the disk: what earlier runs of this node left."""
-        for record, rows in self._store.shareable():
-            self._report_stored(record, rows)
-
-    def status(self) -> dict[str, object]:
-        """What `hyperspace status` shows of prefixes: what is being written, and how the last lookup ended."""
-        return {
-            "publish": {"waiting_rows": self._node.publisher.waiting_rows, "objects": self._objects_stored},
-            "last_lookup": self._last_lookup,
-        }
-
-    async def close(self) -> None:
-        """End lookups, give writes a moment, and close compute pool and transport."""
-        self._closed = True
-        for lookup in self._tasks.lookups:
-            self._end_lookup(lookup)
-        if self._timer:
-            self._timer.cancel()
-        self._signing.cancel()
-        await self._tasks.close(CLOSE_S)
-        await self._transport.close()
-        self._keeper.close()
-        await self._compute.close()
-
-    # --- events in, effects out -----------------------------------------------------------------
-
-    def _handle(self, event: PrefixEvent | Tick) -> None:
+    def _handle(self, event: Event) -> None:
+        if self._joined is None and isinstance(event, NetworkEvent) and not isinstance(event, AnswerAudited):
+            if not self._has_left:
+                self._early.add(event)
+            return
         self.events += 1
-        match event:
-            case PrefixWanted():
-                self._unanswered[event.lookup] = self._loop.time()
-                self._failures[event.lookup] = Counter()
-            case PrefixReleased():
-                self._unanswered.pop(event.lookup, None)
-                self._failures.pop(event.lookup, None)
-            case ObjectEncoded():
-                self._objects_stored += 1
-            case ProviderFailed() | ManifestRefused() | HolderStalled() | RowFailed():
-                self._metrics.failures_total.labels("l2", event.reason).inc()
-                if event.lookup in self._failures:
-                    self._failures[event.lookup][event.reason] += 1
-            case ObjectFailed():
-                self._metrics.failures_total.labels("l2", event.reason).inc()
-        for effect in self._node.handle(event, clock.now()):
+        assert self._network is not None
+        self._network.note(event)
+        if self._prefixes is not None:
+            self._prefixes.note(event)
+        for effect in self.node.handle(event, clock.now()):
             self._perform(effect)
 
-    def _perform(self, effect: PrefixEffect) -> None:
-        match effect:
-            case FindRows():
-                self._find_rows(effect)
-            case LoadRow():
-                self._loading.load(effect)
-            case ReleaseRows(lookup, row_keys):
-                self._assembly.end_some(lookup, row_keys)
-                self._cache.end_some(lookup, row_keys)
-            case FindRowHolders():
-                for peer in effect.peers:
-                    failed = ProviderFailed(effect.lookup, peer, Reason.BUG)
-                    self._start(effect.lookup, self._ask_provider(effect, peer), failed)
-            case FetchManifest():
-                refused = ManifestRefused(effect.lookup, effect.peer, effect.manifest, Reason.BUG)
-                self._start(effect.lookup, self._fetch_manifest(effect), refused)
-            case FetchRow():
-                self._fetch_row(effect)
-            case EndLookup(lookup):
-                self._end_lookup(lookup)
-            case AnswerPrefix():
-                self._answer(effect)
-            case ChargePeer(peer, reason):
-                self._transport.count_charge(peer, reason)
-            case KeepRow(staged, row_key):
-                slab = self._staging.take(staged)
-                if slab is not None:
-                    self._cache.keep(row_key, slab)
-                    self._cache.lease(row_key, UNSTORED)
-            case UnpinRows(row_keys):
-                self._cache.end_some(UNSTORED, row_keys)
-            case DropStaged(staged, reason):
-                self._staging.drop(staged, reason)
-            case EncodeObject():
-                self._encode(effect)
-            case _:
-                assert_never(effect)
+    def _perform(self, effect: Effect) -> None:
+        assert self._network is not None
+        if isinstance(effect, ChargePeer) and effect.layer == "l1":
+            self._network.charge(effect)
+        elif not isinstance(effect, PrefixEffect | KvPeersChanged):
+            self._network.perform(effect)
+        elif self._prefixes is not None:
+            self._prefixes.perform(effect)
 
     def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        deadline_ms = self._node.next_deadline_ms()
+        deadline_ms = self.node.next_deadline_ms()
         if deadline_ms is None:
             self._timer = None
-        else:  # half a millisecond later: the clock rounds down
-            self._timer = self._loop.call_at(deadline_ms / 1000 + 0.0005, self.submit, Tick())
-
-    # --- tasks ----------------------------------------------------------------------------------
-
-    def _start(self, lookup: int, work: Coroutine[None, None, None], if_bug: PrefixEvent) -> asyncio.Task[None]:
-        """Run a lookup's work until it ends or the lookup does."""
-        return self._tasks.start(lookup, work, partial(self.submit, if_bug))
-
-    def _spawn(self, work: Coroutine[None, None, None], if_bug: PrefixEvent) -> asyncio.Task[None]:
-        return self._tasks.spawn(work, partial(self.submit, if_bug))
-
-    def _end_lookup(self, lookup: int, keep: frozenset[RowKey] = frozenset()) -> None:
-        self._tasks.end(lookup)
-        self._assembly.end(lookup)
-        self._cache.end_leases(lookup, keep)
-
-    # --- reading --------------------------------------------------------------------------------
-
-    def _find_rows(self, effect: FindRows) -> None:
-        in_memory = frozenset(key for key in effect.row_keys if key in self._cache)
-        on_disk = frozenset(
-            key for key in effect.row_keys if key not in in_memory and self._store.holds(row_id(self._network, key))
-        )
-        leased = frozenset(filter(self._cache.is_leased, in_memory))
-        self.submit(RowsFound(effect.lookup, in_memory, on_disk, leased, self._cache.room_bytes))
-
-    async def _ask_provider(self, effect: FindRowHolders, peer: PeerId) -> None:
-        row_ids = effect.row_ids[:LOOKUP_ROWS_MAX]
-        began = self._loop.time()
-        try:
-            reply = await self._transport.find(peer, row_ids, effect.timeout_ms / 1000)
-        except PeerFailed as failed:
-            self.submit(ProviderFailed(effect.lookup, peer, failed.reason))
-            return
-        offers = tuple(
-            RowOffer(
-                row_ids[offer.index],
-                ManifestDigest(offer.manifest),
-                offer.row,
-                int.from_bytes(offer.columns, "big"),
-            )
-            for offer in reply.offers
-        )
-        rtt_ms = int((self._loop.time() - began) * 1000)
-        self.submit(ProviderAnswered(effect.lookup, peer, offers, rtt_ms))
-
-    async def _fetch_manifest(self, effect: FetchManifest) -> None:
-        try:
-            record = self._manifests.known(effect.manifest)
-            if record is None:
-                timeout_s = effect.timeout_ms / 1000
-                record = await self._manifests.fetch(effect.peer, effect.manifest, timeout_s)
-        except (Refused, PeerFailed) as failed:
-            reason = Reason(failed.reason)
-            self.submit(ManifestRefused(effect.lookup, effect.peer, effect.manifest, reason))
-            return
-        manifest = record.manifest
-        if not record.has_true_tags(effect.row_keys):  # the producer signed the digests: its lie, not the holder's
-            self._condemn(effect.manifest)
-            producer = peer_id(manifest.producer)
-            self.submit(ManifestRefused(effect.lookup, effect.peer, effect.manifest, Reason.BAD_TAG, producer))
-            return
-        self.submit(
-            ManifestVerified(
-                effect.lookup,
-                effect.peer,
-                effect.manifest,
-                manifest.fingerprint,
-                tuple(row.row_id for row in manifest.rows),
-                tuple(row.length for row in manifest.rows),
-                manifest.chunk_bytes,
-            )
-        )
-
-    def _fetch_row(self, effect: FetchRow) -> None:
-        try:
-            record = self._manifests.known(effect.manifest)
-        except Refused:
-            record = None
-        if record is None:  # condemned, or forgotten since it was verified
-            self.submit(RowFailed(effect.lookup, effect.row_key, "condemned"))
         else:
-            self._assembly.fetch(effect, record)
+            at_s = max(deadline_ms / 1000 + TICK_LATE_S, self._loop.time() + TICK_EVERY_S)
+            self._timer = self._loop.call_at(at_s, self.submit, Tick())
 
-    def _keep(self, record: ObjectRecord, row: int, chunks: dict[int, memoryview]) -> None:
-        work = self._keeper.keep(record, row, chunks)
-        if work is not None:
-            self._tasks.spawn(work)
+    # --- the network ----------------------------------------------------------------------------
 
-    def _report_stored(self, record: ObjectRecord, rows: tuple[int, ...]) -> None:
-        if self._store.record(record.digest) is None:
-            return  # gone again
-        shareable = self._store.record(record.digest, for_peer=True) is not None
-        manifest = record.manifest
-        row_ids = tuple(manifest.rows[row].row_id for row in rows)
-        self._on_rows_stored(RowsStored(record.digest, manifest.fingerprint, manifest.commitment, row_ids, shareable))
+    def _join(self, joined: Joined) -> None:
+        assert self._network is not None
+        self._joined = joined
+        self._network.join(joined)
+        self.submit(joined.event)
+        for event in self._early.take():
+            self.submit(event)
 
-    def _counts(self, record: ObjectRecord) -> bool:
-        """Whether an object of an earlier run still counts."""
-        self._trust.meet(record.manifest.producer, record.member)
-        return self._trust.trusts_kv(record.manifest.producer, clock.now())
-
-    def _condemn(self, digest: ManifestDigest) -> None:
-        self._manifests.condemn(digest)
-        self._discard(digest)
-
-    def _discard(self, digest: ManifestDigest) -> None:
-        self._tasks.spawn(self._keeper.discard(digest))
-
-    def _answer(self, effect: AnswerPrefix) -> None:
-        rows = []
-        for segment, part, rank, row_key in effect.rows:
-            slab = self._cache.lease(row_key, effect.lookup)
-            assert slab is not None, "the core answered with a row that isn't leased"
-            rows.append(LoadedRow(segment, part, rank, slab))
-        self._end_lookup(effect.lookup, frozenset(row_key for _, _, _, row_key in effect.rows))
-        began = self._unanswered.pop(effect.lookup, self._loop.time())
-        result = "hit" if effect.end_segment else "miss"
-        self._metrics.lookups_total.labels("l2", result, effect.reason).inc()
-        took_s = self._loop.time() - began
-        failures = self._failures.pop(effect.lookup, Counter())
-        if effect.reason == "arena_full" and not failures["arena_full"]:  # cut short before any row failed
-            self._metrics.failures_total.labels("l2", "arena_full").inc()
-        self._metrics.lookup_seconds.labels("l2").observe(took_s)
-        self._last_lookup = {
-            "result": result,
-            "reason": effect.reason,
-            "source": effect.source,
-            "verified_by": VERIFIED_BY[effect.source],
-            "rows": len(rows),
-            "took_ms": round(took_s * 1000, 1),
-            "failures": dict(failures),
-        }
-        sent = self._clients.answer(
-            effect.lookup,
-            effect.end_segment,
-            tuple(rows),
-            effect.source,
-            VERIFIED_BY[effect.source],
-            effect.reason,
-        )
-        if not effect.end_segment or not sent:  # no client will release it
-            self.submit(PrefixReleased(effect.lookup))
-
-    # --- writing --------------------------------------------------------------------------------
-
-    def _encode(self, effect: EncodeObject) -> None:
-        slabs = self._encoder.lease(effect)
-        if slabs is None:
-            self.submit(ObjectFailed(effect.object_id, "evicted"))
-            return
-
-        async def encode() -> None:
-            encoded = await self._encoder.encode(effect, slabs)
-            self.submit(encoded)
-            if isinstance(encoded, ObjectEncoded) and (record := self._store.record(encoded.manifest)) is not None:
-                self._report_stored(record, tuple(range(len(record.manifest.rows))))
-
-        self._spawn(encode(), ObjectFailed(effect.object_id, "bug"))
-
-    def _sign_anew(self) -> None:
-        """The clock may have been set back, or was ahead when an earlier run signed: see to it once a second."""
-
-        async def sign() -> None:
-            try:
-                for record in await self._encoder.sign_anew():
-                    self._report_stored(record, tuple(range(len(record.manifest.rows))))
-            except Refused as refused:
-                self._metrics.failures_total.labels("l2", refused.reason).inc()
-            if not self._closed:
-                self._signing = self._loop.call_later(SIGN_ANEW_S, self._sign_anew)
-
-        self._tasks.spawn(sign())
+    async def _leave(self) -> None:
+        assert self._network is not None
+        self._has_left = True
+        self.submit(NetworkLeft())
+        self._joined = None
+        await self._network.leave()

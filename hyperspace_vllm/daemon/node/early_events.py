@@ -1,14 +1,14 @@
-"""What happens before a node has joined its network, kept for the core that does not exist yet."""
+"""What happens before a node has joined its network, kept until then."""
 
 from collections import deque
 
-from ...core.events.node_state import ServedChanged, Tick
+from ...core.events.node_state import ServedChanged
 from ...core.events.prefix_writing import RowsStored
 from ...core.events.stored_responses import ResponsesGone, ResponseStored
 from ...core.events.vocabulary import NetworkEvent
 
 KEPT_MAX = 20_000  # responses, and events of rows; more are not announced
-# Of connections and open requests, which libp2p bounds; without a core no author of gossip is known, and none is heard.
+# Of connections and open requests, which libp2p bounds; before it joins, a node knows no author of gossip.
 PEER_EVENTS_MAX = 1_024
 
 
@@ -19,9 +19,9 @@ class EarlyEvents:
         self._responses: dict[bytes, ResponseStored] = {}
         self._rows: list[RowsStored] = []
         self._served: list[ServedChanged] = []
-        self._of_peers: deque[NetworkEvent | Tick] = deque(maxlen=PEER_EVENTS_MAX)
+        self._of_peers: deque[NetworkEvent] = deque(maxlen=PEER_EVENTS_MAX)
 
-    def add(self, event: NetworkEvent | Tick) -> None:
+    def add(self, event: NetworkEvent) -> None:
         """Keep an event, if there is room."""
         match event:
             case ResponseStored(name):
@@ -38,7 +38,7 @@ class EarlyEvents:
             case _:
                 self._of_peers.append(event)
 
-    def take(self) -> list[NetworkEvent | Tick]:
+    def take(self) -> list[NetworkEvent]:
         """All of them; none is kept any more."""
         events = [*self._responses.values(), *self._rows, *self._served, *self._of_peers]
         for kept in (self._responses, self._rows, self._served, self._of_peers):

@@ -5,25 +5,20 @@ Importing and starting libp2p takes seconds, for which no engine waits: a node s
 
 import asyncio
 import os
-import random
 import socket
 import stat
 import threading
-from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from ...config import Config
-from ...core.events.known_peers import KvEndpoint
 from ...core.events.node_state import NetworkJoined
-from ...core.node.network_part import NetworkPart
 from ...core.node.node_options import NodeOptions
-from ...core.peers.dials import Dials
 from ...core.peers.gossip_gate import GossipGate
 from ...core.peers.trust import Trust
 from ...core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC
 from ...core.records.endpoint import Endpoint
-from ...core.records.ids import PeerId, network_id, public_key_of
+from ...core.records.ids import network_id, public_key_of
 from ...core.records.peer_wire import CACHE_PROTOCOL, PEERS_PROTOCOL
 from ...response_db import database_path
 from .. import clock
@@ -32,7 +27,7 @@ from ..responses.response_server import ResponseServer
 from ..start_error import needed
 from .address_book import AddressBook
 from .joined_network import Joined
-from .network_driver import NetworkDriver
+from .peer_events import PeerEvents
 
 _KEY_BYTES = 32
 
@@ -74,11 +69,25 @@ def make_trust(config: Config, identity: Identity, network_key: bytes | None) ->
     return Trust(config.trust, identity.public_key, listed, allowed, network_key, is_public)
 
 
+def node_options(config: Config, network_key: bytes | None) -> NodeOptions:
+    """What the core knows of the configuration."""
+    return NodeOptions(
+        network_id(config.network),
+        network_key,
+        bootstrap=tuple((each.peer, str(each.endpoint)) for each in config.bootstrap_addresses),
+        kv_peers=tuple(each.peer for each in config.peer_addresses),
+        fetch=config.fetch,
+        capacity_bytes=config.disk_bytes + config.response_bytes,
+        shares=config.share != "private",
+        registry=not config.registry,
+    )
+
+
 class Joining:
     """Joins the network of a configuration, as often as asked to.
 
-    `endpoint` is the bulk transport's, '' without one; `serves` whether this node has responses; `on_peers` hears of
-    the peers that may be used.
+    `endpoint` is the bulk transport's, '' without one; `serves` whether this node has responses; `handler` hears what
+    libp2p reports.
     """
 
     def __init__(
@@ -87,26 +96,21 @@ class Joining:
         identity: Identity,
         network_key: bytes | None,
         trust: Trust,
-        dials: Dials,
         endpoint: str,
         serves: bool,
-        on_peers: Callable[[tuple[PeerId, ...], tuple[KvEndpoint, ...]], None],
+        handler: PeerEvents,
     ) -> None:
         self._config = config
         self._identity = identity
         self._network = network_id(config.network)
         self._key = network_key
         self._trust = trust
-        self._dials = dials
         self._endpoint = endpoint
         self._serves = serves
-        self._on_peers = on_peers
+        self._handler = handler
 
-    async def join(self, parts: AsyncExitStack, driver: NetworkDriver) -> Joined:
-        """A core that is about to join, and what performs its effects; everything is closed with `parts`.
-
-        `driver` hears what libp2p reports from now on.
-        """
+    async def join(self, parts: AsyncExitStack) -> Joined:
+        """Listen, and build what performs the effects of the network; everything is closed with `parts`."""
         await _libp2p_imported()  # seconds, in which engines are served
         from ..libp2p.libp2p_host import Libp2pHost
         from ..workers.registry_documents import RegistryDocuments
@@ -130,27 +134,18 @@ class Joining:
         topics, protocols = (RESPONSE_TOPIC, PREFIX_TOPIC), (CACHE_PROTOCOL, PEERS_PROTOCOL)
         gate = GossipGate(self._network, clock.now())
         host = Libp2pHost(
-            identity.signing_key, config.p2p_listen, self._key, config.mdns, protocols, topics, driver, gate
+            identity.signing_key, config.p2p_listen, self._key, config.mdns, protocols, topics, self._handler, gate
         )
         parts.push_async_callback(host.close)
         choose = "choose an address and a free port of this machine (HYPERSPACE_P2P_LISTEN)"
         with needed(f"p2p_listen = {config.p2p_listen!r}", choose):
             await host.start()
-        bootstrap = tuple((each.peer, str(each.endpoint)) for each in config.bootstrap_addresses)
         book = AddressBook(config.data_dir)
         parts.callback(book.close)
         with needed(f"advertise = {config.advertise!r}", "name an address of this host (HYPERSPACE_ADVERTISE)"):
             address, endpoint = (_reachable(config.advertise, bound) for bound in (host.address, self._endpoint))
-        options = NodeOptions(
-            self._network,
-            self._key,
-            bootstrap,
-            capacity_bytes=config.disk_bytes + config.response_bytes,
-            registry=documents is not None,
-        )
         event = NetworkJoined(address, endpoint, book.read(address))
-        node = NetworkPart(options, event, identity.signing_key, self._trust, self._dials, random.Random(), clock.now())
-        return Joined(node, host, gate, book, responses, documents, redis, self._on_peers)
+        return Joined(event, host, gate, book, responses, documents, redis)
 
 
 async def _libp2p_imported() -> None:

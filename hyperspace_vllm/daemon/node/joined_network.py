@@ -1,12 +1,11 @@
-"""What a node has once it has joined its network, which takes seconds: a core, and what performs its effects."""
+"""What a node has once it has joined its network, which takes seconds: what performs the effects of its core."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ...core.events.known_peers import KvEndpoint
+from ...core.events.node_state import NetworkJoined
 from ...core.events.owner_documents import DeltasImported, DeltasRefused, ImportDeltas, OwnDeltaWritten, WriteRegistry
-from ...core.node.network_part import NetworkPart
 from ...core.peers.gossip_gate import GossipGate
 from ...core.records.ids import PeerId
 from ..responses.response_server import ResponseServer
@@ -56,13 +55,12 @@ class SharedHints(Hints, Protocol):
 
 @dataclass(frozen=True)
 class Joined:
-    """One core and its parts (join.py); `on_peers` hears of the peers that KV may be asked of."""
+    """What joining has brought (join.py)."""
 
-    node: NetworkPart
+    event: NetworkJoined
     host: PeerHost
     gate: GossipGate
     book: AddressBook
     responses: ResponseServer | None
     documents: Documents | None
     hints: SharedHints | None
-    on_peers: Callable[[tuple[PeerId, ...], tuple[KvEndpoint, ...]], None]

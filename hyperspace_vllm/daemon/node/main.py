@@ -14,8 +14,8 @@ from typing import Protocol
 
 from ... import arena_size, session_lock
 from ...config import Config
-from ...core.events.known_peers import KvEndpoint
-from ...core.events.vocabulary import PrefixEvent
+from ...core.local.message_fields import Scope
+from ...core.node.node import Node
 from ...core.peers.dials import Dials
 from ...core.records.ids import PeerId, network_id
 from ...file_digests import in_progress
@@ -41,9 +41,12 @@ from ..responses.store_changes import ServableEntry
 from ..start_error import StartError, needed
 from ..stopping import Stopping
 from .directory import claim_directory, lock_directory
+from .driver import Driver, PerformsPrefixes
 from .embedded import say_all_is_well, until_unwanted, wait_in_line
-from .join import Joining, load_network_key, make_trust
-from .network_driver import NetworkDriver
+from .join import Joining, load_network_key, make_trust, node_options
+from .network_effects import NetworkEffects
+from .network_responses import NetworkResponses
+from .peer_events import PeerEvents
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +85,11 @@ def run_node(config: Config, embedded: bool, stopping: Stopping) -> int:
     return 0
 
 
-class _Prefixes(Protocol):
-    """The shell of the KV core (Driver), built only where KV is cached: it needs native code."""
+class _Prefixes(PerformsPrefixes, Protocol):
+    """What performs prefix effects (PrefixEffects)."""
 
-    def submit(self, event: PrefixEvent, /) -> None: ...
-    def set_peers(self, admitted: tuple[PeerId, ...], endpoints: tuple[KvEndpoint, ...], /) -> None: ...
     def report_stored(self) -> None: ...
-    def status(self) -> dict[str, object]: ...
+    def status(self, waiting_rows: int, /) -> dict[str, object]: ...
 
 
 class _Transport(Protocol):
@@ -173,8 +174,16 @@ class _Node:
         self._network_key = load_network_key(config)
         self._trust, self._dials = make_trust(config, self._identity, self._network_key), Dials(clock.now())
         store = self._responses = self._make_store() if config.response_cache else None
-        self._joined = network = NetworkDriver(
-            self._network, self._trust, response_lookups, store, self._metrics, config.share, bool(config.p2p_listen)
+        options = node_options(config, self._network_key)
+        node = Node(options, self._identity.signing_key, self._trust, self._dials, random.Random())
+        driver = self._driver = Driver(node)
+        scope: Scope = "public" if config.share == "public" else "network"
+        effects = NetworkEffects(
+            self._network, self._trust, response_lookups, store, scope, self._metrics, driver.submit
+        )
+        self._peer_events = PeerEvents(node, self._trust, effects.requests, driver.submit)
+        network = self._responses_of_others = NetworkResponses(
+            driver, effects.lookups, response_lookups, self._trust, config.share, bool(config.p2p_listen)
         )
         self._shared = self._open_shared(parts, response_lookups, store) if store else None
         finder = self._shared or network  # Redis asks the network about what it doesn't have
@@ -183,15 +192,17 @@ class _Node:
             parts.callback(store.close)
         self._similar = self._open_similar(store, parts) if store else None
         staging = Staging(self._cache, self._metrics)
-        self._driver: _Prefixes | None = None
+        self._prefixes: _Prefixes | None = None
         self._transport: _Transport | None = None
         if config.kv_cache:
-            self._driver, self._transport = await self._open_data_plane(parts, staging, prefix_lookups)
+            self._prefixes, self._transport = self._open_data_plane(staging, prefix_lookups)
+        parts.push_async_callback(driver.close)
+        driver.begin(effects, self._prefixes)
         served = Served(self._network, network.served)
         parts.callback(served.close)
         audits = AuditRequests(self._network, self._identity.public_key, store, network.audited, self._metrics)
-        submit = self._driver.submit if self._driver else lambda event: None
-        engines = EngineMessages(config.kv_cache, config.data_dir, staging, prefix_lookups, submit, served, socket.send)
+        submit, kv = driver.submit, config.kv_cache
+        engines = EngineMessages(kv, config.data_dir, staging, prefix_lookups, submit, served, socket.send)
         responses = ResponseMessages(
             config.share, store, self._similar, audits.heard, finder, response_lookups, served, socket.send
         )
@@ -208,18 +219,19 @@ class _Node:
         return self._server
 
     async def _join(self, embedded: bool) -> None:
+        if not self._config.p2p_listen:
+            return
         joining = Joining(
             self._config,
             self._identity,
             self._network_key,
             self._trust,
-            self._dials,
             self._transport.endpoint if self._transport else "",
             self._responses is not None,
-            self._driver.set_peers if self._driver else lambda admitted, endpoints: None,
+            self._peer_events,
         )
         try:
-            await self._joined.run(joining.join, lambda: self._on_joined(embedded))
+            await self._driver.run(joining.join, lambda: self._on_joined(embedded))
         except Exception:  # a node without its network still serves its host
             logger.exception("the network has failed: please report it")
 
@@ -228,8 +240,8 @@ class _Node:
             self._write_card(embedded)
         except OSError as error:  # the one from the start is there, without the network's address
             logger.error("%s: %s; make room on that disk, and let this user write there", self._card, error.strerror)
-        if self._driver:
-            self._driver.report_stored()
+        if self._prefixes:
+            self._prefixes.report_stored()
 
     def _open_shared(
         self, parts: AsyncExitStack, clients: ResponseLookups, store: ResponseStore
@@ -256,7 +268,7 @@ class _Node:
                 server,
                 trust,
                 self._metrics,
-                self._joined,
+                self._responses_of_others,
                 clients,
                 store,
             )
@@ -289,37 +301,28 @@ class _Node:
         parts.callback(similar.close)
         return similar
 
-    async def _open_data_plane(
-        self, parts: AsyncExitStack, staging: Staging, clients: PrefixLookups
-    ) -> tuple[_Prefixes, _Transport]:
-        from ...core.prefix.prefix_part import PrefixPart
+    def _open_data_plane(self, staging: Staging, clients: PrefixLookups) -> tuple[_Prefixes, _Transport]:
         from ..kv.chunk_store import ChunkStore
         from ..kv.chunk_transport import ChunkTransport
         from ..workers.compute_pool import ComputePool
-        from .driver import Driver
+        from .prefix_effects import PrefixEffects
 
         config = self._config
-        peers = tuple(address.peer for address in config.peer_addresses)
         chunks = config.data_dir / "chunks"
         with needed(chunks, "delete it: its KV is then computed anew"):
             store = ChunkStore(chunks, config.disk_bytes)
-        trust, network = self._trust, self._joined
-        node = PrefixPart(
-            self._network, peers, config.fetch, random.Random(), trust.standings, network.row_hints, trust.has_standing
-        )
         with needed(f"listen = {config.listen!r}", f"{_LISTEN} (HYPERSPACE_LISTEN)"):
             transport = ChunkTransport(
                 config,
                 self._identity,
                 store,
                 self._metrics,
-                trust,
+                self._trust,
                 self._dials,
-                network.on_violation,
+                self._peer_events.on_violation,
             )
         compute = ComputePool(config.nice)
-        driver = Driver(
-            node,
+        prefixes = PrefixEffects(
             self._cache,
             store,
             transport,
@@ -327,13 +330,12 @@ class _Node:
             self._metrics,
             self._identity,
             self._network,
-            trust,
+            self._trust,
             staging,
             clients,
-            network.submit,
+            self._driver.submit,
         )
-        parts.push_async_callback(driver.close)
-        return driver, transport
+        return prefixes, transport
 
     def _measure(self) -> None:
         self._metrics.rows.labels("memory").set_function(lambda: len(self._cache))
@@ -362,7 +364,7 @@ class _Node:
                     "pid": os.getpid(),
                     "peer_id": self._identity.peer_id,
                     "endpoint": self._transport.endpoint if self._transport else "",
-                    "p2p": self._joined.address,
+                    "p2p": self._driver.joined.host.address if self._driver.joined else "",
                     "metrics": self._metrics_endpoint,
                     "embedded": embedded,
                 }
@@ -393,7 +395,7 @@ class _Node:
                 "uptime_s": round(time.monotonic() - self._started_at, 1),
                 "engine_leases": self._server.engine_leases,
                 "peers": self._peers(),
-                "p2p": self._joined.status(),
+                "p2p": self._driver.network_status() if self._config.p2p_listen else None,
                 "arena": {
                     "path": str(arena.path),
                     "capacity_bytes": arena.capacity_bytes,
@@ -405,7 +407,7 @@ class _Node:
                 "shared_responses": self._shared.status() if self._shared else None,
                 "responses": self._responses.stats() if self._responses else None,
                 "similar": self._similar.stats() if self._similar else None,
-                **(self._driver.status() if self._driver else {}),
+                **(self._prefixes.status(self._driver.node.prefixes.publisher.waiting_rows) if self._prefixes else {}),
                 "metrics": [
                     {"name": sample.name, "labels": sample.labels, "value": sample.value}
                     for family in self._metrics.registry.collect()

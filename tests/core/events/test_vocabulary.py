@@ -30,7 +30,7 @@ def test_every_class_of_the_room_is_an_event_or_an_effect_and_has_a_name_of_its_
     assert len({each.__name__ for each in defined()}) == len(defined())
 
 
-@pytest.mark.parametrize("effect", sorted(EFFECTS, key=lambda each: each.__name__))
+@pytest.mark.parametrize("effect", sorted(EFFECTS, key=repr))
 def test_an_effect_names_the_events_that_answer_it_and_they_are_in_its_file(effect: type) -> None:
     says = " ".join((effect.__doc__ or "").split())
     answers = {name for pair in re.findall(r"[Aa]nswered by (\w+)(?: or (\w+))?", says) for name in pair if name}

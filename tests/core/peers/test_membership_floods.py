@@ -165,7 +165,7 @@ def test_no_path_on_which_addresses_come_leads_from_elsewhere_into_this_network(
 def test_a_record_with_an_address_that_may_not_be_dialled_is_passed_on_to_nobody(said: dict[str, str]) -> None:
     node = Node()
     node.members.on_connected(Identity(1).peer, "203.0.113.9", node.now)
-    node.learn(1, own_word=True, **said)
+    node.learn(1, True, 1, **said)
     assert node.usable() == {Identity(1).peer}
     assert node.members.answer_peers(WantPeers(b""), node.now).records == ()
     assert Identity(1).peer not in {peer for peer, address in node.members.addresses(node.now) if ":22" in address}

@@ -5,8 +5,14 @@ import pytest
 from hyperspace_vllm.core.events.connections import Connect, Disconnect
 from hyperspace_vllm.core.events.vocabulary import NetworkEffect
 from hyperspace_vllm.core.peers.address import may_dial
-from hyperspace_vllm.core.peers.membership import CONNECT_MS, EXPLORE_MS, HEARTBEAT_MS, PING_MS, SILENT_DISCONNECT_MS
-from hyperspace_vllm.core.peers.neighbours import DIAL_AGAIN_MS, DIAL_AGAIN_MS_MAX, TARGET_NEIGHBOURS, dial_delay_ms
+from hyperspace_vllm.core.peers.membership import EXPLORE_MS, HEARTBEAT_MS, PING_MS, SILENT_DISCONNECT_MS
+from hyperspace_vllm.core.peers.neighbours import (
+    CONNECT_MS,
+    DIAL_AGAIN_MS,
+    DIAL_AGAIN_MS_MAX,
+    TARGET_NEIGHBOURS,
+    dial_delay_ms,
+)
 from hyperspace_vllm.core.records.peer_wire import Ping
 from tests.support.machines.member_node import Node, peers
 from tests.support.moments import dated

@@ -3,7 +3,7 @@
 import pytest
 
 from hyperspace_vllm.core.events.prefix_reading import AnswerPrefix
-from hyperspace_vllm.core.events.vocabulary import Effect
+from hyperspace_vllm.core.events.vocabulary import PrefixEffect
 from hyperspace_vllm.core.prefix.cost_model import fetch_budget_ms
 from hyperspace_vllm.core.records.ids import PeerId
 from hyperspace_vllm.core.records.limits import FETCH_STALL_MS, FETCH_UNKNOWN_MS
@@ -15,7 +15,7 @@ def trickle(script: Script, segments: int, every_ms: int) -> list[str]:
     for command in ("found", f"offer A m rows=0..{segments - 1}", f"manifest A m rows=0..{segments - 1}"):
         script.act(command)
     columns = 0
-    effects: list[Effect] = []
+    effects: list[PrefixEffect] = []
     while not any(isinstance(effect, AnswerPrefix) for effect in effects):
         assert script.lookup is not None
         due_ms, next_ms = script.lookup.next_deadline_ms(), (columns + 1) * every_ms

@@ -61,7 +61,7 @@ RESPONSES = Announcement(
 PREFIXES = Announcement(
     NETWORK, AUTHOR, 6, NOW_MS, (PrefixEntry(bytes([1]) * 32, bytes([2]) * 32, bytes([3]) * 48, NOW_MS + 1),)
 )
-LIE = EvidenceEntry(*(bytes([number]) * 32 for number in range(1, 5)), NOW_MS, bytes([5]) * 64, 40, 2)
+LIE = EvidenceEntry(bytes([1]) * 32, bytes([2]) * 32, bytes([3]) * 32, bytes([4]) * 32, NOW_MS, bytes([5]) * 64, 40, 2)
 EVIDENCE = Announcement(NETWORK, AUTHOR, 7, NOW_MS, (LIE, replace(LIE, far=40)))
 SNAPSHOT = RegistryDelta(NETWORK, AUTHOR, 3, 0, "snapshot", NOW_MS + REGISTRY_TTL_MS, b"loro")
 UPDATE = RegistryDelta(NETWORK, AUTHOR, 3, 1, "update", NOW_MS + REGISTRY_TTL_MS, b"")
@@ -193,7 +193,7 @@ def test_the_largest_of_each_is_taken_and_a_larger_one_is_not() -> None:
     entries = PREFIXES.entries * ANNOUNCEMENT_ENTRIES_MAX
     raw = encode_announcement(replace(PREFIXES, entries=entries), KEY)
     assert len(raw) == ANNOUNCEMENT_BYTES_MAX
-    assert len(take_announcement(raw).entries) == ANNOUNCEMENT_ENTRIES_MAX  # type: ignore[attr-defined]
+    assert len(take_announcement(raw).entries) == ANNOUNCEMENT_ENTRIES_MAX
     one_more = raw[:81] + (ANNOUNCEMENT_ENTRIES_MAX + 1).to_bytes(2, "big") + raw[83:-64] + bytes(120 + 64)
     none = raw[:81] + bytes(2) + raw[-64:]
     for damaged in (one_more, none):
@@ -201,7 +201,7 @@ def test_the_largest_of_each_is_taken_and_a_larger_one_is_not() -> None:
             take_announcement(damaged)
 
     raw = encode_announcement(replace(EVIDENCE, entries=(LIE,) * EVIDENCE_ENTRIES_MAX), KEY)
-    assert len(take_announcement(raw).entries) == EVIDENCE_ENTRIES_MAX  # type: ignore[attr-defined]
+    assert len(take_announcement(raw).entries) == EVIDENCE_ENTRIES_MAX
     with pytest.raises(ProtocolViolation):
         take_announcement(raw[:81] + (EVIDENCE_ENTRIES_MAX + 1).to_bytes(2, "big") + raw[83:-64] + bytes(208 + 64))
 

@@ -21,7 +21,7 @@ from hyperspace_vllm.core.records.limits import (
 )
 from hyperspace_vllm.core.records.peer_wire import Deltas, RegistryHead, WantDeltas, decode_answer, encode
 from hyperspace_vllm.core.records.rank import Acquaintance, Rank
-from hyperspace_vllm.core.records.registry_delta import RegistryDelta, decode_delta, encode_delta
+from hyperspace_vllm.core.records.registry_delta import RegistryDelta, check_delta, decode_delta, encode_delta
 from hyperspace_vllm.core.registry import registry as registry_module
 from hyperspace_vllm.core.registry.registry import Registry
 from tests.support.machines.registry_node import (
@@ -115,11 +115,10 @@ def test_of_two_deltas_with_one_number_the_first_stays_and_the_owner_is_charged(
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[RegistryDelta]:
     """Deltas whose signature was checked."""
     checked: list[RegistryDelta] = []
-    check = registry_module.check_delta
 
     def counted(raw: bytes, delta: RegistryDelta, network: NetworkId, now_ms: int) -> None:
         checked.append(delta)
-        check(raw, delta, network, now_ms)
+        check_delta(raw, delta, network, now_ms)
 
     monkeypatch.setattr(registry_module, "check_delta", counted)
     return checked

@@ -181,7 +181,7 @@ def published(effects: list[Publish]) -> list[tuple[str, list[bytes]]]:
         opened = inbox().open(effect.topic, effect.payload, dated(decode_announcement(effect.payload).sent_at_ms))
         assert isinstance(opened, Announcement)
         found.append(
-            (effect.topic, [e.request_hash if isinstance(e, ResponseEntry) else e.row_id for e in opened.entries])
+            (effect.topic, [e.row_id if isinstance(e, PrefixEntry) else e.request_hash for e in opened.entries])
         )
     return found
 

@@ -20,6 +20,7 @@ from hyperspace_vllm.api import stored_answer
 from hyperspace_vllm.api.own_ids import OwnIds
 from hyperspace_vllm.api.stored_answer import Sending, StoredAnswer
 from hyperspace_vllm.api.streams.frames import frames
+from hyperspace_vllm.core.records.limits import SENDING_BYTES_MAX
 from hyperspace_vllm.core.response.admission import Admitted, admit
 from hyperspace_vllm.core.response.answer_ids import ID_CHARS_MAX, answer_id, named_by, without_ids
 from hyperspace_vllm.core.response.request_fields import ENDPOINTS, POOLING, Endpoint
@@ -47,7 +48,7 @@ def answers() -> dict[Endpoint, Json]:
     usage = {"input_tokens": 5, "output_tokens": 7, "total_tokens": 12}
     counts = {"prompt_tokens": 5, "total_tokens": 12, "completion_tokens": 7}
     message = {"role": "assistant", "content": "Blue.", "tool_calls": marked_calls(1) + marked_calls(2)}
-    part = {"type": "output_text", "text": "Blue.", "annotations": [], "logprobs": None}
+    part: dict[str, object] = {"type": "output_text", "text": "Blue.", "annotations": [], "logprobs": None}
     call = {"type": "function_call", "name": "f", "arguments": "{}", "status": "completed"}
     custom = {"type": "custom_tool_call", "name": "g", "input": "x"}
     thought = {"type": "thinking", "thinking": "Hm.", "signature": drawn("", 32)}
@@ -114,7 +115,9 @@ def test_what_tools_are_given_is_left_alone() -> None:
 
 def test_ids_that_the_conversation_gives_are_part_of_the_answer() -> None:
     """Kimi's and Cohere's count the calls; the model reads them in the next turn."""
-    kept = [{"id": given, "type": "function", "function": {}} for given in ("functions.add:0", "0", "call_1")]
+    kept: list[dict[str, object]] = [
+        {"id": given, "type": "function", "function": {}} for given in ("functions.add:0", "0", "call_1")
+    ]
     answer = {"choices": [{"message": {"tool_calls": kept}}]}
     assert [call["id"] for call in without_ids(answer)["choices"][0]["message"]["tool_calls"]] == [
         "functions.add:0", "0", "call_1",
@@ -374,7 +377,7 @@ async def test_a_hit_counts_what_its_request_holds(make_bench: MakeBench) -> Non
     bench = await make_bench()
     await bench.ask(CHAT)
     await bench.stored(1)
-    with bench.cache.sending.holding(stored_answer.SENDING_BYTES_MAX - 1_000_000):
+    with bench.cache.sending.holding(SENDING_BYTES_MAX - 1_000_000):
         for size, found in ((200_000, "; hit; "), (400_000, "fwd=stale")):
             answer = await bench.ask(CHAT | {"metadata": {"a": "x" * size}})
             assert found in answer.headers["cache-status"]
@@ -382,7 +385,7 @@ async def test_a_hit_counts_what_its_request_holds(make_bench: MakeBench) -> Non
 
 def test_small_hits_are_served_however_much_is_held() -> None:
     sending = Sending()
-    with sending.holding(stored_answer.SENDING_BYTES_MAX):
+    with sending.holding(SENDING_BYTES_MAX):
         assert sending.has_room(StoredAnswer([], [b"x" * 60_000]))
         assert not sending.has_room(StoredAnswer([], [b"x" * 70_000]))
     assert sending.bytes == 0

@@ -263,7 +263,7 @@ class Engine:
 
 async def test_audits_take_a_small_share_of_the_time_whoever_is_suspected(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 1_000.0
-    monkeypatch.setattr(audits.time, "monotonic", lambda: clock)
+    monkeypatch.setattr("hyperspace_vllm.api.audits.time.monotonic", lambda: clock)
 
     class Slow(audits.Audits):
         async def _audit(self, *_: object) -> None:

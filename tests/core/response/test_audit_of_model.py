@@ -159,7 +159,10 @@ async def test_a_server_that_fails_to_split_a_text_is_asked_again(tmp_path: Path
         await send({"type": "http.response.start", "status": 503 if text in failing else 200, "headers": []})
         await send({"type": "http.response.body", "body": json.dumps({"tokens": tokens[text]}).encode()})
 
-    async def nothing(*_: object) -> Message:
+    async def nothing() -> Message:
+        raise AssertionError
+
+    async def nowhere(message: Message) -> None:
         raise AssertionError
 
     async with benches(tmp_path) as make:
@@ -168,5 +171,5 @@ async def test_a_server_that_fails_to_split_a_text_is_asked_again(tmp_path: Path
         for fails, splits in (("a", False), (" b", False), ("a b", False), ("", True), ("a", True)):
             failing[:] = [fails]
             facts = facts_of(bench.cache.options, "chat", b"", CHAT, {"path": "/v1", "headers": []})
-            context = RequestContext(bench.cache, facts, nothing, nothing)
+            context = RequestContext(bench.cache, facts, nothing, nowhere)
             assert await bench.cache.audits._can_split(context) is splits

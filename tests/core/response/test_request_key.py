@@ -46,11 +46,11 @@ def marked(part: object) -> dict[str, object]:
 
 
 def item(kind: str, **more: object) -> dict[str, object]:
-    return RESPONSES | {"input": [{"type": kind, **more}]}
+    return {**RESPONSES, "input": [{"type": kind, **more}]}
 
 
 def block(kind: str, **more: object) -> dict[str, object]:
-    return MESSAGES | {"messages": [{"role": "user", "content": [{"type": kind, **more}]}]}
+    return {**MESSAGES, "messages": [{"role": "user", "content": [{"type": kind, **more}]}]}
 
 
 SAME = [
@@ -176,7 +176,7 @@ def test_what_its_bytes_do_not_name_is_not_cached(body: object, reason: str) -> 
 def test_marks_that_reach_the_prompt_are_in_the_key() -> None:
     def told(**mark: object) -> dict[str, object]:
         result = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "5", **mark}]}
-        return MESSAGES | {"messages": [{"role": "assistant", "content": [result]}]}
+        return {**MESSAGES, "messages": [{"role": "assistant", "content": [result]}]}
 
     assert key("messages", told()) != key("messages", told(cache_control={}))
 

@@ -77,7 +77,8 @@ class Bench:
             self._soon.append(self._later.pop(self.rng.randrange(len(self._later))))
         else:
             open_lookups = [lookup for lookup in self.lookups.values() if not lookup.answered]
-            self.now_ms = min(lookup.next_deadline_ms() for lookup in open_lookups)  # type: ignore[type-var]
+            due_ms = [lookup.next_deadline_ms() for lookup in open_lookups]
+            self.now_ms = min(due for due in due_ms if due is not None)
             for lookup in open_lookups:
                 self._perform(lookup.handle(Tick(), self.now_ms))
         self._settle()

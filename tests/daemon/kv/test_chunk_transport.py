@@ -19,6 +19,7 @@ from hyperspace_vllm.core.records.limits import (
     PEER_REQUESTS_MAX,
     MiB,
 )
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.daemon.identity import Identity, curve_public_of
 from hyperspace_vllm.daemon.kv import chunk_server, kv_door
 from hyperspace_vllm.daemon.peer_failed import PeerFailed
@@ -151,7 +152,7 @@ async def test_garbage_is_charged_and_the_connection_goes_on(pair: tuple[Side, S
         reply = wire.decode_reply(await socket.recv())
     assert isinstance(reply, wire.HaveReply)
     assert len(reply.offers) == 1
-    assert server.transport.charges[client.identity.peer_id, "protocol"] == len(garbage)
+    assert server.transport.charges[client.identity.peer_id, Reason.PROTOCOL] == len(garbage)
     assert server.violations == [client.identity.peer_id] * len(garbage)
     context.destroy(linger=0)
 
@@ -297,4 +298,4 @@ async def reason_of(tmp_path: Path, answer: Callable[[int], list[bytes]]) -> tup
     await lying
     context.destroy(linger=0)
     await client.transport.close()
-    return failed.value.reason, client.transport.charges[liar.peer_id, "protocol"]
+    return failed.value.reason, client.transport.charges[liar.peer_id, Reason.PROTOCOL]

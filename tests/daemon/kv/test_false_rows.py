@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ class Network:
             self.honest.stage(held, LAYOUT)
             await until_async(lambda: self.honest.store.rows == len(held))
         for each in (self.liar, self.honest):
-            await until_async(lambda each=each: self.victim.transport.is_connected(each.identity.peer_id))
+            await until_async(partial(self.victim.transport.is_connected, each.identity.peer_id))
 
     def _node(self, name: str, *peers: str) -> TestNode:
         node = TestNode(self._at(name), peers, arena_bytes=8 * MiB, compute=self._pool)
@@ -154,10 +155,10 @@ async def test_one_false_row_spoils_a_manifest_that_an_earlier_lookup_had_verifi
     victim, document = network.victim, keys("document", SEGMENTS)
     first = row_key(document[0], 0, 0)
     network.inventor.row_keys = {row_id(NETWORK, first): first}  # a prompt that begins alike, known to the liar
-    row_ids = [row_id(NETWORK, row_key(key, 0, 0)) for key in document]
-    (offer, *_) = network.inventor.offers(row_ids)
-    network.inventor.offers = lambda asked: tuple(  # type: ignore[method-assign]
-        Offer(n, offer.manifest, row_ids.index(RowId(each)), offer.columns) for n, each in enumerate(asked)
+    ids = [row_id(NETWORK, row_key(key, 0, 0)) for key in document]
+    (offer, *_) = network.inventor.offers(ids)
+    network.inventor.offers = lambda row_ids: tuple(  # type: ignore[method-assign]
+        Offer(n, offer.manifest, ids.index(RowId(each)), offer.columns) for n, each in enumerate(row_ids)
     )
     assert (await victim.look_up(document[:1], LAYOUT)).end_segment == 1
     victim.release()

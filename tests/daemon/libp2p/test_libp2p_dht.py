@@ -3,6 +3,7 @@
 import asyncio
 import os
 from contextlib import suppress
+from typing import Any
 from unittest.mock import ANY
 
 import libp2p.kad_dht.kad_dht as kad_module
@@ -19,12 +20,7 @@ from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.records.endpoint import Endpoint
-from hyperspace_vllm.daemon.libp2p import (
-    libp2p_dht,
-    libp2p_overrides,
-    libp2p_swarm,
-    libp2p_time,
-)
+from hyperspace_vllm.daemon.libp2p import libp2p_dht, libp2p_overrides, libp2p_swarm, libp2p_time
 from hyperspace_vllm.daemon.libp2p.libp2p_node import Libp2pNode, NodeSettings, dht_key, reachable_hosts
 from hyperspace_vllm.daemon.libp2p.libp2p_swarm import NodePeerStore
 from tests.support.libp2p_members import PROTOCOL, TOPIC, Member, Members, Silent, attack, open_stream, wait_closed
@@ -83,7 +79,7 @@ async def test_the_dht_passes_on_no_address_that_reaches_less_far_than_where_its
     await liar.host.connect(middle.peer, f"{outward}:{port}", 5)
     await seeker.host.connect(middle.peer, f"127.0.0.1:{port}", 5)
     await liar.provide("/cache/1", middle)
-    store = middle.host._link.node._host.get_peerstore()  # type: ignore[union-attr]
+    store: Any = middle.host._link.node._host.get_peerstore()  # type: ignore[union-attr]
     await until_async(
         lambda: all(PROTOCOL in _protocols(store, each) for each in (liar, seeker))
     )  # they are identified
@@ -163,7 +159,7 @@ async def test_provider_records_are_bounded_by_peer_and_in_all(monkeypatch: pyte
         assert sum(len(keys) for keys in store._keys_of.values()) == store._count == 25
         for peer in peers:
             store.add_provider(b"popular", PeerInfo(peer, []))
-        assert len(store.providers[b"popular"]) <= kad_module.BUCKET_SIZE
+        assert len(store.providers[b"popular"]) <= vars(kad_module)["BUCKET_SIZE"]
         assert sum(len(keys) for keys in store._keys_of.values()) == store._count <= 25
         node._pubsub.seen_messages.stop()
 
@@ -271,9 +267,14 @@ async def test_a_message_of_the_dht_that_no_node_sends_ends_the_connection_and_i
 def test_a_record_that_is_larger_than_any_nodes_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     libp2p_overrides.patch_library()
     read: list[object] = []
-    monkeypatch.setattr(libp2p_overrides, "consume_dht_record", lambda message, *_: read.append(message) or True)
+
+    def consume(message: object, *_: object) -> bool:
+        read.append(message)
+        return True
+
+    monkeypatch.setattr(libp2p_overrides, "consume_dht_record", consume)
     for size in (libp2p_swarm.PEER_ENVELOPE_BYTES_MAX, libp2p_swarm.PEER_ENVELOPE_BYTES_MAX + 1):
         for message in (DhtMessage(senderRecord=bytes(size)), DhtMessage.Peer(signedRecord=bytes(size))):
             is_small = size == libp2p_swarm.PEER_ENVELOPE_BYTES_MAX
-            assert kad_module.maybe_consume_signed_record(message, None) is is_small
+            assert vars(kad_module)["maybe_consume_signed_record"](message, None) is is_small
             assert (message in read) is is_small

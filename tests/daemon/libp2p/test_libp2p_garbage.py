@@ -18,6 +18,7 @@ from nacl.signing import SigningKey
 from hyperspace_vllm.core.records.endpoint import Endpoint
 from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import MiB
+from hyperspace_vllm.core.records.rank import Tier
 from hyperspace_vllm.daemon.libp2p import (
     libp2p_streams,
     libp2p_swarm,
@@ -299,7 +300,7 @@ async def test_windows_are_updated_once_half_of_them_is_used() -> None:
 
             def get_remote_address(self) -> None: ...
 
-        time = PeerTime(lambda peer: False)
+        time = PeerTime(lambda peer: Tier.STRANGER)
         conn = libp2p_yamux.YamuxConnection(Wire(), ID(b"peer"), time, lambda peer: None)  # type: ignore[arg-type]
         stream = await conn.open_stream()
         conn._frames.clear()

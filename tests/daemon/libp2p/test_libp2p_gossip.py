@@ -331,7 +331,8 @@ def test_of_a_neighbours_control_messages_one_of_each_topic_is_kept_and_each_id_
         iwant=[rpc_pb2.ControlIWant(messageIDs=[b"a", b"b"] * 20)],
     )
     assert node.keep_ours(control) == 4
-    assert [entry.topicID for entry in (*control.graft, *control.prune, *control.ihave)] == [TOPIC] * 3
+    kept: list[Any] = [*control.graft, *control.prune, *control.ihave]
+    assert [entry.topicID for entry in kept] == [TOPIC] * 3
     assert list(control.iwant[0].messageIDs) == [b"a", b"b"]
 
 
@@ -346,6 +347,6 @@ async def test_a_back_off_ends_in_time_and_is_forgotten_then(monkeypatch: pytest
     gossip.gossip_heartbeat()
     assert gossip._check_back_off(peer, TOPIC)
     later_s = time.time() + libp2p_gossip.BACK_OFF_MAX_S + 1
-    monkeypatch.setattr(libp2p_gossip.time, "time", lambda: later_s)
+    monkeypatch.setattr("hyperspace_vllm.daemon.libp2p.libp2p_gossip.time.time", lambda: later_s)
     gossip.gossip_heartbeat()
     assert gossip.back_off == {TOPIC: {}}

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import trio
@@ -292,7 +293,8 @@ async def test_connections_that_come_and_go_leave_nothing_behind(members: Member
     def left(member: Member) -> tuple[int, int, int]:
         node = member.host._link.node  # type: ignore[union-attr]
         gc.collect()
-        tasks = sum(len(each.manager._task_nursery.child_tasks) for each in (node._pubsub, node._swarm))
+        managers: list[Any] = [node._pubsub.manager, node._swarm.manager]
+        tasks = sum(len(each._task_nursery.child_tasks) for each in managers)
         sockets = len(node._swarm._accepted) + len(node._swarm.tcp.sockets)
         return tasks, sockets, len(node._asker._spare) + len(node._dialling)
 

@@ -10,7 +10,6 @@ import libp2p.peer.pb.crypto_pb2 as crypto_pb2
 import pytest
 import trio
 from libp2p.crypto.exceptions import MissingDeserializerError
-from libp2p.crypto.keys import PublicKey
 from libp2p.crypto.rsa import RSAPublicKey
 from libp2p.crypto.secp256k1 import Secp256k1PublicKey
 from libp2p.crypto.serialization import deserialize_public_key
@@ -66,7 +65,7 @@ async def test_every_default_of_the_library_that_matters_is_set() -> None:
     async def main() -> None:
         node = Libp2pNode(NodeSettings(SigningKey.generate(), "127.0.0.1:0", bytes(32), (), (TOPIC,)), Silent())
         for module in (kad_module, provider_module):
-            assert module.QUERY_TIMEOUT == 1.5  # type: ignore[attr-defined]
+            assert module.QUERY_TIMEOUT == 1.5
         assert provider_module.PROVIDER_RECORD_EXPIRATION_INTERVAL == 15 * 60
         assert provider_module.PROVIDER_RECORD_REPUBLISH_INTERVAL == 5 * 60
         dht, gossip, swarm = node._dht, node._gossip, node._swarm
@@ -92,11 +91,12 @@ async def test_every_default_of_the_library_that_matters_is_set() -> None:
 
 def _source(module: object) -> str:
     with open(module.__file__) as file:  # type: ignore[attr-defined]
-        return file.read()
+        source: str = file.read()
+        return source
 
 
 @pytest.mark.parametrize("kind", [RSAPublicKey, Secp256k1PublicKey])
-def test_keys_of_no_node_are_refused_before_they_are_read(kind: type[PublicKey]) -> None:
+def test_keys_of_no_node_are_refused_before_they_are_read(kind: type[RSAPublicKey | Secp256k1PublicKey]) -> None:
     """An RSA key of 60 KiB keeps the library busy for seconds, in a handshake or a signed record."""
     patch_library()
     number = crypto_pb2.RSA if kind is RSAPublicKey else crypto_pb2.Secp256k1

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,8 @@ from hyperspace_vllm.core.events.prefix_reading import PrefixReleased
 from hyperspace_vllm.core.events.prefix_writing import ClientGone
 from hyperspace_vllm.core.local.kv_messages import RegisterLayout
 from hyperspace_vllm.core.local.session_messages import GetStatus, Status
-from hyperspace_vllm.core.local.slab import Slab
+from hyperspace_vllm.core.local.slab import PAGE_BYTES, Slab
 from hyperspace_vllm.core.records.ids import RowKey, row_key
-from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES
 from tests.support.daemons.small_node import (
     ENGINE,
     KEY,
@@ -177,9 +177,13 @@ async def test_a_forked_child_has_a_session_of_its_own(node: SmallNode) -> None:
             client.close()
             os._exit(0 if fine else 1)
         await until_async(lambda: node.server.engine_leases == 2)
-        waited: list[tuple[int, int]] = []
-        await until_async(lambda: waited.append(os.waitpid(child, os.WNOHANG)) or waited[-1][0])  # type: ignore[func-returns-value]
-        assert os.waitstatus_to_exitcode(waited[-1][1]) == 0
+
+        def ended() -> tuple[int, int] | None:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            return (pid, status) if pid else None
+
+        _, status = await until_async(ended)
+        assert os.waitstatus_to_exitcode(status) == 0
         assert client.connected
         client.send(GetStatus())
         await next_message(client, Status)
@@ -209,9 +213,13 @@ async def test_a_client_finds_the_next_node_and_drops_what_the_last_one_leased(
 ) -> None:
     client = NodeClient(Config(data_dir=tmp_path), "worker", "n")
     slabs: list[Slab] = []
+
+    def is_in(epoch: int) -> bool:
+        return client.connected and client.epoch == epoch
+
     for epoch in (1, 2):
         async with small_node(tmp_path, shared_memory=Path(arena_lies_in)):
-            await until_async(lambda e=epoch: client.connected and client.epoch == e)  # type: ignore[misc]
+            await until_async(partial(is_in, epoch))
             assert not any(client.is_current(slab) for slab in slabs)
             client.send(RegisterLayout(LAYOUT, ENGINE))
             slabs = list(await granted(client, 2))

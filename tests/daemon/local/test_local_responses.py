@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ async def test_a_client_that_goes_releases_its_lookups(strict: SmallNode, goes: 
 async def test_response_lookups_beyond_the_bound_are_answered_busy(node: SmallNode) -> None:
     async with connected(node, "api", layout=None) as client:
         for number in range(LOOKUPS_PER_CLIENT_MAX + 1):
-            await until_async(lambda n=number: client.send(find(n)))  # type: ignore[misc]
+            await until_async(partial(client.send, find(number)))
         assert await next_message(client, ResponseNotFound) == ResponseNotFound(LOOKUPS_PER_CLIENT_MAX, "busy")
         client.send(ReleaseResponse(0))
         client.send(find(LOOKUPS_PER_CLIENT_MAX))

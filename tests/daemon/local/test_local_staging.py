@@ -1,5 +1,6 @@
 """Rows that workers stage, name and read back through shared memory, and how much of the arena they may take."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ async def test_a_thousand_cycles_of_staging_and_leasing_leak_nothing(tmp_path: P
                     continue
                 worker.view(slab)[:8] = cycle.to_bytes(8, "big")
                 worker.send(RowStaged(f"r{cycle}", 0, 0, 0, slab))
-                await until_async(lambda n=f"r{cycle}": (ENGINE.hex(), n, 0) in node._staged)  # type: ignore[misc]
+                await until_async(partial(node._staged.get, (ENGINE.hex(), f"r{cycle}", 0)))
                 scheduler.send(SegmentNamed(f"r{cycle}", 0, key, "network"))
                 scheduler.send(lookup(cycle, key))
                 (row,) = (await next_message(scheduler, PrefixAnswer)).rows

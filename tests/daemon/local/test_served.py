@@ -13,8 +13,7 @@ from hyperspace_vllm.core.records.limits import PEER_RECORD_AGAIN_MS, PEER_RECOR
 from hyperspace_vllm.core.records.peer_record import DIGESTS_MAX, PeerRecord, decode_peer_record
 from hyperspace_vllm.core.records.peer_wire import Greet
 from hyperspace_vllm.core.records.vram_digest import make_digest, overlap
-from tests.core.registry.test_registry import SECOND_MS
-from tests.support.network_world import NOW_MS, Identity, World
+from tests.support.network_world import NOW_MS, SECOND_MS, Identity, World
 
 
 def ids(count: int) -> list[bytes]:

@@ -1,34 +1,38 @@
 """What happens before a node has joined its network reaches the core that comes then, once."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import cast
 
 import pytest
+from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.events.connections import PeerConnected, PeerDisconnected
-from hyperspace_vllm.core.events.node_state import ServedChanged
+from hyperspace_vllm.core.events.node_state import NetworkJoined, NetworkLeft, ServedChanged
 from hyperspace_vllm.core.events.prefix_writing import RowsStored
 from hyperspace_vllm.core.events.stored_responses import ResponsesGone, ResponseStored
-from hyperspace_vllm.core.events.vocabulary import NetworkEffect, NetworkEvent
-from hyperspace_vllm.core.node.network_part import NetworkPart
+from hyperspace_vllm.core.events.vocabulary import Effect, Event, NetworkEvent
+from hyperspace_vllm.core.node.node import Node
+from hyperspace_vllm.core.node.node_options import NodeOptions
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RequestKey, network_id
+from hyperspace_vllm.core.records.now import Now
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.node import early_events
 from hyperspace_vllm.daemon.node.address_book import AddressBook
 from hyperspace_vllm.daemon.node.early_events import EarlyEvents
 from hyperspace_vllm.daemon.node.joined_network import Joined, PeerHost
-from hyperspace_vllm.daemon.node.network_driver import NetworkDriver
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
 from hyperspace_vllm.daemon.responses.store_changes import ServableEntry
+from tests.support.network_shell import NetworkShell
 
 NETWORK = network_id("test")
 PEER = PeerId("a peer")
+JOINED = NetworkJoined("192.0.2.2:7791", "")
 ROWS = RowsStored(ManifestDigest(bytes(32)), bytes(32), bytes(48), (), True)
 
 
@@ -78,14 +82,12 @@ def test_every_kind_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 class Core:
     """A core that only notes what it is told."""
 
-    def __init__(self) -> None:
-        self.told: list[object] = []
+    network = None
 
-    def start(self, *_: object) -> list[NetworkEffect]:
-        self.told.append("start")
-        return []
+    def __init__(self, *_: object) -> None:
+        self.told: list[Event] = []
 
-    def handle(self, event: NetworkEvent, *_: object) -> list[NetworkEffect]:
+    def handle(self, event: Event, now: Now) -> list[Effect]:
         self.told.append(event)
         return []
 
@@ -121,62 +123,69 @@ class Clients:
         self.reasons.append(reason)
 
 
-def driver_of(share: str = "network", listens: bool = True) -> tuple[NetworkDriver, Clients]:
-    clients = Clients()
-    trust = Trust("members", bytes(32), frozenset(), frozenset(), None)
-    return NetworkDriver(NETWORK, trust, clients, None, Metrics(), share, listens), clients  # type: ignore[arg-type]
+def shell_of(share: str = "network", listens: bool = True) -> tuple[NetworkShell, Clients]:
+    clients, key = Clients(), SigningKey(bytes(32))
+    trust = Trust("members", key.verify_key.encode(), frozenset(), frozenset(), None)
+    make = cast(Callable[..., Node], Core)
+    shell = NetworkShell(NodeOptions(NETWORK), key, trust, clients, None, Metrics(), share, listens, make)
+    return shell, clients
 
 
-async def joined(driver: NetworkDriver, directory: Path, failures: int = 0) -> tuple[Core, Hints]:
-    """Let the driver join, at the attempt after those that fail."""
-    core, hints, has_joined, left = Core(), Hints(), asyncio.Event(), [failures]
+async def joined(shell: NetworkShell, directory: Path, failures: int = 0) -> tuple[list[Event], Hints]:
+    """Let the node join, at the attempt after those that fail, and leave; what its core is told."""
+    hints, has_joined, left = Hints(), asyncio.Event(), [failures]
 
-    async def join(parts: AsyncExitStack, handler: NetworkDriver) -> Joined:
-        handler.on_connected(PEER, "192.0.2.1")
+    async def join(parts: AsyncExitStack) -> Joined:
+        shell.events.on_connected(PEER, "192.0.2.1")
         if left[0]:
             left[0] -= 1
-            handler.on_disconnected(PEER)
+            shell.events.on_disconnected(PEER)
             raise OSError("the port is taken")
-        node, host = cast(NetworkPart, core), cast(PeerHost, None)
-        return Joined(
-            node, host, GossipGate(NETWORK, clock.now()), AddressBook(directory), None, None, hints, lambda *_: None
-        )
+        host = cast(PeerHost, None)
+        return Joined(JOINED, host, GossipGate(NETWORK, clock.now()), AddressBook(directory), None, None, hints)
 
-    running = asyncio.create_task(driver.run(join, has_joined.set))
+    running = asyncio.create_task(shell.driver.run(join, has_joined.set))
     await asyncio.wait_for(has_joined.wait(), 60)
     running.cancel()
     with suppress(asyncio.CancelledError):
         await running
-    return core, hints
+    shell.events.on_connected(PEER, "192.0.2.1")  # nothing is heard any more
+    return cast(Core, shell.node).told, hints
 
 
 async def test_a_driver_tells_its_core_what_happened_before_it_joined(tmp_path: Path) -> None:
-    driver, _ = driver_of()
-    driver.heard((ServableEntry(name(1), 1_000, True), ServableEntry(name(2), 1_000, False)), ())
-    driver.heard((), (name(1),))
-    driver.submit(ROWS)
+    shell, _ = shell_of()
+    shell.responses.heard((ServableEntry(name(1), 1_000, True), ServableEntry(name(2), 1_000, False)), ())
+    shell.responses.heard((), (name(1),))
+    shell.driver.submit(ROWS)
     await asyncio.sleep(0)
-    core, hints = await joined(driver, tmp_path)
-    assert core.told == ["start", ResponseStored(name(2), 1_000, False), ROWS, PeerConnected(PEER, "192.0.2.1")]
+    told, hints = await joined(shell, tmp_path)
+    assert told == [
+        JOINED,
+        ResponseStored(name(2), 1_000, False),
+        ROWS,
+        PeerConnected(PEER, "192.0.2.1"),
+        NetworkLeft(),
+    ]
     assert hints.stored == [name(2)]
 
 
 async def test_a_port_that_is_taken_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyperspace_vllm.daemon.node.network_driver.JOIN_AGAIN_S", 0.01)
-    driver, _ = driver_of()
-    assert driver.status() == {"state": "joining"}
-    core, _ = await joined(driver, tmp_path, failures=2)
+    monkeypatch.setattr("hyperspace_vllm.daemon.node.driver.JOIN_AGAIN_S", 0.01)
+    shell, _ = shell_of()
+    assert shell.driver.network_status() == {"state": "joining"}
+    told, _ = await joined(shell, tmp_path, failures=2)
     connected, gone = PeerConnected(PEER, "192.0.2.1"), PeerDisconnected(PEER)
-    assert core.told == ["start", connected, gone, connected, gone, connected]
+    assert told == [JOINED, connected, gone, connected, gone, connected, NetworkLeft()]
 
 
 async def test_a_node_that_shares_nothing_tells_no_core_what_it_has(tmp_path: Path) -> None:
-    driver, _ = driver_of("private")
-    driver.heard((ServableEntry(name(1), 1_000, True),), ())
-    driver.served(ServedChanged((name(1),), (), 0, b""))
+    shell, _ = shell_of("private")
+    shell.responses.heard((ServableEntry(name(1), 1_000, True),), ())
+    shell.responses.served(ServedChanged((name(1),), (), 0, b""))
     await asyncio.sleep(0)
-    core, hints = await joined(driver, tmp_path)
-    assert core.told == ["start", PeerConnected(PEER, "192.0.2.1")]
+    told, hints = await joined(shell, tmp_path)
+    assert told == [JOINED, PeerConnected(PEER, "192.0.2.1"), NetworkLeft()]
     assert hints.stored == []
 
 
@@ -185,6 +194,6 @@ async def test_a_node_that_shares_nothing_tells_no_core_what_it_has(tmp_path: Pa
     [(True, False, "no_peers"), (False, False, "off"), (True, True, "not_found"), (False, True, "not_found")],
 )
 async def test_a_lookup_before_it_joined_says_whether_to_ask_on(listens: bool, beside_redis: bool, reason: str) -> None:
-    driver, clients = driver_of(listens=listens)
-    driver.find(1, RequestKey(name(1)), name(2), 300, beside_redis)
+    shell, clients = shell_of(listens=listens)
+    shell.responses.find(1, RequestKey(name(1)), name(2), 300, beside_redis)
     assert clients.reasons == [reason]

@@ -43,8 +43,7 @@ def writes(client: NodeClient) -> bool:
     until(lambda: client.connected)
     assert client.send(RegisterLayout(LAYOUT, bytes(range(16))))
     assert client.send(WantStaging(ROW_BYTES, 1))
-    answers: list[object] = []
-    until(lambda: answers.extend(client.receive()) or answers)
+    answers = until(client.receive)
     assert isinstance(answers[0], StagingGranted)
     (slab,) = answers[0].slabs
     client.view(slab)[:4] = b"mine"
@@ -58,8 +57,7 @@ def test_a_starting_node_frees_the_arena_of_one_that_was_killed_and_leaves_that_
     for nodes in (killed, living):
         nodes.config = replace(nodes.config, kv_cache=True)
         nodes.start_and_wait()
-    workers: list[int] = []
-    until(lambda: workers.extend(descendants(killed.started[0].pid)) or workers)
+    workers = until(lambda: descendants(killed.started[0].pid))
     try:
         for pid in workers:  # the node's own processes: frozen, they outlive it with all that they were handed
             os.kill(pid, signal.SIGSTOP)

@@ -4,7 +4,6 @@ Both run in this process, on the real libp2p, among ten node processes.
 """
 
 import asyncio
-import random
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -14,10 +13,8 @@ import pytest
 from nacl.signing import SigningKey
 
 from hyperspace_vllm.core.events.node_state import NetworkJoined
-from hyperspace_vllm.core.node.network_part import NetworkPart
 from hyperspace_vllm.core.node.node_options import NodeOptions
 from hyperspace_vllm.core.peers import dials
-from hyperspace_vllm.core.peers.dials import Dials
 from hyperspace_vllm.core.peers.gossip_gate import GossipGate
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.announcement import PREFIX_TOPIC, RESPONSE_TOPIC, ResponseEntry, decode_announcement
@@ -47,9 +44,9 @@ from hyperspace_vllm.daemon.libp2p.libp2p_host import Libp2pHost
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.node.address_book import AddressBook
 from hyperspace_vllm.daemon.node.joined_network import Joined
-from hyperspace_vllm.daemon.node.network_driver import NetworkDriver
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
 from tests.support.network_nodes import MODEL, NetworkedNode, body_of, private_network, request_key
+from tests.support.network_shell import NetworkShell
 from tests.support.network_world import OpenGate
 from tests.support.until import until
 
@@ -95,27 +92,25 @@ class Clients:
 
 
 @asynccontextmanager
-async def deaf_node(nodes: list[NetworkedNode], directory: Path) -> AsyncIterator[tuple[NetworkDriver, Clients]]:
+async def deaf_node(nodes: list[NetworkedNode], directory: Path) -> AsyncIterator[tuple[NetworkShell, Clients]]:
     """A whole node that subscribes to no topic and syncs no registry."""
     signing_key, key, clients = SigningKey.generate(), network_key(nodes), Clients()
     trust = Trust("members", signing_key.verify_key.encode(), frozenset(), frozenset(), key)
-    driver = NetworkDriver(NETWORK, trust, clients, None, Metrics(), "network", listens=True)
+    options = NodeOptions(NETWORK, key, (address_of(nodes[0]),), registry=False)
+    shell = NetworkShell(options, signing_key, trust, clients, None, Metrics())
 
-    async def join(parts: AsyncExitStack, handler: NetworkDriver) -> Joined:
-        host = Libp2pHost(signing_key, "127.0.0.1:0", key, False, (CACHE_PROTOCOL, PEERS_PROTOCOL), (), handler)
+    async def join(parts: AsyncExitStack) -> Joined:
+        host = Libp2pHost(signing_key, "127.0.0.1:0", key, False, (CACHE_PROTOCOL, PEERS_PROTOCOL), (), shell.events)
         await host.start()
         parts.push_async_callback(host.close)
-        options = NodeOptions(NETWORK, key, (address_of(nodes[0]),), registry=False)
-        event = NetworkJoined(host.address, "")
-        core = NetworkPart(options, event, signing_key, trust, Dials(clock.now()), random.Random(1), clock.now())
         gate, book = GossipGate(NETWORK, clock.now()), AddressBook(directory)
-        return Joined(core, host, gate, book, None, None, None, lambda *_: None)
+        return Joined(NetworkJoined(host.address, ""), host, gate, book, None, None, None)
 
     joined = asyncio.Event()
-    running = asyncio.create_task(driver.run(join, joined.set))
+    running = asyncio.create_task(shell.driver.run(join, joined.set))
     await joined.wait()
     try:
-        yield driver, clients
+        yield shell, clients
     finally:
         running.cancel()
         with suppress(asyncio.CancelledError):
@@ -133,12 +128,12 @@ async def test_the_dht_alone_finds_what_was_provided(
             node.store(f"{number}/{each}")
     await asyncio.to_thread(until, lambda: all(node.status()["p2p"]["provided"] >= PER_NODE for node in nodes), 600)
     took = []
-    async with deaf_node(nodes, tmp_path) as (driver, clients):
-        await asyncio.to_thread(until, lambda: len(connected(driver)) >= 5, 600)
+    async with deaf_node(nodes, tmp_path) as (shell, clients):
+        await asyncio.to_thread(until, lambda: len(connected(shell)) >= 5, 600)
         for number, name in enumerate(NAMES):
             began = time.monotonic()
             clients.ended = asyncio.get_running_loop().create_future()
-            driver.find(number, request_key(name), MODEL, 20_000)
+            shell.responses.find(number, request_key(name), MODEL, 20_000)
             found = await asyncio.wait_for(clients.ended, 600)
             assert not clients.hinted
             if found is not None and found.body == body_of(name):
@@ -149,10 +144,8 @@ async def test_the_dht_alone_finds_what_was_provided(
     assert took[len(took) // 2] <= 5
 
 
-def connected(driver: NetworkDriver) -> list[object]:
-    status = driver.status()
-    assert status is not None
-    peers = status["connected"]
+def connected(shell: NetworkShell) -> list[object]:
+    peers = shell.driver.network_status()["connected"]
     assert isinstance(peers, list)
     return peers
 
@@ -230,7 +223,7 @@ async def test_a_listener_on_everything_learns_no_prompt_no_response_and_no_key(
     everything = b"\n".join(listener.heard)
     assert len(everything) > 1_000
     for name in (*NAMES, *secrets):
-        assert request_key(name) not in everything
+        assert bytes(request_key(name)) not in everything
         assert request_key(name).hex().encode() not in everything
         assert body_of(name) not in everything
         assert f"the answer to {name}".encode() not in everything

@@ -13,7 +13,8 @@ from hyperspace_vllm.config import Config
 from hyperspace_vllm.daemon.identity import Identity, IdentityError, curve_public_of
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.node.join import load_network_key
-from tests.support.node_processes import ROOT, Nodes, hyperspace
+from tests.support.node_processes import Nodes, hyperspace
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.io
 

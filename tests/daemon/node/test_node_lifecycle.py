@@ -33,7 +33,8 @@ from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import EMBEDDED_LINGER_MS, LEASE_MS, KiB, MiB
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.node_process import revive_node
-from tests.support.node_processes import ROOT, Nodes, alive, hyperspace
+from tests.support.node_processes import Nodes, alive, hyperspace
+from tests.support.paths import ROOT
 from tests.support.until import until
 
 pytestmark = pytest.mark.io
@@ -186,8 +187,7 @@ def test_status_does_not_keep_an_embedded_node_alive(nodes: Nodes) -> None:
     watcher = NodeClient(nodes.config, "cli", "watch")
     assert watcher.wait_connected(60)
     watcher.send(GetStatus())
-    answers: list[object] = []
-    until(lambda: answers.extend(watcher.receive()) or answers)
+    answers = until(watcher.receive)
     assert isinstance(answers[0], Status)
     process.kill()
     until(lambda: not alive(pid))
@@ -260,8 +260,7 @@ def free_port() -> int:
 
 
 def receive(client: NodeClient, kind: type[M]) -> M:
-    found: list[object] = []
-    until(lambda: found.extend(client.receive()) or found)
+    found = until(client.receive)
     assert isinstance(found[0], kind), found
     return found[0]
 
@@ -318,10 +317,9 @@ def test_a_prefix_that_one_node_was_given_is_read_whole_from_another(pair: tuple
             return None
         return answer
 
-    answers: list[PrefixAnswer] = []
-    until(lambda: answers.extend(filter(None, [look_up()])) or answers)
-    assert answers[0].source == "network"
-    for row in answers[0].rows:
+    answer = until(look_up)
+    assert answer.source == "network"
+    for row in answer.rows:
         assert bytes(worker_b.view(row.slab)) == payload[row.segment]
         assert worker_b.is_current(row.slab)
     shown = hyperspace("status", "--data-dir", str(pair[1].config.data_dir), COLUMNS="120").stdout

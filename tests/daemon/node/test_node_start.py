@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ from hyperspace_vllm.core.records.ids import peer_id
 from hyperspace_vllm.core.records.limits import LEASE_MS, MiB
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.session_lock import look
-from tests.support.node_processes import ROOT, Nodes, alive, descendants, hyperspace
+from tests.support.node_processes import Nodes, alive, descendants, hyperspace
+from tests.support.paths import ROOT
 from tests.support.until import until
 
 pytestmark = pytest.mark.io
 NODE = [sys.executable, "-m", "hyperspace_vllm.cli", "node"]
 STOPS_WITHIN_S = 10.0  # as long as Docker waits
-HEARD_S = 60.0  # 2 s on an idle machine
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_a_node_that_cannot_start_says_why_and_leaves_nothing_behind(nodes: Node
         nodes.config, kv_cache=True, **{key: fill(value) for key, value in obstacle.settings.items()}
     )
     process = nodes.start()
-    _, errors = process.communicate(timeout=HEARD_S)
+    _, errors = process.communicate(timeout=60)
     if obstacle.directory:
         shutil.rmtree(nodes.config.data_dir / obstacle.directory)
     assert process.returncode == 1
@@ -146,7 +147,7 @@ def test_nodes_reach_each_other_by_ipv6(tmp_path: Path) -> None:
             shown = hyperspace("status", "--json", "--data-dir", str(b.config.data_dir)).stdout
             return bool(shown) and bool(json.loads(shown)["peers"][0]["connected"])
 
-        until(is_connected, HEARD_S)
+        until(is_connected)
 
 
 def heard(caplog: pytest.LogCaptureFixture, text: str) -> bool:
@@ -165,7 +166,7 @@ def test_whoever_starts_a_node_hears_why_it_cannot_start(
         f"{tmp_path}/file/hyperspace.toml: Not a directory; set HYPERSPACE_DATA_DIR",
         "data_dir = '/proc/nowhere/d': No such file or directory; set HYPERSPACE_DATA_DIR",
     ):
-        until(lambda line=line: heard(caplog, line), HEARD_S)
+        until(partial(heard, caplog, line))
 
 
 def test_whoever_starts_a_node_hears_of_a_network_it_cannot_join(
@@ -173,7 +174,7 @@ def test_whoever_starts_a_node_hears_of_a_network_it_cannot_join(
 ) -> None:
     nodes.config = replace(nodes.config, p2p_listen=taken)
     start_node(nodes.config)
-    until(lambda: heard(caplog, f"p2p_listen = '{taken}': Address already in use"), HEARD_S)
+    until(lambda: heard(caplog, f"p2p_listen = '{taken}': Address already in use"))
     assert alive(nodes.card()["pid"]), "it serves its host all the same"
 
 
@@ -184,8 +185,8 @@ def test_whoever_starts_a_node_hears_of_a_lock_whose_holder_does_not_answer(
     with (nodes.config.data_dir / "node.lock").open("wb") as lock:  # as a node of another host has it, by NFS
         fcntl.flock(lock, fcntl.LOCK_EX)
         start_node(nodes.config)
-        until(lambda: heard(caplog, "but no node answers there"), HEARD_S)
-    until(lambda: nodes.card(), HEARD_S)
+        until(lambda: heard(caplog, "but no node answers there"))
+    until(lambda: nodes.card())
     assert sum("no node answers" in record.getMessage() for record in caplog.records) == 1
 
 
@@ -301,9 +302,9 @@ def test_sigterm_ends_a_node_that_is_the_first_process_of_its_container(tmp_path
         text=True,
     )
     with ended_at_last(container):
-        until(lambda: nodes.card(), HEARD_S)
+        until(lambda: nodes.card())
         assert nodes.card()["pid"] == 1
-        until(lambda: len(descendants(container.pid)) > 1, HEARD_S)  # a KZG worker at least
+        until(lambda: len(descendants(container.pid)) > 1)  # a KZG worker at least
         everybody = descendants(container.pid)
         os.kill(everybody[0], signal.SIGTERM)
         assert container.wait(STOPS_WITHIN_S) == 0
@@ -327,7 +328,7 @@ def test_a_node_serves_on_a_read_only_root_file_system_with_dockers_64_mib_of_de
     )
     seen = Path(f"/proc/{container.pid}/root{directory}")
     with ended_at_last(container):
-        until(lambda: (seen / "node.json").exists() or container.poll() is not None, HEARD_S)
+        until(lambda: (seen / "node.json").exists() or container.poll() is not None)
         assert container.poll() is None
         assert (seen / "arena").stat().st_size == 512 * MiB, "where there is room for one"
         container.terminate()
@@ -355,7 +356,7 @@ def test_a_node_whose_disk_takes_nothing_says_so_at_its_start(nodes: Nodes, disk
         text=True,
     )
     with ended_at_last(container):
-        _, errors = container.communicate(timeout=HEARD_S)
+        _, errors = container.communicate(timeout=60)
         assert container.returncode == 1
         assert says in errors
         assert "Traceback" not in errors
@@ -372,14 +373,13 @@ def test_where_dev_shm_is_not_shared_responses_are_and_one_line_says_why_kv_is_n
         text=True,
     )
     with ended_at_last(container):
-        until(lambda: nodes.card(), HEARD_S)
+        until(lambda: nodes.card())
         assert not arena_is_left(nodes)
         api, worker = NodeClient(nodes.config, "api", "server"), NodeClient(nodes.config, "worker", "engine")
         assert api.wait_connected(10)
         until(lambda: heard(caplog, "must share its data directory and /dev/shm"))
         api.send(GetStatus())
-        answers: list[object] = []
-        until(lambda: answers.extend(api.receive()) or answers)
+        answers = until(api.receive)
         assert isinstance(answers[0], Status)
         began = time.monotonic()
         until(lambda: time.monotonic() - began > 2.5)  # two Hellos later

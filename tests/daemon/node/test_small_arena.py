@@ -32,7 +32,7 @@ async def stored(node: TestNode, layout: Layout = LAYOUT, step: int = 3) -> None
     per_segment = len(layout.parts)
     for first in range(0, len(KEYS), step):
         node.stage(KEYS[first : first + step], layout)
-        await until_async(lambda: not node.node.publisher.waiting_rows)
+        await until_async(lambda: not node.node.prefixes.publisher.waiting_rows)
     await until_async(lambda: node.store.rows == len(KEYS) * per_segment)
 
 
@@ -85,7 +85,7 @@ async def test_rows_are_stored_however_much_is_written_after_them(tmp_path: Path
     node.stage(KEYS[:7], LAYOUT)
     while node.cache.allocate(ROW_BYTES) is not None:
         pass  # another engine's rows
-    await until_async(lambda: not node.node.publisher.waiting_rows)
+    await until_async(lambda: not node.node.prefixes.publisher.waiting_rows)
     await until_async(lambda: node.store.rows == 7)
     assert "evicted" not in node.failures()
     assert node.cache.allocate(ROW_BYTES) is not None  # nothing stays for longer
@@ -105,7 +105,7 @@ async def test_engines_of_several_layouts_share_a_small_arena(tmp_path: Path, po
     for first in range(0, 8, 2):
         for prompt, layout in zip(prompts, layouts, strict=True):
             node.stage(prompt[first : first + 2], layout)
-        await until_async(lambda: not node.node.publisher.waiting_rows)
+        await until_async(lambda: not node.node.prefixes.publisher.waiting_rows)
     await until_async(lambda: node.store.rows == 8 * sum(len(layout.parts) * layout.ranks for layout in layouts))
     for _ in range(2):
         answers = []

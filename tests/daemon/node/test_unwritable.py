@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +34,8 @@ from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import KiB, MiB
 from hyperspace_vllm.daemon.kv.chunk_store import SIDECAR_BYTES_MAX
 from hyperspace_vllm.response_db import ResponseReader
-from tests.support.node_processes import ROOT, Nodes, hyperspace
+from tests.support.node_processes import Nodes, hyperspace
+from tests.support.paths import ROOT
 from tests.support.until import until
 
 pytestmark = pytest.mark.io
@@ -55,17 +57,16 @@ class Engine:
     def __post_init__(self) -> None:
         assert self.process.stderr is not None
         threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True).start()
-        self.clients = {role: NodeClient(self.nodes.config, role, "engine") for role in ("worker", "scheduler", "api")}  # type: ignore[arg-type]
+        self.clients = {role: NodeClient(self.nodes.config, role, "engine") for role in ("worker", "scheduler", "api")}
         for role, client in self.clients.items():
-            until(lambda c=client: c.connected)  # type: ignore[misc]
+            until(partial(getattr, client, "connected"))
             if role != "api":
                 assert client.send(RegisterLayout(LAYOUT, bytes(range(16))))
         self.numbers = count()
         self.names = iter(range(100, 256))
 
     def receive(self, role: str, kind: type[M]) -> M:
-        found: list[object] = []
-        until(lambda: found.extend(self.clients[role].receive()) or found)
+        found = until(self.clients[role].receive)
         assert isinstance(found[0], kind), found
         return found[0]
 
@@ -104,7 +105,7 @@ class Engine:
 
     def metric(self, name: str, **labels: str) -> float:
         return sum(
-            sample["value"]
+            float(sample["value"])
             for sample in self.status()["metrics"]
             if sample["name"] == name and labels.items() <= sample["labels"].items()
         )

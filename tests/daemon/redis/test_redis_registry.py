@@ -109,8 +109,9 @@ async def test_what_is_no_peer_or_lasts_too_long_is_no_provider(registry: MakeRe
     client = server.client()
     key = f"hyperspace:{NETWORK.hex()[:16]}:{id.hex()}"
     soon = now_ms() + 60_000
-    await client.zadd(key, {"nobody": soon, b"\xff" * 40: soon, "1" * 5000: soon, "": soon, honest: soon})
-    await client.zadd(key, {new_peer(): now_ms() + 2 * REGISTRY_TTL_MS, new_peer(): "+inf", new_peer(): 5})  # type: ignore[dict-item]
+    scores = {b"nobody": soon, b"\xff" * 40: soon, b"1" * 5000: soon, b"": soon, honest.encode(): soon}
+    await client.zadd(key, scores)
+    await client.zadd(key, {new_peer(): now_ms() + 2 * REGISTRY_TTL_MS, new_peer(): "+inf", new_peer(): 5})
     assert await reader.providers(id) == (honest,)
     wrong = secrets.token_bytes(32)
     await client.set(f"hyperspace:{NETWORK.hex()[:16]}:{wrong.hex()}", b"a string, not a set")

@@ -87,7 +87,10 @@ async def test_who_sees_all_that_passes_and_lies_in_redis_learns_no_key_and_no_a
         for each in (a, b):
             await each.close()
     for key in await client.keys():
-        seen += key + await client.get(key)
+        value = await client.get(key)
+        assert isinstance(key, bytes)
+        assert isinstance(value, bytes)
+        seen += key + value
     assert redis_key("x").encode() in seen
     assert MODEL in seen  # as the proof names it: the bytes of what is here are to be seen
     key = request_key("x")
@@ -128,7 +131,9 @@ LIES: dict[str, tuple[str, Lie]] = {
 async def test_a_value_that_does_not_hold_is_a_miss(node: MakeNode, client: "Redis", lie: str) -> None:
     a, b = await node("a"), await node("b")
     await a.share("x")
-    hit = decode_answer(await client.get(redis_key("x")))
+    raw = await client.get(redis_key("x"))
+    assert isinstance(raw, bytes)
+    hit = decode_answer(raw)
     assert isinstance(hit, Hit)
     reason, make = LIES[lie]
     await client.set(redis_key("x"), make(hit, a))
@@ -162,15 +167,14 @@ async def test_whose_word_counts_is_each_nodes_own_choice(node: MakeNode, tmp_pa
     other_key.write_text(secrets.token_hex(32))
     a = await node("a")
     await a.share("x")
-    for number, (settings, expected) in enumerate(
-        [
-            ({"key": other_key}, False),
-            ({"key": None}, False),
-            ({"key": None, "allowed": (a.identity.peer_id,)}, True),
-            ({"key": None, "peers": (f"{a.identity.peer_id}@127.0.0.1:1",)}, True),
-            ({"trust": "allowlist"}, False),
-        ]
-    ):
+    choices: list[tuple[dict[str, object], bool]] = [
+        ({"key": other_key}, False),
+        ({"key": None}, False),
+        ({"key": None, "allowed": (a.identity.peer_id,)}, True),
+        ({"key": None, "peers": (f"{a.identity.peer_id}@127.0.0.1:1",)}, True),
+        ({"trust": "allowlist"}, False),
+    ]
+    for number, (settings, expected) in enumerate(choices):
         reader = await node(f"reader {number}", **settings)
         assert (await reader.find("x") is not None) == expected
         assert reader.failures("untrusted_signer") == (not expected)

@@ -27,8 +27,7 @@ from hyperspace_vllm.core.response.cache_proof import make_proof, request_hash
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.identity import Identity as StoredIdentity
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.node.join import make_trust
-from hyperspace_vllm.daemon.node.network_driver import NetworkDriver
+from hyperspace_vllm.daemon.node.join import make_trust, node_options
 from hyperspace_vllm.daemon.responses.audit_requests import AuditRequests
 from hyperspace_vllm.daemon.responses.response_lookups import ResponseLookups
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
@@ -36,6 +35,7 @@ from hyperspace_vllm.daemon.responses.store_changes import ServableEntry
 from hyperspace_vllm.response_db import ResponseReader, database_path
 from tests.support.moments import dated
 from tests.support.network_nodes import NetworkedNode, body_of, private_network, request_key
+from tests.support.network_shell import NetworkShell
 from tests.support.network_world import NETWORK, NOW_MS, Identity, make_node, only
 from tests.support.until import until
 
@@ -217,8 +217,9 @@ async def test_who_is_caught_is_suspected_or_convicted_without_a_network_too(
     metrics = Metrics()
     trust = make_trust(config, identity, None)
     clients = ResponseLookups(lambda route, message: True)
-    network = NetworkDriver(NETWORK, trust, clients, None, metrics, config.share, bool(p2p_listen))
-    audits = AuditRequests(NETWORK, identity.public_key, None, network.audited, metrics)
+    options, key_pair, listens = node_options(config, None), identity.signing_key, bool(p2p_listen)
+    shell = NetworkShell(options, key_pair, trust, clients, None, metrics, config.share, listens)
+    audits = AuditRequests(NETWORK, identity.public_key, None, shell.responses.audited, metrics)
     now = clock.now()
     assert trust.trusts(liar.public_key, now)
     for number in range(FINDINGS_MIN):

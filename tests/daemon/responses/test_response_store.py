@@ -121,7 +121,7 @@ def test_what_was_computed_while_the_clock_was_ahead_is_gone_once_it_is_right(
         assert not reader.holds(key(1), now_ms)
     if restarted:
         store = open_store(listener=heard)
-    store.store_fetched(**fetched(1, b"of now", clock() - 1000))  # type: ignore[arg-type]
+    store.store_fetched(**fetched(1, b"of now", clock() - 1000))
     assert store.flush(60)
     entry = reader.get(key(1), clock())
     assert entry is not None

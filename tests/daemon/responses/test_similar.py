@@ -43,7 +43,8 @@ def key(number: int) -> RequestKey:
 def vectors_near(center: np.ndarray, count: int, spread: float, rng: np.random.Generator) -> np.ndarray:
     """float32 [count, 2, dimensions] of length 1."""
     found = center + spread * rng.standard_normal((count, 2, DIMENSIONS)).astype(np.float32)
-    return found / np.linalg.norm(found, axis=2, keepdims=True)
+    normed: np.ndarray = found / np.linalg.norm(found, axis=2, keepdims=True)
+    return normed
 
 
 def test_the_nearest_are_those_of_an_exact_search() -> None:

@@ -76,7 +76,8 @@ def test_private_entries_are_neither_told_of_nor_found(open_store: Open, path: P
 
 
 def test_what_can_be_served_is_told_after_it_can_be_read(open_store: Open, path: Path, clock: Clock) -> None:
-    reader, missing = ResponseReader(path), []
+    reader = ResponseReader(path)
+    missing: list[ServableEntry] = []
 
     def listener(stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
         missing.extend(entry for entry in stored if not reader.find_by_hash(entry.request_hash, clock()))

@@ -59,7 +59,7 @@ def update(*payloads: bytes, sequence: int = 1, owner: bytes = OWNER, epoch: int
 
 
 def exported(write: Callable[[loro.LoroDoc], object]) -> bytes:
-    document = loro.LoroDoc()
+    document = loro.LoroDoc()  # type: ignore[no-untyped-call]
     write(document)
     document.commit()
     return document.export(loro.ExportMode.Snapshot())
@@ -122,7 +122,7 @@ GARBAGE: dict[str, bytes] = {
     "noise": random.Random(1).randbytes(1000),
     "another root": exported(lambda doc: doc.get_map("other").insert(HEX, 1)),
     "text": exported(lambda doc: doc.get_text("entries").insert(0, "hello")),
-    "a nested container": exported(lambda doc: doc.get_map("entries").insert_container(HEX, loro.LoroText())),
+    "a nested container": exported(lambda doc: doc.get_map("entries").insert_container(HEX, loro.LoroText())),  # type: ignore[no-untyped-call]
     "a short key": exported(lambda doc: doc.get_map("entries").insert("abc", 1)),
     "a key in capitals": exported(lambda doc: doc.get_map("entries").insert(HEX.upper(), 1)),
     "a key of 64 other characters": exported(lambda doc: doc.get_map("entries").insert("é" * 64, 1)),

@@ -11,7 +11,6 @@ from hyperspace_vllm.core.records.limits import KiB, MiB
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.identity import Identity
 from tests.support.daemons.node_pair import (
-    FAULT_S,
     KEYS,
     NETWORK_KEY,
     ROWS_NEEDED,
@@ -23,6 +22,7 @@ from tests.support.daemons.node_pair import (
     is_whole,
     refused,
 )
+from tests.support.engines.fault_servers import FAULT_S
 from tests.support.nodes import TestNode, keys, peer_of
 from tests.support.until import until_async
 
@@ -72,7 +72,7 @@ async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair:
     a, b = pair.node("a", (), network_key=NETWORK_KEY), pair.node("b", (), network_key=NETWORK_KEY)
     await has_document(a)
     introduce(a, b)
-    assert b.node.peers == (a.identity.peer_id,)
+    assert b.node.prefixes.peers == (a.identity.peer_id,)
     assert is_whole(b, await b.look_up(KEYS))
     assert a.failures() == b.failures() == {}
     assert b.trust.standings.service(a.identity.peer_id, clock.now()) > 0.1
@@ -80,8 +80,8 @@ async def test_nodes_that_know_each_other_only_by_discovery_share_a_prefix(pair:
     await until_async(lambda: len(rows_told(a)) == ROWS_STORED)
     await until_async(lambda: rows_told(b) <= rows_told(a) and len(b.stored) >= 4)
     assert {event.manifest for event in b.stored} <= {event.manifest for event in a.stored}
-    b.driver.set_peers((), ())
-    assert b.node.peers == ()
+    b.introduce()
+    assert not b.node.prefixes.peers
     assert (await b.look_up(keys("other", 3))).reason == "no_peers"
 
 
@@ -94,7 +94,7 @@ async def test_what_the_disk_kept_is_reported_again_and_private_rows_never_are(p
     assert len(rows_told(a)) == ROWS_STORED
     a = pair.node("a", ())
     assert a.stored == []
-    a.driver.report_stored()
+    a.prefixes.report_stored()
     assert len(rows_told(a)) == ROWS_STORED
 
 
@@ -114,7 +114,7 @@ async def test_a_stranger_is_neither_served_nor_asked(pair: Pair) -> None:
     for name, key in (("without", None), ("wrong", sha256(b"another network's key"))):
         stranger = pair.node(name, (), network_key=key)
         introduce(a, stranger)
-        assert a.node.peers == stranger.node.peers == ()
+        assert a.node.prefixes.peers == stranger.node.prefixes.peers == ()
         # It knows where A is, and would trust A's manifests.
         believer = pair.node(f"{name}-b", (a.address,), network_key=key)
         introduce(a, believer)
@@ -161,7 +161,7 @@ async def test_a_peer_that_is_dropped_in_the_middle_costs_no_more_than_a_stall(p
     looking = asyncio.create_task(b.look_up(KEYS))
     await until_async(lambda: isinstance(a.store, Tampered) and a.store.stalled_at)
     dropped_at = time.monotonic()
-    b.driver.set_peers((), ())
+    b.introduce()
     answer = await looking
     assert time.monotonic() - dropped_at < FAULT_S
     a.store.go_on.set()

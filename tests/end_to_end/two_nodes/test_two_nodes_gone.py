@@ -10,6 +10,7 @@ from contextlib import suppress
 import pytest
 
 from hyperspace_vllm.core.records.limits import KiB, MiB
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.daemon.identity import Identity
 from tests.support.daemons.node_pair import FAULT_S, KEYS, ROWS_NEEDED, ROWS_STORED, Pair, Tampered, is_whole
 from tests.support.nodes import keys, peer_of
@@ -31,7 +32,7 @@ async def test_a_peer_that_freezes_in_the_middle_costs_a_stall(pair: Pair, chunk
     assert answer.end_segment < len(KEYS)
     assert answer.reason == "stalled"
     assert after_s < FAULT_S
-    assert b.transport.charges[a.identity.peer_id, "stalled"]
+    assert b.transport.charges[a.identity.peer_id, Reason.STALLED]
     b.release()
     await until_async(lambda: len(b.cache) * 64 * KiB <= b.arena.capacity_bytes - b.arena.free_bytes)
 

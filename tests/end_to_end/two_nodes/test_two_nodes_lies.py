@@ -9,6 +9,7 @@ from hyperspace_vllm.core.records.ids import ManifestDigest, row_key, sha256
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS
 from hyperspace_vllm.core.records.manifest import digest_blob
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.daemon.kv.object_codec import ObjectRecord, chunk_digest, sign_record
 from tests.support.daemons.node_pair import (
     FAULT_S,
@@ -158,7 +159,7 @@ async def test_a_row_of_another_length_or_name_than_asked_for_is_refused(pair: P
     a.store.rewrite(shorten)
     answer = await b.look_up(KEYS)
     assert answer.end_segment == 0
-    assert b.transport.charges[a.identity.peer_id, "false_offer"]
+    assert b.transport.charges[a.identity.peer_id, Reason.FALSE_OFFER]
 
 
 async def test_a_flipped_bit_in_a_signed_tag_is_refused_and_its_producer_charged(pair: Pair) -> None:
@@ -173,7 +174,7 @@ async def test_a_flipped_bit_in_a_signed_tag_is_refused_and_its_producer_charged
     a.store.rewrite(mistag)
     answer = await b.look_up(KEYS)
     assert answer.end_segment == 0
-    assert b.transport.charges[a.identity.peer_id, "bad_tag"]
+    assert b.transport.charges[a.identity.peer_id, Reason.BAD_TAG]
     assert not b.metrics.bytes_total.labels("fetched")._value.get(), "no chunk was asked for"
 
 

@@ -10,11 +10,11 @@ import pytest
 import pytest_asyncio
 from nacl.signing import SigningKey
 
-from hyperspace_vllm.core.events.known_peers import KvEndpoint
-from hyperspace_vllm.core.prefix import fetch, transfers
+from hyperspace_vllm.core.prefix import deliveries, fetch
 from hyperspace_vllm.core.records.ids import ManifestDigest, RowId, RowKey, row_id, row_key, sha256
 from hyperspace_vllm.core.records.limits import TOTAL_CHUNKS, MiB
 from hyperspace_vllm.core.records.manifest import Manifest
+from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.wire import Offer
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.kv.chunk_store import ChunkStore
@@ -39,7 +39,7 @@ async def pool() -> AsyncIterator[SharedPool]:
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fetch, transfers):
+    for module in (fetch, deliveries):
         monkeypatch.setattr(module, "FETCH_STALL_MS", STALL_MS)
 
 
@@ -167,12 +167,7 @@ def flip(data: bytes, position: int, bit: int = 1) -> bytes:
 def introduce(*nodes: TestNode) -> None:
     """Tell every node of every other, as discovery would."""
     for node in nodes:
-        records = tuple(other.record for other in nodes if other is not node)
-        for each in records:
-            node.trust.meet(each.public_key, each.member_tag)
-        chosen = [each for each in records if node.trust.is_chosen(each.public_key)]
-        endpoints = tuple(KvEndpoint(each.peer, each.endpoint, own=True) for each in chosen)
-        node.driver.set_peers(tuple(each.peer for each in chosen), endpoints)
+        node.introduce(*(other.record for other in nodes if other is not node))
 
 
 async def has_document(node: TestNode) -> None:
@@ -193,6 +188,6 @@ async def refused(a: TestNode, b: TestNode, *reasons: str) -> None:
     seen = set(reasons) & b.failures().keys()
     assert seen, b.failures()
     guilty = seen - {"untrusted_producer", "wrong_network", "from_the_future"}
-    assert all(b.transport.charges[a.identity.peer_id, reason] for reason in guilty)
+    assert all(b.transport.charges[a.identity.peer_id, Reason(reason)] for reason in guilty)
     assert len(b.cache) == 0
     assert b.store.rows == 0

@@ -12,14 +12,14 @@ from hyperspace_vllm.core.response.cache_proof import request_hash
 from hyperspace_vllm.daemon.clock import wall_ms
 from hyperspace_vllm.daemon.identity import Identity
 from hyperspace_vllm.daemon.metrics import Metrics
-from hyperspace_vllm.daemon.node.join import load_network_key, make_trust
-from hyperspace_vllm.daemon.node.network_driver import NetworkDriver
+from hyperspace_vllm.daemon.node.join import load_network_key, make_trust, node_options
 from hyperspace_vllm.daemon.redis import redis_responses
 from hyperspace_vllm.daemon.responses.response_lookups import FoundResponse
 from hyperspace_vllm.daemon.responses.response_server import ResponseServer
 from hyperspace_vllm.daemon.responses.response_store import ResponseStore
 from hyperspace_vllm.response_db import ResponseReader, database_path
 from tests.support.network_nodes import MODEL, body_of, request_key
+from tests.support.network_shell import NetworkShell
 from tests.support.until import until_async
 
 NETWORK = network_id("default")
@@ -48,7 +48,9 @@ class FleetNode:
         self.path = database_path(directory)
         self.trust = trust = make_trust(self.config, self.identity, load_network_key(self.config))
         self.store = ResponseStore(self.path, self.config.response_bytes, RESPONSE_TTL_MS, self.identity, NETWORK)
-        self.network = NetworkDriver(NETWORK, trust, self, self.store, self.metrics, "network", listens=False)
+        options, key = node_options(self.config, None), self.identity.signing_key
+        shell = NetworkShell(options, key, trust, self, self.store, self.metrics, listens=False)
+        self.network = shell.responses
         self.server = ResponseServer(self.path, NETWORK, trust.vouch)
         self.shared = redis_responses.RedisResponses(
             url, NETWORK, "network", self.server, trust, self.metrics, self.network, self, self.store
@@ -101,7 +103,9 @@ class FleetNode:
 
     @property
     def written(self) -> int:
-        return int(self.shared.status()["written"])
+        written = self.shared.status()["written"]
+        assert isinstance(written, int)
+        return written
 
     def failures(self, reason: str) -> float:
         return (

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import TypedDict
 
 import pytest
 from nacl.signing import SigningKey
@@ -77,7 +78,18 @@ def response(
 PEER = SigningKey(bytes([5]) * 32)
 
 
-def fetched(number: int, body: bytes, computed_at_ms: int, scope: Scope = "network") -> dict[str, object]:
+class Fetched(TypedDict):
+    """The arguments of `store_fetched`."""
+
+    key: RequestKey
+    body: bytes
+    raw_proof: bytes
+    computed_at_ms: int
+    expires_at_ms: int
+    scope: Scope
+
+
+def fetched(number: int, body: bytes, computed_at_ms: int, scope: Scope = "network") -> Fetched:
     """What `store_fetched` takes for a response that a peer computed."""
     proof = make_proof(PEER, NETWORK, key(number), body, MODEL, "vllm 0.32.0", computed_at_ms)
     return {

@@ -18,14 +18,13 @@ from hyperspace_vllm.core.events.prefix_reading import PrefixReleased, PrefixWan
 from hyperspace_vllm.core.events.prefix_writing import ClientGone, RowArrived, SegmentKeyKnown
 from hyperspace_vllm.core.events.vocabulary import PrefixEvent
 from hyperspace_vllm.core.local.kv_messages import LookupPrefix, RegisterLayout, StagingGranted, WantStaging
-from hyperspace_vllm.core.local.messages import NodeMessage
 from hyperspace_vllm.core.local.response_cache_messages import FindResponse, StoreResponse
-from hyperspace_vllm.core.local.slab import LoadedRow, Slab
+from hyperspace_vllm.core.local.slab import PAGE_BYTES, LoadedRow, Slab
 from hyperspace_vllm.core.records.ids import RequestKey, SegmentKey, network_id, row_key
 from hyperspace_vllm.core.records.layout import Layout, Part
 from hyperspace_vllm.core.records.limits import MiB
 from hyperspace_vllm.daemon.identity import Identity
-from hyperspace_vllm.daemon.kv.arena import PAGE_BYTES, Arena
+from hyperspace_vllm.daemon.kv.arena import Arena
 from hyperspace_vllm.daemon.kv.row_cache import RowCache
 from hyperspace_vllm.daemon.local.engine_messages import EngineMessages
 from hyperspace_vllm.daemon.local.local_server import LocalServer, make_welcome
@@ -178,8 +177,7 @@ async def strict(tmp_path: Path) -> AsyncIterator[SmallNode]:
 
 
 async def next_message(client: NodeClient, kind: type[M]) -> M:
-    found: list[NodeMessage] = []
-    await until_async(lambda: found.extend(client.receive()) or found)
+    found = await until_async(client.receive)
     assert len(found) == 1, found
     assert isinstance(found[0], kind), found
     return found[0]

@@ -26,7 +26,7 @@ def note(response: Any) -> None:
 
 
 def openai_client(server: Server) -> openai.OpenAI:
-    http = httpx.Client(event_hooks={"response": [note]}, timeout=120)
+    http: Any = httpx.Client(event_hooks={"response": [note]}, timeout=120)  # of whichever httpx openai is typed for
     return openai.OpenAI(base_url=server.url + "/v1", api_key="none", http_client=http, max_retries=0)
 
 
@@ -79,9 +79,10 @@ def completion(server: Server, stream: bool, **fields: Any) -> dict[str, Any]:
     request = {"model": "demo", "max_tokens": 12, "temperature": 0, **fields}
     if not stream:
         answer = client.create(**request).to_dict()
-        texts = {choice["index"]: (choice["text"], choice["finish_reason"]) for choice in answer["choices"]}
-        return {"texts": texts, **of(answer)}
-    texts, last = {}, {}
+        whole = {choice["index"]: (choice["text"], choice["finish_reason"]) for choice in answer["choices"]}
+        return {"texts": whole, **of(answer)}
+    texts: dict[int, tuple[str, str | None]] = {}
+    last: dict[str, Any] = {}
     for chunk in client.create(**request, stream=True, stream_options={"include_usage": True}):
         last = {**last, **{name: value for name, value in chunk.to_dict().items() if value is not None}}
         for choice in chunk.choices:
@@ -94,7 +95,8 @@ def response(server: Server, stream: bool, **fields: Any) -> dict[str, Any]:
     client = openai_client(server).responses
     request = {"model": "demo", "max_output_tokens": 12, "temperature": 0, **fields}
     if not stream:
-        return client.create(**request).to_dict()
+        whole: dict[str, Any] = client.create(**request).to_dict()
+        return whole
     text, last = "", None
     for event in client.create(**request, stream=True):
         last = event

@@ -105,13 +105,23 @@ class _Probe:
         self.preemptions = 0
         self.loads: list[str | None] = []  # why each load failed, None where it didn't, since `kill_after_promise`
         preempt = self.scheduler._preempt_request
-        self.scheduler._preempt_request = lambda *a, **k: self._preempted() or preempt(*a, **k)
+
+        def preempted(*arguments: Any, **named: Any) -> Any:
+            self._preempted()
+            return preempt(*arguments, **named)
+
+        self.scheduler._preempt_request = preempted
         if self.side is not None:
             take = self.side.stats.take
             self.side.stats.take = lambda: self._counted(take())
             self.misses: list[tuple[str, float]] = []  # reason, seconds that the request waited for it
             settle = self.side._settle
-            self.side._settle = lambda tracked, reason: self._missed(tracked, reason) or settle(tracked, reason)
+
+            def settled(tracked: Any, reason: str) -> Any:
+                self._missed(tracked, reason)
+                return settle(tracked, reason)
+
+            self.side._settle = settled
 
     def _counted(self, stats: Any) -> Any:
         for name, values in (stats.data if stats is not None else {}).items():
@@ -178,7 +188,12 @@ class _Probe:
 
         step, worker = self.side.step, get_kv_transfer_group()
         settle = worker._worker._settle
-        worker._worker._settle = lambda *result: self.loads.append(result[1]) or settle(*result)
+
+        def settled(*result: Any) -> Any:
+            self.loads.append(result[1])
+            return settle(*result)
+
+        worker._worker._settle = settled
 
         def step_and_kill(output: Any) -> Any:
             metadata = step(output)

@@ -52,7 +52,8 @@ class Probe:
                             self.loaded[layer.name, index] = self._bytes(layer.name, block)
 
     def _bytes(self, layer: str, block: int) -> bytes:
-        return self._caches[layer][block].clone().contiguous().view(torch.uint8).numpy().tobytes()
+        raw: bytes = self._caches[layer][block].clone().contiguous().view(torch.uint8).numpy().tobytes()
+        return raw
 
     def take(self) -> dict[str, dict[tuple[str, int], bytes]]:
         taken = {"saved": self.saved, "loaded": self.loaded}

@@ -96,7 +96,7 @@ def test_whatever_else_differs_parts_the_questions(other: Question) -> None:
         ([user("What is ML?")], {"kv_transfer_params": {"remote_host": "x"}}),
     ],
 )
-def test_what_is_no_plain_question_has_exact_hits_alone(messages: list[object], fields: dict[str, object]) -> None:
+def test_what_is_no_plain_question_has_exact_hits_alone(messages: list[object], fields: dict[str, Any]) -> None:
     assert asked(*messages, **fields) is None
 
 
