@@ -32,10 +32,14 @@ class ReadShared:
 
 @dataclass(frozen=True, slots=True)
 class SharedRead:
-    """Answers ReadShared: `hit`, or why there is none (`redis_away` if the store did not answer)."""
+    """Answers ReadShared: `hit`, or why there is none (`redis_away` if the store did not answer).
+
+    `told`: providers that the shell knows of by itself.
+    """
 
     lookup: int
     reason: str
+    told: tuple[PeerId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

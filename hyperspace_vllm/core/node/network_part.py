@@ -119,7 +119,8 @@ class NetworkPart:
     def next_deadline_ms(self) -> int | None:
         """When to call `handle(Tick())`, if nothing else happens before."""
         times: list[int | None] = [self.members.next_deadline_ms(), self._sync.next_deadline_ms()]
-        times += [self.registry.next_deadline_ms(), self._introductions.next_deadline_ms()]
+        times += [self._lookups.next_deadline_ms(), self.registry.next_deadline_ms()]
+        times += [self._introductions.next_deadline_ms()]
         times += self._servable.next_deadlines_ms()
         return min((time for time in times if time is not None), default=None)
 

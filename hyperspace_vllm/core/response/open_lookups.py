@@ -92,6 +92,7 @@ class OpenLookups:
             return []
         if event.reason == "hit":
             return self._settle(lookup, lookup.on_shared_hit(), now)
+        lookup.told += event.told
         # Without peers, a client asks on for as long as the shared store is there.
         alone = self._alone if event.reason == "redis_away" else "not_found"
         return self._settle(lookup, self._ask_peers(lookup, alone, now), now)
