@@ -18,7 +18,7 @@ from ..core.events.known_peers import KvPeersChanged, PeersChanged
 from ..core.events.node_state import NetworkJoined, Tick
 from ..core.events.owner_documents import ForgetOwner, ImportDeltas, WriteRegistry
 from ..core.events.peer_requests import Answered, Reply, RequestFailed, RequestReceived, Send, ServeResponse
-from ..core.events.response_reading import AnswerResponse, FetchResponse, HintResponse
+from ..core.events.response_reading import AnswerResponse, FetchResponse, HintResponse, ReadShared
 from ..core.events.stored_responses import ResponsesGone, ResponseStored
 from ..core.events.vocabulary import Effect, Event
 from ..core.node.node import Node
@@ -289,6 +289,8 @@ class SimHost:
                 self._setting.dht.provide(self.number, key)
             case SearchDht():
                 self._find(effect)
+            case ReadShared():
+                raise AssertionError("no simulated host has a shared store")
             case HintResponse():
                 self.clients.hinted(effect)
             case FetchResponse():

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from hyperspace_vllm.api import stored_answer
 from hyperspace_vllm.api.embeddings import INPUTS_MAX
 from hyperspace_vllm.api.request_body import replayed
-from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX
+from hyperspace_vllm.core.records.limits import REQUEST_BYTES_MAX, SENDING_BYTES_MAX
 from tests.support.cached_server import Bench, benches, said
 from tests.support.until import until_async
 
@@ -264,7 +264,7 @@ async def test_stored_embeddings_for_which_there_is_no_room_are_computed(
     await bench.stored(4)
     answer = await embed(bench, given)
     assert "; hit; " in answer.headers["cache-status"]
-    with bench.cache.sending.holding([bytes(stored_answer.SENDING_BYTES_MAX)]):
+    with bench.cache.sending.holding([bytes(SENDING_BYTES_MAX)]):
         answer = await embed(bench, given)
         assert answer.headers["cache-status"] == "hyperspace; fwd=stale; detail=busy"
         assert len(engine.inputs) == 8

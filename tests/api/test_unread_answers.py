@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hyperspace_vllm.api.database_lookup import Recent
 from hyperspace_vllm.api.large_bodies import LargeBodies
 from hyperspace_vllm.api.request_facts import RequestFacts
 from hyperspace_vllm.api.stored_answer import Sending, StoredAnswer
-from hyperspace_vllm.core.records.limits import INLINE_BODY_BYTES
+from hyperspace_vllm.core.records.limits import INLINE_BODY_BYTES, SENDING_BYTES_MAX
 from hyperspace_vllm.response_db import StoredResponse
 from tests.support.cached_server import CHAT, CHAT_PATH, STREAM, Bench, MakeBench, text_of
 from tests.support.network_nodes import memory_bytes
@@ -116,7 +117,7 @@ async def test_a_hit_that_waits_for_its_client_holds_neither_its_request_nor_its
 
 def test_small_hits_are_served_however_much_is_held() -> None:
     sending = Sending()
-    with sending.holding([bytes(stored_answer.SENDING_BYTES_MAX)]):
+    with sending.holding([bytes(SENDING_BYTES_MAX)]):
         assert sending.has_room(StoredAnswer([], [b"x" * 60_000]))
         assert not sending.has_room(StoredAnswer([], [b"x" * 70_000]))
     assert sending.bytes == 0
@@ -124,14 +125,14 @@ def test_small_hits_are_served_however_much_is_held() -> None:
 
 def test_a_body_that_answers_share_counts_once() -> None:
     sending = Sending()
-    shared = bytes(stored_answer.SENDING_BYTES_MAX)
+    shared = bytes(SENDING_BYTES_MAX)
     with sending.holding([b"own", shared]):
         assert sending.has_room(StoredAnswer([], [b"other", shared]))
         with sending.holding([b"other", shared]):
             assert sending.bytes == len(shared) + len(b"own") + len(b"other")
         assert sending.bytes == len(shared) + len(b"own")
     assert sending.bytes == 0
-    assert not sending.has_room(StoredAnswer([], [bytes(stored_answer.SENDING_BYTES_MAX + 1)]))
+    assert not sending.has_room(StoredAnswer([], [bytes(SENDING_BYTES_MAX + 1)]))
 
 
 @pytest.mark.parametrize(
@@ -231,8 +232,13 @@ class Result:
     """The result of some work."""
 
 
+def is_collected(result: weakref.ref[Result]) -> bool:
+    gc.collect()
+    return result() is None
+
+
 async def test_the_line_of_large_bodies_keeps_no_result() -> None:
     bodies = LargeBodies(10.0)
     for work in (bodies.work, bodies.in_turn):
         result = weakref.ref(await work(INLINE_BODY_BYTES + 1, Result))
-        await until_async(lambda result=result: gc.collect() >= 0 and result() is None)  # type: ignore[misc]
+        await until_async(partial(is_collected, result))

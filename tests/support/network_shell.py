@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from nacl.signing import SigningKey
@@ -34,11 +35,14 @@ class NetworkShell:
         share: Any = "network",
         listens: bool = True,
         make: Callable[..., Node] = Node,
+        shared: Any = None,
     ) -> None:
+        options = replace(options, joins=listens, shares=share != "private")
         self.node = make(options, key, trust, Dials(clock.now()), random.Random(1))
         self.driver = Driver(self.node)
         scope: Any = "public" if share == "public" else "network"
-        effects = NetworkEffects(options.network, trust, clients, store, scope, metrics, self.driver.submit)
+        effects = NetworkEffects(options.network, trust, clients, store, scope, metrics, self.driver.submit, shared)
         self.events = PeerEvents(self.node, trust, effects.requests, self.driver.submit)
-        self.responses = NetworkResponses(self.driver, effects.lookups, clients, trust, share, listens)
+        self.lookups = effects.lookups
+        self.responses = NetworkResponses(self.driver, effects.lookups, trust, share, shared)
         self.driver.begin(effects, None)

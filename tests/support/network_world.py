@@ -45,6 +45,7 @@ from hyperspace_vllm.core.records.peer_record import PeerRecord
 from hyperspace_vllm.core.records.peer_wire import PeerAnswer
 from hyperspace_vllm.core.records.reason import Reason
 from hyperspace_vllm.core.records.signing import NO_MEMBER_TAG, member_tag
+from hyperspace_vllm.core.response.open_lookups import OpenLookups
 from tests.support.moments import BOOTED_MS, dated
 
 NETWORK = network_id("test")
@@ -110,7 +111,9 @@ def make_node(
     addresses = tuple((Identity(other).peer, Identity(other).address) for other in bootstrap)
     options = NodeOptions(NETWORK, network_key, addresses, registry=registry)
     now = dated(NOW_MS) if now is None else now
-    return NetworkPart(options, NetworkJoined(me.address, ""), me.key, trust, Dials(now), random.Random(number), now)
+    lookups = OpenLookups(trust.standings, "no_peers")
+    joined = NetworkJoined(me.address, "")
+    return NetworkPart(options, joined, lookups, me.key, trust, Dials(now), random.Random(number), now)
 
 
 def only(effects: Sequence[Effect], kind: type) -> list:  # type: ignore[type-arg]

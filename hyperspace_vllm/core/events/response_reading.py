@@ -10,13 +10,36 @@ from ..records.reason import Reason
 class ResponseWanted:
     """A request that this node could not answer. `lookup` is unique in this node's life.
 
-    HintResponse comes at once, AnswerResponse when the lookup ends.
+    HintResponse comes as soon as it is known whether a peer is worth waiting for, AnswerResponse when the lookup ends.
+    `shared`: the fleet's shared store can be read now.
     """
 
     lookup: int
     request_hash: bytes
     deadline_ms: int  # a duration
     told: tuple[PeerId, ...] = ()  # providers that the shell knows of by itself (a Redis registry)
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReadShared:
+    """Read the fleet's shared store (Redis), open and verify. Answered by SharedRead."""
+
+    lookup: int
+    request_hash: bytes
+    timeout_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRead:
+    """Answers ReadShared: `hit`, or why there is none (`redis_away` if the store did not answer).
+
+    `told`: providers that the shell knows of by itself.
+    """
+
+    lookup: int
+    reason: str
+    told: tuple[PeerId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +96,13 @@ class ResponseReleased:
 
 @dataclass(frozen=True, slots=True)
 class AnswerResponse:
-    """The lookup is over. `peer` None: a miss. Otherwise what that peer's fetch brought is the answer: store it too.
+    """The lookup is over. With the reason `hit`, what the peer's fetch brought is the answer: store it too.
 
-    Cancels what still runs for the lookup. Not answered; ResponseStored reports what is stored.
+    A hit without a peer is of the shared store. Cancels what still runs for the lookup. Not answered; ResponseStored
+    reports what is stored.
     """
 
     lookup: int
     peer: PeerId | None
-    source: str  # gossip+registry | dht | none
+    source: str  # hint | dht | redis | none
     reason: str  # hit | not_found | deadline | no_peers | refused reasons …; a metric label

@@ -49,10 +49,12 @@ from .response_reading import (
     AnswerResponse,
     FetchResponse,
     HintResponse,
+    ReadShared,
     ResponseFetched,
     ResponseRefused,
     ResponseReleased,
     ResponseWanted,
+    SharedRead,
 )
 from .stored_responses import ResponsesGone, ResponseStored, ResponsesUsed
 
@@ -86,6 +88,7 @@ NetworkEvent = (
     | GossipReceived
     | GossipSpoiled
     | ResponseWanted
+    | SharedRead
     | ResponseReleased
     | ResponseFetched
     | ResponseRefused
@@ -130,6 +133,7 @@ NetworkEffect = (
     | KvPeersChanged
     | AuthorsChanged
     | HintResponse
+    | ReadShared
     | FetchResponse
     | SearchDht
     | AnswerResponse

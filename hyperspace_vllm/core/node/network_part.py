@@ -22,6 +22,7 @@ from ..events.response_reading import (
     ResponseRefused,
     ResponseReleased,
     ResponseWanted,
+    SharedRead,
 )
 from ..events.stored_responses import ResponsesGone, ResponseStored, ResponsesUsed
 from ..events.vocabulary import NetworkEffect, NetworkEvent
@@ -42,6 +43,7 @@ from ..response.announcer import Outbox
 from ..response.evidence import verdict
 from ..response.gossip_intake import GossipIntake
 from ..response.hints import Hints
+from ..response.lookup_peers import LookupPeers
 from ..response.open_lookups import OpenLookups
 from ..response.popularity import Popularity
 from ..response.providers import Providers
@@ -58,6 +60,7 @@ class NetworkPart:
         self,
         options: NodeOptions,
         joined: NetworkJoined,
+        lookups: OpenLookups,
         signing_key: SigningKey,
         trust: Trust,
         dials: Dials,
@@ -91,7 +94,9 @@ class NetworkPart:
         self.gossip = GossipIntake(options.network, self._public_key, self.members, self.hints, trust)
         self.providers = Providers(self._me, self.members, self.registry, self.hints, trust, rng)
         popularity = self._popularity = Popularity()
-        self._lookups = OpenLookups(self.members, self.providers, self.hints, popularity, trust, now)
+        self._lookups = lookups
+        if options.shares:
+            lookups.peers = LookupPeers(self.members, self.providers, self.hints, popularity, trust, now)
         self._outbox = Outbox(options.network, signing_key, now)
         registry = self.registry if options.registry else None
         self._servable = Servable(self._outbox, registry, self.providers, popularity, trust, now)
@@ -113,8 +118,9 @@ class NetworkPart:
 
     def next_deadline_ms(self) -> int | None:
         """When to call `handle(Tick())`, if nothing else happens before."""
-        times = [self.members.next_deadline_ms(), self._sync.next_deadline_ms(), self._lookups.next_deadline_ms()]
-        times += [self.registry.next_deadline_ms(), self._introductions.next_deadline_ms()]
+        times: list[int | None] = [self.members.next_deadline_ms(), self._sync.next_deadline_ms()]
+        times += [self._lookups.next_deadline_ms(), self.registry.next_deadline_ms()]
+        times += [self._introductions.next_deadline_ms()]
         times += self._servable.next_deadlines_ms()
         return min((time for time in times if time is not None), default=None)
 
@@ -143,20 +149,14 @@ class NetworkPart:
                 return []
             case GossipSpoiled(relay):
                 return [ChargePeer(relay, Reason.INVALID_GOSSIP), *self.members.shun(relay, now)]
-            case ResponseWanted():
-                return self._lookups.on_wanted(event, now)
-            case ResponseReleased():
-                return self._lookups.on_released(event)
             case ResponseFetched(_, peer):
                 self._messages.heard(peer, now)
-                return self._lookups.on_fetched(event, now)
-            case ResponseRefused():
-                return self._lookups.on_refused(event, now)
+                return self._lookups.handle(event, now)
+            case ResponseWanted() | ResponseReleased() | SharedRead() | ResponseRefused() | ProvidersFound():
+                return self._lookups.handle(event, now)
             case NotProvided(key):
                 self._servable.on_not_provided(key)
                 return []
-            case ProvidersFound():
-                return self._lookups.on_found(event, now)
             case ResponseStored():
                 return self._servable.on_stored(event, now)
             case ResponsesGone(hashes):

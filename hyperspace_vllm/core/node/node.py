@@ -1,6 +1,6 @@
 """A node: one core that takes every event and returns every effect.
 
-It composes two parts, which know nothing of each other. The prefix part lives as long as the node. The network part
+It composes three parts. The prefix part and the lookups of responses live as long as the node. The network part
 begins with NetworkJoined, because libp2p takes seconds to start and only then knows this node's address, and ends with
 NetworkLeft. What passes between them is decided here: hints at rows, and the peers that may be asked for KV.
 """
@@ -19,6 +19,7 @@ from ..prefix.prefix_part import PrefixPart
 from ..records.ids import PeerId, RowId, peer_id
 from ..records.now import Now
 from ..response.evidence import verdict
+from ..response.open_lookups import LookupEvent, OpenLookups
 from .network_part import NetworkPart
 from .node_options import NodeOptions
 
@@ -41,6 +42,7 @@ class Node:
         self.prefixes = PrefixPart(
             options.network, options.kv_peers, options.fetch, rng, trust.standings, self._row_hints, trust.has_standing
         )
+        self.responses = OpenLookups(trust.standings, "no_peers" if options.joins else "off")
         self.network: NetworkPart | None = None
 
     def handle(self, event: Event, now: Now) -> list[Effect]:
@@ -48,25 +50,34 @@ class Node:
         match event:
             case NetworkJoined():
                 assert self.network is None
-                self.network = NetworkPart(self._options, event, self._key, self._trust, self._dials, self._rng, now)
+                self.network = NetworkPart(
+                    self._options, event, self.responses, self._key, self._trust, self._dials, self._rng, now
+                )
                 return self._told([*self.network.start(now)])
             case NetworkLeft():
-                self.network = None
+                self.network = self.responses.peers = None
                 return self._told([KvPeersChanged((), ())])
             case Tick():
                 effects: list[Effect] = [*self.prefixes.handle(event, now)]
-                return effects + (self._told([*self.network.handle(event, now)]) if self.network else [])
+                return effects + (
+                    self._told([*self.network.handle(event, now)]) if self.network else [*self.responses.on_tick(now)]
+                )
             case AnswerAudited() if self.network is None or not self._options.shares:
                 evidence = event.evidence
                 self._trust.audited(evidence.signer, evidence.tokens, verdict(evidence.far), event.source, now)
                 return []
+        if isinstance(event, NetworkEvent) and self.network is not None:
+            return self._told([*self.network.handle(event, now)])
+        if isinstance(event, LookupEvent):
+            return [*self.responses.handle(event, now)]
         if isinstance(event, NetworkEvent):
-            return self._told([*self.network.handle(event, now)]) if self.network else []
+            return []
         return [*self.prefixes.handle(event, now)]
 
     def next_deadline_ms(self) -> int | None:
         """When to call `handle(Tick())`, if nothing else happens before; None: never."""
-        times = [self.prefixes.next_deadline_ms(), self.network.next_deadline_ms() if self.network else None]
+        times = [self.prefixes.next_deadline_ms(), self.responses.next_deadline_ms()]
+        times += [self.network.next_deadline_ms()] if self.network else []
         return min((time for time in times if time is not None), default=None)
 
     def may_dial(self, peer: PeerId, address: str, told_from: str, now: Now) -> bool:

@@ -10,7 +10,8 @@ from ..records.ids import NetworkId, PeerId
 class NodeOptions:
     """Peers are those of the configuration: `bootstrap` by host:port of libp2p, `kv_peers` to be asked for KV.
 
-    `shares` False: no response leaves this node. `registry` False: a Redis registry replaces the node's own.
+    `joins` False: this node never joins a network. `shares` False: no response leaves this node. `registry` False: a
+    Redis registry replaces the node's own.
     """
 
     network: NetworkId
@@ -19,5 +20,6 @@ class NodeOptions:
     kv_peers: tuple[PeerId, ...] = ()
     fetch: FetchMode = "auto"
     capacity_bytes: int = 0
+    joins: bool = True
     shares: bool = True
     registry: bool = True

@@ -1,24 +1,36 @@
-"""The machine of one L1 lookup across the network: which provider to ask, when to hedge, when to give up.
+"""The machine of one L1 lookup: where to ask, which provider, when to hedge, when to give up.
 
-    start ── a provider worth waiting for ──▶ hinted: ask the best, hedge to the next, at most IN_FLIGHT_MAX at once
-      └───── none ──▶ unhinted: the same with the others, then the DHT, while the engine computes ◀── none is left
+    SHARED      the fleet's shared store is read, if there is one
+      │ a miss
+      ├─ a provider worth waiting for ──▶ HINTED: ask the best, hedge to the next, at most IN_FLIGHT_MAX at once
+      │                                      │ none of those is left
+      └─ none ──────────────────────────▶ RACING: the same with the others, while the engine computes
+                                             │ none is left
+                                          SEARCHING: the DHT names others
+                                             │
+                                          FOUND: the same with these
 
-peers/patience.py decides for which peers a request may wait; the others are asked too, but no request waits for them.
-When a peer refuses, the next one is asked at once. A silent peer is hedged, first after `hedge_delay_ms`, and again at
-half time, because by then the first two are more likely frozen than slow. A peer whose connection breaks is asked once
-more over a new one, after the others: it may have closed the connection as idle, or as one too many, just then. A
-hinted lookup ends by its request's deadline. An unhinted one delays no request, so it may take RACE_MS; a response that
-it finds after the engine has won is stored for the next request.
+The client waits while the lookup is HINTED, and for the shared store, which answers or misses in one bounded command: a
+hint as soon as the key exists would let a client that fills the store with invalid entries delay every request.
+
+Another module decides which peers a request may wait for (peers/patience.py); the others are asked as well, but never
+waited for. A refusal makes room for the next provider at once. A silent provider is hedged, first after
+`hedge_delay_ms`, and again at half time, since by then the first two are more likely frozen than slow. A provider whose
+connection breaks is asked once more over a new one, after the others: the other side may have closed it as idle or as
+one too many at that moment. A hinted lookup ends by its request's deadline. An unhinted one delays no request, so it
+may take RACE_MS; what it finds after the engine has won is stored for the next request.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 
-from ..events.dht import ProvidersFound, SearchDht
+from ..events.dht import SearchDht
 from ..events.response_reading import (
     AnswerResponse,
     FetchResponse,
     HintResponse,
+    ReadShared,
     ResponseFetched,
     ResponseRefused,
     ResponseWanted,
@@ -30,6 +42,7 @@ from ..records.now import Now
 from ..records.reason import Reason
 
 RACE_MS = 3_000
+SHARED_MS = 100  # connecting included
 DHT_MS = 1_500
 SEARCH_MS_MIN = 100  # a search and a fetch take longer
 IN_FLIGHT_MAX = 3
@@ -53,45 +66,83 @@ class ProviderCandidate:
     worth_waiting: bool
 
 
-class ResponseLookup:
-    """One ResponseWanted, until its AnswerResponse. `providers` are the known ones, best first.
+class Stage(Enum):
+    """Where a lookup is."""
 
-    `may_search(now)` is asked once, when the DHT is wanted; saying yes pays for the search.
+    SHARED = auto()
+    HINTED = auto()
+    RACING = auto()
+    SEARCHING = auto()
+    FOUND = auto()
+
+
+class ResponseLookup:
+    """One ResponseWanted, until its AnswerResponse: begins with `read_shared` or with `ask_peers`.
+
+    `may_search(request_hash, now)` is asked once, when the DHT is wanted; saying yes pays for the search.
     """
 
-    def __init__(
-        self, wanted: ResponseWanted, providers: list[ProviderCandidate], may_search: Callable[[Now], bool], now: Now
-    ) -> None:
+    def __init__(self, wanted: ResponseWanted, may_search: Callable[[bytes, Now], bool], now: Now) -> None:
         self.number = wanted.lookup
         self.request_hash = wanted.request_hash
-        self.hinted = any(provider.worth_waiting for provider in providers)
+        self.told = wanted.told
+        self.stage = Stage.SHARED
         self.over = False
-        self.searched = False  # the DHT has answered
+        self._began_ms = now.mono_ms
+        self._ends_ms = now.mono_ms + wanted.deadline_ms
         self._race_ends_ms = now.mono_ms + max(wanted.deadline_ms, RACE_MS)
-        self._deadline_ms = now.mono_ms + wanted.deadline_ms if self.hinted else self._race_ends_ms
-        self._half_time_ms = (now.mono_ms + self._deadline_ms) // 2
-        self._waiting = list(providers)
-        self._worth_waiting = {provider.peer for provider in providers if provider.worth_waiting}
+        self._deadline_ms = self._ends_ms
+        self._half_time_ms = 0
+        self._waiting: list[ProviderCandidate] = []
+        self._worth_waiting: set[PeerId] = set()
         self._waited_ms: dict[PeerId, int] = {}  # for those that refused, while the lookup was hinted
         self._in_flight: dict[PeerId, int] = {}  # since when
         self._asked: set[PeerId] = set()
         self._connected: dict[PeerId, ProviderCandidate] = {}  # those asked over a connection that was there, once each
         self._attempts = 0
         self._may_search = may_search
-        self._searching = False
         self._hedge_at_ms: int | None = None
         self._source = "hint"
         self._reason = "not_found"
+
+    @property
+    def hinted(self) -> bool:
+        """Whether the request waits for a peer."""
+        return self.stage is Stage.HINTED
+
+    @property
+    def searched(self) -> bool:
+        """Whether the DHT has answered."""
+        return self.stage is Stage.FOUND
 
     @property
     def in_flight(self) -> dict[PeerId, int]:
         """The peers that were asked and have not answered, and since when."""
         return dict(self._in_flight)
 
-    def start(self, now: Now) -> list[NetworkEffect]:
-        """The hint, and the first request."""
+    def read_shared(self) -> list[NetworkEffect]:
+        """Begin with the shared store; `on_shared_hit` or `ask_peers` is next."""
+        timeout_ms = min(self._ends_ms - self._began_ms, SHARED_MS)
+        return [ReadShared(self.number, self.request_hash, timeout_ms)]
+
+    def on_shared_hit(self) -> list[NetworkEffect]:
+        """The shared store had a verified answer."""
+        self._source = "redis"
+        return self._end(None, "hit") if self.stage is Stage.SHARED else []
+
+    def ask_peers(self, providers: list[ProviderCandidate], now: Now) -> list[NetworkEffect]:
+        """The hint, and the first question. `providers` are the known ones, best first."""
+        self._waiting = list(providers)
+        self._worth_waiting = {provider.peer for provider in providers if provider.worth_waiting}
+        self.stage = Stage.HINTED if self._worth_waiting else Stage.RACING
+        self._deadline_ms = self._ends_ms if self.hinted else self._race_ends_ms
+        self._half_time_ms = (now.mono_ms + self._deadline_ms) // 2
         hint: NetworkEffect = HintResponse(self.number, self.hinted)
         return [hint, *self._go_on(now)]
+
+    def give_up(self, reason: str) -> list[NetworkEffect]:
+        """End where there is no peer to ask."""
+        return [HintResponse(self.number, False), *self._end(None, reason)]
 
     def next_deadline_ms(self) -> int:
         """When to call `on_tick`."""
@@ -110,7 +161,7 @@ class ResponseLookup:
         return self._end(event.peer, "hit") if self._in_flight.pop(event.peer, None) is not None else []
 
     def on_refused(self, event: ResponseRefused, now: Now) -> list[NetworkEffect]:
-        """The peer refused, or failed: ask the next one."""
+        """The next one."""
         if event.peer not in self._in_flight:
             return []
         asked_ms = self._in_flight.pop(event.peer)
@@ -122,35 +173,46 @@ class ResponseLookup:
             self._waiting.append(replace(broken, connected=False))
         return self._go_on(now)
 
-    def on_providers(self, event: ProvidersFound, candidates: list[ProviderCandidate], now: Now) -> list[NetworkEffect]:
-        """The DHT's providers, as far as they can be asked."""
-        if not self._searching:
+    def on_providers(self, candidates: list[ProviderCandidate], now: Now) -> list[NetworkEffect]:
+        """What the DHT knows, as far as it can be asked."""
+        if self.stage is not Stage.SEARCHING:
             return []
-        self._searching, self.searched = False, True
+        self.stage = Stage.FOUND
         self._source = "dht"
         self._waiting = [candidate for candidate in candidates if candidate.peer not in self._asked]
         return self._go_on(now)
 
     def waited_ms(self, now: Now) -> dict[PeerId, int]:
-        """How long the request has waited for each hinted peer that has delivered nothing so far."""
+        """How long the request has waited for each peer that was worth it and has brought nothing so far."""
         in_flight = {peer: now.mono_ms - since_ms for peer, since_ms in self._in_flight.items()}
         return {peer: for_ms for peer, for_ms in (self._waited_ms | in_flight).items() if peer in self._worth_waiting}
 
     def _go_on(self, now: Now) -> list[NetworkEffect]:
         if now.mono_ms >= self._deadline_ms:
             return self._end(None, "deadline")
-        if self.hinted and self._worth_waiting.isdisjoint([*self._in_flight, *(each.peer for each in self._waiting)]):
-            self.hinted, self._deadline_ms = False, self._race_ends_ms
-            return [HintResponse(self.number, False), *self._go_on(now)]
-        effects = self._ask(now)
-        if effects or self._in_flight or self._searching:
-            return effects
+        match self.stage:
+            case Stage.SHARED | Stage.SEARCHING:
+                return []
+            case Stage.HINTED if not self._is_worth_waiting():
+                self.stage, self._deadline_ms = Stage.RACING, self._race_ends_ms
+                return [HintResponse(self.number, False), *self._go_on(now)]
+            case Stage.HINTED | Stage.RACING | Stage.FOUND:
+                effects = self._ask(now)
+                if effects or self._in_flight:
+                    return effects
+                return self._search(now) if self._may_still_search(now) else self._end(None, self._reason)
+
+    def _is_worth_waiting(self) -> bool:
+        return not self._worth_waiting.isdisjoint([*self._in_flight, *(each.peer for each in self._waiting)])
+
+    def _may_still_search(self, now: Now) -> bool:
         left_ms = self._deadline_ms - now.mono_ms
         worth_it = not self.searched and self._attempts < ATTEMPTS_MAX and left_ms >= SEARCH_MS_MIN
-        if worth_it and self._may_search(now):
-            self._searching = True
-            return [SearchDht(self.number, self.request_hash, min(left_ms, DHT_MS))]
-        return self._end(None, self._reason)
+        return worth_it and self._may_search(self.request_hash, now)
+
+    def _search(self, now: Now) -> list[NetworkEffect]:
+        self.stage = Stage.SEARCHING
+        return [SearchDht(self.number, self.request_hash, min(self._deadline_ms - now.mono_ms, DHT_MS))]
 
     def _ask(self, now: Now) -> list[NetworkEffect]:
         if not self._waiting or len(self._in_flight) >= IN_FLIGHT_MAX or self._attempts >= ATTEMPTS_MAX:
@@ -173,4 +235,4 @@ class ResponseLookup:
 
     def _end(self, peer: PeerId | None, reason: str) -> list[NetworkEffect]:
         self.over = True
-        return [AnswerResponse(self.number, peer, self._source if peer else "none", reason)]
+        return [AnswerResponse(self.number, peer, self._source if reason == "hit" else "none", reason)]

@@ -9,13 +9,14 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Protocol
+from typing import Protocol, get_args
 
 from ...core.events.conduct import AnswerAudited, ChargePeer
 from ...core.events.known_peers import KvPeersChanged
 from ...core.events.node_state import NetworkLeft, Tick
 from ...core.events.vocabulary import Effect, Event, NetworkEvent, PrefixEffect
 from ...core.node.node import Node
+from ...core.response.open_lookups import LookupEvent
 from .. import clock
 from ..start_error import StartError
 from .early_events import EarlyEvents
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 JOIN_AGAIN_S = 10.0
 TICK_LATE_S = 0.0005  # the clock rounds down
 TICK_EVERY_S = 0.001  # at most
+
+_NEED_NO_NETWORK = (AnswerAudited, *get_args(LookupEvent))
 
 Join = Callable[[AsyncExitStack], Awaitable[Joined]]
 
@@ -122,7 +125,7 @@ class Driver:
         self._set_timer()
 
     def _handle(self, event: Event) -> None:
-        if self._joined is None and isinstance(event, NetworkEvent) and not isinstance(event, AnswerAudited):
+        if self._joined is None and isinstance(event, NetworkEvent) and not isinstance(event, _NEED_NO_NETWORK):
             if not self._has_left:
                 self._early.add(event)
             return

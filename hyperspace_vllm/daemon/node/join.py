@@ -78,6 +78,7 @@ def node_options(config: Config, network_key: bytes | None) -> NodeOptions:
         kv_peers=tuple(each.peer for each in config.peer_addresses),
         fetch=config.fetch,
         capacity_bytes=config.disk_bytes + config.response_bytes,
+        joins=bool(config.p2p_listen),
         shares=config.share != "private",
         registry=not config.registry,
     )

@@ -34,10 +34,9 @@ from ..local.staging import Staging
 from ..logs import log_to_file, log_to_stderr
 from ..metrics import Metrics
 from ..responses.audit_requests import AuditRequests
-from ..responses.response_lookups import ResponseFinder, ResponseLookups
+from ..responses.response_lookups import ResponseLookups
 from ..responses.response_server import ResponseServer
 from ..responses.response_store import ResponseStore
-from ..responses.store_changes import ServableEntry
 from ..start_error import StartError, needed
 from ..stopping import Stopping
 from .directory import claim_directory, lock_directory
@@ -45,7 +44,8 @@ from .driver import Driver, PerformsPrefixes
 from .embedded import say_all_is_well, until_unwanted, wait_in_line
 from .join import Joining, load_network_key, make_trust, node_options
 from .network_effects import NetworkEffects
-from .network_responses import NetworkResponses
+from .network_lookups import SharedStore
+from .network_responses import NetworkResponses, Shared
 from .peer_events import PeerEvents
 
 logger = logging.getLogger(__name__)
@@ -103,10 +103,9 @@ class _Transport(Protocol):
     def is_connected(self, peer: PeerId, /) -> bool: ...
 
 
-class _SharedResponses(ResponseFinder, Protocol):
+class _SharedResponses(SharedStore, Shared, Protocol):
     """The fleet's responses (RedisResponses), for which redis must be installed."""
 
-    def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...], /) -> None: ...
     def status(self) -> dict[str, object]: ...
 
 
@@ -178,17 +177,14 @@ class _Node:
         node = Node(options, self._identity.signing_key, self._trust, self._dials, random.Random())
         driver = self._driver = Driver(node)
         scope: Scope = "public" if config.share == "public" else "network"
+        shared = self._shared = self._open_shared(parts) if store else None
         effects = NetworkEffects(
-            self._network, self._trust, response_lookups, store, scope, self._metrics, driver.submit
+            self._network, self._trust, response_lookups, store, scope, self._metrics, driver.submit, shared
         )
         self._peer_events = PeerEvents(node, self._trust, effects.requests, driver.submit)
-        network = self._responses_of_others = NetworkResponses(
-            driver, effects.lookups, response_lookups, self._trust, config.share, bool(config.p2p_listen)
-        )
-        self._shared = self._open_shared(parts, response_lookups, store) if store else None
-        finder = self._shared or network  # Redis asks the network about what it doesn't have
+        network = NetworkResponses(driver, effects.lookups, self._trust, config.share, shared)
         if store:
-            store.start(finder.heard)
+            store.start(network.heard)
             parts.callback(store.close)
         self._similar = self._open_similar(store, parts) if store else None
         staging = Staging(self._cache, self._metrics)
@@ -204,7 +200,7 @@ class _Node:
         submit, kv = driver.submit, config.kv_cache
         engines = EngineMessages(kv, config.data_dir, staging, prefix_lookups, submit, served, socket.send)
         responses = ResponseMessages(
-            config.share, store, self._similar, audits.heard, finder, response_lookups, served, socket.send
+            config.share, store, self._similar, audits.heard, network, response_lookups, served, socket.send
         )
         welcome = make_welcome(self._identity.peer_id, self._network, arena)
         self._server = LocalServer(socket, welcome, engines, responses, served, self._status, self._metrics)
@@ -243,9 +239,7 @@ class _Node:
         if self._prefixes:
             self._prefixes.report_stored()
 
-    def _open_shared(
-        self, parts: AsyncExitStack, clients: ResponseLookups, store: ResponseStore
-    ) -> _SharedResponses | None:
+    def _open_shared(self, parts: AsyncExitStack) -> _SharedResponses | None:
         config = self._config
         if not config.shared_responses:
             return None
@@ -261,17 +255,7 @@ class _Node:
         try:
             from ..redis.redis_responses import RedisResponses
 
-            shared = RedisResponses(
-                config.shared_responses,
-                self._network,
-                config.share,
-                server,
-                trust,
-                self._metrics,
-                self._responses_of_others,
-                clients,
-                store,
-            )
+            shared = RedisResponses(config.shared_responses, self._network, server, trust, self._metrics)
         except (ImportError, ValueError) as error:  # pip install hyperspace-vllm[redis]; an option of the URL
             logger.error("shared_responses is off: %s", error)
             return None

@@ -15,7 +15,7 @@ from ...core.events.gossip import AuthorsChanged, Publish
 from ...core.events.known_peers import KvPeersChanged, PeersChanged
 from ...core.events.owner_documents import DeltasRefused, ForgetOwner, ImportDeltas, WriteRegistry
 from ...core.events.peer_requests import Answered, Reply, RequestFailed, Send, ServeResponse
-from ...core.events.response_reading import AnswerResponse, FetchResponse, HintResponse
+from ...core.events.response_reading import AnswerResponse, FetchResponse, HintResponse, ReadShared
 from ...core.events.stored_responses import ResponsesGone, ResponseStored
 from ...core.events.vocabulary import Event, NetworkEffect, NetworkEvent
 from ...core.local.message_fields import Scope
@@ -31,7 +31,7 @@ from ..responses.fetched_response import Stored
 from ..responses.response_lookups import Clients
 from .joined_network import Documents, Joined, PeerHost
 from .lookup_tasks import LookupTasks
-from .network_lookups import NetworkLookups
+from .network_lookups import NetworkLookups, SharedStore
 from .open_requests import PeerRequests, ask_peer
 
 log = logging.getLogger(__name__)
@@ -54,13 +54,14 @@ class NetworkEffects:
         scope: Scope,
         metrics: Metrics,
         submit: Callable[[NetworkEvent], None],
+        shared: SharedStore | None = None,
     ) -> None:
         self._trust = trust
         self._metrics = metrics
         self._submit = submit
         self._tasks = LookupTasks("l1", metrics)
         self.requests = PeerRequests(trust, metrics, submit)
-        self.lookups = NetworkLookups(network, trust, clients, store, scope, metrics, submit, self._tasks)
+        self.lookups = NetworkLookups(network, trust, clients, store, scope, metrics, submit, self._tasks, shared)
         self._joined: Joined | None = None
         self._known: tuple[PeerRecord, ...] = ()
         self._provided = 0
@@ -114,7 +115,18 @@ class NetworkEffects:
     def perform(self, effect: NetworkEffect) -> None:
         """Do what the core decided."""
         joined = self._joined
-        assert joined is not None
+        match effect:
+            case ReadShared():
+                self.lookups.read_shared(effect, joined.hints if joined is not None else None)
+            case HintResponse():
+                self.lookups.hint(effect)
+            case AnswerResponse():
+                self.lookups.answer(effect)
+            case _:
+                assert joined is not None
+                self._perform_in_network(effect, joined)
+
+    def _perform_in_network(self, effect: NetworkEffect, joined: Joined) -> None:
         match effect:
             case Connect():
                 self._tasks.spawn(self._connect(joined.host, effect))
@@ -134,14 +146,10 @@ class NetworkEffects:
                 joined.book.note(addresses)
             case AuthorsChanged(authors):
                 joined.gate.authors = dict(authors)
-            case HintResponse():
-                self.lookups.hint(effect)
             case FetchResponse():
                 self.lookups.fetch(effect, joined.host)
             case SearchDht():
                 self.lookups.search(effect, joined.host)
-            case AnswerResponse():
-                self.lookups.answer(effect)
             case Provide(key):
                 self._tasks.spawn(self._provide(joined.host, key))
             case WriteRegistry():
@@ -151,8 +159,8 @@ class NetworkEffects:
             case ForgetOwner(owner):
                 if joined.documents is not None:
                     self._tasks.spawn(joined.documents.forget(owner))
-            case KvPeersChanged() | ChargePeer():
-                pass  # the driver hands them elsewhere
+            case KvPeersChanged() | ChargePeer() | ReadShared() | HintResponse() | AnswerResponse():
+                pass  # done elsewhere
             case _:
                 assert_never(effect)
 

@@ -1,4 +1,4 @@
-"""Responses looked for at other nodes: which clients wait, what is fetched and opened for them, and how each ends."""
+"""Responses looked for elsewhere: which clients wait, what is read and opened for them, and how each lookup ends."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -10,10 +10,12 @@ from ...core.events.response_reading import (
     AnswerResponse,
     FetchResponse,
     HintResponse,
+    ReadShared,
     ResponseFetched,
     ResponseRefused,
     ResponseReleased,
     ResponseWanted,
+    SharedRead,
 )
 from ...core.events.stored_responses import ResponsesUsed
 from ...core.events.vocabulary import NetworkEvent
@@ -33,6 +35,8 @@ from ..responses.fetched_response import Stored, found_response, keep, open_fetc
 from ..responses.response_lookups import Clients
 from .lookup_tasks import LookupTasks
 from .open_requests import Asks, ask_peer
+
+SHARED_READS_MAX = 8  # at once, of at most 8 MiB each; further lookups pass by the shared store
 
 
 class Providers(Asks, Protocol):
@@ -61,11 +65,24 @@ class _Lookup:
     key: RequestKey
     model_digest: bytes
     began_s: float
-    beside_redis: bool
+
+
+class SharedStore(Protocol):
+    """The fleet's shared store of responses (RedisResponses)."""
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it failed a moment ago, and is not asked now."""
+
+    def is_purged(self, request_hash: bytes) -> bool:
+        """Whether a response is about to be deleted from it."""
+
+    async def read(self, key: RequestKey, model_digest: bytes, timeout_s: float) -> Opened:
+        """The response, if it has a valid one; `Refused` says why not (`redis_away`: it did not answer)."""
 
 
 class NetworkLookups:
-    """All open lookups. Fetched responses go to `store`, and to `clients` with their lookup's end."""
+    """All open lookups. Responses that are found go to `store`, and to `clients` with their lookup's end."""
 
     def __init__(
         self,
@@ -77,6 +94,7 @@ class NetworkLookups:
         metrics: Metrics,
         submit: Callable[[NetworkEvent], None],
         tasks: LookupTasks,
+        shared: SharedStore | None,
     ) -> None:
         self._network = network
         self._trust = trust
@@ -86,9 +104,11 @@ class NetworkLookups:
         self._metrics = metrics
         self._submit = submit
         self._tasks = tasks
+        self._shared = shared
         self._loop = asyncio.get_running_loop()
         self._lookups: dict[int, _Lookup] = {}
-        self._opened: dict[tuple[int, PeerId], Opened] = {}
+        self._reading: set[int] = set()
+        self._opened: dict[tuple[int, PeerId | None], Opened] = {}  # None: of the shared store
         self.last: dict[str, object] = {}
 
     def find(
@@ -97,13 +117,14 @@ class NetworkLookups:
         request_key: RequestKey,
         model_digest: bytes,
         deadline_ms: int,
-        beside_redis: bool,
         hints: Hints | None,
     ) -> None:
-        """Begin a lookup; `hints` are asked first."""
-        self._lookups[lookup] = _Lookup(request_key, model_digest, self._loop.time(), beside_redis)
+        """Begin a lookup; without a shared store, `hints` are asked first."""
+        self._lookups[lookup] = _Lookup(request_key, model_digest, self._loop.time())
         name = request_hash(self._network, request_key)
-        if hints is None:
+        if self._shared is not None and not self._shared.is_away:
+            self._submit(ResponseWanted(lookup, name, deadline_ms, shared=True))
+        elif hints is None:
             self._submit(ResponseWanted(lookup, name, deadline_ms))
         else:
             self._tasks.start(lookup, self._find_with_hints(hints, lookup, name, deadline_ms))
@@ -131,6 +152,17 @@ class NetworkLookups:
         if effect.lookup in self._lookups:
             self._clients.hint(effect.lookup, effect.hinted)
 
+    def read_shared(self, effect: ReadShared, hints: Hints | None) -> None:
+        """Read the shared store, unless it is read for SHARED_READS_MAX others."""
+        assert self._shared is not None
+        if not self._shared.is_purged(effect.request_hash) and len(self._reading) < SHARED_READS_MAX:
+            self._reading.add(effect.lookup)
+            self._tasks.start(effect.lookup, self._read_shared(self._shared, effect, hints))
+        elif hints is None:
+            self._submit(SharedRead(effect.lookup, "not_read"))
+        else:
+            self._tasks.start(effect.lookup, self._miss_shared(effect, hints, "not_read"))
+
     def fetch(self, effect: FetchResponse, host: Providers) -> None:
         """Ask a provider."""
         self._tasks.start(effect.lookup, self._fetch(effect, host))
@@ -142,24 +174,42 @@ class NetworkLookups:
     def answer(self, effect: AnswerResponse) -> None:
         """End a lookup, and what runs for it."""
         lookup = self._lookups.pop(effect.lookup, None)
+        self._reading.discard(effect.lookup)
         self._tasks.end(effect.lookup)
-        opened = self._opened.pop((effect.lookup, effect.peer), None) if effect.peer else None
+        opened = self._opened.pop((effect.lookup, effect.peer), None) if effect.reason == "hit" else None
         for at in [at for at in self._opened if at[0] == effect.lookup]:
             del self._opened[at]
         if lookup is None:
             return
         if opened is not None and self._store is not None:
             keep(self._store, lookup.key, opened, self._scope)
-        self._note(lookup, effect)
+        if effect.source != "redis":  # that one counts its own
+            self._note(lookup, effect)
         found = found_response(opened, effect.source, self._trust, clock.now()) if opened is not None else None
-        reason = "not_found" if effect.reason == "no_peers" and lookup.beside_redis else effect.reason
-        self._clients.answer(effect.lookup, found, reason)
+        self._clients.answer(effect.lookup, found, effect.reason)
 
     # --- leaves ---------------------------------------------------------------------------------
 
     async def _find_with_hints(self, hints: Hints, lookup: int, name: bytes, deadline_ms: int) -> None:
         told = await hints.providers(name)
         self._submit(ResponseWanted(lookup, name, deadline_ms, told))
+
+    async def _read_shared(self, shared: SharedStore, effect: ReadShared, hints: Hints | None) -> None:
+        lookup = self._lookups.get(effect.lookup)
+        if lookup is None:
+            return
+        try:
+            opened = await shared.read(lookup.key, lookup.model_digest, effect.timeout_ms / 1000)
+        except Refused as refused:
+            await self._miss_shared(effect, hints, refused.reason)
+        else:
+            self._opened[effect.lookup, None] = opened
+            self._submit(SharedRead(effect.lookup, "hit"))
+
+    async def _miss_shared(self, effect: ReadShared, hints: Hints | None, reason: str) -> None:
+        self._reading.discard(effect.lookup)
+        told = await hints.providers(effect.request_hash) if hints is not None else ()
+        self._submit(SharedRead(effect.lookup, reason, told))
 
     async def _fetch(self, effect: FetchResponse, host: Providers) -> None:
         lookup = self._lookups.get(effect.lookup)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, Protocol
 
 from ...core.events.conduct import AnswerAudited
 from ...core.events.node_state import ServedChanged
@@ -10,51 +10,44 @@ from ...core.events.stored_responses import ResponsesGone, ResponseStored
 from ...core.peers.trust import Trust
 from ...core.records.ids import RequestKey
 from .. import clock
-from ..responses.response_lookups import Clients
 from ..responses.store_changes import ServableEntry
 from .driver import Driver
 from .network_lookups import NetworkLookups
 
 
+class Shared(Protocol):
+    """The fleet's shared store of responses (RedisResponses)."""
+
+    def heard(self, stored: tuple[ServableEntry, ...]) -> None:
+        """Take what this node can serve now; from any thread."""
+
+    def purge(self, keys: Iterable[bytes]) -> None:
+        """Delete these entries."""
+
+
 class NetworkResponses:
-    """Looks responses up at other nodes, and reports what this one has; `listens` False: it never joins."""
+    """Looks responses up elsewhere, and reports what this node has."""
 
     def __init__(
         self,
         driver: Driver,
         lookups: NetworkLookups,
-        clients: Clients,
         trust: Trust,
         share: Literal["private", "network", "public"],
-        listens: bool,
+        shared: Shared | None,
     ) -> None:
         self._driver = driver
         self._lookups = lookups
-        self._clients = clients
         self._trust = trust
         self._shares = share != "private"
-        self._listens = listens
+        self._shared = shared
         self._loop = asyncio.get_running_loop()
 
-    def find(
-        self,
-        lookup: int,
-        request_key: RequestKey,
-        model_digest: bytes,
-        deadline_ms: int,
-        beside_redis: bool = False,
-    ) -> None:
-        """Look for a response at other nodes (response_lookups.ResponseFinder).
-
-        `beside_redis`: the absence of a network is no reason for the client to stop asking.
-        """
+    def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
+        """Look for a response elsewhere (response_lookups.ResponseFinder)."""
         joined = self._driver.joined
-        if joined is not None and self._shares:
-            self._lookups.find(lookup, request_key, model_digest, deadline_ms, beside_redis, joined.hints)
-        elif beside_redis:
-            self._clients.answer(lookup, None, "not_found")
-        else:
-            self._clients.answer(lookup, None, "no_peers" if self._listens else "off")
+        hints = joined.hints if joined is not None and self._shares else None
+        self._lookups.find(lookup, request_key, model_digest, deadline_ms, hints)
 
     def release(self, lookup: int) -> None:
         """The client no longer waits for the lookup."""
@@ -66,12 +59,17 @@ class NetworkResponses:
             self._lookups.used(keys)
 
     def purge(self, keys: Iterable[bytes]) -> None:
-        """The operator wants these gone, from lookups too: what peers have fetched stays there until it expires."""
+        """The operator wants these gone, from the shared store too; what peers have fetched stays there."""
+        keys = tuple(keys)
         self._lookups.purge(keys)
+        if self._shared is not None:
+            self._shared.purge(keys)
 
     def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
         """What the response store can serve now, and what no more (store_changes.Listener); from any thread."""
         self._loop.call_soon_threadsafe(self._heard, stored, gone)
+        if self._shared is not None:
+            self._shared.heard(stored)
 
     def served(self, event: ServedChanged) -> None:
         """What the engines of this host serve now; a node that shares nothing tells no peer."""

@@ -1,25 +1,16 @@
-"""A fleet's responses in its Redis: asked between the client's lookup and the network's, with or without a network.
+"""A fleet's responses in its Redis: read before peers are asked, with or without a network.
 
     hyperspace:<network, 16 hex digits>:response:<request hash, 64 hex digits>   a Hit (peer_wire.py), until it expires
 
-    find ──▶ Redis has it, and it is valid ──▶ the answer, stored here too
-      └────▶ a miss, or Redis is away ────▶ NetworkResponses.find, with the time that is left
-
 Responses that this node's engines computed, and that may leave it, are written once they are committed, sealed and with
 their CacheProof, as they would be served to a member. Redis is trusted no more than a peer: the same function judges
-its answers.
-
-Context: peers first hint, then answer. Choice: one bounded command, whose answer is the hint as well. Rejected: a hint
-as soon as the key exists, because then a client that fills Redis with useless data makes every request wait for its
-deadline.
+its answers. The machine of a lookup (core/response/lookup.py) says when it is read.
 """
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
 from ...contained import report_error
-from ...core.local.message_fields import Scope
 from ...core.peers.trust import Trust
 from ...core.records.errors import ProtocolViolation, Refused
 from ...core.records.ids import NetworkId, RequestKey
@@ -30,65 +21,28 @@ from ...core.response.sealed_hit import Opened
 from .. import clock
 from ..metrics import Metrics
 from ..responses.answer_places import OWN_NODE
-from ..responses.fetched_response import Stored, found_response, keep, open_fetched
-from ..responses.response_lookups import Clients
+from ..responses.fetched_response import open_fetched
 from ..responses.response_server import ResponseServer
 from ..responses.store_changes import ServableEntry
-from .redis_link import AWAY, READ_S, WRITE_S, RedisLink
+from .redis_link import AWAY, WRITE_S, RedisLink
 
-READS_MAX = 8  # at once, of at most 8 MiB each; further lookups skip Redis
 QUEUE_MAX = 20_000  # ids, some 4 MiB; a body is read from the database when its turn comes
 SAME_MS = 1_000  # tolerance between two expiries of one entry: clocks are set and commands travel
 BUSY_S = 0.1  # until this node's database is read again
 
 
-class Network(Protocol):
-    """Where a lookup goes on that finds nothing in Redis (NetworkResponses)."""
-
-    def find(
-        self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int, beside_redis: bool
-    ) -> None:
-        """Look for a response at other nodes; `beside_redis`: without peers the client should keep asking."""
-
-    def release(self, lookup: int) -> None:
-        """The client no longer waits for the lookup."""
-
-    def used(self, keys: Iterable[bytes]) -> None:
-        """Count hits of this host's clients."""
-
-    def purge(self, keys: Iterable[bytes]) -> None:
-        """Delete these entries."""
-
-    def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
-        """Take what this node can serve now, and what it no longer can; from any thread."""
-
-
 class RedisResponses:
-    """Lookups end at `clients`; what is found is stored. Create it in a running event loop."""
+    """Create it in a running event loop. `responses` are this node's own, as it serves them."""
 
     def __init__(
-        self,
-        url: str,
-        network_id: NetworkId,
-        scope: Scope,
-        responses: ResponseServer,
-        trust: Trust,
-        metrics: Metrics,
-        network: Network,
-        clients: Clients,
-        store: Stored,
+        self, url: str, network_id: NetworkId, responses: ResponseServer, trust: Trust, metrics: Metrics
     ) -> None:
         self._link = RedisLink(url)
         self._id = network_id
-        self._scope: Scope = scope
         self._responses = responses
         self._trust = trust
         self._metrics = metrics
-        self._network = network
-        self._clients = clients
-        self._store = store
         self._loop = asyncio.get_running_loop()
-        self._reading: dict[int, tuple[RequestKey, asyncio.Task[None]]] = {}
         self._queue: dict[bytes, int | None] = {}  # request hash -> expires at; None: nothing to write
         self._purged: set[bytes] = set()  # of those in `_queue`: to be deleted first, and not read until then
         self._wake = asyncio.Event()
@@ -101,49 +55,33 @@ class RedisResponses:
 
     async def close(self) -> None:
         """Close the connections; queued entries are reported again when the node restarts."""
-        tasks = [self._writer, *(task for _, task in self._reading.values())]
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks, timeout=WRITE_S)
+        self._writer.cancel()
+        await asyncio.wait([self._writer], timeout=WRITE_S)
         await self._link.close()
 
-    # --- lookups (response_lookups.ResponseFinder) ----------------------------------------------
+    # --- reading --------------------------------------------------------------------------------
 
-    def find(self, lookup: int, request_key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
-        """Look for a response in Redis, for READ_S at most, and then in the network."""
-        purged = request_hash(self._id, request_key) in self._purged
-        if purged or self._link.away_s > 0 or len(self._reading) >= READS_MAX:
-            self._ask_network(lookup, request_key, model_digest, deadline_ms)
-            return
-        work = self._find(lookup, request_key, model_digest, deadline_ms)
-        task = asyncio.create_task(work, name="redis-response")
-        self._reading[lookup] = request_key, task
-        task.add_done_callback(lambda _: self._reading.pop(lookup))
+    @property
+    def is_away(self) -> bool:
+        """Whether Redis failed a moment ago, and is not asked now."""
+        return self._link.away_s > 0
 
-    def release(self, lookup: int) -> None:
-        """The client no longer waits for the lookup."""
-        if (reading := self._reading.get(lookup)) is not None:
-            reading[1].cancel()
-        self._network.release(lookup)
+    def is_purged(self, request_hash: bytes) -> bool:
+        """Whether a response is about to be deleted."""
+        return request_hash in self._purged
 
-    async def _find(self, lookup: int, key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
+    async def read(self, key: RequestKey, model_digest: bytes, timeout_s: float) -> Opened:
+        """The response in Redis, if it is valid; `Refused` says why not (`redis_away`: it did not answer)."""
         began_s = self._loop.time()
         try:
-            opened = await self._read(key, model_digest, min(READ_S, deadline_ms / 1000))
+            opened = await self._read(key, model_digest, timeout_s)
         except Refused as refused:
             self._count_lookup("miss", refused.reason, began_s)
-            left_ms = deadline_ms - round((self._loop.time() - began_s) * 1000)
-            self._ask_network(lookup, key, model_digest, max(left_ms, 1))
-            return
+            raise
         self._count_lookup("hit", "hit", began_s)
-        keep(self._store, key, opened, self._scope)
-        self._clients.answer(lookup, found_response(opened, "redis", self._trust, clock.now()), "hit")
-
-    def _ask_network(self, lookup: int, key: RequestKey, model_digest: bytes, deadline_ms: int) -> None:
-        self._network.find(lookup, key, model_digest, deadline_ms, beside_redis=self._link.away_s <= 0)
+        return opened
 
     async def _read(self, key: RequestKey, model_digest: bytes, timeout_s: float) -> Opened:
-        """The response in Redis, if it is valid; `Refused` says why not."""
         try:
             # One byte more than the maximum: a larger value shows, and isn't read whole.
             name = self._key(request_hash(self._id, key))
@@ -173,29 +111,16 @@ class RedisResponses:
 
     # --- writing --------------------------------------------------------------------------------
 
-    def heard(self, stored: tuple[ServableEntry, ...], gone: tuple[bytes, ...]) -> None:
-        """Take what this node can serve now, and what it no longer can (store_changes.Listener); from any thread.
-
-        Entries evicted here stay in Redis.
-        """
-        self._network.heard(stored, gone)
+    def heard(self, stored: tuple[ServableEntry, ...]) -> None:
+        """Take what this node can serve now; from any thread. Entries that it evicts stay in Redis."""
         computed = {told.request_hash: told.expires_at_ms for told in stored if told.computed}
         self._loop.call_soon_threadsafe(self._enqueue, computed)
 
-    def used(self, keys: Iterable[bytes]) -> None:
-        """Count hits of this host's clients, which Redis counts nowhere."""
-        self._network.used(keys)
-
     def purge(self, keys: Iterable[bytes]) -> None:
-        """Delete these entries from Redis too: open lookups of them end, as they would store them again."""
-        purged = {RequestKey(key) for key in keys}
-        names = [request_hash(self._id, key) for key in purged]
+        """Delete these entries from Redis too."""
+        names = [request_hash(self._id, RequestKey(key)) for key in keys]
         self._purged.update(names)
         self._enqueue(dict.fromkeys(names))
-        for lookup, (key, task) in self._reading.items():
-            if key in purged and task.cancel():
-                self._clients.answer(lookup, None, "not_found")
-        self._network.purge(purged)
 
     def _enqueue(self, changes: Mapping[bytes, int | None]) -> None:
         for name, expires_at_ms in changes.items():

@@ -12,6 +12,7 @@ from nacl.signing import SigningKey
 from hyperspace_vllm.core.events.connections import PeerConnected, PeerDisconnected
 from hyperspace_vllm.core.events.node_state import NetworkJoined, NetworkLeft, ServedChanged
 from hyperspace_vllm.core.events.prefix_writing import RowsStored
+from hyperspace_vllm.core.events.response_reading import ResponseWanted
 from hyperspace_vllm.core.events.stored_responses import ResponsesGone, ResponseStored
 from hyperspace_vllm.core.events.vocabulary import Effect, Event, NetworkEvent
 from hyperspace_vllm.core.node.node import Node
@@ -20,6 +21,7 @@ from hyperspace_vllm.core.peers.gossip_gate import GossipGate
 from hyperspace_vllm.core.peers.trust import Trust
 from hyperspace_vllm.core.records.ids import ManifestDigest, PeerId, RequestKey, network_id
 from hyperspace_vllm.core.records.now import Now
+from hyperspace_vllm.core.response.cache_proof import request_hash
 from hyperspace_vllm.daemon import clock
 from hyperspace_vllm.daemon.metrics import Metrics
 from hyperspace_vllm.daemon.node import early_events
@@ -189,11 +191,8 @@ async def test_a_node_that_shares_nothing_tells_no_core_what_it_has(tmp_path: Pa
     assert hints.stored == []
 
 
-@pytest.mark.parametrize(
-    ("listens", "beside_redis", "reason"),
-    [(True, False, "no_peers"), (False, False, "off"), (True, True, "not_found"), (False, True, "not_found")],
-)
-async def test_a_lookup_before_it_joined_says_whether_to_ask_on(listens: bool, beside_redis: bool, reason: str) -> None:
-    shell, clients = shell_of(listens=listens)
-    shell.responses.find(1, RequestKey(name(1)), name(2), 300, beside_redis)
-    assert clients.reasons == [reason]
+async def test_a_lookup_before_the_node_has_joined_reaches_the_core_at_once() -> None:
+    shell, _ = shell_of()
+    shell.responses.find(1, RequestKey(name(1)), name(2), 300)
+    wanted = ResponseWanted(1, request_hash(NETWORK, RequestKey(name(1))), 300)
+    assert cast(Core, shell.node).told == [wanted]

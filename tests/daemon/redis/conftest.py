@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from hyperspace_vllm.daemon.redis import redis_link, redis_responses
+from hyperspace_vllm.core.response import lookup
+from hyperspace_vllm.daemon.redis import redis_link
 from tests.support.daemons import redis_server
 from tests.support.daemons.redis_fleet import FleetNode, MakeNode
 from tests.support.daemons.redis_server import RedisServer
@@ -17,7 +18,7 @@ from tests.support.daemons.redis_server import RedisServer
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Redis that is there may be as slow as the machine is busy."""
     monkeypatch.setattr(redis_link, "READ_S", 10.0)
-    monkeypatch.setattr(redis_responses, "READ_S", 10.0)
+    monkeypatch.setattr(lookup, "SHARED_MS", 10_000)
 
 
 @pytest.fixture

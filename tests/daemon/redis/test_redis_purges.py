@@ -25,7 +25,7 @@ async def test_a_purged_entry_leaves_redis_too_and_an_evicted_one_stays(node: Ma
     await a.share("purged")
     await a.share("evicted")
     a.store.purge([request_key("purged")])
-    a.shared.purge([request_key("purged")])
+    a.network.purge([request_key("purged")])
     for number in range(4):
         await a.share(number)
     assert a.stored("evicted") is None
@@ -44,7 +44,7 @@ async def test_a_read_under_way_brings_back_nothing_that_is_purged(node: MakeNod
         await asyncio.sleep(0)
     was_answered = lookup in b.answers
     b.store.purge([request_key("x")])
-    b.shared.purge([request_key("x")])
+    b.network.purge([request_key("x")])
     after = b.begin("x")
     await until_async(lambda: {lookup, after} <= b.answers.keys())
     assert b.answers[after] == (None, "not_found")
@@ -63,7 +63,7 @@ async def test_what_is_purged_while_redis_is_frozen_is_not_brought_back(node: Ma
     lookup = b.begin("x")
     await asyncio.sleep(0)
     b.store.purge([request_key("x")])
-    b.shared.purge([request_key("x")])
+    b.network.purge([request_key("x")])
     assert b.answers[lookup] == (None, "not_found")
     server.signal(signal.SIGCONT)
     await until_async(lambda: b.shared.status()["queued"] == 0)
@@ -83,7 +83,7 @@ async def test_what_is_computed_after_a_purge_takes_the_place_of_what_was_purged
         a.compute("y")
         await until_async(lambda: a.shared.status()["queued"] == 1)
     a.store.purge([request_key("x")])
-    a.shared.purge([request_key("x")])
+    a.network.purge([request_key("x")])
     a.compute("x")
     assert a.stored("x") is not None
     await asyncio.sleep(0)  # it has been told

@@ -49,17 +49,15 @@ class FleetNode:
         self.trust = trust = make_trust(self.config, self.identity, load_network_key(self.config))
         self.store = ResponseStore(self.path, self.config.response_bytes, RESPONSE_TTL_MS, self.identity, NETWORK)
         options, key = node_options(self.config, None), self.identity.signing_key
-        shell = NetworkShell(options, key, trust, self, self.store, self.metrics, listens=False)
-        self.network = shell.responses
         self.server = ResponseServer(self.path, NETWORK, trust.vouch)
-        self.shared = redis_responses.RedisResponses(
-            url, NETWORK, "network", self.server, trust, self.metrics, self.network, self, self.store
-        )
+        self.shared = redis_responses.RedisResponses(url, NETWORK, self.server, trust, self.metrics)
+        shell = NetworkShell(options, key, trust, self, self.store, self.metrics, listens=False, shared=self.shared)
+        self.network, self.open_lookups = shell.responses, shell.lookups
         self.answers: dict[int, tuple[FoundResponse | None, str]] = {}
         self.lookups = 0
 
     def start(self) -> None:
-        self.store.start(self.shared.heard)
+        self.store.start(self.network.heard)
 
     async def close(self) -> None:
         self.store.close()
@@ -85,7 +83,7 @@ class FleetNode:
 
     def begin(self, name: object) -> int:
         self.lookups += 1
-        self.shared.find(self.lookups, request_key(name), MODEL, round(DEADLINE_S * 1000))
+        self.network.find(self.lookups, request_key(name), MODEL, round(DEADLINE_S * 1000))
         return self.lookups
 
     async def find(self, name: object) -> FoundResponse | None:

@@ -1,16 +1,18 @@
 """One response lookup, driven by a transcript.
 
-A, B, C … are providers; `want A B` is a lookup that knows these, `found C` what the DHT says. A name with a plus is of
-a peer that a connection is open to, one with a question mark of a stranger.
+A, B, C … are providers; `want A B` is a lookup that knows these, `found C` what the DHT says. `want shared` reads the
+shared store first, until `shared hit` or `miss A B`, after which it knows these. A name with a plus is of a peer that a
+connection is open to, one with a question mark of a stranger.
 """
 
 import textwrap
 
-from hyperspace_vllm.core.events.dht import ProvidersFound, SearchDht
+from hyperspace_vllm.core.events.dht import SearchDht
 from hyperspace_vllm.core.events.response_reading import (
     AnswerResponse,
     FetchResponse,
     HintResponse,
+    ReadShared,
     ResponseFetched,
     ResponseRefused,
     ResponseWanted,
@@ -27,6 +29,7 @@ from tests.support.moments import at
 
 WANTED = b"r" * 32
 DEADLINE_MS = 300
+WANT = ResponseWanted(1, WANTED, DEADLINE_MS)
 
 
 def candidates(names: list[str]) -> list[ProviderCandidate]:
@@ -75,10 +78,16 @@ class Script:
             case ["want", *names, "may-search=no"]:
                 self.may_search = False
                 return self.event(["want", *names])
+            case ["want", "shared"]:
+                self.lookup = ResponseLookup(WANT, self._may_search, self.now)
+                effects = self.lookup.read_shared()
             case ["want", *names]:
-                wanted = ResponseWanted(1, WANTED, DEADLINE_MS)
-                self.lookup = ResponseLookup(wanted, candidates(names), self._may_search, self.now)
-                effects = self.lookup.start(self.now)
+                self.lookup = ResponseLookup(WANT, self._may_search, self.now)
+                effects = self.lookup.ask_peers(candidates(names), self.now)
+            case ["shared", "hit"]:
+                effects = self.lookup.on_shared_hit()
+            case ["miss", *names]:
+                effects = self.lookup.ask_peers(candidates(names), self.now)
             case ["tick"]:
                 effects = self.lookup.on_tick(self.now)
             case ["hit", name]:
@@ -86,8 +95,7 @@ class Script:
             case ["refused", name, reason]:
                 effects = self.lookup.on_refused(ResponseRefused(1, PeerId(name), Reason(reason)), self.now)
             case ["found", *names]:
-                found = ProvidersFound(1, tuple(PeerId(name) for name in names), 1.0)
-                effects = self.lookup.on_providers(found, candidates(names), self.now)
+                effects = self.lookup.on_providers(candidates(names), self.now)
             case _:
                 raise ValueError(words)
         return [self.told(effect) for effect in effects]
@@ -96,6 +104,8 @@ class Script:
         match effect:
             case HintResponse(_, hinted):
                 return "hinted" if hinted else "unhinted"
+            case ReadShared(_, request_hash, timeout_ms) if request_hash == WANTED:
+                return f"read shared for {timeout_ms}"
             case FetchResponse(_, peer, _, request_hash, timeout_ms) if request_hash == WANTED:
                 return f"fetch {peer} for {timeout_ms}"
             case SearchDht(_, request_hash, timeout_ms) if request_hash == WANTED:
@@ -105,6 +115,7 @@ class Script:
             case _:
                 raise ValueError(effect)
 
-    def _may_search(self, now: Now) -> bool:
+    def _may_search(self, request_hash: bytes, now: Now) -> bool:
+        assert request_hash == WANTED
         self.searches += 1
         return self.may_search
