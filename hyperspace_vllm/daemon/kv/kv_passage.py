@@ -5,8 +5,8 @@
 Context: ZeroMQ accepts any number of connections before their peers have proved their identity, and holds a message's
 frames without a bound (frame_meter.py). Choice: this module owns the TCP side; bytes stay encrypted. Rejected: a
 separate process with a memory limit, which one peer could end for all others; a periodic check of how much has arrived,
-which is too late on a busy machine. Cost: one more copy, a third of the CPU time that CURVE takes. The Unix socket is
-abstract, with a random name that exists until it is connected.
+which is too late on a busy machine. Cost: one more copy, a third of the CPU time that CURVE takes. The Unix socket has
+a path in a directory of this user's alone, which exists until it is connected.
 """
 
 import asyncio
@@ -14,8 +14,9 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from tempfile import TemporaryDirectory
 
 import zmq
 
@@ -28,6 +29,8 @@ PIECE_BYTES = 256 * KiB  # pages of the buffer that no message needs are never t
 HELD_BACK_BYTES = 64 * KiB  # read at once of a peer that has sent too much within HELD_BACK_S
 HELD_BACK_S = 1.0
 UNFINISHED_S = 5.0  # a message that fills the meter and isn't whole by then never will be
+BACKLOG = 128  # other processes may come first
+PATH_BYTES_MAX = 107  # of a Unix socket
 ATTACH_S = 5.0  # for ZeroMQ to connect within this process, or to disconnect
 
 
@@ -114,19 +117,34 @@ class Passage:
 
 async def attach(zmq_socket: Socket) -> socket.socket:
     """This process's end of a new connection of `zmq_socket`; OSError, also when it takes too long."""
-    loop = asyncio.get_running_loop()
-    name = f"hyperspace-{secrets.token_hex(16)}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
-        listener.bind(f"\0{name}")
-        listener.listen(1)
-        zmq_socket.connect(f"ipc://@{name}")
+    with _name() as name, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
+        listener.bind(name)
+        listener.listen(BACKLOG)
+        zmq_socket.connect(f"ipc://{name.replace(chr(0), '@')}")
         async with asyncio.timeout(ATTACH_S):  # TimeoutError is an OSError
-            local, _ = await loop.sock_accept(listener)
-    credentials = local.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    if struct.unpack("3i", credentials)[0] != os.getpid():  # another process of this host was faster
-        local.close()
-        raise OSError("the connection is another process's")
-    return local
+            return await _accept_own(listener)
+
+
+@contextmanager
+def _name() -> Iterator[str]:
+    """Where to meet ZeroMQ: a path that no other user reaches, or an abstract name if there can be none."""
+    with ExitStack() as stack:
+        path = ""
+        with suppress(OSError):
+            directory = TemporaryDirectory(prefix="hyperspace-", ignore_cleanup_errors=True)
+            path = f"{stack.enter_context(directory)}/kv"
+        fits = 0 < len(os.fsencode(path)) <= PATH_BYTES_MAX
+        yield path if fits else f"\0hyperspace-{secrets.token_hex(16)}"
+
+
+async def _accept_own(listener: socket.socket) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    while True:
+        local, _ = await loop.sock_accept(listener)
+        credentials = local.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if struct.unpack("3i", credentials)[0] == os.getpid():
+            return local
+        local.close()  # another process, which saw the abstract name
 
 
 def detach(zmq_socket: Socket) -> None:

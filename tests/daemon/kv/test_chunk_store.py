@@ -4,6 +4,7 @@ import errno
 import os
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import blake3
@@ -201,6 +202,30 @@ def test_a_shortened_file_is_a_typed_failure(store: ChunkStore, tmp_path: Path) 
     os.truncate(tmp_path / f"{record.digest.hex()}.obj", 10)
     with pytest.raises(Refused, match="io_error"):
         store.read_chunks(record.digest, 0, [0])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "device"])
+def test_what_is_no_regular_file_is_an_io_error_and_blocks_no_thread(
+    store: ChunkStore, tmp_path: Path, kind: str
+) -> None:
+    record, _ = store_object(store, "first")
+    path = tmp_path / f"{record.digest.hex()}.obj"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(store.read_chunks, record.digest, 0, [0])
+        try:
+            assert isinstance(reading.exception(5), Refused)
+        finally:
+            if kind == "pipe":
+                os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))  # lets go of a reader that waits
+        with pytest.raises(Refused, match="io_error"):
+            reading.result()
 
 
 def test_an_abandoned_encoding_leaves_nothing(store: ChunkStore, tmp_path: Path) -> None:

@@ -158,6 +158,24 @@ async def test_what_a_neighbour_was_sent_again_is_counted_while_the_message_is_t
     assert not gossip._sent_again
 
 
+@pytest.mark.parametrize("size", [10, 60_000])
+async def test_what_a_neighbour_does_not_take_is_bounded_in_number_and_bytes(size: int) -> None:
+    queue, rpcs, taken = libp2p_gossip.GossipQueue(), 0, 0
+    rpc = rpc_pb2.RPC(publish=[gossip_message(bytes(size))])
+    while queue.push(rpc, priority=bool(rpcs % 2)):
+        rpcs += 1
+    bytes_held = rpcs * rpc.ByteSize()
+    assert rpcs <= libp2p_gossip.GOSSIP_QUEUE_MAX
+    assert bytes_held <= libp2p_gossip.GOSSIP_QUEUE_BYTES_MAX
+    is_full = bytes_held + rpc.ByteSize() > libp2p_gossip.GOSSIP_QUEUE_BYTES_MAX
+    assert rpcs == libp2p_gossip.GOSSIP_QUEUE_MAX or is_full
+    while len(queue):
+        assert await queue.pop() == rpc
+        taken += 1
+    assert taken == rpcs
+    assert queue.push(rpc)
+
+
 async def test_a_message_that_cannot_be_sent_is_told_with_its_traceback_and_takes_no_place(
     members: Members, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
