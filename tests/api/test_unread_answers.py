@@ -57,10 +57,10 @@ class Unread:
 def held_of_requests() -> list[object]:
     """What the requests of MARK are kept in: their facts, and messages."""
     gc.collect()
-    found: list[object] = []
+    found: list[object] = []  # by `type`: proxies of other libraries do not bear `isinstance`
     for each in gc.get_objects():
         is_message = type(each) is dict and each.get("type") == "http.request"
-        raw = each.raw if isinstance(each, RequestFacts) else each.get("body", b"") if is_message else b""
+        raw = each.raw if type(each) is RequestFacts else each.get("body", b"") if is_message else b""
         if MARK.encode() in raw:
             found.append(each)
     return found
@@ -69,7 +69,7 @@ def held_of_requests() -> list[object]:
 def entries() -> list[StoredResponse]:
     """The entries with LONG that are held."""
     gc.collect()
-    return [each for each in gc.get_objects() if isinstance(each, StoredResponse) and len(each.body) > len(LONG)]
+    return [each for each in gc.get_objects() if type(each) is StoredResponse and len(each.body) > len(LONG)]
 
 
 # --- hits ---------------------------------------------------------------------------------------
