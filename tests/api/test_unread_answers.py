@@ -57,11 +57,14 @@ class Unread:
 def held_of_requests() -> list[object]:
     """What the requests of MARK are kept in: their facts, and messages."""
     gc.collect()
-    found: list[object] = []  # by `type`: proxies of other libraries do not bear `isinstance`
+    found: list[object] = []  # by exact types: objects of other libraries answer comparisons in ways of their own
     for each in gc.get_objects():
-        is_message = type(each) is dict and each.get("type") == "http.request"
-        raw = each.raw if type(each) is RequestFacts else each.get("body", b"") if is_message else b""
-        if MARK.encode() in raw:
+        raw: object = b""
+        if type(each) is RequestFacts:
+            raw = each.raw
+        elif type(each) is dict and type(kind := each.get("type")) is str and kind == "http.request":
+            raw = each.get("body")
+        if type(raw) is bytes and MARK.encode() in raw:
             found.append(each)
     return found
 
