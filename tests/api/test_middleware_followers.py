@@ -1,4 +1,4 @@
-"""Identical requests at one time share one computation, whoever leaves, fails or reads slowly."""
+"""Identical requests at one time share one computation, also when clients leave, fail or read slowly."""
 
 import asyncio
 import json

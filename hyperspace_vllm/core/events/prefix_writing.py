@@ -32,7 +32,7 @@ class SegmentKeyKnown:
     segment: int
     segment_key: SegmentKey
     layout: Layout
-    shareable: bool  # False: keep it in this node, offer it to nobody
+    shareable: bool  # False: it stays in this node and no peer is offered it
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What must hold of L2 in every run, whatever the network does and whoever lies.
+"""What must hold of L2 in every run, also with faults of the network and lies of hosts.
 
 Safety: no engine gets a row that isn't the one its key names, nor garbage; what a lookup asks for stays within bounds;
 no honest node is charged with a lie. At the end every lookup has been answered in time, and nothing is leased, staged
@@ -144,7 +144,7 @@ class KvChecker:
         if host.arena.filling or host.staged:
             self.violated(host.number, f"{host.arena.filling} slabs are left over, {len(host.staged)} of them staged")
         if not host.assembly.is_idle:
-            self.violated(host.number, "rows are on their way for nobody")
+            self.violated(host.number, "rows are fetched for no lookup")
 
     def check_share(self, figures: KvFigures) -> None:
         """In a run without faults and liars, what peers had was fetched."""

@@ -1,6 +1,6 @@
 """The bulk transport between simulated hosts: calls over links of their own, beside libp2p's connections.
 
-* A link is opened by whoever asks, as soon as the peer is met, and again whenever it was closed; it takes a
+* A link is opened by the host that asks, as soon as the peer is met, and again whenever it was closed; it takes a
   handshake. Without one, a call waits CONNECT_MS for it and fails as `unreachable`. A host that does not admit the
   asker finishes none.
 * Every host sends and receives at LINK_BYTES_PER_MS. What goes to one peer goes in order; peers take turns, a batch
